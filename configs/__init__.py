@@ -1,0 +1,1 @@
+"""Recipes: one YAML each, only what differs from the defaults."""

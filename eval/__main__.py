@@ -1,0 +1,68 @@
+"""latent-ae eval: one subcommand per question. Settings are checked before anything heavy is imported."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from latent_ae.config import UserError, load_settings
+
+from .config import ReconSettings
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command `latent-ae eval`."""
+    parser = argparse.ArgumentParser(
+        prog="latent-ae eval",
+        description="Measure a finished first stage.",
+        epilog="example: latent-ae eval recon runs/quickstart/export photos",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    recon = commands.add_parser(
+        "recon",
+        help="how near reconstructions come to their images: PSNR, SSIM, LPIPS",
+        description="Measure reconstructions: PSNR, SSIM and LPIPS, overall and per image, beside bicubic resampling.\n"
+        "JSON goes to stdout; result.json and pairs.png (input | reconstruction | error) into a folder.",
+        epilog="example: latent-ae eval recon runs/quickstart/export photos crop_px=null --out recon-photos\n"
+        "on many GPUs: accelerate launch -m latent_ae eval recon MODEL DATA",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    recon.add_argument("model", help="folder or hub id of a diffusers AutoencoderKL")
+    recon.add_argument("data", help="photos, a folder of images, Parquet or WebDataset files, or a hub id")
+    recon.add_argument(
+        "override", nargs="*", metavar="key=value", help=f"changes a setting: {', '.join(ReconSettings.model_fields)}"
+    )
+    recon.add_argument("--out", metavar="DIR", type=Path, help="where files go; default: recon-NAME in this folder")
+    arguments, rest = parser.parse_known_args(argv)
+    # key=value words after an option are left over by argparse
+    unknown = [word for word in rest if word.startswith("-")]
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    return _recon(arguments.model, arguments.data, arguments.override + rest, arguments.out)
+
+
+def _recon(model: str, data: str, overrides: list[str], out: Path | None) -> int:
+    settings = load_settings(ReconSettings, None, overrides)
+
+    import torch
+    from accelerate import PartialState
+
+    from .recon import default_folder, evaluate_reconstruction
+
+    try:
+        result = evaluate_reconstruction(model, data, settings, out=out or default_folder(model), progress=True)
+    except torch.OutOfMemoryError as error:
+        first_line = str(error).splitlines()[0]
+        raise UserError(
+            f"out of memory with batch_size {settings.batch_size}: lower batch_size or crop_px ({first_line})"
+        ) from error
+    if PartialState().is_main_process:
+        print(json.dumps(result, indent=2))
+    PartialState().destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    from latent_ae.__main__ import main as door
+
+    sys.exit(door(["eval", *sys.argv[1:]]))

@@ -1,0 +1,65 @@
+"""The door: finds a command by its name and imports its package only then."""
+
+import importlib
+import sys
+from typing import NamedTuple
+
+from latent_ae.config import UserError
+
+
+class Command(NamedTuple):
+    module: str
+    summary: str
+
+
+COMMANDS = {
+    "train": Command("latent_ae_train.__main__", "train a first stage; the same command again resumes it"),
+    "export": Command("latent_ae_train.export_command", "write a run's weights as a diffusers folder"),
+    "eval": Command("latent_ae_eval.__main__", "measure a finished first stage"),
+    "weights": Command("latent_ae.weights", "fetch the pretrained weights that LPIPS needs"),
+}
+
+
+def usage() -> str:
+    lines = [f"  {name:<8} {command.summary}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: latent-ae COMMAND ...",
+            "",
+            *lines,
+            "",
+            "latent-ae COMMAND --help tells more. Example: latent-ae train quickstart",
+            "On many GPUs: accelerate launch -m latent_ae COMMAND ...",
+        ]
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs a command and returns its exit code: 0; 2 for a mistake that the user can mend; 130 when interrupted."""
+    words = sys.argv[1:] if argv is None else argv
+    if not words or words[0] in ("-h", "--help"):
+        print(usage())
+        return 0 if words else 2
+    if words[0] in ("-V", "--version"):
+        from latent_ae import __version__
+
+        print(__version__)
+        return 0
+    if words[0] not in COMMANDS:
+        print(f"latent-ae: no such command: {words[0]}\n\n{usage()}", file=sys.stderr)
+        return 2
+    try:
+        code = importlib.import_module(COMMANDS[words[0]].module).main(words[1:])
+    except UserError as error:
+        print(f"latent-ae {words[0]}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"latent-ae {words[0]}: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our results went away: `latent-ae ... | head`
+        return 0
+    return int(code or 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

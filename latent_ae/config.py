@@ -1,0 +1,324 @@
+"""Frozen typed settings: YAML plus key=value, every error at once, with the key's path and the nearest valid key.
+
+Nothing heavy (torch, diffusers, datasets) is imported here, so that a typo costs no waiting.
+"""
+
+import difflib
+import types
+import typing
+from collections.abc import Iterator, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+
+
+class UserError(ValueError):
+    """A mistake that the user can mend: the command line prints it without a traceback and exits with 2."""
+
+
+class Problem(typing.NamedTuple):
+    """One thing wrong with the settings: the key's path and what to do about it."""
+
+    key: str
+    message: str
+
+
+class Settings(BaseModel):
+    """Base of every section: frozen, no unknown keys, finite numbers, and no bool where a number belongs."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_bool_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        # pydantic would read `steps: yes` as 1
+        annotation = cls.model_fields[str(info.field_name)].annotation
+        values = value if isinstance(value, (list, tuple)) else [value]
+        if any(isinstance(item, bool) for item in values) and not _admits(annotation, bool):
+            raise ValueError(f"{str(value).lower()} is a yes/no value; something else is expected here")
+        return value
+
+    def problems(self) -> Iterator[Problem]:
+        """What the types cannot say: relations between keys, files that must exist. Nested sections included."""
+        for name in type(self).model_fields:
+            section = getattr(self, name)
+            if isinstance(section, Settings):
+                for problem in section.problems():
+                    yield Problem(f"{key_of(type(self), name)}.{problem.key}", problem.message)
+
+
+def key_of(cls: type[Settings], name: str) -> str:
+    """A field's key in YAML; differs from the attribute where pydantic keeps the name for itself (`validate`)."""
+    return cls.model_fields[name].alias or name
+
+
+S = TypeVar("S", bound=Settings)
+Positive = Annotated[int, Field(ge=1)]
+NonNegative = Annotated[int, Field(ge=0)]
+Weight = Annotated[float, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Byte = Annotated[int, Field(ge=0, le=255)]
+DownBlock = Literal["DownEncoderBlock2D", "AttnDownEncoderBlock2D"]
+UpBlock = Literal["UpDecoderBlock2D", "AttnUpDecoderBlock2D"]
+
+
+class DataSettings(Settings):
+    """Where images come from and how a training sample is cut from them."""
+
+    source: str = "photos"
+    """`photos` (shipped with scikit-image), a folder, Parquet/Arrow files, or a hub id."""
+    split: str = "train"
+    eval_source: str | None = None
+    """Held-out images; null holds out `eval_fraction` of the source."""
+    eval_split: str | None = None
+    eval_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.05
+    image_column: str = "image"
+    revision: str | None = None
+    """Commit or tag of a hub id."""
+    streaming: bool = False
+    shuffle_buffer: Positive = 1000
+    """Streaming only: images held in memory to shuffle from."""
+    resolution: Positive = 256
+    """Side of a training crop, px."""
+    resize_px: Positive | None = None
+    """Shorter side that an image is resized to before the crop, px; null crops from the image as it is."""
+    flip: bool = True
+    background: tuple[Byte, Byte, Byte] = (255, 255, 255)
+    """Colour put behind transparent pixels."""
+    num_workers: NonNegative = 2
+    max_pixels: Positive = 200_000_000
+    """Larger images are skipped before they are decoded."""
+    max_bad_fraction: Fraction = 0.01
+    """The run stops when more than this fraction of the images read was unreadable."""
+
+    def problems(self) -> Iterator[Problem]:
+        if self.resize_px is not None and self.resize_px < self.resolution:
+            yield Problem(
+                "resize_px",
+                f"{self.resize_px} is smaller than data.resolution {self.resolution}; raise it or set null",
+            )
+        for key in ("source", "eval_source"):
+            location = getattr(self, key)
+            if location is not None and looks_like_path(location) and not Path(location).expanduser().exists():
+                yield Problem(key, f"no such file or folder: {location} (from {Path.cwd()})")
+
+
+class ModelSettings(Settings):
+    """An AutoencoderKL by the key names of its diffusers config, and how its weights begin."""
+
+    in_channels: Positive = 3
+    out_channels: Positive = 3
+    block_out_channels: Annotated[tuple[Positive, ...], Field(min_length=1)] = (128, 256, 512, 512)
+    """Width of each level; n levels downsample by 2 ** (n - 1)."""
+    layers_per_block: Positive = 2
+    latent_channels: Positive = 4
+    norm_num_groups: Positive = 32
+    mid_block_add_attention: bool = True
+    down_block_types: tuple[DownBlock, ...] | None = None
+    """One per level; null means DownEncoderBlock2D everywhere (attention only in the middle)."""
+    up_block_types: tuple[UpBlock, ...] | None = None
+    act_fn: Literal["silu"] = "silu"
+    use_quant_conv: bool = True
+    use_post_quant_conv: bool = True
+    init: Literal["default", "linear"] = "default"
+    """`linear`: the fresh network is a linear down- and upsampler (see docs/linear-start.md)."""
+
+    @property
+    def factor(self) -> int:
+        """Image px per latent px along one side."""
+        return int(2 ** (len(self.block_out_channels) - 1))
+
+    def problems(self) -> Iterator[Problem]:
+        levels = len(self.block_out_channels)
+        if self.in_channels != self.out_channels:
+            yield Problem(
+                "out_channels",
+                f"{self.out_channels}, but model.in_channels is {self.in_channels}: "
+                "the loss compares output with input, so they must be equal",
+            )
+        wrong = [width for width in self.block_out_channels if width % self.norm_num_groups]
+        if wrong:
+            yield Problem("norm_num_groups", f"{self.norm_num_groups} does not divide model.block_out_channels {wrong}")
+        for key in ("down_block_types", "up_block_types"):
+            blocks = getattr(self, key)
+            if blocks is not None and len(blocks) != levels:
+                yield Problem(key, f"has {len(blocks)} entries; model.block_out_channels has {levels}")
+        if self.init == "linear":
+            yield from self._linear_problems(wrong)
+
+    def _linear_problems(self, wrong: list[int]) -> Iterator[Problem]:
+        if self.in_channels not in (1, 3):
+            yield Problem("init", f"linear needs 1 or 3 image channels, not {self.in_channels}; set init: default")
+        elif self.latent_channels < self.in_channels:
+            yield Problem("init", f"linear needs model.latent_channels >= {self.in_channels}")
+        if not wrong and any((width // self.norm_num_groups) % 4 for width in self.block_out_channels):
+            yield Problem(
+                "init",
+                "linear needs a multiple of 4 channels per group: lower model.norm_num_groups or set init: default",
+            )
+        if min(self.block_out_channels) < 4 * self.in_channels:
+            yield Problem("init", f"linear needs at least {4 * self.in_channels} channels at every level")
+
+
+def looks_like_path(location: str) -> bool:
+    """True for what can only be meant as a file or folder; `name` and `user/name` may be hub ids."""
+    return location.startswith(("/", ".", "~")) or location.count("/") > 1 or Path(location).suffix in FILE_SUFFIXES
+
+
+FILE_SUFFIXES = (".parquet", ".arrow", ".tar", ".yaml", ".yml", ".safetensors", ".ckpt", ".json")
+
+
+def recipe_names() -> list[str]:
+    """Recipes that ship with the package; `latent-ae train NAME` takes any of them."""
+    return sorted(
+        entry.name.removesuffix(".yaml")
+        for entry in resources.files("latent_ae_configs").iterdir()
+        if entry.name.endswith(".yaml")
+    )
+
+
+def load_settings(cls: type[S], source: str | None, overrides: Sequence[str] = ()) -> S:
+    """Settings of a YAML file or shipped recipe (`None`: the defaults), changed by `key.path=value` words.
+
+    Raises UserError with every problem found, one line each.
+    """
+    values = _read_yaml(source) if source is not None else {}
+    problems = [problem for word in overrides for problem in _apply_override(values, word)]
+    settings, invalid = _validate(cls, values)
+    problems += invalid
+    if settings is not None:
+        # relations are checked on what is left after wrong keys fell back to their defaults,
+        # so one wrong key does not hide another; what rests on a wrong key is not judged
+        broken = {problem.key for problem in invalid}
+        problems += [problem for problem in settings.problems() if problem.key not in broken]
+    if problems or settings is None:
+        lines = "\n".join(f"  {problem.key}: {problem.message}" for problem in problems)
+        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        raise UserError(f"{count} in the settings{f' of {source}' if source else ''}:\n{lines}")
+    return settings
+
+
+def to_yaml(settings: Settings) -> str:
+    """The settings in full, as YAML that load_settings reads back to an equal object."""
+    return yaml.safe_dump(
+        settings.model_dump(mode="json", by_alias=True), sort_keys=False, default_flow_style=None, width=100
+    )
+
+
+def _read_yaml(source: str) -> dict[str, Any]:
+    path = Path(source).expanduser()
+    if path.is_file():
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"cannot read {source} as UTF-8 text: {error}") from None
+    elif source in recipe_names():
+        text = resources.files("latent_ae_configs").joinpath(f"{source}.yaml").read_text(encoding="utf-8")
+    else:
+        close = difflib.get_close_matches(path.stem, recipe_names(), n=1)
+        hint = f" Did you mean the recipe {close[0]}?" if close else ""
+        raise UserError(f"no such config: {source}.{hint} Give a YAML file or one of: {', '.join(recipe_names())}")
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"{source} is not valid YAML: {' '.join(str(error).split())}") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise UserError(f"{source} must hold `key: value` lines, not a {type(values).__name__}")
+    return values
+
+
+def _apply_override(values: dict[str, Any], word: str) -> list[Problem]:
+    key, equals, text = word.partition("=")
+    if not equals or not key:
+        return [Problem(word, "not understood; write key=value, for example optim.lr=1e-4")]
+    *sections, name = key.split(".")
+    for section in sections:
+        inner = values.setdefault(section, {})
+        if not isinstance(inner, dict):
+            return [Problem(key, f"{section} is not a section")]
+        values = inner
+    try:
+        values[name] = yaml.safe_load(text)
+    except yaml.YAMLError:
+        values[name] = text
+    return []
+
+
+def _validate(cls: type[S], values: dict[str, Any]) -> tuple[S | None, list[Problem]]:
+    try:
+        return cls.model_validate(values), []
+    except ValidationError as error:
+        problems = []
+        for detail in error.errors():
+            # a list's index is part of the location; the setting is what the user can name
+            path = [str(part) for part in detail["loc"] if isinstance(part, str) and part in _key_words(cls, values)]
+            problems.append(Problem(".".join(path), _explain(cls, path, detail)))
+            _drop(values, path)
+        unique = list({(problem.key, problem.message): problem for problem in problems}.values())
+        try:
+            return cls.model_validate(values), unique
+        except ValidationError:
+            return None, unique
+
+
+def _key_words(cls: type[Settings], values: Any) -> set[str]:
+    words = {part for key in all_keys(cls) for part in key.split(".")}
+
+    def walk(node: Any) -> None:
+        if isinstance(node, dict):
+            for key, inner in node.items():
+                words.add(str(key))
+                walk(inner)
+
+    walk(values)
+    return words
+
+
+def _drop(values: Any, path: list[str]) -> None:
+    for section in path[:-1]:
+        values = values.get(section) if isinstance(values, dict) else None
+    if isinstance(values, dict) and path:
+        for key in [key for key in values if str(key) == path[-1]]:
+            del values[key]
+
+
+def _explain(cls: type[Settings], path: list[str], detail: Any) -> str:
+    if detail["type"] == "extra_forbidden":
+        nearest = _nearest(cls, path)
+        return "no such setting" + (f"; did you mean {nearest}?" if nearest else "")
+    if detail["type"] == "missing":
+        return "has too few values"
+    message = str(detail["msg"]).removeprefix("Value error, ")
+    given = detail.get("input")
+    shown = "" if isinstance(given, (dict, Settings)) or "yes/no" in message else f" (given: {given!r})"
+    return message[:1].lower() + message[1:] + shown
+
+
+def _nearest(cls: type[Settings], path: list[str]) -> str | None:
+    """The key that was probably meant: alike in the same section, of the same name elsewhere, or alike in full."""
+    keys, depth = list(all_keys(cls)), len(path)
+    siblings = [".".join(parts[:depth]) for key in keys if (parts := key.split("."))[: depth - 1] == path[:-1]]
+    alike = difflib.get_close_matches(".".join(path), siblings, n=1, cutoff=0.75)
+    same_name = [key for key in keys if key.split(".")[-1] == path[-1]]
+    return next(iter(alike or same_name or difflib.get_close_matches(".".join(path), keys, n=1)), None)
+
+
+def all_keys(cls: type[Settings], prefix: str = "") -> Iterator[str]:
+    """Every key's dotted path."""
+    for name, field in cls.model_fields.items():
+        key = key_of(cls, name)
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Settings):
+            yield from all_keys(field.annotation, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}"
+
+
+def _admits(annotation: Any, kind: type) -> bool:
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType, tuple, list, Annotated):
+        return any(_admits(inner, kind) for inner in typing.get_args(annotation))
+    return annotation is kind or annotation is Any

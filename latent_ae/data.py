@@ -1,0 +1,291 @@
+"""Sources -> one endless, seeded, elastic order of samples.
+
+Everything about a sample (which image, crop, flip, posterior noise) is a pure function of the seed and the sample's
+global number. So neither the number of workers nor of processes changes what is trained on, and going on after an
+interruption takes one integer. Streams are the exception: see `Batch.stream_state` and docs/data.md.
+"""
+
+import itertools
+import signal
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from latent_ae.config import DataSettings, UserError
+from latent_ae.images import ImageError, center_crop, decode, random_crop, resize_shorter, to_tensor
+from latent_ae.locations import open_images
+from latent_ae.order import Share, crop_rng, epoch_order, posterior_noise
+from latent_ae.sources import Encoded, ImageSource, StreamReader, StreamSource, encoded_image
+
+# where the train loop and eval look for these
+__all__ = ["Batch", "HeldOutImages", "ImageSource", "held_out_images", "open_images", "posterior_noise"]
+__all__ += ["stop_if_too_many_bad", "training_batches"]
+
+# so many unreadable images in a row mean that the source is not what the user thinks
+MAX_BAD_IN_A_ROW = 100
+# of a source of few images, like `photos`, every worker keeps the decoded pixels
+KEPT_IMAGES, KEPT_BYTES_EACH = 16, 2**23
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One rank's micro-batch."""
+
+    images: torch.Tensor
+    """(N, C, resolution, resolution) float32 in [-1, 1]; in pinned memory where there is a GPU."""
+    numbers: list[int]
+    """Global number of each sample."""
+    skipped: list[str]
+    """`name: reason` of the unreadable images met and replaced."""
+    stream_state: dict[str, Any] | None = None
+    """Of a stream: what `training_batches` of this rank needs to go on after this micro-batch (JSON types)."""
+
+
+def training_batches(
+    source: ImageSource,
+    settings: DataSettings,
+    *,
+    channels: int,
+    seed: int,
+    batch_size: int,
+    micro_batch_size: int,
+    rank: int = 0,
+    world_size: int = 1,
+    first_batch: int = 0,
+    stream_state: dict[str, Any] | None = None,
+) -> Generator[Batch, None, None]:
+    """This rank's micro-batches from global batch `first_batch` on, without end; `close()` stops the workers.
+
+    Global batch b holds the samples b * batch_size ... (b + 1) * batch_size - 1, and micro-step m of rank r the
+    `micro_batch_size` from b * batch_size + (m * world_size + r) * micro_batch_size on. An unreadable image is
+    replaced by the next readable one of the epoch. Leaves the global random state alone.
+
+    Raises UserError (some while iterating): sizes that do not divide, a stream of too few files, nothing readable.
+    """
+    share = Share(batch_size, micro_batch_size, rank, world_size)
+    if batch_size % (micro_batch_size * world_size):
+        parts = f"micro_batch_size {micro_batch_size} x {world_size} processes"
+        raise UserError(f"batch_size: {batch_size} is not a multiple of {parts}")
+    if isinstance(source, StreamSource):
+        source.check_readers(rank, world_size, max(1, settings.num_workers), stream_state)
+    elif len(source) == 0:
+        raise UserError(f"data.source: {settings.source} holds no images")
+    states = stream_state["workers"] if stream_state else [None] * max(1, settings.num_workers)
+    crops = _Crops(source, settings, channels, seed, share, first_batch * share.micro_steps, states)
+    return _received(crops, isinstance(source, StreamSource))
+
+
+def stop_if_too_many_bad(
+    num_bad: int, num_read: int, examples: Sequence[str], *, num_images: int | None, max_bad_fraction: float
+) -> None:
+    """Raises UserError when more than `max_bad_fraction` of the `num_read` samples met an unreadable image.
+
+    Judges nothing before 100 samples, or a whole epoch of a source of fewer (`num_images`; None for a stream).
+    """
+    if num_read >= min(100, num_images or 100) and num_bad > max_bad_fraction * num_read:
+        shown = "".join(f"\n  {example}" for example in dict.fromkeys(examples[:5]))
+        raise UserError(
+            f"data.max_bad_fraction: {num_bad} of the first {num_read} images were unreadable, more than "
+            f"{max_bad_fraction:.2%}; mend or remove them, or raise it. For example:{shown}"
+        )
+
+
+def held_out_images(
+    source: ImageSource,
+    settings: DataSettings,
+    *,
+    channels: int,
+    crop_px: int | None,
+    multiple_of: int = 1,
+    rank: int = 0,
+    world_size: int = 1,
+) -> "HeldOutImages":
+    """This rank's images (index % world_size == rank) of `source`, cut from the middle: see HeldOutImages.
+
+    Each is resized to `settings.resize_px` where that is set, then cropped to `crop_px`, or with None to the largest
+    sides that `multiple_of` divides.
+    """
+    return HeldOutImages(source, settings, channels, crop_px, multiple_of, rank, world_size)
+
+
+@dataclass
+class HeldOutImages:
+    """Iterates over (index, name, CHW float32 in [-1, 1]), in the same order and with the same pixels every time.
+
+    After an iteration `skipped` holds `name: reason` of the unreadable images. Raises UserError if there is only one
+    process and all were; of many processes each sees its own images, so the caller must judge.
+    """
+
+    source: ImageSource
+    settings: DataSettings
+    channels: int
+    crop_px: int | None
+    multiple_of: int
+    rank: int
+    world_size: int
+    skipped: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if self.crop_px is not None and self.crop_px % self.multiple_of:
+            raise UserError(f"a crop of {self.crop_px} px: the model needs a multiple of {self.multiple_of}")
+
+    def __iter__(self) -> Iterator[tuple[int, str, torch.Tensor]]:
+        self.skipped = []
+        readable = 0
+        workers = 0  # those of a stream would each see other files, and their images lose their index
+        if not isinstance(self.source, StreamSource):
+            # a worker costs more to start than a few images take
+            workers = min(self.settings.num_workers, len(self.source) // (16 * self.world_size))
+        for index, name, image in _loader(_Middles(self), workers):
+            if isinstance(image, str):
+                self.skipped.append(f"{name}: {image}")
+            else:
+                readable += 1
+                yield index, name, to_tensor(image)
+        if self.skipped and not readable and self.world_size == 1:
+            raise UserError(f"none of the {len(self.skipped)} held-out images is readable; {self.skipped[0]}")
+
+
+@dataclass
+class _Crops(IterableDataset):
+    """What a worker does: every workers-th micro-batch as (crops HWC, numbers, skipped, state), or a UserError."""
+
+    source: ImageSource
+    settings: DataSettings
+    channels: int
+    seed: int
+    share: Share
+    first_step: int
+    states: Sequence[dict[str, Any] | None]
+    kept: dict[str, np.ndarray] = field(default_factory=dict)
+
+    def __iter__(self) -> Iterator[Any]:
+        worker, workers = _worker()
+        stream = None
+        if isinstance(self.source, StreamSource):
+            reader, readers = self.share.rank * workers + worker, self.share.world_size * workers
+            buffer_size, state = self.settings.shuffle_buffer, self.states[worker]
+            stream = StreamReader(self.source, self.seed, buffer_size, reader, readers, state)
+        try:
+            for step in itertools.count(self.first_step + worker, workers):
+                numbers, skipped = self.share.numbers(step), list[str]()
+                crops = [self._crop(number, stream or self._candidates(number), skipped) for number in numbers]
+                yield crops, numbers, skipped, stream.state_dict() if stream else None
+        except UserError as error:
+            yield error  # raised in the worker it would arrive wrapped in a traceback
+
+    def _candidates(self, number: int) -> Iterator[tuple[str, Callable[[], Encoded]]]:
+        """The sample's image and those that follow in its epoch."""
+        assert not isinstance(self.source, StreamSource)
+        epoch, position = divmod(number, len(self.source))
+        order = epoch_order(self.seed, epoch, len(self.source))
+        for offset in range(len(order)):
+            i = int(order[(position + offset) % len(order)])
+            yield self.source.name(i), partial(self.source.read, i)
+
+    def _crop(
+        self, number: int, candidates: Iterator[tuple[str, Callable[[], Encoded]]], skipped: list[str]
+    ) -> np.ndarray:
+        settings = self.settings
+        bad = []
+        for name, read in itertools.islice(candidates, MAX_BAD_IN_A_ROW):
+            rng = crop_rng(self.seed, number)
+            try:
+                array = self._pixels(name, read)
+                return random_crop(array, settings.resolution, settings.resize_px, settings.flip, rng)
+            except ImageError as error:
+                bad.append(f"{name}: {error}")
+                skipped.append(bad[-1])
+        shown = "".join(f"\n  {line}" for line in bad[:5])
+        raise UserError(f"data.source: {len(bad)} images in a row of {settings.source} are unreadable:{shown}")
+
+    def _pixels(self, name: str, read: Callable[[], Encoded]) -> np.ndarray:
+        if name in self.kept:
+            return self.kept[name]
+        array = _decode(read(), self.settings, self.channels)
+        few = not isinstance(self.source, StreamSource) and len(self.source) <= KEPT_IMAGES
+        if few and array.nbytes <= KEPT_BYTES_EACH:
+            self.kept[name] = array
+        return array
+
+
+@dataclass
+class _Middles(IterableDataset):
+    """What a worker of HeldOutImages does: (index, name, crop HWC or the reason why there is none)."""
+
+    images: HeldOutImages
+
+    def __iter__(self) -> Iterator[tuple[int, str, np.ndarray | str]]:
+        images, (worker, workers) = self.images, _worker()
+        for index, name, read in self._stored(images.rank + worker * images.world_size, workers * images.world_size):
+            try:
+                array = _decode(read(), images.settings, images.channels)
+                if images.settings.resize_px is not None:
+                    array = resize_shorter(array, images.settings.resize_px)
+                yield index, name, center_crop(array, images.crop_px, images.multiple_of)
+            except ImageError as error:
+                yield index, name, str(error)
+
+    def _stored(self, first: int, step: int) -> Iterator[tuple[int, str, Callable[[], Encoded]]]:
+        source = self.images.source
+        if isinstance(source, StreamSource):
+            for index, row in itertools.islice(enumerate(source.dataset), first, None, step):
+                yield index, f"{source.label} row {index}", partial(encoded_image, row[source.column])
+        else:
+            for index in range(first, len(source), step):
+                yield index, source.name(index), partial(source.read, index)
+
+
+def _decode(encoded: Encoded, settings: DataSettings, channels: int) -> np.ndarray:
+    return decode(encoded, channels=channels, background=settings.background, max_pixels=settings.max_pixels)
+
+
+def _worker() -> tuple[int, int]:
+    info = get_worker_info()
+    return (info.id, info.num_workers) if info else (0, 1)
+
+
+def _received(crops: _Crops, is_stream: bool) -> Generator[Batch, None, None]:
+    """Parcels of the workers in turn, as Batches. Pixels travel as they were decoded, through pipes: a quarter of
+    the floats' size, and /dev/shm may be small."""
+    states = list(crops.states)
+    for count, parcel in enumerate(_loader(crops, crops.settings.num_workers)):
+        if isinstance(parcel, UserError):
+            raise parcel
+        arrays, numbers, skipped, states[count % len(states)] = parcel
+        images = torch.stack([to_tensor(array) for array in arrays])
+        if torch.cuda.is_available():
+            images = images.pin_memory()
+        state = None
+        if is_stream:
+            state = {"rank": crops.share.rank, "world_size": crops.share.world_size, "workers": list(states)}
+        yield Batch(images, numbers, skipped, state)
+
+
+def _loader(dataset: IterableDataset, num_workers: int) -> Iterator[Any]:
+    """The items of `dataset`: of its workers in turn, worker 0 first."""
+    return iter(
+        DataLoader(
+            dataset,
+            batch_size=None,
+            num_workers=num_workers,
+            collate_fn=_unchanged,
+            worker_init_fn=_ignore_interrupts,
+            generator=torch.Generator(),  # otherwise it draws a seed from the global one
+        )
+    )
+
+
+def _unchanged(item: T) -> T:
+    return item
+
+
+def _ignore_interrupts(worker: int) -> None:
+    # Ctrl-C goes to every process of the terminal; the main one then stops the workers
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -1,0 +1,200 @@
+"""Writes the folder that stock diffusers loads, with measured latent statistics and a card, and proves it."""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL
+from huggingface_hub import HfApi
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from latent_ae.config import UserError
+from latent_ae.latents import LatentStatistics
+from latent_ae.model_card import CardFacts, loading_lines, model_card
+from latent_ae.models import Reconstructor, count_parameters
+
+__all__ = ["CardFacts", "export_autoencoder", "loading_lines", "push_to_hub", "verify_export"]
+
+TOLERANCE = 1e-5
+"""Largest difference, in [-1, 1], between the trained model's reconstruction and the exported one's."""
+
+# The fresh process knows nothing of this project: it is what a user of the folder has.
+FRESH_PROCESS = """
+import sys
+import torch
+from diffusers import AutoencoderKL
+from safetensors.torch import load_file, save_file
+
+folder, images, result, threads = sys.argv[1:]
+torch.set_num_threads(int(threads))
+autoencoder = AutoencoderKL.from_pretrained(folder, torch_dtype=torch.float32, local_files_only=True).eval()
+with torch.no_grad():
+    rows = [
+        autoencoder.decode(autoencoder.encode(image[None]).latent_dist.mode()).sample
+        for image in load_file(images)["images"]
+    ]
+save_file({"images": torch.cat(rows)}, result)
+assert not any(name.startswith("latent_ae") for name in sys.modules), "the check must not see this project"
+"""
+
+
+def export_autoencoder(
+    autoencoder: AutoencoderKL,
+    folder: str | Path,
+    *,
+    statistics: LatentStatistics,
+    sample_size: int,
+    card: CardFacts,
+    check_images: Tensor,
+) -> dict[str, Any]:
+    """Writes `folder`: config.json, diffusion_pytorch_model.safetensors (float32) and README.md.
+
+    The config carries scaling_factor and shift_factor measured by `statistics`, and sample_size (px). The
+    model given is left as it is. Everything is written beside `folder` and checked there by `verify_export`
+    on `check_images` (NCHW in [-1, 1], sides multiples of the factor) before it takes its place, so an export
+    that fails leaves an older one whole.
+
+    Returns what was written, JSON-ready. Raises UserError when `folder` holds something other than an export,
+    cannot be written, or the latents cannot be scaled; RuntimeError when the check fails.
+    """
+    folder = Path(os.path.abspath(Path(folder).expanduser()))
+    _refuse_foreign(folder)
+    exported = _twin(autoencoder)
+    exported.register_to_config(
+        scaling_factor=statistics.scaling_factor,
+        shift_factor=statistics.shift_factor,
+        sample_size=sample_size,
+    )
+    facts = {
+        "folder": str(folder),
+        "scaling_factor": statistics.scaling_factor,
+        "shift_factor": statistics.shift_factor,
+        "sample_size": sample_size,
+        "parameters": count_parameters(exported),
+    }
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
+            fresh = Path(scratch) / "export"
+            exported.save_pretrained(fresh, safe_serialization=True)
+            for file in fresh.glob("*.safetensors"):
+                shutil.copymode(fresh / "config.json", file)  # safetensors writes for the owner's eyes only
+            difference = verify_export(fresh, autoencoder, check_images)
+            facts["max_abs_difference"] = difference
+            model_card(exported, card, statistics, folder.name, difference).save(fresh / "README.md")
+            _take_place(fresh, folder, Path(scratch) / "previous")
+    except OSError as error:
+        raise UserError(f"cannot write the export {folder}: {error.strerror or error}") from error
+    return facts
+
+
+def verify_export(folder: str | Path, autoencoder: AutoencoderKL, images: Tensor) -> float:
+    """Loads `folder` with stock diffusers in a fresh process, on the CPU, and compares reconstructions.
+
+    `images`: NCHW in [-1, 1], sides multiples of the factor. Both sides take the posterior's mode, one image
+    at a time, in float32. Returns the largest absolute difference; raises RuntimeError when it is above 1e-5
+    or the folder does not load.
+    """
+    images = images.detach().to("cpu", torch.float32).contiguous()
+    trained = Reconstructor(_twin(autoencoder))
+    with torch.no_grad(), torch.autocast("cpu", enabled=False):
+        expected = torch.cat([trained(image[None]).image for image in images])
+    if not expected.isfinite().all():
+        raise RuntimeError("the trained model itself reconstructs images with NaN or infinity; export an earlier one")
+    actual = _reconstruct_in_fresh_process(Path(folder), images)
+    if actual.shape != expected.shape:
+        raise RuntimeError(
+            f"the exported model in {folder} gives images of {tuple(actual.shape)}, "
+            f"the trained one {tuple(expected.shape)}"
+        )
+    difference = float((actual - expected).abs().max())
+    if not difference <= TOLERANCE:  # also when it is nan
+        raise RuntimeError(
+            f"the exported model in {folder} does not reconstruct like the trained one: they differ by up to "
+            f"{difference:.3g} (allowed: {TOLERANCE:g}, images in [-1, 1])"
+        )
+    return difference
+
+
+def push_to_hub(folder: str | Path, repo_id: str, *, token: str | None = None, private: bool = False) -> str:
+    """Uploads an exported folder to the Hugging Face hub and returns its address there.
+
+    Raises UserError when that fails; the folder stays as it is, so the upload can be tried again.
+    """
+    folder = Path(folder).expanduser()
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder} has no config.json, so it is not an export; `latent-ae export` writes one")
+    try:
+        return _upload(HfApi(token=token), folder, repo_id, private)
+    except Exception as error:  # the hub's client raises its HTTP library's own kinds, which differ by version
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        raise UserError(
+            f"cannot upload {folder} to {repo_id}: {reason}. The export is complete on this machine; check the "
+            f"network, the token (`hf auth login`) and the name, then: hf upload {repo_id} {folder}"
+        ) from error
+
+
+def _twin(autoencoder: AutoencoderKL) -> AutoencoderKL:
+    """The same weights in another model: float32 on the CPU, evaluation mode, plain memory format."""
+    with torch.device("meta"):  # no memory, no random numbers drawn
+        # without the place that the weights were once loaded from: it means nothing elsewhere
+        config = {key: value for key, value in autoencoder.config.items() if key != "_name_or_path"}
+        twin = type(autoencoder).from_config(config)
+    # plain strides, as in a file: a 1x1 kernel in channels-last is "contiguous" either way, and would choose
+    # another convolution algorithm
+    state = {
+        name: torch.empty(tensor.shape).copy_(tensor.detach()) for name, tensor in autoencoder.state_dict().items()
+    }
+    twin.load_state_dict(state, assign=True)
+    return twin.eval().requires_grad_(False)
+
+
+def _refuse_foreign(folder: Path) -> None:
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not (folder / "config.json").is_file()):
+        raise UserError(f"{folder} exists and is not an export; give a new or empty folder")
+
+
+def _take_place(fresh: Path, folder: Path, previous: Path) -> None:
+    """Two renames; whatever stops the second one undoes the first."""
+    had_previous = folder.exists()
+    if had_previous:
+        os.replace(folder, previous)
+    try:
+        os.replace(fresh, folder)
+    except BaseException:
+        if had_previous:
+            os.replace(previous, folder)
+        raise
+
+
+def _reconstruct_in_fresh_process(folder: Path, images: Tensor) -> Tensor:
+    with tempfile.TemporaryDirectory() as scratch:
+        given, result = Path(scratch) / "images.safetensors", Path(scratch) / "result.safetensors"
+        save_file({"images": images}, given)
+        words = [str(folder.resolve()), str(given), str(result), str(torch.get_num_threads())]
+        # on the CPU, where arithmetic is the same on both sides; offline, because the folder must be enough
+        environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
+        done = subprocess.run(
+            [sys.executable, "-c", FRESH_PROCESS, *words],
+            cwd=scratch,
+            env=environment,
+            capture_output=True,
+            text=True,
+            errors="replace",
+        )
+        if done.returncode != 0:
+            tail = "\n".join(done.stderr.strip().splitlines()[-5:])
+            raise RuntimeError(f"stock diffusers cannot load the exported model in {folder}:\n{tail}")
+        return load_file(result)["images"]
+
+
+def _upload(api: HfApi, folder: Path, repo_id: str, private: bool) -> str:
+    address = api.create_repo(repo_id, private=private, exist_ok=True)
+    api.upload_folder(repo_id=address.repo_id, folder_path=folder, commit_message="Upload first stage")
+    return str(address)

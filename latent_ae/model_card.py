@@ -1,0 +1,142 @@
+"""The README.md of an exported first stage: what it is, how to load it, how good it is; metadata that a hub reads."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from diffusers import AutoencoderKL
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from latent_ae.latents import LatentStatistics
+from latent_ae.models import count_parameters, factor_of
+
+METRIC_NAMES = {"psnr": "PSNR (dB)", "ssim": "SSIM", "lpips_vgg": "LPIPS (VGG)", "lpips_alex": "LPIPS (Alex)"}
+
+
+@dataclass(frozen=True)
+class CardFacts:
+    """What a model card says about how a first stage came to be. Anything unknown stays None and unsaid."""
+
+    name: str
+    data_name: str
+    steps: int | None = None
+    num_images: int | None = None
+    """How many held-out images the metrics are means over."""
+    metrics: Mapping[str, float | None] = field(default_factory=dict)
+    """Means by the keys of `ReconstructionMetrics.summary`; other keys are ignored."""
+    baseline: Mapping[str, float | None] = field(default_factory=dict)
+    """The same for bicubic down- and upsampling by the factor."""
+    split: str | None = None
+    base_model: str | None = None
+    license: str | None = None
+    settings_yaml: str | None = None
+
+
+def loading_lines(folder: str | Path) -> str:
+    """The lines of Python that load an export."""
+    return (
+        "import torch\n"
+        "from diffusers import AutoencoderKL\n"
+        f"vae = AutoencoderKL.from_pretrained({str(folder)!r}, torch_dtype=torch.float32).eval()"
+    )
+
+
+def model_card(
+    autoencoder: AutoencoderKL,
+    facts: CardFacts,
+    statistics: LatentStatistics,
+    location: str,
+    difference: float,
+) -> ModelCard:
+    """A model card with a valid model-index; `autoencoder` carries the config that is exported."""
+    measured = {key: facts.metrics[key] for key in METRIC_NAMES if facts.metrics.get(key) is not None}
+    results = [
+        EvalResult(
+            task_type="image-to-image",
+            task_name="Image reconstruction",
+            dataset_type=facts.data_name,
+            dataset_name=facts.data_name,
+            dataset_split=facts.split,
+            metric_type=key.partition("_")[0],
+            metric_name=METRIC_NAMES[key],
+            metric_value=value,
+        )
+        for key, value in measured.items()
+    ]
+    data = ModelCardData(
+        library_name="diffusers",
+        license=facts.license,
+        base_model=facts.base_model,
+        pipeline_tag="image-to-image",
+        tags=["autoencoder", "vae", "latent-diffusion", "latent-ae"],
+        model_name=facts.name,
+        eval_results=results or None,
+    )
+    return ModelCard(
+        f"---\n{data.to_yaml()}\n---\n\n" + _card_text(autoencoder, facts, statistics, location, difference)
+    )
+
+
+def _card_text(
+    autoencoder: AutoencoderKL,
+    facts: CardFacts,
+    statistics: LatentStatistics,
+    location: str,
+    difference: float,
+) -> str:
+    config, factor = autoencoder.config, factor_of(autoencoder)
+    trained = [f"on {facts.data_name}"]
+    if facts.steps is not None:
+        trained.append(f"for {facts.steps:,} steps")
+    if facts.base_model:
+        trained.append(f"from {facts.base_model}")
+    parts = [
+        f"# {facts.name}\n\nAn `AutoencoderKL`: images of {config.in_channels} channels in [-1, 1] to latents "
+        f"of {config.latent_channels} channels, each side divided by {factor}. "
+        f"{count_parameters(autoencoder):,} parameters, float32. Trained {' '.join(trained)}.",
+        f"""## Use
+
+```python
+{loading_lines(location)}
+with torch.no_grad():
+    z = vae.encode(images).latent_dist.sample()  # images: N x {config.in_channels} x H x W in [-1, 1]
+    z = (z - vae.config.shift_factor) * vae.config.scaling_factor  # what a diffusion model sees
+    images = vae.decode(z / vae.config.scaling_factor + vae.config.shift_factor).sample
+```
+
+H and W are multiples of {factor}. `scaling_factor` and `shift_factor` were measured over
+{statistics.count:,} latent values (mean {statistics.mean:.4g}, standard deviation {statistics.std:.4g}).
+Pipelines of the Stable Diffusion 1 and 2 kind apply `scaling_factor` only.""",
+        _metric_text(facts, factor),
+        "## Check\n\nLoaded by stock diffusers in a fresh process, these weights reconstruct like the trained "
+        f"model: largest difference {difference:.1e} in [-1, 1].",
+    ]
+    if facts.settings_yaml:
+        fence = "`" * 3
+        parts.append(f"## Settings\n\n{fence}yaml\n{facts.settings_yaml.rstrip()}\n{fence}")
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _metric_text(facts: CardFacts, factor: int) -> str:
+    measured = [key for key in METRIC_NAMES if facts.metrics.get(key) is not None]
+    if not measured:
+        return ""
+    rows = [("this model", facts.metrics)]
+    if facts.baseline:
+        rows.append((f"bicubic, {factor}x down and up", facts.baseline))
+    lines = [
+        "| " + " | ".join(["", *(METRIC_NAMES[key] for key in measured)]) + " |",
+        "|---" + "|---:" * len(measured) + "|",
+        *(
+            "| " + " | ".join([name, *(_figure_text(values.get(key)) for key in measured)]) + " |"
+            for name, values in rows
+        ),
+    ]
+    count = f"{facts.num_images:,} held-out images" if facts.num_images is not None else "held-out images"
+    return f"## Reconstruction\n\nMeans per image over {count} of {facts.data_name}, on 8-bit pixels.\n\n" + "\n".join(
+        lines
+    )
+
+
+def _figure_text(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4g}"

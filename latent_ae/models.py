@@ -1,0 +1,121 @@
+"""Settings -> a diffusers autoencoder, and the one way through it."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor, nn
+
+from latent_ae.config import ModelSettings, UserError
+from latent_ae.linear_start import linear_start_
+
+
+class Reconstruction(NamedTuple):
+    """What one pass gives; all float32."""
+
+    image: Tensor
+    """NCHW like the input, nominally in [-1, 1], not clamped."""
+    mean: Tensor
+    """Posterior mean, N x latent_channels x H/f x W/f (raw: no scaling factor)."""
+    logvar: Tensor
+    """Posterior log-variance, like `mean`."""
+    latent: Tensor
+    """What was decoded: mean + exp(logvar / 2) * noise, or the mean."""
+
+
+class Reconstructor(nn.Module):
+    """The one way through an autoencoder. What wraps it (DDP, autocast, compile) sees every use.
+
+    Calling `autoencoder.encode` or `.decode` of a wrapped model bypasses the wrapper's hooks, so that
+    gradients are not synchronised; hence this single `forward`.
+    """
+
+    def __init__(self, autoencoder: AutoencoderKL):
+        super().__init__()
+        self.autoencoder = autoencoder
+
+    def forward(self, images: Tensor, noise: Tensor | None = None) -> Reconstruction:
+        """Reconstructs NCHW images in [-1, 1] whose sides are multiples of the factor.
+
+        `noise` (standard normal, shaped like the latent) samples the posterior; None takes its mode.
+        """
+        posterior = self.autoencoder.encode(images).latent_dist
+        mean, logvar = posterior.mean.float(), posterior.logvar.float()
+        latent = mean if noise is None else mean + torch.exp(0.5 * logvar) * noise
+        image = self.autoencoder.decode(latent).sample.float()
+        return Reconstruction(image, mean, logvar, latent)
+
+    @property
+    def last_layer(self) -> Tensor:
+        """The weight of the decoder's output convolution, where the adaptive GAN weight is measured."""
+        return self.autoencoder.decoder.conv_out.weight
+
+
+def build_autoencoder(settings: ModelSettings, *, sample_size: int, seed: int = 0) -> AutoencoderKL:
+    """A fresh float32 AutoencoderKL. The global random state is left as it was."""
+    levels = len(settings.block_out_channels)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        autoencoder = AutoencoderKL(
+            in_channels=settings.in_channels,
+            out_channels=settings.out_channels,
+            down_block_types=settings.down_block_types or ("DownEncoderBlock2D",) * levels,
+            up_block_types=settings.up_block_types or ("UpDecoderBlock2D",) * levels,
+            block_out_channels=settings.block_out_channels,
+            layers_per_block=settings.layers_per_block,
+            latent_channels=settings.latent_channels,
+            norm_num_groups=settings.norm_num_groups,
+            act_fn=settings.act_fn,
+            mid_block_add_attention=settings.mid_block_add_attention,
+            use_quant_conv=settings.use_quant_conv,
+            use_post_quant_conv=settings.use_post_quant_conv,
+            sample_size=sample_size,
+            # 1.0 until export measures it: a silent 0.18215 belongs to another model
+            scaling_factor=1.0,
+        )
+    if settings.init == "linear":
+        linear_start_(autoencoder)
+    return autoencoder
+
+
+def load_autoencoder(location: str, *, subfolder: str | None = None, revision: str | None = None) -> AutoencoderKL:
+    """An AutoencoderKL in float32 from a diffusers folder (a pipeline's `vae` subfolder is found) or hub id.
+
+    Raises UserError when there is none, or when it is of another class.
+    """
+    folder = Path(location).expanduser()
+    if folder.exists():
+        if subfolder is None and not (folder / "config.json").is_file() and (folder / "vae/config.json").is_file():
+            subfolder = "vae"
+        config = folder / (subfolder or "") / "config.json"
+        if not config.is_file():
+            raise UserError(
+                f"{location}: no config.json in it, so this is not a diffusers model folder. "
+                "Give the folder that save_pretrained or `latent-ae export` wrote (in a run: its export/)"
+            )
+        location = str(folder)
+    elif location.startswith(("/", ".", "~")) or location.count("/") > 1:
+        raise UserError(f"no such model folder: {location} (from {Path.cwd()})")
+    try:
+        name = AutoencoderKL.load_config(location, subfolder=subfolder, revision=revision).get("_class_name")
+        if name not in (None, "AutoencoderKL"):
+            raise UserError(f"{location} holds a {name}; an AutoencoderKL is needed here")
+        return AutoencoderKL.from_pretrained(
+            location, subfolder=subfolder, revision=revision, torch_dtype=torch.float32
+        )
+    except UserError:
+        raise
+    except Exception as error:  # diffusers raises many kinds for a missing, truncated or foreign file
+        reason = " ".join(str(error).split())[:400]
+        raise UserError(f"cannot load an AutoencoderKL from {location}: {reason}") from error
+
+
+def factor_of(autoencoder: AutoencoderKL) -> int:
+    """Image px per latent px along one side."""
+    return int(2 ** (len(autoencoder.config.block_out_channels) - 1))
+
+
+def count_parameters(module: nn.Module) -> int:
+    """Number of scalar parameters."""
+    return sum(parameter.numel() for parameter in module.parameters())

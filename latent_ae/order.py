@@ -1,0 +1,61 @@
+"""Which image, crop, flip and noise a sample has: pure functions of the seed and the sample's global number."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+
+# streams of random numbers that must never overlap: the highest word of Philox's counter
+CROP, NOISE, ORDER, BLOCK = range(4)
+
+
+def crop_rng(seed: int, number: int) -> np.random.Generator:
+    """The generator that decides crop and flip of a sample."""
+    return np.random.Generator(_philox(seed, number, CROP))
+
+
+@lru_cache(maxsize=2)
+def epoch_order(seed: int, epoch: int, num_images: int) -> np.ndarray:
+    """The images of an epoch, each once: (num_images,) integers."""
+    # sorted raw words instead of Generator.permutation, whose algorithm NumPy may change
+    order = np.argsort(_philox(seed, epoch, ORDER).random_raw(num_images), kind="stable")
+    return order.astype(np.uint32) if num_images < 2**32 else order
+
+
+def block_order(seed: int, epoch: int, reader: int, block: int, size: int) -> np.ndarray:
+    """The order of a block of `size` images that a stream's reader shuffles: (size,) integers."""
+    return np.argsort(_philox(seed, epoch, BLOCK, reader, block).random_raw(size), kind="stable")
+
+
+def posterior_noise(seed: int, numbers: Sequence[int], shape: Sequence[int]) -> torch.Tensor:
+    """Standard normal noise of the samples `numbers`: (N, *shape) float32, independent of their crops."""
+    generators = (np.random.Generator(_philox(seed, number, NOISE)) for number in numbers)
+    noise = [generator.standard_normal(tuple(shape), dtype=np.float32) for generator in generators]
+    return torch.from_numpy(np.stack(noise))
+
+
+def _philox(seed: int, number: int, stream: int, reader: int = 0, block: int = 0) -> np.random.Philox:
+    key = np.array([seed, number], dtype=np.uint64)
+    return np.random.Philox(key=key, counter=np.array([0, block, reader, stream], dtype=np.uint64))
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which samples are a rank's."""
+
+    batch_size: int
+    micro_batch_size: int
+    rank: int
+    world_size: int
+
+    @property
+    def micro_steps(self) -> int:
+        return self.batch_size // (self.micro_batch_size * self.world_size)
+
+    def numbers(self, step: int) -> list[int]:
+        """Samples of the rank's micro-batch `step`, counted from the run's beginning."""
+        batch, micro_step = divmod(step, self.micro_steps)
+        first = batch * self.batch_size + (micro_step * self.world_size + self.rank) * self.micro_batch_size
+        return list(range(first, first + self.micro_batch_size))

@@ -1,0 +1,216 @@
+"""What a source of images is: encoded images by number, or a stream of them. `images.decode` makes pixels of them."""
+
+import difflib
+import hashlib
+import itertools
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol, TypeAlias
+
+import datasets
+import numpy as np
+
+from latent_ae.config import DataSettings, UserError
+from latent_ae.images import ImageError
+from latent_ae.order import block_order, epoch_order
+
+Encoded = bytes | Path
+
+
+class StoredImages(Protocol):
+    """Images by number, in a fixed order; small enough to be sent to workers."""
+
+    def __len__(self) -> int: ...
+
+    def name(self, i: int) -> str:
+        """What a person can find image i by."""
+
+    def read(self, i: int) -> Encoded:
+        """Image i as it is stored. Raises ImageError where a table's row holds none."""
+
+    def keys(self) -> np.ndarray:
+        """One uint64 per image that stays the same when other images are added."""
+
+    def subset(self, rows: np.ndarray) -> "StoredImages": ...
+
+
+@dataclass(frozen=True)
+class FolderSource:
+    """Image files under `root`; `names` are relative paths as bytes, one array instead of a million objects."""
+
+    root: Path
+    names: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def name(self, i: int) -> str:
+        return os.fsdecode(self.names[i])
+
+    def read(self, i: int) -> Path:
+        return self.root / self.name(i)
+
+    def keys(self) -> np.ndarray:
+        digests = b"".join(hashlib.blake2b(name, digest_size=8).digest() for name in self.names.tolist())
+        return np.frombuffer(digests, dtype="<u8")
+
+    def subset(self, rows: np.ndarray) -> "FolderSource":
+        return replace(self, names=self.names[rows])
+
+
+@dataclass(frozen=True)
+class TableSource:
+    """Rows of a map-style dataset whose `column` holds encoded images."""
+
+    dataset: datasets.Dataset
+    column: str
+    label: str
+    rows: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def name(self, i: int) -> str:
+        return f"{self.label} row {self.rows[i]}"
+
+    def read(self, i: int) -> Encoded:
+        return encoded_image(self.dataset[int(self.rows[i])][self.column])
+
+    def keys(self) -> np.ndarray:
+        return np.random.Philox(key=0).random_raw(len(self.dataset))[self.rows]
+
+    def subset(self, rows: np.ndarray) -> "TableSource":
+        return replace(self, rows=self.rows[rows])
+
+
+@dataclass(frozen=True)
+class StreamSource:
+    """A dataset that can only be read from its start, in files (shards) that go to different readers."""
+
+    dataset: datasets.IterableDataset
+    column: str
+    label: str
+
+    def check_readers(self, rank: int, world_size: int, workers: int, state: dict[str, Any] | None) -> None:
+        """Raises UserError when some worker would get no file, or `Batch.stream_state` is of other readers."""
+        shards = self.dataset.num_shards
+        if shards < workers * world_size:
+            raise UserError(
+                f"data.num_workers: {self.label} streams from {shards} file(s), but {world_size} process(es) with "
+                f"{workers} worker(s) each need one per worker, {workers * world_size}; lower data.num_workers, "
+                "split the files, or set data.streaming=false"
+            )
+        if state is None:
+            return
+        before = len(state["workers"])
+        if (state["rank"], state["world_size"], before) != (rank, world_size, workers):
+            raise UserError(
+                f"data.streaming: the run streamed with {state['world_size']} process(es) of {before} worker(s), "
+                f"now there are {world_size} of {workers}; a stream goes on only with the same numbers"
+            )
+
+
+ImageSource: TypeAlias = StoredImages | StreamSource
+
+
+class StreamReader:
+    """Endless iterator over (name, function that gives the encoded image): what reader `reader` of many sees.
+
+    Each epoch puts the files into another order and deals them out to the readers; a reader takes the images of its
+    files in blocks of half a `buffer_size`, each shuffled, while it reads the next block one by one. `state_dict`
+    knows where the present block began, so that going on from it gives the same images as never having stopped.
+    """
+
+    def __init__(
+        self, source: StreamSource, seed: int, buffer_size: int, reader: int, num_readers: int, state: dict | None
+    ):
+        self.source, self.seed, self.block_size = source, seed, max(1, buffer_size // 2)
+        self.reader, self.num_readers = reader, num_readers
+        self.state = state or {"epoch": 0, "file": 0, "row": 0, "block": 0, "offset": 0}
+        self.images = self._images()
+
+    def __iter__(self) -> "StreamReader":
+        return self
+
+    def __next__(self) -> tuple[str, Callable[[], Encoded]]:
+        value = next(self.images)
+        path = value.get("path") if isinstance(value, dict) else None
+        return path or f"{self.source.label} (streamed)", partial(encoded_image, value)
+
+    def state_dict(self) -> dict[str, int]:
+        """Position behind the last image given."""
+        return dict(self.state)
+
+    def _images(self) -> Iterator[Any]:
+        first = self.state
+        for epoch in itertools.count(first["epoch"]):
+            rows = self._rows(epoch, first["file"], first["row"])
+            block, number, done = list(itertools.islice(rows, self.block_size)), first["block"], first["offset"]
+            if not block:
+                raise UserError(f"data.source: {self.source.label} streams no images to reader {self.reader}")
+            while block:
+                file, row = block[0][0]
+                following: list[tuple[tuple[int, int], Any]] = []
+                for offset, place in enumerate(block_order(self.seed, epoch, self.reader, number, len(block))):
+                    following += itertools.islice(rows, 1)
+                    if offset >= done:
+                        position = {"epoch": epoch, "file": file, "row": row, "block": number, "offset": offset + 1}
+                        self.state = position
+                        yield block[place][1]
+                block, number, done = following, number + 1, 0
+            first = {"file": 0, "row": 0, "block": 0, "offset": 0}
+
+    def _rows(self, epoch: int, first_file: int, first_row: int) -> Iterator[tuple[tuple[int, int], Any]]:
+        """((file, row), value) of this reader's files in the epoch's order, from the given place on."""
+        dataset = self.source.dataset
+        shards = epoch_order(self.seed, epoch, dataset.num_shards)[self.reader :: self.num_readers]
+        for file in range(first_file, len(shards)):
+            skipped = first_row if file == first_file else 0
+            shard = dataset.shard(dataset.num_shards, int(shards[file]), contiguous=False)
+            # iter() instead of __iter__, which would deal the rows out to the DataLoader's workers once more
+            for row, batch in enumerate(shard.skip(skipped).iter(batch_size=1), start=skipped):
+                yield (file, row), batch[self.source.column][0]
+
+
+def encoded_image(value: Any) -> Encoded:
+    """A row's image: bytes, or the `{bytes, path}` of an undecoded datasets.Image."""
+    if isinstance(value, dict):
+        value = value.get("bytes") or (Path(value["path"]) if value.get("path") else None)
+    if not isinstance(value, (bytes, Path)):
+        raise ImageError("the row holds no image")
+    return value
+
+
+def load_table(key: str, label: str, settings: DataSettings, path: str, **options: Any) -> TableSource | StreamSource:
+    """`datasets.load_dataset` of a hub id or packaged format, its images left undecoded. Raises UserError.
+
+    `key` is the setting that named the data, `label` what to call it in messages.
+    """
+    try:
+        dataset = datasets.load_dataset(path, streaming=settings.streaming, **options)
+    except Exception as error:  # whatever datasets raises here is about the user's files
+        raise UserError(f"data.{key}: {label} cannot be read as {path}: {first_line(error)}") from error
+    column = settings.image_column
+    features = dataset.features or {}
+    if column not in features:
+        pictures = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
+        near = pictures or difflib.get_close_matches(column, list(features), n=1, cutoff=0.3)
+        hint = f"; set data.image_column={near[0]}" if near else ""
+        raise UserError(f"data.image_column: {label} has no column {column!r}; it has: {', '.join(features)}{hint}")
+    feature = features[column]
+    if isinstance(feature, datasets.Image):
+        # bytes stay as they are until images.decode sees them
+        dataset = dataset.cast_column(column, datasets.Image(decode=False))
+    elif not ("binary" in getattr(feature, "dtype", "") or (isinstance(feature, dict) and "bytes" in feature)):
+        raise UserError(f"data.image_column: {column!r} of {label} holds {feature}, not images or their bytes")
+    dataset = dataset.select_columns([column])
+    if settings.streaming:
+        return StreamSource(dataset, column, label)
+    return TableSource(dataset, column, label, np.arange(len(dataset)))
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,18 @@
+"""What several test files need: the real LPIPS trunk, and one thread, so that small tests do not fight for cores."""
+
+import pytest
+import torch
+
+from latent_ae.config import UserError
+from latent_ae.perceptual import LPIPS
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def lpips_vgg() -> LPIPS:
+    """LPIPS on the trained VGG16 trunk."""
+    try:
+        return LPIPS("vgg")
+    except UserError as error:
+        pytest.skip(f"no LPIPS weights can be had here: {str(error).splitlines()[0]}")

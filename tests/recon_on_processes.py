@@ -1,0 +1,21 @@
+"""What tests/test_eval_recon.py runs on two processes: MODEL DATA OUT [DATA OUT ...]; every rank writes its result."""
+
+import json
+import sys
+from pathlib import Path
+
+from accelerate import PartialState
+
+from latent_ae.config import UserError
+from latent_ae_eval.config import ReconSettings
+from latent_ae_eval.recon import evaluate_reconstruction
+
+model, *words = sys.argv[1:]
+settings = ReconSettings(crop_px=32, lpips=(), batch_size=2, num_workers=0, max_bad_fraction=1.0)
+for data, out in zip(words[::2], words[1::2], strict=True):
+    try:
+        result = evaluate_reconstruction(model, data, settings, out=out)
+    except UserError as error:
+        result = {"error": str(error)}
+    Path(f"{out}.rank{PartialState().process_index}.json").write_text(json.dumps(result))
+PartialState().destroy_process_group()

@@ -1,0 +1,126 @@
+"""Settings: every mistake at once, with the key's path, what is wrong and what to do."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from latent_ae.config import UserError, load_settings, recipe_names, to_yaml
+from latent_ae_train.config import TrainSettings
+
+
+def message(*words: str, source: str | None = None) -> str:
+    with pytest.raises(UserError) as caught:
+        load_settings(TrainSettings, source, words)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("word", "expected"),
+    [
+        ("stesp=3", "stesp: no such setting; did you mean steps?"),
+        ("optim.learning_rate=3", "optim.learning_rate: no such setting"),
+        ("lr=1e-4", "lr: no such setting; did you mean optim.lr?"),
+        ("gan.wieght=1", "did you mean gan.weight?"),
+        ("modle.latent_channels=4", "modle: no such setting; did you mean model"),
+        ("steps=many", "steps: input should be a valid integer"),
+        ("steps=true", "steps: true is a yes/no value"),
+        ("optim.lr=yes", "optim.lr: true is a yes/no value"),
+        ("model.block_out_channels=[true,64]", "model.block_out_channels: [true, 64] is a yes/no value"),
+        ("data.flip=3.5", "data.flip: input should be a valid boolean"),
+        ("steps=0", "steps: input should be greater than or equal to 1"),
+        ("optim.lr=.nan", "optim.lr: input should be"),
+        ("precision=fp16", "precision: input should be 'fp32' or 'bf16'"),
+        ("loss.pixel=l3", "loss.pixel: input should be 'l1', 'l2' or 'charbonnier'"),
+        ("report_to=[mlflow]", "report_to: input should be 'tensorboard', 'wandb' or 'trackio'"),
+        ("steps", "steps: not understood; write key=value"),
+        ("steps.x=3", "steps"),
+        ("batch_size=10 micro_batch_size=4", "batch_size: 10 does not divide into 1 process(es) x micro_batch_size 4"),
+        ("data.resolution=100 model.block_out_channels=[32,32,32,32]", "data.resolution: 100 is not a multiple"),
+        ("data.source=./no/such/folder", "data.source: no such file or folder: ./no/such/folder"),
+        ("data.eval_source=/nowhere", "data.eval_source: no such file or folder"),
+        ("init_from=/nowhere/vae", "init_from: no such folder"),
+        ("weights_dir=/nowhere", "weights_dir: no such folder"),
+        ("output_dir=README.md/x", "is a file; name a folder"),
+        ("model.norm_num_groups=7", "model.norm_num_groups: 7 does not divide"),
+        ("model.out_channels=1", "model.out_channels: 1, but model.in_channels is 3"),
+        ("model.in_channels=4 model.out_channels=4", "loss.perceptual: LPIPS sees 1 or 3 channels"),
+        ("loss.pixel_weight=0 loss.perceptual=0", "nothing would be reconstructed"),
+        ("data.resize_px=64", "data.resize_px: 64 is smaller than data.resolution"),
+        ("model.init=linear model.latent_channels=2", "model.init: linear needs model.latent_channels >= 3"),
+        ("gan.layers=8", "gan.layers: 8 need crops of at least"),
+        ("validate.crop_px=250", "validate.crop_px: 250 is not a multiple of the model's factor 8: use 248"),
+        ("data.resolution=16 loss.perceptual_net=alex", "loss.perceptual_net: alex needs images of at least 31 px"),
+        ("seed=99999999999999999999999999", "seed: input should be less than"),
+        ("data.background=[1,2]", "data.background: has too few values"),
+    ],
+)
+def test_each_mistake_has_its_message(word: str, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(Path(__file__).parent.parent)
+    assert expected in message(*word.split())
+
+
+def test_all_mistakes_at_once() -> None:
+    text = message("stesp=1", "optim.lr=true", "batch_size=10", "micro_batch_size=4", "data.source=/nowhere/at/all")
+    assert text.startswith("4 problems")
+    for key in ("stesp:", "optim.lr:", "batch_size:", "data.source:"):
+        assert f"\n  {key}" in text
+
+
+def test_a_wrong_batch_split_depends_on_the_number_of_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    load_settings(TrainSettings, None, ["batch_size=9"])
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "9 does not divide into 2 process(es): set batch_size to 8 or 10" in message("batch_size=9")
+    settings = load_settings(TrainSettings, None, ["batch_size=24", "micro_batch_size=3"])
+    assert (settings.micro_batch, settings.accumulation) == (3, 4)
+
+
+def test_yaml_scientific_notation_and_overrides(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("optim: {lr: 1e-4}\nsteps: 7\n")
+    settings = load_settings(TrainSettings, str(path), ["optim.lr=2e-5", "gan.weight=0", "data.resize_px=null"])
+    assert (settings.optim.lr, settings.steps, settings.gan.weight) == (2e-5, 7, 0.0)
+
+
+def test_a_file_that_is_no_text(tmp_path: Path) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_bytes(b"\xff\xfe\x00steps")
+    assert "cannot read" in message(source=str(path))
+
+
+@pytest.mark.parametrize("text", ["steps: [", "- a\n- b\n", "steps: !!python/object/apply:os.system ['true']"])
+def test_a_file_that_is_no_settings(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    assert "bad.yaml" in message(source=str(path))
+
+
+def test_a_missing_config_names_the_recipes() -> None:
+    text = message(source="quikstart")
+    assert "no such config: quikstart" in text and "Did you mean the recipe quickstart?" in text
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_each_recipe_is_valid_and_survives_a_round_trip(name: str, tmp_path: Path) -> None:
+    settings = load_settings(TrainSettings, name, [])
+    path = tmp_path / "copy.yaml"
+    path.write_text(to_yaml(settings))
+    assert load_settings(TrainSettings, str(path)) == settings
+
+
+def test_settings_are_frozen() -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        TrainSettings().steps = 3  # type: ignore[misc]
+
+
+def test_nothing_heavy_is_loaded_for_a_mistake() -> None:
+    code = (
+        "import sys; from latent_ae.__main__ import main\n"
+        "assert main(['train', 'quickstart', 'stesp=1']) == 2\n"
+        "heavy = {'torch', 'diffusers', 'datasets', 'accelerate', 'numpy'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "Traceback" not in result.stderr and "did you mean steps?" in result.stderr

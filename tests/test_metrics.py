@@ -1,0 +1,141 @@
+"""Reconstruction metrics against scikit-image and the lpips package, on the same 8-bit pixels."""
+
+import json
+import math
+import random
+
+import lpips as reference_lpips
+import numpy as np
+import pytest
+import skimage
+import torch
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+
+from latent_ae.config import UserError
+from latent_ae.images import to_tensor
+from latent_ae.metrics import PSNR_CAP_DB, ReconstructionMetrics, psnr, ssim, summarise
+
+
+def pairs(channels: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
+    """uint8 NCHW: crops of a photograph, and the same with noise, blur-like shift and strong error."""
+    photo = torch.from_numpy(skimage.data.astronaut()).permute(2, 0, 1)[:channels]
+    a = torch.stack([photo[:, y : y + 60, x : x + 45] for y, x in ((0, 100), (120, 200), (250, 30), (300, 300))])
+    noise = torch.randn(a.shape, generator=torch.Generator().manual_seed(0))
+    scale = torch.tensor([1.0, 10.0, 40.0, 200.0]).view(-1, 1, 1, 1)
+    return a, (a + noise * scale).round().clamp(0, 255).to(torch.uint8)
+
+
+def floats(images: torch.Tensor) -> torch.Tensor:
+    return torch.stack([to_tensor(image.permute(1, 2, 0).numpy()) for image in images])
+
+
+def measure(a: torch.Tensor, b: torch.Tensor, nets=(), order=None) -> ReconstructionMetrics:
+    try:
+        metrics = ReconstructionMetrics("cpu", nets)
+    except UserError as error:
+        pytest.skip(f"no LPIPS weights can be had here: {str(error).splitlines()[0]}")
+    for index in order or range(len(a)):
+        metrics.update([index], [f"{index}.png"], a[index : index + 1], b[index : index + 1])
+    return metrics
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_psnr_and_ssim_equal_scikit_image(channels):
+    a, b = pairs(channels)
+    for measured, x, y in zip(zip(psnr(a, b).tolist(), ssim(a, b).tolist(), strict=True), a, b, strict=True):
+        x, y = x.numpy(), y.numpy()
+        assert measured[0] == pytest.approx(peak_signal_noise_ratio(x, y, data_range=255), rel=1e-12)
+        expected = structural_similarity(
+            x, y, channel_axis=0, gaussian_weights=True, sigma=1.5, use_sample_covariance=False, data_range=255
+        )
+        assert measured[1] == pytest.approx(expected, abs=1e-9)
+
+
+def test_identical_and_opposite_images():
+    black, white = torch.zeros(1, 3, 16, 16, dtype=torch.uint8), torch.full((1, 3, 16, 16), 255, dtype=torch.uint8)
+    assert psnr(black, black).item() == PSNR_CAP_DB and ssim(black, black).item() == 1.0
+    assert psnr(black, white).item() == 0.0 and ssim(black, white).item() == pytest.approx(1e-4, rel=1e-3)
+
+
+def test_images_below_the_window_are_nan_and_the_smallest_above_is_not():
+    a = torch.randint(0, 256, (2, 3, 10, 40), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    assert ssim(a, a).isnan().all()
+    b = torch.randint(0, 256, (2, 3, 11, 11), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(ssim(b, b), torch.ones(2, dtype=torch.float64))
+
+
+def test_floats_and_unequal_shapes_are_refused():
+    a, b = pairs()
+    with pytest.raises(ValueError, match="to_uint8"):
+        psnr(a.float(), b)
+    with pytest.raises(ValueError, match="one shape"):
+        ssim(a, b[:1])
+
+
+def test_pixels_are_rounded_before_they_are_measured():
+    a, _ = pairs()
+    off = floats(a) + 0.4 / 127.5  # less than half a level: the file would be the same
+    assert [row["psnr"] for row in measure(floats(a), off).rows()] == [PSNR_CAP_DB] * 4
+
+
+def test_lpips_equals_its_package_on_the_rounded_pixels():
+    a, b = pairs()
+    metrics = measure(floats(a), floats(b), nets=("vgg", "alex"))
+    for net in ("vgg", "alex"):
+        # the package with our trunk: its own would come from a hub
+        package = reference_lpips.LPIPS(net=net, pnet_rand=True, verbose=False).eval()
+        trunk = {name.replace(".", "_"): tensor for name, tensor in metrics.lpips[net].named_buffers()}
+        for name, parameter in package.net.named_parameters():
+            _, position, kind = name.rsplit(".", 2)
+            parameter.data.copy_(trunk[f"conv{position}_{kind}"])
+        with torch.no_grad():
+            expected = package(a.float() / 127.5 - 1, b.float() / 127.5 - 1).flatten().tolist()
+        assert [row[f"lpips_{net}"] for row in metrics.rows()] == pytest.approx(expected, abs=1e-5)
+        assert metrics.summary()[f"lpips_{net}"] == pytest.approx(np.mean(expected), abs=1e-5)
+
+
+def test_summary_does_not_depend_on_batches_order_or_duplicates():
+    a, b = (floats(images) for images in pairs())
+    whole = ReconstructionMetrics("cpu", ())
+    whole.update(range(4), ["0.png", "1.png", "2.png", "3.png"], a, b)
+    shuffled = measure(a, b, order=random.Random(0).sample([0, 1, 2, 3, 3, 0], 6))
+    assert shuffled.rows() == whole.rows() and shuffled.summary() == whole.summary()
+    assert whole.summary()["n"] == 4
+    assert whole.summary()["psnr"] == pytest.approx(np.mean([row["psnr"] for row in whole.rows()]), rel=1e-12)
+
+
+def test_a_collapsed_reconstruction_is_named_not_measured():
+    a, b = (floats(images) for images in pairs())
+    b[1, 0, 3, 3] = math.nan
+    summary = measure(a, b).summary()
+    assert summary["notes"][0] == "psnr: 1 of 4 images left out, their reconstruction holds NaN or infinity"
+    json.dumps(measure(a, b).rows(), allow_nan=False)
+
+
+@pytest.mark.parametrize(
+    ("shape", "lacking", "note"),
+    [
+        ((2, 5, 40, 40), ["lpips_alex"], "1 or 3 channels and they have 5"),
+        ((2, 3, 30, 40), ["lpips_alex"], "shorter than 31 px"),
+        ((2, 1, 10, 40), ["ssim", "lpips_alex"], "shorter than 11 px"),
+    ],
+)
+def test_what_cannot_be_measured_is_left_out_with_the_reason(shape, lacking, note):
+    a = torch.rand(shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    summary = measure(a, -a, nets=("alex",)).summary()
+    assert [key for key in ("psnr", "ssim", "lpips_alex") if summary[key] is None] == lacking
+    assert any(note in text for text in summary["notes"])
+    json.dumps(summary, allow_nan=False)
+
+
+def test_one_channel_counts_as_gray_for_lpips():
+    a, b = (floats(images) for images in pairs(1))
+    gray = measure(a, b, nets=("alex",))
+    shared = ReconstructionMetrics("cpu", lpips=gray.lpips)
+    shared.update(range(4), "abcd", a.expand(-1, 3, -1, -1), b.expand(-1, 3, -1, -1))
+    repeated = [row["lpips_alex"] for row in shared.rows()]
+    assert [row["lpips_alex"] for row in gray.rows()] == pytest.approx(repeated, rel=1e-5)
+
+
+def test_nothing_measured_is_an_empty_summary():
+    assert summarise([]) == {"n": 0}

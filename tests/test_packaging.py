@@ -1,0 +1,38 @@
+"""The wheel holds everything that the commands need, recipes included."""
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_the_wheel_works_outside_the_checkout(tmp_path: Path) -> None:
+    # a copy: building leaves files beside the sources
+    source = tmp_path / "source"
+    skipped = shutil.ignore_patterns(".*", "runs", "build", "dist", "*.egg-info", "__pycache__")
+    shutil.copytree(ROOT, source, ignore=skipped)
+    build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(tmp_path), str(source)]
+    subprocess.run(build, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("latent_ae-*.whl")
+    site = tmp_path / "site"
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(site)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    code = (
+        "import latent_ae, latent_ae_train, latent_ae_eval, sys\n"
+        f"assert all(m.__file__.startswith({str(site)!r}) for m in (latent_ae, latent_ae_train, latent_ae_eval))\n"
+        "from latent_ae.__main__ import main\n"
+        "sys.exit(main(['train', 'quickstart', '--dry-run']))"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(site), "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=elsewhere, env=environment, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    assert "output_dir: runs/quickstart" in result.stdout and "global batch:" in result.stdout
+    assert not list(elsewhere.iterdir())

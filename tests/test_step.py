@@ -1,0 +1,258 @@
+"""The training step's properties, on tiny real networks."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from latent_ae.losses import generator_loss, kl_loss
+from latent_ae.perceptual import LPIPS
+from latent_ae_train.step import TrainStep
+from tests.launch import launch
+from tests.tiny import GAN, build_step, global_batch, micro_batches, moved, settings_for, weights
+
+
+def run(step: TrainStep, count: int = 1) -> dict[str, torch.Tensor]:
+    means: dict[str, torch.Tensor] = {}
+    for number in range(count):
+        means = step(number, micro_batches(number, step.settings))
+    return means
+
+
+def networks(step: TrainStep) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    return weights(step.bare_reconstructor), weights(step.bare_discriminator)
+
+
+def part(names: set[str], word: str) -> set[str]:
+    return {name for name in names if word in name}
+
+
+@pytest.mark.parametrize("pixel", ["l1", "l2", "charbonnier"])
+def test_the_pixel_term_alone_moves_encoder_and_decoder(pixel: str) -> None:
+    step = build_step(settings_for(loss={"pixel": pixel}))
+    before, _ = networks(step)
+    run(step)
+    changed = moved(before, networks(step)[0])
+    assert "autoencoder.encoder.conv_in.weight" in changed
+    assert "autoencoder.decoder.conv_out.weight" in changed
+
+
+def test_the_perceptual_term_alone_moves_encoder_and_decoder(lpips_vgg: LPIPS) -> None:
+    step = build_step(settings_for(loss={"pixel_weight": 0.0, "perceptual": 1.0}), lpips_vgg)
+    before, _ = networks(step)
+    frozen = {name: tensor.clone() for name, tensor in lpips_vgg.state_dict().items()}
+    run(step)
+    changed = moved(before, networks(step)[0])
+    assert "autoencoder.encoder.conv_in.weight" in changed
+    assert "autoencoder.decoder.conv_out.weight" in changed
+    assert all(torch.equal(tensor, frozen[name]) for name, tensor in lpips_vgg.state_dict().items())
+
+
+def test_the_kl_term_alone_moves_the_encoder_only() -> None:
+    step = build_step(settings_for(loss={"pixel_weight": 0.0, "kl": 1.0}))
+    before, _ = networks(step)
+    run(step)
+    changed = moved(before, networks(step)[0])
+    assert part(changed, "encoder.") and part(changed, ".quant_conv")
+    assert not part(changed, "decoder.") and not part(changed, "post_quant_conv")
+
+
+def test_the_adversarial_term_alone_moves_both_networks() -> None:
+    step = build_step(settings_for(loss={"pixel_weight": 0.0}, gan={**GAN, "adaptive": False}))
+    before = networks(step)
+    run(step)
+    after = networks(step)
+    assert "autoencoder.decoder.conv_out.weight" in moved(before[0], after[0])
+    assert moved(before[1], after[1]) == set(before[1])
+
+
+def test_the_discriminator_sends_no_gradient_into_the_autoencoder() -> None:
+    """While the discriminator trains alone, the autoencoder's update is bit for bit that of a run without one."""
+    alone = build_step(settings_for())
+    judged = build_step(settings_for(gan={**GAN, "discriminator_warmup": 10}))
+    before = weights(judged.bare_discriminator)
+    run(alone, 3), run(judged, 3)
+    assert not moved(networks(alone)[0], networks(judged)[0])
+    assert moved(before, weights(judged.bare_discriminator)) == set(before)
+
+
+def test_the_generator_term_sends_no_gradient_into_the_discriminator() -> None:
+    """The discriminator's update does not depend on the autoencoder's adversarial term being on."""
+    off = build_step(settings_for(gan={**GAN, "discriminator_warmup": 10}))
+    on = build_step(settings_for(gan={**GAN, "adaptive": False}))
+    before = networks(on)
+    run(off), run(on)
+    assert moved(before[0], networks(on)[0])
+    assert moved(networks(off)[0], networks(on)[0]), "the adversarial term is not felt: the test shows nothing"
+    assert not moved(networks(off)[1], networks(on)[1])
+    assert all(p.grad is None for p in on.bare_discriminator.parameters())
+
+
+def count_calls(module: torch.nn.Module) -> list[int]:
+    calls: list[int] = []
+    module.register_forward_pre_hook(lambda *_: calls.append(1))
+    return calls
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_one_pass_of_each_network_per_micro_batch(accumulation: int, lpips_vgg: LPIPS) -> None:
+    settings = settings_for(loss={"perceptual": 1.0, "kl": 1e-6}, gan=GAN, micro_batch_size=8 // accumulation)
+    step = build_step(settings, lpips_vgg)
+    autoencoder = step.bare_reconstructor.autoencoder
+    watched = [autoencoder.encoder, autoencoder.decoder, step.bare_discriminator, lpips_vgg]
+    counts = [count_calls(module) for module in watched]
+    run(step, 2)
+    assert [len(calls) for calls in counts] == [2 * accumulation] * 4
+
+
+def test_nothing_is_computed_for_a_zero_weight(monkeypatch: pytest.MonkeyPatch, lpips_vgg: LPIPS) -> None:
+    from latent_ae_train import step as module
+
+    used: list[str] = []
+    for name in ("kl_loss", "pixel_loss", "generator_loss", "discriminator_loss", "lecam_loss", "adaptive_ratio"):
+        original = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *a, _n=name, _f=original, **k: (used.append(_n), _f(*a, **k))[1])
+    lpips_calls = count_calls(lpips_vgg)
+    run(build_step(settings_for(loss={"pixel_weight": 1.0}), lpips_vgg))
+    assert used == ["pixel_loss"] and not lpips_calls
+    used.clear()
+    run(build_step(settings_for(gan={**GAN, "start": 5})))
+    assert used == ["pixel_loss"], "before its start the discriminator costs nothing"
+    used.clear()
+    run(build_step(settings_for(gan={**GAN, "discriminator_warmup": 5, "lecam": 0.0})))
+    assert used == ["pixel_loss", "discriminator_loss"], "while it trains alone, no adversarial gradient is formed"
+
+
+def test_the_combined_gradient_is_the_textbook_one(lpips_vgg: LPIPS) -> None:
+    """Two autograd.grad calls on the last layer, one summed loss, one full backward (Esser et al. 2021, eq. 7)."""
+    settings = settings_for(
+        loss={"perceptual": 1.0, "kl": 1e-2, "perceptual_every": 2},
+        gan={**GAN, "adaptive_smoothing": 0.0},
+        optim={"lr": 1e-30},
+        batch_size=4,
+    )
+    step = build_step(settings, lpips_vgg)
+    gradients: dict[str, torch.Tensor] = {}
+    step.optimizer.register_step_pre_hook(
+        lambda *_: gradients.update({n: p.grad.clone() for n, p in step.bare_reconstructor.named_parameters()})
+    )
+    images, noise = global_batch(0, settings)
+    # the weight lags by one step: the first call measures, the second applies it to the same batch
+    step(0, micro_batches(0, settings))
+    step(1, micro_batches(0, settings))
+
+    reference = build_step(settings, lpips_vgg)
+    model, judge = reference.bare_reconstructor, reference.bare_discriminator
+    result = model(images, noise)
+    reconstruction = (images - result.image).abs().mean() + lpips_vgg(result.image[::2], images[::2]).mean()
+    adversarial = generator_loss("hinge", judge(result.image))
+    (nll_layer,) = torch.autograd.grad(reconstruction, model.last_layer, retain_graph=True)
+    (gan_layer,) = torch.autograd.grad(adversarial, model.last_layer, retain_graph=True)
+    weight = nll_layer.norm() / (gan_layer.norm() + 1e-6)
+    total = reconstruction + 0.5 * weight * adversarial + 1e-2 * kl_loss(result.mean, result.logvar, 3 * 16 * 16)
+    total.backward()
+    torch.testing.assert_close(step.state.adaptive_weight, weight, rtol=1e-5, atol=0)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(gradients[name], parameter.grad, rtol=2e-4, atol=2e-7, msg=name)
+
+
+def test_master_weights_and_optimizer_stay_fp32_under_bf16() -> None:
+    step = build_step(settings_for(precision="bf16", gan=GAN, ema={"decay": 0.9}, batch_size=2))
+    seen: list[torch.dtype] = []
+    step.bare_reconstructor.autoencoder.decoder.conv_in.register_forward_hook(lambda *a: seen.append(a[2].dtype))
+    means = run(step)
+    assert seen == [torch.bfloat16]
+    tensors = [*step.bare_reconstructor.parameters(), *step.bare_discriminator.parameters()]
+    tensors += list(step.ema.module.parameters())
+    for optimizer in (step.optimizer, step.discriminator_optimizer):
+        tensors += [value for state in optimizer.state.values() for value in state.values()]
+    assert {tensor.dtype for tensor in tensors} == {torch.float32}
+    assert {value.dtype for value in means.values()} == {torch.float32}
+
+
+class HostReads(TorchDispatchMode):
+    """Counts what makes the host wait for a value on the device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.__name__.split(".")[0] in ("_local_scalar_dense", "item", "nonzero", "is_nonzero", "equal"):
+            self.names.append(func.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def test_no_host_read_in_a_step(lpips_vgg: LPIPS) -> None:
+    settings = settings_for(
+        loss={"perceptual": 1.0, "kl": 1e-6, "perceptual_every": 2},
+        gan={**GAN, "lecam": 0.1},
+        ema={"decay": 0.9},
+        optim={"clip": 1.0},
+        micro_batch_size=4,
+    )
+    step = build_step(settings, lpips_vgg)
+    step(0, micro_batches(0, settings))
+    batches = list(micro_batches(1, settings))
+    with HostReads() as reads:
+        means = step(1, iter(batches))
+        assert not reads.names
+        float(means["l1"])  # the mode does see a read
+    assert reads.names
+
+
+def test_the_adaptive_weight_is_capped_and_passes_over_what_is_not_finite() -> None:
+    step = build_step(settings_for(gan={**GAN, "adaptive_cap": 1e-3}))
+    run(step)
+    assert float(step.state.adaptive_weight) == pytest.approx(1e-3)
+    bad = torch.full((3, 8, 3, 3), float("nan"))
+    from latent_ae_train.schedule import GanPhase
+
+    step._remember({"layer_reconstruction": bad, "layer_adversarial": torch.ones_like(bad)}, GanPhase(True, 0.5))
+    assert float(step.state.adaptive_weight) == pytest.approx(1e-3)
+
+
+BIG = {
+    "batch_size": 8,
+    "gan": {**GAN, "lecam": 0.1, "discriminator_warmup": 2, "warmup": 5},
+    "loss": {"kl": 1e-4},
+    "ema": {"decay": 0.9},
+    "optim": {"clip": 1.0, "lr": 1e-3},
+}
+
+
+def train_20_steps(tmp_path: Path, processes: int, micro: int, break_it: str = "") -> dict[str, torch.Tensor]:
+    """Runs tests/train_20_steps.py on so many gloo processes; returns rank 0's tensors (all ranks are compared)."""
+    out = tmp_path / f"{processes}-{micro}-{break_it}.pt"
+    settings = json.dumps({**BIG, "micro_batch_size": micro})
+    result = launch(processes, Path(__file__).with_name("train_20_steps.py"), settings, str(out), break_it)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return torch.load(out, weights_only=True)
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
+    return train_20_steps(tmp_path_factory.mktemp("one"), 1, 8)
+
+
+def largest_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    """Relative to each tensor's norm."""
+    assert a.keys() == b.keys()
+    return max(float((a[name] - b[name]).norm() / (a[name].norm() + 1e-12)) for name in a)
+
+
+@pytest.mark.parametrize(("processes", "micro"), [(1, 4), (1, 2), (2, 4), (2, 1)])
+def test_the_same_global_batch_gives_the_same_training(
+    tmp_path: Path, one_process: dict[str, torch.Tensor], processes: int, micro: int
+) -> None:
+    other = train_20_steps(tmp_path, processes, micro)
+    assert largest_difference(one_process, other) < 1e-5
+
+
+@pytest.mark.parametrize("break_it", ["bypass", "local_weight"])
+def test_a_broken_step_is_noticed(tmp_path: Path, one_process: dict[str, torch.Tensor], break_it: str) -> None:
+    other = train_20_steps(tmp_path, 2, 4, break_it)
+    assert largest_difference(one_process, other) > 1e-4

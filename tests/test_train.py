@@ -1,0 +1,308 @@
+"""The main job on tiny networks and generated pictures: run folder, resume, processes, export, messages."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from diffusers import AutoencoderKL
+from PIL import Image
+from safetensors.torch import load_file
+
+from latent_ae.__main__ import main
+from tests.launch import launch_module
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve small pictures with colour gradients and edges."""
+    folder = tmp_path_factory.mktemp("pictures")
+    rng = np.random.default_rng(0)
+    for index in range(12):
+        small = Image.fromarray(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8))
+        small.resize((40, 30), Image.Resampling.BICUBIC).save(folder / f"{index:02}.png")
+    return folder
+
+
+def words(pictures: Path, run: Path, *more: str) -> list[str]:
+    """A run of a few seconds with every loss but LPIPS."""
+    return [
+        *("train", "quickstart", f"output_dir={run}", f"data.source={pictures}", "data.eval_fraction=0.25"),
+        *("data.resolution=16", "data.num_workers=0", "steps=6", "batch_size=4", "optim.warmup=0"),
+        *("model.block_out_channels=[16,16]", "model.norm_num_groups=4", "model.latent_channels=4"),
+        *("loss.perceptual=0", "gan.start=1", "gan.discriminator_warmup=1", "gan.warmup=1", "gan.lecam=0.01"),
+        *("gan.channels=8", "gan.layers=1", "checkpoint.every=2", "validate.every=3", "validate.crop_px=16"),
+        *("validate.preview_images=2", "log.every=2", *more),
+    ]
+
+
+def checkpoint_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint, the optimizers' included."""
+    tensors = {
+        f"{path.stem}.{name}": tensor
+        for path in sorted(folder.glob("*.safetensors"))
+        for name, tensor in load_file(path).items()
+    }
+    for network, state in torch.load(folder / "optimizer.pt", weights_only=True).items():
+        for index, values in state["state"].items():
+            tensors |= {f"optimizer.{network}.{index}.{key}": value for key, value in values.items()}
+    return tensors
+
+
+def largest_difference(a: Path, b: Path) -> float:
+    """Of the networks (autoencoder, average, discriminator, step's state), relative to each one's norm.
+
+    Not of single tensors: Adam turns a gradient that is 0 but for rounding into a step of full size.
+    """
+    first, second = checkpoint_tensors(a), checkpoint_tensors(b)
+    assert first.keys() == second.keys() and len(first) > 100
+    differences = []
+    for network in ("autoencoder.", "ema.", "discriminator.", "step_state."):
+        names = [name for name in first if name.startswith(network)]
+        ours, theirs = (torch.cat([tensors[name].flatten() for name in names]) for tensors in (first, second))
+        differences.append(float((ours - theirs).norm() / ours.norm()))
+    return max(differences)
+
+
+def differing_tensors(a: Path, b: Path) -> list[str]:
+    """Names of tensors that are not equal bit for bit, the optimizers' included."""
+    first, second = checkpoint_tensors(a), checkpoint_tensors(b)
+    assert first.keys() == second.keys() and len(first) > 100
+    return [name for name in first if not torch.equal(first[name], second[name])]
+
+
+@pytest.fixture(scope="module")
+def finished(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("runs") / "whole"
+    assert main(words(pictures, run)) == 0
+    return run
+
+
+def test_the_run_folder_holds_what_the_design_says(finished: Path) -> None:
+    assert yaml.safe_load((finished / "config.yaml").read_text())["data"]["resolution"] == 16
+    events = [json.loads(line) for line in (finished / "log.jsonl").read_text().splitlines()]
+    assert [event["step"] for event in events if event["event"] == "train"] == [2, 4, 6]
+    assert [event["step"] for event in events if event["event"] == "validate"] == [0, 3, 6]
+    last = [event for event in events if event["event"] == "train"][-1]
+    assert {"l1", "kl", "generator", "discriminator", "adaptive_weight", "lecam", "lr"} <= last.keys()
+    assert all(np.isfinite(value) for value in last.values() if isinstance(value, float))
+    with Image.open(finished / "previews/step-00000006.png") as preview:
+        assert preview.width > 3 * 16 and preview.height > 2 * 16
+    assert sorted(path.name for path in (finished / "checkpoints").iterdir()) == ["step-00000004", "step-00000006"]
+    page = (finished / "report.html").read_text()
+    assert "bicubic /2" in page and "data:image/" in page
+    assert not re.search(r"(src|href)=.https?:", page), "the page must not load anything"
+
+
+def test_the_export_holds_the_averaged_weights_and_measured_latents(finished: Path, pictures: Path) -> None:
+    stock = AutoencoderKL.from_pretrained(finished / "export").eval()
+    averaged = load_file(finished / "checkpoints/step-00000006/ema.safetensors")
+    assert all(torch.equal(tensor, averaged[name]) for name, tensor in stock.state_dict().items())
+    trained = load_file(finished / "checkpoints/step-00000006/autoencoder.safetensors")
+    assert any(not torch.equal(tensor, trained[name]) for name, tensor in averaged.items())
+    results = json.loads((finished / "results.json").read_text())
+    assert stock.config.sample_size == 16
+    assert stock.config.scaling_factor == pytest.approx(1 / results["latents"]["std"])
+    assert stock.config.shift_factor == pytest.approx(results["latents"]["mean"])
+    assert results["export"]["max_abs_difference"] <= 1e-5
+    # an independent estimate from the whole training pictures
+    latents = []
+    with torch.no_grad():
+        for path in sorted(pictures.glob("*.png")):
+            pixels = torch.tensor(np.asarray(Image.open(path)))[:16, :32].permute(2, 0, 1)[None] / 127.5 - 1
+            latents.append(stock.encode(pixels).latent_dist.mean.flatten())
+    assert stock.config.scaling_factor == pytest.approx(float(1 / torch.cat(latents).std()), rel=0.25)
+
+
+def test_running_again_changes_nothing(finished: Path, pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = (finished / "log.jsonl").read_text()
+    weights = (finished / "export/diffusion_pytorch_model.safetensors").read_bytes()
+    assert main(words(pictures, finished)) == 0
+    assert (finished / "log.jsonl").read_text() == before
+    assert (finished / "export/diffusion_pytorch_model.safetensors").read_bytes() == weights
+    captured = capsys.readouterr()
+    assert "after" in captured.out and "from_pretrained" in captured.out
+    assert main(words(pictures, finished, "steps=5")) == 2
+    assert "is at step 6 already" in capsys.readouterr().err
+
+
+def test_a_run_killed_before_its_results_gets_them(finished: Path, pictures: Path, tmp_path: Path) -> None:
+    run = tmp_path / "copy"
+    shutil.copytree(finished, run)
+    shutil.rmtree(run / "export")
+    log = (run / "log.jsonl").read_text().splitlines(keepends=True)
+    assert '"event": "validate", "step": 6' in log[-1]
+    (run / "log.jsonl").write_text("".join(log[:-1]))
+    assert main(words(pictures, run)) == 0
+    ours, theirs = (json.loads((folder / "results.json").read_text()) for folder in (run, finished))
+    assert ours["held_out"]["after"] == theirs["held_out"]["after"]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_resumed_equals_uninterrupted(finished: Path, pictures: Path, tmp_path: Path, workers: int) -> None:
+    """Bit for bit, stopped in the middle of the GAN's ramp; a schedule without horizon, as `steps` differs."""
+    more = ("optim.schedule=constant", f"data.num_workers={workers}", "micro_batch_size=2")
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert main(words(pictures, whole, *more)) == 0
+    assert main(words(pictures, parts, *more, "steps=2")) == 0
+    assert main(words(pictures, parts, *more)) == 0
+    last = "checkpoints/step-00000006"
+    assert differing_tensors(whole / last, parts / last) == []
+    state = json.loads((parts / last / "state.json").read_text())
+    assert (state["step"], state["num_images_seen"]) == (6, 24)
+
+
+def test_two_processes_equal_one(finished: Path, pictures: Path, tmp_path: Path) -> None:
+    run = tmp_path / "two"
+    result = launch_module(2, *words(pictures, run))
+    assert result.returncode == 0, result.stderr[-3000:]
+    last = "checkpoints/step-00000006"
+    assert largest_difference(finished / last, run / last) < 1e-5
+    ours, theirs = (json.loads((folder / "results.json").read_text()) for folder in (finished, run))
+    assert theirs["held_out"]["after"]["n"] == ours["held_out"]["after"]["n"] == 3
+    assert theirs["held_out"]["after"]["psnr"] == pytest.approx(ours["held_out"]["after"]["psnr"], abs=1e-3)
+    assert theirs["latents"]["std"] == pytest.approx(ours["latents"]["std"], rel=1e-4)
+
+
+def test_a_damaged_checkpoint_is_passed_over(pictures: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    assert main(words(pictures, run, "steps=4")) == 0
+    damaged = run / "checkpoints/step-00000004/autoencoder.safetensors"
+    content = bytearray(damaged.read_bytes())
+    content[-10] ^= 1
+    damaged.write_bytes(content)
+    (run / "checkpoints/step-00000009.tmp").mkdir()
+    assert main(words(pictures, run, "steps=4")) == 0
+    error = capfd.readouterr().err
+    assert "autoencoder.safetensors has another checksum" in error and "resuming" in error and "step 2 of 4" in error
+
+
+def test_a_changed_recipe_is_refused_with_its_keys(
+    finished: Path, pictures: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(words(pictures, finished, "model.latent_channels=5", "seed=3", "log.every=3")) == 2
+    error = capsys.readouterr().err
+    assert "model.latent_channels: 4 in" in error and "seed: 0 in" in error and "log.every" not in error
+    assert "Traceback" not in error
+
+
+def test_an_interrupted_run_says_how_to_go_on(
+    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from latent_ae_train.step import TrainStep
+
+    original = TrainStep.__call__
+
+    def stop_at_3(self: TrainStep, step: int, *rest: object) -> object:
+        if step == 3:
+            raise KeyboardInterrupt
+        return original(self, step, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(TrainStep, "__call__", stop_at_3)
+    run = tmp_path / "run"
+    assert main(words(pictures, run)) == 130
+    assert "the checkpoint of step 2 is kept; the same command goes on from it" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert main(words(pictures, run)) == 0
+
+
+def test_divergence_stops_the_run_and_leaves_good_checkpoints(
+    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    assert main(words(pictures, run, "optim.lr=1e30", "optim.warmup=3", "gan.weight=0")) == 2
+    error = capsys.readouterr().err
+    assert "diverged" in error and "optim.lr" in error and "Traceback" not in error
+    for path in run.glob("checkpoints/*/*.safetensors"):
+        assert all(torch.isfinite(tensor).all() for tensor in load_file(path).values())
+    for line in (run / "log.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+
+
+def test_a_held_out_file_that_cannot_be_read_is_named(
+    pictures: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    held_out = tmp_path / "held-out"
+    held_out.mkdir()
+    shutil.copy(pictures / "00.png", held_out)
+    (held_out / "torn.png").write_bytes((pictures / "01.png").read_bytes()[:300])
+    run = tmp_path / "run"
+    assert main(words(pictures, run, "steps=1", f"data.eval_source={held_out}")) == 0
+    assert "held-out image left out" in (error := capfd.readouterr().err) and "torn.png" in error
+    assert json.loads((run / "results.json").read_text())["held_out"]["after"]["n"] == 1
+
+
+def test_going_on_from_a_diffusers_folder(finished: Path, pictures: Path, tmp_path: Path) -> None:
+    path = tmp_path / "tune.yaml"
+    path.write_text(
+        f"output_dir: {tmp_path / 'tuned'}\ninit_from: {finished / 'export'}\nsteps: 1\nbatch_size: 2\n"
+        f"data: {{source: {pictures}, resolution: 16, num_workers: 0, eval_fraction: 0.25}}\n"
+        "loss: {perceptual: 0}\ngan: {weight: 0}\noptim: {lr: 1.0e-9, warmup: 0}\n"
+    )
+    assert main(["train", str(path)]) == 0
+    before = AutoencoderKL.from_pretrained(finished / "export").state_dict()
+    after = AutoencoderKL.from_pretrained(tmp_path / "tuned/export").state_dict()
+    assert all(torch.allclose(before[name], after[name], atol=1e-7) for name in before)
+
+
+def test_bf16_and_a_tracker(pictures: Path, tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    run = tmp_path / "run"
+    more = ("precision=bf16", "report_to=[tensorboard]", "steps=1", "batch_size=1", "log.every=1", "gan.start=0")
+    assert main(words(pictures, run, *more)) == 0
+    assert list(run.rglob("events.out.tfevents*"))
+    assert AutoencoderKL.from_pretrained(run / "export").dtype == torch.float32
+
+
+def test_export_command(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    # a checkpoint is enough: it may lie anywhere, without its run
+    shutil.copytree(finished / "checkpoints/step-00000006", tmp_path / "kept")
+    assert main(["export", str(tmp_path / "kept"), str(tmp_path / "vae")]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    ours, theirs = (AutoencoderKL.from_pretrained(folder) for folder in (tmp_path / "vae", finished / "export"))
+    assert ours.config.scaling_factor == pytest.approx(facts["scaling_factor"])
+    assert ours.config.scaling_factor == pytest.approx(theirs.config.scaling_factor, rel=1e-6)
+    assert all(torch.equal(tensor, theirs.state_dict()[name]) for name, tensor in ours.state_dict().items())
+    assert main(["export", str(tmp_path), str(tmp_path / "other")]) == 2
+    assert "neither a run with a complete checkpoint nor a checkpoint" in capsys.readouterr().err
+
+
+def test_dry_run_prints_settings_and_plan(pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    assert main([*words(pictures, run, "micro_batch_size=2"), "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    settings, plan = out[: out.index("autoencoder:")], out[out.index("autoencoder:") :]
+    assert yaml.safe_load(settings)["micro_batch_size"] == 2
+    assert "global batch:  4 = 1 process(es) x 2 micro-batch x 2 accumulation" in plan
+    assert not run.exists()
+
+
+def test_too_many_unreadable_files_stop_the_run(
+    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for path in pictures.glob("*.png"):
+        (folder / path.name).write_bytes(path.read_bytes())
+    for index in range(8):
+        (folder / f"broken{index}.png").write_bytes(b"\x89PNG not really")
+    assert main(words(folder, tmp_path / "run")) == 2
+    error = capsys.readouterr().err
+    assert "skipped" in error and "broken" in error and "data.max_bad_fraction" in error and "Traceback" not in error
+    assert main(words(folder, tmp_path / "run2", "data.max_bad_fraction=1", "steps=2")) == 0
+
+
+def test_help_and_unknown_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    assert "latent-ae train quickstart" in capsys.readouterr().out
+    assert main(["trian"]) == 2
+    assert "no such command: trian" in capsys.readouterr().err
+    for command in ("train", "export", "eval", "weights"):
+        with pytest.raises(SystemExit) as stopped:
+            main([command, "--help"])
+        assert stopped.value.code == 0
+        assert "example" in capsys.readouterr().out

@@ -1,0 +1,83 @@
+"""A training step on networks small enough for a test, but real ones."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from latent_ae.discriminators import PatchDiscriminator
+from latent_ae.models import Reconstructor, build_autoencoder
+from latent_ae_train.config import TrainSettings
+from latent_ae_train.ema import Ema
+from latent_ae_train.step import MicroBatch, TrainStep
+
+SIDE, LATENT = 16, (4, 8, 8)
+MODEL = {
+    "block_out_channels": [8, 16],
+    "layers_per_block": 1,
+    "latent_channels": 4,
+    "norm_num_groups": 2,
+    "mid_block_add_attention": False,
+}
+GAN = {"weight": 0.5, "start": 0, "discriminator_warmup": 0, "warmup": 0, "channels": 8, "layers": 1}
+
+
+def settings_for(**changes: Any) -> TrainSettings:
+    """Tiny settings; `section={...}` changes keys of a section. Relations between keys are not checked."""
+    values: dict[str, Any] = {
+        "steps": 100,
+        "batch_size": 8,
+        "model": MODEL,
+        "data": {"resolution": SIDE},
+        "loss": {"perceptual": 0.0, "kl": 0.0},
+        "gan": {"weight": 0.0},
+        "optim": {"lr": 1e-3, "warmup": 0, "schedule": "constant", "clip": 0.0},
+        "ema": {"decay": 0.0},
+    }
+    for key, value in changes.items():
+        values[key] = {**values.get(key, {}), **value} if isinstance(value, dict) else value
+    return TrainSettings.model_validate(values)
+
+
+def build_step(settings: TrainSettings, perceptual: nn.Module | None = None) -> TrainStep:
+    """The step on a fresh model; equal settings give equal weights, on every process."""
+    accelerator = Accelerator(cpu=True)
+    autoencoder = build_autoencoder(settings.model, sample_size=SIDE, seed=settings.seed)
+    ema = Ema(autoencoder, settings.ema.decay) if settings.ema.decay else None
+    discriminator = None
+    if settings.gan.weight:
+        torch.manual_seed(1)
+        discriminator = PatchDiscriminator(3, settings.gan.channels, settings.gan.layers, settings.gan.norm)
+        discriminator = accelerator.prepare_model(discriminator)
+    reconstructor = accelerator.prepare_model(Reconstructor(autoencoder))
+    return TrainStep(settings, accelerator, reconstructor, discriminator, perceptual, ema)
+
+
+def global_batch(step: int, settings: TrainSettings) -> tuple[torch.Tensor, torch.Tensor]:
+    """Images and noise of a step, a function of its number."""
+    generator = torch.Generator().manual_seed(1000 + step)
+    smooth = torch.randn(settings.batch_size, 3, SIDE // 4, SIDE // 4, generator=generator)
+    images = nn.functional.interpolate(smooth, size=SIDE, mode="bicubic").clamp(-1, 1)
+    return images, torch.randn(settings.batch_size, *LATENT, generator=generator)
+
+
+def micro_batches(step: int, settings: TrainSettings, rank: int = 0) -> Iterator[MicroBatch]:
+    """This rank's share of the global batch, cut as the loader cuts it."""
+    images, noise = global_batch(step, settings)
+    size, every = settings.micro_batch, settings.loss.perceptual_every
+    for index in range(settings.accumulation):
+        first = (index * settings.processes + rank) * size
+        rows = slice(-(step * settings.batch_size + first) % every, None, every)
+        yield MicroBatch(images[first : first + size], noise[first : first + size], rows)
+
+
+def weights(module: nn.Module | None) -> dict[str, torch.Tensor]:
+    """A copy of the parameters."""
+    return {} if module is None else {name: p.detach().clone() for name, p in module.named_parameters()}
+
+
+def moved(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> set[str]:
+    """Names of the parameters that differ."""
+    return {name for name in before if not torch.equal(before[name], after[name])}

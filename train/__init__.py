@@ -1,0 +1,1 @@
+"""The training loop of latent-ae."""

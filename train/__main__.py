@@ -1,0 +1,44 @@
+"""latent-ae train: settings, plan, then the loop."""
+
+import argparse
+import sys
+
+from latent_ae.config import UserError, load_settings, recipe_names, to_yaml
+
+from .config import TrainSettings
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command `latent-ae train`."""
+    parser = argparse.ArgumentParser(
+        prog="latent-ae train",
+        description="Train a first stage. The same command again goes on from the last checkpoint.",
+        epilog="example: latent-ae train quickstart data.source=/my/photos output_dir=runs/mine steps=2000",
+    )
+    parser.add_argument("config", help=f"a YAML file, or a recipe: {', '.join(recipe_names())}")
+    parser.add_argument("override", nargs="*", metavar="key=value", help="changes a setting, e.g. optim.lr=1e-4")
+    parser.add_argument("--dry-run", action="store_true", help="print the resolved settings and the plan, then stop")
+    arguments = parser.parse_intermixed_args(argv)
+    settings = load_settings(TrainSettings, arguments.config, arguments.override)
+    if arguments.dry_run:
+        from .plan import describe_plan
+
+        print(to_yaml(settings))
+        print(describe_plan(settings))
+        return 0
+    import torch
+
+    from .loop import train
+
+    try:
+        train(settings)
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"out of memory with micro_batch_size {settings.micro_batch}: halve micro_batch_size; the result stays the "
+            f"same, the batch is then accumulated ({str(error).splitlines()[0]})"
+        ) from error
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,241 @@
+"""Checkpoints: a folder is complete or it does not exist, and what was written is what is read.
+
+    checkpoints/step-00000300/
+        autoencoder.safetensors    weights being trained
+        ema.safetensors            their average, what validation and export use (only with ema.decay > 0)
+        config.json                the autoencoder's diffusers config
+        discriminator.safetensors  (only with a discriminator)
+        optimizer.pt               both optimizers' state
+        step_state.safetensors     adaptive weight and LeCam averages
+        state.json                 step, samples seen, number of processes, versions, the run's settings
+        manifest.json              size and SHA-256 of every other file; written last
+
+Random states are not saved: order, crops and noise are functions of (seed, sample number).
+"""
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from diffusers import AutoencoderKL
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from latent_ae import __version__
+from latent_ae.config import UserError
+
+from .step import TrainStep
+
+PREFIX = "step-"
+MANIFEST = "manifest.json"
+
+
+class Checkpoint(NamedTuple):
+    """A complete checkpoint on disk."""
+
+    folder: Path
+    step: int
+    """Updates made: training goes on with this step number."""
+
+
+def save_checkpoint(run: Path, train_step: TrainStep, state: Mapping[str, Any], keep: int) -> Checkpoint:
+    """Writes checkpoints/step-XXXXXXXX and then removes all but the newest `keep`. One process calls this.
+
+    `state` needs "step". Raises UserError, and writes nothing, when a weight is not finite.
+    The files appear under a temporary name that `complete_checkpoints` does not take for a
+    checkpoint; they are on the disk, listed in the manifest, before the folder gets its name.
+    """
+    refuse_bad_numbers(train_step, state["step"])
+    folder = checkpoint_folder(run, state["step"])
+    temporary = folder.with_name(folder.name + ".tmp")
+    for leftover in (temporary, folder):
+        shutil.rmtree(leftover, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        autoencoder: AutoencoderKL = train_step.bare_reconstructor.autoencoder
+        autoencoder.save_config(temporary)
+        _save(autoencoder, temporary / "autoencoder.safetensors")
+        if train_step.ema is not None:
+            _save(train_step.ema.module, temporary / "ema.safetensors")
+        if train_step.bare_discriminator is not None:
+            _save(train_step.bare_discriminator, temporary / "discriminator.safetensors")
+        _save(train_step.state, temporary / "step_state.safetensors")
+        torch.save(_optimizer_states(train_step), temporary / "optimizer.pt")
+        (temporary / "state.json").write_text(json.dumps({**state, "versions": versions()}, indent=2))
+        _seal(temporary)
+        os.replace(temporary, folder)
+        _sync(folder.parent)
+    except (OSError, SafetensorError, RuntimeError) as error:  # torch.save says RuntimeError on a full disk
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise UserError(
+            f"cannot write the checkpoint {folder}: {error}. "
+            "Earlier checkpoints are whole; free space or change output_dir, then run the same command again"
+        ) from error
+    # a later one can only be damaged: the run would have gone on from it
+    older = [checkpoint for checkpoint in complete_checkpoints(run) if checkpoint.step <= state["step"]]
+    for old in older[:-keep]:
+        shutil.rmtree(old.folder, ignore_errors=True)
+    return Checkpoint(folder, state["step"])
+
+
+def refuse_bad_numbers(train_step: TrainStep, step: int) -> None:
+    """Raises UserError when a weight is not finite, so that no such checkpoint replaces a good one."""
+    for network in (train_step.bare_reconstructor, train_step.bare_discriminator):
+        for name, parameter in network.named_parameters() if network is not None else ():
+            if not bool(torch.isfinite(parameter).all()):
+                raise UserError(
+                    f"after step {step:,} the weight {name} is not finite: training has diverged. "
+                    "Lower optim.lr, gan.weight or gan.adaptive_cap, or set optim.clip"
+                )
+
+
+def load_checkpoint(checkpoint: Checkpoint, train_step: TrainStep) -> dict[str, Any]:
+    """Restores everything in place and returns what state.json holds. Every process calls this."""
+    folder = checkpoint.folder
+    state: dict[str, Any] = json.loads((folder / "state.json").read_text())
+    device = str(train_step.accelerator.device)
+    modules: dict[str, nn.Module | None] = {
+        "autoencoder": train_step.bare_reconstructor.autoencoder,
+        "ema": train_step.ema.module if train_step.ema is not None else None,
+        "discriminator": train_step.bare_discriminator,
+        "step_state": train_step.state,
+    }
+    for name, module in modules.items():
+        path = folder / f"{name}.safetensors"
+        if (module is not None) != path.is_file():
+            raise UserError(
+                f"{folder} was written {'with' if path.is_file() else 'without'} {name}, the settings say otherwise: "
+                "restore gan.weight and ema.decay, or choose another output_dir"
+            )
+        if module is not None:
+            _load(module, load_file(path, device=device), path)
+    optimizers = torch.load(folder / "optimizer.pt", map_location=device, weights_only=True)
+    for name, optimizer in _optimizers(train_step).items():
+        optimizer.load_state_dict(optimizers[name])
+    return state
+
+
+def newest_checkpoint(run: Path) -> Checkpoint | None:
+    """The newest checkpoint whose files match its manifest; a damaged one is named on stderr and passed over."""
+    for checkpoint in reversed(complete_checkpoints(run)):
+        damage = find_damage(checkpoint.folder)
+        if damage is None:
+            return checkpoint
+        print(f"checkpoint {checkpoint.folder} is damaged ({damage}) and passed over", file=sys.stderr)
+    return None
+
+
+def complete_checkpoints(run: Path) -> list[Checkpoint]:
+    """Checkpoints that were finished, oldest first. Their content is not checked."""
+    found = [
+        Checkpoint(path.parent, int(path.parent.name.removeprefix(PREFIX)))
+        for path in (run / "checkpoints").glob(f"{PREFIX}*/{MANIFEST}")
+        if path.parent.name.removeprefix(PREFIX).isdigit()
+    ]
+    return sorted(found, key=lambda checkpoint: checkpoint.step)
+
+
+def checkpoint_folder(run: Path, step: int) -> Path:
+    """The folder of a step's checkpoint."""
+    return run / "checkpoints" / f"{PREFIX}{step:08d}"
+
+
+def find_damage(folder: Path) -> str | None:
+    """What differs from the manifest, or None."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        for name, expected in manifest["files"].items():
+            path = folder / name
+            if not path.is_file():
+                return f"{name} is missing"
+            if path.stat().st_size != expected["bytes"]:
+                return f"{name} has {path.stat().st_size} bytes instead of {expected['bytes']}"
+            if _sha256(path) != expected["sha256"]:
+                return f"{name} has another checksum"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"{MANIFEST}: {error}"
+    return None
+
+
+def load_weights(folder: Path) -> AutoencoderKL:
+    """The autoencoder of a checkpoint, float32 on the CPU: the averaged weights where there are any."""
+    damage = find_damage(folder)
+    if damage is not None:
+        raise UserError(f"checkpoint {folder} is damaged: {damage}")
+    averaged = folder / "ema.safetensors"
+    autoencoder = AutoencoderKL.from_config(AutoencoderKL.load_config(folder))
+    autoencoder.load_state_dict(load_file(averaged if averaged.is_file() else folder / "autoencoder.safetensors"))
+    return autoencoder.eval()
+
+
+def versions() -> dict[str, str]:
+    """What a result depends on besides the settings."""
+    packages = ("torch", "diffusers", "accelerate", "datasets", "lpips", "torchmetrics")
+    return {"latent-ae": __version__, "python": platform.python_version()} | {name: version(name) for name in packages}
+
+
+def _optimizers(train_step: TrainStep) -> dict[str, torch.optim.Optimizer]:
+    pairs = {"autoencoder": train_step.optimizer, "discriminator": train_step.discriminator_optimizer}
+    return {name: optimizer for name, optimizer in pairs.items() if optimizer is not None}
+
+
+def _optimizer_states(train_step: TrainStep) -> dict[str, Any]:
+    return {name: optimizer.state_dict() for name, optimizer in _optimizers(train_step).items()}
+
+
+def _save(module: nn.Module, path: Path) -> None:
+    save_file({name: tensor.detach().contiguous() for name, tensor in module.state_dict().items()}, path)
+
+
+def _load(module: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
+    """Copies into the module's own tensors, so that memory format and optimizer references stay."""
+    own = module.state_dict()
+    differing = sorted(
+        name
+        for name in own.keys() | tensors.keys()
+        if name not in own or name not in tensors or own[name].shape != tensors[name].shape
+    )
+    if differing:
+        raise UserError(
+            f"{path} does not fit the model of these settings (first difference: {differing[0]}): "
+            "restore the model settings, or choose another output_dir"
+        )
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(tensors[name])
+
+
+def _seal(folder: Path) -> None:
+    """Flushes every file, then writes the manifest."""
+    files = {}
+    for path in sorted(folder.iterdir()):
+        _sync(path)
+        files[path.name] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+    (folder / MANIFEST).write_text(json.dumps({"files": files}, indent=2))
+    _sync(folder / MANIFEST)
+    _sync(folder)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,231 @@
+"""Every setting of a training run."""
+
+import os
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from latent_ae.config import (
+    DataSettings,
+    Fraction,
+    ModelSettings,
+    NonNegative,
+    Positive,
+    Problem,
+    Settings,
+    Weight,
+    looks_like_path,
+)
+
+LPIPS_MIN_PX = {"vgg": 16, "alex": 31}
+"""Smaller images have no features left at the trunk's last layer."""
+Rate = Annotated[float, Field(gt=0)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
+
+
+class LossSettings(Settings):
+    """All terms are means: per image element (pixel, kl) or per sample (perceptual). See docs/losses.md."""
+
+    pixel: Literal["l1", "l2", "charbonnier"] = "l1"
+    pixel_weight: Weight = 1.0
+    perceptual: Weight = 1.0
+    """Weight of LPIPS; 0 neither loads nor computes it."""
+    perceptual_net: Literal["vgg", "alex"] = "vgg"
+    perceptual_every: Positive = 1
+    """LPIPS on every n-th sample only (weighted so that its mean stays the same): cheaper steps on small machines."""
+    kl: Weight = 1e-6
+    """Weight of the KL divergence, summed per sample and divided by the image's elements."""
+
+
+class GanSettings(Settings):
+    """The adversarial term."""
+
+    weight: Weight = 0.5
+    """0 builds no discriminator."""
+    start: NonNegative = 50_000
+    """First step at which the discriminator trains."""
+    discriminator_warmup: NonNegative = 500
+    """Steps from `start` during which only the discriminator trains."""
+    warmup: NonNegative = 2000
+    """Steps over which the autoencoder's adversarial term then rises to its weight."""
+    loss: Literal["hinge", "vanilla"] = "hinge"
+    channels: Positive = 64
+    layers: Positive = 3
+    norm: Literal["group", "spectral", "none"] = "group"
+    adaptive: bool = True
+    """Scale the term by the ratio of gradient norms at the last layer; false uses the weight as it is."""
+    adaptive_cap: Annotated[float, Field(gt=0)] = 100.0
+    adaptive_smoothing: Decay = 0.9
+    lecam: Weight = 0.0
+
+
+class OptimSettings(Settings):
+    """AdamW for both networks. The learning rate is used as written: nothing scales it by the batch."""
+
+    lr: Rate = 1e-4
+    discriminator_lr: Rate | None = None
+    """null: the same as lr."""
+    betas: tuple[Decay, Decay] = (0.9, 0.95)
+    discriminator_betas: tuple[Decay, Decay] = (0.5, 0.9)
+    weight_decay: Weight = 0.0
+    warmup: NonNegative = 1000
+    """Steps over which the learning rate rises from 0."""
+    schedule: Literal["constant", "cosine"] = "cosine"
+    final_lr: Fraction = 0.1
+    """Learning rate at the end as a fraction of lr (cosine)."""
+    clip: Weight = 1.0
+    """Largest gradient norm of each network; 0 does not clip."""
+
+
+class EmaSettings(Settings):
+    """Average of the autoencoder's weights; it is what validation and export use."""
+
+    decay: Decay = 0.9999
+    """0 keeps no average. Early on the decay is min(decay, (1 + step) / (10 + step))."""
+
+
+class CheckpointSettings(Settings):
+    """Checkpoints hold all that a resumed run needs to go on exactly."""
+
+    every: Positive = 5000
+    keep: Positive = 2
+    """How many of the newest stay."""
+
+
+class ValidateSettings(Settings):
+    """Measures held-out images with the averaged weights."""
+
+    every: Positive = 5000
+    """Also before the first and after the last step."""
+    images: Positive = 500
+    """At most this many."""
+    crop_px: Positive | None = None
+    """Centre crop, px; null takes data.resolution."""
+    preview_images: Positive = 6
+
+
+class LogSettings(Settings):
+    """How often losses are read from the device: the only time that a step waits for it."""
+
+    every: Positive = 50
+
+
+class TrainSettings(Settings):
+    """A training run."""
+
+    output_dir: str = "runs/first-stage"
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    steps: Positive = 100_000
+    batch_size: Positive = 32
+    """Global: over all processes and accumulation."""
+    micro_batch_size: Positive | None = None
+    """Samples per process and pass; null takes the whole share of a process."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16: autocast; weights, losses and optimizer stay fp32."""
+    init_from: str | None = None
+    """A diffusers folder or hub id to go on from; its shape replaces model.*."""
+    report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
+    push_to_hub: str | None = None
+    """Repository id that the export is uploaded to at the end."""
+    weights_dir: str | None = None
+    """Folder with the LPIPS trunk weights; null looks in the usual places (docs/weights.md)."""
+    model: ModelSettings = ModelSettings()
+    data: DataSettings = DataSettings()
+    loss: LossSettings = LossSettings()
+    gan: GanSettings = GanSettings()
+    optim: OptimSettings = OptimSettings()
+    ema: EmaSettings = EmaSettings()
+    checkpoint: CheckpointSettings = CheckpointSettings()
+    validation: ValidateSettings = Field(ValidateSettings(), alias="validate")
+    log: LogSettings = LogSettings()
+
+    @property
+    def processes(self) -> int:
+        """Number of processes that the launcher started."""
+        return int(os.environ.get("WORLD_SIZE", "1"))
+
+    @property
+    def micro_batch(self) -> int:
+        """Samples per process and pass."""
+        return self.micro_batch_size or self.batch_size // self.processes
+
+    @property
+    def accumulation(self) -> int:
+        """Passes per process and step."""
+        return self.batch_size // (self.processes * self.micro_batch)
+
+    def problems(self) -> Iterator[Problem]:
+        yield from super().problems()
+        yield from self._batch_problems()
+        yield from self._shape_problems()
+        yield from self._path_problems()
+        for tracker in self.report_to:
+            if find_spec(tracker) is None:
+                yield Problem("report_to", f"{tracker} is not installed: pip install 'latent-ae[{tracker}]'")
+
+    def _batch_problems(self) -> Iterator[Problem]:
+        per_pass = self.processes * (self.micro_batch_size or 1)
+        if self.batch_size % per_pass:
+            micro = f" x micro_batch_size {self.micro_batch_size}" if self.micro_batch_size else ""
+            below, above = (
+                self.batch_size // per_pass * per_pass,
+                (self.batch_size // per_pass + 1) * per_pass,
+            )
+            nearest = f"{below} or {above}" if below else str(above)
+            yield Problem(
+                "batch_size",
+                f"{self.batch_size} does not divide into {self.processes} process(es){micro}: "
+                f"set batch_size to {nearest}, or change micro_batch_size or the number of processes",
+            )
+
+    def _shape_problems(self) -> Iterator[Problem]:
+        factor, side = self.model.factor, self.data.resolution
+        if self.init_from is None and side % factor:
+            yield Problem(
+                "data.resolution",
+                f"{side} is not a multiple of the model's factor {factor} (levels in model.block_out_channels): "
+                f"use {max(factor, side // factor * factor)}",
+            )
+        crop_px = self.validation.crop_px
+        if self.init_from is None and crop_px is not None and crop_px % factor:
+            near = max(factor, crop_px // factor * factor)
+            yield Problem("validate.crop_px", f"{crop_px} is not a multiple of the model's factor {factor}: use {near}")
+        least = LPIPS_MIN_PX[self.loss.perceptual_net]
+        if self.loss.perceptual and min(side, crop_px or side) < least:
+            yield Problem(
+                "loss.perceptual_net", f"{self.loss.perceptual_net} needs images of at least {least} px for LPIPS"
+            )
+        smallest = 3 * 2**self.gan.layers
+        if self.gan.weight and side < smallest:
+            yield Problem(
+                "gan.layers",
+                f"{self.gan.layers} need crops of at least {smallest} px; data.resolution is {side}",
+            )
+        if self.loss.perceptual and self.model.in_channels not in (1, 3):
+            yield Problem(
+                "loss.perceptual",
+                f"LPIPS sees 1 or 3 channels, model.in_channels is {self.model.in_channels}: set loss.perceptual to 0",
+            )
+        if not (self.loss.pixel_weight or self.loss.perceptual):
+            yield Problem("loss", "pixel_weight and perceptual are both 0: nothing would be reconstructed")
+
+    def _path_problems(self) -> Iterator[Problem]:
+        if self.init_from is not None:
+            if looks_like_path(self.init_from) and not Path(self.init_from).expanduser().is_dir():
+                yield Problem("init_from", f"no such folder: {self.init_from} (from {Path.cwd()})")
+            if self.model != ModelSettings():
+                yield Problem(
+                    "model",
+                    "init_from brings its own shape and weights: give model={}, or remove init_from",
+                )
+        if self.weights_dir is not None and not Path(self.weights_dir).expanduser().is_dir():
+            yield Problem("weights_dir", f"no such folder: {self.weights_dir} (from {Path.cwd()})")
+        output = Path(self.output_dir).expanduser()
+        existing = next(path for path in (output, *output.absolute().parents) if path.exists())
+        if not existing.is_dir():
+            yield Problem("output_dir", f"{existing} is a file; name a folder")
+        elif not os.access(existing, os.W_OK):
+            yield Problem("output_dir", f"{existing} is not writable")

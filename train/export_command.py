@@ -1,0 +1,81 @@
+"""latent-ae export: the weights of a run or checkpoint as a diffusers folder."""
+
+import argparse
+import json
+import sys
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from latent_ae.config import UserError
+
+from .config import TrainSettings
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command `latent-ae export`."""
+    parser = argparse.ArgumentParser(
+        prog="latent-ae export",
+        description="Write a run's averaged weights as a folder that stock diffusers loads. The latents' scaling "
+        "and shift are measured on the run's training data, so that must still be there.",
+        epilog="example: latent-ae export runs/quickstart my-vae",
+    )
+    parser.add_argument("source", metavar="RUN|CHECKPOINT", help="a run folder (its newest checkpoint) or a checkpoint")
+    parser.add_argument("out", metavar="OUT", help="the folder to write")
+    parser.add_argument("--push-to-hub", metavar="REPO", help="then upload it to this hub repository")
+    arguments = parser.parse_args(argv)
+    facts = export(Path(arguments.source).expanduser(), Path(arguments.out).expanduser())
+    if arguments.push_to_hub:
+        from latent_ae.export import push_to_hub
+
+        facts["hub"] = push_to_hub(arguments.out, arguments.push_to_hub)
+    print(json.dumps(facts, indent=2))
+    return 0
+
+
+def export(source: Path, out: Path) -> dict[str, Any]:
+    """Exports a run's newest checkpoint, or the given one. Returns what was written, JSON-ready.
+
+    Raises UserError when `source` is neither.
+    """
+    import torch
+    from accelerate import Accelerator
+
+    from latent_ae.data import open_images
+    from latent_ae.export import export_autoencoder
+    from latent_ae.models import Reconstructor, factor_of
+
+    from .checkpoint import MANIFEST, load_weights, newest_checkpoint
+    from .finish import CHECK_IMAGES, card_facts, measure_latents
+    from .report import read_log
+    from .validate import Validator
+
+    if (source / MANIFEST).is_file():
+        folder, run = source, source.parent.parent
+    elif (checkpoint := newest_checkpoint(source)) is not None:
+        folder, run = checkpoint.folder, source
+    else:
+        raise UserError(f"{source}: neither a run with a complete checkpoint nor a checkpoint (from {Path.cwd()})")
+    state = json.loads((folder / "state.json").read_text())
+    # the settings have passed every check when the run began; only the data must still be there
+    settings = TrainSettings.model_validate(state["settings"])
+    accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="no")
+    autoencoder = load_weights(folder).to(accelerator.device)
+    statistics = measure_latents(Reconstructor(autoencoder), settings, accelerator, open_images(settings.data, "train"))
+    held_out = open_images(settings.data, "held_out")
+    channels, factor = int(autoencoder.config.in_channels), factor_of(autoencoder)
+    validator = Validator(settings, accelerator, held_out, channels, factor, None)
+    step = state["step"]
+    log = {(event["event"], event["step"]): event for event in read_log(run)}
+    return export_autoencoder(
+        autoencoder,
+        out,
+        statistics=statistics,
+        sample_size=settings.data.resolution,
+        card=card_facts(run, settings, step, log.get(("validate", step), {}), log.get(("baseline", 0), {})),
+        check_images=torch.stack([image for _, _, image in islice(validator.crops(), CHECK_IMAGES)]),
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,141 @@
+"""What follows the last step: latent statistics, export, results, report."""
+
+import json
+import sys
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from latent_ae.config import to_yaml
+from latent_ae.data import ImageSource, posterior_noise, training_batches
+from latent_ae.export import CardFacts, export_autoencoder, loading_lines, push_to_hub
+from latent_ae.latents import LatentStatistics
+from latent_ae.models import Reconstructor, factor_of
+
+from .checkpoint import complete_checkpoints
+from .config import TrainSettings
+from .report import read_log, result_rows, text_table, write_report
+from .validate import Validator
+
+STATISTICS_CROPS = 512
+"""Training crops whose latents give scaling_factor and shift_factor."""
+CHECK_IMAGES = 2
+RESULTS = "results.json"
+
+
+def finish_run(
+    run: Path,
+    settings: TrainSettings,
+    accelerator: Accelerator,
+    averaged: Reconstructor,
+    source: ImageSource,
+    validator: Validator,
+) -> dict[str, Any]:
+    """Exports the averaged weights, writes results.json and report.html, prints the table. Every process calls this."""
+    statistics = measure_latents(averaged, settings, accelerator, source)
+    results: dict[str, Any] = {}
+    if accelerator.is_main_process:
+        log = {(event["event"], event["step"]): event for event in read_log(run)}
+        baseline = f"bicubic /{validator.factor}"
+        results["held_out"] = {
+            baseline: log.get(("baseline", 0), {}),
+            "before": log.get(("validate", 0), {}),
+            "after": log.get(("validate", settings.steps), {}),
+        }
+        results["latents"] = statistics.summary()
+        images = torch.stack([image for _, _, image in islice(validator.crops(), CHECK_IMAGES)])
+        results["export"] = export_autoencoder(
+            averaged.autoencoder,
+            run / "export",
+            statistics=statistics,
+            sample_size=settings.data.resolution,
+            card=card_facts(run, settings, settings.steps, results["held_out"]["after"], results["held_out"][baseline]),
+            check_images=images,
+        )
+        results["step"] = settings.steps
+        rows = result_rows(results["held_out"])
+        write_report(run, settings, rows)
+        # last: it says that all of the above is there
+        (run / RESULTS).write_text(json.dumps(results, indent=2), encoding="utf-8")
+        show_results(run, results)
+        push_export(run, settings)
+    accelerator.wait_for_everyone()
+    return results
+
+
+def push_export(run: Path, settings: TrainSettings) -> None:
+    """Uploads the export when the settings ask for it."""
+    if settings.push_to_hub is not None:
+        print(f"uploaded to {push_to_hub(run / 'export', settings.push_to_hub)}", file=sys.stderr)
+
+
+def finished_results(run: Path) -> dict[str, Any] | None:
+    """The results of a run whose newest checkpoint was exported and reported; None when something is missing."""
+    try:
+        results: dict[str, Any] = json.loads((run / RESULTS).read_text(encoding="utf-8"))
+        newest = complete_checkpoints(run)[-1].step
+    except (OSError, ValueError, IndexError):
+        return None
+    return results if results.get("step") == newest and (run / "export/config.json").is_file() else None
+
+
+def measure_latents(
+    reconstructor: Reconstructor, settings: TrainSettings, accelerator: Accelerator, source: ImageSource
+) -> LatentStatistics:
+    """Statistics of posterior samples of training crops, over all processes. Every process calls this."""
+    autoencoder, data = reconstructor.autoencoder, settings.data
+    factor, processes = factor_of(autoencoder), accelerator.num_processes
+    shape = (int(autoencoder.config.latent_channels), data.resolution // factor, data.resolution // factor)
+    micro_batch = settings.micro_batch
+    batches = training_batches(
+        source,
+        data,
+        channels=int(autoencoder.config.in_channels),
+        seed=settings.seed,
+        batch_size=micro_batch * processes,
+        micro_batch_size=micro_batch,
+        rank=accelerator.process_index,
+        world_size=processes,
+    )
+    statistics = LatentStatistics()
+    with torch.no_grad():
+        for _ in range(-(-STATISTICS_CROPS // (micro_batch * processes))):
+            batch = next(batches)
+            posterior = autoencoder.encode(batch.images.to(accelerator.device)).latent_dist
+            noise = posterior_noise(settings.seed, batch.numbers, shape).to(accelerator.device)
+            statistics.update(posterior.mean + posterior.std * noise, posterior.mean, posterior.logvar)
+    statistics.gather()
+    return statistics
+
+
+def card_facts(
+    run: Path, settings: TrainSettings, step: int, after: dict[str, Any], baseline: dict[str, Any]
+) -> CardFacts:
+    """What the model card says of the weights after `step` updates; the metrics may be empty."""
+    return CardFacts(
+        name=run.absolute().name,
+        data_name=settings.data.eval_source or settings.data.source,
+        steps=step,
+        num_images=after.get("n"),
+        metrics=after,
+        baseline=baseline,
+        split="held out",
+        base_model=settings.init_from,
+        settings_yaml=to_yaml(settings),
+    )
+
+
+def show_results(run: Path, results: dict[str, Any]) -> None:
+    """The final table on stdout, and how to load the export."""
+    held_out, export = results["held_out"], results["export"]
+    count = held_out["after"].get("n", 0)
+    print(f"Held-out images ({count}), before and after training:\n")
+    print(text_table(result_rows(held_out)))
+    print(f"\nexport   {run / 'export'}   scaling_factor {export['scaling_factor']:.4f}", end="")
+    print(f"   shift_factor {export['shift_factor']:.4f}")
+    print(f"         stock diffusers reloads it with a largest difference of {export['max_abs_difference']:.1e}")
+    print(f"report   {run / 'report.html'}\n\nLoad it with\n")
+    print(loading_lines(run / "export"))

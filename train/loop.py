@@ -1,0 +1,292 @@
+"""The training run, top to bottom."""
+
+import json
+import math
+import sys
+import time
+from collections.abc import Iterator, Sized
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from tqdm import tqdm
+
+from latent_ae.config import UserError
+from latent_ae.data import Batch, ImageSource, open_images, posterior_noise, stop_if_too_many_bad, training_batches
+from latent_ae.discriminators import PatchDiscriminator
+from latent_ae.models import Reconstructor, build_autoencoder, factor_of, load_autoencoder
+from latent_ae.perceptual import LPIPS
+
+from .checkpoint import complete_checkpoints, load_checkpoint, newest_checkpoint, save_checkpoint
+from .config import TrainSettings
+from .ema import Ema
+from .finish import finish_run, finished_results, push_export, show_results
+from .run_folder import flatten, prepare_run_folder
+from .schedule import lr_scale_at
+from .step import MicroBatch, TrainStep
+from .validate import Validator
+
+
+def train(settings: TrainSettings) -> dict[str, Any]:
+    """Trains (or goes on training) until `settings.steps`, then exports and reports. Returns the final results."""
+    run = Path(settings.output_dir).expanduser()
+    accelerator = Accelerator(
+        cpu=not torch.cuda.is_available(),
+        # the step has its own autocast; a launcher's configuration must not lay another one over it
+        mixed_precision="no",
+        log_with=list(settings.report_to) or None,
+        project_dir=run,
+    )
+    checkpoint = newest_checkpoint(run)
+    for note in prepare_run_folder(run, settings, resuming=checkpoint is not None, writing=accelerator.is_main_process):
+        accelerator.print(note, file=sys.stderr)
+    accelerator.wait_for_everyone()
+    if checkpoint is not None and checkpoint.step > settings.steps:
+        raise UserError(f"steps: {run} is at step {checkpoint.step:,} already, past {settings.steps:,}: raise steps")
+    if checkpoint is not None and checkpoint.step == settings.steps and (results := finished_results(run)) is not None:
+        if accelerator.is_main_process:
+            show_results(run, results)
+            push_export(run, settings)
+        return results
+    source = open_images(settings.data, "train")
+    held_out = open_images(settings.data, "held_out")
+    autoencoder = _autoencoder(settings)
+    factor, channels = factor_of(autoencoder), int(autoencoder.config.in_channels)
+    perceptual = None
+    if settings.loss.perceptual:
+        weights_dir = Path(settings.weights_dir).expanduser() if settings.weights_dir else None
+        with accelerator.local_main_process_first():  # one process fetches, the others find the file
+            perceptual = LPIPS(settings.loss.perceptual_net, weights_dir).to(accelerator.device)
+    ema = Ema(autoencoder.to(accelerator.device), settings.ema.decay) if settings.ema.decay else None
+    train_step = TrainStep(
+        settings,
+        accelerator,
+        accelerator.prepare_model(Reconstructor(autoencoder).to(memory_format=torch.channels_last)),
+        accelerator.prepare_model(_discriminator(settings, channels)) if settings.gan.weight else None,
+        perceptual,
+        ema,
+    )
+    averaged = Reconstructor(ema.module if ema is not None else autoencoder).to(memory_format=torch.channels_last)
+    validator = Validator(settings, accelerator, held_out, channels, factor, perceptual)
+
+    state = load_checkpoint(checkpoint, train_step) if checkpoint is not None else {"step": 0}
+    first_step: int = state["step"]
+    log = Log(run, accelerator, settings)
+    if first_step:
+        log.say(f"resuming {run} at step {first_step:,} of {settings.steps:,}")
+    else:
+        log.write("baseline", 0, validator.measure_baseline())
+        log.write("validate", 0, validator.measure_model(averaged, run / "previews/step-00000000.png"))
+
+    batches = training_batches(
+        source,
+        settings.data,
+        channels=channels,
+        seed=settings.seed,
+        batch_size=settings.batch_size,
+        micro_batch_size=settings.micro_batch,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+        first_batch=first_step,
+        stream_state=stream_state_of(state, accelerator),
+    )
+    latent_shape = (int(autoencoder.config.latent_channels), *(2 * [settings.data.resolution // factor]))
+    feed = Feed(batches, settings, latent_shape, accelerator.device, log, source)
+    progress = tqdm(
+        total=settings.steps * settings.batch_size,
+        initial=first_step * settings.batch_size,
+        unit="img",
+        disable=not accelerator.is_main_process,
+        mininterval=0.5 if sys.stderr.isatty() else 15,
+        dynamic_ncols=True,
+        smoothing=0.1,
+    )
+    step = first_step
+    try:
+        for step in range(first_step, settings.steps):
+            means = train_step(step, feed)
+            done = step + 1
+            progress.update(settings.batch_size)
+            if done % settings.log.every == 0 or done == settings.steps:
+                log.train(done, means, progress)
+            if done % settings.checkpoint.every == 0 or done == settings.steps:
+                state = {
+                    "step": done,
+                    "num_images_seen": done * settings.batch_size,
+                    "num_processes": accelerator.num_processes,
+                    "stream_states": gather_object([feed.stream_state]),
+                    "settings": settings.model_dump(mode="json", by_alias=True),
+                }
+                if accelerator.is_main_process:
+                    save_checkpoint(run, train_step, state, settings.checkpoint.keep)
+                accelerator.wait_for_everyone()
+            if done % settings.validation.every == 0 or done == settings.steps:
+                log.write("validate", done, validator.measure_model(averaged, run / f"previews/step-{done:08d}.png"))
+                log.restart_clock()
+        progress.close()
+        if first_step == settings.steps:  # killed between its last checkpoint and its results
+            log.write("validate", first_step, validator.measure_model(averaged))
+        results = finish_run(run, settings, accelerator, averaged, source, validator)
+    except BaseException:
+        progress.close()
+        _say_how_to_go_on(run, step, accelerator)
+        raise
+    accelerator.end_training()
+    return results
+
+
+def _autoencoder(settings: TrainSettings) -> Any:
+    if settings.init_from is None:
+        return build_autoencoder(settings.model, sample_size=settings.data.resolution, seed=settings.seed)
+    autoencoder = load_autoencoder(settings.init_from)
+    factor, channels = factor_of(autoencoder), autoencoder.config.in_channels
+    if settings.data.resolution % factor:
+        raise UserError(
+            f"data.resolution: {settings.data.resolution} is not a multiple of {settings.init_from}'s factor {factor}"
+        )
+    if settings.loss.perceptual and channels not in (1, 3):
+        raise UserError(
+            f"loss.perceptual: {settings.init_from} has {channels} channels, LPIPS sees 1 or 3: set it to 0"
+        )
+    return autoencoder
+
+
+def _discriminator(settings: TrainSettings, channels: int) -> PatchDiscriminator:
+    gan = settings.gan
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings.seed + 1)
+        network = PatchDiscriminator(channels, gan.channels, gan.layers, gan.norm)
+    return network.to(memory_format=torch.channels_last)
+
+
+def stream_state_of(state: dict[str, Any], accelerator: Accelerator) -> dict[str, Any] | None:
+    """Where this process's stream stood at the checkpoint; None for stored images, which need no state."""
+    states = state.get("stream_states") or [None]
+    if len(states) != accelerator.num_processes and states[0] is not None:
+        raise UserError(
+            f"data.streaming: the checkpoint was written by {len(states)} process(es) and now there are "
+            f"{accelerator.num_processes}; a stream goes on only with the same number"
+        )
+    return states[accelerator.process_index] if states[0] is not None else None
+
+
+class Feed:
+    """The loader's batches as micro-batches on the device; counts and names the unreadable files met."""
+
+    def __init__(
+        self,
+        batches: Iterator[Batch],
+        settings: TrainSettings,
+        latent_shape: tuple[int, ...],
+        device: torch.device,
+        log: "Log",
+        source: ImageSource,
+    ):
+        self.batches, self.settings, self.latent_shape, self.device, self.log = (
+            batches,
+            settings,
+            latent_shape,
+            device,
+            log,
+        )
+        self.num_images = len(source) if isinstance(source, Sized) else None
+        self.num_read, self.skipped = 0, list[str]()
+        self.stream_state: dict[str, Any] | None = None
+
+    def __iter__(self) -> "Feed":
+        return self
+
+    def __next__(self) -> MicroBatch:
+        batch, settings = next(self.batches), self.settings
+        self.num_read += len(batch.numbers)
+        self.stream_state = batch.stream_state
+        if batch.skipped:
+            self._note(batch.skipped)
+        every = settings.loss.perceptual_every
+        return MicroBatch(
+            batch.images.to(self.device, memory_format=torch.channels_last, non_blocking=True),
+            posterior_noise(settings.seed, batch.numbers, self.latent_shape).to(self.device, non_blocking=True),
+            # samples whose number is a multiple of `every`; a micro-batch's numbers are consecutive
+            slice(-batch.numbers[0] % every, None, every),
+        )
+
+    def _note(self, skipped: list[str]) -> None:
+        for line in dict.fromkeys(skipped):
+            if line not in self.skipped:
+                self.log.say(f"skipped {line}")
+        self.skipped += skipped
+        stop_if_too_many_bad(
+            len(self.skipped),
+            self.num_read,
+            self.skipped,
+            num_images=self.num_images,
+            max_bad_fraction=self.settings.data.max_bad_fraction,
+        )
+
+
+class Log:
+    """log.jsonl always, trackers when asked for, notes on stderr; all from the main process."""
+
+    def __init__(self, run: Path, accelerator: Accelerator, settings: TrainSettings):
+        self.path, self.accelerator, self.settings = run / "log.jsonl", accelerator, settings
+        self.last = (time.perf_counter(), -1)
+        if settings.report_to:
+            try:
+                accelerator.init_trackers(
+                    "latent-ae",
+                    config={
+                        name: str(value)
+                        for name, value in flatten(settings.model_dump(mode="json", by_alias=True)).items()
+                    },
+                )
+            except Exception as error:  # each tracker has kinds of its own
+                raise UserError(f"report_to: {', '.join(settings.report_to)} does not start: {error}") from error
+
+    def say(self, text: str) -> None:
+        if self.accelerator.is_main_process:
+            tqdm.write(text, file=sys.stderr)
+
+    def write(self, event: str, step: int, values: dict[str, Any]) -> None:
+        """One line of log.jsonl; numbers go to the trackers too."""
+        if self.accelerator.is_main_process:
+            with open(self.path, "a", encoding="utf-8") as stream:
+                stream.write(json.dumps({"event": event, "step": step} | values) + "\n")
+        numbers = {f"{event}/{name}": value for name, value in values.items() if isinstance(value, (int, float))}
+        self.accelerator.log(numbers, step=step)
+
+    def restart_clock(self) -> None:
+        """Leaves what happened since the last training line out of the next one's rate."""
+        self.last = (time.perf_counter(), self.last[1])
+
+    def train(self, done: int, means: dict[str, torch.Tensor], progress: tqdm) -> None:
+        """The losses of the step just made, averaged over processes; the only place where they leave the device."""
+        stacked = self.accelerator.reduce(torch.stack([value.float() for value in means.values()]), "mean")
+        values = dict(zip(means, stacked.tolist(), strict=True))
+        bad = [name for name, value in values.items() if not math.isfinite(value)]
+        if bad:
+            raise UserError(
+                f"after step {done:,} {', '.join(bad)} is not finite: training has diverged. "
+                "Lower optim.lr, gan.weight or gan.adaptive_cap, or set optim.clip"
+            )
+        now, (then, before) = time.perf_counter(), self.last
+        if before >= 0:
+            values["images_per_second"] = (done - before) * self.settings.batch_size / (now - then)
+        self.last = now, done
+        values["lr"] = self.settings.optim.lr * lr_scale_at(done - 1, self.settings.steps, self.settings.optim)
+        shown = [name for name in ("l1", "l2", "charbonnier", "lpips", "discriminator") if name in values]
+        progress.set_description(f"step {done:,}/{self.settings.steps:,}")
+        progress.set_postfix({name: f"{values[name]:.3f}" for name in shown}, refresh=False)
+        self.write("train", done, values)
+
+
+def _say_how_to_go_on(run: Path, step: int, accelerator: Accelerator) -> None:
+    if not accelerator.is_main_process:
+        return
+    saved = complete_checkpoints(run)
+    if saved:
+        where = f"the checkpoint of step {saved[-1].step:,} is kept; the same command goes on from it"
+    else:
+        where = "no checkpoint was due yet (checkpoint.every); the same command starts from the beginning"
+    print(f"training stopped in step {step:,}: {where}", file=sys.stderr)

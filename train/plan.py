@@ -1,0 +1,49 @@
+"""What a run will do, before it does it."""
+
+import torch
+
+from latent_ae.discriminators import PatchDiscriminator
+from latent_ae.models import build_autoencoder, count_parameters, factor_of, load_autoencoder
+
+from .config import TrainSettings
+
+BYTES = 4
+"""Per float32."""
+
+
+def describe_plan(settings: TrainSettings) -> str:
+    """Parameters, steps, batch and disk, as lines of text."""
+    if settings.init_from is None:
+        with torch.device("meta"):
+            autoencoder = build_autoencoder(settings.model.model_copy(update={"init": "default"}), sample_size=1)
+    else:
+        autoencoder = load_autoencoder(settings.init_from)
+    weights, judge = count_parameters(autoencoder), 0
+    if settings.gan.weight:
+        with torch.device("meta"):
+            channels = int(autoencoder.config.in_channels)
+            gan = settings.gan
+            judge = count_parameters(PatchDiscriminator(channels, gan.channels, gan.layers, gan.norm))
+    # weights, two moments of AdamW, and the average
+    copies = (4 if settings.ema.decay else 3) * weights + 3 * judge
+    factor = factor_of(autoencoder)
+    side = settings.data.resolution // factor
+    latent = f"{autoencoder.config.latent_channels} x {side} x {side}"
+    gan_lines = "off"
+    if settings.gan.weight:
+        start, felt = settings.gan.start, settings.gan.start + settings.gan.discriminator_warmup
+        gan_lines = f"discriminator from step {start:,}, in the autoencoder's loss from {felt:,}"
+        if felt >= settings.steps:
+            gan_lines += f": never, the run ends at {settings.steps:,}"
+    lines = {
+        "autoencoder": f"{weights:,} parameters, factor {factor}, latent {latent} for {settings.data.resolution} px",
+        "discriminator": f"{judge:,} parameters",
+        "steps": f"{settings.steps:,}, {settings.steps * settings.batch_size:,} crops",
+        "global batch": f"{settings.batch_size} = {settings.processes} process(es) x {settings.micro_batch} "
+        f"micro-batch x {settings.accumulation} accumulation",
+        "adversarial": gan_lines,
+        "checkpoint": f"{copies * BYTES / 1e6:,.0f} MB each, every {settings.checkpoint.every:,} steps, "
+        f"the newest {settings.checkpoint.keep} kept",
+        "output": settings.output_dir,
+    }
+    return "\n".join(f"{name + ':':<15}{text}" for name, text in lines.items())

@@ -1,0 +1,98 @@
+"""The run's report: one self-contained page with the result, the curves, the pictures and the settings."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from latent_ae import page
+from latent_ae.config import to_yaml
+
+from .config import TrainSettings
+
+CHARTS = {
+    "Reconstruction losses": ("l1", "l2", "charbonnier", "lpips"),
+    "Adversarial losses": ("generator", "discriminator"),
+    "Discriminator logits": ("logits_real", "logits_fake"),
+    "Adaptive weight": ("adaptive_weight",),
+    "KL divergence per image element": ("kl",),
+    "Latent standard deviation": ("latent_std",),
+    "Gradient norms": ("grad_norm", "grad_norm_discriminator"),
+    "Images per second": ("images_per_second",),
+}
+COLUMNS = {"psnr": "PSNR (dB)", "ssim": "SSIM", "lpips_vgg": "LPIPS (VGG)", "lpips_alex": "LPIPS (Alex)"}
+
+
+def read_log(run: Path) -> list[dict[str, Any]]:
+    """The lines of log.jsonl, one per event and step: a resumed run overwrites what it repeats."""
+    path = run / "log.jsonl"
+    events: dict[tuple[str, int], dict[str, Any]] = {}
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        try:
+            event = json.loads(line)
+            events[event["event"], event["step"]] = event
+        except (ValueError, KeyError, TypeError):  # a line cut short when the process was killed
+            continue
+    return sorted(events.values(), key=lambda event: event["step"])
+
+
+def write_report(run: Path, settings: TrainSettings, rows: Sequence[dict[str, Any]]) -> None:
+    """Writes report.html from the run folder's log and previews; `rows` is the final table."""
+    log = read_log(run)
+    training = [event for event in log if event["event"] == "train"]
+    held_out = [event for event in log if event["event"] == "validate"]
+    sections = [page.section("Held-out images, before and after", page.table(rows))]
+    previews = sorted((run / "previews").glob("*.png"))
+    shown = {"Before training": previews[:1], "After training": previews[-1:]}
+    for heading, preview in ((heading, paths[0]) for heading, paths in reversed(shown.items()) if paths):
+        with Image.open(preview) as picture:
+            caption = f"{preview.stem}: input, reconstruction, bicubic. Click for full size."
+            sections.append(page.section(heading, page.figure(picture, caption, jpeg_quality=92)))
+    charts = [
+        page.line_chart(_series(held_out, [key]), title=f"Held-out {name}")
+        for key, name in COLUMNS.items()
+        if _series(held_out, [key])
+    ]
+    charts += [
+        page.line_chart(series, title=title) for title, keys in CHARTS.items() if (series := _series(training, keys))
+    ]
+    sections.append(page.section("Curves", *charts))
+    sections.append(page.section("Settings", page.preformatted(to_yaml(settings))))
+    subtitle = f"{settings.steps:,} steps of {settings.batch_size} crops of {settings.data.resolution} px"
+    temporary = run / "report.html.tmp"
+    temporary.write_text(page.page(f"Training report: {run.name}", sections, subtitle=subtitle), encoding="utf-8")
+    temporary.replace(run / "report.html")
+
+
+def result_rows(results: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of the final table out of summaries by name ("bicubic /4", "before", "after")."""
+    keys = [key for key in COLUMNS if any(summary.get(key) is not None for summary in results.values())]
+    return [
+        {"": name} | {COLUMNS[key]: _rounded(key, summary.get(key)) for key in keys}
+        for name, summary in results.items()
+    ]
+
+
+def text_table(rows: Sequence[dict[str, Any]]) -> str:
+    """The rows as aligned plain text."""
+    columns = list(rows[0])
+    cells = [columns] + [["" if row[key] is None else str(row[key]) for key in columns] for row in rows]
+    widths = [max(len(line[index]) for line in cells) for index in range(len(columns))]
+    return "\n".join(
+        "  ".join(
+            text.ljust(width) if not index else text.rjust(width)
+            for index, (text, width) in enumerate(zip(line, widths, strict=True))
+        )
+        for line in cells
+    )
+
+
+def _rounded(key: str, value: float | None) -> str | None:
+    return None if value is None else f"{value:.2f}" if key == "psnr" else f"{value:.3f}"
+
+
+def _series(events: Sequence[dict[str, Any]], keys: Sequence[str]) -> dict[str, list[tuple[float, float]]]:
+    found = {key: [(event["step"], event[key]) for event in events if event.get(key) is not None] for key in keys}
+    return {key: points for key, points in found.items() if points}

@@ -1,0 +1,71 @@
+"""The run folder's config.yaml: written at the start, held against the settings when a run goes on."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from latent_ae.config import UserError, to_yaml
+
+from .config import TrainSettings
+
+RECIPE = (
+    *("seed", "batch_size", "precision", "init_from", "model", "data"),
+    *("validate.images", "validate.crop_px"),  # before and after must be measured alike
+    *("loss.perceptual_net", "gan.loss", "gan.norm", "gan.channels", "gan.layers"),
+)
+"""Keys that a run cannot change under way: the weights or the sample order would no longer fit."""
+FREE = ("data.num_workers", "data.max_bad_fraction")
+"""Keys under RECIPE that may change all the same."""
+SILENT = (
+    *("output_dir", "report_to", "push_to_hub", "micro_batch_size", "checkpoint", "log"),
+    *("validate.every", "validate.preview_images"),
+)
+"""Keys whose change needs no word."""
+
+
+def prepare_run_folder(run: Path, settings: TrainSettings, *, resuming: bool, writing: bool) -> list[str]:
+    """Makes the folder, checks a resumed run's settings and writes config.yaml (if `writing`).
+
+    Returns notes on what changed. Raises UserError naming the keys when the recipe differs, or when the folder cannot
+    be written.
+    """
+    notes = []
+    config = run / "config.yaml"
+    if resuming and config.is_file():
+        before = flatten(yaml.safe_load(config.read_text(encoding="utf-8")) or {})
+        now = flatten(settings.model_dump(mode="json", by_alias=True))
+        changed = [key for key in now if key in before and before[key] != now[key] and not _under(key, SILENT)]
+        refused = [key for key in changed if _under(key, RECIPE) and not _under(key, FREE)]
+        if refused:
+            lines = "\n".join(f"  {key}: {before[key]} in {config}, now {now[key]}" for key in refused)
+            raise UserError(
+                f"{run} holds a run with another recipe:\n{lines}\n"
+                "Restore these settings to go on with it, or choose another output_dir"
+            )
+        notes = [f"changed since the last start: {key} from {before[key]} to {now[key]}" for key in changed]
+    if writing:
+        try:
+            run.mkdir(parents=True, exist_ok=True)
+            log = run / "log.jsonl"
+            if log.is_file() and not resuming:  # a run that stopped before its first checkpoint
+                log.replace(run / "log.previous.jsonl")
+            temporary = config.with_suffix(".tmp")
+            temporary.write_text(to_yaml(settings), encoding="utf-8")
+            temporary.replace(config)
+        except OSError as error:
+            raise UserError(f"output_dir: cannot write {error.filename or run}: {error.strerror or error}") from error
+    return notes
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by dotted key."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _under(key: str, prefixes: Sequence[str]) -> bool:
+    return any(key == prefix or key.startswith(f"{prefix}.") for prefix in prefixes)

@@ -1,0 +1,37 @@
+"""Learning rates and loss weights as pure functions of the step, so that resuming needs the step alone."""
+
+import math
+from typing import NamedTuple
+
+from .config import GanSettings, OptimSettings
+
+
+def lr_scale_at(step: int, steps: int, optim: OptimSettings) -> float:
+    """Fraction of the learning rate for this step (0-based): linear warm-up, then constant or cosine."""
+    warm = min(1.0, (step + 1) / (optim.warmup + 1))
+    if optim.schedule == "constant":
+        return warm
+    progress = min(1.0, max(0, step - optim.warmup) / max(1, steps - optim.warmup))
+    return warm * (optim.final_lr + (1.0 - optim.final_lr) * 0.5 * (1.0 + math.cos(math.pi * progress)))
+
+
+class GanPhase(NamedTuple):
+    """What the adversarial part does in one step."""
+
+    discriminator: bool
+    """The discriminator trains."""
+    generator: float
+    """Weight of the autoencoder's adversarial term before the adaptive factor."""
+
+
+def gan_phase_at(step: int, gan: GanSettings) -> GanPhase:
+    """Nothing before `start`; then the discriminator alone; then the autoencoder's term rises linearly."""
+    if not gan.weight or step < gan.start:
+        return GanPhase(False, 0.0)
+    since = step - gan.start - gan.discriminator_warmup
+    return GanPhase(True, gan.weight * min(1.0, max(0, since + 1) / (gan.warmup + 1)))
+
+
+def ema_decay_at(step: int, decay: float) -> float:
+    """The average's decay: short at first, so that it does not remember the initial weights."""
+    return min(decay, (1.0 + step) / (10.0 + step))

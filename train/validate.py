@@ -1,0 +1,112 @@
+"""Measures held-out images with the averaged weights."""
+
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from latent_ae.config import UserError
+from latent_ae.data import HeldOutImages, ImageSource, held_out_images
+from latent_ae.images import bicubic_down_up, picture_grid
+from latent_ae.metrics import ReconstructionMetrics
+
+from .config import TrainSettings
+
+BATCH_PIXELS = 1_000_000
+"""Pixels measured at once, against memory."""
+
+
+@dataclass(frozen=True)
+class Validator:
+    """The held-out images and how they are measured; the same pixels at every call."""
+
+    settings: TrainSettings
+    accelerator: Accelerator
+    source: ImageSource
+    channels: int
+    factor: int
+    perceptual: nn.Module | None
+    named: list[str] = field(default_factory=list)
+    """Unreadable files that were reported, once each."""
+
+    def crops(self, rank: int = 0, world_size: int = 1) -> HeldOutImages:
+        """(index, name, CHW image in [-1, 1]) of this rank's held-out images."""
+        crop_px = self.settings.validation.crop_px or self.settings.data.resolution
+        return held_out_images(
+            self.source,
+            self.settings.data,
+            channels=self.channels,
+            crop_px=crop_px,
+            multiple_of=self.factor,
+            rank=rank,
+            world_size=world_size,
+        )
+
+    def measure(self, reconstruct: Callable[[Tensor], Tensor], preview: Path | None = None) -> dict[str, Any]:
+        """Mean metrics of `reconstruct` (NCHW in [-1, 1] -> the same); every process calls this.
+
+        `preview` is where the main process saves its first images: input | reconstruction | bicubic.
+        """
+        perceptual = {self.settings.loss.perceptual_net: self.perceptual} if self.perceptual is not None else {}
+        metrics = ReconstructionMetrics(self.accelerator.device, lpips=perceptual)
+        rows: list[list[Tensor]] = []
+        for indices, names, images in self._batches():
+            reconstructions = reconstruct(images)
+            metrics.update(indices, names, images, reconstructions)
+            wanted = self.settings.validation.preview_images - len(rows)
+            if preview is not None and wanted > 0:
+                shown = (images, reconstructions, bicubic_down_up(images, self.factor))
+                rows += [list(row) for row in zip(*(part[:wanted].cpu() for part in shown), strict=True)]
+        metrics.gather()
+        if preview is not None and rows and self.accelerator.is_main_process:
+            preview.parent.mkdir(parents=True, exist_ok=True)
+            picture_grid(rows, labels=["input", "reconstruction", f"bicubic /{self.factor}"]).save(preview)
+        summary = metrics.summary()
+        if not summary["n"]:
+            raise UserError(f"none of the held-out images of {self.settings.data.source} is readable")
+        return summary
+
+    def _batches(self) -> Iterator[tuple[list[int], list[str], Tensor]]:
+        """This rank's images in batches of one shape, on the device."""
+        rank, world_size = self.accelerator.process_index, self.accelerator.num_processes
+        # every rank has its part of the first `validate.images`
+        share = len(range(rank, self.settings.validation.images, world_size))
+        size = max(1, BATCH_PIXELS // (self.settings.validation.crop_px or self.settings.data.resolution) ** 2)
+        waiting: list[tuple[int, str, Tensor]] = []
+        crops = self.crops(rank, world_size)
+        for item in islice(crops, share):
+            if waiting and (len(waiting) == size or waiting[0][2].shape != item[2].shape):
+                yield self._stack(waiting)
+                waiting = []
+            waiting.append(item)
+        if waiting:
+            yield self._stack(waiting)
+        for line in crops.skipped:
+            if line not in self.named:
+                self.named.append(line)
+                tqdm.write(f"held-out image left out: {line}", file=sys.stderr)
+
+    def _stack(self, items: list[tuple[int, str, Tensor]]) -> tuple[list[int], list[str], Tensor]:
+        indices, names, images = zip(*items, strict=True)
+        batch = torch.stack(images).to(self.accelerator.device, memory_format=torch.channels_last)
+        return list(indices), list(names), batch
+
+    def measure_model(self, model: nn.Module, preview: Path | None = None) -> dict[str, Any]:
+        """Metrics of a Reconstructor, at the posterior's mode."""
+        training = model.training
+        model.eval()
+        with torch.no_grad():
+            summary = self.measure(lambda images: model(images).image, preview)
+        model.train(training)
+        return summary
+
+    def measure_baseline(self) -> dict[str, Any]:
+        """Metrics of bicubic down- and upsampling by the model's factor."""
+        return self.measure(lambda images: bicubic_down_up(images, self.factor))
