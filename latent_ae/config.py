@@ -222,7 +222,7 @@ def _read_yaml(source: str) -> dict[str, Any]:
         hint = f" Did you mean the recipe {close[0]}?" if close else ""
         raise UserError(f"no such config: {source}.{hint} Give a YAML file or one of: {', '.join(recipe_names())}")
     try:
-        values = yaml.safe_load(text)
+        values = yaml.load(text, _StrictLoader)
     except yaml.YAMLError as error:
         raise UserError(f"{source} is not valid YAML: {' '.join(str(error).split())}") from None
     if values is None:
@@ -230,6 +230,23 @@ def _read_yaml(source: str) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise UserError(f"{source} must hold `key: value` lines, not a {type(values).__name__}")
     return values
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """Refuses a key given twice (YAML would silently take the last) and a key that is not a word (`on`, `1`)."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, str):
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key_node.value!r} is read as {key!r}; put it in quotes", key_node.start_mark
+                )
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"{key} is given twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
 
 
 def _apply_override(values: dict[str, Any], word: str) -> list[Problem]:

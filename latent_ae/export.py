@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL
 from huggingface_hub import HfApi
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -89,8 +90,9 @@ def export_autoencoder(
             facts["max_abs_difference"] = difference
             model_card(exported, card, statistics, folder.name, difference).save(fresh / "README.md")
             _take_place(fresh, folder, Path(scratch) / "previous")
-    except OSError as error:
-        raise UserError(f"cannot write the export {folder}: {error.strerror or error}") from error
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot write the export {folder}: {reason}") from error
     return facts
 
 

@@ -96,6 +96,21 @@ def test_a_file_that_is_no_settings(tmp_path: Path, text: str) -> None:
     assert "bad.yaml" in message(source=str(path))
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("steps: 3\nsteps: 4\n", "steps is given twice"),
+        ("optim: {lr: 1.0e-4, lr: 1.0e-3}\n", "lr is given twice"),
+        ("on: 3\n", "the key 'on' is read as True"),
+        ("data: {1: 3}\n", "the key '1' is read as 1"),
+    ],
+)
+def test_keys_that_yaml_would_swallow(tmp_path: Path, text: str, expected: str) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    assert expected in message(source=str(path))
+
+
 def test_a_missing_config_names_the_recipes() -> None:
     text = message(source="quikstart")
     assert "no such config: quikstart" in text and "Did you mean the recipe quickstart?" in text

@@ -75,6 +75,12 @@ def differing_tensors(a: Path, b: Path) -> list[str]:
     return [name for name in first if not torch.equal(first[name], second[name])]
 
 
+@pytest.fixture
+def no_finish(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs end after their last checkpoint: latents, export and report are not what the test is about."""
+    monkeypatch.setattr("latent_ae_train.loop.finish_run", lambda *_: {})
+
+
 @pytest.fixture(scope="module")
 def finished(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("runs") / "whole"
@@ -142,8 +148,9 @@ def test_a_run_killed_before_its_results_gets_them(finished: Path, pictures: Pat
     assert ours["held_out"]["after"] == theirs["held_out"]["after"]
 
 
+@pytest.mark.usefixtures("no_finish")
 @pytest.mark.parametrize("workers", [0, 2])
-def test_resumed_equals_uninterrupted(finished: Path, pictures: Path, tmp_path: Path, workers: int) -> None:
+def test_resumed_equals_uninterrupted(pictures: Path, tmp_path: Path, workers: int) -> None:
     """Bit for bit, stopped in the middle of the GAN's ramp; a schedule without horizon, as `steps` differs."""
     more = ("optim.schedule=constant", f"data.num_workers={workers}", "micro_batch_size=2")
     whole, parts = tmp_path / "whole", tmp_path / "parts"
@@ -168,6 +175,7 @@ def test_two_processes_equal_one(finished: Path, pictures: Path, tmp_path: Path)
     assert theirs["latents"]["std"] == pytest.approx(ours["latents"]["std"], rel=1e-4)
 
 
+@pytest.mark.usefixtures("no_finish")
 def test_a_damaged_checkpoint_is_passed_over(pictures: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "run"
     assert main(words(pictures, run, "steps=4")) == 0
@@ -179,6 +187,31 @@ def test_a_damaged_checkpoint_is_passed_over(pictures: Path, tmp_path: Path, cap
     assert main(words(pictures, run, "steps=4")) == 0
     error = capfd.readouterr().err
     assert "autoencoder.safetensors has another checksum" in error and "resuming" in error and "step 2 of 4" in error
+    for checkpoint in (run / "checkpoints").glob("step-????????"):
+        (checkpoint / "optimizer.pt").unlink()
+    assert main(words(pictures, run, "steps=4")) == 2
+    assert "every checkpoint in" in capfd.readouterr().err
+    assert (run / "checkpoints/step-00000004/autoencoder.safetensors").is_file()
+
+
+@pytest.mark.usefixtures("no_finish")
+def test_a_full_disk_is_said_without_a_traceback(
+    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from latent_ae_train.loop import Log
+
+    original = Log.write
+
+    def full_at_4(self: Log, event: str, step: int, values: dict[str, object]) -> None:
+        if step == 4:
+            raise OSError(28, "No space left on device", str(self.path))
+        original(self, event, step, values)
+
+    monkeypatch.setattr(Log, "write", full_at_4)
+    assert main(words(pictures, tmp_path / "run")) == 2
+    error = capsys.readouterr().err
+    assert "log.jsonl: No space left on device" in error and "the checkpoint of step 2 is kept" in error
+    assert "Traceback" not in error
 
 
 def test_a_changed_recipe_is_refused_with_its_keys(
@@ -190,6 +223,7 @@ def test_a_changed_recipe_is_refused_with_its_keys(
     assert "Traceback" not in error
 
 
+@pytest.mark.usefixtures("no_finish")
 def test_an_interrupted_run_says_how_to_go_on(
     pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -206,7 +240,7 @@ def test_an_interrupted_run_says_how_to_go_on(
     run = tmp_path / "run"
     assert main(words(pictures, run)) == 130
     assert "the checkpoint of step 2 is kept; the same command goes on from it" in capsys.readouterr().err
-    monkeypatch.undo()
+    monkeypatch.setattr(TrainStep, "__call__", original)
     assert main(words(pictures, run)) == 0
 
 
@@ -249,6 +283,37 @@ def test_going_on_from_a_diffusers_folder(finished: Path, pictures: Path, tmp_pa
     assert all(torch.allclose(before[name], after[name], atol=1e-7) for name in before)
 
 
+@pytest.mark.parametrize("dry", [[], ["--dry-run"]])
+@pytest.mark.parametrize(
+    ("word", "expected"),
+    [
+        ("data.resolution=17", "data.resolution: 17 is not a multiple of"),
+        ("validate.crop_px=15", "validate.crop_px: 15 is not a multiple of"),
+        ("loss.kl=0", "takes 3 channels and gives 1"),
+    ],
+)
+def test_a_start_that_does_not_fit(
+    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], dry: list[str], word: str, expected: str
+) -> None:
+    out_channels = 1 if "channels" in expected else 3
+    AutoencoderKL(
+        in_channels=3,
+        out_channels=out_channels,
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 8),
+        norm_num_groups=4,
+    ).save_pretrained(tmp_path / "start")
+    path = tmp_path / "tune.yaml"
+    path.write_text(
+        f"output_dir: {tmp_path / 'tuned'}\ninit_from: {tmp_path / 'start'}\nsteps: 1\nbatch_size: 2\n"
+        f"data: {{source: {pictures}, resolution: 16, num_workers: 0}}\n"
+        "loss: {perceptual: 0}\ngan: {weight: 0}\n"
+    )
+    assert main(["train", str(path), word, *dry]) == 2
+    assert expected in capsys.readouterr().err
+
+
 def test_bf16_and_a_tracker(pictures: Path, tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     run = tmp_path / "run"
@@ -281,6 +346,7 @@ def test_dry_run_prints_settings_and_plan(pictures: Path, tmp_path: Path, capsys
     assert not run.exists()
 
 
+@pytest.mark.usefixtures("no_finish")
 def test_too_many_unreadable_files_stop_the_run(
     pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

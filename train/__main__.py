@@ -1,11 +1,15 @@
 """latent-ae train: settings, plan, then the loop."""
 
 import argparse
+import errno
 import sys
 
 from latent_ae.config import UserError, load_settings, recipe_names, to_yaml
 
 from .config import TrainSettings
+
+DISK_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+"""What a full or locked disk says while a preview, a log line or the report is written."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -37,6 +41,11 @@ def main(argv: list[str] | None = None) -> int:
             f"out of memory with micro_batch_size {settings.micro_batch}: halve micro_batch_size; the result stays the "
             f"same, the batch is then accumulated ({str(error).splitlines()[0]})"
         ) from error
+    except OSError as error:
+        if error.errno not in DISK_TROUBLE:
+            raise
+        place = error.filename or settings.output_dir
+        raise UserError(f"output_dir: cannot write {place}: {error.strerror}; mend that, then run it again") from error
     return 0
 
 

@@ -125,12 +125,21 @@ def load_checkpoint(checkpoint: Checkpoint, train_step: TrainStep) -> dict[str, 
 
 
 def newest_checkpoint(run: Path) -> Checkpoint | None:
-    """The newest checkpoint whose files match its manifest; a damaged one is named on stderr and passed over."""
-    for checkpoint in reversed(complete_checkpoints(run)):
+    """The newest checkpoint whose files match its manifest; a damaged one is named on stderr and passed over.
+
+    Raises UserError when all are damaged: starting from the beginning would overwrite what can perhaps be saved.
+    """
+    checkpoints = complete_checkpoints(run)
+    for checkpoint in reversed(checkpoints):
         damage = find_damage(checkpoint.folder)
         if damage is None:
             return checkpoint
         print(f"checkpoint {checkpoint.folder} is damaged ({damage}) and passed over", file=sys.stderr)
+    if checkpoints:
+        raise UserError(
+            f"every checkpoint in {run / 'checkpoints'} is damaged: put a whole one there, or choose another "
+            "output_dir to start from the beginning"
+        )
     return None
 
 

@@ -10,20 +10,20 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from tqdm import tqdm
 
 from latent_ae.config import UserError
 from latent_ae.data import Batch, ImageSource, open_images, posterior_noise, stop_if_too_many_bad, training_batches
-from latent_ae.discriminators import PatchDiscriminator
-from latent_ae.models import Reconstructor, build_autoencoder, factor_of, load_autoencoder
+from latent_ae.models import Reconstructor, factor_of
 from latent_ae.perceptual import LPIPS
 
 from .checkpoint import complete_checkpoints, load_checkpoint, newest_checkpoint, save_checkpoint
 from .config import TrainSettings
 from .ema import Ema
 from .finish import finish_run, finished_results, push_export, show_results
-from .run_folder import flatten, prepare_run_folder
+from .networks import starting_autoencoder, starting_discriminator
+from .run_folder import changed_settings, flatten, write_config
 from .schedule import lr_scale_at
 from .step import MicroBatch, TrainStep
 from .validate import Validator
@@ -39,9 +39,14 @@ def train(settings: TrainSettings) -> dict[str, Any]:
         log_with=list(settings.report_to) or None,
         project_dir=run,
     )
-    checkpoint = newest_checkpoint(run)
-    for note in prepare_run_folder(run, settings, resuming=checkpoint is not None, writing=accelerator.is_main_process):
-        accelerator.print(note, file=sys.stderr)
+    # one process looks: on a shared disk others may see a newer or an older state
+    (checkpoint,) = broadcast_object_list([newest_checkpoint(run) if accelerator.is_main_process else None])
+    if checkpoint is not None:
+        for note in changed_settings(run, settings):
+            accelerator.print(note, file=sys.stderr)
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        write_config(run, settings, resuming=checkpoint is not None)
     accelerator.wait_for_everyone()
     if checkpoint is not None and checkpoint.step > settings.steps:
         raise UserError(f"steps: {run} is at step {checkpoint.step:,} already, past {settings.steps:,}: raise steps")
@@ -52,7 +57,7 @@ def train(settings: TrainSettings) -> dict[str, Any]:
         return results
     source = open_images(settings.data, "train")
     held_out = open_images(settings.data, "held_out")
-    autoencoder = _autoencoder(settings)
+    autoencoder = starting_autoencoder(settings)
     factor, channels = factor_of(autoencoder), int(autoencoder.config.in_channels)
     perceptual = None
     if settings.loss.perceptual:
@@ -64,7 +69,7 @@ def train(settings: TrainSettings) -> dict[str, Any]:
         settings,
         accelerator,
         accelerator.prepare_model(Reconstructor(autoencoder).to(memory_format=torch.channels_last)),
-        accelerator.prepare_model(_discriminator(settings, channels)) if settings.gan.weight else None,
+        accelerator.prepare_model(starting_discriminator(settings, channels)) if settings.gan.weight else None,
         perceptual,
         ema,
     )
@@ -135,30 +140,6 @@ def train(settings: TrainSettings) -> dict[str, Any]:
         raise
     accelerator.end_training()
     return results
-
-
-def _autoencoder(settings: TrainSettings) -> Any:
-    if settings.init_from is None:
-        return build_autoencoder(settings.model, sample_size=settings.data.resolution, seed=settings.seed)
-    autoencoder = load_autoencoder(settings.init_from)
-    factor, channels = factor_of(autoencoder), autoencoder.config.in_channels
-    if settings.data.resolution % factor:
-        raise UserError(
-            f"data.resolution: {settings.data.resolution} is not a multiple of {settings.init_from}'s factor {factor}"
-        )
-    if settings.loss.perceptual and channels not in (1, 3):
-        raise UserError(
-            f"loss.perceptual: {settings.init_from} has {channels} channels, LPIPS sees 1 or 3: set it to 0"
-        )
-    return autoencoder
-
-
-def _discriminator(settings: TrainSettings, channels: int) -> PatchDiscriminator:
-    gan = settings.gan
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(settings.seed + 1)
-        network = PatchDiscriminator(channels, gan.channels, gan.layers, gan.norm)
-    return network.to(memory_format=torch.channels_last)
 
 
 def stream_state_of(state: dict[str, Any], accelerator: Accelerator) -> dict[str, Any] | None:

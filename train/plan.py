@@ -3,9 +3,10 @@
 import torch
 
 from latent_ae.discriminators import PatchDiscriminator
-from latent_ae.models import build_autoencoder, count_parameters, factor_of, load_autoencoder
+from latent_ae.models import build_autoencoder, count_parameters, factor_of
 
 from .config import TrainSettings
+from .networks import starting_autoencoder
 
 BYTES = 4
 """Per float32."""
@@ -17,7 +18,7 @@ def describe_plan(settings: TrainSettings) -> str:
         with torch.device("meta"):
             autoencoder = build_autoencoder(settings.model.model_copy(update={"init": "default"}), sample_size=1)
     else:
-        autoencoder = load_autoencoder(settings.init_from)
+        autoencoder = starting_autoencoder(settings)
     weights, judge = count_parameters(autoencoder), 0
     if settings.gan.weight:
         with torch.device("meta"):

@@ -25,38 +25,40 @@ SILENT = (
 """Keys whose change needs no word."""
 
 
-def prepare_run_folder(run: Path, settings: TrainSettings, *, resuming: bool, writing: bool) -> list[str]:
-    """Makes the folder, checks a resumed run's settings and writes config.yaml (if `writing`).
+def changed_settings(run: Path, settings: TrainSettings) -> list[str]:
+    """Holds the settings against the config.yaml of a run that goes on; returns notes on what changed.
 
-    Returns notes on what changed. Raises UserError naming the keys when the recipe differs, or when the folder cannot
-    be written.
+    Raises UserError naming the keys when the recipe differs.
     """
-    notes = []
     config = run / "config.yaml"
-    if resuming and config.is_file():
-        before = flatten(yaml.safe_load(config.read_text(encoding="utf-8")) or {})
-        now = flatten(settings.model_dump(mode="json", by_alias=True))
-        changed = [key for key in now if key in before and before[key] != now[key] and not _under(key, SILENT)]
-        refused = [key for key in changed if _under(key, RECIPE) and not _under(key, FREE)]
-        if refused:
-            lines = "\n".join(f"  {key}: {before[key]} in {config}, now {now[key]}" for key in refused)
-            raise UserError(
-                f"{run} holds a run with another recipe:\n{lines}\n"
-                "Restore these settings to go on with it, or choose another output_dir"
-            )
-        notes = [f"changed since the last start: {key} from {before[key]} to {now[key]}" for key in changed]
-    if writing:
-        try:
-            run.mkdir(parents=True, exist_ok=True)
-            log = run / "log.jsonl"
-            if log.is_file() and not resuming:  # a run that stopped before its first checkpoint
-                log.replace(run / "log.previous.jsonl")
-            temporary = config.with_suffix(".tmp")
-            temporary.write_text(to_yaml(settings), encoding="utf-8")
-            temporary.replace(config)
-        except OSError as error:
-            raise UserError(f"output_dir: cannot write {error.filename or run}: {error.strerror or error}") from error
-    return notes
+    if not config.is_file():
+        return []
+    before = flatten(yaml.safe_load(config.read_text(encoding="utf-8")) or {})
+    now = flatten(settings.model_dump(mode="json", by_alias=True))
+    changed = [key for key in now if key in before and before[key] != now[key] and not _under(key, SILENT)]
+    refused = [key for key in changed if _under(key, RECIPE) and not _under(key, FREE)]
+    if refused:
+        lines = "\n".join(f"  {key}: {before[key]} in {config}, now {now[key]}" for key in refused)
+        raise UserError(
+            f"{run} holds a run with another recipe:\n{lines}\n"
+            "Restore these settings to go on with it, or choose another output_dir"
+        )
+    return [f"changed since the last start: {key} from {before[key]} to {now[key]}" for key in changed]
+
+
+def write_config(run: Path, settings: TrainSettings, *, resuming: bool) -> None:
+    """Makes the folder and writes config.yaml. One process calls this. Raises UserError when it cannot."""
+    config = run / "config.yaml"
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        log = run / "log.jsonl"
+        if log.is_file() and not resuming:  # a run that stopped before its first checkpoint
+            log.replace(run / "log.previous.jsonl")
+        temporary = config.with_suffix(".tmp")
+        temporary.write_text(to_yaml(settings), encoding="utf-8")
+        temporary.replace(config)
+    except OSError as error:
+        raise UserError(f"output_dir: cannot write {error.filename or run}: {error.strerror or error}") from error
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
