@@ -1,6 +1,7 @@
 """The wheel holds everything that the commands need, recipes included."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -36,3 +37,9 @@ def test_the_wheel_works_outside_the_checkout(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
     assert "output_dir: runs/quickstart" in result.stdout and "global batch:" in result.stdout
     assert not list(elsewhere.iterdir())
+
+
+def test_no_page_has_a_placeholder_left() -> None:
+    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").rglob("*.md")]
+    assert len(pages) > 5
+    assert [page.name for page in pages if re.search(r"@[A-Z]+@|TODO|TBD", page.read_text(encoding="utf-8"))] == []
