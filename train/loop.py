@@ -221,6 +221,7 @@ class Log:
                         name: str(value)
                         for name, value in flatten(settings.model_dump(mode="json", by_alias=True)).items()
                     },
+                    init_kwargs={"wandb": {"dir": str(run), "name": run.absolute().name}},
                 )
             except Exception as error:  # each tracker has kinds of its own
                 raise UserError(f"report_to: {', '.join(settings.report_to)} does not start: {error}") from error
