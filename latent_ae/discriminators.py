@@ -2,21 +2,24 @@
 
 from typing import Literal
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-Norm = Literal["group", "spectral", "none"]
+Norm = Literal["group", "spectral", "batch", "none"]
 
 
 class PatchDiscriminator(nn.Module):
     """PatchGAN (Isola et al. 2017): each logit judges a patch of the image, 70 px wide with three layers.
 
-    `group` is the default norm because it does not look at other samples: a batch statistic would let the result
-    depend on the split over processes, break on one sample and tie the real to the fake images.
+    `group` is the default norm because it does not look at other samples: a batch statistic (`batch`, the published
+    choice) lets the result depend on the split over processes and breaks on one sample. `blur` filters before each
+    subsampling but the first, which must see the pixels as they are (Zhang 2019; StyleGAN2's discriminator).
 
     NCHW in [-1, 1] -> N x 1 x h x w logits.
     """
 
-    def __init__(self, in_channels: int, channels: int = 64, layers: int = 3, norm: Norm = "group"):
+    def __init__(self, in_channels: int, channels: int = 64, layers: int = 3, norm: Norm = "group", blur: bool = False):
         super().__init__()
         modules: list[nn.Module] = [
             _convolution(in_channels, channels, stride=2, norm="none"),
@@ -25,9 +28,15 @@ class PatchDiscriminator(nn.Module):
         width = channels
         for layer in range(1, layers + 1):
             narrow, width = width, channels * min(2**layer, 8)
-            modules.append(_convolution(narrow, width, stride=1 if layer == layers else 2, norm=norm))
+            stride = 1 if layer == layers else 2
+            if blur and stride == 2:
+                modules.append(Blur(narrow))
+            modules.append(_convolution(narrow, width, stride=stride, norm=norm))
             if norm == "group":
                 modules.append(nn.GroupNorm(_groups(width), width))
+            elif norm == "batch":
+                # statistics of the batch at hand, always: no network is ever evaluated here
+                modules.append(nn.BatchNorm2d(width, track_running_stats=False))
             modules.append(nn.LeakyReLU(0.2))
         modules.append(_convolution(width, 1, stride=1, norm="none"))
         self.layers = nn.Sequential(*modules)
@@ -39,11 +48,27 @@ class PatchDiscriminator(nn.Module):
         return self.layers(images).float()
 
 
+class Blur(nn.Module):
+    """Low-pass filter [1 3 3 1] x [1 3 3 1] / 64 of each channel; sides stay as they are, edges are reflected."""
+
+    kernel: Tensor
+
+    def __init__(self, channels: int):
+        super().__init__()
+        taps = torch.tensor([1.0, 3.0, 3.0, 1.0]) / 8
+        self.register_buffer("kernel", (taps[:, None] * taps).expand(channels, 1, 4, 4).clone(), persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        padded = F.pad(images, (1, 2, 1, 2), mode="reflect")
+        return F.conv2d(padded, self.kernel.to(images.dtype), groups=len(self.kernel))
+
+
 def _groups(width: int) -> int:
     """The largest divisor of the width that is at most 32."""
     return next(count for count in range(min(32, width), 0, -1) if width % count == 0)
 
 
 def _convolution(in_channels: int, out_channels: int, *, stride: int, norm: Norm) -> nn.Module:
-    convolution = nn.Conv2d(in_channels, out_channels, 4, stride=stride, padding=1, bias=norm != "group")
+    bias = norm not in ("group", "batch")  # those norms have their own
+    convolution = nn.Conv2d(in_channels, out_channels, 4, stride=stride, padding=1, bias=bias)
     return nn.utils.parametrizations.spectral_norm(convolution) if norm == "spectral" else convolution

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 # streams of random numbers that must never overlap: the highest word of Philox's counter
-CROP, NOISE, ORDER, BLOCK = range(4)
+CROP, NOISE, ORDER, BLOCK, AUGMENT = range(5)
 
 
 def crop_rng(seed: int, number: int) -> np.random.Generator:
@@ -34,6 +34,12 @@ def posterior_noise(seed: int, numbers: Sequence[int], shape: Sequence[int]) -> 
     generators = (np.random.Generator(_philox(seed, number, NOISE)) for number in numbers)
     noise = [generator.standard_normal(tuple(shape), dtype=np.float32) for generator in generators]
     return torch.from_numpy(np.stack(noise))
+
+
+def augmentation_numbers(seed: int, numbers: Sequence[int], count: int) -> torch.Tensor:
+    """Uniform numbers in [0, 1) that decide how the discriminator's view of the samples changes: (N, count) float32."""
+    generators = (np.random.Generator(_philox(seed, number, AUGMENT)) for number in numbers)
+    return torch.from_numpy(np.stack([generator.random(count, dtype=np.float32) for generator in generators]))
 
 
 def _philox(seed: int, number: int, stream: int, reader: int = 0, block: int = 0) -> np.random.Philox:

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch.distributions import Normal, kl_divergence
 
-from latent_ae.discriminators import PatchDiscriminator
+from latent_ae.discriminators import Blur, PatchDiscriminator
 from latent_ae.losses import (
     CHARBONNIER_EPS,
     adaptive_ratio,
@@ -17,6 +17,7 @@ from latent_ae.losses import (
     kl_per_dimension,
     lecam_loss,
     pixel_loss,
+    r1_penalty,
 )
 
 
@@ -52,7 +53,40 @@ def test_adversarial_losses_by_hand() -> None:
     ones, zeros = torch.ones(2), torch.zeros(2)
     bce = F.binary_cross_entropy_with_logits
     torch.testing.assert_close(discriminator_loss("vanilla", real, fake), 0.5 * (bce(real, ones) + bce(fake, zeros)))
-    torch.testing.assert_close(generator_loss("vanilla", fake), bce(fake, ones))
+    assert float(generator_loss("vanilla", fake)) == pytest.approx(0.75)
+    for kind in ("vanilla", "non_saturating"):
+        torch.testing.assert_close(discriminator_loss(kind, real, fake), 0.5 * (bce(real, ones) + bce(fake, zeros)))
+    torch.testing.assert_close(generator_loss("non_saturating", fake), bce(fake, ones))
+
+
+def test_r1_of_a_linear_discriminator() -> None:
+    """D's patches are <w_p, x>: the gradient of their mean is the mean of the w_p, whatever x is."""
+    weight, images = torch.randn(3, 12), torch.randn(5, 3, 2, 2, requires_grad=True)
+    logits = (images.flatten(1) @ weight.T).view(5, 1, 3, 1)
+    torch.testing.assert_close(r1_penalty(logits, images), 0.5 * weight.mean(0).square().sum())
+
+
+def test_r1_trains_the_discriminator() -> None:
+    """Its derivative by finite differences, through convolutions and group norm."""
+    torch.manual_seed(0)
+    network = PatchDiscriminator(3, channels=4, layers=1).double()
+    images = torch.randn(2, 3, 16, 16, dtype=torch.float64, requires_grad=True)
+
+    def penalty() -> torch.Tensor:
+        return r1_penalty(network.layers(images), images)
+
+    weight = network.layers[0].weight
+    (analytic,) = torch.autograd.grad(penalty(), weight)
+    direction, eps = torch.randn_like(weight), 1e-8  # small: leaky ReLUs jump where they bend
+    moved = []
+    for sign in (1, -1):
+        with torch.no_grad():
+            weight += sign * eps * direction
+        moved.append(penalty().item())
+        with torch.no_grad():
+            weight -= sign * eps * direction
+    above, below = moved
+    assert (above - below) / (2 * eps) == pytest.approx(float((analytic * direction).sum()), rel=1e-4)
 
 
 def test_lecam_by_hand() -> None:
@@ -68,10 +102,11 @@ def test_adaptive_ratio() -> None:
     assert float(adaptive_ratio(a, torch.zeros(2), cap=7.0)) == 7.0
 
 
+@pytest.mark.parametrize("blur", [False, True])
 @pytest.mark.parametrize("norm", ["group", "spectral", "none"])
-def test_a_sample_is_judged_alone(norm: str) -> None:
+def test_a_sample_is_judged_alone(norm: str, blur: bool) -> None:
     """No logit depends on another sample: so real and reconstructed images can share one pass."""
-    network = PatchDiscriminator(3, channels=16, layers=2, norm=norm).eval()
+    network = PatchDiscriminator(3, channels=16, layers=2, norm=norm, blur=blur).eval()
     images = torch.randn(4, 3, 32, 32)
     with torch.no_grad():
         together = network(images)
@@ -87,3 +122,25 @@ def test_the_receptive_field_is_70_px_with_three_layers() -> None:
     (gradient,) = torch.autograd.grad(logits[0, 0, 7, 7], image)
     rows = gradient[0, 0].abs().sum(1).nonzero()
     assert int(rows.max() - rows.min()) + 1 == 70
+
+
+def test_batch_norm_looks_at_the_whole_batch() -> None:
+    """Why it is refused where a batch is split. Against F.batch_norm on the same convolutions."""
+    network = PatchDiscriminator(3, channels=4, layers=1, norm="batch")
+    images = torch.randn(4, 3, 16, 16)
+    first, _, second, norm, _, last = network.layers
+    hidden = second(F.leaky_relu(first(images), 0.2))
+    hidden = F.batch_norm(hidden, None, None, norm.weight, norm.bias, training=True)
+    torch.testing.assert_close(network(images), last(F.leaky_relu(hidden, 0.2)))
+    assert not torch.allclose(network(images)[:2], network(images[:2]))
+
+
+def test_blur_keeps_constants_and_removes_the_finest_stripes() -> None:
+    blur = Blur(2)
+    constant = torch.full((1, 2, 8, 8), 0.7)
+    torch.testing.assert_close(blur(constant), constant)
+    stripes = torch.tensor([1.0, -1.0]).repeat(4).expand(1, 2, 8, 8)
+    torch.testing.assert_close(blur(stripes)[..., 1:6], torch.zeros(1, 2, 8, 5), atol=1e-7, rtol=0)
+    # a slow ramp moves by half a pixel, as an even number of taps must
+    ramp = torch.arange(8.0).expand(1, 2, 8, 8)
+    torch.testing.assert_close(blur(ramp)[..., 2:5], ramp[..., 2:5] + 0.5)

@@ -1,6 +1,7 @@
 """The training step's properties, on tiny real networks."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +9,10 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from latent_ae.diffaug import NUMBERS, augment
 from latent_ae.losses import generator_loss, kl_loss
 from latent_ae.perceptual import LPIPS
+from latent_ae_train.config import TrainSettings
 from latent_ae_train.step import TrainStep
 from tests.launch import launch
 from tests.tiny import GAN, build_step, global_batch, micro_batches, moved, settings_for, weights
@@ -173,6 +176,144 @@ def test_master_weights_and_optimizer_stay_fp32_under_bf16() -> None:
     assert {value.dtype for value in means.values()} == {torch.float32}
 
 
+def test_the_learned_log_variance_is_that_of_the_textbook() -> None:
+    """loss / exp(s) + s as in latent diffusion: both gradients, and where s goes."""
+    settings = settings_for(loss={"learned_logvar": True}, optim={"lr": 1e-2})
+    step = build_step(settings)
+    gradients: dict[str, torch.Tensor] = {}
+    step.optimizer.register_step_pre_hook(
+        lambda *_: gradients.update(
+            {n: p.grad.clone() for n, p in [*step.bare_reconstructor.named_parameters(), ("s", step.state.logvar)]}
+        )
+    )
+    with torch.no_grad():
+        step.state.logvar.fill_(-0.7)
+    images, noise = global_batch(0, settings)
+    reference, s = build_step(settings).bare_reconstructor, torch.tensor(-0.7, requires_grad=True)
+    loss = (reference(images, noise).image - images).abs().mean() / torch.exp(s) + s
+    loss.backward()
+    step(0, micro_batches(0, settings))
+    torch.testing.assert_close(gradients["s"], s.grad)
+    for name, parameter in reference.named_parameters():
+        torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-4, atol=1e-7, msg=name)
+    # it settles at the logarithm of the loss, where loss / exp(s) + s is least
+    fixed = build_step(settings_for(loss={"learned_logvar": True}, optim={"lr": 1e-2}))
+    for group in fixed.optimizer.param_groups[:1]:
+        group["lr_scale"] = 0.0
+    for number in range(80):
+        means = fixed(number, micro_batches(0, settings))
+    assert fixed.state.logvar.item() == pytest.approx(math.log(float(means["l1"])), abs=0.02)
+
+
+def test_r1_in_the_step_is_the_textbook_one() -> None:
+    """Against one autograd pass over the discriminator's whole loss; computed on every second step only."""
+    settings = settings_for(gan={**GAN, "r1": 0.5, "r1_every": 2, "discriminator_warmup": 9}, optim={"lr": 1e-30})
+    step = build_step(settings)
+    gradients: list[dict[str, torch.Tensor]] = []
+    step.discriminator_optimizer.register_step_pre_hook(
+        lambda *_: gradients.append({n: p.grad.clone() for n, p in step.bare_discriminator.named_parameters()})
+    )
+    images, noise = global_batch(0, settings)
+    logs = [step(number, micro_batches(0, settings)) for number in (0, 1)]
+    assert ["r1" in log for log in logs] == [True, False]
+    model, judge = step.bare_reconstructor, step.bare_discriminator
+    for number, weight in enumerate((0.5 * 2, 0.0)):
+        real = images.clone().requires_grad_()
+        logits = judge(real)
+        loss = 0.5 * (torch.relu(1 - logits).mean() + torch.relu(1 + judge(model(images, noise).image.detach())).mean())
+        (slope,) = torch.autograd.grad(logits.mean(dim=(1, 2, 3)).sum(), real, create_graph=True)
+        loss = loss + weight * 0.5 * slope.square().sum(dim=(1, 2, 3)).mean()
+        expected = torch.autograd.grad(loss, list(judge.parameters()), allow_unused=True)
+        for (name, _), gradient in zip(judge.named_parameters(), expected, strict=True):
+            torch.testing.assert_close(gradients[number][name], gradient, rtol=1e-4, atol=1e-7, msg=name)
+
+
+def test_augmented_images_are_what_the_discriminator_sees() -> None:
+    settings = settings_for(gan={**GAN, "diffaug": ["color", "translation", "cutout"], "adaptive": False})
+    step = build_step(settings)
+    seen: list[torch.Tensor] = []
+    step.bare_discriminator.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach()))
+    (batch,) = micro_batches(0, settings)
+    before = networks(step)
+    step(0, iter([batch]))
+    assert torch.equal(seen[0][:8], augment(batch.images, batch.augmentation[:, :NUMBERS], settings.gan.diffaug))
+    assert not torch.allclose(seen[0][:8], batch.images)
+    assert moved(before[0], networks(step)[0])
+
+
+@pytest.mark.parametrize("norm", ["none", "group", "spectral", "batch"])
+@pytest.mark.parametrize("loss", ["hinge", "vanilla", "non_saturating"])
+def test_every_discriminator_trains_and_is_felt(norm: str, loss: str) -> None:
+    step = build_step(settings_for(gan={**GAN, "norm": norm, "loss": loss, "blur": True, "layers": 2}))
+    before = networks(step)
+    run(step, 2)
+    after = networks(step)
+    # the hinge loss is blind to the last bias until a logit leaves the margin
+    assert moved(before[1], after[1]) >= {name for name in before[1] if ".bias" not in name}
+    assert float(step.state.adaptive_weight) > 0
+
+
+def test_decoder_only_keeps_the_latents_bit_for_bit() -> None:
+    settings = settings_for(train="decoder", loss={"kl": 1.0}, gan=GAN, ema={"decay": 0.5}, optim={"weight_decay": 0.1})
+    step = build_step(settings)
+    images, _ = global_batch(0, settings)
+    before = networks(step)[0]
+    with torch.no_grad():
+        latents = [model.encode(images).latent_dist for model in (step.bare_reconstructor.autoencoder, step.ema.module)]
+    means = run(step, 3)
+    changed = moved(before, networks(step)[0])
+    assert changed == {name for name in before if ".decoder." in name or ".post_quant_conv." in name}
+    assert "kl" not in means, "there is nothing that the KL term could move"
+    for model, old in zip((step.bare_reconstructor.autoencoder, step.ema.module), latents, strict=True):
+        with torch.no_grad():
+            new = model.encode(images).latent_dist
+        assert torch.equal(new.mean, old.mean) and torch.equal(new.logvar, old.logvar)
+
+
+def test_encoder_only_keeps_the_decoder() -> None:
+    step = build_step(settings_for(train="encoder", loss={"kl": 1e-3}, gan={**GAN, "adaptive": False}))
+    before = networks(step)[0]
+    run(step, 3)
+    changed = moved(before, networks(step)[0])
+    assert changed == {name for name in before if ".encoder." in name or ".quant_conv." in name}
+
+
+def gradients_of(step: TrainStep, settings: TrainSettings) -> dict[str, torch.Tensor]:
+    """Of both networks, on one step with the adversarial term felt."""
+    found: dict[str, torch.Tensor] = {}
+    for optimizer, network in (
+        (step.optimizer, step.bare_reconstructor),
+        (step.discriminator_optimizer, step.bare_discriminator),
+    ):
+        optimizer.register_step_pre_hook(
+            lambda *_, network=network: found.update({n: p.grad.clone() for n, p in network.named_parameters()})
+        )
+    with torch.no_grad():
+        step.state.adaptive_weight.fill_(0.3)
+    step(0, micro_batches(0, settings))
+    return found
+
+
+@pytest.mark.parametrize("setting", ["gradient_checkpointing", "compile"])
+def test_saving_memory_or_time_gives_the_same_step(setting: str) -> None:
+    shape = {"block_out_channels": [8, 8]} if setting == "compile" else {}
+    plain, other = (settings_for(gan=GAN, loss={"kl": 1e-3}, model=shape, **{setting: on}) for on in (False, True))
+    expected, step = gradients_of(build_step(plain), plain), build_step(other)
+    block = step.bare_reconstructor.autoencoder.decoder.up_blocks[0].resnets[0]
+    passes = count_calls(block.conv1) if setting == "gradient_checkpointing" else []
+    actual = gradients_of(step, other)
+    assert expected.keys() == actual.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(actual[name], gradient, rtol=1e-3, atol=1e-6, msg=name)
+    if setting == "gradient_checkpointing":
+        assert len(passes) == 2, "the block runs again in the backward pass"
+    else:
+        compiled = (block, step.bare_discriminator)
+        assert all(module._compiled_call_impl is not None for module in compiled)
+        assert dict(torch._dynamo.utils.counters["stats"])["unique_graphs"] >= 2, "something was compiled"
+    assert set(step.bare_reconstructor.state_dict()) == set(build_step(plain).bare_reconstructor.state_dict())
+
+
 class HostReads(TorchDispatchMode):
     """Counts what makes the host wait for a value on the device."""
 
@@ -217,8 +358,16 @@ def test_the_adaptive_weight_is_capped_and_passes_over_what_is_not_finite() -> N
 
 BIG = {
     "batch_size": 8,
-    "gan": {**GAN, "lecam": 0.1, "discriminator_warmup": 2, "warmup": 5},
-    "loss": {"kl": 1e-4},
+    "gan": {
+        **GAN,
+        "lecam": 0.1,
+        "discriminator_warmup": 2,
+        "warmup": 5,
+        "r1": 0.1,
+        "r1_every": 3,
+        "diffaug": ["color", "translation", "cutout"],
+    },
+    "loss": {"kl": 1e-4, "learned_logvar": True},
     "ema": {"decay": 0.9},
     "optim": {"clip": 1.0, "lr": 1e-3},
 }

@@ -7,10 +7,12 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from latent_ae.discriminators import PatchDiscriminator
-from latent_ae.models import Reconstructor, build_autoencoder
+from latent_ae.diffaug import NUMBERS
+from latent_ae.models import Reconstructor
+from latent_ae.order import augmentation_numbers
 from latent_ae_train.config import TrainSettings
 from latent_ae_train.ema import Ema
+from latent_ae_train.networks import compile_networks, starting_autoencoder, starting_discriminator
 from latent_ae_train.step import MicroBatch, TrainStep
 
 SIDE, LATENT = 16, (4, 8, 8)
@@ -44,12 +46,12 @@ def settings_for(**changes: Any) -> TrainSettings:
 def build_step(settings: TrainSettings, perceptual: nn.Module | None = None) -> TrainStep:
     """The step on a fresh model; equal settings give equal weights, on every process."""
     accelerator = Accelerator(cpu=True)
-    autoencoder = build_autoencoder(settings.model, sample_size=SIDE, seed=settings.seed)
+    autoencoder = starting_autoencoder(settings)
     ema = Ema(autoencoder, settings.ema.decay) if settings.ema.decay else None
-    discriminator = None
-    if settings.gan.weight:
-        torch.manual_seed(1)
-        discriminator = PatchDiscriminator(3, settings.gan.channels, settings.gan.layers, settings.gan.norm)
+    discriminator = starting_discriminator(settings, 3) if settings.gan.weight else None
+    if settings.compile:
+        compile_networks(autoencoder, discriminator)
+    if discriminator is not None:
         discriminator = accelerator.prepare_model(discriminator)
     reconstructor = accelerator.prepare_model(Reconstructor(autoencoder))
     return TrainStep(settings, accelerator, reconstructor, discriminator, perceptual, ema)
@@ -70,7 +72,9 @@ def micro_batches(step: int, settings: TrainSettings, rank: int = 0) -> Iterator
     for index in range(settings.accumulation):
         first = (index * settings.processes + rank) * size
         rows = slice(-(step * settings.batch_size + first) % every, None, every)
-        yield MicroBatch(images[first : first + size], noise[first : first + size], rows)
+        number = step * settings.batch_size + first
+        augmentation = augmentation_numbers(0, range(number, number + size), 2 * NUMBERS)
+        yield MicroBatch(images[first : first + size], noise[first : first + size], rows, augmentation)
 
 
 def weights(module: nn.Module | None) -> dict[str, torch.Tensor]:

@@ -4,9 +4,9 @@ import os
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from latent_ae.config import (
     DataSettings,
@@ -36,6 +36,8 @@ class LossSettings(Settings):
     perceptual_net: Literal["vgg", "alex"] = "vgg"
     perceptual_every: Positive = 1
     """LPIPS on every n-th sample only (weighted so that its mean stays the same): cheaper steps on small machines."""
+    learned_logvar: bool = False
+    """Learn the log-variance s of the reconstruction's likelihood: loss / exp(s) + s."""
     kl: Weight = 1e-6
     """Weight of the KL divergence, summed per sample and divided by the image's elements."""
 
@@ -51,15 +53,25 @@ class GanSettings(Settings):
     """Steps from `start` during which only the discriminator trains."""
     warmup: NonNegative = 2000
     """Steps over which the autoencoder's adversarial term then rises to its weight."""
-    loss: Literal["hinge", "vanilla"] = "hinge"
+    loss: Literal["hinge", "vanilla", "non_saturating"] = "hinge"
+    init_from: str | None = None
+    """A checkpoint, or a run with one, whose discriminator to start with."""
     channels: Positive = 64
     layers: Positive = 3
-    norm: Literal["group", "spectral", "none"] = "group"
+    norm: Literal["group", "spectral", "batch", "none"] = "group"
+    blur: bool = False
+    """Low-pass filter before the discriminator subsamples."""
+    diffaug: tuple[Literal["color", "translation", "cutout"], ...] = ()
+    """Differentiable augmentations of what the discriminator sees; they help on small data."""
     adaptive: bool = True
     """Scale the term by the ratio of gradient norms at the last layer; false uses the weight as it is."""
     adaptive_cap: Annotated[float, Field(gt=0)] = 100.0
     adaptive_smoothing: Decay = 0.9
     lecam: Weight = 0.0
+    r1: Weight = 0.0
+    """Weight (gamma) of the discriminator's gradient penalty on real images."""
+    r1_every: Positive = 16
+    """The penalty is computed on every n-th step and weighs n times as much."""
 
 
 class OptimSettings(Settings):
@@ -113,6 +125,15 @@ class LogSettings(Settings):
     every: Positive = 50
 
 
+def _refuse_fp16(value: Any) -> Any:
+    if value in ("fp16", "float16", "half"):
+        raise ValueError(
+            "fp16 needs a loss scale for each of the two networks' gradients and one for the adaptive weight's, and "
+            "overflows in the decoder of published first stages; use bf16, or fp32 where the device has no bf16"
+        )
+    return value
+
+
 class TrainSettings(Settings):
     """A training run."""
 
@@ -123,10 +144,16 @@ class TrainSettings(Settings):
     """Global: over all processes and accumulation."""
     micro_batch_size: Positive | None = None
     """Samples per process and pass; null takes the whole share of a process."""
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Annotated[Literal["fp32", "bf16"], BeforeValidator(_refuse_fp16)] = "fp32"
     """bf16: autocast; weights, losses and optimizer stay fp32."""
     init_from: str | None = None
     """A diffusers folder or hub id to go on from; its shape replaces model.*."""
+    train: Literal["all", "decoder", "encoder"] = "all"
+    """What learns. decoder: latents stay bit-identical, and so does the scaling of init_from's config."""
+    compile: bool = False
+    """torch.compile of the residual blocks and the discriminator: minutes at the start, then faster steps."""
+    gradient_checkpointing: bool = False
+    """Recompute the autoencoder's blocks in the backward pass: less memory, about a third more time."""
     report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
     push_to_hub: str | None = None
     """Repository id that the export is uploaded to at the end."""
@@ -162,6 +189,7 @@ class TrainSettings(Settings):
         yield from self._batch_problems()
         yield from self._shape_problems()
         yield from self._path_problems()
+        yield from self._gan_problems()
         for tracker in self.report_to:
             if find_spec(tracker) is None:
                 yield Problem("report_to", f"{tracker} is not installed: pip install 'latent-ae[{tracker}]'")
@@ -212,6 +240,25 @@ class TrainSettings(Settings):
         if not (self.loss.pixel_weight or self.loss.perceptual):
             yield Problem("loss", "pixel_weight and perceptual are both 0: nothing would be reconstructed")
 
+    def _gan_problems(self) -> Iterator[Problem]:
+        gan = self.gan
+        if not gan.weight:
+            return
+        if gan.norm == "batch" and (self.micro_batch != self.batch_size or self.batch_size < 2):
+            yield Problem(
+                "gan.norm",
+                f"batch takes its statistics from one pass of {self.micro_batch}, and batch_size is {self.batch_size}: "
+                "training would depend on the split. Use group, or one process with micro_batch_size null and "
+                "batch_size of at least 2",
+            )
+        if self.train == "encoder" and gan.adaptive:
+            yield Problem(
+                "gan.adaptive",
+                "measures gradients at the decoder's last layer, which train: encoder leaves fixed: set it to false",
+            )
+        if self.compile and gan.r1:
+            yield Problem("gan.r1", "needs a second derivative, which compiled networks do not give: set compile=false")
+
     def _path_problems(self) -> Iterator[Problem]:
         if self.init_from is not None:
             if looks_like_path(self.init_from) and not Path(self.init_from).expanduser().is_dir():
@@ -221,6 +268,8 @@ class TrainSettings(Settings):
                     "model",
                     "init_from brings its own shape and weights: give model={}, or remove init_from",
                 )
+        if self.gan.init_from is not None and not Path(self.gan.init_from).expanduser().is_dir():
+            yield Problem("gan.init_from", f"no such folder: {self.gan.init_from} (from {Path.cwd()})")
         if self.weights_dir is not None and not Path(self.weights_dir).expanduser().is_dir():
             yield Problem("weights_dir", f"no such folder: {self.weights_dir} (from {Path.cwd()})")
         output = Path(self.output_dir).expanduser()

@@ -15,14 +15,16 @@ from tqdm import tqdm
 
 from latent_ae.config import UserError
 from latent_ae.data import Batch, ImageSource, open_images, posterior_noise, stop_if_too_many_bad, training_batches
+from latent_ae.diffaug import NUMBERS
 from latent_ae.models import Reconstructor, factor_of
+from latent_ae.order import augmentation_numbers
 from latent_ae.perceptual import LPIPS
 
 from .checkpoint import complete_checkpoints, load_checkpoint, newest_checkpoint, save_checkpoint
 from .config import TrainSettings
 from .ema import Ema
 from .finish import finish_run, finished_results, push_export, show_results
-from .networks import starting_autoencoder, starting_discriminator
+from .networks import compile_networks, starting_autoencoder, starting_discriminator
 from .run_folder import changed_settings, flatten, write_config
 from .schedule import lr_scale_at
 from .step import MicroBatch, TrainStep
@@ -65,11 +67,14 @@ def train(settings: TrainSettings) -> dict[str, Any]:
         with accelerator.local_main_process_first():  # one process fetches, the others find the file
             perceptual = LPIPS(settings.loss.perceptual_net, weights_dir).to(accelerator.device)
     ema = Ema(autoencoder.to(accelerator.device), settings.ema.decay) if settings.ema.decay else None
+    discriminator = starting_discriminator(settings, channels) if settings.gan.weight else None
+    if settings.compile:
+        compile_networks(autoencoder, discriminator)
     train_step = TrainStep(
         settings,
         accelerator,
         accelerator.prepare_model(Reconstructor(autoencoder).to(memory_format=torch.channels_last)),
-        accelerator.prepare_model(starting_discriminator(settings, channels)) if settings.gan.weight else None,
+        accelerator.prepare_model(discriminator) if discriminator is not None else None,
         perceptual,
         ema,
     )
@@ -186,11 +191,16 @@ class Feed:
         if batch.skipped:
             self._note(batch.skipped)
         every = settings.loss.perceptual_every
+        augmentation = None
+        if settings.gan.diffaug:
+            augmentation = augmentation_numbers(settings.seed, batch.numbers, 2 * NUMBERS)
+            augmentation = augmentation.to(self.device, non_blocking=True)
         return MicroBatch(
             batch.images.to(self.device, memory_format=torch.channels_last, non_blocking=True),
             posterior_noise(settings.seed, batch.numbers, self.latent_shape).to(self.device, non_blocking=True),
             # samples whose number is a multiple of `every`; a micro-batch's numbers are consecutive
             slice(-batch.numbers[0] % every, None, every),
+            augmentation,
         )
 
     def _note(self, skipped: list[str]) -> None:

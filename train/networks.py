@@ -1,26 +1,82 @@
 """The networks that a run starts from."""
 
+from pathlib import Path
+
 import torch
+import torch._dynamo
+import torch._functorch.config as functorch_config
 from diffusers import AutoencoderKL
+from diffusers.models.resnet import ResnetBlock2D
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
 
 from latent_ae.config import UserError
 from latent_ae.discriminators import PatchDiscriminator
 from latent_ae.models import build_autoencoder, factor_of, load_autoencoder
 
+from .checkpoint import complete_checkpoints
 from .config import TrainSettings
 
 
 def starting_autoencoder(settings: TrainSettings) -> AutoencoderKL:
-    """A fresh autoencoder of model.*, or the one that init_from names.
+    """A fresh autoencoder of model.*, or the one that init_from names; what does not learn is frozen.
 
     Raises UserError when the latter does not go with the other settings.
     """
-    name, data, loss = settings.init_from, settings.data, settings.loss
+    name, data = settings.init_from, settings.data
     if name is None:
-        return build_autoencoder(settings.model, sample_size=data.resolution, seed=settings.seed)
-    autoencoder = load_autoencoder(name)
-    factor, channels, out_channels = factor_of(autoencoder), *_image_channels(autoencoder)
-    for key, side in (("data.resolution", data.resolution), ("validate.crop_px", settings.validation.crop_px)):
+        autoencoder = build_autoencoder(settings.model, sample_size=data.resolution, seed=settings.seed)
+    else:
+        autoencoder = load_autoencoder(name)
+        _refuse_misfit(autoencoder, name, settings)
+    autoencoder.train()
+    parts = {
+        "all": (),
+        "decoder": (autoencoder.encoder, autoencoder.quant_conv),
+        "encoder": (autoencoder.decoder, autoencoder.post_quant_conv),
+    }
+    for part in parts[settings.train]:
+        if part is not None:  # models without quant_conv
+            part.requires_grad_(False)
+    if settings.gradient_checkpointing:
+        autoencoder.enable_gradient_checkpointing()
+    return autoencoder
+
+
+def starting_discriminator(settings: TrainSettings, channels: int) -> PatchDiscriminator:
+    """A fresh discriminator for images of `channels` channels, or the one of the checkpoint gan.init_from."""
+    gan = settings.gan
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings.seed + 1)
+        network = PatchDiscriminator(channels, gan.channels, gan.layers, gan.norm, gan.blur)
+    if gan.init_from is not None:
+        network.load_state_dict(_discriminator_weights(Path(gan.init_from).expanduser(), network))
+    return network.to(memory_format=torch.channels_last)
+
+
+def compile_networks(autoencoder: AutoencoderKL, discriminator: PatchDiscriminator | None) -> None:
+    """Compiles the autoencoder's residual blocks and the discriminator in place; names of weights do not change.
+
+    Only blocks: the decoder's last layer stays outside, so that the adaptive weight's gradient of it alone does not run
+    a compiled backward of the whole decoder, and equal blocks share their code.
+    """
+    # the step differentiates the discriminator's graph twice (retain_graph), so its buffers must stay
+    functorch_config.donated_buffer = False
+    # one code object serves every block, and each shape of block is a variant of it
+    torch._dynamo.config.recompile_limit = max(128, torch._dynamo.config.recompile_limit)
+    for module in autoencoder.modules():
+        if isinstance(module, ResnetBlock2D):
+            module.compile()
+    if discriminator is not None:
+        discriminator.compile()
+
+
+def _refuse_misfit(autoencoder: AutoencoderKL, name: str, settings: TrainSettings) -> None:
+    factor = factor_of(autoencoder)
+    channels, out_channels = int(autoencoder.config.in_channels), int(autoencoder.config.out_channels)
+    sides = {"data.resolution": settings.data.resolution, "validate.crop_px": settings.validation.crop_px}
+    for key, side in sides.items():
         if side is not None and side % factor:
             raise UserError(f"{key}: {side} is not a multiple of {name}'s factor {factor}")
     if channels != out_channels:
@@ -28,19 +84,28 @@ def starting_autoencoder(settings: TrainSettings) -> AutoencoderKL:
             f"init_from: {name} takes {channels} channels and gives {out_channels}; the loss compares output with "
             "input, so they must be equal"
         )
-    if loss.perceptual and channels not in (1, 3):
+    if settings.loss.perceptual and channels not in (1, 3):
         raise UserError(f"loss.perceptual: {name} has {channels} channels, LPIPS sees 1 or 3: set it to 0")
-    return autoencoder
 
 
-def starting_discriminator(settings: TrainSettings, channels: int) -> PatchDiscriminator:
-    """A fresh discriminator for images of `channels` channels."""
-    gan = settings.gan
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(settings.seed + 1)
-        network = PatchDiscriminator(channels, gan.channels, gan.layers, gan.norm)
-    return network.to(memory_format=torch.channels_last)
-
-
-def _image_channels(autoencoder: AutoencoderKL) -> tuple[int, int]:
-    return int(autoencoder.config.in_channels), int(autoencoder.config.out_channels)
+def _discriminator_weights(folder: Path, network: PatchDiscriminator) -> dict[str, Tensor]:
+    checkpoints = complete_checkpoints(folder)
+    path = (checkpoints[-1].folder if checkpoints else folder) / "discriminator.safetensors"
+    if not path.is_file():
+        raise UserError(f"gan.init_from: {folder} is neither a checkpoint with a discriminator nor a run with one")
+    try:
+        weights = load_file(path)
+    except SafetensorError as error:
+        raise UserError(f"gan.init_from: cannot read {path}: {error}") from error
+    own = network.state_dict()
+    differing = sorted(
+        name
+        for name in own.keys() | weights.keys()
+        if name not in own or name not in weights or own[name].shape != weights[name].shape
+    )
+    if differing:
+        raise UserError(
+            f"gan.init_from: the discriminator of {path} has another shape (first difference: {differing[0]}): "
+            "set gan.channels, gan.layers and gan.norm as in its run"
+        )
+    return weights

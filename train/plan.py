@@ -24,7 +24,7 @@ def describe_plan(settings: TrainSettings) -> str:
         with torch.device("meta"):
             channels = int(autoencoder.config.in_channels)
             gan = settings.gan
-            judge = count_parameters(PatchDiscriminator(channels, gan.channels, gan.layers, gan.norm))
+            judge = count_parameters(PatchDiscriminator(channels, gan.channels, gan.layers, gan.norm, gan.blur))
     # weights, two moments of AdamW, and the average
     copies = (4 if settings.ema.decay else 3) * weights + 3 * judge
     factor = factor_of(autoencoder)

@@ -22,6 +22,8 @@ class GanPhase(NamedTuple):
     """The discriminator trains."""
     generator: float
     """Weight of the autoencoder's adversarial term before the adaptive factor."""
+    r1: float = 0.0
+    """Weight of the discriminator's gradient penalty."""
 
 
 def gan_phase_at(step: int, gan: GanSettings) -> GanPhase:
@@ -29,7 +31,8 @@ def gan_phase_at(step: int, gan: GanSettings) -> GanPhase:
     if not gan.weight or step < gan.start:
         return GanPhase(False, 0.0)
     since = step - gan.start - gan.discriminator_warmup
-    return GanPhase(True, gan.weight * min(1.0, max(0, since + 1) / (gan.warmup + 1)))
+    r1 = gan.r1 * gan.r1_every if (step - gan.start) % gan.r1_every == 0 else 0.0
+    return GanPhase(True, gan.weight * min(1.0, max(0, since + 1) / (gan.warmup + 1)), r1)
 
 
 def ema_decay_at(step: int, decay: float) -> float:

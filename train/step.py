@@ -8,12 +8,13 @@ and the discriminator's one pass over real and reconstructed images serves both 
 
 from collections.abc import Iterator
 from contextlib import ExitStack, nullcontext
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from latent_ae.diffaug import NUMBERS, augment
 from latent_ae.losses import (
     adaptive_ratio,
     discriminator_loss,
@@ -21,6 +22,7 @@ from latent_ae.losses import (
     kl_loss,
     lecam_loss,
     pixel_loss,
+    r1_penalty,
 )
 from latent_ae.models import Reconstruction
 
@@ -29,6 +31,8 @@ from .ema import Ema
 from .schedule import GanPhase, gan_phase_at, lr_scale_at
 
 LECAM_DECAY = 0.99
+LOGVAR_LR = 10.0
+"""Learning rate of the learned log-variance, relative to the networks': one number that has far to go."""
 
 
 class MicroBatch(NamedTuple):
@@ -40,6 +44,8 @@ class MicroBatch(NamedTuple):
     """Standard normal, shaped like the latent."""
     perceptual_rows: slice
     """Rows that LPIPS looks at (loss.perceptual_every)."""
+    augmentation: Tensor | None = None
+    """Uniform numbers for gan.diffaug, N x 14: the first half for the real image, the other for its reconstruction."""
 
 
 class StepState(nn.Module):
@@ -53,6 +59,7 @@ class StepState(nn.Module):
         # 0 until the first measurement, so the first step with an adversarial term only measures
         self.register_buffer("adaptive_weight", torch.zeros(()))
         self.register_buffer("lecam_averages", torch.zeros(2))
+        self.logvar = nn.Parameter(torch.zeros(()))
 
 
 class TrainStep:
@@ -75,8 +82,13 @@ class TrainStep:
         self.perceptual, self.ema = perceptual, ema
         self.state = StepState().to(accelerator.device)
         optim = settings.optim
+        groups: list[dict[str, Any]] = [
+            {"params": [p for p in self.bare_reconstructor.parameters() if p.requires_grad], "lr_scale": 1.0}
+        ]
+        if settings.loss.learned_logvar:
+            groups.append({"params": [self.state.logvar], "lr_scale": LOGVAR_LR, "weight_decay": 0.0})
         self.optimizer = torch.optim.AdamW(
-            self.bare_reconstructor.parameters(),
+            groups,
             lr=optim.lr,
             betas=optim.betas,
             weight_decay=optim.weight_decay,
@@ -125,22 +137,29 @@ class TrainStep:
 
         means, objective = self._reconstruction_losses(image, batch)
         (gradient,) = torch.autograd.grad(objective, image)
+        if settings.loss.learned_logvar:
+            # d/dr and d/ds of objective / exp(s) + s; s has no graph: its gradient is one number
+            precision = torch.exp(-self.state.logvar.detach())
+            gradient = gradient * precision
+            means["logvar_gradient"] = 1.0 - objective.detach() * precision
 
         if phase.discriminator:
-            adversarial, logs = self._adversarial(batch.images, image, phase)
+            adversarial, logs = self._adversarial(batch, image, phase)
             means |= logs
             if adversarial is not None:
                 weight: Tensor | float = phase.generator
-                if settings.gan.adaptive:
+                if self.bare_reconstructor.last_layer.requires_grad:
                     means["layer_reconstruction"] = self._at_last_layer(result.image, gradient)
                     means["layer_adversarial"] = self._at_last_layer(result.image, adversarial)
+                if settings.gan.adaptive:
                     weight = phase.generator * self.state.adaptive_weight
                 gradient = torch.add(gradient, adversarial * weight)
 
         outputs, gradients = [result.image], [gradient * share]
-        if settings.loss.kl:
+        if settings.loss.kl and result.mean.requires_grad:  # not when the encoder is fixed
             kl = kl_loss(result.mean, result.logvar, image_elements=batch.images[0].numel())
             means["kl"] = kl.detach()
+            means["kl_per_dimension"] = kl.detach() * (batch.images[0].numel() / result.mean[0].numel())
             outputs.append(kl)
             gradients.append(torch.full_like(kl, settings.loss.kl * share))
         torch.autograd.backward(outputs, gradients)
@@ -169,16 +188,21 @@ class TrainStep:
             means["lpips"] = perceptual.detach()
         return means, torch.stack(terms).sum() if terms else (image * 0.0).sum()
 
-    def _adversarial(self, real: Tensor, image: Tensor, phase: GanPhase) -> tuple[Tensor | None, dict[str, Tensor]]:
+    def _adversarial(
+        self, batch: MicroBatch, image: Tensor, phase: GanPhase
+    ) -> tuple[Tensor | None, dict[str, Tensor]]:
         """Adds the discriminator's gradient; returns the adversarial gradient at the image (None: not wanted)."""
         assert self.discriminator is not None and self.bare_discriminator is not None
         gan = self.settings.gan
+        real = batch.images.detach().requires_grad_() if phase.r1 else batch.images
         fake = image if phase.generator else image.detach()
-        with self._autocast():
-            logits = self.discriminator(torch.cat([real, fake]))
-        real_logits, fake_logits = logits.float().chunk(2)
+        real_logits, fake_logits = self._judge(real, fake, batch.augmentation)
         adversarial = None
-        means = {"logits_real": real_logits.detach().mean(), "logits_fake": fake_logits.detach().mean()}
+        means = {
+            "logits_real": real_logits.detach().mean(),
+            "logits_fake": fake_logits.detach().mean(),
+            "accuracy": 0.5 * ((real_logits > 0).float().mean() + (fake_logits < 0).float().mean()),
+        }
         if phase.generator:
             objective = generator_loss(gan.loss, fake_logits)
             (adversarial,) = torch.autograd.grad(objective, image, retain_graph=True)
@@ -190,9 +214,27 @@ class TrainStep:
             lecam = lecam_loss(real_logits, fake_logits, real_average, fake_average)
             means["lecam"] = lecam.detach()
             loss = loss + gan.lecam * lecam
+        if phase.r1:
+            penalty = r1_penalty(real_logits, real)
+            means["r1"] = penalty.detach()
+            loss = loss + phase.r1 * penalty
         # `inputs`: the reconstruction must not receive the discriminator's gradient
         (loss / self.settings.accumulation).backward(inputs=list(self.bare_discriminator.parameters()))
         return adversarial, means
+
+    def _judge(self, real: Tensor, fake: Tensor, augmentation: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Logits of real and reconstructed images, float32."""
+        gan = self.settings.gan
+        if gan.diffaug:
+            assert augmentation is not None
+            real = augment(real, augmentation[:, :NUMBERS], gan.diffaug)
+            fake = augment(fake, augmentation[:, NUMBERS:], gan.diffaug)
+        assert self.discriminator is not None
+        with self._autocast():
+            if gan.norm == "batch":  # each kind by its own statistics, as published
+                return self.discriminator(real), self.discriminator(fake)
+            real_logits, fake_logits = self.discriminator(torch.cat([real, fake])).chunk(2)
+        return real_logits, fake_logits
 
     def _at_last_layer(self, image: Tensor, gradient: Tensor) -> Tensor:
         """Gradient of the decoder's output convolution for a gradient at the image; costs one small product."""
@@ -200,13 +242,14 @@ class TrainStep:
         return layer
 
     def _remember(self, means: dict[str, Tensor], phase: GanPhase) -> None:
-        """Updates the adaptive weight and the LeCam averages for the next step, equal on all processes.
+        """Updates the adaptive weight, the LeCam averages and the log-variance's gradient, equal on all processes.
 
-        They lag by one step. So they can rest on the global batch, whatever its split, without holding the graphs
-        of all micro-batches or a second backward pass, and no process waits for another inside the step.
+        The first two lag by one step. So they can rest on the global batch, whatever its split, without holding the
+        graphs of all micro-batches or a second backward pass, and no process waits for another inside the step.
         """
-        gan = self.settings.gan
-        names = ["layer_reconstruction", "layer_adversarial"] if "layer_adversarial" in means else []
+        gan, state = self.settings.gan, self.state
+        sought = ("layer_reconstruction", "layer_adversarial", "logvar_gradient")
+        names: list[str] = [name for name in sought if name in means]
         names += ["logits_real", "logits_fake"] if phase.discriminator and gan.lecam else []
         if not names:
             return
@@ -216,17 +259,26 @@ class TrainStep:
             pieces = flat.split([value.numel() for value in values])
             values = [piece.view_as(value) for piece, value in zip(pieces, values, strict=True)]
         reduced = dict(zip(names, values, strict=True))
-        state = self.state
+        for name in ("layer_reconstruction", "layer_adversarial"):
+            means.pop(name, None)
         if "layer_adversarial" in reduced:
-            ratio = adaptive_ratio(reduced["layer_reconstruction"], reduced["layer_adversarial"], gan.adaptive_cap)
-            del means["layer_reconstruction"], means["layer_adversarial"]
-            smoothed = torch.where(
-                state.adaptive_weight > 0,
-                torch.lerp(ratio, state.adaptive_weight, gan.adaptive_smoothing),
-                ratio,
-            )
-            state.adaptive_weight.copy_(torch.where(ratio.isfinite(), smoothed, state.adaptive_weight))
-            means["adaptive_weight"] = state.adaptive_weight.clone()
+            # the share that the adversarial term has just had in the last layer's gradient
+            weight = phase.generator * (state.adaptive_weight if gan.adaptive else 1.0)
+            norms = (reduced["layer_adversarial"].norm(), reduced["layer_reconstruction"].norm())
+            means["gradient_ratio"] = weight * norms[0] / (norms[1] + 1e-12)
+            if gan.adaptive:
+                ratio = adaptive_ratio(reduced["layer_reconstruction"], reduced["layer_adversarial"], gan.adaptive_cap)
+                smoothed = torch.where(
+                    state.adaptive_weight > 0,
+                    torch.lerp(ratio, state.adaptive_weight, gan.adaptive_smoothing),
+                    ratio,
+                )
+                state.adaptive_weight.copy_(torch.where(ratio.isfinite(), smoothed, state.adaptive_weight))
+                means["adaptive_weight"] = state.adaptive_weight.clone()
+        if "logvar_gradient" in reduced:
+            state.logvar.grad = reduced["logvar_gradient"].detach().clone()
+            del means["logvar_gradient"]
+            means["logvar"] = state.logvar.detach().clone()
         if phase.discriminator and gan.lecam:
             averages = torch.stack([reduced["logits_real"], reduced["logits_fake"]])
             state.lecam_averages.lerp_(averages, 1.0 - LECAM_DECAY)
@@ -243,11 +295,10 @@ class TrainStep:
         return norms
 
     def _apply(self, optimizer: torch.optim.Optimizer, lr: float) -> Tensor:
-        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         limit = self.settings.optim.clip or float("inf")
-        norm = nn.utils.clip_grad_norm_(parameters, limit, foreach=True)
+        norm = nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], limit, foreach=True)
         for group in optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("lr_scale", 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return norm
