@@ -53,13 +53,15 @@ def export_autoencoder(
     sample_size: int,
     card: CardFacts,
     check_images: Tensor,
+    keep_scaling: bool = False,
 ) -> dict[str, Any]:
     """Writes `folder`: config.json, diffusion_pytorch_model.safetensors (float32) and README.md.
 
-    The config carries scaling_factor and shift_factor measured by `statistics`, and sample_size (px). The
-    model given is left as it is. Everything is written beside `folder` and checked there by `verify_export`
-    on `check_images` (NCHW in [-1, 1], sides multiples of the factor) before it takes its place, so an export
-    that fails leaves an older one whole.
+    The config carries scaling_factor and shift_factor measured by `statistics`, and sample_size (px). `keep_scaling`
+    leaves those of the autoencoder's own config: right where only the decoder was trained, because the diffusion models
+    that know its latents know them scaled so. The model given is left as it is. Everything is written beside `folder`
+    and checked there by `verify_export` on `check_images` (NCHW in [-1, 1], sides multiples of the factor) before it
+    takes its place, so an export that fails leaves an older one whole.
 
     Returns what was written, JSON-ready. Raises UserError when `folder` holds something other than an export,
     cannot be written, or the latents cannot be scaled; RuntimeError when the check fails.
@@ -67,15 +69,17 @@ def export_autoencoder(
     folder = Path(os.path.abspath(Path(folder).expanduser()))
     _refuse_foreign(folder)
     exported = _twin(autoencoder)
+    config = exported.config
     exported.register_to_config(
-        scaling_factor=statistics.scaling_factor,
-        shift_factor=statistics.shift_factor,
+        scaling_factor=config.scaling_factor if keep_scaling else statistics.scaling_factor,
+        # pipelines that read it fail on null
+        shift_factor=(config.shift_factor or 0.0) if keep_scaling else statistics.shift_factor,
         sample_size=sample_size,
     )
     facts = {
         "folder": str(folder),
-        "scaling_factor": statistics.scaling_factor,
-        "shift_factor": statistics.shift_factor,
+        "scaling_factor": exported.config.scaling_factor,
+        "shift_factor": exported.config.shift_factor,
         "sample_size": sample_size,
         "parameters": count_parameters(exported),
     }

@@ -104,8 +104,7 @@ with torch.no_grad():
     images = vae.decode(z / vae.config.scaling_factor + vae.config.shift_factor).sample
 ```
 
-H and W are multiples of {factor}. `scaling_factor` and `shift_factor` were measured over
-{statistics.count:,} latent values (mean {statistics.mean:.4g}, standard deviation {statistics.std:.4g}).
+H and W are multiples of {factor}. {_scaling_text(autoencoder, statistics)}
 Pipelines of the Stable Diffusion 1 and 2 kind apply `scaling_factor` only.""",
         _metric_text(facts, factor),
         "## Check\n\nLoaded by stock diffusers in a fresh process, these weights reconstruct like the trained "
@@ -115,6 +114,19 @@ Pipelines of the Stable Diffusion 1 and 2 kind apply `scaling_factor` only.""",
         fence = "`" * 3
         parts.append(f"## Settings\n\n{fence}yaml\n{facts.settings_yaml.rstrip()}\n{fence}")
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _scaling_text(autoencoder: AutoencoderKL, statistics: LatentStatistics) -> str:
+    measured = (
+        f"measured over\n{statistics.count:,} latent values (mean {statistics.mean:.4g}, "
+        f"standard deviation {statistics.std:.4g})."
+    )
+    if autoencoder.config.scaling_factor == statistics.scaling_factor:
+        return f"`scaling_factor` and `shift_factor` were {measured}"
+    return (
+        "`scaling_factor` and `shift_factor` are those of the model that this one's decoder was tuned from: its\n"
+        f"latents are the same. On this data they were {measured}"
+    )
 
 
 def _metric_text(facts: CardFacts, factor: int) -> str:

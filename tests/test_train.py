@@ -95,6 +95,8 @@ def test_the_run_folder_holds_what_the_design_says(finished: Path) -> None:
     assert [event["step"] for event in events if event["event"] == "validate"] == [0, 3, 6]
     last = [event for event in events if event["event"] == "train"][-1]
     assert {"l1", "kl", "generator", "discriminator", "adaptive_weight", "lecam", "lr"} <= last.keys()
+    diagnostics = {"accuracy", "logit_gap", "gradient_ratio", "kl_per_dimension", "latent_std", "images_per_second"}
+    assert diagnostics | {"memory_gb", "verdict"} <= last.keys()
     assert all(np.isfinite(value) for value in last.values() if isinstance(value, float))
     with Image.open(finished / "previews/step-00000006.png") as preview:
         assert preview.width > 3 * 16 and preview.height > 2 * 16
@@ -198,7 +200,7 @@ def test_a_damaged_checkpoint_is_passed_over(pictures: Path, tmp_path: Path, cap
 def test_a_full_disk_is_said_without_a_traceback(
     pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from latent_ae_train.loop import Log
+    from latent_ae_train.log import Log
 
     original = Log.write
 
@@ -281,6 +283,52 @@ def test_going_on_from_a_diffusers_folder(finished: Path, pictures: Path, tmp_pa
     before = AutoencoderKL.from_pretrained(finished / "export").state_dict()
     after = AutoencoderKL.from_pretrained(tmp_path / "tuned/export").state_dict()
     assert all(torch.allclose(before[name], after[name], atol=1e-7) for name in before)
+
+
+def test_decoder_only_keeps_latents_and_scaling(finished: Path, pictures: Path, tmp_path: Path) -> None:
+    """From a published first stage with its own scaling: what was trained on its latents must go on fitting."""
+    start = AutoencoderKL.from_pretrained(finished / "export").eval()
+    start.register_to_config(scaling_factor=0.18215, shift_factor=None)
+    start.save_pretrained(tmp_path / "start")
+    path = tmp_path / "tune.yaml"
+    path.write_text(
+        f"output_dir: {tmp_path / 'tuned'}\ninit_from: {tmp_path / 'start'}\ntrain: decoder\nsteps: 3\nbatch_size: 2\n"
+        f"data: {{source: {pictures}, resolution: 16, num_workers: 0, eval_fraction: 0.25}}\nlog: {{every: 1}}\n"
+        "loss: {perceptual: 0}\noptim: {warmup: 0}\nema: {decay: 0.5}\n"
+        f"gan: {{start: 0, discriminator_warmup: 1, warmup: 0, channels: 8, layers: 1, init_from: {finished}}}\n"
+    )
+    assert main(["train", str(path)]) == 0
+    tuned = AutoencoderKL.from_pretrained(tmp_path / "tuned/export").eval()
+    images = torch.rand(2, 3, 16, 16) * 2 - 1
+    with torch.no_grad():
+        before, after = (model.encode(images).latent_dist for model in (start, tuned))
+        assert torch.equal(before.mean, after.mean) and torch.equal(before.logvar, after.logvar)
+        assert not torch.allclose(start.decode(before.mean).sample, tuned.decode(after.mean).sample)
+    assert (tuned.config.scaling_factor, tuned.config.shift_factor) == (0.18215, 0.0)
+    assert "its\nlatents are the same" in (tmp_path / "tuned/export/README.md").read_text()
+    # the discriminator began as the one that the other run had ended with
+    logs = [json.loads(line) for line in (tmp_path / "tuned/log.jsonl").read_text().splitlines()]
+    first = next(line for line in logs if line["event"] == "train")
+    assert first["logit_gap"] != 0 and first["verdict"].startswith("the discriminator learns alone")
+    assert main(["train", str(path), "gan.channels=4", f"output_dir={tmp_path / 'other'}"]) == 2
+
+
+def test_the_discriminator_of_a_checkpoint(finished: Path, tmp_path: Path) -> None:
+    from latent_ae.config import UserError, load_settings
+    from latent_ae_train.config import TrainSettings
+    from latent_ae_train.networks import starting_discriminator
+
+    stored = load_file(finished / "checkpoints/step-00000006/discriminator.safetensors")
+    for place in (finished, finished / "checkpoints/step-00000006"):
+        settings = load_settings(TrainSettings, None, ["gan.channels=8", "gan.layers=1", f"gan.init_from={place}"])
+        network = starting_discriminator(settings, 3)
+        assert all(torch.equal(tensor, stored[name]) for name, tensor in network.state_dict().items())
+    settings = load_settings(TrainSettings, None, [f"gan.init_from={finished}"])
+    with pytest.raises(UserError, match="another shape"):
+        starting_discriminator(settings, 3)
+    settings = load_settings(TrainSettings, None, [f"gan.init_from={tmp_path}"])
+    with pytest.raises(UserError, match="neither a checkpoint with a discriminator nor a run"):
+        starting_discriminator(settings, 3)
 
 
 @pytest.mark.parametrize("dry", [[], ["--dry-run"]])

@@ -46,7 +46,7 @@ def export(source: Path, out: Path) -> dict[str, Any]:
     from latent_ae.models import Reconstructor, factor_of
 
     from .checkpoint import MANIFEST, load_weights, newest_checkpoint
-    from .finish import CHECK_IMAGES, card_facts, measure_latents
+    from .finish import CHECK_IMAGES, card_facts, keeps_scaling, measure_latents
     from .report import read_log
     from .validate import Validator
 
@@ -74,6 +74,7 @@ def export(source: Path, out: Path) -> dict[str, Any]:
         sample_size=settings.data.resolution,
         card=card_facts(run, settings, step, log.get(("validate", step), {}), log.get(("baseline", 0), {})),
         check_images=torch.stack([image for _, _, image in islice(validator.crops(), CHECK_IMAGES)]),
+        keep_scaling=keeps_scaling(settings),
     )
 
 

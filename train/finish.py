@@ -54,6 +54,7 @@ def finish_run(
             sample_size=settings.data.resolution,
             card=card_facts(run, settings, settings.steps, results["held_out"]["after"], results["held_out"][baseline]),
             check_images=images,
+            keep_scaling=keeps_scaling(settings),
         )
         results["step"] = settings.steps
         rows = result_rows(results["held_out"])
@@ -109,6 +110,11 @@ def measure_latents(
             statistics.update(posterior.mean + posterior.std * noise, posterior.mean, posterior.logvar)
     statistics.gather()
     return statistics
+
+
+def keeps_scaling(settings: TrainSettings) -> bool:
+    """True where the latents are still those of init_from, so that its scaling is too."""
+    return settings.train == "decoder" and settings.init_from is not None
 
 
 def card_facts(

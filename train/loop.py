@@ -1,9 +1,6 @@
 """The training run, top to bottom."""
 
-import json
-import math
 import sys
-import time
 from collections.abc import Iterator, Sized
 from pathlib import Path
 from typing import Any
@@ -24,9 +21,9 @@ from .checkpoint import complete_checkpoints, load_checkpoint, newest_checkpoint
 from .config import TrainSettings
 from .ema import Ema
 from .finish import finish_run, finished_results, push_export, show_results
+from .log import Log
 from .networks import compile_networks, starting_autoencoder, starting_discriminator
-from .run_folder import changed_settings, flatten, write_config
-from .schedule import lr_scale_at
+from .run_folder import changed_settings, write_config
 from .step import MicroBatch, TrainStep
 from .validate import Validator
 
@@ -167,7 +164,7 @@ class Feed:
         settings: TrainSettings,
         latent_shape: tuple[int, ...],
         device: torch.device,
-        log: "Log",
+        log: Log,
         source: ImageSource,
     ):
         self.batches, self.settings, self.latent_shape, self.device, self.log = (
@@ -215,62 +212,6 @@ class Feed:
             num_images=self.num_images,
             max_bad_fraction=self.settings.data.max_bad_fraction,
         )
-
-
-class Log:
-    """log.jsonl always, trackers when asked for, notes on stderr; all from the main process."""
-
-    def __init__(self, run: Path, accelerator: Accelerator, settings: TrainSettings):
-        self.path, self.accelerator, self.settings = run / "log.jsonl", accelerator, settings
-        self.last = (time.perf_counter(), -1)
-        if settings.report_to:
-            try:
-                accelerator.init_trackers(
-                    "latent-ae",
-                    config={
-                        name: str(value)
-                        for name, value in flatten(settings.model_dump(mode="json", by_alias=True)).items()
-                    },
-                    init_kwargs={"wandb": {"dir": str(run), "name": run.absolute().name}},
-                )
-            except Exception as error:  # each tracker has kinds of its own
-                raise UserError(f"report_to: {', '.join(settings.report_to)} does not start: {error}") from error
-
-    def say(self, text: str) -> None:
-        if self.accelerator.is_main_process:
-            tqdm.write(text, file=sys.stderr)
-
-    def write(self, event: str, step: int, values: dict[str, Any]) -> None:
-        """One line of log.jsonl; numbers go to the trackers too."""
-        if self.accelerator.is_main_process:
-            with open(self.path, "a", encoding="utf-8") as stream:
-                stream.write(json.dumps({"event": event, "step": step} | values) + "\n")
-        numbers = {f"{event}/{name}": value for name, value in values.items() if isinstance(value, (int, float))}
-        self.accelerator.log(numbers, step=step)
-
-    def restart_clock(self) -> None:
-        """Leaves what happened since the last training line out of the next one's rate."""
-        self.last = (time.perf_counter(), self.last[1])
-
-    def train(self, done: int, means: dict[str, torch.Tensor], progress: tqdm) -> None:
-        """The losses of the step just made, averaged over processes; the only place where they leave the device."""
-        stacked = self.accelerator.reduce(torch.stack([value.float() for value in means.values()]), "mean")
-        values = dict(zip(means, stacked.tolist(), strict=True))
-        bad = [name for name, value in values.items() if not math.isfinite(value)]
-        if bad:
-            raise UserError(
-                f"after step {done:,} {', '.join(bad)} is not finite: training has diverged. "
-                "Lower optim.lr, gan.weight or gan.adaptive_cap, or set optim.clip"
-            )
-        now, (then, before) = time.perf_counter(), self.last
-        if before >= 0:
-            values["images_per_second"] = (done - before) * self.settings.batch_size / (now - then)
-        self.last = now, done
-        values["lr"] = self.settings.optim.lr * lr_scale_at(done - 1, self.settings.steps, self.settings.optim)
-        shown = [name for name in ("l1", "l2", "charbonnier", "lpips", "discriminator") if name in values]
-        progress.set_description(f"step {done:,}/{self.settings.steps:,}")
-        progress.set_postfix({name: f"{values[name]:.3f}" for name in shown}, refresh=False)
-        self.write("train", done, values)
 
 
 def _say_how_to_go_on(run: Path, step: int, accelerator: Accelerator) -> None:

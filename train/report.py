@@ -16,8 +16,10 @@ CHARTS = {
     "Reconstruction losses": ("l1", "l2", "charbonnier", "lpips"),
     "Adversarial losses": ("generator", "discriminator"),
     "Discriminator logits": ("logits_real", "logits_fake"),
+    "Discriminator accuracy": ("accuracy",),
     "Adaptive weight": ("adaptive_weight",),
-    "KL divergence per image element": ("kl",),
+    "Adversarial gradient at the last layer, relative to reconstruction": ("gradient_ratio",),
+    "KL divergence per latent dimension (nats)": ("kl_per_dimension",),
     "Latent standard deviation": ("latent_std",),
     "Gradient norms": ("grad_norm", "grad_norm_discriminator"),
     "Images per second": ("images_per_second",),
@@ -44,6 +46,8 @@ def write_report(run: Path, settings: TrainSettings, rows: Sequence[dict[str, An
     training = [event for event in log if event["event"] == "train"]
     held_out = [event for event in log if event["event"] == "validate"]
     sections = [page.section("Held-out images, before and after", page.table(rows))]
+    if training and training[-1].get("verdict"):
+        sections.append(page.section("How training went", page.preformatted(training[-1]["verdict"])))
     previews = sorted((run / "previews").glob("*.png"))
     shown = {"Before training": previews[:1], "After training": previews[-1:]}
     for heading, preview in ((heading, paths[0]) for heading, paths in reversed(shown.items()) if paths):

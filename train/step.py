@@ -265,7 +265,7 @@ class TrainStep:
             # the share that the adversarial term has just had in the last layer's gradient
             weight = phase.generator * (state.adaptive_weight if gan.adaptive else 1.0)
             norms = (reduced["layer_adversarial"].norm(), reduced["layer_reconstruction"].norm())
-            means["gradient_ratio"] = weight * norms[0] / (norms[1] + 1e-12)
+            means["gradient_ratio"] = (weight * norms[0] / (norms[1] + 1e-12)).nan_to_num(0.0)
             if gan.adaptive:
                 ratio = adaptive_ratio(reduced["layer_reconstruction"], reduced["layer_adversarial"], gan.adaptive_cap)
                 smoothed = torch.where(

@@ -1,0 +1,51 @@
+"""The plain line in the log says what the numbers say."""
+
+from typing import Any
+
+import pytest
+
+from latent_ae_train.config import TrainSettings
+from latent_ae_train.verdict import verdict
+
+SETTINGS = TrainSettings.model_validate({"steps": 5000, "gan": {"start": 100, "discriminator_warmup": 50}})
+HEALTHY = {"accuracy": 0.8, "adaptive_weight": 1.0, "gradient_ratio": 0.5, "kl_per_dimension": 2.0}
+
+
+def lines(first: int = 1000, count: int = 12, **changes: Any) -> list[dict[str, Any]]:
+    return [{"step": first + 10 * index} | HEALTHY | changes for index in range(count)]
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (lines(), "balanced: it tells 80%"),
+        (lines(accuracy=0.99), "discriminator wins: it tells 99%"),
+        (lines(accuracy=0.5), "discriminator blind"),
+        (lines(adaptive_weight=100.0), "the adaptive weight is at gan.adaptive_cap"),
+        (lines(gradient_ratio=3.0), "the adversarial gradient is 3.0x"),
+        (lines(kl_per_dimension=0.001), "latents collapse: 0.001 nats"),
+        (lines(first=20, count=5), "reconstruction losses only; the discriminator starts at step 100"),
+        (lines(first=101, count=3), "the discriminator learns alone until step 150"),
+    ],
+)
+def test_each_state_has_its_line(given: list[dict[str, Any]], expected: str) -> None:
+    assert verdict(given, SETTINGS).startswith(expected)
+
+
+def test_a_rising_kl_is_explained() -> None:
+    rising = [line | {"kl_per_dimension": 1.0 + 0.2 * index} for index, line in enumerate(lines())]
+    text = verdict(rising, SETTINGS)
+    assert text.startswith("KL rising (2.2x since step 1,000): expected while") and "balanced" in text
+    assert "KL" not in verdict(rising[:4], SETTINGS), "four lines are too few to speak of a trend"
+
+
+def test_one_step_does_not_decide() -> None:
+    given = lines()
+    given[-1] = given[-1] | {"accuracy": 1.0}
+    assert verdict(given, SETTINGS).startswith("balanced")
+
+
+def test_without_a_discriminator() -> None:
+    settings = TrainSettings.model_validate({"gan": {"weight": 0}})
+    plain = [{"step": 10, "l1": 0.1}]
+    assert verdict(plain, settings) == "reconstruction losses only (gan.weight is 0)"

@@ -1,0 +1,75 @@
+"""One plain line on how training goes, for people who do not read twelve curves."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from .config import TrainSettings
+
+RECENT = 5
+"""Training lines that a verdict rests on: single steps are noise."""
+SURE, BLIND = 0.97, 0.53
+"""Discriminator accuracy above which it has won, and below which it sees nothing."""
+COLLAPSED_NATS = 0.01
+"""KL per latent dimension below which a posterior tells next to nothing of its image."""
+DOMINANT = 2.0
+"""Share of the adversarial gradient at the last layer, relative to the reconstruction's, that is too much."""
+
+
+def verdict(lines: Sequence[dict[str, Any]], settings: TrainSettings) -> str:
+    """Judges the newest training lines of log.jsonl (oldest first, at least one)."""
+    recent, gan = lines[-RECENT:], settings.gan
+    mean = {key: sum(values) / len(values) for key in recent[-1] if len(values := _numbers(recent, key)) == len(recent)}
+    step = recent[-1]["step"]
+    said = []
+    if mean.get("kl_per_dimension", 1.0) < COLLAPSED_NATS:
+        said.append(
+            f"latents collapse: {mean['kl_per_dimension']:.2g} nats per dimension say almost nothing of the image; "
+            "lower loss.kl"
+        )
+    elif (rise := _rise(lines, "kl_per_dimension")) > 1.25:
+        expected = "the latents still take in detail"
+        said.append(f"KL rising ({rise:.1f}x since step {lines[0]['step']:,}): expected while {expected}")
+    if not gan.weight:
+        said.append("reconstruction losses only (gan.weight is 0)")
+    elif step <= gan.start:
+        said.append(f"reconstruction losses only; the discriminator starts at step {gan.start:,}")
+    elif "accuracy" not in mean:
+        said.append("the discriminator has just started")
+    else:
+        said.append(_adversarial(mean, step, settings))
+    return "; ".join(said)
+
+
+def _adversarial(mean: dict[str, float], step: int, settings: TrainSettings) -> str:
+    gan = settings.gan
+    tells = f"it tells {mean['accuracy']:.0%} of real and reconstructed patches apart"
+    if step <= gan.start + gan.discriminator_warmup:
+        return f"the discriminator learns alone until step {gan.start + gan.discriminator_warmup:,}: {tells}"
+    if gan.adaptive and mean.get("adaptive_weight", 0.0) >= 0.99 * gan.adaptive_cap:
+        return "the adaptive weight is at gan.adaptive_cap: the discriminator gives almost no gradient"
+    if mean.get("gradient_ratio", 0.0) > DOMINANT:
+        return (
+            f"the adversarial gradient is {mean['gradient_ratio']:.1f}x the reconstruction's at the last layer: "
+            "expect invented texture; lower gan.weight"
+        )
+    if mean["accuracy"] > SURE:
+        return (
+            f"discriminator wins: {tells}, the gradient it gives is poor; "
+            "lower optim.discriminator_lr, or try gan.lecam, gan.r1 or gan.diffaug"
+        )
+    if mean["accuracy"] < BLIND:
+        return f"discriminator blind: {tells}; raise optim.discriminator_lr or give it more steps"
+    return f"balanced: {tells}"
+
+
+def _numbers(lines: Sequence[dict[str, Any]], key: str) -> list[float]:
+    return [line[key] for line in lines if isinstance(line.get(key), (int, float))]
+
+
+def _rise(lines: Sequence[dict[str, Any]], key: str) -> float:
+    """Newest third over oldest third; 1 when there is too little to compare."""
+    values = _numbers(lines, key)
+    third = len(values) // 3
+    if third < 2:
+        return 1.0
+    return sum(values[-third:]) / max(sum(values[:third]), 1e-12)
