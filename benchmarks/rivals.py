@@ -1,0 +1,133 @@
+"""The schedules that others train with, re-created from their sources, for benchmarks only.
+
+Each makes one update of both networks with L1, LPIPS, KL, hinge PatchGAN and the adaptive weight; the networks are the
+same as ours. Where a checkout is given, latent-diffusion's own loss module runs instead.
+"""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL
+from torch import Tensor, nn
+
+from latent_ae.losses import discriminator_loss
+
+KL_WEIGHT, GAN_WEIGHT = 1e-6, 0.5
+
+
+class Networks:
+    """An autoencoder, a discriminator, LPIPS and one optimizer for each of the first two."""
+
+    def __init__(
+        self, autoencoder: AutoencoderKL, discriminator: nn.Module, perceptual: nn.Module, lr: float = 4.5e-6
+    ):
+        self.autoencoder, self.discriminator, self.perceptual = autoencoder.train(), discriminator, perceptual
+        self.optimizer, self.discriminator_optimizer = (
+            torch.optim.Adam(network.parameters(), lr=lr, betas=(0.5, 0.9)) for network in (autoencoder, discriminator)
+        )
+
+
+def latent_diffusion_step(nets: Networks, images: Tensor, gan_factor: float = 1.0) -> None:
+    """CompVis/latent-diffusion ldm/models/autoencoder.py training_step, once for each optimizer.
+
+    As Lightning does, the parameters of the other optimizer need no gradient meanwhile. The discriminator's pass
+    repeats the autoencoder's forward pass and LPIPS, whose result it drops. `gan_factor` is 0 before the GAN starts,
+    and all of it is computed even so.
+    """
+    for index, optimizer in enumerate((nets.optimizer, nets.discriminator_optimizer)):
+        nets.autoencoder.requires_grad_(index == 0)
+        nets.discriminator.requires_grad_(index == 1)
+        posterior = nets.autoencoder.encode(images).latent_dist
+        reconstruction = nets.autoencoder.decode(posterior.sample()).sample
+        distance = nets.perceptual(images, reconstruction).view(-1, 1, 1, 1)
+        nll = ((images - reconstruction).abs() + distance).sum() / len(images)
+        if index == 0:
+            kl = posterior.kl().sum() / len(images)
+            loss = _generator_objective(nets, nll, kl, reconstruction, 1e4, gan_factor)
+        else:
+            logits = nets.discriminator(images), nets.discriminator(reconstruction.detach())
+            loss = gan_factor * discriminator_loss("hinge", *logits)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+
+def diffusers_example_step(nets: Networks, images: Tensor) -> None:
+    """diffusers examples/research_projects/autoencoderkl: batches for the two networks in turns.
+
+    LPIPS runs without gradient; nothing is frozen or detached, so each loss fills both networks' gradients.
+    """
+    weights_dtype = next(nets.autoencoder.parameters()).dtype
+    targets = images.to(weights_dtype)
+    for index in range(2):
+        posterior = nets.autoencoder.encode(targets).latent_dist
+        reconstruction = nets.autoencoder.decode(posterior.sample()).sample
+        if index == 0:
+            pixel = F.l1_loss(reconstruction.float(), targets.float(), reduction="none")
+            with torch.no_grad():
+                distance = nets.perceptual(reconstruction, targets)
+            nll = (pixel + distance.view(-1, 1, 1, 1)).sum() / len(images)
+            loss = _generator_objective(nets, nll, posterior.kl().sum() / len(images), reconstruction, 1e4)
+            loss.backward()
+            nn.utils.clip_grad_norm_(nets.autoencoder.parameters(), 1.0)
+            nets.optimizer.step()
+            nets.optimizer.zero_grad(set_to_none=True)
+        else:
+            logits = nets.discriminator(targets), nets.discriminator(reconstruction)
+            discriminator_loss("hinge", *logits).backward()
+            nn.utils.clip_grad_norm_(nets.discriminator.parameters(), 1.0)
+            nets.discriminator_optimizer.step()
+            nets.discriminator_optimizer.zero_grad(set_to_none=True)
+            # the script leaves them there; freed here so that they do not cost the next contestant memory
+            nets.optimizer.zero_grad(set_to_none=True)
+
+
+def _generator_objective(
+    nets: Networks, nll: Tensor, kl: Tensor, reconstruction: Tensor, cap: float, gan_factor: float = 1.0
+) -> Tensor:
+    adversarial = -nets.discriminator(reconstruction).mean()
+    last_layer = nets.autoencoder.decoder.conv_out.weight
+    (nll_gradient,) = torch.autograd.grad(nll, last_layer, retain_graph=True)
+    (gan_gradient,) = torch.autograd.grad(adversarial, last_layer, retain_graph=True)
+    weight = (nll_gradient.norm() / (gan_gradient.norm() + 1e-4)).clamp(0.0, cap).detach()
+    return nll + KL_WEIGHT * kl + GAN_WEIGHT * gan_factor * weight * adversarial
+
+
+def latent_diffusion_checkout_step(
+    nets: Networks, latent_diffusion: Path, taming: Path
+) -> Callable[[Networks, Tensor], None]:
+    """The same schedule around the checkout's own LPIPSWithDiscriminator (random LPIPS weights: only time counts).
+
+    Its discriminator (batch norm, 64 channels) replaces that of `nets`.
+    """
+    import torchvision
+
+    original = torchvision.models.vgg16
+    torchvision.models.vgg16 = lambda pretrained=False, **_: original(weights=None)
+    sys.path[:0] = [str(taming), str(latent_diffusion)]
+    from taming.modules.losses import lpips  # type: ignore[import-not-found]
+
+    lpips.LPIPS.load_from_pretrained = lambda self, name="": None
+    from ldm.modules.losses.contperceptual import LPIPSWithDiscriminator  # type: ignore[import-not-found]
+
+    loss = LPIPSWithDiscriminator(disc_start=0, kl_weight=KL_WEIGHT, disc_weight=GAN_WEIGHT)
+    loss.perceptual_loss.requires_grad_(False)
+    nets.discriminator = loss.discriminator
+    nets.discriminator_optimizer = torch.optim.Adam(loss.discriminator.parameters(), lr=4.5e-6, betas=(0.5, 0.9))
+
+    def step(nets: Networks, images: Tensor) -> None:
+        for index, optimizer in enumerate((nets.optimizer, nets.discriminator_optimizer)):
+            nets.autoencoder.requires_grad_(index == 0)
+            nets.discriminator.requires_grad_(index == 1)
+            posterior = nets.autoencoder.encode(images).latent_dist
+            reconstruction = nets.autoencoder.decode(posterior.sample()).sample
+            last_layer = nets.autoencoder.decoder.conv_out.weight
+            value, _ = loss(images, reconstruction, posterior, index, 1, last_layer=last_layer)
+            value.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+    return step

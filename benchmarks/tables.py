@@ -1,0 +1,93 @@
+"""Rewrites the tables of docs/performance.md from benchmarks/results.
+
+    python -m benchmarks.tables
+"""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from benchmarks.machine import RESULTS
+
+PAGE = Path(__file__).parent.parent / "docs/performance.md"
+
+
+def main() -> None:
+    PAGE.write_text(render(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+def render(page: str) -> str:
+    """The page with each `<!-- table: NAME -->` ... `<!-- end -->` filled from results/NAME.json."""
+
+    def fill(match: re.Match[str]) -> str:
+        name = match.group(1)
+        result = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+        kind: Callable[[dict[str, Any]], str] = next(make for key, make in MAKERS.items() if name.startswith(key))
+        return f"<!-- table: {name} -->\n{kind(result)}\n<!-- end -->"
+
+    return re.sub(r"<!-- table: (\S+) -->.*?<!-- end -->", fill, page, flags=re.DOTALL)
+
+
+def step_table(result: dict[str, Any]) -> str:
+    shape, peak = result["shape"], result["matmul_peak_gflops"]
+    lines = [
+        f"{result['parameters'] / 1e6:.1f} M parameters, {shape['side_px']} px, batch {shape['batch']}; "
+        f"matrix-product peak {', '.join(f'{value:.0f} GFLOP/s {name}' for name, value in peak.items())}; "
+        f"{where(result)}.",
+        "",
+        "| | images/s | against (a) | TFLOP | share of peak | memory (GB) |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for name, row in result["contestants"].items():
+        lines.append(
+            f"| {name} | {row['images_per_second']:.2f} | {row['speedup_over_a']:.2f}x | {row['tflop']:.2f} "
+            f"| {row['share_of_matmul_peak']:.0%} | {row['peak_memory_gb']:.1f} |"
+        )
+    return "\n".join(lines)
+
+
+def loader_table(result: dict[str, Any]) -> str:
+    lines = [f"{where(result)}.", "", "| source | images/s |", "|---|---:|"]
+    return "\n".join(lines + [f"| {name} | {rate:.0f} |" for name, rate in result["images_per_second"].items()])
+
+
+def quality_table(result: dict[str, Any]) -> str:
+    bicubic = result["bicubic"]
+    lines = [
+        f"{result['held_out_images']} held-out images of {result['data']}, {result['crop_px']} px crops, batch "
+        f"{result['batch']}; bicubic /4: {bicubic['psnr']:.2f} dB, LPIPS {bicubic['lpips']:.3f}; {where(result)}.",
+        "",
+        "| | " + " | ".join(f"{part}/8" for part in range(9)) + " |",
+        "|---" + "|---:" * 9 + "|",
+    ]
+    for name, points in result["curves"].items():
+        cells = [f"{point['psnr']:.2f}, {point['lpips']:.3f}" for point in points]
+        lines.append(f"| {name} ({points[-1]['seconds']:.0f} s, {points[-1]['images']:.0f} crops) | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def processes_table(result: dict[str, Any]) -> str:
+    lines = [f"{where(result)}.", "", "| | s per update |", "|---|---:|"]
+    return "\n".join(lines + [f"| {name} | {seconds:.2f} |" for name, seconds in result["seconds_per_update"].items()])
+
+
+def where(result: dict[str, Any]) -> str:
+    machine = result["machine"]
+    return (
+        f"{machine['gpu'] or machine['cpu']}, {machine['threads']} threads, torch {machine['versions']['torch']}; "
+        f"`{result['command']}`"
+    )
+
+
+MAKERS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "step": step_table,
+    "loader": loader_table,
+    "time-to-quality": quality_table,
+    "processes": processes_table,
+}
+
+
+if __name__ == "__main__":
+    main()
