@@ -15,6 +15,7 @@ from pathlib import Path
 
 import datasets
 from PIL import Image
+from skimage import data
 
 from benchmarks.machine import save
 from latent_ae.config import DataSettings
@@ -45,18 +46,18 @@ def main() -> None:
 
 def write_sources(folder: Path, parquet: Path) -> None:
     folder.mkdir()
-    photographs = open_images(DataSettings(source="photos"), "train")
+    photographs = [Image.fromarray(photograph()) for photograph in (data.astronaut, data.chelsea, data.coffee)]
     encoded: list[bytes] = []
     for number in range(NUM_FILES):
-        with Image.open(io.BytesIO(photographs[number % len(photographs)].data)) as image:
-            # another part of the photograph each time, so that no two files are alike
-            left, top = (number * 7) % 40, (number * 11) % 40
-            picture = image.convert("RGB").crop((left, top, image.width, image.height)).resize((SIDE_PX, SIDE_PX))
+        image = photographs[number % len(photographs)]
+        # another part of the photograph each time, so that no two files are alike
+        left, top = (number * 7) % 40, (number * 11) % 40
+        picture = image.crop((left, top, image.width, image.height)).resize((SIDE_PX, SIDE_PX))
         stream = io.BytesIO()
         picture.save(stream, "JPEG", quality=90)
         encoded.append(stream.getvalue())
         (folder / f"{number:04}.jpg").write_bytes(encoded[-1])
-    rows = {"image": [{"bytes": data, "path": None} for data in encoded]}
+    rows = {"image": [{"bytes": content, "path": None} for content in encoded]}
     features = datasets.Features({"image": datasets.Image()})
     datasets.Dataset.from_dict(rows, features=features).to_parquet(str(parquet))
 

@@ -21,9 +21,7 @@ KL_WEIGHT, GAN_WEIGHT = 1e-6, 0.5
 class Networks:
     """An autoencoder, a discriminator, LPIPS and one optimizer for each of the first two."""
 
-    def __init__(
-        self, autoencoder: AutoencoderKL, discriminator: nn.Module, perceptual: nn.Module, lr: float = 4.5e-6
-    ):
+    def __init__(self, autoencoder: AutoencoderKL, discriminator: nn.Module, perceptual: nn.Module, lr: float = 4.5e-6):
         self.autoencoder, self.discriminator, self.perceptual = autoencoder.train(), discriminator, perceptual
         self.optimizer, self.discriminator_optimizer = (
             torch.optim.Adam(network.parameters(), lr=lr, betas=(0.5, 0.9)) for network in (autoencoder, discriminator)
@@ -108,10 +106,10 @@ def latent_diffusion_checkout_step(
     original = torchvision.models.vgg16
     torchvision.models.vgg16 = lambda pretrained=False, **_: original(weights=None)
     sys.path[:0] = [str(taming), str(latent_diffusion)]
-    from taming.modules.losses import lpips  # type: ignore[import-not-found]
+    from taming.modules.losses import lpips
 
     lpips.LPIPS.load_from_pretrained = lambda self, name="": None
-    from ldm.modules.losses.contperceptual import LPIPSWithDiscriminator  # type: ignore[import-not-found]
+    from ldm.modules.losses.contperceptual import LPIPSWithDiscriminator
 
     loss = LPIPSWithDiscriminator(disc_start=0, kl_weight=KL_WEIGHT, disc_weight=GAN_WEIGHT)
     loss.perceptual_loss.requires_grad_(False)

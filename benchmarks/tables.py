@@ -1,6 +1,6 @@
 """Rewrites the tables of docs/performance.md from benchmarks/results.
 
-    python -m benchmarks.tables
+python -m benchmarks.tables
 """
 
 import json
@@ -64,7 +64,9 @@ def quality_table(result: dict[str, Any]) -> str:
     ]
     for name, points in result["curves"].items():
         cells = [f"{point['psnr']:.2f}, {point['lpips']:.3f}" for point in points]
-        lines.append(f"| {name} ({points[-1]['seconds']:.0f} s, {points[-1]['images']:.0f} crops) | {' | '.join(cells)} |")
+        lines.append(
+            f"| {name} ({points[-1]['seconds']:.0f} s, {points[-1]['images']:.0f} crops) | {' | '.join(cells)} |"
+        )
     return "\n".join(lines)
 
 

@@ -1,12 +1,13 @@
 """Held-out quality against time: the classic recipe on the classic schedule, and ours.
 
-    python -m benchmarks.time_to_quality --minutes 6 --data TRAIN_FOLDER --held-out TEST_FOLDER
+    python -m benchmarks.time_to_quality --minutes 4 --data TRAIN_FOLDER --held-out TEST_FOLDER
 
 Same model, data, crops (seed and order) and machine, one after the other. Measured beside the clock: PSNR and LPIPS of
 held-out centre crops. `classic`: latent-diffusion's two-pass step, Adam (.5, .9) at 4.5e-6 x batch, default
 initialisation, L1 + LPIPS + KL, adaptive hinge GAN from a quarter of the run on (published: 50,001 of about 200,000
-steps), no average. `ours`: the recipe `quickstart` with its schedule stretched to the run. `ours, default start`: the
-same without the linear start. Writes benchmarks/results/time-to-quality.json.
+steps), no average. The published rate is meant for long runs, so the same with our learning rate runs too. `ours`: the
+recipe `quickstart` with its schedule stretched to the run. `ours, default start`: the same without the linear start.
+Writes benchmarks/results/time-to-quality.json.
 """
 
 import argparse
@@ -65,10 +66,10 @@ class Batches:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=6.0, help="of training, for each contestant")
+    parser.add_argument("--minutes", type=float, default=4.0, help="of training, for each contestant")
     parser.add_argument("--data", default="photos")
     parser.add_argument("--held-out", metavar="DATA", help="default: photographs held out of --data")
-    parser.add_argument("--images", type=int, default=24, help="held-out images that are measured")
+    parser.add_argument("--images", type=int, default=16, help="held-out images that are measured")
     arguments = parser.parse_args()
     words = [f"data.source={arguments.data}"]
     words += [f"data.eval_source={arguments.held_out}"] if arguments.held_out else []
@@ -79,7 +80,8 @@ def main() -> None:
     held_out = [image for _, _, image in islice(crops, arguments.images)]
     seconds = 60 * arguments.minutes
     contestants: dict[str, Callable[[int], tuple[Update, Reconstruct]]] = {
-        "classic": lambda steps: classic(recipe, perceptual, steps),
+        "classic": lambda steps: classic(recipe, perceptual, steps, 4.5e-6 * recipe.batch_size),
+        "classic, our learning rate": lambda steps: classic(recipe, perceptual, steps, recipe.optim.lr),
         "ours": lambda steps: ours(recipe, perceptual, steps, "linear"),
         "ours, default start": lambda steps: ours(recipe, perceptual, steps, "default"),
     }
@@ -87,8 +89,8 @@ def main() -> None:
         name: follow(name, start, seconds, recipe.batch_size, held_out, perceptual)
         for name, start in contestants.items()
     }
-    last = curves["classic"][-1]
-    when = next((p["seconds"] for p in curves["ours"] if p["lpips"] <= last["lpips"] and p["psnr"] >= last["psnr"]), None)
+    last = min((curves[name][-1] for name in curves if name.startswith("classic")), key=lambda point: point["lpips"])
+    passed = (p["seconds"] for p in curves["ours"] if p["lpips"] <= last["lpips"] and p["psnr"] >= last["psnr"])
     save(
         "time-to-quality",
         {
@@ -97,8 +99,8 @@ def main() -> None:
             "batch": recipe.batch_size,
             "crop_px": data.resolution,
             "bicubic": measure(lambda images: bicubic_down_up(images, 4), held_out, perceptual),
-            "ours_passes_the_classic_end_after_s": when,
-            "classic_s": last["seconds"],
+            "ours_passes_the_classic_end_after_s": next(passed, None),
+            "best_classic_end": last,
             "curves": curves,
         },
     )
@@ -148,13 +150,13 @@ def measure(reconstruct: Reconstruct, held_out: list[torch.Tensor], perceptual: 
     return {"psnr": round(summary["psnr"], 3), "lpips": round(summary["lpips_vgg"], 4)}
 
 
-def classic(recipe: TrainSettings, perceptual: LPIPS, steps: int) -> tuple[Update, Reconstruct]:
+def classic(recipe: TrainSettings, perceptual: LPIPS, steps: int, lr: float) -> tuple[Update, Reconstruct]:
     model = recipe.model.model_copy(update={"init": "default"})
     autoencoder = build_autoencoder(model, sample_size=recipe.data.resolution, seed=recipe.seed).to(DEVICE)
     torch.manual_seed(recipe.seed)
     gan = recipe.gan
     discriminator = PatchDiscriminator(3, gan.channels, gan.layers, "batch").to(DEVICE)
-    nets = Networks(autoencoder, discriminator, perceptual, lr=4.5e-6 * recipe.batch_size)
+    nets = Networks(autoencoder, discriminator, perceptual, lr)
     batches, reconstructor = Batches(recipe), Reconstructor(autoencoder)
 
     def update(number: int) -> None:
@@ -166,9 +168,7 @@ def classic(recipe: TrainSettings, perceptual: LPIPS, steps: int) -> tuple[Updat
 
 def ours(recipe: TrainSettings, perceptual: LPIPS, steps: int, init: str) -> tuple[Update, Reconstruct]:
     scale = steps / recipe.steps
-    gan = {
-        key: round(getattr(recipe.gan, key) * scale) for key in ("start", "discriminator_warmup", "warmup")
-    }
+    gan = {key: round(getattr(recipe.gan, key) * scale) for key in ("start", "discriminator_warmup", "warmup")}
     values: dict[str, Any] = recipe.model_dump(mode="json", by_alias=True)
     values |= {"steps": steps, "gan": values["gan"] | gan, "model": values["model"] | {"init": init}}
     settings = TrainSettings.model_validate(values)

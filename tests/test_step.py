@@ -401,7 +401,9 @@ def test_the_same_global_batch_gives_the_same_training(
     assert largest_difference(one_process, other) < 1e-5
 
 
-@pytest.mark.parametrize("break_it", ["bypass", "local_weight"])
-def test_a_broken_step_is_noticed(tmp_path: Path, one_process: dict[str, torch.Tensor], break_it: str) -> None:
-    other = train_20_steps(tmp_path, 2, 4, break_it)
+@pytest.mark.parametrize(("break_it", "processes"), [("bypass", 2), ("local_weight", 2), ("unfrozen", 1)])
+def test_a_broken_step_is_noticed(
+    tmp_path: Path, one_process: dict[str, torch.Tensor], break_it: str, processes: int
+) -> None:
+    other = train_20_steps(tmp_path, processes, 8 // processes, break_it)
     assert largest_difference(one_process, other) > 1e-4

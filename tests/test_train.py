@@ -180,7 +180,7 @@ def test_two_processes_equal_one(finished: Path, pictures: Path, tmp_path: Path)
 @pytest.mark.usefixtures("no_finish")
 def test_sharding_is_refused(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    result = launch_module(2, *words(pictures, tmp_path / "run"), options=["--use_fsdp"])
+    result = launch_module(2, *words(pictures, tmp_path / "run"))
     assert result.returncode != 0 and "asks for FSDP" in result.stderr and not (tmp_path / "run").exists()
 
 

@@ -2,7 +2,7 @@
 
 The third argument breaks the step on purpose, so that the test can be seen to fail:
 `bypass` calls the bare autoencoder (its gradients are then not synchronised), `local_weight` lets every process
-measure its own adaptive weight.
+measure its own adaptive weight, `unfrozen` lets the generator's loss fill the discriminator's gradients.
 """
 
 import json
@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from latent_ae_train import step as step_module
 from latent_ae_train.step import TrainStep
 from tests.tiny import build_step, micro_batches, settings_for, weights
 
@@ -27,6 +28,16 @@ def break_step(step: TrainStep, how: str) -> None:
             return tensor
 
         step.accelerator.reduce = local  # type: ignore[method-assign]
+    elif how == "unfrozen":
+        parameters = list(step.bare_discriminator.parameters()) if step.bare_discriminator is not None else []
+        original = step_module.generator_loss
+
+        def leaking(*args: Any) -> torch.Tensor:
+            objective = original(*args)
+            objective.backward(inputs=parameters, retain_graph=True)
+            return objective
+
+        step_module.generator_loss = leaking
 
 
 def main() -> None:

@@ -31,6 +31,7 @@ def main(argv: list[str] | None = None) -> int:
         print(describe_plan(settings))
         return 0
     import torch
+    from torch._dynamo.exc import TorchDynamoException
 
     from .loop import train
 
@@ -41,6 +42,9 @@ def main(argv: list[str] | None = None) -> int:
             f"out of memory with micro_batch_size {settings.micro_batch}: halve micro_batch_size; the result stays the "
             f"same, the batch is then accumulated ({str(error).splitlines()[0]})"
         ) from error
+    except TorchDynamoException as error:  # no C++ compiler, say
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"compile: torch.compile does not work here: {reason}. Set compile=false") from error
     except OSError as error:
         if error.errno not in DISK_TROUBLE:
             raise

@@ -42,8 +42,8 @@ def train(settings: TrainSettings) -> dict[str, Any]:
     )
     if accelerator.distributed_type in SHARDED:
         raise UserError(
-            f"accelerate's configuration asks for {accelerator.distributed_type.value}, which shards the model; a first "
-            "stage is small and its step needs the decoder's last layer whole: launch with --multi_gpu instead "
+            f"accelerate's configuration asks for {accelerator.distributed_type.value}, which shards the model; a "
+            "first stage is small and its step needs the decoder's last layer whole: launch with --multi_gpu instead "
             "(docs/multi-gpu.md)"
         )
     # one process looks: on a shared disk others may see a newer or an older state

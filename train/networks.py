@@ -30,18 +30,22 @@ def starting_autoencoder(settings: TrainSettings) -> AutoencoderKL:
     else:
         autoencoder = load_autoencoder(name)
         _refuse_misfit(autoencoder, name, settings)
-    autoencoder.train()
-    parts = {
+    freeze_part(autoencoder.train(), settings)
+    if settings.gradient_checkpointing:
+        autoencoder.enable_gradient_checkpointing()
+    return autoencoder
+
+
+def freeze_part(autoencoder: AutoencoderKL, settings: TrainSettings) -> None:
+    """Takes the gradient from what `train` leaves fixed."""
+    fixed = {
         "all": (),
         "decoder": (autoencoder.encoder, autoencoder.quant_conv),
         "encoder": (autoencoder.decoder, autoencoder.post_quant_conv),
     }
-    for part in parts[settings.train]:
+    for part in fixed[settings.train]:
         if part is not None:  # models without quant_conv
             part.requires_grad_(False)
-    if settings.gradient_checkpointing:
-        autoencoder.enable_gradient_checkpointing()
-    return autoencoder
 
 
 def starting_discriminator(settings: TrainSettings, channels: int) -> PatchDiscriminator:

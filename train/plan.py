@@ -6,7 +6,7 @@ from latent_ae.discriminators import PatchDiscriminator
 from latent_ae.models import build_autoencoder, count_parameters, factor_of
 
 from .config import TrainSettings
-from .networks import starting_autoencoder
+from .networks import freeze_part, starting_autoencoder
 
 BYTES = 4
 """Per float32."""
@@ -17,6 +17,7 @@ def describe_plan(settings: TrainSettings) -> str:
     if settings.init_from is None:
         with torch.device("meta"):
             autoencoder = build_autoencoder(settings.model.model_copy(update={"init": "default"}), sample_size=1)
+            freeze_part(autoencoder, settings)
     else:
         autoencoder = starting_autoencoder(settings)
     weights, judge = count_parameters(autoencoder), 0
@@ -25,8 +26,10 @@ def describe_plan(settings: TrainSettings) -> str:
             channels = int(autoencoder.config.in_channels)
             gan = settings.gan
             judge = count_parameters(PatchDiscriminator(channels, gan.channels, gan.layers, gan.norm, gan.blur))
-    # weights, two moments of AdamW, and the average
-    copies = (4 if settings.ema.decay else 3) * weights + 3 * judge
+    learning = sum(parameter.numel() for parameter in autoencoder.parameters() if parameter.requires_grad)
+    # weights and their average; two moments of AdamW where something learns
+    copies = (2 if settings.ema.decay else 1) * weights + 2 * learning + 3 * judge
+    part = "" if learning == weights else f" ({learning:,} learn)"
     factor = factor_of(autoencoder)
     side = settings.data.resolution // factor
     latent = f"{autoencoder.config.latent_channels} x {side} x {side}"
@@ -37,7 +40,8 @@ def describe_plan(settings: TrainSettings) -> str:
         if felt >= settings.steps:
             gan_lines += f": never, the run ends at {settings.steps:,}"
     lines = {
-        "autoencoder": f"{weights:,} parameters, factor {factor}, latent {latent} for {settings.data.resolution} px",
+        "autoencoder": f"{weights:,} parameters{part}, factor {factor}, latent {latent} for "
+        f"{settings.data.resolution} px",
         "discriminator": f"{judge:,} parameters",
         "steps": f"{settings.steps:,}, {settings.steps * settings.batch_size:,} crops",
         "global batch": f"{settings.batch_size} = {settings.processes} process(es) x {settings.micro_batch} "
