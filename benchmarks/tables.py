@@ -1,4 +1,4 @@
-"""Rewrites the tables of docs/performance.md from benchmarks/results.
+"""Rewrites the tables in docs/ from benchmarks/results.
 
 python -m benchmarks.tables
 """
@@ -11,11 +11,13 @@ from typing import Any
 
 from benchmarks.machine import RESULTS
 
-PAGE = Path(__file__).parent.parent / "docs/performance.md"
+DOCS = Path(__file__).parent.parent / "docs"
+PAGES = (DOCS / "performance.md", DOCS / "multi-gpu.md")
 
 
 def main() -> None:
-    PAGE.write_text(render(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    for page in PAGES:
+        page.write_text(render(page.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 def render(page: str) -> str:

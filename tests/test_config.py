@@ -82,6 +82,12 @@ def test_a_wrong_batch_split_depends_on_the_number_of_processes(monkeypatch: pyt
     assert (settings.micro_batch, settings.accumulation) == (3, 4)
 
 
+@pytest.mark.parametrize("name", ["FSDP", "DEEPSPEED", "MEGATRON_LM"])
+def test_a_sharded_model_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")  # as accelerate's launcher sets it
+    assert f"accelerate: its configuration asks for {name}" in message()
+
+
 def test_yaml_scientific_notation_and_overrides(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text("optim: {lr: 1e-4}\nsteps: 7\n")

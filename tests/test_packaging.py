@@ -43,3 +43,11 @@ def test_no_page_has_a_placeholder_left() -> None:
     pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").rglob("*.md")]
     assert len(pages) > 5
     assert [page.name for page in pages if re.search(r"@[A-Z]+@|TODO|TBD", page.read_text(encoding="utf-8"))] == []
+
+
+def test_the_tables_in_the_docs_are_those_of_the_results() -> None:
+    from benchmarks.tables import PAGES, render
+
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        assert "<!-- table: " in text and render(text) == text, "run python -m benchmarks.tables"

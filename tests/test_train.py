@@ -178,12 +178,6 @@ def test_two_processes_equal_one(finished: Path, pictures: Path, tmp_path: Path)
 
 
 @pytest.mark.usefixtures("no_finish")
-def test_sharding_is_refused(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    result = launch_module(2, *words(pictures, tmp_path / "run"))
-    assert result.returncode != 0 and "asks for FSDP" in result.stderr and not (tmp_path / "run").exists()
-
-
 def test_a_damaged_checkpoint_is_passed_over(pictures: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "run"
     assert main(words(pictures, run, "steps=4")) == 0

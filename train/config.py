@@ -22,6 +22,8 @@ from latent_ae.config import (
 
 LPIPS_MIN_PX = {"vgg": 16, "alex": 31}
 """Smaller images have no features left at the trunk's last layer."""
+SHARDED = ("FSDP", "DEEPSPEED", "MEGATRON_LM")
+"""What accelerate's launcher announces in the environment and the step cannot run on."""
 Rate = Annotated[float, Field(gt=0)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 
@@ -190,6 +192,13 @@ class TrainSettings(Settings):
         yield from self._shape_problems()
         yield from self._path_problems()
         yield from self._gan_problems()
+        for name in SHARDED:
+            if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() == "true":
+                yield Problem(
+                    "accelerate",
+                    f"its configuration asks for {name}, which shards the model; a first stage is small, and its step "
+                    "needs the decoder's last layer whole: launch with --multi_gpu instead (docs/multi-gpu.md)",
+                )
         for tracker in self.report_to:
             if find_spec(tracker) is None:
                 yield Problem("report_to", f"{tracker} is not installed: pip install 'latent-ae[{tracker}]'")

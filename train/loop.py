@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, broadcast_object_list, gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from tqdm import tqdm
 
 from latent_ae.config import UserError
@@ -27,8 +27,6 @@ from .run_folder import changed_settings, write_config
 from .step import MicroBatch, TrainStep
 from .validate import Validator
 
-SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
-
 
 def train(settings: TrainSettings) -> dict[str, Any]:
     """Trains (or goes on training) until `settings.steps`, then exports and reports. Returns the final results."""
@@ -40,12 +38,6 @@ def train(settings: TrainSettings) -> dict[str, Any]:
         log_with=list(settings.report_to) or None,
         project_dir=run,
     )
-    if accelerator.distributed_type in SHARDED:
-        raise UserError(
-            f"accelerate's configuration asks for {accelerator.distributed_type.value}, which shards the model; a "
-            "first stage is small and its step needs the decoder's last layer whole: launch with --multi_gpu instead "
-            "(docs/multi-gpu.md)"
-        )
     # one process looks: on a shared disk others may see a newer or an older state
     (checkpoint,) = broadcast_object_list([newest_checkpoint(run) if accelerator.is_main_process else None])
     if checkpoint is not None:
