@@ -11,7 +11,7 @@ SETTINGS = TrainSettings.model_validate({"steps": 5000, "gan": {"start": 100, "d
 HEALTHY = {"accuracy": 0.8, "adaptive_weight": 1.0, "gradient_ratio": 0.5, "kl_per_dimension": 2.0}
 
 
-def lines(first: int = 1000, count: int = 12, **changes: Any) -> list[dict[str, Any]]:
+def lines(first: int = 2000, count: int = 12, **changes: Any) -> list[dict[str, Any]]:
     return [{"step": first + 10 * index} | HEALTHY | changes for index in range(count)]
 
 
@@ -21,6 +21,8 @@ def lines(first: int = 1000, count: int = 12, **changes: Any) -> list[dict[str, 
         (lines(), "balanced: it tells 80%"),
         (lines(accuracy=0.99), "discriminator wins: it tells 99%"),
         (lines(accuracy=0.5), "discriminator blind"),
+        (lines(first=300, accuracy=0.5), "the discriminator is still young: it tells 50%"),
+        (lines(first=300, accuracy=0.99), "discriminator wins"),
         (lines(adaptive_weight=100.0), "the adaptive weight is at gan.adaptive_cap"),
         (lines(gradient_ratio=3.0), "the adversarial gradient is 3.0x"),
         (lines(kl_per_dimension=0.001), "latents collapse: 0.001 nats"),
@@ -35,7 +37,7 @@ def test_each_state_has_its_line(given: list[dict[str, Any]], expected: str) -> 
 def test_a_rising_kl_is_explained() -> None:
     rising = [line | {"kl_per_dimension": 1.0 + 0.2 * index} for index, line in enumerate(lines())]
     text = verdict(rising, SETTINGS)
-    assert text.startswith("KL rising (2.2x since step 1,000): expected while") and "balanced" in text
+    assert text.startswith("KL rising (2.2x since step 2,000): expected while") and "balanced" in text
     assert "KL" not in verdict(rising[:4], SETTINGS), "four lines are too few to speak of a trend"
 
 

@@ -9,6 +9,8 @@ RECENT = 5
 """Training lines that a verdict rests on: single steps are noise."""
 SURE, BLIND = 0.97, 0.53
 """Discriminator accuracy above which it has won, and below which it sees nothing."""
+YOUNG_STEPS = 1000
+"""Steps that a discriminator has before it is called blind."""
 COLLAPSED_NATS = 0.01
 """KL per latent dimension below which a posterior tells next to nothing of its image."""
 DOMINANT = 2.0
@@ -57,6 +59,8 @@ def _adversarial(mean: dict[str, float], step: int, settings: TrainSettings) -> 
             f"discriminator wins: {tells}, the gradient it gives is poor; "
             "lower optim.discriminator_lr, or try gan.lecam, gan.r1 or gan.diffaug"
         )
+    if step - gan.start < YOUNG_STEPS:
+        return f"the discriminator is still young: {tells}"
     if mean["accuracy"] < BLIND:
         return f"discriminator blind: {tells}; raise optim.discriminator_lr or give it more steps"
     return f"balanced: {tells}"
