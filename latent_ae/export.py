@@ -76,6 +76,8 @@ def export_autoencoder(
         shift_factor=(config.shift_factor or 0.0) if keep_scaling else statistics.shift_factor,
         sample_size=sample_size,
     )
+    if not keep_scaling:  # statistics of other latents: some pipelines would apply them
+        exported.register_to_config(latents_mean=None, latents_std=None)
     facts = {
         "folder": str(folder),
         "scaling_factor": exported.config.scaling_factor,

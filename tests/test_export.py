@@ -73,6 +73,18 @@ def exported(tmp_path_factory):
     return autoencoder, folder, facts, before
 
 
+def test_measured_scaling_replaces_all_older_statistics(tmp_path: Path) -> None:
+    published = tiny_autoencoder()
+    published.register_to_config(latents_mean=[1.0] * 4, latents_std=[2.0] * 4)
+    published.save_pretrained(tmp_path / "published")
+    autoencoder = AutoencoderKL.from_pretrained(tmp_path / "published")
+    write(autoencoder, tmp_path / "new")
+    write(autoencoder, tmp_path / "kept", keep_scaling=True)
+    new, kept = (AutoencoderKL.load_config(tmp_path / name) for name in ("new", "kept"))
+    assert new["latents_mean"] is None and new["latents_std"] is None
+    assert kept["latents_std"] == [2.0] * 4 and kept["scaling_factor"] == autoencoder.config.scaling_factor
+
+
 def test_stock_diffusers_loads_bitwise_equal_weights(exported):
     autoencoder, folder, facts, _ = exported
     assert sorted(path.name for path in folder.iterdir()) == [

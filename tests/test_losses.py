@@ -100,6 +100,7 @@ def test_adaptive_ratio() -> None:
     assert float(adaptive_ratio(a, b, cap=100.0)) == pytest.approx(2.5, rel=1e-5)
     assert float(adaptive_ratio(a, b, cap=2.0)) == 2.0
     assert float(adaptive_ratio(a, torch.zeros(2), cap=7.0)) == 7.0
+    assert not adaptive_ratio(torch.full((2,), float("inf")), b, cap=7.0).isfinite(), "infinity is not the cap"
 
 
 @pytest.mark.parametrize("blur", [False, True])

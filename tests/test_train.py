@@ -178,6 +178,19 @@ def test_two_processes_equal_one(finished: Path, pictures: Path, tmp_path: Path)
 
 
 @pytest.mark.usefixtures("no_finish")
+def test_a_setting_that_changes_under_way_takes_effect(pictures: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert main(words(pictures, run, "steps=2")) == 0
+    assert main(words(pictures, run, "steps=4", "optim.betas=[0.8,0.9]", "optim.weight_decay=0.5")) == 0
+    stored = torch.load(run / "checkpoints/step-00000004/optimizer.pt", weights_only=True)
+    (group,) = stored["autoencoder"]["param_groups"]
+    assert (tuple(group["betas"]), group["weight_decay"]) == ((0.8, 0.9), 0.5)
+    before = (run / "config.yaml").read_text()
+    assert main(words(pictures, run, "steps=3")) == 2
+    assert (run / "config.yaml").read_text() == before, "refused settings are not written"
+
+
+@pytest.mark.usefixtures("no_finish")
 def test_a_damaged_checkpoint_is_passed_over(pictures: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "run"
     assert main(words(pictures, run, "steps=4")) == 0
@@ -288,7 +301,7 @@ def test_going_on_from_a_diffusers_folder(finished: Path, pictures: Path, tmp_pa
 def test_decoder_only_keeps_latents_and_scaling(finished: Path, pictures: Path, tmp_path: Path) -> None:
     """From a published first stage with its own scaling: what was trained on its latents must go on fitting."""
     start = AutoencoderKL.from_pretrained(finished / "export").eval()
-    start.register_to_config(scaling_factor=0.18215, shift_factor=None)
+    start.register_to_config(scaling_factor=0.18215, shift_factor=None, latents_mean=[0.0] * 4, latents_std=[2.0] * 4)
     start.save_pretrained(tmp_path / "start")
     path = tmp_path / "tune.yaml"
     path.write_text(
@@ -305,6 +318,7 @@ def test_decoder_only_keeps_latents_and_scaling(finished: Path, pictures: Path, 
         assert torch.equal(before.mean, after.mean) and torch.equal(before.logvar, after.logvar)
         assert not torch.allclose(start.decode(before.mean).sample, tuned.decode(after.mean).sample)
     assert (tuned.config.scaling_factor, tuned.config.shift_factor) == (0.18215, 0.0)
+    assert tuned.config.latents_std == [2.0] * 4
     assert "its\nlatents are the same" in (tmp_path / "tuned/export/README.md").read_text()
     # the discriminator began as the one that the other run had ended with
     logs = [json.loads(line) for line in (tmp_path / "tuned/log.jsonl").read_text().splitlines()]

@@ -120,7 +120,10 @@ def load_checkpoint(checkpoint: Checkpoint, train_step: TrainStep) -> dict[str, 
             _load(module, load_file(path, device=device), path)
     optimizers = torch.load(folder / "optimizer.pt", map_location=device, weights_only=True)
     for name, optimizer in _optimizers(train_step).items():
+        settings = [{key: group[key] for key in ("betas", "weight_decay")} for group in optimizer.param_groups]
         optimizer.load_state_dict(optimizers[name])
+        for group, now in zip(optimizer.param_groups, settings, strict=True):
+            group.update(now)  # those of the settings may have been changed; torch brings the old ones back
     return state
 
 

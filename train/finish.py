@@ -107,7 +107,11 @@ def measure_latents(
             batch = next(batches)
             posterior = autoencoder.encode(batch.images.to(accelerator.device)).latent_dist
             noise = posterior_noise(settings.seed, batch.numbers, shape).to(accelerator.device)
-            statistics.update(posterior.mean + posterior.std * noise, posterior.mean, posterior.logvar)
+            # the same crops however the batch is split
+            rows = [row for row, number in enumerate(batch.numbers) if number < STATISTICS_CROPS]
+            if rows:
+                sample = posterior.mean + posterior.std * noise
+                statistics.update(sample[rows], posterior.mean[rows], posterior.logvar[rows])
     statistics.gather()
     return statistics
 

@@ -54,9 +54,9 @@ class Log:
         numbers = {f"{event}/{name}": value for name, value in values.items() if isinstance(value, (int, float))}
         self.accelerator.log(numbers, step=step)
 
-    def restart_clock(self) -> None:
-        """Leaves what happened since the last training line out of the next one's rate."""
-        self.last = (time.perf_counter(), self.last[1])
+    def restart_clock(self, done: int) -> None:
+        """Counts the next line's rate from here: what took the time was not training."""
+        self.last = (time.perf_counter(), done)
 
     def train(self, done: int, means: dict[str, torch.Tensor], progress: tqdm) -> None:
         """The losses of the step just made, averaged over processes; the only place where they leave the device."""
@@ -69,7 +69,7 @@ class Log:
                 "Lower optim.lr, gan.weight or gan.adaptive_cap, or set optim.clip"
             )
         now, (then, before) = time.perf_counter(), self.last
-        if before >= 0:
+        if 0 <= before < done:
             values["images_per_second"] = (done - before) * self.settings.batch_size / (now - then)
         self.last = now, done
         values["lr"] = self.settings.optim.lr * lr_scale_at(done - 1, self.settings.steps, self.settings.optim)

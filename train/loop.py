@@ -35,6 +35,7 @@ def train(settings: TrainSettings) -> dict[str, Any]:
         cpu=not torch.cuda.is_available(),
         # the step has its own autocast; a launcher's configuration must not lay another one over it
         mixed_precision="no",
+        dynamo_backend="no",  # `compile` compiles blocks; a launcher's would compile whole networks
         log_with=list(settings.report_to) or None,
         project_dir=run,
     )
@@ -43,12 +44,12 @@ def train(settings: TrainSettings) -> dict[str, Any]:
     if checkpoint is not None:
         for note in changed_settings(run, settings):
             accelerator.print(note, file=sys.stderr)
+    if checkpoint is not None and checkpoint.step > settings.steps:
+        raise UserError(f"steps: {run} is at step {checkpoint.step:,} already, past {settings.steps:,}: raise steps")
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         write_config(run, settings, resuming=checkpoint is not None)
     accelerator.wait_for_everyone()
-    if checkpoint is not None and checkpoint.step > settings.steps:
-        raise UserError(f"steps: {run} is at step {checkpoint.step:,} already, past {settings.steps:,}: raise steps")
     if checkpoint is not None and checkpoint.step == settings.steps and (results := finished_results(run)) is not None:
         if accelerator.is_main_process:
             show_results(run, results)
@@ -131,7 +132,7 @@ def train(settings: TrainSettings) -> dict[str, Any]:
                 accelerator.wait_for_everyone()
             if done % settings.validation.every == 0 or done == settings.steps:
                 log.write("validate", done, validator.measure_model(averaged, run / f"previews/step-{done:08d}.png"))
-                log.restart_clock()
+                log.restart_clock(done)
         progress.close()
         if first_step == settings.steps:  # killed between its last checkpoint and its results
             log.write("validate", first_step, validator.measure_model(averaged))
@@ -189,16 +190,21 @@ class Feed:
             self._note(batch.skipped)
         every = settings.loss.perceptual_every
         augmentation = None
-        if settings.gan.diffaug:
+        if settings.gan.weight and settings.gan.diffaug:
             augmentation = augmentation_numbers(settings.seed, batch.numbers, 2 * NUMBERS)
-            augmentation = augmentation.to(self.device, non_blocking=True)
+            augmentation = self._sent(augmentation)
         return MicroBatch(
             batch.images.to(self.device, memory_format=torch.channels_last, non_blocking=True),
-            posterior_noise(settings.seed, batch.numbers, self.latent_shape).to(self.device, non_blocking=True),
+            self._sent(posterior_noise(settings.seed, batch.numbers, self.latent_shape)),
             # samples whose number is a multiple of `every`; a micro-batch's numbers are consecutive
             slice(-batch.numbers[0] % every, None, every),
             augmentation,
         )
+
+    def _sent(self, tensor: torch.Tensor) -> torch.Tensor:
+        # from pinned memory, or the host would wait for the copy
+        tensor = tensor.pin_memory() if self.device.type == "cuda" else tensor
+        return tensor.to(self.device, non_blocking=True)
 
     def _note(self, skipped: list[str]) -> None:
         for line in dict.fromkeys(skipped):

@@ -14,14 +14,14 @@ RECIPE = (
     *("seed", "batch_size", "precision", "init_from", "train", "model", "data"),
     *("validate.images", "validate.crop_px"),  # before and after must be measured alike
     *("loss.perceptual_net", "loss.learned_logvar"),
-    *("gan.loss", "gan.init_from", "gan.norm", "gan.channels", "gan.layers", "gan.blur"),
+    *("gan.loss", "gan.norm", "gan.channels", "gan.layers", "gan.blur"),
 )
 """Keys that a run cannot change under way: the weights or the sample order would no longer fit."""
 FREE = ("data.num_workers", "data.max_bad_fraction")
 """Keys under RECIPE that may change all the same."""
 SILENT = (
     *("output_dir", "report_to", "push_to_hub", "micro_batch_size", "checkpoint", "log"),
-    *("compile", "gradient_checkpointing"),
+    *("compile", "gradient_checkpointing", "gan.init_from"),
     *("validate.every", "validate.preview_images"),
 )
 """Keys whose change needs no word."""

@@ -196,7 +196,8 @@ class TrainStep:
         gan = self.settings.gan
         real = batch.images.detach().requires_grad_() if phase.r1 else batch.images
         fake = image if phase.generator else image.detach()
-        real_logits, fake_logits = self._judge(real, fake, batch.augmentation)
+        with self._autocast(enabled=not phase.r1):  # a second derivative in bf16 is far off
+            real_logits, fake_logits = self._judge(real, fake, batch.augmentation)
         adversarial = None
         means = {
             "logits_real": real_logits.detach().mean(),
@@ -230,10 +231,9 @@ class TrainStep:
             real = augment(real, augmentation[:, :NUMBERS], gan.diffaug)
             fake = augment(fake, augmentation[:, NUMBERS:], gan.diffaug)
         assert self.discriminator is not None
-        with self._autocast():
-            if gan.norm == "batch":  # each kind by its own statistics, as published
-                return self.discriminator(real), self.discriminator(fake)
-            real_logits, fake_logits = self.discriminator(torch.cat([real, fake])).chunk(2)
+        if gan.norm == "batch":  # each kind by its own statistics, as published
+            return self.discriminator(real), self.discriminator(fake)
+        real_logits, fake_logits = self.discriminator(torch.cat([real, fake])).chunk(2)
         return real_logits, fake_logits
 
     def _at_last_layer(self, image: Tensor, gradient: Tensor) -> Tensor:
@@ -303,8 +303,9 @@ class TrainStep:
         optimizer.zero_grad(set_to_none=True)
         return norm
 
-    def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=self.settings.precision == "bf16")
+    def _autocast(self, enabled: bool = True) -> torch.autocast:
+        enabled = enabled and self.settings.precision == "bf16"
+        return torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=enabled)
 
     def _without_synchronisation(self) -> ExitStack:
         stack = ExitStack()
