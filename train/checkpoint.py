@@ -208,21 +208,25 @@ def _save(module: nn.Module, path: Path) -> None:
     save_file({name: tensor.detach().contiguous() for name, tensor in module.state_dict().items()}, path)
 
 
-def _load(module: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
-    """Copies into the module's own tensors, so that memory format and optimizer references stay."""
+def misfits(module: nn.Module, tensors: Mapping[str, Tensor]) -> list[str]:
+    """Names that only one of the two has, or whose shapes differ."""
     own = module.state_dict()
-    differing = sorted(
+    return sorted(
         name
         for name in own.keys() | tensors.keys()
         if name not in own or name not in tensors or own[name].shape != tensors[name].shape
     )
-    if differing:
+
+
+def _load(module: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
+    """Copies into the module's own tensors, so that memory format and optimizer references stay."""
+    if differing := misfits(module, tensors):
         raise UserError(
             f"{path} does not fit the model of these settings (first difference: {differing[0]}): "
             "restore the model settings, or choose another output_dir"
         )
     with torch.no_grad():
-        for name, tensor in own.items():
+        for name, tensor in module.state_dict().items():
             tensor.copy_(tensors[name])
 
 

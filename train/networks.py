@@ -15,7 +15,7 @@ from latent_ae.config import UserError
 from latent_ae.discriminators import PatchDiscriminator
 from latent_ae.models import build_autoencoder, factor_of, load_autoencoder
 
-from .checkpoint import complete_checkpoints
+from .checkpoint import complete_checkpoints, misfits
 from .config import TrainSettings
 
 
@@ -101,13 +101,7 @@ def _discriminator_weights(folder: Path, network: PatchDiscriminator) -> dict[st
         weights = load_file(path)
     except SafetensorError as error:
         raise UserError(f"gan.init_from: cannot read {path}: {error}") from error
-    own = network.state_dict()
-    differing = sorted(
-        name
-        for name in own.keys() | weights.keys()
-        if name not in own or name not in weights or own[name].shape != weights[name].shape
-    )
-    if differing:
+    if differing := misfits(network, weights):
         raise UserError(
             f"gan.init_from: the discriminator of {path} has another shape (first difference: {differing[0]}): "
             "set gan.channels, gan.layers and gan.norm as in its run"
