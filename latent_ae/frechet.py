@@ -1,0 +1,128 @@
+"""Distances between two sets of feature vectors: Fréchet (FID, on Inception's features) and kernel (KID)."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+RELIABLE_IMAGES = 2048
+"""With fewer images than Inception has features, the covariance is singular and the distance biased upwards."""
+GROUPS = 10
+"""Parts of the images that are left out in turn to learn how far a Fréchet distance depends on the images."""
+KID_SUBSETS, KID_SUBSET_SIZE, KID_SEED = 100, 1000, 2020
+"""torch-fidelity's defaults."""
+Z95 = 1.959964
+"""Half-width of a normal 95 % interval in standard errors."""
+
+
+@dataclass(frozen=True)
+class Gaussian:
+    """Sums over features, from which mean and covariance follow; float64, and as large for ten images as for ten million."""
+
+    count: int
+    total: np.ndarray
+    """(D,)"""
+    products: np.ndarray
+    """(D, D): sum of outer products."""
+
+    @staticmethod
+    def of(features: np.ndarray) -> "Gaussian":
+        """Of (N, D) features."""
+        x = features.astype(np.float64)
+        return Gaussian(len(x), x.sum(0), x.T @ x)
+
+    def __add__(self, other: "Gaussian") -> "Gaussian":
+        return Gaussian(self.count + other.count, self.total + other.total, self.products + other.products)
+
+    def __sub__(self, other: "Gaussian") -> "Gaussian":
+        return Gaussian(self.count - other.count, self.total - other.total, self.products - other.products)
+
+    def moments(self) -> tuple[np.ndarray, np.ndarray]:
+        """Mean (D,) and unbiased covariance (D, D); needs two vectors or more."""
+        mean = self.total / self.count
+        return mean, (self.products - self.count * np.outer(mean, mean)) / (self.count - 1)
+
+
+def frechet_distance(
+    mean_a: np.ndarray, covariance_a: np.ndarray, mean_b: np.ndarray, covariance_b: np.ndarray
+) -> float:
+    """Squared 2-Wasserstein distance of two Gaussians (Dowson and Landau 1982; as FID: Heusel et al. 2017).
+
+    |a - b|^2 + tr A + tr B - 2 tr (A B)^(1/2), the last as the sum of singular values of A^(1/2) B^(1/2), which stays
+    real and exact to rounding for singular covariances too. float64.
+    """
+    cross = np.linalg.svd(_root(covariance_a) @ _root(covariance_b), compute_uv=False).sum()
+    difference = mean_a - mean_b
+    return float(difference @ difference + np.trace(covariance_a) + np.trace(covariance_b) - 2 * cross)
+
+
+def _root(covariance: np.ndarray) -> np.ndarray:
+    values, vectors = np.linalg.eigh(covariance)
+    return (vectors * np.sqrt(values.clip(min=0))) @ vectors.T
+
+
+def frechet_of_features(a: np.ndarray, b: np.ndarray) -> float:
+    """Fréchet distance of (N, D) and (M, D) features that fit into memory.
+
+    With fewer vectors than dimensions it works on N x M products of the centred features, which is faster and, since
+    no root of rounding errors enters, more exact than by covariances.
+    """
+    if min(len(a), len(b)) < 2:
+        raise ValueError("two images or more are needed")
+    if max(len(a), len(b)) > a.shape[1]:
+        return frechet_distance(*Gaussian.of(a).moments(), *Gaussian.of(b).moments())
+    roots = [(x.astype(np.float64) - x.mean(0, dtype=np.float64)) / np.sqrt(len(x) - 1) for x in (a, b)]
+    cross = np.linalg.svd(roots[0] @ roots[1].T, compute_uv=False).sum()
+    difference = a.mean(0, dtype=np.float64) - b.mean(0, dtype=np.float64)
+    return float(difference @ difference + sum(np.square(root).sum() for root in roots) - 2 * cross)
+
+
+def jackknife_interval(value: float, without_one_group: Sequence[float]) -> tuple[float, float]:
+    """95 % interval around `value` from its values with each of G groups left out (delete-a-group jackknife).
+
+    A bootstrap would not do: it repeats images, and a Fréchet distance of repeated images is biased upwards by more than
+    the width that is sought.
+    """
+    left_out = np.asarray(without_one_group)
+    groups = len(left_out)
+    half = Z95 * float(np.sqrt((groups - 1) / groups * np.square(left_out - left_out.mean()).sum()))
+    return value - half, value + half
+
+
+def kernel_distance(
+    read: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]],
+    count: int,
+    *,
+    subsets: int = KID_SUBSETS,
+    subset_size: int = KID_SUBSET_SIZE,
+    seed: int = KID_SEED,
+) -> tuple[float, float]:
+    """KID (Binkowski et al. 2018): mean over random subsets of the unbiased squared MMD with kernel (x.y / D + 1)^3,
+    and its standard deviation over subsets.
+
+    `read(rows)` gives those rows of both sets; only a subset is in memory. The subsets are torch-fidelity's for the
+    same seed; its subset size needs as many images, so smaller sets are taken whole.
+    """
+    subset_size = min(subset_size, count)
+    rng = np.random.RandomState(seed)
+    values = []
+    for _ in range(subsets):
+        rows_a = rng.choice(count, subset_size, replace=False)
+        rows_b = rng.choice(count, subset_size, replace=False)
+        values.append(squared_mmd(read(rows_a)[0], read(rows_b)[1]))
+        if subset_size == count:  # every subset would be the whole set
+            break
+    return float(np.mean(values)), float(np.std(values))
+
+
+def squared_mmd(a: np.ndarray, b: np.ndarray) -> float:
+    """Unbiased squared maximum mean discrepancy of (N, D) and (N, D) features, kernel (x.y / D + 1)^3."""
+    count = len(a)
+    inside = [_kernel(x, x) for x in (a, b)]
+    diagonal = sum(float((kernel.sum() - np.trace(kernel)) / (count * (count - 1))) for kernel in inside)
+    return diagonal - 2 * float(_kernel(a, b).mean())
+
+
+def _kernel(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    # float32 products, as torch-fidelity; sums in float64, where KID is a small difference of large numbers
+    return ((x @ y.T / x.shape[1] + 1) ** 3).astype(np.float64)
