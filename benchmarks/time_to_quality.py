@@ -23,8 +23,9 @@ from accelerate import Accelerator
 from benchmarks.machine import save
 from benchmarks.rivals import Networks, latent_diffusion_step
 from latent_ae.config import DataSettings, load_settings
-from latent_ae.data import held_out_images, open_images, posterior_noise, training_batches
+from latent_ae.data import open_images, posterior_noise, training_batches
 from latent_ae.discriminators import PatchDiscriminator
+from latent_ae.held_out import held_out_images
 from latent_ae.images import bicubic_down_up
 from latent_ae.metrics import ReconstructionMetrics
 from latent_ae.models import Reconstructor, build_autoencoder

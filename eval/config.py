@@ -1,13 +1,35 @@
 """Settings of the evaluations."""
 
 from collections.abc import Iterator
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 from latent_ae.config import Byte, DataSettings, Fraction, NonNegative, Positive, Problem, Settings
+
+from .protocols import PROTOCOLS, Extractor, Latent, Name, Net, Protocol, Resample, Rounding
+
+OfProtocol = Literal["protocol"]
 
 
 class ReconSettings(Settings):
     """How reconstructions are measured; docs/evaluation.md says what each choice means for the figures."""
+
+    protocol: Name = "default"
+    """How others measured theirs; the next seven settings change single parts of it."""
+    resize_px: Positive | OfProtocol | None = "protocol"
+    crop_px: Positive | OfProtocol | None = "protocol"
+    resample: Resample | OfProtocol = "protocol"
+    rounding: Rounding | OfProtocol = "protocol"
+    latents: tuple[Latent, ...] | OfProtocol = "protocol"
+    lpips: tuple[Net, ...] | OfProtocol = "protocol"
+    extractor: Extractor | OfProtocol = "protocol"
+    frechet: tuple[Literal["inception", "vgg16", "alexnet"], ...] = ("inception",)
+    """Features whose Fréchet distance is measured: inception gives FID and KID; the others, at hand wherever LPIPS is,
+    are named after themselves."""
+    inception_weights: str | None = None
+    """Other weights than the published ones; the distances are then not called FID and KID."""
+    baseline: bool = True
+    """Measure bicubic down- and upsampling by the model's factor beside it."""
 
     split: str | None = None
     """Of the data; null takes its validation or test split, and all of it where it has neither."""
@@ -19,10 +41,6 @@ class ReconSettings(Settings):
     """Read a hub dataset or tables from their start, without storing them first."""
     limit: Positive | None = None
     """Only so many images, from the first on."""
-    resize_px: Positive | None = None
-    """Shorter side that an image is resized to before the crop, px; null keeps its size."""
-    crop_px: Positive | None = 256
-    """Side of the square cut from the middle, px; null takes whole images, cut to a multiple of the factor."""
     background: tuple[Byte, Byte, Byte] = (255, 255, 255)
     """Colour put behind transparent pixels."""
     max_pixels: Positive = 200_000_000
@@ -32,24 +50,46 @@ class ReconSettings(Settings):
     num_workers: NonNegative = 2
 
     subfolder: str | None = None
-    """Of the model; a pipeline's `vae` is found without it."""
+    """Of the model; a pipeline's first stage is found without it."""
     revision: str | None = None
     """Commit or tag of a hub model."""
-    posterior: Literal["mode", "sample"] = "mode"
-    """What is decoded: the posterior's mean, or a sample of it that depends on `seed` and the image's number only."""
+    variant: str | None = None
+    """Of the model's weight files: fp16, non_ema, ..."""
+    ema: bool | None = None
+    """Averaged weights (true) or raw ones (false) where the model has both; null takes what it loads by default."""
+    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """That the model computes in; metrics are float32 or more."""
     seed: NonNegative = 0
+    """Of the posterior's samples."""
     batch_size: Positive = 8
     """Images at a time on each device; the results do not depend on it, up to rounding."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-
-    lpips: tuple[Literal["vgg", "alex"], ...] = ("vgg", "alex")
-    """Networks of LPIPS; [] leaves it out and needs no weights."""
-    num_pictures: NonNegative = 8
-    """Images in the picture of pairs."""
+    reference_cache: bool = True
+    """Keep Inception's features of the originals for the next model, under a key of their content and the protocol."""
+    num_pictures: NonNegative = 3
+    """Worst, median and best images in the report, of each."""
 
     def problems(self) -> Iterator[Problem]:
-        if self.resize_px is not None and self.crop_px is not None and self.resize_px < self.crop_px:
-            yield Problem("resize_px", f"{self.resize_px} is smaller than crop_px {self.crop_px}; raise it or set null")
+        protocol = self.resolved()
+        resize_px, crop_px = protocol.resize_px, protocol.crop_px
+        if resize_px is not None and crop_px is not None and resize_px < crop_px:
+            key = "crop_px" if self.resize_px == "protocol" else "resize_px"
+            yield Problem(key, f"resize_px {resize_px} is smaller than crop_px {crop_px}; change one or set it to null")
+        if not protocol.latents:
+            yield Problem("latents", "nothing to decode: give mode, sample or both")
+        weights = self.inception_weights
+        if weights is not None and not Path(weights).expanduser().is_file():
+            yield Problem("inception_weights", f"no such file: {weights} (from {Path.cwd()})")
+
+    def changes(self) -> dict[str, Any]:
+        """What is set apart from the protocol."""
+        own = {name: getattr(self, name) for name in Protocol.model_fields if name in type(self).model_fields}
+        protocol = PROTOCOLS[self.protocol]
+        return {key: value for key, value in own.items() if value not in ("protocol", getattr(protocol, key))}
+
+    def resolved(self) -> Protocol:
+        """The protocol with those changes."""
+        return PROTOCOLS[self.protocol].model_copy(update=self.changes())
 
     def data(self, source: str) -> DataSettings:
         """What opens `source` as held-out images."""
@@ -59,7 +99,6 @@ class ReconSettings(Settings):
             image_column=self.image_column,
             revision=self.data_revision,
             streaming=self.streaming,
-            resize_px=self.resize_px,
             background=self.background,
             max_pixels=self.max_pixels,
             num_workers=self.num_workers,

@@ -2,129 +2,118 @@
 
 from latent_ae_eval.recon import evaluate_reconstruction
 result = evaluate_reconstruction("runs/quickstart/export", "photos")
-print(result["metrics"])
+print(result["metrics"]["mode"])
 """
 
 import json
-import platform
+import os
 import sys
-from collections.abc import Iterable, Iterator
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
-from importlib.metadata import version
+from itertools import groupby
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather_object, parse_flag_from_env
-from diffusers import AutoencoderKL
-from torch import Tensor
+from accelerate.utils import broadcast_object_list
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from latent_ae.config import UserError
-from latent_ae.data import (
-    HeldOutImages,
-    ImageSource,
-    held_out_images,
-    open_images,
-    posterior_noise,
-    stop_if_too_many_bad,
-)
-from latent_ae.images import bicubic_down_up, picture_grid, to_uint8
-from latent_ae.metrics import ReconstructionMetrics
-from latent_ae.models import Reconstructor, count_parameters, factor_of, load_autoencoder
-from latent_ae.sources import StreamSource
+from latent_ae.data import stop_if_too_many_bad
+from latent_ae.held_out import Framing, HeldOutImages, Part
+from latent_ae.images import picture_grid
 
 from .config import ReconSettings
+from .inputs import checked_factor, inception_network, opened_data, opened_model, processes, refuse_generation_files
+from .manifest import data_fingerprint, evaluation_key, protocol_manifest, reference_key, versions
+from .measure import BASELINE, Measurer
+from .pictures import ERROR_GAIN, chosen_rows, error_map, reconstructed
+from .shards import ReferenceCache, WorkFolder, shard_size, source_stamp
+from .summary import collect, distances, means, remove_feature_files
 
-ERROR_GAIN = 4
-PACKAGES = ("latent-ae", "torch", "diffusers", "accelerate", "torchmetrics", "lpips", "numpy", "pillow")
-
-
-class ImageBatch(NamedTuple):
-    """Images of one size."""
-
-    indices: list[int]
-    names: list[str]
-    images: Tensor
-    """NCHW float32 in [-1, 1]."""
+FORMAT = "latent-ae reconstruction 1"
 
 
 def evaluate_reconstruction(
-    model: str | Path | AutoencoderKL,
+    model: str | Path | nn.Module | Callable[[Tensor], Tensor],
     data: str | Path,
     settings: ReconSettings | None = None,
     *,
     out: str | Path | None = None,
     progress: bool = False,
+    rows: bool = True,
 ) -> dict[str, Any]:
     """Measures `model` on `data` and returns the result, JSON-ready; equal on every process of a distributed run.
 
-    `model` is a folder, a hub id or an autoencoder (which is moved to the device, in evaluation mode); `data` is as on
-    the command line. With `out`, the main process writes result.json and pairs.png there. Each image is measured
-    once, whatever the number of processes.
+    `model` is a folder, a hub id, an instance of a first stage of diffusers (which is moved to the device, in
+    evaluation mode) or a function of NCHW images in [-1, 1]; `data` is as on the command line. With `out`, result.json,
+    images.parquet, report.html and pairs.png are written there, and an evaluation that was killed goes on from what it
+    had measured. With `rows`, "images" holds the rows of images.parquet. Each image is measured once, whatever the
+    number of processes; a folder `out` must be one that they all see.
 
     Raises UserError for what cannot be loaded, images whose channels do not fit, or too many unreadable images.
     """
-    settings = settings or ReconSettings()
+    settings, started = settings or ReconSettings(), time.perf_counter()
+    refuse_generation_files(str(data))
     if out is not None:
         _make_folder(Path(out))
-    state, device = _processes(settings)
-    location, data = (None if isinstance(model, AutoencoderKL) else str(model)), str(data)
-    autoencoder = _loaded(model, settings).to(device)
-    factor, channels = _checked_sizes(autoencoder, settings)
-    source, num_images = _opened(data, settings)
-    images = held_out_images(
+    state, device = processes(settings)
+    stage = opened_model(model, settings, device)
+    source, num_images = opened_data(str(data), settings)
+    protocol = settings.resolved()
+    images = HeldOutImages(
         source,
-        settings.data(data),
-        channels=channels,
-        crop_px=settings.crop_px,
-        multiple_of=factor,
-        rank=state.process_index,
-        world_size=state.num_processes,
+        settings.data(str(data)),
+        stage.channels or 3,
+        Framing(protocol.resize_px, protocol.crop_px, protocol.resample, protocol.crop_rounds == "nearest"),
+        checked_factor(stage, settings),
     )
-    metrics = ReconstructionMetrics(device, settings.lpips)
-    baseline = ReconstructionMetrics(device, lpips=metrics.lpips)
-    bar = tqdm(
-        total=num_images if num_images is None else -(-num_images // state.num_processes),
-        desc="recon",
-        unit="image",
-        disable=not (progress and state.is_main_process),
-        mininterval=0.5 if sys.stderr.isatty() else 30,
-    )
-    reconstructor = Reconstructor(autoencoder)
-    pairs: list[list[Tensor]] = []
-    with bar, torch.no_grad(), _full_float32():
-        for batch in _batches(images, settings.batch_size):
-            given = batch.images.to(device)
-            made = reconstructor(given, _noise(batch, settings, autoencoder, factor)).image
-            metrics.update(batch.indices, batch.names, given, made)
-            baseline.update(batch.indices, batch.names, given, bicubic_down_up(given, factor))
-            wanted = settings.num_pictures - len(pairs)
-            pairs += _pairs(given[:wanted], made[:wanted])
-            bar.update(len(batch.indices))
-    metrics.gather()
-    baseline.gather()
-    skipped = sorted(gather_object(images.skipped))
-    rows = metrics.rows()
-    if not rows:
-        reason = f"none of its {len(skipped)} images is readable; {skipped[0]}" if skipped else "it holds no images"
-        raise UserError(f"{data}: {reason}")
-    _report_skipped(skipped, len(rows), settings, state.is_main_process)
-    result = {
-        "model": _describe(autoencoder, location, settings, factor),
-        "data": {"location": data, "num_images": len(rows), "skipped": skipped},
-        "settings": settings.model_dump(mode="json"),
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
-        "device": str(device.type),
-        "metrics": metrics.summary(),
-        "baseline": {"name": f"bicubic /{factor}"} | baseline.summary(),
-        "images": rows,
-    }
-    if out is not None and state.is_main_process:
-        _write(Path(out), result, pairs)
-    return result
+    inception, why_not = inception_network(settings, device)
+    cache = None
+    if inception is not None and settings.reference_cache:
+        cache = ReferenceCache(reference_key(settings, images.channels, images.multiple_of, inception.sha256))
+    measurer = Measurer(stage, settings, device, inception, cache)
+    with ExitStack() as stack:
+        # TF32 convolutions would move the third digit
+        flags = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
+        stack.enter_context(flags)
+        work = WorkFolder(Path(out) / "unfinished" if out is not None else _shared_temporary_folder(stack, state))
+        size = shard_size(num_images, protocol.crop_px is None)
+        key = None
+        if stage.sha256 is not None and (stamp := source_stamp(source)) is not None:
+            own = inception.sha256 if inception is not None else None
+            key = evaluation_key(settings, model=stage.sha256, data=stamp, shard=size, inception=own)
+        done = _begin(work, key, state)
+        part = Part(state.process_index, state.num_processes, size, done)
+        _measure(replace(images, part=part), measurer, work, num_images, size, progress and state.is_main_process)
+        state.wait_for_everyone()
+        answer: list[Any] = [None]
+        if state.is_main_process:
+            try:
+                result, table = _result(work, measurer, images, str(data), why_not)
+                result |= {"device": device.type, "processes": state.num_processes}
+                seconds = time.perf_counter() - started
+                result |= {"seconds": round(seconds, 1), "images_per_second": round(table.num_rows / seconds, 2)}
+                if out is not None:
+                    _write(Path(out), result, table, measurer, images)
+                    work.remove()
+                answer = [result | ({"images": table.to_pylist()} if rows else {})]
+            except UserError as error:
+                answer = [error]
+        broadcast_object_list(answer)
+        state.wait_for_everyone()
+    if isinstance(answer[0], UserError):
+        raise answer[0]
+    finished: dict[str, Any] = answer[0]
+    return finished
 
 
 def default_folder(model: str) -> Path:
@@ -134,113 +123,108 @@ def default_folder(model: str) -> Path:
     return Path(f"recon-{name}")
 
 
-def _processes(settings: ReconSettings) -> tuple[PartialState, torch.device]:
-    """The distributed state (of one process, when nothing launched several) and this process's device."""
-    if settings.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("device: cuda, but PyTorch sees no GPU here; set device=cpu")
-    # PartialState alone overlooks the launcher's choice of the CPU, and would take every process for the only one
-    on_cpu = settings.device == "cpu" or not torch.cuda.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU")
-    state = PartialState(cpu=on_cpu)
-    return state, torch.device("cpu") if on_cpu else state.device
+def _shared_temporary_folder(stack: ExitStack, state: PartialState) -> Path:
+    """One for all processes of this machine, removed in the end."""
+    name = stack.enter_context(tempfile.TemporaryDirectory(prefix="latent-ae-")) if state.is_main_process else None
+    return Path(broadcast_object_list([name])[0])
 
 
-def _loaded(model: str | Path | AutoencoderKL, settings: ReconSettings) -> AutoencoderKL:
-    if not isinstance(model, AutoencoderKL):
-        model = load_autoencoder(str(model), subfolder=settings.subfolder, revision=settings.revision)
-    return model.eval()
+def _begin(work: WorkFolder, key: dict[str, Any] | None, state: PartialState) -> frozenset[int]:
+    answer: list[Any] = [None]
+    if state.is_main_process:
+        try:
+            if found := work.begin(key):
+                print(f"going on from {found} finished parts in {work.folder}", file=sys.stderr)
+            remove_feature_files(work)
+            answer = [work.done()]
+        except UserError as error:
+            answer = [error]
+    broadcast_object_list(answer)
+    if isinstance(answer[0], UserError):
+        raise answer[0]
+    if not work.folder.is_dir():
+        raise UserError(f"--out: this process does not see {work.folder}; give a folder that all machines share")
+    done: frozenset[int] = answer[0]
+    return done
 
 
-def _checked_sizes(autoencoder: AutoencoderKL, settings: ReconSettings) -> tuple[int, int]:
-    """The model's factor and number of image channels."""
-    factor, config = factor_of(autoencoder), autoencoder.config
-    if config.in_channels != config.out_channels:
-        raise UserError(
-            f"the model takes images of {config.in_channels} channels and gives {config.out_channels}, "
-            "so its reconstructions cannot be compared with its inputs"
-        )
-    if settings.crop_px is not None and settings.crop_px % factor:
-        near = max(1, settings.crop_px // factor) * factor
-        raise UserError(f"crop_px: {settings.crop_px} is not a multiple of the model's factor {factor}; use {near}")
-    return factor, int(config.in_channels)
+def _measure(
+    images: HeldOutImages, measurer: Measurer, work: WorkFolder, num_images: int | None, size: int, shows: bool
+) -> None:
+    """Measures this process's shards that are not done, each written as soon as it is."""
+    total = None
+    if num_images is not None:
+        mine = (number for number in range(-(-num_images // size)) if images.part.holds(number * size))
+        total = sum(min(size, num_images - number * size) for number in mine)
+    interval = 0.5 if sys.stderr.isatty() else 30
+    with tqdm(total=total, desc="recon", unit="image", disable=not shows, mininterval=interval) as bar:
+        for number, group in groupby(images.items(), key=lambda item: item.index // size):
+            items = list(group)
+            work.write(number, measurer.measure(items))
+            bar.update(len(items))
 
 
-def _opened(data: str, settings: ReconSettings) -> tuple[ImageSource, int | None]:
-    """The images, cut to `limit`, and how many they are (None for a stream without limit)."""
+def _result(
+    work: WorkFolder, measurer: Measurer, images: HeldOutImages, data: str, why_not: str
+) -> tuple[dict[str, Any], pa.Table]:
+    """Everything but the time, and the row of every image."""
+    settings, stage, inception = measurer.settings, measurer.stage, measurer.inception
+    table, skipped, files = collect(work, work.done())
+    if not table.num_rows:
+        reason = f"none of its {len(skipped)} images is readable; {skipped[0]}" if skipped else "it holds no images"
+        raise UserError(f"{data}: {reason}")
+    _report_skipped(skipped, table.num_rows, settings)
+    notes = [why_not] if why_not else []
+    metrics: dict[str, dict[str, Any]] = {}
+    intervals: dict[str, dict[str, Any]] = {}
+    for kind in measurer.kinds:
+        metrics[kind], intervals[kind] = means(table, kind, notes.append, settings.seed)
+        for network in settings.frechet:
+            names: tuple[str, str | None] = (f"frechet_{network}", None)
+            if network == "inception":
+                if inception is None:
+                    metrics[kind] |= {"fid": None, "kid": None}
+                    continue
+                own = f"inception_{inception.sha256[:8]}"
+                names = ("fid", "kid") if inception.is_published else (f"frechet_{own}", f"kernel_{own}")
+            values, widths = distances(files, kind, network, names, notes.append)
+            metrics[kind] |= values
+            intervals[kind] |= widths
+    if enlarged := int(np.sum(table["enlarged"].to_numpy(zero_copy_only=False))):
+        notes.append(f"{enlarged:,} of {table.num_rows:,} images are smaller than the crop and were enlarged to fit")
+    result = {
+        "format": FORMAT,
+        "model": stage.describe() | {"subfolder": settings.subfolder, "revision": settings.revision},
+        "protocol": protocol_manifest(settings) | {"inception": inception.sha256 if inception is not None else None},
+        "data": {
+            "location": data,
+            "split": settings.split,
+            "num_images": table.num_rows,
+            "fingerprint": data_fingerprint(table),
+            "skipped": skipped,
+        },
+        "seed": settings.seed,
+        "settings": settings.model_dump(mode="json"),
+        "versions": versions(),
+        "metrics": metrics,
+        "intervals": intervals,
+        "notes": list(dict.fromkeys(notes)),
+    }
+    if any(name.startswith(BASELINE) for name in table.column_names):
+        values, widths = means(table, BASELINE, lambda note: None, settings.seed)
+        result["baseline"] = {"name": f"bicubic /{stage.factor}", "metrics": values, "intervals": widths}
+    return result, table
+
+
+def _report_skipped(skipped: list[str], num_read: int, settings: ReconSettings) -> None:
+    total = num_read + len(skipped)
+    bound = settings.max_bad_fraction
     try:
-        source = open_images(settings.data(data), "held_out")
-    except UserError as error:
-        # the settings have other names here than in training
-        message = str(error).replace("data.eval_source", "DATA").replace("data.eval_split", "split")
-        raise UserError(message.replace("data.", "")) from error
-    if isinstance(source, StreamSource):
-        if settings.limit is not None:
-            source = replace(source, dataset=source.dataset.take(settings.limit))
-        return source, settings.limit
-    if settings.limit is not None:
-        source = source.subset(np.arange(min(settings.limit, len(source))))
-    return source, len(source)
-
-
-def _batches(images: HeldOutImages, batch_size: int) -> Iterator[ImageBatch]:
-    """Runs of images of one size, up to `batch_size` at a time."""
-    run: list[tuple[int, str, Tensor]] = []
-    for item in images:
-        if run and (len(run) == batch_size or item[2].shape != run[0][2].shape):
-            yield _stacked(run)
-            run = []
-        run.append(item)
-    if run:
-        yield _stacked(run)
-
-
-def _stacked(run: list[tuple[int, str, Tensor]]) -> ImageBatch:
-    indices, names, images = zip(*run, strict=True)
-    return ImageBatch(list(indices), list(names), torch.stack(images))
-
-
-def _noise(batch: ImageBatch, settings: ReconSettings, autoencoder: AutoencoderKL, factor: int) -> Tensor | None:
-    if settings.posterior == "mode":
-        return None
-    height, width = batch.images.shape[-2:]
-    shape = (int(autoencoder.config.latent_channels), height // factor, width // factor)
-    return posterior_noise(settings.seed, batch.indices, shape).to(autoencoder.device)
-
-
-def _full_float32() -> Any:
-    # TF32 convolutions would move the third digit
-    return torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
-
-
-def _pairs(given: Tensor, made: Tensor) -> list[list[Tensor]]:
-    """Per image: input, reconstruction, and the error's mean over channels in grey; on the CPU."""
-    difference = (to_uint8(given).float() - to_uint8(made).float()).abs().mean(1, keepdim=True)
-    error = (ERROR_GAIN * difference / 127.5 - 1).clamp(max=1)
-    return [list(row) for row in zip(given.cpu(), made.cpu(), error.cpu(), strict=True)]
-
-
-def _report_skipped(skipped: Iterable[str], num_read: int, settings: ReconSettings, is_main: bool) -> None:
-    lines = list(skipped)
-    total = num_read + len(lines)
-    try:
-        stop_if_too_many_bad(len(lines), total, lines, num_images=total, max_bad_fraction=settings.max_bad_fraction)
+        stop_if_too_many_bad(len(skipped), total, skipped, num_images=total, max_bad_fraction=bound)
     except UserError as error:
         raise UserError(str(error).replace("data.", "", 1)) from error
-    if lines and is_main:
-        print(f"skipped {len(lines)} of {total} images:\n  " + "\n  ".join(lines), file=sys.stderr)
-
-
-def _describe(autoencoder: AutoencoderKL, location: str | None, settings: ReconSettings, factor: int) -> dict[str, Any]:
-    config = autoencoder.config
-    return {
-        "location": location,
-        "subfolder": settings.subfolder,
-        "revision": settings.revision,
-        "class": type(autoencoder).__name__,
-        "channels": config.in_channels,
-        "latent_channels": config.latent_channels,
-        "factor": factor,
-        "parameters": count_parameters(autoencoder),
-    }
+    if skipped:
+        print(f"skipped {len(skipped)} of {total} images:\n  " + "\n  ".join(skipped), file=sys.stderr)
 
 
 def _make_folder(folder: Path) -> None:
@@ -251,12 +235,21 @@ def _make_folder(folder: Path) -> None:
         raise UserError(f"--out: cannot make the folder {folder}: {error.strerror}") from error
 
 
-def _write(folder: Path, result: dict[str, Any], pairs: list[list[Tensor]]) -> None:
+def _write(folder: Path, result: dict[str, Any], table: pa.Table, measurer: Measurer, images: HeldOutImages) -> None:
     try:
-        (folder / "result.json").write_text(json.dumps(result, indent=2), encoding="utf-8")
-        if pairs:
+        part = folder / "images.parquet.part"
+        pyarrow.parquet.write_table(table, part)
+        os.replace(part, folder / "images.parquet")
+        part = folder / "result.json.part"
+        part.write_text(json.dumps(result, indent=2), encoding="utf-8")
+        os.replace(part, folder / "result.json")
+        groups = chosen_rows(table, measurer.kinds[0], measurer.settings.num_pictures)
+        wanted = {row: table["index"][row].as_py() for rows in groups.values() for row in rows}
+        pictures = reconstructed(sorted(wanted.values()), measurer, images) if wanted else {}
+        if pictures:
+            pairs = [[*pictures[i], error_map(*pictures[i])] for i in wanted.values() if i in pictures]
             labels = ["input", "reconstruction", f"error x{ERROR_GAIN}"]
             picture_grid(pairs, labels=labels).save(folder / "pairs.png")
     except OSError as error:
         raise UserError(f"--out: cannot write into {folder}: {error.strerror or error}") from error
-    print(f"wrote {folder / 'result.json'}" + (f" and {folder / 'pairs.png'}" if pairs else ""), file=sys.stderr)
+    print(f"wrote {folder / 'result.json'}, images.parquet and pairs.png", file=sys.stderr)

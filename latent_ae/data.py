@@ -17,14 +17,14 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from latent_ae.config import DataSettings, UserError
-from latent_ae.images import ImageError, center_crop, decode, random_crop, resize_shorter, to_tensor
+from latent_ae.crops import random_crop
+from latent_ae.images import ImageError, decode, to_tensor
 from latent_ae.locations import open_images
 from latent_ae.order import Share, crop_rng, epoch_order, posterior_noise
-from latent_ae.sources import Encoded, ImageSource, StreamReader, StreamSource, encoded_image
+from latent_ae.sources import Encoded, ImageSource, StreamReader, StreamSource
 
 # where the train loop and eval look for these
-__all__ = ["Batch", "HeldOutImages", "ImageSource", "held_out_images", "open_images", "posterior_noise"]
-__all__ += ["stop_if_too_many_bad", "training_batches"]
+__all__ = ["Batch", "ImageSource", "open_images", "posterior_noise", "stop_if_too_many_bad", "training_batches"]
 
 # so many unreadable images in a row mean that the source is not what the user thinks
 MAX_BAD_IN_A_ROW = 100
@@ -96,62 +96,6 @@ def stop_if_too_many_bad(
         )
 
 
-def held_out_images(
-    source: ImageSource,
-    settings: DataSettings,
-    *,
-    channels: int,
-    crop_px: int | None,
-    multiple_of: int = 1,
-    rank: int = 0,
-    world_size: int = 1,
-) -> "HeldOutImages":
-    """This rank's images (index % world_size == rank) of `source`, cut from the middle: see HeldOutImages.
-
-    Each is resized to `settings.resize_px` where that is set, then cropped to `crop_px`, or with None to the largest
-    sides that `multiple_of` divides.
-    """
-    return HeldOutImages(source, settings, channels, crop_px, multiple_of, rank, world_size)
-
-
-@dataclass
-class HeldOutImages:
-    """Iterates over (index, name, CHW float32 in [-1, 1]), in the same order and with the same pixels every time.
-
-    After an iteration `skipped` holds `name: reason` of the unreadable images. Raises UserError if there is only one
-    process and all were; of many processes each sees its own images, so the caller must judge.
-    """
-
-    source: ImageSource
-    settings: DataSettings
-    channels: int
-    crop_px: int | None
-    multiple_of: int
-    rank: int
-    world_size: int
-    skipped: list[str] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        if self.crop_px is not None and self.crop_px % self.multiple_of:
-            raise UserError(f"a crop of {self.crop_px} px: the model needs a multiple of {self.multiple_of}")
-
-    def __iter__(self) -> Iterator[tuple[int, str, torch.Tensor]]:
-        self.skipped = []
-        readable = 0
-        workers = 0  # those of a stream would each see other files, and their images lose their index
-        if not isinstance(self.source, StreamSource):
-            # a worker costs more to start than a few images take
-            workers = min(self.settings.num_workers, len(self.source) // (16 * self.world_size))
-        for index, name, image in _loader(_Middles(self), workers):
-            if isinstance(image, str):
-                self.skipped.append(f"{name}: {image}")
-            else:
-                readable += 1
-                yield index, name, to_tensor(image)
-        if self.skipped and not readable and self.world_size == 1:
-            raise UserError(f"none of the {len(self.skipped)} held-out images is readable; {self.skipped[0]}")
-
-
 @dataclass
 class _Crops(IterableDataset):
     """What a worker does: every workers-th micro-batch as (crops HWC, numbers, skipped, state), or a UserError."""
@@ -166,7 +110,7 @@ class _Crops(IterableDataset):
     kept: dict[str, np.ndarray] = field(default_factory=dict)
 
     def __iter__(self) -> Iterator[Any]:
-        worker, workers = _worker()
+        worker, workers = worker_place()
         stream = None
         if isinstance(self.source, StreamSource):
             reader, readers = self.share.rank * workers + worker, self.share.world_size * workers
@@ -208,45 +152,20 @@ class _Crops(IterableDataset):
     def _pixels(self, name: str, read: Callable[[], Encoded]) -> np.ndarray:
         if name in self.kept:
             return self.kept[name]
-        array = _decode(read(), self.settings, self.channels)
+        array = decode_for(read(), self.settings, self.channels)
         few = not isinstance(self.source, StreamSource) and len(self.source) <= KEPT_IMAGES
         if few and array.nbytes <= KEPT_BYTES_EACH:
             self.kept[name] = array
         return array
 
 
-@dataclass
-class _Middles(IterableDataset):
-    """What a worker of HeldOutImages does: (index, name, crop HWC or the reason why there is none)."""
-
-    images: HeldOutImages
-
-    def __iter__(self) -> Iterator[tuple[int, str, np.ndarray | str]]:
-        images, (worker, workers) = self.images, _worker()
-        for index, name, read in self._stored(images.rank + worker * images.world_size, workers * images.world_size):
-            try:
-                array = _decode(read(), images.settings, images.channels)
-                if images.settings.resize_px is not None:
-                    array = resize_shorter(array, images.settings.resize_px)
-                yield index, name, center_crop(array, images.crop_px, images.multiple_of)
-            except ImageError as error:
-                yield index, name, str(error)
-
-    def _stored(self, first: int, step: int) -> Iterator[tuple[int, str, Callable[[], Encoded]]]:
-        source = self.images.source
-        if isinstance(source, StreamSource):
-            for index, row in itertools.islice(enumerate(source.dataset), first, None, step):
-                yield index, f"{source.label} row {index}", partial(encoded_image, row[source.column])
-        else:
-            for index in range(first, len(source), step):
-                yield index, source.name(index), partial(source.read, index)
-
-
-def _decode(encoded: Encoded, settings: DataSettings, channels: int) -> np.ndarray:
+def decode_for(encoded: Encoded, settings: DataSettings, channels: int) -> np.ndarray:
+    """Pixels as the settings want them, HWC. Raises ImageError."""
     return decode(encoded, channels=channels, background=settings.background, max_pixels=settings.max_pixels)
 
 
-def _worker() -> tuple[int, int]:
+def worker_place() -> tuple[int, int]:
+    """Number of this loader's worker, and of all; (0, 1) outside one."""
     info = get_worker_info()
     return (info.id, info.num_workers) if info else (0, 1)
 
@@ -255,7 +174,7 @@ def _received(crops: _Crops, is_stream: bool) -> Generator[Batch, None, None]:
     """Parcels of the workers in turn, as Batches. Pixels travel as they were decoded, through pipes: a quarter of
     the floats' size, and /dev/shm may be small."""
     states = list(crops.states)
-    for count, parcel in enumerate(_loader(crops, crops.settings.num_workers)):
+    for count, parcel in enumerate(loaded(crops, crops.settings.num_workers)):
         if isinstance(parcel, UserError):
             raise parcel
         arrays, numbers, skipped, states[count % len(states)] = parcel
@@ -268,7 +187,7 @@ def _received(crops: _Crops, is_stream: bool) -> Generator[Batch, None, None]:
         yield Batch(images, numbers, skipped, state)
 
 
-def _loader(dataset: IterableDataset, num_workers: int) -> Iterator[Any]:
+def loaded(dataset: IterableDataset, num_workers: int) -> Iterator[Any]:
     """The items of `dataset`: of its workers in turn, worker 0 first."""
     return iter(
         DataLoader(

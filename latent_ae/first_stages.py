@@ -1,8 +1,8 @@
 """Any first stage that diffusers holds, behind one door: what is encoded, what is decoded, how sides shrink.
 
-    stage = load_first_stage("madebyollin/taesdxl")
-    encoded = stage.encode(images)                # images: NCHW float in [-1, 1]
-    reconstructions = stage.decode(encoded.mean)
+stage = load_first_stage("madebyollin/taesdxl")
+encoded = stage.encode(images)                # images: NCHW float in [-1, 1]
+reconstructions = stage.decode(encoded.mean)
 """
 
 import hashlib
@@ -145,7 +145,7 @@ def first_stage(
             "so its reconstructions cannot be compared with its inputs"
         )
     return FirstStage(
-        module=model.eval().to(DTYPES[dtype]),
+        module=model.eval() if dtype == "fp32" else model.eval().to(DTYPES[dtype]),
         function=None,
         name=name,
         factor=family.factor(config),

@@ -17,7 +17,7 @@ Z95 = 1.959964
 
 @dataclass(frozen=True)
 class Gaussian:
-    """Sums over features, from which mean and covariance follow; float64, and as large for ten images as for ten million."""
+    """Sums over features, from which mean and covariance follow; float64, as large for ten images as for a million."""
 
     count: int
     total: np.ndarray
@@ -80,8 +80,8 @@ def frechet_of_features(a: np.ndarray, b: np.ndarray) -> float:
 def jackknife_interval(value: float, without_one_group: Sequence[float]) -> tuple[float, float]:
     """95 % interval around `value` from its values with each of G groups left out (delete-a-group jackknife).
 
-    A bootstrap would not do: it repeats images, and a Fréchet distance of repeated images is biased upwards by more than
-    the width that is sought.
+    A bootstrap would not do: it repeats images, and a Fréchet distance of repeated images is biased upwards by more
+    than the width that is sought.
     """
     left_out = np.asarray(without_one_group)
     groups = len(left_out)
@@ -90,7 +90,8 @@ def jackknife_interval(value: float, without_one_group: Sequence[float]) -> tupl
 
 
 def kernel_distance(
-    read: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]],
+    read_a: Callable[[np.ndarray], np.ndarray],
+    read_b: Callable[[np.ndarray], np.ndarray],
     count: int,
     *,
     subsets: int = KID_SUBSETS,
@@ -100,8 +101,8 @@ def kernel_distance(
     """KID (Binkowski et al. 2018): mean over random subsets of the unbiased squared MMD with kernel (x.y / D + 1)^3,
     and its standard deviation over subsets.
 
-    `read(rows)` gives those rows of both sets; only a subset is in memory. The subsets are torch-fidelity's for the
-    same seed; its subset size needs as many images, so smaller sets are taken whole.
+    The readers give rows of the two sets; only a subset is in memory. The subsets are torch-fidelity's for the same
+    seed; its subset size needs as many images, so smaller sets are taken whole.
     """
     subset_size = min(subset_size, count)
     rng = np.random.RandomState(seed)
@@ -109,7 +110,7 @@ def kernel_distance(
     for _ in range(subsets):
         rows_a = rng.choice(count, subset_size, replace=False)
         rows_b = rng.choice(count, subset_size, replace=False)
-        values.append(squared_mmd(read(rows_a)[0], read(rows_b)[1]))
+        values.append(squared_mmd(read_a(rows_a), read_b(rows_b)))
         if subset_size == count:  # every subset would be the whole set
             break
     return float(np.mean(values)), float(np.std(values))

@@ -8,20 +8,17 @@ import io
 import threading
 from collections.abc import Sequence
 from pathlib import Path
-from typing import cast
+from typing import Literal, cast
 
 import numpy as np
 import torch
 from PIL import Image, ImageCms, ImageDraw, ImageFont, ImageOps
 from torch.nn import functional as F
 
-from latent_ae.config import UserError
-
 MAX_PIXELS = 200_000_000
 PICTURE_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+Rounding = Literal["up", "even", "cut"]
 NUMPY_MAGIC = b"\x93NUMPY"
-# an image this many times longer than wide would fill the memory when its shorter side is enlarged
-MAX_ELONGATION = 64
 _pillow_limit = threading.Lock()
 
 
@@ -174,73 +171,18 @@ def to_tensor(array: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(planes)
 
 
-def to_uint8(images: torch.Tensor) -> torch.Tensor:
-    """Floats in [-1, 1], any shape -> uint8, clamped and rounded in fp32 (bf16 is too coarse for it)."""
-    return (images.detach().float().clamp(-1, 1) * 127.5 + 128).floor().to(torch.uint8)
+def to_uint8(images: torch.Tensor, rounding: Rounding = "up") -> torch.Tensor:
+    """Floats in [-1, 1], any shape -> uint8, clamped and rounded in fp32 (bf16 is too coarse for it).
 
-
-def _resize(array: np.ndarray, height: int, width: int, resample: Image.Resampling) -> np.ndarray:
-    """HWC -> HWC of the same type; antialiased, each channel by itself (four channels need not be RGBA)."""
-    if array.dtype == np.uint8 and array.shape[2] == 3:
-        return np.asarray(Image.fromarray(array).resize((width, height), resample))
-    bands = []
-    for channel in range(array.shape[2]):
-        band = np.ascontiguousarray(array[..., channel])
-        deep = band.dtype != np.uint8
-        picture = Image.fromarray(band.astype(np.float32) if deep else band)
-        resized = np.asarray(picture.resize((width, height), resample))
-        if deep:  # bicubic overshoots at edges
-            resized = resized.clip(0, 1) if band.dtype == np.float32 else resized.round().clip(0, 65535)
-        bands.append(resized.astype(array.dtype))
-    return np.stack(bands, axis=2)
-
-
-def resize_shorter(array: np.ndarray, size_px: int) -> np.ndarray:
-    """HWC -> HWC with the shorter side `size_px`, the aspect kept.
-
-    Box halving, then bicubic, as `center_crop_arr` of openai/guided-diffusion (image_datasets.py) does; most
-    published numbers rest on it. Raises ImageError where enlarging would take absurd memory.
+    Halves go up (floor(127.5 x + 128)), as files are written nearly everywhere; or to the even level; or all fractions
+    are cut off, which darkens by half a level: protocols that others published do both.
     """
-    height, width = array.shape[:2]
-    if min(height, width) == size_px:
-        return array
-    if min(height, width) < size_px and max(height, width) > MAX_ELONGATION * min(height, width):
-        raise ImageError(f"{width} x {height} px is too elongated to enlarge to {size_px} px")
-    while min(height, width) >= 2 * size_px:
-        height, width = height // 2, width // 2
-        array = _resize(array, height, width, Image.Resampling.BOX)
-    scale = size_px / min(height, width)
-    return _resize(array, round(height * scale), round(width * scale), Image.Resampling.BICUBIC)
-
-
-def random_crop(
-    array: np.ndarray, resolution: int, resize_px: int | None, flip: bool, rng: np.random.Generator
-) -> np.ndarray:
-    """HWC -> (resolution, resolution, C); smaller images are enlarged to fit. Takes three draws of `rng`."""
-    if resize_px is not None:
-        array = resize_shorter(array, resize_px)
-    if min(array.shape[:2]) < resolution:
-        array = resize_shorter(array, resolution)
-    top = int(rng.integers(array.shape[0] - resolution + 1))
-    left = int(rng.integers(array.shape[1] - resolution + 1))
-    mirrored = rng.random() < 0.5
-    crop = array[top : top + resolution, left : left + resolution]
-    return crop[:, ::-1] if flip and mirrored else crop
-
-
-def center_crop(array: np.ndarray, resolution: int | None, multiple_of: int = 1) -> np.ndarray:
-    """HWC -> its middle: a square of `resolution` px; None: the most of it whose sides `multiple_of` divides.
-
-    Images smaller than that are enlarged to fit.
-    """
-    if resolution is not None and resolution % multiple_of:
-        raise UserError(f"a crop of {resolution} px: the model needs a multiple of {multiple_of}")
-    needed = resolution or multiple_of
-    if min(array.shape[:2]) < needed:
-        array = resize_shorter(array, needed)
-    sides = [resolution or side // multiple_of * multiple_of for side in array.shape[:2]]
-    top, left = ((whole - side) // 2 for whole, side in zip(array.shape[:2], sides, strict=True))
-    return array[top : top + sides[0], left : left + sides[1]]
+    levels = images.detach().float().clamp(-1, 1)
+    if rounding == "up":
+        return (levels * 127.5 + 128).floor().to(torch.uint8)
+    # in float64: k / 127.5 - 1 in float32 may come back a hair under k, and cutting would make it k - 1
+    levels = ((levels.double() + 1) * 127.5).mul_(2**16).round_().div_(2**16)
+    return (levels.round() if rounding == "even" else levels.floor()).to(torch.uint8)
 
 
 def bicubic_down_up(images: torch.Tensor, factor: int) -> torch.Tensor:

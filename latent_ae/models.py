@@ -1,6 +1,5 @@
 """Settings -> a diffusers autoencoder, and the one way through it."""
 
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -8,6 +7,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 from latent_ae.config import ModelSettings, UserError
+from latent_ae.first_stages import load_first_stage
 from latent_ae.linear_start import linear_start_
 
 
@@ -80,35 +80,14 @@ def build_autoencoder(settings: ModelSettings, *, sample_size: int, seed: int = 
 
 
 def load_autoencoder(location: str, *, subfolder: str | None = None, revision: str | None = None) -> AutoencoderKL:
-    """An AutoencoderKL in float32 from a diffusers folder (a pipeline's `vae` subfolder is found) or hub id.
+    """An AutoencoderKL in float32, from wherever `load_first_stage` finds one.
 
     Raises UserError when there is none, or when it is of another class.
     """
-    folder = Path(location).expanduser()
-    if folder.exists():
-        if subfolder is None and not (folder / "config.json").is_file() and (folder / "vae/config.json").is_file():
-            subfolder = "vae"
-        config = folder / (subfolder or "") / "config.json"
-        if not config.is_file():
-            raise UserError(
-                f"{location}: no config.json in it, so this is not a diffusers model folder. "
-                "Give the folder that save_pretrained or `latent-ae export` wrote (in a run: its export/)"
-            )
-        location = str(folder)
-    elif location.startswith(("/", ".", "~")) or location.count("/") > 1:
-        raise UserError(f"no such model folder: {location} (from {Path.cwd()})")
-    try:
-        name = AutoencoderKL.load_config(location, subfolder=subfolder, revision=revision).get("_class_name")
-        if name not in (None, "AutoencoderKL"):
-            raise UserError(f"{location} holds a {name}; an AutoencoderKL is needed here")
-        return AutoencoderKL.from_pretrained(
-            location, subfolder=subfolder, revision=revision, torch_dtype=torch.float32
-        )
-    except UserError:
-        raise
-    except Exception as error:  # diffusers raises many kinds for a missing, truncated or foreign file
-        reason = " ".join(str(error).split())[:400]
-        raise UserError(f"cannot load an AutoencoderKL from {location}: {reason}") from error
+    stage = load_first_stage(location, subfolder=subfolder, revision=revision)
+    if not isinstance(stage.module, AutoencoderKL):
+        raise UserError(f"{location} holds a {stage.name}; an AutoencoderKL is needed here")
+    return stage.module
 
 
 def factor_of(autoencoder: AutoencoderKL) -> int:

@@ -1,6 +1,7 @@
 """LPIPS made for training: finite gradients everywhere, little memory, any ambient autocast precision."""
 
 import importlib.util
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -15,6 +16,7 @@ from latent_ae.weights import weight_file
 # No feature norm falls under 0.3 on photographs and flat colours, where this changes no digit. Where all channels
 # are zero, it bounds the derivative of the unit normalisation by EPS ** -0.5.
 EPS = 1e-8
+Net = Literal["vgg", "alex"]
 
 
 class Conv(NamedTuple):
@@ -33,9 +35,11 @@ class Trunk(NamedTuple):
     pool_px: int
     pooled_stages: tuple[int, ...]  # these begin with a max pooling of stride 2
     min_px: int
+    features: int
+    """Channels of the last stage."""
 
 
-TRUNKS = {
+TRUNKS: dict[Net, Trunk] = {
     "vgg": Trunk(
         weights="vgg16",
         stages=(
@@ -48,6 +52,7 @@ TRUNKS = {
         pool_px=2,
         pooled_stages=(1, 2, 3, 4),
         min_px=16,
+        features=512,
     ),
     "alex": Trunk(
         weights="alexnet",
@@ -61,6 +66,7 @@ TRUNKS = {
         pool_px=3,
         pooled_stages=(1, 2),
         min_px=31,
+        features=256,
     ),
 }
 
@@ -116,7 +122,7 @@ class LPIPS(nn.Module):
         """
         self._check(x, y)
         if not torch.is_grad_enabled() or x.requires_grad == y.requires_grad:
-            return self._distance_in_one_pass(torch.cat([x, y]))
+            return self.compare(x, [y])[0][0]
         # The distance is symmetric: let x be the one with a gradient.
         if y.requires_grad:
             x, y = y, x
@@ -129,13 +135,21 @@ class LPIPS(nn.Module):
             distance = distance + self._compare(number, x_features, y_features)
         return distance
 
-    def _distance_in_one_pass(self, images: Tensor) -> Tensor:
-        features = self._prepare(images)
-        distance = torch.zeros((), device=images.device)
+    def compare(self, x: Tensor, others: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """Distances of x to each of `others` in one pass, so that x is seen once. Shapes and range as in `forward`.
+
+        Returns one (N,) float32 for each of `others`, and for x and each of them the last stage's features, averaged
+        over the image: (N, 512) of vgg or (N, 256) of alex.
+        """
+        for y in others:
+            self._check(x, y)
+        features, count = self._prepare(torch.cat([x, *others])), 1 + len(others)
+        distances = [torch.zeros((), device=x.device)] * len(others)
         for number in range(len(self.trunk.stages)):
             features = self._stage(number, features)
-            distance = distance + self._compare(number, *features.chunk(2))
-        return distance
+            first, *rest = features.chunk(count)
+            distances = [total + self._compare(number, first, y) for total, y in zip(distances, rest, strict=True)]
+        return distances, [part.mean(dim=(2, 3)) for part in features.chunk(count)]
 
     def _prepare(self, images: Tensor) -> Tensor:
         images = (images.to(self.shift.dtype) - self.shift) / self.scale  # one channel broadcasts to three

@@ -23,15 +23,15 @@ from PIL import Image
 
 from latent_ae import images, locations
 from latent_ae.config import DataSettings, UserError
+from latent_ae.crops import center_crop, random_crop, resize_shorter
 from latent_ae.data import (
     Batch,
-    HeldOutImages,
-    held_out_images,
     open_images,
     posterior_noise,
     stop_if_too_many_bad,
     training_batches,
 )
+from latent_ae.held_out import Framing, HeldOutImages, held_out_images
 from latent_ae.order import block_order, crop_rng, epoch_order
 from latent_ae.sources import FolderSource, StreamSource, TableSource
 
@@ -160,7 +160,7 @@ def test_crops_and_flips_vary_between_epochs_and_respect_settings(noise_folder: 
     unflipped = torch.cat([batch.images for batch in take(one, settings_for(noise_folder, flip=False), 4)])
     assert all(map(is_window, unflipped))
     resized = torch.cat([b.images for b in take(one, settings_for(noise_folder, resize_px=8, flip=False), 4)])
-    expected = images.resize_shorter(pixels, 8)
+    expected = resize_shorter(pixels, 8)
     windows = np.lib.stride_tricks.sliding_window_view(expected, (8, 8), axis=(0, 1))
     assert all(map(is_window, resized))
 
@@ -172,7 +172,7 @@ def test_pixels_that_are_kept_are_the_pixels_of_the_file(noise_folder: Path) -> 
         for number, image in zip(batch.numbers, batch.images, strict=True):
             i = int(epoch_order(5, number // 11, 11)[number % 11])
             pixels = images.decode(source.read(i), channels=3)
-            expected = images.random_crop(pixels, 8, None, True, crop_rng(5, number))
+            expected = random_crop(pixels, 8, None, True, crop_rng(5, number))
             assert torch.equal(image, images.to_tensor(expected))
 
 
@@ -308,7 +308,7 @@ def test_held_out_images_are_the_same_pixels_every_time_on_any_number_of_ranks(n
         assert [index for index, _, _ in whole] == list(range(110))
         for index, name, image in whole:
             assert name == source.name(index)
-            expected = images.center_crop(images.resize_shorter(images.decode(source.read(index), channels=3), 16), 8)
+            expected = center_crop(resize_shorter(images.decode(source.read(index), channels=3), 16), 8)
             assert (images.to_uint8(image).permute(1, 2, 0).numpy() == expected).all()
         shared = [
             item
@@ -323,7 +323,7 @@ def test_held_out_images_are_the_same_pixels_every_time_on_any_number_of_ranks(n
     shapes = {tuple(image.shape) for _, _, image in uncropped}
     assert shapes == {(1, (20 + i) // 4 * 4, (31 - i) // 4 * 4) for i in range(11)}
     with pytest.raises(UserError, match="multiple of 3"):
-        HeldOutImages(source, settings, 3, 8, 3, 0, 1)
+        HeldOutImages(source, settings, 3, Framing(crop_px=8), 3)
 
 
 def test_unreadable_held_out_images_are_skipped_and_named(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image, ImageCms
 
-from latent_ae import images
+from latent_ae import crops, images
 from latent_ae.config import UserError
 from latent_ae.images import ImageError, decode
 
@@ -391,7 +391,7 @@ def guided_diffusion_center_crop(picture: Image.Image, size: int) -> np.ndarray:
 @pytest.mark.parametrize("size", [(40, 61), (64, 200), (33, 32), (20, 30), (130, 129)])
 def test_resize_and_crop_equal_guided_diffusion(size: tuple[int, int]) -> None:
     rgb = colours(*size)
-    ours = images.center_crop(images.resize_shorter(rgb, 32), 32)
+    ours = crops.center_crop(crops.resize_shorter(rgb, 32), 32)
     assert (ours == guided_diffusion_center_crop(Image.fromarray(rgb), 32)).all()
 
 
@@ -401,17 +401,17 @@ def test_resizing_keeps_depth_and_separates_channels(channels: int) -> None:
     deep = np.random.default_rng(0).integers(22000, 43000, (40, 50, channels)).astype(np.uint16)
     shallow = (deep // 257).astype(np.uint8)
     for target in (13, 64):
-        resized = images.resize_shorter(deep, target)
+        resized = crops.resize_shorter(deep, target)
         assert resized.dtype == np.uint16 and resized.shape == (target, round(target * 50 / 40), channels)
-        assert close(resized / 257, images.resize_shorter(shallow, target).astype(float), 2)
-        floats = images.resize_shorter((deep / 65535).astype(np.float32), target)
+        assert close(resized / 257, crops.resize_shorter(shallow, target).astype(float), 2)
+        floats = crops.resize_shorter((deep / 65535).astype(np.float32), target)
         assert floats.dtype == np.float32 and close(floats * 65535, resized.astype(float), 1)
-        alone = images.resize_shorter(shallow[..., -1:], target)
-        assert (images.resize_shorter(shallow, target)[..., -1:] == alone).all()
-    assert len(np.unique(images.resize_shorter(deep, 38))) > 256
+        alone = crops.resize_shorter(shallow[..., -1:], target)
+        assert (crops.resize_shorter(shallow, target)[..., -1:] == alone).all()
+    assert len(np.unique(crops.resize_shorter(deep, 38))) > 256
     extreme = (np.indices((9, 9)).sum(axis=0) % 2)[..., None].repeat(channels, axis=2)  # bicubic overshoots here
     for dtype, top in ((np.uint8, 255), (np.uint16, 65535), (np.float32, 1)):
-        resized = images.resize_shorter((extreme * top).astype(dtype), 30)
+        resized = crops.resize_shorter((extreme * top).astype(dtype), 30)
         assert resized.min() == 0 and resized.max() == top
         assert resized[0, 0, 0] < 0.05 * top and resized[0, -1, 0] < 0.05 * top
 
@@ -422,7 +422,7 @@ def test_random_crop_is_a_window_of_the_image() -> None:
     both = np.stack([windows, windows[:, :, :, ::-1]])
     seen = set()
     for seed in range(300):
-        crop = images.random_crop(rgb, 8, None, True, np.random.default_rng(seed))
+        crop = crops.random_crop(rgb, 8, None, True, np.random.default_rng(seed))
         (where,) = np.argwhere((both == crop).all(axis=(3, 4, 5)))
         seen.add(tuple(where))
     flips, tops, lefts = (set(values) for values in zip(*seen, strict=True))
@@ -430,8 +430,8 @@ def test_random_crop_is_a_window_of_the_image() -> None:
     # without flips: the same windows, none mirrored
     mirrored = 0
     for seed in range(20):
-        plain = images.random_crop(rgb, 8, None, False, np.random.default_rng(seed))
-        maybe = images.random_crop(rgb, 8, None, True, np.random.default_rng(seed))
+        plain = crops.random_crop(rgb, 8, None, False, np.random.default_rng(seed))
+        maybe = crops.random_crop(rgb, 8, None, True, np.random.default_rng(seed))
         assert (windows == plain).all(axis=(2, 3, 4)).any()
         assert (maybe == plain).all() or (maybe == plain[:, ::-1]).all()
         mirrored += not (maybe == plain).all()
@@ -441,24 +441,24 @@ def test_random_crop_is_a_window_of_the_image() -> None:
 def test_random_crop_resizes_first_and_enlarges_small_images() -> None:
     rgb = colours(20, 30)
     rng = np.random.default_rng(0)
-    assert images.random_crop(rgb, 8, 8, False, rng).shape == (8, 8, 3)
-    small = images.random_crop(colours(3, 8), 16, None, False, rng)
+    assert crops.random_crop(rgb, 8, 8, False, rng).shape == (8, 8, 3)
+    small = crops.random_crop(colours(3, 8), 16, None, False, rng)
     assert small.shape == (16, 16, 3)
     with pytest.raises(ImageError, match="too elongated"):
-        images.random_crop(colours(1, 5000), 16, None, False, rng)
-    flat = images.random_crop(np.full((5, 5, 1), 77, np.uint8), 16, None, False, rng)
+        crops.random_crop(colours(1, 5000), 16, None, False, rng)
+    flat = crops.random_crop(np.full((5, 5, 1), 77, np.uint8), 16, None, False, rng)
     assert (flat == 77).all()
 
 
 def test_center_crop() -> None:
     rgb = colours(21, 34)
-    assert (images.center_crop(rgb, 8) == rgb[6:14, 13:21]).all()
-    assert (images.center_crop(rgb, None, 8) == rgb[2:18, 1:33]).all()
-    assert (images.center_crop(rgb, None) == rgb).all()
-    assert images.center_crop(rgb, None, 32).shape == (32, 32, 3)
-    assert images.center_crop(rgb, 64, 8).shape == (64, 64, 3)
+    assert (crops.center_crop(rgb, 8) == rgb[6:14, 13:21]).all()
+    assert (crops.center_crop(rgb, None, 8) == rgb[2:18, 1:33]).all()
+    assert (crops.center_crop(rgb, None) == rgb).all()
+    assert crops.center_crop(rgb, None, 32).shape == (32, 32, 3)
+    assert crops.center_crop(rgb, 64, 8).shape == (64, 64, 3)
     with pytest.raises(UserError, match="multiple of 8"):
-        images.center_crop(rgb, 20, 8)
+        crops.center_crop(rgb, 20, 8)
 
 
 def test_bicubic_down_up() -> None:

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from latent_ae.config import UserError
-from latent_ae.data import HeldOutImages, ImageSource, held_out_images
+from latent_ae.data import ImageSource
+from latent_ae.held_out import HeldOutImages, held_out_images
 from latent_ae.images import bicubic_down_up, picture_grid
 from latent_ae.metrics import ReconstructionMetrics
 

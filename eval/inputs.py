@@ -1,0 +1,97 @@
+"""What an evaluation works on: processes, model, images and Inception, with errors that name the setting."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
+
+from latent_ae.config import UserError
+from latent_ae.data import ImageSource, open_images
+from latent_ae.features import InceptionFeatures
+from latent_ae.first_stages import FirstStage, first_stage, load_first_stage
+from latent_ae.sources import StreamSource
+
+from .config import ReconSettings
+
+GENERATION_FILES = (".npz", ".pt", ".pkl")
+
+
+def refuse_generation_files(data: str) -> None:
+    if Path(data).suffix.lower() in GENERATION_FILES:
+        raise UserError(
+            f"{data} is a reference file of generation benchmarks: images or statistics of another set, cropped in "
+            "another way. A reconstruction FID compares each reconstruction with its own original; "
+            "give the images themselves, for example the folder of a validation set"
+        )
+
+
+def processes(settings: ReconSettings) -> tuple[PartialState, torch.device]:
+    """The distributed state (of one process, when nothing launched several) and this process's device."""
+    if settings.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("device: cuda, but PyTorch sees no GPU here; set device=cpu")
+    # PartialState alone overlooks the launcher's choice of the CPU, and would take every process for the only one
+    on_cpu = settings.device == "cpu" or not torch.cuda.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU")
+    state = PartialState(cpu=on_cpu)
+    return state, torch.device("cpu") if on_cpu else state.device
+
+
+def opened_model(model: Any, settings: ReconSettings, device: torch.device) -> FirstStage:
+    if isinstance(model, (str, Path)):
+        stage = load_first_stage(
+            str(model),
+            subfolder=settings.subfolder,
+            revision=settings.revision,
+            variant=settings.variant,
+            ema=settings.ema,
+            dtype=settings.dtype,
+        )
+    else:
+        stage = first_stage(model, dtype=settings.dtype)
+    if stage.module is not None:
+        stage.module.to(device, memory_format=torch.channels_last)
+    return stage
+
+
+def checked_factor(stage: FirstStage, settings: ReconSettings) -> int:
+    crop_px = settings.resolved().crop_px
+    if crop_px is not None and crop_px % stage.factor:
+        near = max(1, crop_px // stage.factor) * stage.factor
+        raise UserError(f"crop_px: {crop_px} is not a multiple of the model's factor {stage.factor}; use {near}")
+    return stage.factor
+
+
+def opened_data(data: str, settings: ReconSettings) -> tuple[ImageSource, int | None]:
+    """The images, cut to `limit`, and how many they are (None for a stream without limit)."""
+    try:
+        source = open_images(settings.data(data), "held_out")
+    except UserError as error:
+        # the settings have other names here than in training
+        message = str(error).replace("data.eval_source", "DATA").replace("data.eval_split", "split")
+        raise UserError(message.replace("data.", "")) from error
+    if isinstance(source, StreamSource):
+        if settings.limit is not None:
+            source = replace(source, dataset=source.dataset.take(settings.limit))
+        return source, settings.limit
+    if settings.limit is not None:
+        source = source.subset(np.arange(min(settings.limit, len(source))))
+    return source, len(source)
+
+
+def inception_network(settings: ReconSettings, device: torch.device) -> tuple[InceptionFeatures | None, str]:
+    """Inception if it is wanted and its weights can be had, and otherwise why not."""
+    if "inception" not in settings.frechet:
+        return None, ""
+    protocol = settings.resolved()
+    try:
+        network = InceptionFeatures(
+            protocol.extractor, settings.inception_weights, double=protocol.extractor_dtype == "fp64"
+        )
+    except UserError as error:
+        if settings.inception_weights is not None:
+            raise
+        return None, "FID and KID are missing: " + str(error)
+    return network.to(device, memory_format=torch.channels_last), ""

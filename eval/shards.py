@@ -1,0 +1,171 @@
+"""The pieces of an unfinished evaluation on disk: a killed one goes on from them, on any number of processes.
+
+A shard is a block of neighbouring images. Its file holds a row per image (as JSON), what was skipped, and the features
+of its images; it appears whole or not at all.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from latent_ae.config import UserError
+from latent_ae.sources import FolderSource, ImageSource, StreamSource, TableSource
+from latent_ae.weights import cache_folder
+
+SMALL, LARGE, MANY_IMAGES = 16, 64, 2048
+
+
+class Shard(NamedTuple):
+    """What was measured of a block of images."""
+
+    rows: list[dict[str, Any]]
+    skipped: list[str]
+    features: dict[str, Tensor]
+    """By name, e.g. inception.mode: float32 (rows, D)."""
+
+
+def shard_size(num_images: int | None, whole_images: bool) -> int:
+    """Images per shard: few where they may be large or must be shared out evenly; a function of the data alone."""
+    return LARGE if not whole_images and (num_images is None or num_images >= MANY_IMAGES) else SMALL
+
+
+class WorkFolder:
+    """The shards of one evaluation. `key` says what is measured; shards of another evaluation are removed."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def begin(self, key: dict[str, Any] | None) -> int:
+        """Called by one process: removes what belongs to another key (None: everything), counts what is left."""
+        text = json.dumps(key, sort_keys=True)
+        note = self.folder / "key.json"
+        try:
+            if key is None or not note.is_file() or note.read_text(encoding="utf-8") != text:
+                shutil.rmtree(self.folder, ignore_errors=True)
+                self.folder.mkdir(parents=True)
+                note.write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"--out: cannot write into {self.folder.parent}: {error.strerror or error}") from error
+        return len(self.done())
+
+    def done(self) -> frozenset[int]:
+        """Numbers of the finished shards; broken files (of a machine that lost power) are removed."""
+        numbers = set()
+        for path in sorted(self.folder.glob("shard-*.safetensors")):
+            try:
+                with safe_open(path, framework="pt") as file:
+                    json.loads(file.metadata()["rows"])
+                numbers.add(int(path.stem.removeprefix("shard-")))
+            except (SafetensorError, OSError, ValueError, KeyError, TypeError):
+                path.unlink(missing_ok=True)
+        return frozenset(numbers)
+
+    def write(self, number: int, shard: Shard) -> None:
+        notes = {"rows": json.dumps(shard.rows), "skipped": json.dumps(shard.skipped)}
+        try:
+            _save(shard.features, self._path(number), notes)
+        except (OSError, SafetensorError) as error:
+            raise UserError(
+                f"--out: cannot write {self._path(number)}: {error}. The finished shards stay; free space, then run "
+                "the same command again"
+            ) from error
+
+    def read(self, number: int) -> Shard:
+        with safe_open(self._path(number), framework="pt") as file:
+            notes = file.metadata()
+        return Shard(json.loads(notes["rows"]), json.loads(notes["skipped"]), load_file(self._path(number)))
+
+    def remove(self) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _path(self, number: int) -> Path:
+        return self.folder / f"shard-{number:06d}.safetensors"
+
+
+class ReferenceCache:
+    """Inception's features of originals, kept from one evaluation to the next.
+
+    The key is the content of a shard's files and all that makes features of them, so a changed file misses.
+    """
+
+    def __init__(self, framing: dict[str, Any]):
+        self.framing = json.dumps(framing, sort_keys=True)
+        self.folder = cache_folder() / "references"
+
+    def find(self, digests: list[str]) -> Tensor | None:
+        """Features (N, D) of the shard whose files have these digests."""
+        path = self._path(digests)
+        try:
+            features = load_file(path)["features"] if path.is_file() else None
+        except (SafetensorError, OSError, KeyError):
+            return None
+        return features if features is not None and len(features) == len(digests) else None
+
+    def keep(self, digests: list[str], features: Tensor) -> None:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            _save({"features": features}, self._path(digests), {})
+        except (OSError, SafetensorError):  # a cache that cannot be written only costs time
+            return
+
+    def _path(self, digests: list[str]) -> Path:
+        key = hashlib.sha256("\n".join([self.framing, *digests]).encode()).hexdigest()
+        return self.folder / f"{key[:40]}.safetensors"
+
+
+class FeatureFile:
+    """Feature vectors in a file of float32, so that any number of them takes no memory."""
+
+    def __init__(self, path: Path):
+        self.path, self.count, self.dimensions = path, 0, 0
+
+    def append(self, features: np.ndarray) -> None:
+        """(N, D) float32."""
+        self.dimensions = features.shape[1]
+        with self.path.open("ab") as stream:
+            stream.write(np.ascontiguousarray(features, dtype=np.float32).tobytes())
+        self.count += len(features)
+
+    def rows(self, rows: np.ndarray) -> np.ndarray:
+        """(len(rows), D): those rows, in their order."""
+        size = 4 * self.dimensions
+        found = np.empty((len(rows), self.dimensions), dtype=np.float32)
+        with self.path.open("rb", buffering=0) as stream:
+            for position, row in enumerate(rows):
+                stream.seek(int(row) * size)
+                found[position] = np.frombuffer(stream.read(size), dtype=np.float32)
+        return found
+
+
+def source_stamp(source: ImageSource) -> Any:
+    """Changes when files are added, removed or written to; None for streams, which are not looked at beforehand."""
+    if isinstance(source, StreamSource):
+        return None
+    digest = hashlib.sha256()
+    if isinstance(source, FolderSource):
+        for i in range(len(source)):
+            path = source.read(i)
+            state = os.stat(path) if path.exists() else None  # a dangling link
+            facts = (state.st_size, state.st_mtime_ns) if state else ()
+            digest.update(os.fsencode(source.name(i)) + f"\0{facts}\0".encode())
+    elif isinstance(source, TableSource):
+        digest.update(f"{source.dataset._fingerprint} {source.column}".encode())
+        digest.update(source.rows.tobytes())
+    return digest.hexdigest()
+
+
+def _save(tensors: dict[str, Tensor], path: Path, notes: dict[str, str]) -> None:
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, part, notes)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
