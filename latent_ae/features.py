@@ -42,15 +42,12 @@ class InceptionFeatures(nn.Module):
             buffer = io.BytesIO()
             torch.save(state, buffer)
             buffer.seek(0)
-            dtype = "float64" if double else "float32"
-            network = FeatureExtractorInceptionV3(
-                "inception", ["2048"], feature_extractor_weights_path=buffer, feature_extractor_internal_dtype=dtype
-            )
+            network = FeatureExtractorInceptionV3("inception", ["2048"], feature_extractor_weights_path=buffer)
         except (Unusable, RuntimeError) as error:
             raise UserError(f"inception_weights: {weights}: not Inception's state dict ({error})") from error
         # all but the classifier, in the order in which its forward runs them; the resize before them is ours to choose
-        self.trunk = nn.Sequential(*list(network.children())[:-1]).eval().requires_grad_(False)
-        self.dtype = torch.float64 if double else torch.float32
+        self.dtype = torch.float64 if double else torch.float32  # torch-fidelity 0.4 takes float64 for float32
+        self.trunk = nn.Sequential(*list(network.children())[:-1]).eval().requires_grad_(False).to(self.dtype)
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:

@@ -139,22 +139,24 @@ def first_stage(
         label = getattr(model, "__name__", name)
         return FirstStage(module, model, label, 1, None, None, has_posterior=False, location=location)
     family, config = FAMILIES[name], model.config
-    if config.in_channels != config.out_channels:
+    channels, out_channels = config.in_channels, config.get("out_channels", config.in_channels)
+    if channels != out_channels:
         raise UserError(
-            f"the model takes images of {config.in_channels} channels and gives {config.out_channels}, "
+            f"the model takes images of {channels} channels and gives {out_channels}, "
             "so its reconstructions cannot be compared with its inputs"
         )
+    sha256 = _sha256(model)
     return FirstStage(
         module=model.eval() if dtype == "fp32" else model.eval().to(DTYPES[dtype]),
         function=None,
         name=name,
         factor=family.factor(config),
-        channels=int(config.in_channels),
+        channels=int(channels),
         latent_channels=int(family.latent_channels(config)),
         has_posterior=family.latent == "posterior",
         location=location,
         weights=weights,
-        sha256=_sha256(model),
+        sha256=sha256,
     )
 
 
@@ -176,14 +178,12 @@ def load_first_stage(
     """
     folder = Path(location).expanduser()
     if folder.exists():
-        if _is_checkpoint(folder) or (ema is False and _newest_checkpoint(folder) is not None):
-            checkpoint = folder if _is_checkpoint(folder) else _newest_checkpoint(folder)
-            assert checkpoint is not None
-            return _load_checkpoint(checkpoint, location, ema is not False, dtype)
-        if not (folder / "config.json").is_file() and (folder / "export/config.json").is_file():
+        checkpoint = folder if _is_checkpoint(folder) else _newest_checkpoint(folder)
+        exported = (folder / "export/config.json").is_file()
+        if checkpoint is not None and (checkpoint == folder or ema is not None or not exported):
+            return _load_checkpoint(checkpoint, location, ema, dtype)
+        if exported and not (folder / "config.json").is_file():
             folder = folder / "export"
-        elif (checkpoint := _newest_checkpoint(folder)) is not None:
-            return _load_checkpoint(checkpoint, location, True, dtype)
         subfolder = _subfolder_in(folder, subfolder, ema, location)
         if ema is False and variant is None:
             variant = "non_ema"
@@ -260,11 +260,13 @@ def _newest_checkpoint(run: Path) -> Path | None:
     return found[-1].parent if found else None
 
 
-def _load_checkpoint(folder: Path, location: str, averaged: bool, dtype: Dtype) -> FirstStage:
-    """The weights of a training checkpoint: those being trained, or their average."""
+def _load_checkpoint(folder: Path, location: str, ema: bool | None, dtype: Dtype) -> FirstStage:
+    """The weights of a training checkpoint: their average, or those being trained."""
+    has_average = (folder / "ema.safetensors").is_file()
+    if ema and not has_average:
+        raise UserError(f"ema: {folder} was trained without an average; give ema=false or leave it out")
+    averaged = has_average and ema is not False
     path = folder / ("ema.safetensors" if averaged else "autoencoder.safetensors")
-    if averaged and not path.is_file():  # trained with ema.decay 0
-        averaged, path = False, folder / "autoencoder.safetensors"
     try:
         model = diffusers.AutoencoderKL.from_config(diffusers.AutoencoderKL.load_config(folder))
         model.load_state_dict(load_file(path))

@@ -1,0 +1,103 @@
+"""Distances of feature sets against closed forms, torch-fidelity and brute force."""
+
+import numpy as np
+import pytest
+import torch
+from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+from torch_fidelity.metric_kid import kid_features_to_metric
+
+from latent_ae.frechet import (
+    Gaussian,
+    frechet_distance,
+    frechet_of_features,
+    jackknife_interval,
+    kernel_distance,
+    squared_mmd,
+)
+
+
+def features(count: int, dimensions: int, seed: int, shift: float = 0.0) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    mixing = np.random.default_rng(0).normal(size=(dimensions, dimensions)) / np.sqrt(dimensions)
+    return np.maximum(rng.normal(size=(count, dimensions)) @ mixing + 0.3 + shift, 0).astype(np.float32)
+
+
+def test_gaussians_with_a_known_distance():
+    # commuting covariances: |a - b|^2 + sum (sqrt(l) - sqrt(m))^2 over their eigenvalues
+    rng = np.random.default_rng(1)
+    basis, _ = np.linalg.qr(rng.normal(size=(6, 6)))
+    left, right = rng.uniform(0, 3, 6), rng.uniform(0, 3, 6)
+    left[0] = 0.0  # singular
+    mean_a, mean_b = rng.normal(size=6), rng.normal(size=6)
+    expected = np.square(mean_a - mean_b).sum() + np.square(np.sqrt(left) - np.sqrt(right)).sum()
+    measured = frechet_distance(mean_a, (basis * left) @ basis.T, mean_b, (basis * right) @ basis.T)
+    assert measured == pytest.approx(expected, rel=1e-7)  # a zero eigenvalue comes back as 1e-16, its root as 1e-8
+    # one dimension, and not commuting: 2 x 2 by the closed form of the trace of a root
+    assert frechet_distance(np.zeros(1), np.array([[4.0]]), np.ones(1), np.array([[1.0]])) == pytest.approx(2.0)
+    a, b = np.array([[2.0, 0.5], [0.5, 1.0]]), np.array([[1.0, -0.3], [-0.3, 3.0]])
+    root_trace = np.sqrt(np.trace(a @ b) + 2 * np.sqrt(np.linalg.det(a) * np.linalg.det(b)))
+    expected = np.trace(a) + np.trace(b) - 2 * root_trace
+    assert frechet_distance(np.zeros(2), a, np.zeros(2), b) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("count", [40, 200])
+def test_features_give_what_torch_fidelity_gives(count):
+    a, b = features(count, 64, 1), features(count, 64, 2, shift=0.2)
+    statistics = [fid_features_to_statistics(torch.from_numpy(x)) for x in (a, b)]
+    expected = fid_statistics_to_metric(*statistics, verbose=False)["frechet_inception_distance"]
+    # torch-fidelity takes the mean in float32, and below full rank roots of rounding errors
+    assert frechet_of_features(a, b) == pytest.approx(expected, rel=1e-5)
+    by_sums = frechet_distance(*Gaussian.of(a).moments(), *Gaussian.of(b).moments())
+    assert frechet_of_features(a, b) == pytest.approx(by_sums, rel=1e-6)
+    assert frechet_of_features(a, a) == pytest.approx(0, abs=1e-9)
+    with pytest.raises(ValueError, match="two images"):
+        frechet_of_features(a[:1], b)
+
+
+def test_sums_add_up_and_come_apart():
+    a, b = features(50, 8, 1), features(70, 8, 2)
+    whole = Gaussian.of(np.concatenate([a, b]))
+    for sums, x in ((Gaussian.of(a) + Gaussian.of(b), np.concatenate([a, b])), (whole - Gaussian.of(b), a)):
+        mean, covariance = sums.moments()
+        np.testing.assert_allclose(mean, x.mean(0, dtype=np.float64), rtol=1e-12)
+        np.testing.assert_allclose(covariance, np.cov(x.astype(np.float64), rowvar=False), rtol=1e-9, atol=1e-12)
+
+
+def test_kernel_distance_is_torch_fidelitys_with_its_subsets():
+    a, b = features(300, 64, 1), features(300, 64, 2, shift=0.2)
+    options = {"kid_subsets": 20, "kid_subset_size": 100, "verbose": False, "kid_kernel": "poly", "rng_seed": 2020}
+    options |= {"kid_kernel_poly_degree": 3, "kid_kernel_poly_gamma": None, "kid_kernel_poly_coef0": 1}
+    expected = kid_features_to_metric(torch.from_numpy(a), torch.from_numpy(b), **options)
+    mean, deviation = kernel_distance(a.__getitem__, b.__getitem__, 300, subsets=20, subset_size=100)
+    assert mean == pytest.approx(expected["kernel_inception_distance_mean"], rel=1e-5)
+    assert deviation == pytest.approx(expected["kernel_inception_distance_std"], rel=1e-4)
+
+
+def test_squared_mmd_is_the_unbiased_sum_and_small_sets_are_taken_whole():
+    x, y = features(5, 3, 1).astype(np.float64), features(5, 3, 2).astype(np.float64)
+
+    def kernel(u, v):
+        return (u @ v / 3 + 1) ** 3
+
+    inside = sum(kernel(s[i], s[j]) for s in (x, y) for i in range(5) for j in range(5) if i != j) / 20
+    across = sum(kernel(u, v) for u in x for v in y) / 25
+    assert squared_mmd(x, y) == pytest.approx(inside - 2 * across, rel=1e-12)
+    assert kernel_distance(x.__getitem__, y.__getitem__, 5) == (pytest.approx(squared_mmd(x, y)), 0.0)
+
+
+def test_the_jackknife_covers_a_frechet_distance_about_as_often_as_it_says():
+    """Two normal sets in two dimensions whose distance for this N is known from many repetitions."""
+    rng, count, groups = np.random.default_rng(0), 400, 10
+
+    def draw():
+        return rng.normal(size=(count, 2)), rng.normal(size=(count, 2)) * 1.5 + 0.5
+
+    expected = np.mean([frechet_of_features(*draw()) for _ in range(400)])
+    covered = 0
+    for _ in range(200):
+        x, y = draw()
+        parts = [np.arange(group, count, groups) for group in range(groups)]
+        left_out = [frechet_of_features(np.delete(x, rows, 0), np.delete(y, rows, 0)) for rows in parts]
+        low, high = jackknife_interval(frechet_of_features(x, y), left_out)
+        covered += low <= expected <= high
+    assert 0.86 <= covered / 200 <= 0.99  # nine degrees of freedom and a normal quantile: a little under 95 %
