@@ -20,14 +20,16 @@ def main(argv: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     recon = commands.add_parser(
         "recon",
-        help="how near reconstructions come to their images: PSNR, SSIM, LPIPS",
-        description="Measure reconstructions: PSNR, SSIM and LPIPS, overall and per image, beside bicubic resampling.\n"
-        "JSON goes to stdout; result.json and pairs.png (input | reconstruction | error) into a folder.",
-        epilog="example: latent-ae eval recon runs/quickstart/export photos crop_px=null --out recon-photos\n"
+        help="how near reconstructions come to their images: FID, KID, LPIPS, PSNR, SSIM, MS-SSIM",
+        description="Measure reconstructions of the posterior's mean and of a sample, overall with intervals and per\n"
+        "image, by a named protocol, beside bicubic resampling. JSON goes to stdout; result.json, images.parquet,\n"
+        "report.html and pairs.png into a folder. A run that was killed goes on when started again.",
+        epilog="example: latent-ae eval recon runs/quickstart/export photos\n"
+        "as VA-VAE measures: latent-ae eval recon MODEL /data/imagenet/val protocol=vavae\n"
         "on many GPUs: accelerate launch -m latent_ae eval recon MODEL DATA",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    recon.add_argument("model", help="folder or hub id of a diffusers AutoencoderKL")
+    recon.add_argument("model", help="folder or hub id of a first stage of diffusers, or a run or checkpoint")
     recon.add_argument("data", help="photos, a folder of images, Parquet or WebDataset files, or a hub id")
     recon.add_argument(
         "override", nargs="*", metavar="key=value", help=f"changes a setting: {', '.join(ReconSettings.model_fields)}"
@@ -50,7 +52,8 @@ def _recon(model: str, data: str, overrides: list[str], out: Path | None) -> int
     from .recon import default_folder, evaluate_reconstruction
 
     try:
-        result = evaluate_reconstruction(model, data, settings, out=out or default_folder(model), progress=True)
+        out = out or default_folder(model)
+        result = evaluate_reconstruction(model, data, settings, out=out, progress=True, rows=False)
     except torch.OutOfMemoryError as error:
         first_line = str(error).splitlines()[0]
         raise UserError(

@@ -50,10 +50,10 @@ def collect(work: WorkFolder, numbers: Iterable[int]) -> tuple[pa.Table, list[st
     return pa.concat_tables(tables, promote_options="permissive") if tables else pa.table({}), sorted(skipped), files
 
 
-def means(table: pa.Table, kind: str, note: Note, seed: int) -> tuple[dict[str, Any], dict[str, tuple[float, float]]]:
+def means(table: pa.Table, kind: str, note: Note, seed: int) -> tuple[dict[str, Any], dict[str, list[float]]]:
     """Each metric's mean over the images that have it, and its 95 % bootstrap interval. None: no image has it."""
     summary: dict[str, Any] = {"n": table.num_rows}
-    intervals = {}
+    intervals: dict[str, list[float]] = {}
     for key in METRICS:
         name = f"{kind}_{key}"
         if name not in table.column_names:
@@ -71,7 +71,7 @@ def means(table: pa.Table, kind: str, note: Note, seed: int) -> tuple[dict[str, 
     return summary, intervals
 
 
-def frechet(a: FeatureFile, b: FeatureFile) -> tuple[float, tuple[float, float] | None]:
+def frechet(a: FeatureFile, b: FeatureFile) -> tuple[float, list[float] | None]:
     """Fréchet distance of two equally long files, and its 95 % interval (None with fewer than 5 images per group)."""
     count = a.count
     groups = [np.arange(group, count, GROUPS) for group in range(GROUPS)] if count >= 5 * GROUPS else []
@@ -100,7 +100,7 @@ def _gaussian(file: FeatureFile, rows: np.ndarray) -> Gaussian:
     return total
 
 
-def kernel(a: FeatureFile, b: FeatureFile) -> tuple[float, tuple[float, float] | None]:
+def kernel(a: FeatureFile, b: FeatureFile) -> tuple[float, list[float] | None]:
     """KID of two equally long files, and a 95 % interval from the spread of its values over disjoint groups."""
     value, _ = kernel_distance(a.rows, b.rows, a.count)
     groups = max(GROUPS, -(-a.count // KID_SUBSET_SIZE))
@@ -109,12 +109,12 @@ def kernel(a: FeatureFile, b: FeatureFile) -> tuple[float, tuple[float, float] |
     parts = [np.arange(group, a.count, groups) for group in range(groups)]
     spread = np.std([squared_mmd(a.rows(rows), b.rows(rows)) for rows in parts], ddof=1)
     half = Z95 * float(spread) / np.sqrt(groups)
-    return value, (value - half, value + half)
+    return value, [value - half, value + half]
 
 
 def distances(
     files: dict[str, FeatureFile], kind: str, network: str, names: tuple[str, str | None], note: Note
-) -> tuple[dict[str, float], dict[str, tuple[float, float]]]:
+) -> tuple[dict[str, float], dict[str, list[float]]]:
     """Distances between inputs and one kind of reconstruction in a network's features.
 
     `names`: of the Fréchet distance and of the kernel distance (None: not measured).
@@ -128,7 +128,8 @@ def distances(
             f"{names[0]} of {kind}: N = {a.count:,} is under {RELIABLE_IMAGES:,}: biased upwards, and not to be "
             "compared with values at another N"
         )
-    values, intervals = {}, {}
+    values: dict[str, float] = {}
+    intervals: dict[str, list[float]] = {}
     for name, measure in zip(names, (frechet, kernel), strict=True):
         if name is not None:
             values[name], interval = measure(a, b)

@@ -77,7 +77,7 @@ def frechet_of_features(a: np.ndarray, b: np.ndarray) -> float:
     return float(difference @ difference + sum(np.square(root).sum() for root in roots) - 2 * cross)
 
 
-def jackknife_interval(value: float, without_one_group: Sequence[float]) -> tuple[float, float]:
+def jackknife_interval(value: float, without_one_group: Sequence[float]) -> list[float]:
     """95 % interval around `value` from its values with each of G groups left out (delete-a-group jackknife).
 
     A bootstrap would not do: it repeats images, and a Fréchet distance of repeated images is biased upwards by more
@@ -86,7 +86,7 @@ def jackknife_interval(value: float, without_one_group: Sequence[float]) -> tupl
     left_out = np.asarray(without_one_group)
     groups = len(left_out)
     half = Z95 * float(np.sqrt((groups - 1) / groups * np.square(left_out - left_out.mean()).sum()))
-    return value - half, value + half
+    return [value - half, value + half]
 
 
 def kernel_distance(

@@ -259,12 +259,12 @@ def summarise(rows: Sequence[Mapping[str, Any]], prefix: str = "") -> dict[str, 
     return summary | ({"notes": notes} if notes else {})
 
 
-def bootstrap_interval(values: Sequence[float], seed: int = 0) -> tuple[float, float]:
+def bootstrap_interval(values: Sequence[float], seed: int = 0) -> list[float]:
     """95 % percentile bootstrap interval of a mean over images (Efron 1979), the same for the same values and seed."""
     array, rng = np.asarray(values, dtype=np.float64), np.random.default_rng(seed)
     means = [array[rng.integers(len(array), size=len(array))].mean() for _ in range(RESAMPLES)]
     low, high = np.percentile(means, [2.5, 97.5])
-    return float(low), float(high)
+    return [float(low), float(high)]
 
 
 def missing_reason(key: str, row: Mapping[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""Inception v3 with random weights that keep the signal's size, stored where torch-fidelity's own command can read it."""
+"""Inception v3 with random weights that keep the signal's size, stored as torch-fidelity's own command reads them."""
 
 import io
 from pathlib import Path

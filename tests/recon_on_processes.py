@@ -1,4 +1,4 @@
-"""What tests/test_eval_recon.py runs on two processes: MODEL DATA OUT [DATA OUT ...]; every rank writes its result."""
+"""What test_eval_recon.py runs on two processes, MODEL INCEPTION DATA OUT [DATA OUT ...]: each rank writes one."""
 
 import json
 import sys
@@ -10,8 +10,9 @@ from latent_ae.config import UserError
 from latent_ae_eval.config import ReconSettings
 from latent_ae_eval.recon import evaluate_reconstruction
 
-model, *words = sys.argv[1:]
-settings = ReconSettings(crop_px=32, lpips=(), batch_size=2, num_workers=0, max_bad_fraction=1.0)
+model, inception, *words = sys.argv[1:]
+sizes = {"resize_px": None, "crop_px": 32, "batch_size": 2, "num_workers": 0, "max_bad_fraction": 1.0}
+settings = ReconSettings(lpips=(), frechet=("inception",), inception_weights=inception, **sizes)
 for data, out in zip(words[::2], words[1::2], strict=True):
     try:
         result = evaluate_reconstruction(model, data, settings, out=out)

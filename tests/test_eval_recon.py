@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 import skimage
 import torch
@@ -19,10 +20,11 @@ from latent_ae.perceptual import LPIPS
 from latent_ae_eval.config import ReconSettings
 from latent_ae_eval.recon import default_folder, evaluate_reconstruction
 
+from .inception import random_inception
 from .launch import launch
 
 SIZES = ((60, 45), (45, 60), (40, 33), (64, 64), (51, 39))
-NO_LPIPS = ReconSettings(crop_px=32, lpips=(), num_workers=0)
+NO_LPIPS = ReconSettings(resize_px=None, crop_px=32, lpips=(), frechet=(), num_workers=0)
 
 
 def tiny_autoencoder(in_channels: int = 3, out_channels: int = 3) -> AutoencoderKL:
@@ -57,6 +59,11 @@ def photos(tmp_path_factory) -> str:
     return str(folder)
 
 
+@pytest.fixture(scope="module")
+def inception(tmp_path_factory) -> Path:
+    return random_inception(tmp_path_factory.mktemp("inception") / "random.pth")
+
+
 def direct(model: str, path: Path, box: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
     """Centre crop of a file and its reconstruction, uint8 HWC."""
     with Image.open(path) as picture:
@@ -79,15 +86,19 @@ def test_equals_a_direct_computation(model, photos, crop_px):
         box = (32, 32) if crop_px else (height // 4 * 4, width // 4 * 4)  # the factor is 4
         assert (row["height"], row["width"]) == box
         given, made = direct(model, file, box)
-        assert row["psnr"] == pytest.approx(peak_signal_noise_ratio(given, made, data_range=255), abs=1e-3)
+        assert row["mode_psnr"] == pytest.approx(peak_signal_noise_ratio(given, made, data_range=255), abs=1e-3)
         similarity = structural_similarity(
             given, made, channel_axis=2, gaussian_weights=True, sigma=1.5, use_sample_covariance=False, data_range=255
         )
-        assert row["ssim"] == pytest.approx(similarity, abs=1e-4)
+        assert row["mode_ssim"] == pytest.approx(similarity, abs=1e-4)
     for key in ("psnr", "ssim"):
-        assert result["metrics"][key] == pytest.approx(np.mean([row[key] for row in result["images"]]), rel=1e-12)
-    assert result["metrics"]["n"] == result["baseline"]["n"] == result["data"]["num_images"] == 5
-    assert result["baseline"]["name"] == "bicubic /4" and result["baseline"]["psnr"] > result["metrics"]["psnr"]
+        mean = np.mean([row[f"mode_{key}"] for row in result["images"]])
+        assert result["metrics"]["mode"][key] == pytest.approx(mean, rel=1e-12)
+        low, high = result["intervals"]["mode"][key]
+        assert low < mean < high
+    baseline = result["baseline"]
+    assert result["metrics"]["mode"]["n"] == baseline["metrics"]["n"] == result["data"]["num_images"] == 5
+    assert baseline["name"] == "bicubic /4" and baseline["metrics"]["psnr"] > result["metrics"]["mode"]["psnr"]
 
 
 def test_lpips_is_measured_on_the_rounded_pixels(model, photos):
@@ -100,19 +111,15 @@ def test_lpips_is_measured_on_the_rounded_pixels(model, photos):
         given, made = (
             torch.from_numpy(p / 127.5 - 1).float().permute(2, 0, 1)[None] for p in direct(model, file, (32, 32))
         )
-        assert row["lpips_alex"] == pytest.approx(float(distance(given, made)), abs=1e-4)
-    assert len(result["images"]) == 2 and "lpips_vgg" not in result["metrics"]
+        assert row["mode_lpips_alex"] == pytest.approx(float(distance(given, made)), abs=1e-4)
+    assert len(result["images"]) == 2 and "lpips_vgg" not in result["metrics"]["mode"]
 
 
-@pytest.mark.parametrize("posterior", ["mode", "sample"])
-def test_batch_size_and_workers_do_not_matter(model, photos, posterior):
+def test_batch_size_and_workers_do_not_matter(model, photos):
     changes = ({"batch_size": 1}, {"batch_size": 4, "num_workers": 2})
-    one, four = (
-        evaluate_reconstruction(model, photos, NO_LPIPS.model_copy(update={"posterior": posterior} | change))
-        for change in changes
-    )
+    one, four = (evaluate_reconstruction(model, photos, NO_LPIPS.model_copy(update=change)) for change in changes)
     assert [row["name"] for row in one["images"]] == [row["name"] for row in four["images"]]
-    for key in ("psnr", "ssim"):
+    for key in ("mode_psnr", "mode_ssim", "sample_psnr", "sample_ssim"):
         assert [row[key] for row in one["images"]] == pytest.approx([row[key] for row in four["images"]], abs=1e-4)
 
 
@@ -120,12 +127,14 @@ def test_a_posterior_sample_is_not_the_mode_and_follows_the_seed(model, photos):
     def measured(**changes):
         return evaluate_reconstruction(model, photos, NO_LPIPS.model_copy(update=changes))["metrics"]
 
-    sample = measured(posterior="sample")
-    assert sample == measured(posterior="sample")
-    assert len({sample["psnr"], measured()["psnr"], measured(posterior="sample", seed=1)["psnr"]}) == 3
+    both = measured()
+    assert both == measured() and set(both) == {"mode", "sample"}
+    alone, other = measured(latents=("sample",)), measured(seed=1)
+    assert alone == {"sample": both["sample"]} and other["mode"] == both["mode"]
+    assert len({both["sample"]["psnr"], both["mode"]["psnr"], other["sample"]["psnr"]}) == 3
 
 
-def test_two_processes_give_the_numbers_of_one(model, photos, tmp_path):
+def test_two_processes_give_the_numbers_of_one(model, photos, tmp_path, inception):
     # an odd number of images; a process whose only image is unreadable; nothing readable anywhere
     half, none = tmp_path / "half", tmp_path / "none"
     half.mkdir()
@@ -135,19 +144,23 @@ def test_two_processes_give_the_numbers_of_one(model, photos, tmp_path):
         path.write_bytes(b"not a picture")
     script = Path(__file__).parent / "recon_on_processes.py"
     out = [str(tmp_path / name) for name in ("photos-out", "half-out", "none-out")]
-    done = launch(2, script, model, photos, out[0], str(half), out[1], str(none), out[2])
+    done = launch(2, script, model, str(inception), photos, out[0], str(half), out[1], str(none), out[2])
     assert done.returncode == 0, done.stderr
     for data, folder in ((photos, out[0]), (str(half), out[1])):
         ranks = [json.loads(Path(f"{folder}.rank{rank}.json").read_text()) for rank in (0, 1)]
-        alone = evaluate_reconstruction(
-            model, data, NO_LPIPS.model_copy(update={"batch_size": 2, "max_bad_fraction": 1.0})
-        )
-        assert ranks[0] == ranks[1] == json.loads((Path(folder) / "result.json").read_text())
+        features = {"frechet": ("inception",), "inception_weights": str(inception), "max_bad_fraction": 1.0}
+        alone = evaluate_reconstruction(model, data, NO_LPIPS.model_copy(update=features | {"batch_size": 2}))
+        assert ranks[0] == ranks[1]
+        written = json.loads((Path(folder) / "result.json").read_text())
+        assert written == {key: value for key, value in ranks[0].items() if key != "images"}
+        assert pyarrow.parquet.read_table(Path(folder) / "images.parquet").to_pylist() == ranks[0]["images"]
         assert ranks[0]["data"] == alone["data"]
-        for key in ("psnr", "ssim"):
+        for key in ("mode_psnr", "sample_ssim"):
             assert [row[key] for row in ranks[0]["images"]] == pytest.approx(
                 [row[key] for row in alone["images"]], abs=1e-4
             )
+        for kind, metrics in alone["metrics"].items():
+            assert ranks[0]["metrics"][kind] == pytest.approx(metrics, rel=1e-4)
         assert [row["index"] for row in ranks[0]["images"]] == [row["index"] for row in alone["images"]]
     for rank in (0, 1):
         assert "none of its 2 images is readable; a.png: " in Path(f"{out[2]}.rank{rank}.json").read_text()
@@ -156,14 +169,19 @@ def test_two_processes_give_the_numbers_of_one(model, photos, tmp_path):
 
 def test_the_command_prints_one_json_document_and_writes_files(model, photos, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert main(["eval", "recon", model, photos, "crop_px=32", "--out", "here", "lpips=[]", "num_workers=0"]) == 0
+    assert (
+        main(
+            ["eval", "recon", model, photos, "crop_px=32", "resize_px=null", "--out", "here", "lpips=[]", "frechet=[]"]
+        )
+        == 0
+    )
     captured = capsys.readouterr()
     result = json.loads(captured.out)
     assert result == json.loads((tmp_path / "here" / "result.json").read_text())
-    assert result["settings"]["crop_px"] == 32 and result["versions"]["torch"] == torch.__version__.split("+")[0]
+    assert result["protocol"]["crop_px"] == 32 and result["versions"]["torch"] == torch.__version__.split("+")[0]
     assert "pairs.png" in captured.err and "5/5" in captured.err
     with Image.open(tmp_path / "here" / "pairs.png") as picture:
-        assert picture.height > 4 * picture.width / 3  # five rows of three
+        assert 4 * picture.width / 3 > picture.height > 2 * picture.width / 3  # worst, median, best: rows of three
 
 
 def test_files_go_into_a_folder_named_after_the_run_by_default(tmp_path):
@@ -182,7 +200,7 @@ def test_an_unreadable_image_is_named_and_too_many_are_an_error(model, photos, t
     with pytest.raises(UserError, match=r"^max_bad_fraction: 1 of the first 6 images .*\n  cut short.png: "):
         evaluate_reconstruction(model, str(tmp_path), NO_LPIPS)
     result = evaluate_reconstruction(model, tmp_path, NO_LPIPS.model_copy(update={"max_bad_fraction": 0.2}))
-    assert result["metrics"]["n"] == 5 and len(result["data"]["skipped"]) == 1
+    assert result["metrics"]["mode"]["n"] == 5 and len(result["data"]["skipped"]) == 1
     assert "skipped 1 of 6 images:\n  cut short.png" in capsys.readouterr().err
 
 
@@ -193,7 +211,7 @@ def test_mistakes_end_with_exit_code_2_and_what_to_do(model, photos, tmp_path, c
     tiny_autoencoder(in_channels=5, out_channels=5).save_pretrained(tmp_path / "five")
     tiny_autoencoder(in_channels=3, out_channels=1).save_pretrained(tmp_path / "uneven")
     (tmp_path / "file").write_text("in the way")
-    words = ["crop_px=32", "lpips=[]", "num_workers=0", "--out", str(tmp_path / "out")]
+    words = ["crop_px=32", "resize_px=null", "lpips=[]", "frechet=[]", "num_workers=0", "--out", str(tmp_path / "out")]
     for arguments, message in (
         ([str(tmp_path / "nowhere" / "export"), photos, *words], "no such model folder"),
         ([photos, photos, *words], "no config.json"),
