@@ -25,8 +25,8 @@ SSIM_WINDOW_PX = 11
 SSIM_SIGMA_PX = 1.5
 SSIM_C1, SSIM_C2 = 0.01**2, 0.03**2
 MS_SSIM_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
-MS_SSIM_MIN_PX = (SSIM_WINDOW_PX - 1) * 2 ** (len(MS_SSIM_WEIGHTS) - 1) + 1
-"""Smaller images have no room for the window at the coarsest scale."""
+MS_SSIM_MIN_PX = SSIM_WINDOW_PX * 2 ** (len(MS_SSIM_WEIGHTS) - 1)
+"""176: smaller images have no room for the window at the coarsest scale."""
 METRICS = ("psnr", "ssim", "ms_ssim", "lpips_vgg", "lpips_alex")
 RESAMPLES = 1000
 
@@ -59,7 +59,7 @@ def similarities(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 
     `a`, `b`: NCHW in [0, 1]. Returns float64 (N,) twice, means over channels and over those positions whose window lies
     inside the image, like scikit-image's SSIM with `gaussian_weights=True, use_sample_covariance=False`; nan for images
-    smaller than the window, or of fewer than MS_SSIM_MIN_PX px at the coarsest scale. Both come from one pass, in
+    smaller than the window, or than MS_SSIM_MIN_PX. Both come from one pass, in
     float64 because variances are differences of nearly equal numbers, and in sums of shifted images because
     convolutions in float64 are fifteen times as slow.
     """

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageCms
+from torchvision.transforms import v2
 
 from latent_ae import crops, images
 from latent_ae.config import UserError
@@ -414,6 +415,47 @@ def test_resizing_keeps_depth_and_separates_channels(channels: int) -> None:
         resized = crops.resize_shorter((extreme * top).astype(dtype), 30)
         assert resized.min() == 0 and resized.max() == top
         assert resized[0, 0, 0] < 0.05 * top and resized[0, -1, 0] < 0.05 * top
+
+
+def test_rounding_as_others_do_it_leaves_every_level_as_it_is() -> None:
+    levels = np.arange(256, dtype=np.uint8).reshape(16, 16, 1)
+    tensor = images.to_tensor(levels)
+    for rounding in ("up", "even", "cut"):
+        assert (images.to_uint8(tensor, rounding)[0].numpy() == levels[..., 0]).all()
+        assert (images.to_uint8(tensor.double(), rounding)[0].numpy() == levels[..., 0]).all()
+    between = torch.tensor([0.3, 0.5, 0.7, 1.5, 2.5]) / 127.5 - 1
+    assert images.to_uint8(between, "cut").tolist() == [0, 0, 0, 1, 2]
+    assert images.to_uint8(between, "up").tolist() == [0, 1, 1, 2, 3]
+    assert images.to_uint8(between, "even").tolist() == [0, 0, 1, 2, 2]
+
+
+@pytest.mark.parametrize(("height", "width"), [(75, 101), (101, 75), (41, 60), (30, 35)])
+def test_resizing_as_torchvision_does_it(height: int, width: int) -> None:
+    rgb = colours(height, width)
+    picture = Image.fromarray(rgb)
+    bicubic = v2.Resize(41, interpolation=v2.InterpolationMode.BICUBIC)(picture)
+    assert (crops.resize_shorter(rgb, 41, "bicubic") == np.asarray(bicubic)).all()
+    tensor = torch.from_numpy(rgb).permute(2, 0, 1).float() / 255
+    resized = v2.Resize(41, antialias=True)(tensor)
+    ours = crops.resize_shorter(rgb, 41, "tensor")
+    if min(height, width) == 41:
+        assert ours is rgb
+    else:
+        assert ours.dtype == np.float32
+        np.testing.assert_allclose(ours, resized.permute(1, 2, 0).numpy(), atol=1e-6)
+    cropped = v2.CenterCrop(26)(torch.from_numpy(rgb).permute(2, 0, 1)).permute(1, 2, 0).numpy()
+    assert (crops.center_crop(rgb, 26, nearest=True) == cropped).all()
+
+
+def test_linear_resizing_takes_no_average() -> None:
+    """OpenCV's INTER_LINEAR at half the size and half a pixel's offset: the mean of 2 x 2 px, whatever the filter."""
+    rgb = colours(60, 80)
+    expected = rgb.reshape(30, 2, 40, 2, 3).astype(float).mean((1, 3))
+    assert np.abs(crops.resize_shorter(rgb, 30, "linear") - expected).max() <= 0.5
+    # a quarter: the four px around the centre alone, where antialiasing would see sixteen
+    expected = rgb.reshape(15, 4, 20, 4, 3)[:, 1:3, :, 1:3].astype(float).mean((1, 3))
+    assert np.abs(crops.resize_shorter(rgb, 15, "linear") - expected).max() <= 0.5
+    assert crops.resize_shorter(rgb, 15, "linear").dtype == np.uint8
 
 
 def test_random_crop_is_a_window_of_the_image() -> None:

@@ -9,11 +9,23 @@ import numpy as np
 import pytest
 import skimage
 import torch
+from scipy.ndimage import gaussian_filter
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+from torchmetrics.functional.image import multiscale_structural_similarity_index_measure
 
 from latent_ae.config import UserError
+from latent_ae.frechet import Gaussian, frechet_distance
 from latent_ae.images import to_tensor
-from latent_ae.metrics import PSNR_CAP_DB, ReconstructionMetrics, psnr, ssim, summarise
+from latent_ae.metrics import (
+    PSNR_CAP_DB,
+    ReconstructionMetrics,
+    bootstrap_interval,
+    compare,
+    ms_ssim,
+    psnr,
+    ssim,
+    summarise,
+)
 
 
 def pairs(channels: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
@@ -49,6 +61,93 @@ def test_psnr_and_ssim_equal_scikit_image(channels):
             x, y, channel_axis=0, gaussian_weights=True, sigma=1.5, use_sample_covariance=False, data_range=255
         )
         assert measured[1] == pytest.approx(expected, abs=1e-9)
+
+
+def reference_ms_ssim(x: np.ndarray, y: np.ndarray) -> float:
+    """Wang et al. 2003 with SciPy's filters: float64 CHW in [0, 1]."""
+    product = 1.0
+    for scale, weight in enumerate((0.0448, 0.2856, 0.3001, 0.2363, 0.1333)):
+        if scale:
+            height, width = (side // 2 * 2 for side in x.shape[1:])
+            x, y = (z[:, :height, :width].reshape(3, height // 2, 2, width // 2, 2).mean((2, 4)) for z in (x, y))
+
+        def smooth(z):
+            return gaussian_filter(z, (0, 1.5, 1.5), truncate=3.5)[:, 5:-5, 5:-5]
+
+        variances = smooth(x * x) - smooth(x) ** 2, smooth(y * y) - smooth(y) ** 2
+        covariance = smooth(x * y) - smooth(x) * smooth(y)
+        value = (2 * covariance + 0.03**2) / (sum(variances) + 0.03**2)
+        if scale == 4:
+            value = value * (2 * smooth(x) * smooth(y) + 0.01**2) / (smooth(x) ** 2 + smooth(y) ** 2 + 0.01**2)
+        product *= max(value.mean(), 0) ** weight
+    return product
+
+
+def test_ms_ssim_equals_its_definition_and_is_near_torchmetrics():
+    photo = torch.from_numpy(skimage.data.astronaut()).permute(2, 0, 1)
+    a = torch.stack([photo[:, :193, 100:278], photo[:, 300:493, 300:478]])
+    noise = torch.randn(a.shape, generator=torch.Generator().manual_seed(0))
+    b = (a + noise * torch.tensor([5.0, 60.0]).view(2, 1, 1, 1)).round().clamp(0, 255).to(torch.uint8)
+    measured = ms_ssim(a, b)
+    expected = [reference_ms_ssim(x.numpy() / 255, y.numpy() / 255) for x, y in zip(a, b, strict=True)]
+    assert measured.tolist() == pytest.approx(expected, abs=1e-9)
+    # torchmetrics counts windows over mirrored borders
+    theirs = multiscale_structural_similarity_index_measure(
+        a.double() / 255, b.double() / 255, data_range=1.0, reduction="none"
+    )
+    torch.testing.assert_close(measured, theirs, rtol=0, atol=5e-3)
+    assert ms_ssim(a, a).tolist() == [1.0, 1.0]
+
+
+def test_ms_ssim_needs_176_px_and_never_takes_a_root_of_a_negative():
+    a = torch.randint(0, 256, (1, 3, 176, 176), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    assert 0 <= float(ms_ssim(a, 255 - a)) < 0.01 and ms_ssim(a[..., 1:, :], a[..., 1:, :]).isnan().all()
+
+
+def test_several_kinds_are_measured_as_each_alone(lpips_vgg):
+    a, b = pairs()
+    a, b = floats(a), floats(b)
+    together = compare(a, {"one": b, "two": a}, {"vgg": lpips_vgg})
+    for kind, made in (("one", b), ("two", a)):
+        alone = compare(a, {kind: made}, {"vgg": lpips_vgg}).metrics[kind]
+        for key, values in together.metrics[kind].items():
+            torch.testing.assert_close(values, alone[key], rtol=1e-5, atol=1e-7, equal_nan=True)
+    torch.testing.assert_close(together.metrics["one"]["lpips_vgg"].float(), lpips_vgg(a, b), rtol=1e-4, atol=1e-6)
+    features = together.features["vgg"]
+    assert [part.shape for part in features] == [(4, 512)] * 3
+    torch.testing.assert_close(features[0], features[2], rtol=1e-4, atol=1e-5)
+
+
+def test_floats_are_compared_as_floats_where_a_protocol_says_so(lpips_vgg):
+    a, b = (floats(images) for images in pairs())
+    b = b * 1.3 + 0.001  # out of range, and between levels
+    compared = compare(a, {"": b}, {"vgg": lpips_vgg}, rounded=False).metrics[""]
+    torch.testing.assert_close(compared["lpips_vgg"].float(), lpips_vgg(a, b), rtol=1e-4, atol=1e-6)
+    clamped = (b.clamp(-1, 1).double().numpy() + 1) / 2
+    for value, x, y in zip(compared["ssim"].tolist(), (a.double().numpy() + 1) / 2, clamped, strict=True):
+        expected = structural_similarity(
+            x, y, channel_axis=0, gaussian_weights=True, sigma=1.5, use_sample_covariance=False, data_range=1
+        )
+        assert value == pytest.approx(expected, abs=1e-9)
+
+
+def test_the_interval_of_a_mean_is_about_two_standard_errors():
+    values = np.random.default_rng(0).normal(3, 2, 400)
+    low, high = bootstrap_interval(values)
+    half = 1.96 * values.std() / 20
+    assert (low, high) == (pytest.approx(values.mean() - half, abs=0.02), pytest.approx(values.mean() + half, abs=0.02))
+    assert bootstrap_interval(values) == [low, high] != bootstrap_interval(values, seed=1)
+
+
+def test_the_frechet_distance_of_lpips_features_is_named_after_them(lpips_vgg):
+    a, b = (floats(images) for images in pairs())
+    metrics = ReconstructionMetrics("cpu", lpips={"vgg": lpips_vgg})
+    metrics.update([0, 1], "ab", a[:2], b[:2])
+    metrics.update([2, 3], "cd", a[2:], b[2:])
+    x, y = compare(a, {"": b}, {"vgg": lpips_vgg}).features["vgg"]
+    expected = frechet_distance(*Gaussian.of(x.numpy()).moments(), *Gaussian.of(y.numpy()).moments())
+    summary = metrics.summary()
+    assert summary["frechet_vgg16"] == pytest.approx(expected, rel=1e-4) and "fid" not in summary
 
 
 def test_identical_and_opposite_images():
