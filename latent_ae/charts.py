@@ -2,6 +2,7 @@
 
 import io
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -39,7 +40,6 @@ def histogram(
     x_label: str = "",
     y_label: str = "images",
     mark: float | None = None,
-    bins: int = 40,
 ) -> str:
     """How often values occur, by name and over each other in common bins, as inline SVG; `mark` is a line at a value.
 
@@ -52,6 +52,8 @@ def histogram(
     if high - low <= 1e-9 * max(abs(low), abs(high)):  # all equal, or nearly: too narrow to be cut into bins
         margin = 0.5 * abs(low) or 0.5
         low, high = low - margin, high + margin
+    most = max(map(len, finite.values()), default=0)
+    bins = min(40, max(8, 2 * math.isqrt(most)))
 
     def draw(axes: Any) -> None:
         for position, (name, series) in enumerate(finite.items()):
@@ -60,6 +62,7 @@ def histogram(
                 common = {"bins": bins, "range": (low, high), "color": colour}
                 axes.hist(series, histtype="stepfilled", alpha=0.22, **common)
                 axes.hist(series, histtype="step", linewidth=1.4, label=_label(name), **common)
+        axes.yaxis.get_major_locator().set_params(integer=True)
         if mark is not None:
             axes.axvline(mark, color=INK, linewidth=1, linestyle="--")
 
@@ -129,7 +132,9 @@ def _chart(
             drawing.legend(loc="outside lower center", ncols=3, frameon=False, fontsize="small")
             axes.locator_params(axis="x", nbins=6)
         text = io.StringIO()
-        drawing.savefig(text, format="svg", metadata={"Date": None})
+        with warnings.catch_warnings():  # a browser has fonts that matplotlib lacks
+            warnings.filterwarnings("ignore", "Glyph .* missing from")
+            drawing.savefig(text, format="svg", metadata={"Date": None})
     svg = text.getvalue()
     return f'<figure class="chart">{svg[svg.index("<svg") :].replace(INK, "currentColor")}</figure>'
 
