@@ -31,7 +31,8 @@ FLAGS = [
 WIDTH_PX = 700
 """Of the pictures: wider than a third of the page."""
 PROBE = """<script>addEventListener("load", () => {
-  const found = {width: innerWidth, overflow: document.documentElement.scrollWidth - document.documentElement.clientWidth,
+  const root = document.documentElement;
+  const found = {width: innerWidth, overflow: root.scrollWidth - root.clientWidth,
                  fetched: performance.getEntriesByType("resource").map(entry => entry.name), pictures: []};
   for (const label of document.querySelectorAll("label.zoom")) {
     const image = label.querySelector("img"), shown = () => image.getBoundingClientRect().width, small = shown();
@@ -40,7 +41,7 @@ PROBE = """<script>addEventListener("load", () => {
     const reach = frame.scrollWidth, large = shown();
     label.click();
     found.pictures.push({small, large, again: shown(), natural: image.naturalWidth,
-                         covers: box.width == document.documentElement.clientWidth && box.height == document.documentElement.clientHeight, reach});
+                         covers: box.width == root.clientWidth && box.height == root.clientHeight, reach});
   }
   document.body.append(Object.assign(document.createElement("pre"), {id: "found", textContent: JSON.stringify(found)}));
   parent.postMessage(JSON.stringify(found), "*");

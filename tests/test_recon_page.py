@@ -106,7 +106,7 @@ def test_large_images_keep_their_size_and_the_page_stays_small(tmp_path):
     assert [photo.size for photo in pictures(one)] == [(3000, 2000)] * 3
     text = written(tmp_path, rows=rows, images={"Worst": [Shown("a", i, rows[i], image, -image) for i in range(2)]})
     assert len(text) < 20_000_000 and "of its size)" in text
-    assert all(photo.size == (1500, 1000) for photo in pictures(text))
+    assert [photo.size for photo in pictures(text)][:2] == [(1500, 1000)] * 2
 
 
 def test_a_reconstruction_that_is_not_finite_is_shown(tmp_path):
