@@ -14,8 +14,9 @@ from latent_ae.page import flattened
 from .labels import number, pair, short_name
 
 FORMAT = "latent-ae reconstruction 1"
-NOT_COMPARED = ("latent",)
-"""Of a protocol: each kind of latent is compared with its own kind only, so a deterministic model needs no sample."""
+NOT_COMPARED = ("latent", "changed", "changed.latent")
+"""Of a protocol: each kind of latent is compared with its own kind only, so a deterministic model needs no sample; and
+`changed` without further keys is an empty one."""
 AGREEMENT = 1e-4
 """Relative. A table whose means are further from the result's comes from another measurement."""
 
@@ -90,7 +91,7 @@ def _problem(document: Any) -> str | None:
 def differing(results: Sequence[Result]) -> list[str]:
     """What keeps the results from being compared, a line for each thing, with every result's value."""
     settings = [dict(flattened(result.document["protocol"])) for result in results]
-    paths = dict.fromkeys(path for values in settings for path in values if path.split(".")[0] not in NOT_COMPARED)
+    paths = dict.fromkeys(path for values in settings for path in values if path not in NOT_COMPARED)
     lines = {f"protocol.{path}": [values.get(path) for values in settings] for path in paths}
     lines["number of images"] = [f"{result.num_images:,}" for result in results]
     found = [_differing_line(name, results, values) for name, values in lines.items() if len(set(values)) > 1]
@@ -106,7 +107,7 @@ def differing(results: Sequence[Result]) -> list[str]:
 
 def _differing_line(name: str, results: Sequence[Result], values: Sequence[str | None]) -> str:
     shown = (
-        f"{result.label} {'not recorded' if value is None else value}"
+        f"{result.label} {'not recorded' if value is None else ' '.join(value.splitlines())}"
         for result, value in zip(results, values, strict=True)
     )
     return f"{name}: {', '.join(shown)}"

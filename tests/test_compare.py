@@ -110,6 +110,8 @@ def test_best_beats_every_other_or_is_not_named(tmp_path):
     [
         ({"protocol": {"crop_px": 128}}, "protocol.crop_px: A 256, B 128"),
         ({"protocol": {"border": "cut"}}, "protocol.border: A not recorded, B cut"),
+        ({"protocol": {"name": "ldm"}}, "protocol.name: A default, B ldm"),
+        ({"protocol": {"changed": {"bands": [1, 2]}}}, "protocol.changed.bands: A not recorded, B 1 2"),
         ({"data": {"fingerprint": "e" * 64}}, "data.fingerprint: A ffffffffffffffff, B eeeeeeeeeeeeeeee"),
         ({"data": {"fingerprint": None}}, "data.fingerprint: A ffffffffffffffff, B not recorded"),
         ({"data": {"num_images": 61}}, "number of images: A 60, B 61"),
@@ -120,7 +122,7 @@ def test_what_was_measured_otherwise_is_refused_and_told_loudly_when_compared_an
     a, b = made(tmp_path, "a"), made(tmp_path, "b", changes=changes)
     with pytest.raises(UserError, match="not measured in the same way") as refusal:
         compare([a, b])
-    assert line in str(refusal.value) and "--anyway" in str(refusal.value) and "protocol.name" not in str(refusal.value)
+    assert line in str(refusal.value) and "--anyway" in str(refusal.value)
     assert main(["eval", "compare", str(a), str(b), "--anyway", "--out", str(tmp_path / "out")]) == 0
     printed = capsys.readouterr()
     comparison = json.loads(printed.out)
@@ -136,7 +138,8 @@ def test_unrecorded_data_is_refused_even_when_neither_tells(tmp_path):
 
 
 def test_a_deterministic_model_is_compared_by_its_mode_whatever_the_seed(tmp_path):
-    a, b = made(tmp_path, "a"), made(tmp_path, "b", kinds=("mode",), noise=0.1, shift=1, changes={"seed": 5})
+    changes = {"seed": 5, "protocol": {"latent": ["mode"], "changed": {"latent": ["mode"]}}}
+    a, b = made(tmp_path, "a"), made(tmp_path, "b", kinds=("mode",), noise=0.1, shift=1, changes=changes)
     comparison = compare([a, b], out=tmp_path / "out")
     assert found(comparison)["better"] == "B"
     assert {row["latent"] for row in comparison["differences"]} == {"mode"}
