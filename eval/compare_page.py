@@ -1,6 +1,6 @@
 """A comparison for people: comparison.html, and a table in plain text."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -8,7 +8,7 @@ import numpy as np
 from latent_ae import page
 from latent_ae.charts import printable
 
-from .labels import ARROWS, difference, difference_span, in_order, label_of, number, pair, rounded, span
+from .labels import ARROWS, difference, difference_span, in_order, label_of, number, pair, rounded, short_name, span
 
 EXPLANATION = (
     "A difference counts as one where its 95 % interval does not hold zero; of twenty comparisons of equal models, "
@@ -24,7 +24,14 @@ def comparison_page(comparison: Mapping[str, Any], per_image: Mapping[str, Mappi
     names = {result["label"]: result["name"] for result in results}
     notes = [f"NOT MEASURED IN THE SAME WAY: {line}" for line in comparison["differing"]] + comparison["notes"]
     kinds = dict.fromkeys(row["latent"] for row in comparison["metrics"])
+    facts = {
+        "images": _each(f"{result['data']['num_images']:,}" for result in results),
+        "data": _each(short_name(result["data"].get("location"), "not recorded") for result in results),
+        "protocol": _each(result["protocol"].get("name") for result in results),
+        "results": len(results),
+    }
     sections = [
+        page.facts(facts),
         page.notes(notes),
         *(page.section(f"Latent: {kind}", page.table(_figures(comparison, kind, names))) for kind in kinds),
         page.paragraph(
@@ -53,6 +60,11 @@ def comparison_page(comparison: Mapping[str, Any], per_image: Mapping[str, Mappi
     return page.page(f"Comparison of {title}", sections, subtitle="First stages, compared by latent-ae eval compare.")
 
 
+def _each(values: Iterable[Any]) -> str:
+    """What all results share, or each one's own."""
+    return " / ".join(dict.fromkeys(map(str, values)))
+
+
 def _figures(comparison: Mapping[str, Any], kind: str, names: Mapping[str, str]) -> list[dict[str, Any]]:
     lines = []
     for row in comparison["metrics"]:
@@ -71,8 +83,10 @@ def _figures(comparison: Mapping[str, Any], kind: str, names: Mapping[str, str])
 def _differences(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
     """Rows of text, for a page or a terminal."""
     lines = []
+    most = max((row["n"] for row in rows), default=0)
     for row in rows:
         label = label_of(row["metric"])
+        fewer = "" if row["n"] == most else f", {row['n']:,} images"
         winner = f", {row['better']} is better" if row["better"] else ""
         lines.append(
             {
@@ -82,7 +96,7 @@ def _differences(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
                 "difference": difference(row["metric"], row["difference"]),
                 "95 % interval": difference_span(row["metric"], pair(row["interval"])),
                 "verdict": f"{row['verdict']}{winner}",
-                "how": f"{row['method']}, {row['n']:,} images",
+                "how": f"{row['method']}{fewer}",
             }
         )
     return lines

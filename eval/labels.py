@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable
+from numbers import Real
 from typing import Any, Literal, NamedTuple
 
 
@@ -65,7 +66,7 @@ def difference_span(metric: str, interval: tuple[float, float] | None) -> str:
 
 def number(value: Any) -> float | None:
     """A finite number, or None for anything else that a file may hold in its place."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, Real):  # NumPy's numbers are real ones, too
         return None
     return float(value) if math.isfinite(value) else None
 

@@ -76,7 +76,8 @@ def _summary(result: Mapping[str, Any]) -> str:
     )
     lines = [{"": f"{label_of(key).name}{label_of(key).arrow}"} | _cells(key, columns) for key in metrics]
     remarks = [str(note) for note in result.get("notes") or []]
-    if all(number(values.get("fid")) is None for values, _ in columns.values()) and "FID" not in " ".join(remarks):
+    has_fid = any(number(values.get("fid")) is not None for values, _ in columns.values())
+    if not has_fid and not any("FID" in remark and "missing" in remark for remark in remarks):
         remarks.append("rFID is missing: it was not measured.")
     counts = {name: n for name, (values, _) in columns.items() if (n := number(values.get("n"))) != data["num_images"]}
     remarks += [f"{name}: {n:,.0f} of {data['num_images']:,} images measured." for name, n in counts.items() if n]

@@ -57,7 +57,7 @@ def read_result(path: str | Path, label: str) -> Result:
     path = Path(path)
     file = path / "result.json" if path.is_dir() else path
     try:
-        document = json.loads(file.read_text(encoding="utf-8"))
+        document = json.loads(file.read_text(encoding="utf-8"), parse_constant=lambda _: None)
     except FileNotFoundError:
         raise UserError(f"{file}: no such file; give a result.json, or the folder that `eval recon` wrote") from None
     except OSError as error:

@@ -36,9 +36,9 @@ p { max-width: 46rem } .soft, figcaption, small { color: var(--soft) }
 .scroll { overflow-x: auto } table { border-collapse: collapse; font-variant-numeric: tabular-nums }
 th, td { padding: .35rem .8rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top }
 th { color: var(--soft); font-weight: 600 } td.number, th.number { text-align: right }
-td b { font-weight: 600 }
+.estimate { white-space: nowrap } td b { font-weight: 600 }
 .best { font-size: .75rem; color: var(--mark); border: 1px solid; border-radius: 4px; padding: 0 .3rem }
-.scroll td:first-child { min-width: 6.5rem } td small { display: inline-block; white-space: nowrap; margin-left: .4rem }
+.scroll td:first-child { min-width: 6.5rem } td small { display: inline-block; margin-left: .4rem }
 .pairs { width: 100%; font-size: .85rem } .pairs th { font-weight: 400; width: 30% }
 .pairs td, .pairs th { overflow-wrap: anywhere; white-space: pre-line }
 .facts { display: flex; flex-wrap: wrap; gap: .5rem 2rem; margin: 1rem 0 } .facts dd { margin: 0 }
@@ -53,14 +53,14 @@ figcaption { font-size: .9rem; margin-top: .3rem }
 .zoom input:focus-visible + .frame img { outline: 2px solid var(--soft) } .enlarged { image-rendering: pixelated }
 @media screen {
   .zoom input:checked + .frame { position: fixed; inset: 0; z-index: 1; overflow: auto; display: flex;
-                                 background: rgb(24 26 29 / .96) }
+                                 background: #181a1d }
   .zoom input:checked + .frame img { max-width: none; flex: none; margin: auto; cursor: zoom-out }
 }
 pre { background: var(--tint); border: 1px solid var(--line); border-radius: 6px; padding: .8rem 1rem;
       overflow-x: auto; font: .85rem/1.5 ui-monospace, monospace }
 @media (max-width: 40rem) {
-  body { margin-top: 1.2rem; padding: 0 .9rem } h1 { font-size: 1.35rem } th, td { padding: .3rem .45rem }
-  td small { display: block; margin: 0 }
+  body { margin-top: 1.2rem; padding: 0 .9rem } h1 { font-size: 1.35rem } th, td { padding: .3rem .35rem }
+  table { font-size: .82rem } .scroll td:first-child { min-width: 5rem } td small { display: block; margin: 0 }
 }
 @media print {
   :root { color-scheme: light; --ink: #000; --soft: #444; --paper: #fff; --line: #bbb; --tint: #fff; --mark: #000 }
@@ -127,7 +127,8 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 def estimate(value: str, interval: str = "", *, best: bool = False) -> Html:
     """A number as a table's cell, its interval small beside it; `best` marks it."""
     mark = ' <span class="best">best</span>' if best else ""
-    return Html(f"<b>{escape(value)}</b>{mark}" + (f" <small>{escape(interval)}</small>" if interval else ""))
+    small = f" <small>{escape(interval)}</small>" if interval else ""
+    return Html(f'<span class="estimate"><b>{escape(value)}</b>{mark}{small}</span>')
 
 
 def facts(pairs: Mapping[str, Any]) -> str:

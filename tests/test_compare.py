@@ -154,7 +154,7 @@ def test_missing_metrics_are_named(tmp_path):
         document["metrics"][kind] |= {"fid": None, "psnr": float("nan")}
         del document["metrics"][kind]["kid"]
     del document["intervals"], document["baseline"], document["notes"], document["versions"]
-    write(b, document)
+    write(b, document | {"seconds": float("inf")})
     comparison = compare([made(tmp_path, "a"), b], out=tmp_path / "out")
     assert "B lacks PSNR (dB), rFID, KID." in comparison["notes"]
     assert {row["metric"] for row in comparison["differences"]} == {"ssim", "lpips_vgg"}

@@ -66,10 +66,11 @@ def test_a_missing_fid_is_said_and_not_left_out(tmp_path):
     document = result(table())
     for values in document["metrics"].values():
         values["fid"] = None
-        values["frechet_vgg16"] = 1.25
+        values["frechet_vgg16"] = np.float32(1.25)
+    document["notes"] = ["N = 60 < 2,048: rFID and KID depend on N."]
     text = read(written(tmp_path, document)).text
     assert "rFID is missing" in text and "rFID ↓–––" in text.replace("\n", "")
-    assert "Fréchet, vgg16 (not FID) ↓" in text
+    assert "Fréchet, vgg16 (not FID) ↓1.2501.250–" in text.replace("\n", "")
     reason = "rFID is missing: the Inception weights were not found."
     assert read(written(tmp_path, document | {"notes": [reason]})).text.count("rFID is missing") == 1
 
