@@ -14,7 +14,7 @@ EXPLANATION = (
     "A difference counts as one where its 95 % interval does not hold zero; of twenty comparisons of equal models, "
     "about one will do so by chance. The paired bootstrap draws images and takes both models' values of each. "
     "Distances between distributions (rFID, KID, Fréchet) have no value per image: their intervals are combined as if "
-    "each model had seen other images. Both saw the same, so these intervals are rather too wide."
+    "each model had seen other images, which makes them rather too wide where both saw the same."
 )
 
 
@@ -57,7 +57,10 @@ def comparison_page(comparison: Mapping[str, Any], per_image: Mapping[str, Mappi
     compared = {result["label"]: {k: v for k, v in result.items() if k != "label"} for result in results}
     sections.append(page.section("What was compared", page.manifest({"method": comparison["method"]} | compared)))
     title = " and ".join([", ".join(list(names.values())[:-1]), list(names.values())[-1]])
-    return page.page(f"Comparison of {title}", sections, subtitle="First stages, compared by latent-ae eval compare.")
+    loud = " (not measured in the same way)" if comparison["differing"] else ""
+    return page.page(
+        f"Comparison of {title}{loud}", sections, subtitle="First stages, compared by latent-ae eval compare."
+    )
 
 
 def _each(values: Iterable[Any]) -> str:

@@ -128,7 +128,8 @@ def test_what_was_measured_otherwise_is_refused_and_told_loudly_when_compared_an
     comparison = json.loads(printed.out)
     assert comparison["differing"] == [line] and comparison["comparable"] is False
     loud = f"NOT MEASURED IN THE SAME WAY: {line}"
-    assert loud in printed.err and loud in read((tmp_path / "out" / "comparison.html").read_text()).text
+    shown = read((tmp_path / "out" / "comparison.html").read_text()).text
+    assert loud in printed.err and loud in shown and "and B b (not measured in the same way)" in shown
 
 
 def test_unrecorded_data_is_refused_even_when_neither_tells(tmp_path):
