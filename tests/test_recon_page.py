@@ -65,7 +65,7 @@ def test_the_page_says_what_was_measured(tmp_path):
 def test_a_missing_fid_is_said_and_not_left_out(tmp_path):
     document = result(table())
     for values in document["metrics"].values():
-        values["fid"] = None
+        del values["fid"]
         values["frechet_vgg16"] = np.float32(1.25)
     document["notes"] = ["N = 60 < 2,048: rFID and KID depend on N."]
     text = read(written(tmp_path, document)).text
