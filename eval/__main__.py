@@ -4,6 +4,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from latent_ae.config import UserError, load_settings
 
@@ -35,11 +36,14 @@ def main(argv: list[str] | None = None) -> int:
         "override", nargs="*", metavar="key=value", help=f"changes a setting: {', '.join(ReconSettings.model_fields)}"
     )
     recon.add_argument("--out", metavar="DIR", type=Path, help="where files go; default: recon-NAME in this folder")
+    _add_compare(commands)
     arguments, rest = parser.parse_known_args(argv)
     # key=value words after an option are left over by argparse
     unknown = [word for word in rest if word.startswith("-")]
     if unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if arguments.command == "compare":
+        return _compare(arguments.results + rest, arguments.anyway, arguments.out)
     return _recon(arguments.model, arguments.data, arguments.override + rest, arguments.out)
 
 
@@ -62,6 +66,33 @@ def _recon(model: str, data: str, overrides: list[str], out: Path | None) -> int
     if PartialState().is_main_process:
         print(json.dumps(result, indent=2))
     PartialState().destroy_process_group()
+    return 0
+
+
+def _add_compare(commands: Any) -> None:
+    command = commands.add_parser(
+        "compare",
+        help="which of several measured first stages is better, beyond chance",
+        description="Compare results of `eval recon` with the first of them: differences, their 95 % intervals, and\n"
+        "whether they are more than chance. JSON goes to stdout, a table to stderr; comparison.json and\n"
+        "comparison.html go into a folder. Results of different protocols, data, N or seeds are refused.",
+        epilog="example: latent-ae eval compare recon-ours recon-theirs/result.json --out ours-or-theirs",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.add_argument("results", nargs="+", metavar="RESULT", help="a result.json, or the folder that holds one")
+    command.add_argument("--anyway", action="store_true", help="compare what was not measured in the same way, too")
+    command.add_argument("--out", metavar="DIR", type=Path, help="where files go; default: compare in this folder")
+
+
+def _compare(results: list[str], anyway: bool, out: Path | None) -> int:
+    from .compare import compare
+    from .compare_page import comparison_text
+
+    out = out or Path("compare")
+    comparison = compare(results, anyway=anyway, out=out)
+    print(comparison_text(comparison), file=sys.stderr)
+    print(f"wrote {out / 'comparison.json'} and {out / 'comparison.html'}", file=sys.stderr)
+    print(json.dumps(comparison, indent=2))
     return 0
 
 

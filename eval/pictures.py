@@ -9,12 +9,11 @@ import torch
 from torch import Tensor
 
 from latent_ae.held_out import HeldOutImage, HeldOutImages, Part
-from latent_ae.images import to_uint8
 from latent_ae.sources import StreamSource
 
 from .measure import Measurer
+from .recon_page import Shown
 
-ERROR_GAIN = 4
 RANKED_BY = (("lpips_vgg", 1), ("lpips_alex", 1), ("psnr", -1))
 """Metric and sign: larger is worse."""
 
@@ -53,6 +52,18 @@ def reconstructed(
     return found
 
 
+def shown_groups(
+    groups: dict[str, list[int]], table: pa.Table, pictures: dict[int, tuple[Tensor, Tensor]]
+) -> dict[str, list[Shown]]:
+    """What the report shows under each heading."""
+    shown: dict[str, list[Shown]] = {}
+    for heading, rows in groups.items():
+        for row in (table.slice(number, 1).to_pylist()[0] for number in rows):
+            if row["index"] in pictures:
+                shown.setdefault(heading, []).append(Shown(row["name"], row["index"], row, *pictures[row["index"]]))
+    return shown
+
+
 def _items(indices: Sequence[int], images: HeldOutImages) -> list[HeldOutImage]:
     if isinstance(images.source, StreamSource):  # must be read from its start once more
         last, wanted = max(indices), set(indices)
@@ -65,9 +76,3 @@ def _items(indices: Sequence[int], images: HeldOutImages) -> list[HeldOutImage]:
     source = images.source.subset(np.array(indices))
     few = replace(images, source=source, part=Part())
     return [replace(item, index=indices[item.index]) for item in few.items()]
-
-
-def error_map(image: Tensor, reconstruction: Tensor) -> Tensor:
-    """Mean over channels of the 8-bit difference, ERROR_GAIN times enlarged: 1 x H x W in [-1, 1]."""
-    difference = (to_uint8(image).float() - to_uint8(reconstruction).float()).abs().mean(0, keepdim=True)
-    return (ERROR_GAIN * difference / 127.5 - 1).clamp(max=1)

@@ -35,11 +35,11 @@ from .config import ReconSettings
 from .inputs import checked_factor, inception_network, opened_data, opened_model, processes, refuse_generation_files
 from .manifest import data_fingerprint, evaluation_key, protocol_manifest, reference_key, versions
 from .measure import BASELINE, Measurer
-from .pictures import ERROR_GAIN, chosen_rows, error_map, reconstructed
+from .pictures import chosen_rows, reconstructed, shown_groups
+from .recon_page import ERROR_GAIN, error_map, write_recon_report
+from .results import FORMAT
 from .shards import ReferenceCache, WorkFolder, shard_size, source_stamp
 from .summary import collect, distances, means, remove_feature_files
-
-FORMAT = "latent-ae reconstruction 1"
 
 
 def evaluate_reconstruction(
@@ -195,7 +195,8 @@ def _result(
     result = {
         "format": FORMAT,
         "model": stage.describe() | {"subfolder": settings.subfolder, "revision": settings.revision},
-        "protocol": protocol_manifest(settings) | {"inception": inception.sha256 if inception is not None else None},
+        "protocol": protocol_manifest(settings),
+        "inception": inception.sha256 if inception is not None else None,
         "data": {
             "location": data,
             "split": settings.split,
@@ -244,12 +245,17 @@ def _write(folder: Path, result: dict[str, Any], table: pa.Table, measurer: Meas
         part.write_text(json.dumps(result, indent=2), encoding="utf-8")
         os.replace(part, folder / "result.json")
         groups = chosen_rows(table, measurer.kinds[0], measurer.settings.num_pictures)
-        wanted = {row: table["index"][row].as_py() for rows in groups.values() for row in rows}
-        pictures = reconstructed(sorted(wanted.values()), measurer, images) if wanted else {}
-        if pictures:
-            pairs = [[*pictures[i], error_map(*pictures[i])] for i in wanted.values() if i in pictures]
+        wanted = sorted(table["index"][row].as_py() for rows in groups.values() for row in rows)
+        shown = shown_groups(groups, table, reconstructed(wanted, measurer, images) if wanted else {})
+        write_recon_report(folder / "report.html", result, table.to_pylist(), shown)
+        pairs = [
+            [one.image, one.reconstruction, error_map(one.image, one.reconstruction)]
+            for group in shown.values()
+            for one in group
+        ]
+        if pairs:
             labels = ["input", "reconstruction", f"error x{ERROR_GAIN}"]
             picture_grid(pairs, labels=labels).save(folder / "pairs.png")
     except OSError as error:
         raise UserError(f"--out: cannot write into {folder}: {error.strerror or error}") from error
-    print(f"wrote {folder / 'result.json'}, images.parquet and pairs.png", file=sys.stderr)
+    print(f"wrote result.json, images.parquet, report.html and pairs.png into {folder}", file=sys.stderr)

@@ -192,7 +192,7 @@ def bicubic_down_up(images: torch.Tensor, factor: int) -> torch.Tensor:
     return F.interpolate(small, size, mode="bicubic", antialias=True).clamp(-1, 1)
 
 
-def _to_picture(image: torch.Tensor) -> Image.Image:
+def to_picture(image: torch.Tensor) -> Image.Image:
     """CHW in [-1, 1] -> RGB; alpha on white, of other channel counts the first three or the first."""
     pixels = to_uint8(image.cpu()).permute(1, 2, 0).contiguous().numpy()
     if pixels.shape[2] == 4:
@@ -215,7 +215,7 @@ def picture_grid(rows: Sequence[Sequence[torch.Tensor]], labels: Sequence[str] |
     All images are scaled to one cell, as large as the largest (at least 128 px, at most 512) and centred in it.
     """
     gap, smallest, largest = 6, 128, 512
-    pictures = [[_to_picture(image) for image in row] for row in rows]
+    pictures = [[to_picture(image) for image in row] for row in rows]
     sizes = np.array([picture.size for row in pictures for picture in row])
     longest = int(sizes.max())
     # whole steps when small images grow, so that their pixels stay visible as squares

@@ -8,34 +8,72 @@ Every piece is a string of HTML. Text given to them is escaped; only pieces are 
 import base64
 import html
 import io
+import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
+from latent_ae.charts import histogram as histogram
+from latent_ae.charts import interval_chart as interval_chart
+from latent_ae.charts import line_chart as line_chart
+from latent_ae.charts import printable
+
 STYLE = """
 :root { color-scheme: light dark;
-        --ink: #1c1e21; --soft: #5d646d; --paper: #fff; --line: #dfe3e8; --tint: #f5f7f9 }
+        --ink: #1c1e21; --soft: #5d646d; --paper: #fff; --line: #dfe3e8; --tint: #f5f7f9; --mark: #b7791f }
 @media (prefers-color-scheme: dark) {
-  :root { --ink: #e6e8eb; --soft: #9aa3ad; --paper: #15181c; --line: #31373e; --tint: #1d2126 }
+  :root { --ink: #e6e8eb; --soft: #9aa3ad; --paper: #15181c; --line: #31373e; --tint: #1d2126; --mark: #d9a441 }
 }
 body { font: 16px/1.55 system-ui, sans-serif; color: var(--ink); background: var(--paper);
-       max-width: 64rem; margin: 2.5rem auto 4rem; padding: 0 1.25rem }
+       max-width: 64rem; margin: 2.5rem auto 4rem; padding: 0 1.25rem; overflow-wrap: break-word }
 h1 { font-size: 1.7rem; line-height: 1.2; margin: 0 0 .3rem } h2 { font-size: 1.2rem; margin: 2.4rem 0 .6rem }
-p { max-width: 46rem } .soft, figcaption { color: var(--soft) }
+h3 { font-size: 1rem; margin: 1.8rem 0 .4rem; overflow-wrap: anywhere } h3 small { font-weight: 400 }
+article p { font-size: .85rem; margin: .3rem 0; max-width: none; font-variant-numeric: tabular-nums }
+p { max-width: 46rem } .soft, figcaption, small { color: var(--soft) }
 .scroll { overflow-x: auto } table { border-collapse: collapse; font-variant-numeric: tabular-nums }
-th, td { padding: .35rem .8rem; border-bottom: 1px solid var(--line); text-align: left }
+th, td { padding: .35rem .8rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top }
 th { color: var(--soft); font-weight: 600 } td.number, th.number { text-align: right }
+.estimate { white-space: nowrap } td b { font-weight: 600 }
+.best { font-size: .75rem; color: var(--mark); border: 1px solid; border-radius: 4px; padding: 0 .3rem }
+.scroll td:first-child { min-width: 6.5rem } td small { display: inline-block; margin-left: .4rem }
+.pairs { width: 100%; font-size: .85rem } .pairs th { font-weight: 400; width: 30% }
+.pairs td, .pairs th { overflow-wrap: anywhere; white-space: pre-line }
+.facts { display: flex; flex-wrap: wrap; gap: .5rem 2rem; margin: 1rem 0 } .facts dd { margin: 0 }
+.facts dt { font-size: .85rem; color: var(--soft) }
+.notes { background: var(--tint); border-left: 3px solid var(--mark); margin: 1rem 0; padding: .6rem 1rem .6rem 2rem }
+.beside, .grid { display: grid; gap: .5rem .8rem; align-items: start }
+.grid { grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)) }
+.beside figure, .grid figure { margin: 0 }
 figure { margin: 1rem 0; overflow-x: auto } figure img, figure svg { max-width: 100%; height: auto }
 figcaption { font-size: .9rem; margin-top: .3rem }
-.zoom img { cursor: zoom-in } .zoom input { position: absolute; opacity: 0 }
-.zoom input:checked + img { max-width: none; cursor: zoom-out }
-.zoom input:focus-visible + img { outline: 2px solid var(--soft) }
-.chart { background: #fff; border-radius: 6px; padding: .5rem }
+.zoom img { cursor: zoom-in; display: block } .zoom input { position: absolute; opacity: 0 }
+.zoom input:focus-visible + .frame img { outline: 2px solid var(--soft) } .enlarged { image-rendering: pixelated }
+@media screen {
+  .zoom input:checked + .frame { position: fixed; inset: 0; z-index: 1; overflow: auto; display: flex;
+                                 background: #181a1d }
+  .zoom input:checked + .frame img { max-width: none; flex: none; margin: auto; cursor: zoom-out }
+}
 pre { background: var(--tint); border: 1px solid var(--line); border-radius: 6px; padding: .8rem 1rem;
       overflow-x: auto; font: .85rem/1.5 ui-monospace, monospace }
+@media (max-width: 40rem) {
+  body { margin-top: 1.2rem; padding: 0 .9rem } h1 { font-size: 1.35rem } th, td { padding: .3rem .35rem }
+  table { font-size: .82rem } .scroll td:first-child { min-width: 5rem } td small { display: block; margin: 0 }
+}
+@media print {
+  :root { color-scheme: light; --ink: #000; --soft: #444; --paper: #fff; --line: #bbb; --tint: #fff; --mark: #000 }
+  body { font-size: 10pt; max-width: none; margin: 0; padding: 0 } h2, h3 { break-after: avoid }
+  figure, tr, .beside, .notes { break-inside: avoid } figure img { max-height: 20cm; width: auto }
+}
 """
+JPEG_QUALITIES = (95, 90, 80, 70)
+SMALLEST_SHOWN_PX = 128
+
+
+class Html(str):
+    """Text that is HTML already: a table leaves it as it is."""
 
 
 def page(title: str, sections: Sequence[str], *, subtitle: str = "") -> str:
@@ -55,8 +93,13 @@ def section(heading: str, *pieces: str) -> str:
     return f"<section><h2>{escape(heading)}</h2>\n" + "\n".join(pieces) + "</section>"
 
 
-def paragraph(text: str) -> str:
-    return f"<p>{escape(text)}</p>"
+def card(heading: str, detail: str, *pieces: str) -> str:
+    """A smaller heading and a detail in soft print, above pieces."""
+    return f"<article><h3>{escape(heading)} <small>{escape(detail)}</small></h3>{''.join(pieces)}</article>"
+
+
+def paragraph(text: str, *, soft: bool = False) -> str:
+    return f'<p class="soft">{escape(text)}</p>' if soft else f"<p>{escape(text)}</p>"
 
 
 def preformatted(text: str) -> str:
@@ -71,71 +114,132 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     columns = list(rows[0])
     number = {key: all(_is_number(row.get(key)) or row.get(key) is None for row in rows) for key in columns}
 
-    def cell(tag: str, key: str, text: str) -> str:
+    def cell(tag: str, key: str, value: Any) -> str:
         mark = ' class="number"' if number[key] else ""
-        return f"<{tag}{mark}>{escape(text)}</{tag}>"
+        return f"<{tag}{mark}>{value if isinstance(value, Html) else escape(format_value(value))}</{tag}>"
 
     head = "".join(cell("th", key, key) for key in columns)
-    lines = ["".join(cell("td", key, format_value(row.get(key))) for key in columns) for row in rows]
+    lines = ["".join(cell("td", key, row.get(key)) for key in columns) for row in rows]
     body = "\n".join(f"<tr>{line}</tr>" for line in lines)
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>\n{body}\n</tbody></table></div>'
 
 
-def figure(image: Image.Image, caption: str = "", *, jpeg_quality: int | None = None) -> str:
-    """An image, embedded as PNG (or JPEG of the given quality); a click shows it at its full size."""
-    buffer = io.BytesIO()
-    kind = "png" if jpeg_quality is None else "jpeg"
-    if kind == "png":
-        image.save(buffer, "PNG", optimize=True)
-    else:
-        image.convert("RGB").save(buffer, "JPEG", quality=jpeg_quality)
-    uri = f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
-    picture = f'<img src="{uri}" width="{image.width}" height="{image.height}" alt="{escape(caption)}">'
-    # browsers refuse links to data URIs, so a checkbox lifts the width limit
+def estimate(value: str, interval: str = "", *, best: bool = False) -> Html:
+    """A number as a table's cell, its interval small beside it; `best` marks it."""
+    mark = ' <span class="best">best</span>' if best else ""
+    small = f" <small>{escape(interval)}</small>" if interval else ""
+    return Html(f'<span class="estimate"><b>{escape(value)}</b>{mark}{small}</span>')
+
+
+def facts(pairs: Mapping[str, Any]) -> str:
+    """A few short values, each under its name, in a line that wraps."""
+    items = (
+        f"<div><dt>{escape(name)}</dt><dd>{escape(format_value(value))}</dd></div>" for name, value in pairs.items()
+    )
+    return f'<dl class="facts">{"".join(items)}</dl>'
+
+
+def notes(lines: Sequence[str]) -> str:
+    """What must not be overlooked, as a list; nothing for no lines."""
+    return f'<ul class="notes">{"".join(f"<li>{escape(line)}</li>" for line in lines)}</ul>' if lines else ""
+
+
+def manifest(values: Mapping[str, Any]) -> str:
+    """Every value of a nested JSON object, in a table of two columns: its path (`data.location`) and itself."""
+    rows = "\n".join(
+        f'<tr><th scope="row">{escape(path)}</th><td>{escape(text)}</td></tr>' for path, text in flattened(values)
+    )
+    return f'<table class="pairs"><tbody>\n{rows}\n</tbody></table>'
+
+
+def flattened(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """The paths and values of a nested JSON object; a list's items stand on lines of their own."""
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            yield from flattened(value, f"{prefix}{key}.")
+        elif isinstance(value, (list, tuple)) and value:
+            yield f"{prefix}{key}", "\n".join(map(_as_text, value))
+        else:
+            yield f"{prefix}{key}", _as_text(value)
+
+
+def _as_text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def beside(*pieces: str) -> str:
+    """Pieces side by side, whatever the width."""
+    columns = f"grid-template-columns: repeat({len(pieces)}, minmax(0, 1fr))"
+    return f'<div class="beside" style="{columns}">{"".join(pieces)}</div>'
+
+
+def grid(*pieces: str) -> str:
+    """Pieces in as many columns as there is room for."""
+    return f'<div class="grid">{"".join(pieces)}</div>'
+
+
+def figure(
+    image: Image.Image, caption: str = "", *, jpeg_quality: int | None = None, max_bytes: int | None = None
+) -> str:
+    """An image, embedded as PNG (or JPEG of the given quality); a click shows it at its full size.
+
+    `max_bytes` keeps the page small: an image whose PNG is larger becomes a JPEG of the best quality that fits, and,
+    where none does, smaller, which the caption then says.
+    """
+    kind, data, step = _encoded(image, jpeg_quality, max_bytes)
+    if step > 1:
+        caption = f"{caption} (1/{step} of its size)".strip()
+    uri = f"data:image/{kind};base64,{base64.b64encode(data).decode('ascii')}"
+    width, height = -(-image.width // step), -(-image.height // step)
+    # whole steps, so that the pixels of a small image stay squares
+    scale = max(1, -(-SMALLEST_SHOWN_PX // max(width, height)))
+    size = f'width="{width * scale}" height="{height * scale}"' + (' class="enlarged"' if scale > 1 else "")
     below = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
-    box = '<input type="checkbox" aria-label="full size">'
+    # browsers refuse links to data URIs, so a checkbox lifts the limits on the size
+    box = f'<input type="checkbox" aria-label="{escape(caption)}: full size">'
+    picture = f'<span class="frame"><img src="{uri}" {size} alt="{escape(caption)}"></span>'
     return f'<figure><label class="zoom">{box}{picture}</label>{below}</figure>'
 
 
-def line_chart(
-    series: Mapping[str, Sequence[tuple[float, float]]],
-    *,
-    title: str = "",
-    x_label: str = "step",
-    y_label: str = "",
-    log_y: bool = False,
-) -> str:
-    """Lines of (x, y) points by name, as inline SVG. Points that are not finite are gaps."""
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
+def _encoded(image: Image.Image, jpeg_quality: int | None, max_bytes: int | None) -> tuple[str, bytes, int]:
+    """The format, the file and the factor by which its sides were divided."""
+    limit = math.inf if max_bytes is None else max_bytes
 
-    # text as text can be searched and keeps the file small; with a fixed salt, equal charts are equal bytes
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "latent-ae", "font.family": "sans-serif"}):
-        drawing = Figure(figsize=(8, 3.2), layout="constrained")
-        axes = drawing.add_subplot()
-        for name, points in series.items():
-            # matplotlib hides a label that begins with an underscore, and reads $...$ as mathematics
-            label = name.replace("$", r"\$").lstrip("_") or "unnamed"
-            axes.plot([x for x, _ in points], [y if math.isfinite(y) else math.nan for _, y in points], label=label)
-        if log_y and any(y > 0 for points in series.values() for _, y in points):
-            axes.set_yscale("log")
-        axes.set_xlabel(x_label)
-        axes.set_ylabel(y_label)
-        axes.set_title(title.replace("$", r"\$"))
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
-        if series:
-            axes.legend(frameon=False)
-        text = io.StringIO()
-        drawing.savefig(text, format="svg", metadata={"Date": None})
-    svg = text.getvalue()
-    return f'<figure class="chart">{svg[svg.index("<svg") :]}</figure>'
+    def saved(picture: Image.Image, quality: int | None) -> bytes:
+        buffer = io.BytesIO()
+        if quality is None:
+            picture.save(buffer, "PNG", optimize=True)
+        else:
+            gray = picture.mode == "L"
+            # colour at full resolution: an error there would pass for the model's
+            picture.convert("L" if gray else "RGB").save(buffer, "JPEG", quality=quality, subsampling=0)
+        return buffer.getvalue()
+
+    if jpeg_quality is not None:
+        return "jpeg", saved(image, jpeg_quality), 1
+    # a photograph's PNG takes more than a byte per pixel: the largest need not be tried
+    if image.width * image.height <= limit and len(data := saved(image, None)) <= limit:
+        return "png", data, 1
+    step = 1
+    while True:
+        small = image.reduce(step) if step > 1 else image
+        for quality in JPEG_QUALITIES:
+            data = saved(small, quality)
+            if len(data) <= limit or max(small.size) <= SMALLEST_SHOWN_PX:
+                return "jpeg", data, step
+        step *= 2
+
+
+def write(path: Path, text: str) -> None:
+    """Writes a page; a reader finds the former one or this one, never a part. Raises OSError."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
 
 
 def escape(text: str) -> str:
     """Any text as HTML text or attribute value; characters that no file can hold are shown, not dropped."""
-    printable = str(text).encode("utf-8", "backslashreplace").decode("utf-8")
-    return html.escape(printable, quote=True)
+    return html.escape(printable(str(text)), quote=True)
 
 
 def format_value(value: Any) -> str:

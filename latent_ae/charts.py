@@ -1,0 +1,149 @@
+"""Charts for a page: inline SVG in the page's own colours. matplotlib is imported when the first one is drawn."""
+
+import io
+import math
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+INK = "#0a0b0c"
+"""Stands for the page's own text colour while a chart is drawn."""
+COLOURS = ("#3f8fd2", "#e8833a", "#57a773", "#c65b7c", "#8a78c9", "#8c8f94")
+"""Of a chart's series: to be told apart on white and on black."""
+WIDE = (8, 3.2)
+
+
+def line_chart(
+    series: Mapping[str, Sequence[tuple[float, float]]],
+    *,
+    title: str = "",
+    x_label: str = "step",
+    y_label: str = "",
+    log_y: bool = False,
+) -> str:
+    """Lines of (x, y) points by name, as inline SVG. Points that are not finite are gaps."""
+
+    def draw(axes: Any) -> None:
+        for name, points in series.items():
+            xs, ys = [x for x, _ in points], [y if math.isfinite(y) else math.nan for _, y in points]
+            axes.plot(xs, ys, label=_label(name))
+        if log_y and any(y > 0 for points in series.values() for _, y in points):
+            axes.set_yscale("log")
+
+    return _chart(draw, WIDE, title, x_label, y_label, legend=bool(series))
+
+
+def histogram(
+    values: Mapping[str, Sequence[float]],
+    *,
+    title: str = "",
+    x_label: str = "",
+    y_label: str = "images",
+    mark: float | None = None,
+) -> str:
+    """How often values occur, by name and over each other in common bins, as inline SVG; `mark` is a line at a value.
+
+    Values that are not finite are left out. A series of none keeps its colour, so that one name has one colour in
+    several charts.
+    """
+    finite = {name: [value for value in series if math.isfinite(value)] for name, series in values.items()}
+    pooled = [value for series in finite.values() for value in series]
+    low, high = min(pooled, default=0.0), max(pooled, default=1.0)
+    if high - low <= 1e-9 * max(abs(low), abs(high)):  # all equal, or nearly: too narrow to be cut into bins
+        margin = 0.5 * abs(low) or 0.5
+        low, high = low - margin, high + margin
+    most = max(map(len, finite.values()), default=0)
+    bins = min(40, max(8, 2 * math.isqrt(most)))
+
+    def draw(axes: Any) -> None:
+        for position, (name, series) in enumerate(finite.items()):
+            colour = COLOURS[position % len(COLOURS)]
+            if series:
+                common = {"bins": bins, "range": (low, high), "color": colour}
+                axes.hist(series, histtype="stepfilled", alpha=0.22, **common)
+                axes.hist(series, histtype="step", linewidth=1.4, label=_label(name), **common)
+        axes.yaxis.get_major_locator().set_params(integer=True)
+        if mark is not None:
+            axes.axvline(mark, color=INK, linewidth=1, linestyle="--")
+
+    return _chart(draw, (4.8, 2.7), title, x_label, y_label, legend=sum(map(bool, finite.values())) > 1)
+
+
+def interval_chart(
+    series: Mapping[str, Mapping[str, tuple[float, float | None, float | None]]],
+    *,
+    title: str = "",
+    x_label: str = "",
+) -> str:
+    """Estimates with their intervals, as inline SVG: series by name, each of lines by name -> (value, low, high).
+
+    Equal names of different series share a line of the chart. None, or an end that is not finite, draws no interval.
+    """
+    lines = list(dict.fromkeys(name for points in series.values() for name in points))
+
+    def draw(axes: Any) -> None:
+        for position, (name, points) in enumerate(series.items()):
+            colour, offset = COLOURS[position % len(COLOURS)], 0.22 * (position - (len(series) - 1) / 2)
+            label: str | None = _label(name)
+            for line, (value, low, high) in points.items():
+                y = lines.index(line) + offset
+                axes.plot([value], [y], "o", color=colour, label=label, markersize=5)
+                if low is not None and high is not None and math.isfinite(low) and math.isfinite(high):
+                    axes.plot([low, high], [y, y], "-", color=colour, linewidth=2, solid_capstyle="butt")
+                label = None
+        names = [_label(line) for line in lines]
+        axes.set_yticks(range(len(names)), [name if len(name) <= 24 else f"{name[:23]}…" for name in names])
+        axes.set_ylim(len(lines) - 0.4, -0.6)
+        axes.margins(x=0.12)
+
+    return _chart(draw, (4.8, 1.1 + 0.42 * len(lines)), title, x_label, "", legend=len(series) > 1)
+
+
+def _chart(
+    draw: Callable[[Any], None], size: tuple[float, float], title: str, x_label: str, y_label: str, *, legend: bool
+) -> str:
+    """Axes that `draw` fills, as inline SVG in the page's own colours; `size` in inches."""
+    from cycler import cycler
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    settings: dict[str, Any] = {
+        # text as text can be searched and keeps the file small; with a fixed salt, equal charts are equal bytes
+        "svg.fonttype": "none",
+        "svg.hashsalt": "latent-ae",
+        "font.family": "sans-serif",
+        "text.parse_math": False,
+        "axes.prop_cycle": cycler(color=COLOURS),
+    }
+    inked = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color", "grid.color")
+    with rc_context(settings | dict.fromkeys(inked, INK)):
+        drawing = Figure(figsize=size, layout="constrained", facecolor="none")
+        axes = drawing.add_subplot(facecolor="none")
+        draw(axes)
+        axes.set_xlabel(x_label)
+        axes.set_ylabel(y_label)
+        axes.set_title(_label(title), fontsize="medium")
+        axes.grid(alpha=0.18)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+        if legend and size == WIDE:
+            axes.legend(frameon=False, fontsize="small")
+        elif legend:  # there is no room within
+            drawing.legend(loc="outside lower center", ncols=3, frameon=False, fontsize="small")
+            axes.locator_params(axis="x", nbins=6)
+        text = io.StringIO()
+        with warnings.catch_warnings():  # a browser has fonts that matplotlib lacks
+            warnings.filterwarnings("ignore", "Glyph .* missing from")
+            drawing.savefig(text, format="svg", metadata={"Date": None})
+    svg = text.getvalue()
+    return f'<figure class="chart">{svg[svg.index("<svg") :].replace(INK, "currentColor")}</figure>'
+
+
+def _label(name: str) -> str:
+    """A name as matplotlib shows it whole: it hides what begins with an underscore, and stumbles over surrogates."""
+    return printable(name).lstrip("_")
+
+
+def printable(text: str) -> str:
+    """Text in which characters that no file can hold are shown, not dropped."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")

@@ -1,0 +1,127 @@
+"""Both pages in a real browser: nothing fetched, no complaint, pictures at full size on click, no sideways scrolling.
+
+The pages hold no script. A copy gets one that clicks, measures and leaves its findings in the document.
+"""
+
+import html
+import json
+import re
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+
+from latent_ae.images import to_tensor
+from latent_ae_eval.compare import compare
+from latent_ae_eval.recon_page import Shown, write_recon_report
+
+from .made_results import HOSTILE, result, table, write
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+pytestmark = pytest.mark.skipif(BROWSER is None, reason="no chromium or google-chrome on PATH")
+
+# fmt: off
+FLAGS = [
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
+    "--disable-background-networking", "--disable-component-update", "--host-resolver-rules=MAP * ~NOTFOUND",
+    "--enable-logging=stderr", "--log-level=0", "--window-size=1280,900", "--virtual-time-budget=20000",
+]
+# fmt: on
+WIDTH_PX = 700
+"""Of the pictures: wider than a third of the page."""
+PROBE = """<script>addEventListener("load", () => {
+  const root = document.documentElement;
+  const found = {width: innerWidth, overflow: root.scrollWidth - root.clientWidth,
+                 fetched: performance.getEntriesByType("resource").map(entry => entry.name), pictures: []};
+  for (const label of document.querySelectorAll("label.zoom")) {
+    const image = label.querySelector("img"), shown = () => image.getBoundingClientRect().width, small = shown();
+    label.click();
+    const frame = label.querySelector(".frame"), box = frame.getBoundingClientRect();
+    const reach = frame.scrollWidth, large = shown();
+    label.click();
+    found.pictures.push({small, large, again: shown(), natural: image.naturalWidth,
+                         covers: box.width == root.clientWidth && box.height == root.clientHeight, reach});
+  }
+  document.body.append(Object.assign(document.createElement("pre"), {id: "found", textContent: JSON.stringify(found)}));
+  parent.postMessage(JSON.stringify(found), "*");
+});</script>"""
+NARROW = """<!doctype html><meta charset="utf-8"><body style="margin:0"><pre id="found"></pre><script>
+addEventListener("message", event => document.getElementById("found").textContent = event.data);
+</script><iframe style="border:0;width:400px;height:800px" srcdoc="%s"></iframe></body>"""
+
+
+def opened(folder, text: str, *, width_px: int | None = None) -> dict:
+    """What the probe found in a page, in a window of 1280 px or a frame of `width_px`."""
+    assert BROWSER
+    probed = text.replace("</body>", PROBE + "</body>")
+    if width_px is not None:  # a window cannot be as narrow
+        probed = (NARROW % html.escape(probed)).replace("400px", f"{width_px}px")
+    file = folder / "probed.html"
+    file.write_text(probed, encoding="utf-8")
+    done = subprocess.run(
+        [BROWSER, *FLAGS, f"--user-data-dir={folder / 'profile'}", "--dump-dom", file.as_uri()],
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        check=True,
+        timeout=120,
+    )
+    complaints = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+    assert not complaints, complaints
+    match = re.search(r'<pre id="found">(.+?)</pre>', done.stdout, re.DOTALL)
+    assert match, done.stderr[-2000:]
+    return json.loads(html.unescape(match[1]))
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory) -> str:
+    path = tmp_path_factory.mktemp("report") / "report.html"
+    rows = [row | {"name": f"{HOSTILE}{'x' * 300}"} for row in table()]
+    random = np.random.default_rng(0)
+    image, made = (to_tensor(random.integers(0, 256, (90, WIDTH_PX, 3), dtype=np.uint8)) for _ in range(2))
+    shown = {heading: [Shown(rows[0]["name"], 0, rows[0], image, made)] for heading in ("Worst", "Median", "Best")}
+    document = result(rows, "name-" * 60, notes=["a note", "y" * 300])
+    write_recon_report(path, document | {"settings": {"z" * 200: "w" * 300}}, rows, shown)
+    return path.read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def comparison(tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("comparison")
+    folders = []
+    for index, name in enumerate(("a", f"{HOSTILE.replace('/', '')}", "long-name-" * 20)):
+        rows = table(noise=0.1, seed=index, shift=index / 10)
+        folders.append(write(folder / str(index), result(rows, name, notes=["v" * 300]), rows))
+    compare(folders, out=folder / "out")
+    return (folder / "out" / "comparison.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("width_px", [None, 400])
+@pytest.mark.parametrize("name", ["report", "comparison"])
+def test_pages_fit_and_fetch_nothing(request, tmp_path, name, width_px):
+    found = opened(tmp_path, request.getfixturevalue(name), width_px=width_px)
+    assert found["width"] == (width_px or 1280)
+    assert found["overflow"] <= 0
+    assert found["fetched"] == []
+
+
+@pytest.mark.parametrize("width_px", [None, 400])
+def test_a_click_shows_a_picture_at_its_full_size_and_another_closes_it(report, tmp_path, width_px):
+    pictures = opened(tmp_path, report, width_px=width_px)["pictures"]
+    assert len(pictures) == 9
+    for picture in pictures:
+        assert picture["natural"] == picture["large"] == WIDTH_PX
+        assert picture["small"] < WIDTH_PX / 2 and picture["again"] == picture["small"]
+        assert picture["covers"] and picture["reach"] >= WIDTH_PX  # all of it can be scrolled to
+
+
+def test_the_probe_sees_what_it_looks_for(tmp_path):
+    """So that the tests above can fail."""
+    outside = '<img src="http://127.0.0.1:9/x.png"><link rel="stylesheet" href="http://127.0.0.1:9/y.css">'
+    found = opened(tmp_path, f'<!doctype html><body style="margin:0"><p style="width:1500px">{outside}</p></body>')
+    assert found["overflow"] == 220 and found["fetched"] == [
+        f"http://127.0.0.1:9/{name}" for name in ("x.png", "y.css")
+    ]
+    with pytest.raises(AssertionError, match="CONSOLE"):
+        opened(tmp_path, "<body><script>console.error('x')</script></body>")
