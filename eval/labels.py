@@ -28,13 +28,15 @@ LABELS = {
     "kid": Label("KID", "lower", 5),
 }
 ARROWS = "↑ higher is better, ↓ lower is better."
-FRECHET = "frechet_"
+FRECHET, KERNEL = "frechet_", "kernel_"
 
 
 def label_of(metric: str) -> Label:
     """Of any metric; one that is not known is named by its key, without a direction."""
     if metric.startswith(FRECHET):
         return Label(f"Fréchet, {metric.removeprefix(FRECHET)} (not FID)", "lower", 3)
+    if metric.startswith(KERNEL):
+        return Label(f"kernel distance, {metric.removeprefix(KERNEL)} (not KID)", "lower", 5)
     return LABELS.get(metric, Label(metric, None, None))
 
 

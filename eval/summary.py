@@ -121,11 +121,11 @@ def distances(
     """
     a, b = files.get(f"{network}.input"), files.get(f"{network}.{kind}")
     if a is None or b is None or a.count < 2:
-        note(f"{names[0]} of {kind}: fewer than two images have {network}'s features")
+        note(f"{names[0]}: fewer than two images have {network}'s features")
         return {}, {}
     if a.count < RELIABLE_IMAGES and network == "inception":
         note(
-            f"{names[0]} of {kind}: N = {a.count:,} is under {RELIABLE_IMAGES:,}: biased upwards, and not to be "
+            f"{names[0]}: N = {a.count:,} is under {RELIABLE_IMAGES:,}: biased upwards, and not to be "
             "compared with values at another N"
         )
     values: dict[str, float] = {}

@@ -180,7 +180,8 @@ class ReconstructionMetrics:
 
     `lpips_nets` may be empty. Weights are looked up at once, with UserError when they cannot be had; networks that
     exist already, by "vgg" or "alex", can be given as `lpips` instead. The Fréchet distance is that of the features
-    that LPIPS's networks leave behind, named after them: it costs nothing and is not an FID.
+    that LPIPS's networks leave behind, named after them: it costs nothing and is not an FID. Sets of fewer than
+    `frechet_from` images have none.
     """
 
     def __init__(
@@ -189,7 +190,9 @@ class ReconstructionMetrics:
         lpips_nets: Sequence[Net] = ("vgg", "alex"),
         *,
         lpips: Mapping[Net, LPIPS] | None = None,
+        frechet_from: int = 2,
     ):
+        self.frechet_from = frechet_from
         self.device = torch.device(device)
         self.lpips = dict(lpips) if lpips is not None else {net: LPIPS(net).to(self.device) for net in lpips_nets}
         self._rows: dict[int, Row] = {}
@@ -225,13 +228,13 @@ class ReconstructionMetrics:
         return [self._rows[index] for index in sorted(self._rows)]
 
     def summary(self) -> dict[str, Any]:
-        """`n` (images), each metric's mean over the images that have it, `frechet_vgg16` or `frechet_alexnet` of two
-        images or more, and `notes` on what images lack."""
+        """`n` (images), each metric's mean over the images that have it, `frechet_vgg16` or `frechet_alexnet` of enough
+        images, and `notes` on what images lack."""
         summary = summarise(self.rows())
         for net in self.lpips:
             pairs = [self._features[index].get(net) for index in sorted(self._features)]
             found = np.array([pair for pair in pairs if pair is not None and np.isfinite(pair).all()])
-            if len(found) > 1:
+            if len(found) >= max(2, self.frechet_from):
                 summary[f"frechet_{TRUNKS[net].weights}"] = frechet_of_features(found[:, 0], found[:, 1])
         return summary
 

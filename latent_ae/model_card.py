@@ -10,7 +10,15 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from latent_ae.latents import LatentStatistics
 from latent_ae.models import count_parameters, factor_of
 
-METRIC_NAMES = {"psnr": "PSNR (dB)", "ssim": "SSIM", "lpips_vgg": "LPIPS (VGG)", "lpips_alex": "LPIPS (Alex)"}
+METRIC_NAMES = {
+    "psnr": "PSNR (dB)",
+    "ssim": "SSIM",
+    "ms_ssim": "MS-SSIM",
+    "lpips_vgg": "LPIPS (VGG)",
+    "lpips_alex": "LPIPS (Alex)",
+    "frechet_vgg16": "Fréchet (VGG16)",
+    "frechet_alexnet": "Fréchet (AlexNet)",
+}
 
 
 @dataclass(frozen=True)
@@ -57,7 +65,7 @@ def model_card(
             dataset_type=facts.data_name,
             dataset_name=facts.data_name,
             dataset_split=facts.split,
-            metric_type=key.partition("_")[0],
+            metric_type=key.removesuffix("_vgg").removesuffix("_alex"),
             metric_name=METRIC_NAMES[key],
             metric_value=value,
         )

@@ -83,7 +83,7 @@ def test_published_weights_make_it_an_fid(tmp_path, inception, monkeypatch):
     photos = write_photos(tmp_path / "photos", 4)
     result = evaluate_reconstruction(tiny("AutoencoderKL"), photos, settings_with(frechet=("inception",)))
     assert result["metrics"]["mode"]["fid"] > 0 and "kid" in result["metrics"]["sample"]
-    assert any(note.startswith("fid of mode: N = 4 is under 2,048") for note in result["notes"])
+    assert any(note.startswith("fid: N = 4 is under 2,048") for note in result["notes"])
 
 
 def as_published(weights: str) -> InceptionFeatures:

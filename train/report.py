@@ -24,7 +24,15 @@ CHARTS = {
     "Gradient norms": ("grad_norm", "grad_norm_discriminator"),
     "Images per second": ("images_per_second",),
 }
-COLUMNS = {"psnr": "PSNR (dB)", "ssim": "SSIM", "lpips_vgg": "LPIPS (VGG)", "lpips_alex": "LPIPS (Alex)"}
+COLUMNS = {
+    "psnr": "PSNR (dB)",
+    "ssim": "SSIM",
+    "ms_ssim": "MS-SSIM",
+    "lpips_vgg": "LPIPS (VGG)",
+    "lpips_alex": "LPIPS (Alex)",
+    "frechet_vgg16": "Fréchet (VGG16)",
+    "frechet_alexnet": "Fréchet (AlexNet)",
+}
 
 
 def read_log(run: Path) -> list[dict[str, Any]]:

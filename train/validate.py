@@ -17,11 +17,21 @@ from latent_ae.data import ImageSource
 from latent_ae.held_out import HeldOutImages, held_out_images
 from latent_ae.images import bicubic_down_up, picture_grid
 from latent_ae.metrics import ReconstructionMetrics
+from latent_ae.perceptual import LPIPS
 
 from .config import TrainSettings
 
 BATCH_PIXELS = 1_000_000
 """Pixels measured at once, against memory."""
+FRECHET_FROM = 50
+"""Fewer held-out images say nothing by a Fréchet distance."""
+
+
+def figures(summary: dict[str, Any]) -> str:
+    """The held-out means in a few words."""
+    words = [f"{summary['psnr']:.2f} dB"] if summary.get("psnr") is not None else []
+    distance = summary.get("lpips_vgg", summary.get("lpips_alex"))
+    return ", ".join([*words, f"LPIPS {distance:.3f}"] if distance is not None else words) or "no figures"
 
 
 @dataclass(frozen=True)
@@ -33,7 +43,7 @@ class Validator:
     source: ImageSource
     channels: int
     factor: int
-    perceptual: nn.Module | None
+    perceptual: LPIPS | None
     named: list[str] = field(default_factory=list)
     """Unreadable files that were reported, once each."""
 
@@ -56,7 +66,7 @@ class Validator:
         `preview` is where the main process saves its first images: input | reconstruction | bicubic.
         """
         perceptual = {self.settings.loss.perceptual_net: self.perceptual} if self.perceptual is not None else {}
-        metrics = ReconstructionMetrics(self.accelerator.device, lpips=perceptual)
+        metrics = ReconstructionMetrics(self.accelerator.device, lpips=perceptual, frechet_from=FRECHET_FROM)
         rows: list[list[Tensor]] = []
         for indices, names, images in self._batches():
             reconstructions = reconstruct(images)
@@ -66,10 +76,11 @@ class Validator:
                 shown = (images, reconstructions, bicubic_down_up(images, self.factor))
                 rows += [list(row) for row in zip(*(part[:wanted].cpu() for part in shown), strict=True)]
         metrics.gather()
+        summary = metrics.summary()
         if preview is not None and rows and self.accelerator.is_main_process:
             preview.parent.mkdir(parents=True, exist_ok=True)
-            picture_grid(rows, labels=["input", "reconstruction", f"bicubic /{self.factor}"]).save(preview)
-        summary = metrics.summary()
+            labels = ["input", f"reconstruction, {figures(summary)}", f"bicubic /{self.factor}"]
+            picture_grid(rows, labels=labels).save(preview)
         if not summary["n"]:
             raise UserError(f"none of the held-out images of {self.settings.data.source} is readable")
         return summary
