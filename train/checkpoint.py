@@ -191,7 +191,7 @@ def load_weights(folder: Path) -> AutoencoderKL:
 
 def versions() -> dict[str, str]:
     """What a result depends on besides the settings."""
-    packages = ("torch", "diffusers", "accelerate", "datasets", "lpips", "torchmetrics")
+    packages = ("torch", "diffusers", "accelerate", "datasets", "lpips", "torch-fidelity")
     return {"latent-ae": __version__, "python": platform.python_version()} | {name: version(name) for name in packages}
 
 
