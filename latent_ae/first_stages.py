@@ -142,7 +142,7 @@ def first_stage(
     channels, out_channels = config.in_channels, config.get("out_channels", config.in_channels)
     if channels != out_channels:
         raise UserError(
-            f"the model takes images of {channels} channels and gives {out_channels}, "
+            f"{location or 'the model'} takes images of {channels} channels and gives {out_channels}, "
             "so its reconstructions cannot be compared with its inputs"
         )
     sha256 = _sha256(model)

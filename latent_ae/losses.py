@@ -77,8 +77,9 @@ def lecam_loss(real_logits: Tensor, fake_logits: Tensor, real_average: Tensor, f
 def adaptive_ratio(reconstruction_gradient: Tensor, adversarial_gradient: Tensor, cap: float) -> Tensor:
     """|grad of reconstruction| / |grad of adversarial| at the last layer (Esser et al. 2021, eq. 7), in [0, cap].
 
-    NaN where the ratio is not finite.
+    NaN where a gradient or the ratio is not finite.
     """
-    ratio = reconstruction_gradient.norm() / (adversarial_gradient.norm() + 1e-6)
-    # infinity must not pass for the cap: the step passes over what is not finite
-    return torch.where(ratio.isfinite(), ratio.clamp(0.0, cap), torch.nan)
+    norm = adversarial_gradient.norm()
+    ratio = reconstruction_gradient.norm() / (norm + 1e-6)
+    # infinity must not pass for the cap, nor below the line for 0: the step passes over what is not finite
+    return torch.where(ratio.isfinite() & norm.isfinite(), ratio.clamp(0.0, cap), torch.nan)

@@ -414,3 +414,53 @@ def test_a_broken_step_is_noticed(
 ) -> None:
     other = train_20_steps(tmp_path, processes, 8 // processes, break_it)
     assert largest_difference(one_process, other) > 1e-4
+
+
+@pytest.mark.parametrize("what", ["image", "discriminator"])
+def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(what: str) -> None:
+    gan = {**GAN, "lecam": 1.0}
+    settings = settings_for(gan=gan, loss={"learned_logvar": True}, ema={"decay": 0.9}, batch_size=4)
+    step = build_step(settings)
+    for number in range(2):
+        step(number, micro_batches(number, settings))
+    state = everything(step)
+    (batch,) = micro_batches(2, settings)
+    if what == "image":
+        batch.images[1, 0, 3, 3] = torch.nan
+        step(2, iter([batch]))
+    else:  # a loss that overflows in the discriminator's gradient alone
+        handle = step.bare_discriminator.register_forward_hook(lambda module, args, logits: logits * float("inf"))
+        step(2, iter([batch]))
+        handle.remove()
+    after = everything(step)
+    assert {key for key in state if not torch.equal(state[key], after[key])} == set()
+    assert all(parameter.isfinite().all() for parameter in step.ema.module.parameters())
+    assert step.skipped_steps() == ([2], 1)
+    step(3, micro_batches(3, settings))
+    assert step.skipped_steps() == ([], 0)
+    assert any(not torch.equal(state[key], now) for key, now in everything(step).items())
+
+
+def everything(step: TrainStep) -> dict[str, torch.Tensor]:
+    """Copies of both networks, both optimizers' moments and counters, and what the step remembers."""
+    found = {f"state.{name}": tensor for name, tensor in step.state.state_dict().items()}
+    for name, network in (("autoencoder", step.bare_reconstructor), ("discriminator", step.bare_discriminator)):
+        found |= {f"{name}.{key}": tensor for key, tensor in network.state_dict().items()}
+    for name, optimizer in (("first", step.optimizer), ("second", step.discriminator_optimizer)):
+        for number, values in optimizer.state_dict()["state"].items():
+            found |= {f"{name}.{number}.{key}": value for key, value in values.items()}
+    return {key: tensor.detach().clone() for key, tensor in found.items()}
+
+
+def test_skipped_steps_in_a_row_are_counted_across_readings() -> None:
+    settings = settings_for()
+    step = build_step(settings)
+    counts = []
+    for number in range(7):
+        (batch,) = micro_batches(number, settings)
+        if number not in (0, 4):
+            batch.images[:] = torch.nan
+        step(number, iter([batch]))
+        if number in (2, 3, 6):
+            counts.append(step.skipped_steps())
+    assert counts == [([1, 2], 2), ([3], 3), ([5, 6], 2)]

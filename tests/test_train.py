@@ -266,6 +266,9 @@ def test_divergence_stops_the_run_and_leaves_good_checkpoints(
     assert main(words(pictures, run, "optim.lr=1e30", "optim.warmup=3", "gan.weight=0")) == 2
     error = capsys.readouterr().err
     assert "diverged" in error and "optim.lr" in error and "Traceback" not in error
+    assert "gradients were not finite and changed nothing: step" in error
+    skipped = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines() if '"skipped"' in line]
+    assert all(event["last_sample"] == event["step"] * 4 - 1 for event in skipped if event["event"] == "skipped")
     for path in run.glob("checkpoints/*/*.safetensors"):
         assert all(torch.isfinite(tensor).all() for tensor in load_file(path).values())
     for line in (run / "log.jsonl").read_text().splitlines():
@@ -351,7 +354,7 @@ def test_the_discriminator_of_a_checkpoint(finished: Path, tmp_path: Path) -> No
     [
         ("data.resolution=17", "data.resolution: 17 is not a multiple of"),
         ("validate.crop_px=15", "validate.crop_px: 15 is not a multiple of"),
-        ("loss.kl=0", "takes 3 channels and gives 1"),
+        ("loss.kl=0", "takes images of 3 channels and gives 1"),
     ],
 )
 def test_a_start_that_does_not_fit(

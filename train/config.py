@@ -92,6 +92,8 @@ class OptimSettings(Settings):
     """Learning rate at the end as a fraction of lr (cosine)."""
     clip: Weight = 1.0
     """Largest gradient norm of each network; 0 does not clip."""
+    max_skipped: Positive = 20
+    """So many steps in a row with gradients that are not finite stop the run; single ones are skipped and named."""
 
 
 class EmaSettings(Settings):

@@ -18,6 +18,7 @@ from latent_ae.config import UserError
 from .config import TrainSettings
 from .run_folder import flatten
 from .schedule import lr_scale_at
+from .step import TrainStep
 from .verdict import verdict
 
 
@@ -29,6 +30,8 @@ class Log:
         self.last = (time.perf_counter(), -1)
         self.lines: deque[dict[str, Any]] = deque(maxlen=20)
         self.verdict = ""
+        self.num_skipped = 0
+        self.not_finite: list[str] = []
         if settings.report_to:
             try:
                 accelerator.init_trackers(
@@ -58,16 +61,35 @@ class Log:
         """Counts the next line's rate from here: what took the time was not training."""
         self.last = (time.perf_counter(), done)
 
+    def skipped(self, done: int, train_step: TrainStep) -> int:
+        """Names the steps that were skipped since the last call; returns how many of the newest ones were.
+
+        Raises UserError when there are too many in a row. Waits for the device; every process calls this.
+        """
+        steps, in_a_row = train_step.skipped_steps()
+        size = self.settings.batch_size
+        for step in steps:
+            self.num_skipped += 1
+            self.write("skipped", step + 1, {"first_sample": step * size, "last_sample": (step + 1) * size - 1})
+        if steps:
+            shown = ", ".join(f"{step + 1:,}" for step in steps[:5]) + (" ..." if len(steps) > 5 else "")
+            self.say(f"gradients were not finite and changed nothing: step {shown} ({self.num_skipped:,} so far)")
+        limit = self.settings.optim.max_skipped
+        if in_a_row >= limit or (in_a_row and done == self.settings.steps):
+            terms = f" (not finite: {', '.join(self.not_finite)})" if self.not_finite else ""
+            raise UserError(
+                f"the gradients of the last {in_a_row:,} steps to {done:,} were not finite{terms}: training has "
+                "diverged. Go on from an earlier checkpoint with a lower optim.lr, gan.weight or gan.adaptive_cap, or "
+                "with optim.clip; samples of skipped steps are in log.jsonl"
+            )
+        return in_a_row
+
     def train(self, done: int, means: dict[str, torch.Tensor], progress: tqdm) -> None:
         """The losses of the step just made, averaged over processes; the only place where they leave the device."""
         stacked = self.accelerator.reduce(torch.stack([value.float() for value in means.values()]), "mean")
         values = dict(zip(means, stacked.tolist(), strict=True))
-        bad = [name for name, value in values.items() if not math.isfinite(value)]
-        if bad:
-            raise UserError(
-                f"after step {done:,} {', '.join(bad)} is not finite: training has diverged. "
-                "Lower optim.lr, gan.weight or gan.adaptive_cap, or set optim.clip"
-            )
+        self.not_finite = [name for name, value in values.items() if not math.isfinite(value)]
+        values = {name: value for name, value in values.items() if math.isfinite(value)}
         now, (then, before) = time.perf_counter(), self.last
         if 0 <= before < done:
             values["images_per_second"] = (done - before) * self.settings.batch_size / (now - then)
@@ -79,6 +101,7 @@ class Log:
         if "logits_real" in values:
             values["logit_gap"] = values["logits_real"] - values["logits_fake"]
         values["memory_gb"] = memory_gb(self.accelerator.device)
+        values |= {"skipped_steps": self.num_skipped} if self.num_skipped else {}
         self.lines.append({"step": done} | values)
         judged = verdict(list(self.lines), self.settings)
         self.write("train", done, values | {"verdict": judged})

@@ -117,9 +117,15 @@ def train(settings: TrainSettings) -> dict[str, Any]:
             means = train_step(step, feed)
             done = step + 1
             progress.update(settings.batch_size)
-            if done % settings.log.every == 0 or done == settings.steps:
+            logs = done % settings.log.every == 0 or done == settings.steps
+            saves = done % settings.checkpoint.every == 0 or done == settings.steps
+            if logs:
                 log.train(done, means, progress)
-            if done % settings.checkpoint.every == 0 or done == settings.steps:
+            # weights that give no finite gradient must not take the place of those that do
+            if (logs or saves) and log.skipped(done, train_step) and saves:
+                log.say(f"step {done:,}: no checkpoint, its gradients were not finite")
+                saves = False
+            if saves:
                 state = {
                     "step": done,
                     "num_images_seen": done * settings.batch_size,

@@ -78,16 +78,11 @@ def compile_networks(autoencoder: AutoencoderKL, discriminator: PatchDiscriminat
 
 def _refuse_misfit(autoencoder: AutoencoderKL, name: str, settings: TrainSettings) -> None:
     factor = factor_of(autoencoder)
-    channels, out_channels = int(autoencoder.config.in_channels), int(autoencoder.config.out_channels)
+    channels = int(autoencoder.config.in_channels)
     sides = {"data.resolution": settings.data.resolution, "validate.crop_px": settings.validation.crop_px}
     for key, side in sides.items():
         if side is not None and side % factor:
             raise UserError(f"{key}: {side} is not a multiple of {name}'s factor {factor}")
-    if channels != out_channels:
-        raise UserError(
-            f"init_from: {name} takes {channels} channels and gives {out_channels}; the loss compares output with "
-            "input, so they must be equal"
-        )
     if settings.loss.perceptual and channels not in (1, 3):
         raise UserError(f"loss.perceptual: {name} has {channels} channels, LPIPS sees 1 or 3: set it to 0")
 

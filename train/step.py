@@ -81,6 +81,8 @@ class TrainStep:
         self.bare_discriminator = accelerator.unwrap_model(discriminator) if discriminator is not None else None
         self.perceptual, self.ema = perceptual, ema
         self.state = StepState().to(accelerator.device)
+        self.bad_steps: list[tuple[int, Tensor]] = []
+        self.bad_in_a_row = 0
         optim = settings.optim
         groups: list[dict[str, Any]] = [
             {"params": [p for p in self.bare_reconstructor.parameters() if p.requires_grad], "lr_scale": 1.0}
@@ -281,27 +283,47 @@ class TrainStep:
             means["logvar"] = state.logvar.detach().clone()
         if phase.discriminator and gan.lecam:
             averages = torch.stack([reduced["logits_real"], reduced["logits_fake"]])
+            averages = torch.where(averages.isfinite().all(), averages, state.lecam_averages)
             state.lecam_averages.lerp_(averages, 1.0 - LECAM_DECAY)
 
     def _update(self, step: int, phase: GanPhase) -> dict[str, Tensor]:
-        """Clips and applies both networks' gradients, then averages the weights."""
+        """Clips and applies both networks' gradients, then averages the weights.
+
+        A step whose gradients are not all finite changes neither network nor their optimizers. Nobody waits to find
+        that out: the optimizers' kernels read the flag on the device, and it is equal on all processes because the
+        gradients were averaged over them.
+        """
         settings = self.settings
         scale = lr_scale_at(step, settings.steps, settings.optim)
-        norms = {"grad_norm": self._apply(self.optimizer, settings.optim.lr * scale)}
+        rates = {"grad_norm": (self.optimizer, settings.optim.lr * scale)}
         if phase.discriminator and self.discriminator_optimizer is not None:
-            norms["grad_norm_discriminator"] = self._apply(self.discriminator_optimizer, self.discriminator_lr * scale)
+            rates["grad_norm_discriminator"] = (self.discriminator_optimizer, self.discriminator_lr * scale)
+        limit = settings.optim.clip or float("inf")
+        norms = {
+            name: nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], limit, foreach=True)
+            for name, (optimizer, _) in rates.items()
+        }
+        checked = [*norms.values(), *([self.state.logvar.grad] if self.state.logvar.grad is not None else [])]
+        bad = ~torch.stack([value.float() for value in checked]).isfinite().all()
+        self.bad_steps.append((step, bad))
+        for optimizer, lr in rates.values():
+            for group in optimizer.param_groups:
+                group["lr"] = lr * group.get("lr_scale", 1.0)
+            optimizer.found_inf = bad.float()  # what a GradScaler sets; the fused kernels then skip their update
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         if self.ema is not None:
             self.ema.update(self.bare_reconstructor.autoencoder, step)
         return norms
 
-    def _apply(self, optimizer: torch.optim.Optimizer, lr: float) -> Tensor:
-        limit = self.settings.optim.clip or float("inf")
-        norm = nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], limit, foreach=True)
-        for group in optimizer.param_groups:
-            group["lr"] = lr * group.get("lr_scale", 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return norm
+    def skipped_steps(self) -> tuple[list[int], int]:
+        """Steps since the last call that were skipped, and how many of the newest ones in a row; reads the device."""
+        steps, flags = [step for step, _ in self.bad_steps], [flag for _, flag in self.bad_steps]
+        self.bad_steps.clear()
+        bad: list[bool] = torch.stack(flags).tolist() if flags else []
+        unbroken = len(bad) + self.bad_in_a_row
+        self.bad_in_a_row = next((age for age, flag in enumerate(reversed(bad)) if not flag), unbroken)
+        return [step for step, flag in zip(steps, bad, strict=True) if flag], self.bad_in_a_row
 
     def _autocast(self, enabled: bool = True) -> torch.autocast:
         enabled = enabled and self.settings.precision == "bf16"
