@@ -206,5 +206,8 @@ def _unchanged(item: T) -> T:
 
 
 def _ignore_interrupts(worker: int) -> None:
-    # Ctrl-C goes to every process of the terminal; the main one then stops the workers
+    # Ctrl-C and a scheduler's signals go to every process of the job; the main one stops the workers when it is done
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    # the second SIGTERM ends it: that is how a worker that hangs is removed
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(signal.SIGTERM, signal.SIG_DFL))

@@ -34,9 +34,12 @@ def main(argv: list[str] | None = None) -> int:
     from torch._dynamo.exc import TorchDynamoException
 
     from .loop import train
+    from .signals import EXIT_CODE, Stopped
 
     try:
         train(settings)
+    except Stopped:
+        return EXIT_CODE
     except torch.OutOfMemoryError as error:
         raise UserError(
             f"out of memory with micro_batch_size {settings.micro_batch}: halve micro_batch_size; the result stays the "

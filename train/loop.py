@@ -24,6 +24,7 @@ from .finish import finish_run, finished_results, push_export, show_results
 from .log import Log
 from .networks import compile_networks, starting_autoencoder, starting_discriminator
 from .run_folder import changed_settings, write_config
+from .signals import Stopped, StopSignals
 from .step import MicroBatch, TrainStep
 from .validate import Validator
 
@@ -112,33 +113,44 @@ def train(settings: TrainSettings) -> dict[str, Any]:
         smoothing=0.1,
     )
     step = first_step
+
+    def save(done: int) -> None:
+        state = {
+            "step": done,
+            "num_images_seen": done * settings.batch_size,
+            "num_processes": accelerator.num_processes,
+            "stream_states": gather_object([feed.stream_state]),
+            "settings": settings.model_dump(mode="json", by_alias=True),
+        }
+        if accelerator.is_main_process:
+            save_checkpoint(run, train_step, state, settings.checkpoint.keep)
+        accelerator.wait_for_everyone()
+
     try:
-        for step in range(first_step, settings.steps):
-            means = train_step(step, feed)
-            done = step + 1
-            progress.update(settings.batch_size)
-            logs = done % settings.log.every == 0 or done == settings.steps
-            saves = done % settings.checkpoint.every == 0 or done == settings.steps
-            if logs:
-                log.train(done, means, progress)
-            # weights that give no finite gradient must not take the place of those that do
-            if (logs or saves) and log.skipped(done, train_step) and saves:
-                log.say(f"step {done:,}: no checkpoint, its gradients were not finite")
-                saves = False
-            if saves:
-                state = {
-                    "step": done,
-                    "num_images_seen": done * settings.batch_size,
-                    "num_processes": accelerator.num_processes,
-                    "stream_states": gather_object([feed.stream_state]),
-                    "settings": settings.model_dump(mode="json", by_alias=True),
-                }
-                if accelerator.is_main_process:
-                    save_checkpoint(run, train_step, state, settings.checkpoint.keep)
-                accelerator.wait_for_everyone()
-            if done % settings.validation.every == 0 or done == settings.steps:
-                log.write("validate", done, validator.measure_model(averaged, run / f"previews/step-{done:08d}.png"))
-                log.restart_clock(done)
+        with StopSignals(accelerator) as stop:
+            for step in range(first_step, settings.steps):
+                means = train_step(step, feed)
+                done = step + 1
+                progress.update(settings.batch_size)
+                logs = done % settings.log.every == 0 or done == settings.steps
+                saves = done % settings.checkpoint.every == 0 or done == settings.steps
+                if logs:
+                    log.train(done, means, progress)
+                # weights that give no finite gradient must not take the place of those that do
+                if (logs or saves) and log.skipped(done, train_step) and saves:
+                    log.say(f"step {done:,}: no checkpoint, its gradients were not finite")
+                    saves = False
+                if saves:
+                    save(done)
+                if done % settings.validation.every == 0 or done == settings.steps:
+                    log.write(
+                        "validate", done, validator.measure_model(averaged, run / f"previews/step-{done:08d}.png")
+                    )
+                    log.restart_clock(done)
+                if (name := stop.wanted()) and done < settings.steps:
+                    if not saves and not log.skipped(done, train_step):
+                        save(done)
+                    raise Stopped(name)
         progress.close()
         if first_step == settings.steps:  # killed between its last checkpoint and its results
             log.write("validate", first_step, validator.measure_model(averaged))
@@ -234,4 +246,4 @@ def _say_how_to_go_on(run: Path, step: int, accelerator: Accelerator) -> None:
         where = f"the checkpoint of step {saved[-1].step:,} is kept; the same command goes on from it"
     else:
         where = "no checkpoint was due yet (checkpoint.every); the same command starts from the beginning"
-    print(f"training stopped in step {step:,}: {where}", file=sys.stderr)
+    print(f"training stopped in step {step + 1:,}: {where}", file=sys.stderr)
