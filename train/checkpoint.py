@@ -19,7 +19,7 @@ import os
 import platform
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -47,8 +47,8 @@ class Checkpoint(NamedTuple):
     """Updates made: training goes on with this step number."""
 
 
-def save_checkpoint(run: Path, train_step: TrainStep, state: Mapping[str, Any], keep: int) -> Checkpoint:
-    """Writes checkpoints/step-XXXXXXXX and then removes all but the newest `keep`. One process calls this.
+def save_checkpoint(run: Path, train_step: TrainStep, state: Mapping[str, Any]) -> Checkpoint:
+    """Writes checkpoints/step-XXXXXXXX. One process calls this.
 
     `state` needs "step". Raises UserError, and writes nothing, when a weight is not finite.
     The files appear under a temporary name that `complete_checkpoints` does not take for a
@@ -57,7 +57,7 @@ def save_checkpoint(run: Path, train_step: TrainStep, state: Mapping[str, Any], 
     refuse_bad_numbers(train_step, state["step"])
     folder = checkpoint_folder(run, state["step"])
     temporary = folder.with_name(folder.name + ".tmp")
-    for leftover in (temporary, folder):
+    for leftover in (temporary, folder, *folder.parent.glob(f"{PREFIX}*.old"), *folder.parent.glob(f"{PREFIX}*.tmp")):
         shutil.rmtree(leftover, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
@@ -80,11 +80,21 @@ def save_checkpoint(run: Path, train_step: TrainStep, state: Mapping[str, Any], 
             f"cannot write the checkpoint {folder}: {error}. "
             "Earlier checkpoints are whole; free space or change output_dir, then run the same command again"
         ) from error
-    # a later one can only be damaged: the run would have gone on from it
-    older = [checkpoint for checkpoint in complete_checkpoints(run) if checkpoint.step <= state["step"]]
-    for old in older[:-keep]:
-        shutil.rmtree(old.folder, ignore_errors=True)
     return Checkpoint(folder, state["step"])
+
+
+def prune_checkpoints(run: Path, kept: Container[int], newest: int) -> None:
+    """Removes the checkpoints up to step `newest` that are not `kept`. One process calls this, after saving."""
+    for old in complete_checkpoints(run):
+        # a later one can only be damaged: the run would have gone on from it
+        if old.step <= newest and old.step not in kept:
+            # out of sight first: a folder that is half removed must not be taken for a checkpoint
+            doomed = old.folder.with_name(f"{old.folder.name}.old")
+            try:
+                old.folder.rename(doomed)
+            except OSError:
+                continue
+            shutil.rmtree(doomed, ignore_errors=True)
 
 
 def refuse_bad_numbers(train_step: TrainStep, step: int) -> None:

@@ -70,6 +70,8 @@ class GanSettings(Settings):
     adaptive_cap: Annotated[float, Field(gt=0)] = 100.0
     adaptive_smoothing: Decay = 0.9
     lecam: Weight = 0.0
+    alarm: Annotated[float, Field(gt=1)] = 1.25
+    """Held-out LPIPS so many times that before the adversarial term is worth a warning."""
     r1: Weight = 0.0
     """Weight (gamma) of the discriminator's gradient penalty on real images."""
     r1_every: Positive = 16
@@ -108,7 +110,9 @@ class CheckpointSettings(Settings):
 
     every: Positive = 5000
     keep: Positive = 2
-    """How many of the newest stay."""
+    """How many of the newest stay. The best by held-out LPIPS and the last one before the GAN stay besides."""
+    keep_every: NonNegative = 0
+    """Checkpoints at multiples of this step stay for good; 0: none."""
 
 
 class ValidateSettings(Settings):

@@ -15,7 +15,10 @@ from tqdm import tqdm
 
 from latent_ae.config import UserError
 
+from .checkpoint import checkpoint_folder, complete_checkpoints
 from .config import TrainSettings
+from .report import held_out_distances
+from .retention import before_gan
 from .run_folder import flatten
 from .schedule import lr_scale_at
 from .step import TrainStep
@@ -56,6 +59,22 @@ class Log:
                 stream.write(json.dumps({"event": event, "step": step} | values) + "\n")
         numbers = {f"{event}/{name}": value for name, value in values.items() if isinstance(value, (int, float))}
         self.accelerator.log(numbers, step=step)
+
+    def gan_alarm(self, done: int, run: Path) -> None:
+        """Warns when held-out images look worse than before the discriminator had a say, and names the way back."""
+        gan, distances = self.settings.gan, held_out_distances(run) if self.accelerator.is_main_process else {}
+        before = before_gan(distances, gan)
+        if before is None or done <= gan.start + gan.discriminator_warmup or done not in distances:
+            return
+        if distances[done] > gan.alarm * distances[before]:
+            checkpoint = before_gan((checkpoint.step for checkpoint in complete_checkpoints(run)), gan)
+            place = checkpoint_folder(run, checkpoint) if checkpoint is not None else "none is left; checkpoint.every"
+            self.write("alarm", done, {"lpips": distances[done], "lpips_before_gan": distances[before]})
+            self.say(
+                f"step {done:,}: held-out LPIPS is {distances[done]:.3f} and was {distances[before]:.3f} at step "
+                f"{before:,}, before the adversarial term: the GAN makes it worse. To go back, copy that checkpoint "
+                f"into a new run's checkpoints/ and lower gan.weight: {place}"
+            )
 
     def restart_clock(self, done: int) -> None:
         """Counts the next line's rate from here: what took the time was not training."""

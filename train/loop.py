@@ -17,12 +17,21 @@ from latent_ae.models import Reconstructor, factor_of
 from latent_ae.order import augmentation_numbers
 from latent_ae.perceptual import LPIPS
 
-from .checkpoint import complete_checkpoints, load_checkpoint, newest_checkpoint, save_checkpoint
+from .checkpoint import (
+    complete_checkpoints,
+    load_checkpoint,
+    newest_checkpoint,
+    prune_checkpoints,
+    save_checkpoint,
+)
 from .config import TrainSettings
+from .drift import stop_on_drift
 from .ema import Ema
 from .finish import finish_run, finished_results, push_export, show_results
 from .log import Log
 from .networks import compile_networks, starting_autoencoder, starting_discriminator
+from .report import held_out_distances
+from .retention import kept_steps
 from .run_folder import changed_settings, write_config
 from .signals import Stopped, StopSignals
 from .step import MicroBatch, TrainStep
@@ -123,7 +132,10 @@ def train(settings: TrainSettings) -> dict[str, Any]:
             "settings": settings.model_dump(mode="json", by_alias=True),
         }
         if accelerator.is_main_process:
-            save_checkpoint(run, train_step, state, settings.checkpoint.keep)
+            save_checkpoint(run, train_step, state)
+            saved = [checkpoint.step for checkpoint in complete_checkpoints(run)]
+            kept = kept_steps(saved, settings.checkpoint, settings.gan, held_out_distances(run))
+            prune_checkpoints(run, kept, newest=done)
         accelerator.wait_for_everyone()
 
     try:
@@ -136,6 +148,7 @@ def train(settings: TrainSettings) -> dict[str, Any]:
                 saves = done % settings.checkpoint.every == 0 or done == settings.steps
                 if logs:
                     log.train(done, means, progress)
+                    stop_on_drift(accelerator, done, train_step.networks)
                 # weights that give no finite gradient must not take the place of those that do
                 if (logs or saves) and log.skipped(done, train_step) and saves:
                     log.say(f"step {done:,}: no checkpoint, its gradients were not finite")
@@ -147,6 +160,7 @@ def train(settings: TrainSettings) -> dict[str, Any]:
                         "validate", done, validator.measure_model(averaged, run / f"previews/step-{done:08d}.png")
                     )
                     log.restart_clock(done)
+                    log.gan_alarm(done, run)
                 if (name := stop.wanted()) and done < settings.steps:
                     if not saves and not log.skipped(done, train_step):
                         save(done)

@@ -48,6 +48,13 @@ def read_log(run: Path) -> list[dict[str, Any]]:
     return sorted(events.values(), key=lambda event: event["step"])
 
 
+def held_out_distances(run: Path) -> dict[int, float]:
+    """Held-out LPIPS by step, of what was validated."""
+    events = [event for event in read_log(run) if event["event"] == "validate"]
+    found = {event["step"]: event.get("lpips_vgg", event.get("lpips_alex")) for event in events}
+    return {step: distance for step, distance in found.items() if distance is not None}
+
+
 def write_report(run: Path, settings: TrainSettings, rows: Sequence[dict[str, Any]]) -> None:
     """Writes report.html from the run folder's log and previews; `rows` is the final table."""
     log = read_log(run)

@@ -109,6 +109,11 @@ class TrainStep:
             else None
         )
 
+    @property
+    def networks(self) -> list[nn.Module]:
+        """What trains, bare."""
+        return [net for net in (self.bare_reconstructor, self.bare_discriminator) if net is not None]
+
     def __call__(self, step: int, micro_batches: Iterator[MicroBatch]) -> dict[str, Tensor]:
         """Update number `step` (0-based) from `settings.accumulation` micro-batches.
 

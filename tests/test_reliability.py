@@ -1,0 +1,66 @@
+"""Which checkpoints stay, when the GAN is blamed, and that processes that drift apart are noticed."""
+
+from pathlib import Path
+
+import pytest
+
+from latent_ae.__main__ import main
+from latent_ae_train.checkpoint import complete_checkpoints, newest_checkpoint
+from latent_ae_train.config import CheckpointSettings, GanSettings
+from latent_ae_train.retention import before_gan, kept_steps
+
+from .launch import launch
+from .test_train import pictures, words
+
+__all__ = ["pictures"]  # a fixture
+
+
+def test_what_is_kept_is_the_newest_each_nth_the_best_and_the_last_before_the_gan():
+    gan = GanSettings(start=30, discriminator_warmup=5)
+    settings = CheckpointSettings(keep=2, keep_every=40)
+    steps, distances = range(10, 101, 10), {20: 0.5, 50: 0.2, 60: 0.2, 90: 0.9, 55: 0.0}
+    assert kept_steps(steps, settings, gan, distances) == {30, 40, 60, 80, 90, 100}  # the later of two equal ones
+    assert kept_steps(steps, CheckpointSettings(keep=1), GanSettings(weight=0), {}) == {100}
+    assert kept_steps([], settings, gan, {}) == set()
+    assert before_gan([10, 30, 35, 36], gan) == 35 and before_gan([40], gan) is None
+
+
+def test_a_run_keeps_the_checkpoint_before_its_gan_and_the_best(pictures: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    more = ("steps=12", "checkpoint.every=1", "checkpoint.keep=1", "checkpoint.keep_every=5", "validate.every=100")
+    assert main(words(pictures, run, *more, "gan.start=2", "gan.discriminator_warmup=1")) == 0
+    assert [checkpoint.step for checkpoint in complete_checkpoints(run)] == [3, 5, 10, 12]
+    assert newest_checkpoint(run).step == 12
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == [
+        f"step-{step:08d}" for step in (3, 5, 10, 12)
+    ]
+
+
+def test_the_alarm_names_the_checkpoint_to_go_back_to(
+    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from latent_ae_train.validate import Validator
+
+    original, calls = Validator.measure_model, []
+
+    def worse_every_time(self: Validator, *arguments: object) -> dict:
+        calls.append(0)
+        return original(self, *arguments) | {"lpips_vgg": 0.1 * 1.2 ** len(calls)}  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Validator, "measure_model", worse_every_time)
+    run = tmp_path / "run"
+    more = ("steps=6", "checkpoint.every=1", "validate.every=1", "gan.start=2", "gan.discriminator_warmup=0")
+    assert main(words(pictures, run, *more)) == 0
+    lines = [line for line in capsys.readouterr().err.splitlines() if "the GAN makes it worse" in line]
+    # step 3 is 1.2 times worse than step 2, the limit is 1.25
+    assert [line.split(":")[0] for line in lines] == ["step 4", "step 5", "step 6"]
+    assert all(line.endswith(f"gan.weight: {run}/checkpoints/step-00000002") for line in lines)
+    assert (run / "checkpoints/step-00000002/manifest.json").is_file()
+
+
+def test_processes_that_drift_apart_are_stopped_together(tmp_path: Path) -> None:
+    done = launch(2, Path(__file__).parent / "drift_on_processes.py", str(tmp_path / "out"))
+    assert done.returncode == 0, done.stderr
+    answers = [(tmp_path / f"out.rank{rank}").read_text().splitlines() for rank in (0, 1)]
+    assert answers[0] == answers[1] and answers[0][0] == "equal"
+    assert answers[0][1].startswith("after step 50 the weights of process 1 differ from those of process 0")
