@@ -1,6 +1,5 @@
 """Held-out images: each once, in the same order and with the same pixels every time, shared out over processes."""
 
-import hashlib
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -15,7 +14,7 @@ from latent_ae.config import DataSettings, UserError
 from latent_ae.crops import Resample, center_crop, resize_shorter
 from latent_ae.data import decode_for, loaded, worker_place
 from latent_ae.images import ImageError, to_tensor
-from latent_ae.sources import Encoded, ImageSource, StreamSource, encoded_image
+from latent_ae.sources import Encoded, ImageSource, StreamSource, digest_of, encoded_image
 
 
 class Framing(NamedTuple):
@@ -132,7 +131,7 @@ class _Middles(IterableDataset):
             digest = ""
             try:
                 encoded = read()
-                digest = _digest(encoded)
+                digest = digest_of(encoded)
                 array = decode_for(encoded, images.settings, images.channels)
                 enlarged = min(array.shape[:2]) < (framing.resize_px or framing.crop_px or images.multiple_of)
                 if framing.resize_px is not None:
@@ -153,14 +152,3 @@ class _Middles(IterableDataset):
             mine = (index for index in range(len(source)) if part.holds(index))
             for index in itertools.islice(mine, worker, None, workers):
                 yield index, source.name(index), partial(source.read, index)
-
-
-def _digest(encoded: Encoded) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    if isinstance(encoded, bytes):
-        digest.update(encoded)
-    else:
-        with encoded.open("rb") as stream:  # in pieces: an array's file may be larger than the memory
-            while piece := stream.read(1 << 20):
-                digest.update(piece)
-    return digest.hexdigest()

@@ -50,15 +50,34 @@ def decode(
         raise ImageError(error.strerror or str(error)) from None
 
 
+def kind_of(source: bytes | str | Path) -> str:
+    """Format and mode of an encoded picture or array, like "JPEG RGB", from its header. Raises ImageError."""
+    try:
+        with io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb") as stream:
+            if stream.read(len(NUMPY_MAGIC)) == NUMPY_MAGIC:
+                return "NumPy array"
+            stream.seek(0)
+            picture = _open_picture(stream)
+            return f"{picture.format} {picture.mode}" + (" animated" if getattr(picture, "is_animated", False) else "")
+    except Image.UnidentifiedImageError:
+        raise ImageError("not a known image format, or damaged at its start") from None
+    except Exception as error:  # on damaged files Pillow raises whatever its readers stumble over
+        raise ImageError(f"unreadable: {error or type(error).__name__}") from error
+
+
+def _open_picture(stream: io.IOBase) -> Image.Image:
+    # Pillow's own limit is a global that may lie below ours; only the header is read while it is off
+    with _pillow_limit:
+        pillows_limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+        try:
+            return Image.open(cast(io.BytesIO, stream))
+        finally:
+            Image.MAX_IMAGE_PIXELS = pillows_limit
+
+
 def _load_picture(stream: io.IOBase, max_pixels: int) -> Image.Image:
     try:
-        # Pillow's own limit is a global that may lie below ours; only the header is read while it is off
-        with _pillow_limit:
-            pillows_limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
-            try:
-                picture = Image.open(cast(io.BytesIO, stream))
-            finally:
-                Image.MAX_IMAGE_PIXELS = pillows_limit
+        picture = _open_picture(stream)
         width, height = picture.size
         if width * height <= max_pixels:
             picture.load()

@@ -184,6 +184,18 @@ def encoded_image(value: Any) -> Encoded:
     return value
 
 
+def digest_of(encoded: Encoded) -> str:
+    """Of the bytes as they are stored: blake2b, 16 bytes in hex. Raises OSError."""
+    digest = hashlib.blake2b(digest_size=16)
+    if isinstance(encoded, bytes):
+        digest.update(encoded)
+    else:
+        with encoded.open("rb") as stream:  # in pieces: an array's file may be larger than the memory
+            while piece := stream.read(1 << 20):
+                digest.update(piece)
+    return digest.hexdigest()
+
+
 def load_table(key: str, label: str, settings: DataSettings, path: str, **options: Any) -> TableSource | StreamSource:
     """`datasets.load_dataset` of a hub id or packaged format, its images left undecoded. Raises UserError.
 

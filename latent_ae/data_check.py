@@ -1,0 +1,171 @@
+"""latent-ae data check: reads every image once, as training would, and says what is there and what would be skipped."""
+
+import argparse
+import json
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch.utils.data import IterableDataset
+from tqdm import tqdm
+
+from latent_ae.config import DataSettings, UserError, load_settings
+from latent_ae.data import decode_for, loaded, open_images, worker_place
+from latent_ae.images import ImageError, kind_of
+from latent_ae.sources import ImageSource, StreamSource, digest_of, encoded_image
+
+SHOWN = 20
+"""Skipped files and groups of duplicates that are named on stderr; the JSON has all."""
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One image."""
+
+    name: str
+    kind: str = ""
+    """Format and mode, like JPEG RGB."""
+    size: tuple[int, int] = (0, 0)
+    """Width and height, px, upright."""
+    digest: str = ""
+    reason: str = ""
+    """Why it would be skipped; empty for a good one."""
+
+
+@dataclass
+class _Images(IterableDataset):
+    """What a worker does: every workers-th image."""
+
+    source: ImageSource
+    settings: DataSettings
+    channels: int
+
+    def __iter__(self) -> Iterator[Seen]:
+        worker, workers = worker_place()
+        if isinstance(self.source, StreamSource):
+            for index, row in enumerate(self.source.dataset):
+                value = row[self.source.column]
+                yield self._seen(f"{self.source.label} row {index}", lambda value=value: encoded_image(value))
+        else:
+            for index in range(worker, len(self.source), workers):
+                yield self._seen(self.source.name(index), lambda index=index: self.source.read(index))
+
+    def _seen(self, name: str, read: Any) -> Seen:
+        kind = digest = ""
+        try:
+            encoded = read()
+            digest = digest_of(encoded)
+            kind = kind_of(encoded)
+            height, width = decode_for(encoded, self.settings, self.channels).shape[:2]
+            return Seen(name, kind, (width, height), digest)
+        except (ImageError, OSError) as error:
+            return Seen(name, kind, digest=digest, reason=str(error))
+
+
+def check(data: str, settings: DataSettings, *, channels: int = 3, progress: bool = False) -> dict[str, Any]:
+    """Reads `settings.split` of `data` once, with `settings.num_workers` workers; returns the findings, JSON-ready.
+
+    Raises UserError when there is no such data or no image in it.
+    """
+    settings = settings.model_copy(update={"source": data})
+    source = open_images(settings, "all")
+    total = None if isinstance(source, StreamSource) else len(source)
+    workers = 0 if isinstance(source, StreamSource) else settings.num_workers
+    kinds: Counter[str] = Counter()
+    names: dict[str, list[str]] = {}
+    sizes, skipped = [], []
+    interval = 0.5 if sys.stderr.isatty() else 30
+    with tqdm(total=total, desc="check", unit="image", disable=not progress, mininterval=interval) as bar:
+        for seen in loaded(_Images(source, settings, channels), workers):
+            bar.update(1)
+            kinds[seen.kind or "unknown"] += 1
+            if seen.digest:
+                names.setdefault(seen.digest, []).append(seen.name)
+            if seen.reason:
+                skipped.append(f"{seen.name}: {seen.reason}")
+            else:
+                sizes.append(seen.size)
+    count = sum(kinds.values())
+    if not count:
+        raise UserError(f"{data}: it holds no images")
+    duplicates = sorted(group for group in names.values() if len(group) > 1)
+    return {
+        "location": data,
+        "split": settings.split,
+        "num_images": count,
+        "num_readable": len(sizes),
+        "skipped": sorted(skipped),
+        "skipped_fraction": len(skipped) / count,
+        "max_bad_fraction": settings.max_bad_fraction,
+        "kinds": dict(kinds.most_common()),
+        "shorter_side_px": _spread([min(size) for size in sizes]),
+        "longer_side_px": _spread([max(size) for size in sizes]),
+        "smaller_than_resolution": sum(min(size) < settings.resolution for size in sizes),
+        "resolution": settings.resolution,
+        "duplicates": duplicates,
+        "num_superfluous": sum(len(group) - 1 for group in duplicates),
+    }
+
+
+def _spread(values: Sequence[int]) -> dict[str, int]:
+    if not values:
+        return {}
+    return {name: int(np.percentile(values, q)) for name, q in (("min", 0), ("median", 50), ("max", 100))}
+
+
+def summary(found: dict[str, Any]) -> str:
+    """The findings for a person."""
+    shorter, lines = found["shorter_side_px"], []
+    readable = f"{found['num_readable']:,} of {found['num_images']:,} images can be read"
+    lines.append(f"{readable} (split {found['split']}, if it has splits)")
+    lines.append("kinds: " + ", ".join(f"{kind} {count:,}" for kind, count in found["kinds"].items()))
+    if shorter:
+        lines.append(f"shorter side: {shorter['min']} to {shorter['max']} px, median {shorter['median']}")
+    if found["smaller_than_resolution"]:
+        lines.append(
+            f"{found['smaller_than_resolution']:,} are smaller than data.resolution {found['resolution']} and would be "
+            "enlarged: blurred images teach blur"
+        )
+    if found["skipped"]:
+        verdict = "more" if found["skipped_fraction"] > found["max_bad_fraction"] else "no more"
+        lines.append(
+            f"{len(found['skipped']):,} would be skipped ({found['skipped_fraction']:.2%}, {verdict} than "
+            f"data.max_bad_fraction allows):"
+        )
+        lines += [f"  {line}" for line in found["skipped"][:SHOWN]]
+    if found["duplicates"]:
+        lines.append(f"{found['num_superfluous']:,} are the same as another, byte for byte:")
+        lines += [
+            f"  {' = '.join(group[:4])}{' ...' if len(group) > 4 else ''}" for group in found["duplicates"][:SHOWN]
+        ]
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """`latent-ae data check DATA`: JSON on stdout, a summary on stderr; exit code 2 when training would stop."""
+    parser = argparse.ArgumentParser(
+        prog="latent-ae data",
+        description="Reads every image once, in parallel, as training would: counts, sizes, kinds, duplicates, and\n"
+        "every file that would be skipped with the reason. Findings go to stdout as JSON, a summary to stderr.",
+        epilog="example: latent-ae data check /my/photos resolution=256 max_bad_fraction=0.001",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("action", choices=["check"])
+    parser.add_argument("data", help="photos, a folder of images, Parquet or WebDataset files, or a hub id")
+    parser.add_argument(
+        "override", nargs="*", metavar="key=value", help="changes a setting of data.*, e.g. num_workers=8"
+    )
+    parser.add_argument("--channels", type=int, default=3, help="of the model's images (default 3)")
+    words = parser.parse_intermixed_args(argv)
+    settings = load_settings(DataSettings, None, words.override)
+    found = check(words.data, settings, channels=words.channels, progress=True)
+    print(summary(found), file=sys.stderr)
+    print(json.dumps(found, indent=2))
+    if found["skipped_fraction"] > found["max_bad_fraction"] or not found["num_readable"]:
+        raise UserError(
+            f"{words.data}: training would stop at these files; mend or remove them, or raise max_bad_fraction"
+        )
+    return 0
