@@ -1,5 +1,9 @@
 """Which checkpoints stay, when the GAN is blamed, and that processes that drift apart are noticed."""
 
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,7 +13,7 @@ from latent_ae_train.checkpoint import complete_checkpoints, newest_checkpoint
 from latent_ae_train.config import CheckpointSettings, GanSettings
 from latent_ae_train.retention import before_gan, kept_steps
 
-from .launch import launch
+from .launch import ROOT, launch
 from .test_train import pictures, words
 
 __all__ = ["pictures"]  # a fixture
@@ -64,3 +68,17 @@ def test_processes_that_drift_apart_are_stopped_together(tmp_path: Path) -> None
     answers = [(tmp_path / f"out.rank{rank}").read_text().splitlines() for rank in (0, 1)]
     assert answers[0] == answers[1] and answers[0][0] == "equal"
     assert answers[0][1].startswith("after step 50 the weights of process 1 differ from those of process 0")
+
+
+def test_a_kill_while_saving_loses_nothing_that_was_saved(tmp_path: Path) -> None:
+    script = "from tests.kill_saves import kill_many; import pathlib; print(kill_many(pathlib.Path({!r}), 8, seed=1))"
+    done = subprocess.run(
+        [sys.executable, "-c", script.format(str(tmp_path / "run"))],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    steps = json.loads(done.stdout)
+    assert steps == sorted(steps) and steps[-1] >= 2, "too slow to show anything"
