@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -60,6 +61,19 @@ def test_the_alarm_names_the_checkpoint_to_go_back_to(
     assert [line.split(":")[0] for line in lines] == ["step 4", "step 5", "step 6"]
     assert all(line.endswith(f"gan.weight: {run}/checkpoints/step-00000002") for line in lines)
     assert (run / "checkpoints/step-00000002/manifest.json").is_file()
+
+
+def test_too_little_room_is_said_before_the_first_step(
+    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage._replace(free=10**5))
+    assert main(words(pictures, tmp_path / "run")) == 2
+    error = capsys.readouterr().err
+    assert "GB free" in error and "checkpoint.keep" in error and "step 2/" not in error
+    monkeypatch.undo()
+    assert main(words(pictures, tmp_path / "run", "steps=1")) == 0
+    assert not list((tmp_path / "run").glob(".preflight*"))
 
 
 def test_processes_that_drift_apart_are_stopped_together(tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ from .ema import Ema
 from .finish import finish_run, finished_results, push_export, show_results
 from .log import Log
 from .networks import compile_networks, starting_autoencoder, starting_discriminator
+from .preflight import preflight
 from .report import held_out_distances
 from .retention import kept_steps
 from .run_folder import changed_settings, write_config
@@ -89,6 +90,8 @@ def train(settings: TrainSettings) -> dict[str, Any]:
     averaged = Reconstructor(ema.module if ema is not None else autoencoder).to(memory_format=torch.channels_last)
     validator = Validator(settings, accelerator, held_out, channels, factor, perceptual)
 
+    if accelerator.is_main_process:
+        preflight(run, settings, train_step)
     state = load_checkpoint(checkpoint, train_step) if checkpoint is not None else {"step": 0}
     first_step: int = state["step"]
     log = Log(run, accelerator, settings)
