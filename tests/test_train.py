@@ -238,6 +238,20 @@ def test_a_changed_recipe_is_refused_with_its_keys(
     assert "Traceback" not in error
 
 
+@pytest.mark.parametrize("word", ["gan.weight=0", "ema.decay=0"])
+def test_a_network_switched_off_under_way_is_refused_before_anything_is_written(
+    finished: Path, pictures: Path, tmp_path: Path, word: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = shutil.copytree(finished, tmp_path / "run")
+    before = (run / "config.yaml").read_text()
+    assert main(words(pictures, run, "steps=8", word)) == 2
+    assert word.partition("=")[0] in capsys.readouterr().err
+    assert (run / "config.yaml").read_text() == before
+    # another value of what stays on is no other recipe
+    other = "gan.weight=0.2" if word.startswith("gan") else "ema.decay=0.5"
+    assert main(words(pictures, run, "steps=7", other)) == 0
+
+
 @pytest.mark.usefixtures("no_finish")
 def test_an_interrupted_run_says_how_to_go_on(
     pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
