@@ -43,8 +43,7 @@ def changed_settings(run: Path, settings: TrainSettings) -> list[str]:
     refused = [
         key
         for key in changed
-        if (_under(key, RECIPE) and not _under(key, FREE))
-        or (key in SWITCHES and bool(before[key]) != bool(now[key]))
+        if (_under(key, RECIPE) and not _under(key, FREE)) or (key in SWITCHES and bool(before[key]) != bool(now[key]))
     ]
     if refused:
         lines = "\n".join(f"  {key}: {before[key]} in {config}, now {now[key]}" for key in refused)
