@@ -9,9 +9,11 @@ also shows what else the machine did. Writes benchmarks/results/tried-GROUP.json
 """
 
 import argparse
+import math
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -26,56 +28,94 @@ from latent_ae.images import bicubic_down_up
 from latent_ae.models import Reconstructor
 from latent_ae.perceptual import LPIPS
 from latent_ae_train.config import TrainSettings
-from latent_ae_train.step import TrainStep
+from latent_ae_train.networks import starting_autoencoder
 
 
 class Idea(NamedTuple):
     words: str = ""
-    """Settings on top of BASE."""
+    """Settings on top of the group's."""
     muon: bool = False
     """Muon for the convolutions between the first and the last, AdamW at the same rate for all else."""
     small_first: float = 0.0
     """For this part of the steps four times as many crops of half the side."""
+    logvar: float | None = None
+    """The posterior's log-variance at the start; None: that of the linear start."""
+
+
+class Group(NamedTuple):
+    steps: int
+    ideas: dict[str, Idea]
+    words: str = ""
+    """Settings on top of BASE."""
+    crop_px: int = 256
+    """Side of the held-out crops."""
 
 
 BASE = "precision=bf16 gan.weight=0"
 F8 = "model.block_out_channels=[32,64,64,64] model.latent_channels={}"
-GROUPS: dict[str, tuple[int, dict[str, Idea]]] = {
-    "baseline": (
+WIDE = (
+    "model.block_out_channels=[128,256,512,512] model.layers_per_block=2 model.norm_num_groups=32 "
+    "model.mid_block_add_attention=true model.latent_channels={}"
+)
+GROUPS = {
+    "seeds": Group(320, {"baseline": Idea(), "another seed": Idea("seed=1")}),
+    "optimizer": Group(
         320,
         {
-            "baseline": Idea(),
-            "another seed": Idea("seed=1"),
-            "fp32": Idea("precision=fp32"),
-            "default start": Idea("model.init=default"),
-        },
-    ),
-    "optimizer": (
-        320,
-        {
+            "lr 1e-4": Idea(),
             "lr 3e-4": Idea("optim.lr=3e-4"),
-            "lr 1e-3": Idea("optim.lr=1e-3"),
-            "Muon, lr 1e-4": Idea(muon=True),
             "Muon, lr 3e-4": Idea("optim.lr=3e-4", muon=True),
             "Muon, lr 1e-3": Idea("optim.lr=1e-3", muon=True),
+            "lr 1e-3": Idea("optim.lr=1e-3"),
+            "Muon, lr 1e-4": Idea(muon=True),
             "betas .9, .99": Idea("optim.betas=[0.9,0.99]"),
         },
     ),
-    "cheaper": (
+    "cheaper": Group(
         320,
         {
+            "LPIPS on every second crop": Idea(),
             "LPIPS on every crop": Idea("loss.perceptual_every=1"),
             "LPIPS on every fourth crop": Idea("loss.perceptual_every=4"),
             "half of the steps with four times as many crops of 32 px": Idea(small_first=0.5),
         },
+        "optim.lr=3e-4",
+    ),
+    "posterior": Group(
+        320,
+        {
+            "log-variance -8, kl 1e-6": Idea(),
+            "log-variance -4, kl 1e-6": Idea(logvar=-4.0),
+            "log-variance -8, kl 1e-3": Idea("loss.kl=1e-3"),
+            "log-variance -4, kl 1e-3": Idea("loss.kl=1e-3", logvar=-4.0),
+        },
+        "optim.lr=3e-4",
+    ),
+    "long": Group(
+        3000,
+        {"linear start": Idea(), "default start": Idea("model.init=default")},
+        "optim.lr=3e-4",
+    ),
+    "wide": Group(
+        32,
+        {"lr 1e-4": Idea(), "lr 3e-4": Idea("optim.lr=3e-4"), "lr 3e-5": Idea("optim.lr=3e-5")},
+        f"{WIDE.format(16)} batch_size=4 optim.warmup=10",
+        crop_px=128,
     ),
 }
-Start = tuple[Callable[[int], None], TrainStep, Reconstructor]
+FRESH = {
+    "f4, 8 latent channels, 0.9 M": "",
+    "f8, 4 latent channels, 1.2 M": F8.format(4),
+    "f8, 16 latent channels, 1.2 M": F8.format(16),
+    "f8, 4 latent channels, 84 M": WIDE.format(4),
+    "f8, 16 latent channels, 84 M": WIDE.format(16),
+}
+Started = tuple[Callable[[int], dict[str, torch.Tensor]], Reconstructor]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("group", choices=GROUPS)
+    parser.add_argument("group", choices=[*GROUPS, "fresh"])
     parser.add_argument("--data", default="photos")
     parser.add_argument("--held-out", metavar="DATA", help="default: photographs held out of --data")
     parser.add_argument("--images", type=int, default=16, help="held-out images that are measured")
@@ -85,40 +125,73 @@ def main() -> None:
     torch.set_num_threads(1)
     words = [f"data.source={arguments.data}"]
     words += [f"data.eval_source={arguments.held_out}"] if arguments.held_out else []
-    steps, ideas = GROUPS[arguments.group]
     perceptual = LPIPS("vgg").to(DEVICE)
-    settings = {
-        name: load_settings(TrainSettings, "quickstart", [*words, f"steps={steps}", *BASE.split(), *idea.words.split()])
-        for name, idea in ideas.items()
-    }
+
+    def recipe(*more: str) -> TrainSettings:
+        return load_settings(TrainSettings, "quickstart", [*words, *BASE.split(), *" ".join(more).split()])
+
+    def held_out(crop_px: int) -> list[torch.Tensor]:
+        data = recipe().data
+        crops = held_out_images(open_images(data, "held_out"), data, channels=3, crop_px=crop_px, multiple_of=8)
+        return [image for _, _, image in islice(crops, arguments.images)]
+
+    if arguments.group == "fresh":
+        images = held_out(128)
+        shapes = {name: fresh(recipe(more), images, perceptual) for name, more in FRESH.items()}
+        save("tried-fresh", {"data": data_name(recipe().data), "held_out_images": len(images), "shapes": shapes})
+        return
+    group = GROUPS[arguments.group]
+    settings = {name: recipe(f"steps={group.steps}", group.words, idea.words) for name, idea in group.ideas.items()}
     if arguments.cost:
-        updates = {name: start(ideas[name], settings[name], perceptual)[0] for name in ideas}
-        calls = {name: lambda update=update: update(30) for name, update in updates.items()}
+        updates = {name: start(idea, settings[name], perceptual)[0] for name, idea in group.ideas.items()}
+        calls: dict[str, Callable[[], object]] = {name: partial(update, 30) for name, update in updates.items()}
         for call in calls.values():  # the first is slower
             call()
         save(f"tried-{arguments.group}-cost", {"contestants": alternate(calls, 15, DEVICE)})
         return
-    first = next(iter(settings.values()))
-    crops = held_out_images(open_images(first.data, "held_out"), first.data, channels=3, crop_px=256, multiple_of=8)
-    held_out = [image for _, _, image in islice(crops, arguments.images)]
+    images = held_out(group.crop_px)
     result: dict[str, Any] = {
-        "data": data_name(first.data),
-        "held_out_images": len(held_out),
-        "bicubic": {str(n): measure(lambda x, n=n: bicubic_down_up(x, n), held_out, perceptual) for n in (4, 8)},
-        "base": f"quickstart {BASE}",
+        "data": data_name(recipe().data),
+        "held_out_images": len(images),
+        "bicubic": {str(n): measure(partial(bicubic_down_up, factor=n), images, perceptual) for n in (4, 8)},
+        "base": " ".join(f"quickstart {BASE} {group.words}".split()),
         "curves": {},
     }
-    for name, idea in ideas.items():
+    for name, idea in group.ideas.items():
         print(name, file=sys.stderr)
-        curve = follow(start(idea, settings[name], perceptual), settings[name], arguments.points, held_out, perceptual)
+        curve = follow(start(idea, settings[name], perceptual), settings[name], arguments.points, images, perceptual)
         result["curves"][name] = {"settings": idea.words, "points": curve}
         save(f"tried-{arguments.group}", result)  # after each: a long group may be cut short
 
 
-def start(idea: Idea, settings: TrainSettings, perceptual: LPIPS) -> Start:
+def fresh(settings: TrainSettings, images: list[torch.Tensor], perceptual: LPIPS) -> dict[str, Any]:
+    """PSNR and LPIPS before any training, in both precisions, and with a sampled posterior of some spreads."""
+    network = Reconstructor(starting_autoencoder(settings)).eval()
+    generator = torch.Generator().manual_seed(0)
+
+    def through(image: torch.Tensor, precision: str, logvar: float | None) -> torch.Tensor:
+        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=precision == "bf16"):
+            if logvar is None:
+                return network(image).image
+            mean = network.autoencoder.encode(image).latent_dist.mean.float()
+            noise = torch.randn(mean.shape, generator=generator) * math.exp(logvar / 2)
+            return network.autoencoder.decode(mean + noise.to(mean)).sample.float()
+
+    rows: dict[str, tuple[str, float | None]] = {"fp32": ("fp32", None), "bf16": ("bf16", None)}
+    rows |= {f"sampled, log-variance {logvar}": ("bf16", float(logvar)) for logvar in (-8, -6, -4, -2)}
+    return {
+        name: measure(partial(through, precision=precision, logvar=logvar), images, perceptual)
+        for name, (precision, logvar) in rows.items()
+    }
+
+
+def start(idea: Idea, settings: TrainSettings, perceptual: LPIPS) -> Started:
     step, averaged = step_and_average(settings, perceptual)
     if idea.muon:
         step.optimizer = Muon(step.bare_reconstructor, settings)
+    if idea.logvar is not None:
+        for network in (step.bare_reconstructor.autoencoder, averaged.autoencoder):
+            nn.init.constant_(network.encoder.conv_out.bias[settings.model.latent_channels :], idea.logvar)
     small = settings.model_copy(
         update={
             "batch_size": 4 * settings.batch_size,
@@ -127,32 +200,31 @@ def start(idea: Idea, settings: TrainSettings, perceptual: LPIPS) -> Start:
     )
     batches, small_batches = Batches(settings), Batches(small)
 
-    def update(number: int) -> None:
-        step(number, small_batches if number < idea.small_first * settings.steps else batches)
+    def update(number: int) -> dict[str, torch.Tensor]:
+        return step(number, small_batches if number < idea.small_first * settings.steps else batches)
 
-    return update, step, averaged
+    return update, averaged
 
 
 def follow(
-    started: Start, settings: TrainSettings, count: int, held_out: list[torch.Tensor], perceptual: LPIPS
+    started: Started, settings: TrainSettings, count: int, images: list[torch.Tensor], perceptual: LPIPS
 ) -> list[dict[str, float]]:
     """Trains and measures before the first step and at `count` points; processor time of the updates beside it."""
-    update, _, averaged = started
-
-    def point(done: int) -> dict[str, float]:
-        return {"images": float(done * settings.batch_size), "cpu_s": round(used, 1)} | measure(
-            lambda images: averaged(images).image, held_out, perceptual
-        )
-
-    used, points = 0.0, []
+    update, averaged = started
+    used, points, means = 0.0, list[dict[str, float]](), dict[str, torch.Tensor]()
     due = {round(settings.steps * number / count) for number in range(count + 1)}
     for done in range(settings.steps + 1):
         if done in due:
-            points.append(point(done))
-            print(f"  {points[-1]}", file=sys.stderr, flush=True)
+            point = {"images": float(done * settings.batch_size), "cpu_s": round(used, 1)}
+            point |= measure(lambda image: averaged(image).image, images, perceptual)
+            point |= {
+                name: round(float(means[name]), 4) for name in ("kl_per_dimension", "latent_std") if name in means
+            }
+            points.append(point)
+            print(f"  {point}", file=sys.stderr, flush=True)
         if done < settings.steps:
             begun = time.process_time()
-            update(done)
+            means = update(done)
             used += time.process_time() - begun
     return points
 
@@ -175,7 +247,7 @@ class Muon(torch.optim.Optimizer):
         )
         self.adamw = torch.optim.AdamW(rest, settings.optim.lr, settings.optim.betas, weight_decay=0.0, fused=True)
 
-    def step(self) -> None:  # type: ignore[override]
+    def step(self) -> None:
         for weight, view in zip(self.inner, self.views, strict=True):
             assert weight.grad is not None
             view.grad = matrix_view(weight.grad)
