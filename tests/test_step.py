@@ -115,7 +115,8 @@ def test_nothing_is_computed_for_a_zero_weight(monkeypatch: pytest.MonkeyPatch, 
     from latent_ae_train import step as module
 
     used: list[str] = []
-    for name in ("kl_loss", "pixel_loss", "generator_loss", "discriminator_loss", "lecam_loss", "adaptive_ratio"):
+    terms = ("kl_loss", "pixel_loss", "generator_loss", "discriminator_loss", "lecam_loss", "adaptive_ratio")
+    for name in (*terms, "r1_penalty", "augment"):
         original = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *a, _n=name, _f=original, **k: (used.append(_n), _f(*a, **k))[1])
     lpips_calls = count_calls(lpips_vgg)
@@ -334,10 +335,10 @@ class HostReads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_no_host_read_in_a_step(lpips_vgg: LPIPS) -> None:
+def test_no_host_read_in_a_step(lpips_vgg: LPIPS, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = settings_for(
-        loss={"perceptual": 1.0, "kl": 1e-6, "perceptual_every": 2},
-        gan={**GAN, "lecam": 0.1},
+        loss={"perceptual": 1.0, "kl": 1e-6, "perceptual_every": 2, "learned_logvar": True},
+        gan={**GAN, "lecam": 0.1, "r1": 0.1, "r1_every": 1, "diffaug": ["color", "translation", "cutout"]},
         ema={"decay": 0.9},
         optim={"clip": 1.0},
         micro_batch_size=4,
@@ -346,10 +347,15 @@ def test_no_host_read_in_a_step(lpips_vgg: LPIPS) -> None:
     step(0, micro_batches(0, settings))
     batches = list(micro_batches(1, settings))
     with HostReads() as reads:
+        # on a CPU these copy nothing, so no operator shows them
+        for name in ("cpu", "tolist", "numpy"):
+            original = getattr(torch.Tensor, name)
+            read = lambda *a, _n=name, _f=original, **k: (reads.names.append(_n), _f(*a, **k))[1]  # noqa: E731
+            monkeypatch.setattr(torch.Tensor, name, read)
         means = step(1, iter(batches))
         assert not reads.names
-        float(means["l1"])  # the mode does see a read
-    assert reads.names
+        float(means["l1"]), means["l1"].cpu()  # both kinds of read are seen
+    assert {"cpu", "_local_scalar_dense.default"} <= set(reads.names)
 
 
 def test_the_adaptive_weight_is_capped_and_passes_over_what_is_not_finite() -> None:
@@ -361,6 +367,24 @@ def test_the_adaptive_weight_is_capped_and_passes_over_what_is_not_finite() -> N
 
     step._remember({"layer_reconstruction": bad, "layer_adversarial": torch.ones_like(bad)}, GanPhase(True, 0.5))
     assert float(step.state.adaptive_weight) == pytest.approx(1e-3)
+
+
+def test_the_adaptive_weight_is_smoothed_and_lecam_averages_the_logits() -> None:
+    """Both against their recursions, from what the step itself measures."""
+    smooth, plain = (
+        build_step(settings_for(gan={**GAN, "adaptive_smoothing": s, "lecam": 0.1}, optim={"lr": 1e-30}))
+        for s in (0.75, 0.0)
+    )
+    expected, averages = 0.0, torch.zeros(2)
+    for number in range(4):
+        batch = lambda: micro_batches(number, smooth.settings)  # noqa: E731, B023
+        plain(number, batch())
+        ratio = float(plain.state.adaptive_weight)
+        expected = 0.75 * expected + 0.25 * ratio if number else ratio
+        means = smooth(number, batch())
+        assert float(smooth.state.adaptive_weight) == pytest.approx(expected, rel=1e-4)
+        averages = 0.99 * averages + 0.01 * torch.stack([means["logits_real"], means["logits_fake"]])
+        torch.testing.assert_close(smooth.state.lecam_averages, averages)
 
 
 BIG = {

@@ -210,6 +210,32 @@ def test_a_damaged_checkpoint_is_passed_over(pictures: Path, tmp_path: Path, cap
 
 
 @pytest.mark.usefixtures("no_finish")
+def test_training_is_fused_and_channels_last_throughout(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from latent_ae_train import loop
+
+    steps: list[loop.TrainStep] = []
+
+    class Watched(loop.TrainStep):
+        def __init__(self, *arguments: object) -> None:
+            super().__init__(*arguments)  # type: ignore[arg-type]
+            steps.append(self)
+
+    monkeypatch.setattr(loop, "TrainStep", Watched)
+    assert main(words(pictures, tmp_path / "run", "steps=2")) == 0
+    (step,) = steps
+    for network, optimizer in (
+        (step.bare_reconstructor, step.optimizer),
+        (step.bare_discriminator, step.discriminator_optimizer),
+    ):
+        assert optimizer.defaults["fused"]
+        moments = [value for state in optimizer.state.values() for value in state.values()]
+        tensors = [tensor for tensor in (*network.parameters(), *moments) if tensor.ndim == 4]
+        assert len(tensors) > 6 and all(t.is_contiguous(memory_format=torch.channels_last) for t in tensors)
+
+
+@pytest.mark.usefixtures("no_finish")
 def test_a_full_disk_is_said_without_a_traceback(
     pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
