@@ -34,8 +34,6 @@ from latent_ae_train.networks import starting_autoencoder
 class Idea(NamedTuple):
     words: str = ""
     """Settings on top of the group's."""
-    muon: bool = False
-    """Muon for the convolutions between the first and the last, AdamW at the same rate for all else."""
     small_first: float = 0.0
     """For this part of the steps four times as many crops of half the side."""
     logvar: float | None = None
@@ -58,24 +56,25 @@ WIDE = (
     "model.mid_block_add_attention=true model.latent_channels={}"
 )
 GROUPS = {
-    "seed": Group(320, {"another seed": Idea("seed=1")}, "optim.lr=3e-4"),
+    "seed": Group(
+        320, {"lr 3e-4": Idea("optim.lr=3e-4"), "Muon, lr 6e-4": Idea("optim.kind=muon optim.lr=6e-4")}, "seed=1"
+    ),
     "optimizer": Group(
         320,
         {
             "lr 1e-4": Idea("optim.lr=1e-4"),
             "lr 3e-4": Idea("optim.lr=3e-4"),
-            "Muon, lr 3e-4": Idea("optim.lr=3e-4", muon=True),
-            "Muon, lr 1e-3": Idea("optim.lr=1e-3", muon=True),
+            "Muon, lr 3e-4": Idea("optim.kind=muon optim.lr=3e-4"),
+            "Muon, lr 1e-3": Idea("optim.kind=muon optim.lr=1e-3"),
             "lr 1e-3": Idea("optim.lr=1e-3"),
         },
     ),
-    "between": Group(320, {"lr 6e-4": Idea("optim.lr=6e-4"), "Muon, lr 6e-4": Idea("optim.lr=6e-4", muon=True)}),
+    "between": Group(320, {"lr 6e-4": Idea("optim.lr=6e-4"), "Muon, lr 6e-4": Idea("optim.kind=muon optim.lr=6e-4")}),
     "cheaper": Group(
         320,
         {
             "half of the steps with four times as many crops of 32 px": Idea(small_first=0.5),
             "LPIPS on every fourth crop": Idea("loss.perceptual_every=4"),
-            "LPIPS on every crop": Idea("loss.perceptual_every=1"),
         },
         "optim.lr=3e-4",
     ),
@@ -85,7 +84,7 @@ GROUPS = {
         "optim.lr=3e-4",
     ),
     "long": Group(
-        3000,
+        2000,
         {
             "linear start, lr 3e-4": Idea("optim.lr=3e-4"),
             "default start, lr 1e-3": Idea("model.init=default optim.lr=1e-3"),
@@ -184,8 +183,6 @@ def fresh(settings: TrainSettings, images: list[torch.Tensor], perceptual: LPIPS
 
 def start(idea: Idea, settings: TrainSettings, perceptual: LPIPS) -> Started:
     step, averaged = step_and_average(settings, perceptual)
-    if idea.muon:
-        step.optimizer = Muon(step.bare_reconstructor, settings)
     if idea.logvar is not None:
         for network in (step.bare_reconstructor.autoencoder, averaged.autoencoder):
             nn.init.constant_(network.encoder.conv_out.bias[settings.model.latent_channels :], idea.logvar)
@@ -224,38 +221,6 @@ def follow(
             means = update(done)
             used += time.process_time() - begun
     return points
-
-
-class Muon(torch.optim.Optimizer):
-    """Jordan et al. 2024 on the convolutions between the first and the last, scaled to AdamW's step (Liu et al. 2025).
-
-    torch's own implementation takes matrices only: it works on views of the channels-last weights, out x (3 3 in).
-    """
-
-    def __init__(self, network: nn.Module, settings: TrainSettings):
-        ends = ("conv_in.weight", "conv_out.weight")
-        inner = [p for name, p in network.named_parameters() if p.ndim == 4 and not name.endswith(ends)]
-        rest = [p for p in network.parameters() if not any(p is q for q in inner)]
-        super().__init__([{"params": [*inner, *rest]}], {"lr": settings.optim.lr})
-        self.inner = inner
-        self.views = [nn.Parameter(matrix_view(p.detach())) for p in inner]
-        self.muon = torch.optim.Muon(
-            self.views, lr=settings.optim.lr, momentum=0.95, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"
-        )
-        self.adamw = torch.optim.AdamW(rest, settings.optim.lr, settings.optim.betas, weight_decay=0.0, fused=True)
-
-    def step(self) -> None:
-        for weight, view in zip(self.inner, self.views, strict=True):
-            assert weight.grad is not None
-            view.grad = matrix_view(weight.grad)
-        for optimizer in (self.muon, self.adamw):
-            optimizer.param_groups[0]["lr"] = self.param_groups[0]["lr"]
-            optimizer.step()
-
-
-def matrix_view(weight: torch.Tensor) -> torch.Tensor:
-    """out x (height width in) of an out x in x height x width tensor; a view where the memory is channels-last."""
-    return weight.permute(0, 2, 3, 1).flatten(1)
 
 
 if __name__ == "__main__":

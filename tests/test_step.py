@@ -404,10 +404,12 @@ BIG = {
 }
 
 
-def train_20_steps(tmp_path: Path, processes: int, micro: int, break_it: str = "") -> dict[str, torch.Tensor]:
+def train_20_steps(
+    tmp_path: Path, processes: int, micro: int, break_it: str = "", kind: str = "adamw"
+) -> dict[str, torch.Tensor]:
     """Runs tests/train_20_steps.py on so many gloo processes; returns rank 0's tensors (all ranks are compared)."""
     out = tmp_path / f"{processes}-{micro}-{break_it}.pt"
-    settings = json.dumps({**BIG, "micro_batch_size": micro})
+    settings = json.dumps({**BIG, "micro_batch_size": micro, "optim": {**BIG["optim"], "kind": kind}})
     result = launch(processes, Path(__file__).with_name("train_20_steps.py"), settings, str(out), break_it)
     assert result.returncode == 0, result.stderr[-3000:]
     return torch.load(out, weights_only=True)
@@ -430,6 +432,13 @@ def test_the_same_global_batch_gives_the_same_training(
 ) -> None:
     other = train_20_steps(tmp_path, processes, micro)
     assert largest_difference(one_process, other) < 1e-5
+
+
+def test_the_same_training_with_muon(tmp_path: Path, one_process: dict[str, torch.Tensor]) -> None:
+    one = train_20_steps(tmp_path, 1, 8, kind="muon")
+    other = train_20_steps(tmp_path, 2, 2, kind="muon")
+    assert largest_difference(one, other) < 1e-5
+    assert largest_difference(one, one_process) > 1e-2
 
 
 @pytest.mark.parametrize(("break_it", "processes"), [("bypass", 2), ("local_weight", 2), ("unfrozen", 1)])

@@ -151,10 +151,10 @@ def test_a_run_killed_before_its_results_gets_them(finished: Path, pictures: Pat
 
 
 @pytest.mark.usefixtures("no_finish")
-@pytest.mark.parametrize("workers", [0, 2])
-def test_resumed_equals_uninterrupted(pictures: Path, tmp_path: Path, workers: int) -> None:
+@pytest.mark.parametrize(("workers", "kind"), [(0, "adamw"), (2, "adamw"), (0, "muon")])
+def test_resumed_equals_uninterrupted(pictures: Path, tmp_path: Path, workers: int, kind: str) -> None:
     """Bit for bit, stopped in the middle of the GAN's ramp; a schedule without horizon, as `steps` differs."""
-    more = ("optim.schedule=constant", f"data.num_workers={workers}", "micro_batch_size=2")
+    more = ("optim.schedule=constant", f"data.num_workers={workers}", "micro_batch_size=2", f"optim.kind={kind}")
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert main(words(pictures, whole, *more)) == 0
     assert main(words(pictures, parts, *more, "steps=2")) == 0

@@ -13,7 +13,7 @@ from .config import TrainSettings
 RECIPE = (
     *("seed", "batch_size", "precision", "init_from", "train", "model", "data"),
     *("validate.images", "validate.crop_px"),  # before and after must be measured alike
-    *("loss.perceptual_net", "loss.learned_logvar"),
+    *("loss.perceptual_net", "loss.learned_logvar", "optim.kind"),
     *("gan.loss", "gan.norm", "gan.channels", "gan.layers", "gan.blur"),
 )
 """Keys that a run cannot change under way: the weights or the sample order would no longer fit."""

@@ -28,6 +28,7 @@ from latent_ae.models import Reconstruction
 
 from .config import TrainSettings
 from .ema import Ema
+from .muon import Muon, inner_weights
 from .schedule import GanPhase, gan_phase_at, lr_scale_at
 
 LECAM_DECAY = 0.99
@@ -82,9 +83,11 @@ class TrainStep:
         self.perceptual, self.ema = perceptual, ema
         self.state = StepState().to(accelerator.device)
         optim = settings.optim
-        groups: list[dict[str, Any]] = [
-            {"params": [p for p in self.bare_reconstructor.parameters() if p.requires_grad], "lr_scale": 1.0}
-        ]
+        inner = inner_weights(self.bare_reconstructor) if optim.kind == "muon" else []
+        self.muon = Muon(inner, optim.lr, optim.weight_decay) if inner else None
+        taken = {id(parameter) for parameter in inner}
+        rest = [p for p in self.bare_reconstructor.parameters() if p.requires_grad and id(p) not in taken]
+        groups: list[dict[str, Any]] = [{"params": rest, "lr_scale": 1.0}]
         if settings.loss.learned_logvar:
             groups.append({"params": [self.state.logvar], "lr_scale": LOGVAR_LR, "weight_decay": 0.0})
         self.optimizer = torch.optim.AdamW(
@@ -287,20 +290,26 @@ class TrainStep:
         """Clips and applies both networks' gradients, then averages the weights."""
         settings = self.settings
         scale = lr_scale_at(step, settings.steps, settings.optim)
-        norms = {"grad_norm": self._apply(self.optimizer, settings.optim.lr * scale)}
+        optimizers = [self.optimizer] if self.muon is None else [self.optimizer, self.muon]
+        norms = {"grad_norm": self._apply(optimizers, settings.optim.lr * scale)}
         if phase.discriminator and self.discriminator_optimizer is not None:
-            norms["grad_norm_discriminator"] = self._apply(self.discriminator_optimizer, self.discriminator_lr * scale)
+            norms["grad_norm_discriminator"] = self._apply(
+                [self.discriminator_optimizer], self.discriminator_lr * scale
+            )
         if self.ema is not None:
             self.ema.update(self.bare_reconstructor.autoencoder, step)
         return norms
 
-    def _apply(self, optimizer: torch.optim.Optimizer, lr: float) -> Tensor:
+    def _apply(self, optimizers: list[torch.optim.Optimizer], lr: float) -> Tensor:
+        """One network's optimizers, clipped together."""
         limit = self.settings.optim.clip or float("inf")
-        norm = nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], limit, foreach=True)
-        for group in optimizer.param_groups:
-            group["lr"] = lr * group.get("lr_scale", 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        parameters = [p for optimizer in optimizers for p in optimizer.param_groups[0]["params"]]
+        norm = nn.utils.clip_grad_norm_(parameters, limit, foreach=True)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = lr * group.get("lr_scale", 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         return norm
 
     def _autocast(self, enabled: bool = True) -> torch.autocast:
