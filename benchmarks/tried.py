@@ -84,7 +84,7 @@ GROUPS = {
         "optim.lr=3e-4",
     ),
     "long": Group(
-        2000,
+        1500,
         {
             "linear start, lr 3e-4": Idea("optim.lr=3e-4"),
             "default start, lr 1e-3": Idea("model.init=default optim.lr=1e-3"),
@@ -95,6 +95,12 @@ GROUPS = {
     "wide": Group(
         32,
         {"lr 1e-4": Idea("optim.lr=1e-4"), "lr 3e-4": Idea("optim.lr=3e-4")},
+        f"{WIDE.format(16)} batch_size=4 optim.warmup=10",
+        crop_px=128,
+    ),
+    "wide-slower": Group(
+        32,
+        {"lr 3e-5": Idea("optim.lr=3e-5"), "lr 1e-5": Idea("optim.lr=1e-5")},
         f"{WIDE.format(16)} batch_size=4 optim.warmup=10",
         crop_px=128,
     ),
