@@ -80,8 +80,10 @@ def processes_table(result: dict[str, Any]) -> str:
 def tried_table(result: dict[str, Any]) -> str:
     rows = result["curves"]
     counts = [point["images"] for point in next(iter(rows.values()))["points"]]
+    bicubic = ", ".join(f"/{n} {v['psnr']:.2f} dB, {v['lpips']:.3f}" for n, v in result["bicubic"].items())
     lines = [
-        f"`{result['base']}`; {result['held_out_images']} held-out images of {result['data']}; {where(result)}.",
+        f"`{result['base']}`; {result['held_out_images']} held-out images of {result['data']} (bicubic {bicubic}); "
+        f"{where(result)}.",
         "",
         "| PSNR, LPIPS after so many crops | " + " | ".join(f"{count:,.0f}" for count in counts) + " |",
         "|---" + "|---:" * len(counts) + "|",
