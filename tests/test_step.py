@@ -340,7 +340,7 @@ def test_no_host_read_in_a_step(lpips_vgg: LPIPS, monkeypatch: pytest.MonkeyPatc
         loss={"perceptual": 1.0, "kl": 1e-6, "perceptual_every": 2, "learned_logvar": True},
         gan={**GAN, "lecam": 0.1, "r1": 0.1, "r1_every": 1, "diffaug": ["color", "translation", "cutout"]},
         ema={"decay": 0.9},
-        optim={"clip": 1.0},
+        optim={"clip": 1.0, "kind": "muon"},
         micro_batch_size=4,
     )
     step = build_step(settings, lpips_vgg)

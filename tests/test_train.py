@@ -258,8 +258,10 @@ def test_a_full_disk_is_said_without_a_traceback(
 def test_a_changed_recipe_is_refused_with_its_keys(
     finished: Path, pictures: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(words(pictures, finished, "model.latent_channels=5", "seed=3", "log.every=3")) == 2
+    changed = ("model.latent_channels=5", "seed=3", "log.every=3", "optim.kind=muon")
+    assert main(words(pictures, finished, *changed)) == 2
     error = capsys.readouterr().err
+    assert "optim.kind: adamw in" in error
     assert "model.latent_channels: 4 in" in error and "seed: 0 in" in error and "log.every" not in error
     assert "Traceback" not in error
 
