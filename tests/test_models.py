@@ -95,9 +95,9 @@ def test_a_linear_start_reconstructs_like_the_linear_codec(
         with torch.no_grad():
             result = model(image)
         expected = linear_codec(image, len(widths) - 1, details)
-        # close to the codec itself, not only about as good. 3 dB is what is promised; what is missing comes from the
-        # group norms, whose scale is set for a photograph of middling contrast (the dark rocket is about 10 % off)
-        assert psnr(result.image, expected) > 30
+        # close to the codec itself, not only about as good. What is missing comes from the group norms, whose scale
+        # is set for a photograph of middling contrast: most where a group holds one pack and the photograph is dark
+        assert psnr(result.image, expected) > (30 if widths[0] == 4 * groups and not details else 40)
         assert abs(psnr(result.image, image) - psnr(expected, image)) < 1.5
         assert torch.all(result.logvar == -8)
 
