@@ -18,7 +18,6 @@ from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
 
 from benchmarks.machine import alternate, save
 from benchmarks.time_to_quality import DEVICE, Batches, data_name, measure, step_and_average
@@ -36,8 +35,6 @@ class Idea(NamedTuple):
     """Settings on top of the group's."""
     small_first: float = 0.0
     """For this part of the steps four times as many crops of half the side."""
-    logvar: float | None = None
-    """The posterior's log-variance at the start; None: that of the linear start."""
 
 
 class Group(NamedTuple):
@@ -76,11 +73,6 @@ GROUPS = {
             "half of the steps with four times as many crops of 32 px": Idea(small_first=0.5),
             "LPIPS on every fourth crop": Idea("loss.perceptual_every=4"),
         },
-        "optim.lr=3e-4",
-    ),
-    "posterior": Group(
-        320,
-        {"log-variance -4": Idea(logvar=-4.0), "kl 1e-3": Idea("loss.kl=1e-3")},
         "optim.lr=3e-4",
     ),
     "long": Group(
@@ -189,9 +181,6 @@ def fresh(settings: TrainSettings, images: list[torch.Tensor], perceptual: LPIPS
 
 def start(idea: Idea, settings: TrainSettings, perceptual: LPIPS) -> Started:
     step, averaged = step_and_average(settings, perceptual)
-    if idea.logvar is not None:
-        for network in (step.bare_reconstructor.autoencoder, averaged.autoencoder):
-            nn.init.constant_(network.encoder.conv_out.bias[settings.model.latent_channels :], idea.logvar)
     small = settings.model_copy(
         update={
             "batch_size": 4 * settings.batch_size,
