@@ -12,7 +12,7 @@ from typing import Any
 from benchmarks.machine import RESULTS
 
 DOCS = Path(__file__).parent.parent / "docs"
-PAGES = (DOCS / "performance.md", DOCS / "multi-gpu.md")
+PAGES = (DOCS / "performance.md", DOCS / "multi-gpu.md", DOCS / "linear-start.md")
 
 
 def main() -> None:
@@ -77,6 +77,41 @@ def processes_table(result: dict[str, Any]) -> str:
     return "\n".join(lines + [f"| {name} | {seconds:.2f} |" for name, seconds in result["seconds_per_update"].items()])
 
 
+def tried_table(result: dict[str, Any]) -> str:
+    rows = result["curves"]
+    counts = [point["images"] for point in next(iter(rows.values()))["points"]]
+    bicubic = ", ".join(f"/{n} {v['psnr']:.2f} dB, {v['lpips']:.3f}" for n, v in result["bicubic"].items())
+    lines = [
+        f"`{result['base']}`; {result['held_out_images']} held-out images of {result['data']} (bicubic {bicubic}); "
+        f"{where(result)}.",
+        "",
+        "| PSNR, LPIPS after so many crops | " + " | ".join(f"{count:,.0f}" for count in counts) + " |",
+        "|---" + "|---:" * len(counts) + "|",
+    ]
+    for name, row in rows.items():
+        cells = [f"{point['psnr']:.2f}, {point['lpips']:.3f}" for point in row["points"]]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def fresh_table(result: dict[str, Any]) -> str:
+    names = list(next(iter(result["shapes"].values())))
+    lines = [
+        f"{result['held_out_images']} held-out images of {result['data']}, 128 px; {where(result)}.",
+        "",
+        "| before training: PSNR, LPIPS | " + " | ".join(names) + " |",
+        "|---" + "|---:" * len(names) + "|",
+    ]
+    for shape, row in result["shapes"].items():
+        lines.append(f"| {shape} | " + " | ".join(f"{v['psnr']:.2f}, {v['lpips']:.3f}" for v in row.values()) + " |")
+    return "\n".join(lines)
+
+
+def cost_table(result: dict[str, Any]) -> str:
+    lines = [f"{where(result)}.", "", "| | s per update |", "|---|---:|"]
+    return "\n".join(lines + [f"| {name} | {row['median_s']:.3f} |" for name, row in result["contestants"].items()])
+
+
 def where(result: dict[str, Any]) -> str:
     machine = result["machine"]
     return (
@@ -85,7 +120,11 @@ def where(result: dict[str, Any]) -> str:
     )
 
 
+# by the beginning of a result's name, the longer one first
 MAKERS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "tried-fresh": fresh_table,
+    "tried-cost": cost_table,
+    "tried": tried_table,
     "step": step_table,
     "loader": loader_table,
     "time-to-quality": quality_table,

@@ -173,22 +173,28 @@ def ours(recipe: TrainSettings, perceptual: LPIPS, steps: int, init: str) -> tup
     values: dict[str, Any] = recipe.model_dump(mode="json", by_alias=True)
     values |= {"steps": steps, "gan": values["gan"] | gan, "model": values["model"] | {"init": init}}
     settings = TrainSettings.model_validate(values)
+    step, averaged = step_and_average(settings, perceptual)
+    batches = Batches(settings)
+
+    def update(number: int) -> None:
+        step(number, batches)
+
+    return update, lambda images: averaged(images).image
+
+
+def step_and_average(settings: TrainSettings, perceptual: LPIPS) -> tuple[TrainStep, Reconstructor]:
+    """A run's training step from its beginning, and the averaged network."""
     autoencoder = starting_autoencoder(settings).to(DEVICE)
     ema = Ema(autoencoder, settings.ema.decay)
     step = TrainStep(
         settings,
         Accelerator(cpu=DEVICE.type == "cpu", mixed_precision="no"),
         Reconstructor(autoencoder).to(memory_format=torch.channels_last),
-        starting_discriminator(settings, 3).to(DEVICE),
+        starting_discriminator(settings, 3).to(DEVICE) if settings.gan.weight else None,
         perceptual,
         ema,
     )
-    batches, averaged = Batches(settings), Reconstructor(ema.module)
-
-    def update(number: int) -> None:
-        step(number, batches)
-
-    return update, lambda images: averaged(images).image
+    return step, Reconstructor(ema.module)
 
 
 if __name__ == "__main__":

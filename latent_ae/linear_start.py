@@ -13,8 +13,11 @@ How a linear signal c passes a network of GroupNorm, SiLU and residual blocks:
 """
 
 import math
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
@@ -24,38 +27,76 @@ SIGNAL_POWER = 0.25
 """Mean square of a photograph's pixels in [-1, 1], assumed for that scale; 2x off changes it by under 2 %."""
 INITIAL_LOGVAR = -8.0
 """Posterior std exp(-4) = 0.018: nearly deterministic, against the std of about 1 of a default start."""
-DETAIL_GAIN = 4.0
-"""Scales the detail latents to about the spread of the colour latents."""
-# Synthesis taps. The first three were chosen once, by grid search for the PSNR of the linear codec on photographs.
-UPSAMPLE_TAPS = (0.16, 0.68, 0.16)
-"""3-tap smoothing after nearest-neighbour upsampling (0.25, 0.5, 0.25 would be bilinear)."""
-SLOPE = 0.6
-TWIST = 0.3
-"""Amplitudes of the horizontal/vertical and of the diagonal detail."""
-SHARPEN = 0.08
-"""Weight of a Laplacian in the output convolution, which undoes part of the smoothing."""
+FIRST_GAIN, NEXT_GAIN = 4.0, 2.0
+"""Scale a detail at the level that takes it and at each one after, to about the spread of the colour latents."""
+DETAILS = ("h", "v", "d", "hh", "vv", "hd", "vd", "hm", "vm", "hv", "vh", "dd", "dm", "dh", "dv")
+"""Luma details in the order in which latents take them: about that of their variance in photographs.
+
+A letter is what one level takes of 2 x 2 pixels, the last letter at the coarsest level: m their mean, h left minus
+right, v top minus bottom, d the diagonal difference. Levels before the first letter take the mean.
+"""
+
+
+class Synthesis(NamedTuple):
+    """Taps of the decoder; fitted once for the squared error of the linear codec on photographs (BSDS500)."""
+
+    side: float
+    """3-tap smoothing (side, 1 - 2 side, side) across a detail's direction."""
+    slope: float
+    """Amplitude of h and v."""
+    twist: float
+    """Amplitude of d."""
+    sharpen: float
+    """Weight of a Laplacian in the output convolution, which undoes part of the smoothing."""
+
+
+SYNTHESIS = Synthesis(side=0.15, slope=0.45, twist=0.22, sharpen=1.0)
+SYNTHESIS_F2 = Synthesis(side=0.18, slope=0.3, twist=0.12, sharpen=0.4)
+SMOOTHING = (0.245, 0.2, 0.05)
+"""The same 3-tap smoothing after nearest-neighbour upsampling, from the finest level on (0.25 is bilinear)."""
 
 
 def linear_start_(autoencoder: AutoencoderKL) -> None:
     """Sets the weights in place so that the fresh autoencoder is a linear codec.
 
-    Latents 0..C-1 are the local mean of each image channel. Up to three more carry detail of the image's mean
-    over channels (luma) in the cell: left minus right, top minus bottom, and the diagonal difference, which the
-    decoder adds back as lapped odd functions. Latents beyond these keep their default initialisation. The
-    log-variance is INITIAL_LOGVAR everywhere. Channels that carry no pack keep their default initialisation, so
-    that the residual branches have something to learn from.
+    Latents 0..C-1 are the local mean of each image channel; the next ones carry DETAILS of the image's mean over
+    channels (luma), which the decoder adds back as lapped functions. Latents beyond these keep their default
+    initialisation. The log-variance is INITIAL_LOGVAR everywhere. Channels that carry no pack keep their default
+    initialisation, so that the residual branches have something to learn from.
 
     The autoencoder must satisfy ModelSettings.problems() for `init: linear`.
     """
     config = autoencoder.config
-    colours = config.in_channels
-    # the last downsampler writes the details with the width of the level above it
-    room = min(config.block_out_channels[-2:]) // 4 - colours
-    details = min(config.latent_channels - colours, 3, room) if len(config.block_out_channels) > 1 else 0
+    stages = signals_at(config.in_channels, tuple(config.block_out_channels), config.latent_channels)
     with torch.no_grad():
         _silence_branches_(autoencoder)
-        _encoder_(autoencoder, colours, details)
-        _decoder_(autoencoder, colours, details)
+        _encoder_(autoencoder, stages)
+        _decoder_(autoencoder, stages)
+
+
+def signals_at(colours: int, widths: Sequence[int], latents: int) -> list[list[str]]:
+    """The signals after 0, 1, ... downsamplers: colours "0", "1", ... and then luma details as words of DETAILS.
+
+    As many details as there are latents and as all levels have room for.
+    """
+    levels = len(widths) - 1
+    words = [word.rjust(levels, "m") for word in DETAILS if len(word) <= levels]
+
+    def stages(details: Sequence[str]) -> list[list[str]]:
+        kept = [
+            dict.fromkeys(word[:level] for word in details if word[:level].strip("m")) for level in range(levels + 1)
+        ]
+        return [[*map(str, range(colours)), *prefixes] for prefixes in kept]
+
+    def fits(details: Sequence[str]) -> bool:
+        # both networks hand a level's signals on to the level's neighbours
+        rooms = [min(widths[max(0, level - 1) : level + 2]) // 4 for level in range(levels + 1)]
+        return all(len(signals) <= room for signals, room in zip(stages(details), rooms, strict=True))
+
+    count = max(0, min(len(words), latents - colours))
+    while not fits(words[:count]):
+        count -= 1
+    return stages(words[:count])
 
 
 def _silence_branches_(autoencoder: AutoencoderKL) -> None:
@@ -71,26 +112,30 @@ def _silence_branches_(autoencoder: AutoencoderKL) -> None:
             module.bias[:packed] = 0.0
 
 
-def _encoder_(autoencoder: AutoencoderKL, colours: int, details: int) -> None:
-    encoder, groups = autoencoder.encoder, autoencoder.config.norm_num_groups
-    identity = _per_colour(colours, _centre(1.0))
-    _write_packs_(encoder.conv_in, identity, groups, from_packs=False)
+def _encoder_(autoencoder: AutoencoderKL, stages: list[list[str]]) -> None:
+    encoder, groups, colours = autoencoder.encoder, autoencoder.config.norm_num_groups, len(stages[0])
+    _write_packs_(encoder.conv_in, _each(colours, _centre(1.0)), groups, from_packs=False)
+    signs = {
+        "m": (1.0, 1.0, 1.0, 1.0),
+        "h": (1.0, -1.0, 1.0, -1.0),
+        "v": (1.0, 1.0, -1.0, -1.0),
+        "d": (1.0, -1.0, -1.0, 1.0),
+    }
+    analysis = {kind: F.pad(torch.tensor(sign).view(2, 2) / 4, (0, 1, 0, 1)) for kind, sign in signs.items()}
     downsamplers = [block.downsamplers[0].conv for block in encoder.down_blocks if block.downsamplers]
-    box = torch.zeros(3, 3)
-    box[:2, :2] = 0.25
-    for index, conv in enumerate(downsamplers):
-        taps = _per_colour(colours, box)
-        if index == len(downsamplers) - 1 and details:
-            sign = torch.tensor([1.0, -1.0, 0.0])
-            side = torch.tensor([1.0, 1.0, 0.0])
-            analysis = torch.stack([torch.outer(side, sign), torch.outer(sign, side), torch.outer(sign, sign)])
-            luma = (DETAIL_GAIN / 4 / colours) * analysis[:details, None].expand(-1, colours, -1, -1)
-            taps = torch.cat([taps, luma])
+    for conv, fine, coarse in zip(downsamplers, stages[:-1], stages[1:], strict=True):
+        taps = torch.zeros(len(coarse), len(fine), 3, 3)
+        taps[range(colours), range(colours)] = analysis["m"]
+        for row, word in enumerate(coarse[colours:], colours):
+            if word[:-1].strip("m"):
+                taps[row, fine.index(word[:-1])] = NEXT_GAIN * analysis[word[-1]]
+            else:
+                taps[row, :colours] = FIRST_GAIN / colours * analysis[word[-1]]
         _write_packs_(conv, taps, groups, from_packs=True)
 
-    linear = colours + details
+    linear = len(stages[-1])
     conv_out, latent_channels = encoder.conv_out, autoencoder.config.latent_channels
-    conv_out.weight[:linear] = _read_packs(conv_out, _per_colour(linear, _centre(1.0)))
+    conv_out.weight[:linear] = _read_packs(conv_out, _each(linear, _centre(1.0)))
     conv_out.bias[:linear] = 0.0
     conv_out.weight[latent_channels:] = 0.0
     conv_out.bias[latent_channels:] = INITIAL_LOGVAR
@@ -100,30 +145,39 @@ def _encoder_(autoencoder: AutoencoderKL, colours: int, details: int) -> None:
             nn.init.zeros_(conv.bias)
 
 
-def _decoder_(autoencoder: AutoencoderKL, colours: int, details: int) -> None:
-    decoder, groups = autoencoder.decoder, autoencoder.config.norm_num_groups
-    _write_packs_(decoder.conv_in, _per_colour(colours + details, _centre(1.0)), groups, from_packs=False)
-    smooth = torch.tensor(UPSAMPLE_TAPS)
-    slope, side = torch.tensor([-1.0, 0.0, 1.0]), torch.tensor([0.25, 0.5, 0.25])
-    synthesis = torch.stack(
-        [
-            SLOPE * torch.outer(side, slope),
-            SLOPE * torch.outer(slope, side),
-            TWIST * torch.outer(slope, slope),
-        ]
-    )
+def _decoder_(autoencoder: AutoencoderKL, stages: list[list[str]]) -> None:
+    decoder, groups, colours = autoencoder.decoder, autoencoder.config.norm_num_groups, len(stages[0])
+    given = SYNTHESIS if len(stages) > 2 else SYNTHESIS_F2
+    _write_packs_(decoder.conv_in, _each(len(stages[-1]), _centre(1.0)), groups, from_packs=False)
     upsamplers = [block.upsamplers[0].conv for block in decoder.up_blocks if block.upsamplers]
-    for index, conv in enumerate(upsamplers):
-        taps = _per_colour(colours, torch.outer(smooth, smooth))
-        if index == 0 and details:
-            luma = (synthesis[:details] / DETAIL_GAIN).expand(colours, -1, -1, -1)
-            taps = torch.cat([taps, luma], dim=1)
+    side, slope = _smoothing(given.side), torch.tensor([-1.0, 0.0, 1.0])
+    for level, conv in zip(range(len(upsamplers) - 1, -1, -1), upsamplers, strict=True):
+        smooth = _smoothing(SMOOTHING[min(level, len(SMOOTHING) - 1)])
+        synthesis = {
+            "m": torch.outer(smooth, smooth),
+            "h": given.slope * torch.outer(side, slope),
+            "v": given.slope * torch.outer(slope, side),
+            "d": given.twist * torch.outer(slope, slope),
+        }
+        fine, coarse = stages[level], stages[level + 1]
+        taps = torch.zeros(len(fine), len(coarse), 3, 3)
+        taps[range(colours), range(colours)] = synthesis["m"]
+        for column, word in enumerate(coarse[colours:], colours):
+            if word[:-1].strip("m"):
+                taps[fine.index(word[:-1]), column] = synthesis[word[-1]] / NEXT_GAIN
+            else:
+                taps[:colours, column] = synthesis[word[-1]] / FIRST_GAIN
         _write_packs_(conv, taps, groups, from_packs=True)
 
-    laplacian = torch.tensor([[0.0, -1.0, 0.0], [-1.0, 4.0, -1.0], [0.0, -1.0, 0.0]])
-    taps = _per_colour(colours, _centre(1.0) + SHARPEN * laplacian)
-    decoder.conv_out.weight[:] = _read_packs(decoder.conv_out, taps)
+    taps = _centre(1.0)
+    if upsamplers:
+        taps += given.sharpen * torch.tensor([[0.0, -1.0, 0.0], [-1.0, 4.0, -1.0], [0.0, -1.0, 0.0]])
+    decoder.conv_out.weight[:] = _read_packs(decoder.conv_out, _each(colours, taps))
     nn.init.zeros_(decoder.conv_out.bias)
+
+
+def _smoothing(side: float) -> Tensor:
+    return torch.tensor([side, 1 - 2 * side, side])
 
 
 def _centre(value: float) -> Tensor:
@@ -132,7 +186,7 @@ def _centre(value: float) -> Tensor:
     return taps
 
 
-def _per_colour(count: int, taps: Tensor) -> Tensor:
+def _each(count: int, taps: Tensor) -> Tensor:
     """The same 3x3 taps for each of `count` signals, none across: count x count x 3 x 3."""
     return torch.eye(count)[:, :, None, None] * taps
 

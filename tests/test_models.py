@@ -12,7 +12,7 @@ from PIL import Image
 
 from latent_ae.config import DataSettings, ModelSettings, UserError
 from latent_ae.data import open_images
-from latent_ae.linear_start import SHARPEN, SLOPE, TWIST, UPSAMPLE_TAPS
+from latent_ae.linear_start import DETAILS, SMOOTHING, SYNTHESIS, SYNTHESIS_F2
 from latent_ae.models import Reconstructor, build_autoencoder, factor_of, load_autoencoder
 from tests.tiny import MODEL
 
@@ -33,40 +33,54 @@ def psnr(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def linear_codec(image: torch.Tensor, levels: int, details: int) -> torch.Tensor:
-    """What the linear start imitates, written with pooling and depthwise filters; image 1 x C x H x W."""
+    """What the linear start imitates, written with strided sums and depthwise filters; image 1 x C x H x W."""
+    words = [word for word in DETAILS if len(word) <= levels][:details]
+    taps = SYNTHESIS if levels > 1 else SYNTHESIS_F2
 
-    def smooth(x: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-        kernel = torch.outer(rows, columns).expand(x.shape[1], 1, 3, 3)
+    def taken(x: torch.Tensor, kind: str) -> torch.Tensor:
+        a, b, c, d = (x[..., row::2, column::2] for row in (0, 1) for column in (0, 1))
+        return {"m": a + b + c + d, "h": a - b + c - d, "v": a + b - c - d, "d": a - b - c + d}[kind] / 4
+
+    def given_back(x: torch.Tensor, kind: str, level: int) -> torch.Tensor:
+        smooth, side = ([s, 1 - 2 * s, s] for s in (SMOOTHING[min(level, 2)], taps.side))
+        slope = [-1.0, 0.0, 1.0]
+        rows, columns, gain = {
+            "m": (smooth, smooth, 1.0),
+            "h": (side, slope, taps.slope),
+            "v": (slope, side, taps.slope),
+            "d": (slope, slope, taps.twist),
+        }[kind]
+        kernel = gain * torch.outer(torch.tensor(rows), torch.tensor(columns)).expand(x.shape[1], 1, 3, 3)
         return F.conv2d(F.interpolate(x, scale_factor=2.0), kernel, padding=1, groups=x.shape[1])
 
-    taps, side, slope = torch.tensor(UPSAMPLE_TAPS), torch.tensor([0.25, 0.5, 0.25]), torch.tensor([-1.0, 0.0, 1.0])
-    fine = F.avg_pool2d(image, 2 ** (levels - 1))
-    luma = fine.mean(1, keepdim=True)
-    a, b = luma[..., 0::2, 0::2], luma[..., 0::2, 1::2]
-    c, d = luma[..., 1::2, 0::2], luma[..., 1::2, 1::2]
-    output = smooth(F.avg_pool2d(fine, 2), taps, taps)
-    parts = [
-        SLOPE * smooth((a - b + c - d) / 4, side, slope),
-        SLOPE * smooth((a + b - c - d) / 4, slope, side),
-        TWIST * smooth((a - b - c + d) / 4, slope, slope),
-    ]
-    for part in parts[:details]:
-        output = output + part
-    for _ in range(levels - 1):
-        output = smooth(output, taps, taps)
-    kernel = torch.tensor([[0.0, -SHARPEN, 0.0], [-SHARPEN, 1 + 4 * SHARPEN, -SHARPEN], [0.0, -SHARPEN, 0.0]])
-    return F.conv2d(output, kernel.expand(image.shape[1], 1, 3, 3), padding=1, groups=image.shape[1])
+    colours, luma = F.avg_pool2d(image, 2**levels), image.mean(1, keepdim=True)
+    signals = []
+    for word in words:
+        detail = luma
+        for kind in word.rjust(levels, "m"):
+            detail = taken(detail, kind)
+        signals.append((word.rjust(levels, "m"), detail))
+    for level in reversed(range(levels)):
+        colours = given_back(colours, "m", level)
+        signals = [(word[:-1], given_back(detail, word[-1], level)) for word, detail in signals]
+        colours = colours + sum(detail for word, detail in signals if not word.strip("m"))
+        signals = [(word, detail) for word, detail in signals if word.strip("m")]
+    side = -taps.sharpen
+    kernel = torch.tensor([[0.0, side, 0.0], [side, 1 - 4 * side, side], [0.0, side, 0.0]])
+    return F.conv2d(colours, kernel.expand(image.shape[1], 1, 3, 3), padding=1, groups=image.shape[1])
 
 
 @pytest.mark.parametrize(
     ("widths", "groups", "latents", "details"),
     [
-        ((32, 64, 64), 8, 8, 3),
+        ((32, 64, 64), 8, 8, 5),
         ((32, 64, 64), 8, 4, 1),
         ((16, 32), 4, 3, 0),
-        ((32, 32, 32, 64), 8, 16, 3),
-        ((64, 128, 128), 16, 6, 3),
+        ((32, 32, 64, 64), 8, 16, 13),
+        ((32, 32, 32, 64), 8, 16, 5),  # 32 channels have room for 3 colours and 5 details
+        ((64, 128, 128), 16, 20, 15),
         ((16, 64), 4, 8, 1),
+        ((16, 16, 16, 32, 32), 4, 4, 1),
     ],
 )
 def test_a_linear_start_reconstructs_like_the_linear_codec(
@@ -81,9 +95,9 @@ def test_a_linear_start_reconstructs_like_the_linear_codec(
         with torch.no_grad():
             result = model(image)
         expected = linear_codec(image, len(widths) - 1, details)
-        # close to the codec itself, not only about as good. 3 dB is what is promised; what is missing comes from the
-        # group norms, whose scale is set for a photograph of middling contrast (the dark rocket is about 10 % off)
-        assert psnr(result.image, expected) > 30
+        # close to the codec itself, not only about as good. What is missing comes from the group norms, whose scale
+        # is set for a photograph of middling contrast: most where a group holds one pack and the photograph is dark
+        assert psnr(result.image, expected) > (30 if widths[0] == 4 * groups and not details else 40)
         assert abs(psnr(result.image, image) - psnr(expected, image)) < 1.5
         assert torch.all(result.logvar == -8)
 
@@ -99,6 +113,16 @@ def test_a_linear_start_beats_bicubic_before_any_training() -> None:
         ours = [psnr(model(image).image, image) for image in photographs()]
     bicubic = [psnr(bicubic_down_up(image, 4), image) for image in photographs()]
     assert sum(ours) / len(ours) > sum(bicubic) / len(bicubic)
+
+
+def test_a_linear_start_without_downsampling_is_the_identity() -> None:
+    settings = ModelSettings(
+        block_out_channels=(16,), norm_num_groups=4, latent_channels=3, layers_per_block=1, init="linear"
+    )
+    model = Reconstructor(build_autoencoder(settings, sample_size=64)).eval()
+    image = photographs()[0]
+    with torch.no_grad():
+        assert psnr(model(image).image, image) > 40
 
 
 def test_stock_diffusers_loads_a_linear_start(tmp_path: Path) -> None:

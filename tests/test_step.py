@@ -115,7 +115,8 @@ def test_nothing_is_computed_for_a_zero_weight(monkeypatch: pytest.MonkeyPatch, 
     from latent_ae_train import step as module
 
     used: list[str] = []
-    for name in ("kl_loss", "pixel_loss", "generator_loss", "discriminator_loss", "lecam_loss", "adaptive_ratio"):
+    terms = ("kl_loss", "pixel_loss", "generator_loss", "discriminator_loss", "lecam_loss", "adaptive_ratio")
+    for name in (*terms, "r1_penalty", "augment"):
         original = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *a, _n=name, _f=original, **k: (used.append(_n), _f(*a, **k))[1])
     lpips_calls = count_calls(lpips_vgg)
@@ -334,22 +335,27 @@ class HostReads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_no_host_read_in_a_step(lpips_vgg: LPIPS) -> None:
+def test_no_host_read_in_a_step(lpips_vgg: LPIPS, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = settings_for(
-        loss={"perceptual": 1.0, "kl": 1e-6, "perceptual_every": 2},
-        gan={**GAN, "lecam": 0.1},
+        loss={"perceptual": 1.0, "kl": 1e-6, "perceptual_every": 2, "learned_logvar": True},
+        gan={**GAN, "lecam": 0.1, "r1": 0.1, "r1_every": 1, "diffaug": ["color", "translation", "cutout"]},
         ema={"decay": 0.9},
-        optim={"clip": 1.0},
+        optim={"clip": 1.0, "kind": "muon"},
         micro_batch_size=4,
     )
     step = build_step(settings, lpips_vgg)
     step(0, micro_batches(0, settings))
     batches = list(micro_batches(1, settings))
     with HostReads() as reads:
+        # on a CPU these copy nothing, so no operator shows them
+        for name in ("cpu", "tolist", "numpy"):
+            original = getattr(torch.Tensor, name)
+            read = lambda *a, _n=name, _f=original, **k: (reads.names.append(_n), _f(*a, **k))[1]  # noqa: E731
+            monkeypatch.setattr(torch.Tensor, name, read)
         means = step(1, iter(batches))
         assert not reads.names
-        float(means["l1"])  # the mode does see a read
-    assert reads.names
+        float(means["l1"]), means["l1"].cpu()  # both kinds of read are seen
+    assert {"cpu", "_local_scalar_dense.default"} <= set(reads.names)
 
 
 def test_the_adaptive_weight_is_capped_and_passes_over_what_is_not_finite() -> None:
@@ -361,6 +367,24 @@ def test_the_adaptive_weight_is_capped_and_passes_over_what_is_not_finite() -> N
 
     step._remember({"layer_reconstruction": bad, "layer_adversarial": torch.ones_like(bad)}, GanPhase(True, 0.5))
     assert float(step.state.adaptive_weight) == pytest.approx(1e-3)
+
+
+def test_the_adaptive_weight_is_smoothed_and_lecam_averages_the_logits() -> None:
+    """Both against their recursions, from what the step itself measures."""
+    smooth, plain = (
+        build_step(settings_for(gan={**GAN, "adaptive_smoothing": s, "lecam": 0.1}, optim={"lr": 1e-30}))
+        for s in (0.75, 0.0)
+    )
+    expected, averages = 0.0, torch.zeros(2)
+    for number in range(4):
+        batch = lambda: micro_batches(number, smooth.settings)  # noqa: E731, B023
+        plain(number, batch())
+        ratio = float(plain.state.adaptive_weight)
+        expected = 0.75 * expected + 0.25 * ratio if number else ratio
+        means = smooth(number, batch())
+        assert float(smooth.state.adaptive_weight) == pytest.approx(expected, rel=1e-4)
+        averages = 0.99 * averages + 0.01 * torch.stack([means["logits_real"], means["logits_fake"]])
+        torch.testing.assert_close(smooth.state.lecam_averages, averages)
 
 
 BIG = {
@@ -380,10 +404,12 @@ BIG = {
 }
 
 
-def train_20_steps(tmp_path: Path, processes: int, micro: int, break_it: str = "") -> dict[str, torch.Tensor]:
+def train_20_steps(
+    tmp_path: Path, processes: int, micro: int, break_it: str = "", kind: str = "adamw"
+) -> dict[str, torch.Tensor]:
     """Runs tests/train_20_steps.py on so many gloo processes; returns rank 0's tensors (all ranks are compared)."""
     out = tmp_path / f"{processes}-{micro}-{break_it}.pt"
-    settings = json.dumps({**BIG, "micro_batch_size": micro})
+    settings = json.dumps({**BIG, "micro_batch_size": micro, "optim": {**BIG["optim"], "kind": kind}})
     result = launch(processes, Path(__file__).with_name("train_20_steps.py"), settings, str(out), break_it)
     assert result.returncode == 0, result.stderr[-3000:]
     return torch.load(out, weights_only=True)
@@ -408,6 +434,13 @@ def test_the_same_global_batch_gives_the_same_training(
     assert largest_difference(one_process, other) < 1e-5
 
 
+def test_the_same_training_with_muon(tmp_path: Path, one_process: dict[str, torch.Tensor]) -> None:
+    one = train_20_steps(tmp_path, 1, 8, kind="muon")
+    other = train_20_steps(tmp_path, 2, 2, kind="muon")
+    assert largest_difference(one, other) < 1e-5
+    assert largest_difference(one, one_process) > 1e-2
+
+
 @pytest.mark.parametrize(("break_it", "processes"), [("bypass", 2), ("local_weight", 2), ("unfrozen", 1)])
 def test_a_broken_step_is_noticed(
     tmp_path: Path, one_process: dict[str, torch.Tensor], break_it: str, processes: int
@@ -416,10 +449,12 @@ def test_a_broken_step_is_noticed(
     assert largest_difference(one_process, other) > 1e-4
 
 
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
 @pytest.mark.parametrize("what", ["image", "discriminator"])
-def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(what: str) -> None:
+def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(what: str, kind: str) -> None:
     gan = {**GAN, "lecam": 1.0}
-    settings = settings_for(gan=gan, loss={"learned_logvar": True}, ema={"decay": 0.9}, batch_size=4)
+    loss, optim = {"learned_logvar": True}, {"kind": kind, "weight_decay": 0.1}
+    settings = settings_for(gan=gan, loss=loss, optim=optim, ema={"decay": 0.9}, batch_size=4)
     step = build_step(settings)
     for number in range(2):
         step(number, micro_batches(number, settings))
@@ -446,7 +481,8 @@ def everything(step: TrainStep) -> dict[str, torch.Tensor]:
     found = {f"state.{name}": tensor for name, tensor in step.state.state_dict().items()}
     for name, network in (("autoencoder", step.bare_reconstructor), ("discriminator", step.bare_discriminator)):
         found |= {f"{name}.{key}": tensor for key, tensor in network.state_dict().items()}
-    for name, optimizer in (("first", step.optimizer), ("second", step.discriminator_optimizer)):
+    optimizers = {"first": step.optimizer, "muon": step.muon, "second": step.discriminator_optimizer}
+    for name, optimizer in ((name, one) for name, one in optimizers.items() if one is not None):
         for number, values in optimizer.state_dict()["state"].items():
             found |= {f"{name}.{number}.{key}": value for key, value in values.items()}
     return {key: tensor.detach().clone() for key, tensor in found.items()}

@@ -153,10 +153,10 @@ def test_a_run_killed_before_its_results_gets_them(finished: Path, pictures: Pat
 
 
 @pytest.mark.usefixtures("no_finish")
-@pytest.mark.parametrize("workers", [0, 2])
-def test_resumed_equals_uninterrupted(pictures: Path, tmp_path: Path, workers: int) -> None:
+@pytest.mark.parametrize(("workers", "kind"), [(0, "adamw"), (2, "adamw"), (0, "muon")])
+def test_resumed_equals_uninterrupted(pictures: Path, tmp_path: Path, workers: int, kind: str) -> None:
     """Bit for bit, stopped in the middle of the GAN's ramp; a schedule without horizon, as `steps` differs."""
-    more = ("optim.schedule=constant", f"data.num_workers={workers}", "micro_batch_size=2")
+    more = ("optim.schedule=constant", f"data.num_workers={workers}", "micro_batch_size=2", f"optim.kind={kind}")
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert main(words(pictures, whole, *more)) == 0
     assert main(words(pictures, parts, *more, "steps=2")) == 0
@@ -212,6 +212,32 @@ def test_a_damaged_checkpoint_is_passed_over(pictures: Path, tmp_path: Path, cap
 
 
 @pytest.mark.usefixtures("no_finish")
+def test_training_is_fused_and_channels_last_throughout(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from latent_ae_train import loop
+
+    steps: list[loop.TrainStep] = []
+
+    class Watched(loop.TrainStep):
+        def __init__(self, *arguments: object) -> None:
+            super().__init__(*arguments)  # type: ignore[arg-type]
+            steps.append(self)
+
+    monkeypatch.setattr(loop, "TrainStep", Watched)
+    assert main(words(pictures, tmp_path / "run", "steps=2")) == 0
+    (step,) = steps
+    for network, optimizer in (
+        (step.bare_reconstructor, step.optimizer),
+        (step.bare_discriminator, step.discriminator_optimizer),
+    ):
+        assert optimizer.defaults["fused"]
+        moments = [value for state in optimizer.state.values() for value in state.values()]
+        tensors = [tensor for tensor in (*network.parameters(), *moments) if tensor.ndim == 4]
+        assert len(tensors) > 6 and all(t.is_contiguous(memory_format=torch.channels_last) for t in tensors)
+
+
+@pytest.mark.usefixtures("no_finish")
 def test_a_full_disk_is_said_without_a_traceback(
     pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -234,10 +260,26 @@ def test_a_full_disk_is_said_without_a_traceback(
 def test_a_changed_recipe_is_refused_with_its_keys(
     finished: Path, pictures: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(words(pictures, finished, "model.latent_channels=5", "seed=3", "log.every=3")) == 2
+    changed = ("model.latent_channels=5", "seed=3", "log.every=3", "optim.kind=muon")
+    assert main(words(pictures, finished, *changed)) == 2
     error = capsys.readouterr().err
+    assert "optim.kind: adamw in" in error
     assert "model.latent_channels: 4 in" in error and "seed: 0 in" in error and "log.every" not in error
     assert "Traceback" not in error
+
+
+@pytest.mark.parametrize("word", ["gan.weight=0", "ema.decay=0"])
+def test_a_network_switched_off_under_way_is_refused_before_anything_is_written(
+    finished: Path, pictures: Path, tmp_path: Path, word: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = shutil.copytree(finished, tmp_path / "run")
+    before = (run / "config.yaml").read_text()
+    assert main(words(pictures, run, "steps=8", word)) == 2
+    assert word.partition("=")[0] in capsys.readouterr().err
+    assert (run / "config.yaml").read_text() == before
+    # another value of what stays on is no other recipe
+    other = "gan.weight=0.2" if word.startswith("gan") else "ema.decay=0.5"
+    assert main(words(pictures, run, "steps=7", other)) == 0
 
 
 @pytest.mark.usefixtures("no_finish")

@@ -5,7 +5,7 @@
         ema.safetensors            their average, what validation and export use (only with ema.decay > 0)
         config.json                the autoencoder's diffusers config
         discriminator.safetensors  (only with a discriminator)
-        optimizer.pt               both optimizers' state
+        optimizer.pt               the optimizers' state
         step_state.safetensors     adaptive weight and LeCam averages
         state.json                 step, samples seen, number of processes, versions, the run's settings
         manifest.json              size and SHA-256 of every other file; written last
@@ -130,7 +130,8 @@ def load_checkpoint(checkpoint: Checkpoint, train_step: TrainStep) -> dict[str, 
             _load(module, load_file(path, device=device), path)
     optimizers = torch.load(folder / "optimizer.pt", map_location=device, weights_only=True)
     for name, optimizer in _optimizers(train_step).items():
-        settings = [{key: group[key] for key in ("betas", "weight_decay")} for group in optimizer.param_groups]
+        keys = optimizer.defaults.keys() & {"betas", "weight_decay"}
+        settings = [{key: group[key] for key in keys} for group in optimizer.param_groups]
         optimizer.load_state_dict(optimizers[name])
         for group, now in zip(optimizer.param_groups, settings, strict=True):
             group.update(now)  # those of the settings may have been changed; torch brings the old ones back
@@ -206,7 +207,11 @@ def versions() -> dict[str, str]:
 
 
 def _optimizers(train_step: TrainStep) -> dict[str, torch.optim.Optimizer]:
-    pairs = {"autoencoder": train_step.optimizer, "discriminator": train_step.discriminator_optimizer}
+    pairs = {
+        "autoencoder": train_step.optimizer,
+        "muon": train_step.muon,
+        "discriminator": train_step.discriminator_optimizer,
+    }
     return {name: optimizer for name, optimizer in pairs.items() if optimizer is not None}
 
 

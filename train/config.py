@@ -79,8 +79,10 @@ class GanSettings(Settings):
 
 
 class OptimSettings(Settings):
-    """AdamW for both networks. The learning rate is used as written: nothing scales it by the batch."""
+    """The learning rate is used as written: nothing scales it by the batch. The discriminator has AdamW."""
 
+    kind: Literal["adamw", "muon"] = "adamw"
+    """muon: Muon for the autoencoder's convolutions and matrices but the first and last, AdamW for the rest of it."""
     lr: Rate = 1e-4
     discriminator_lr: Rate | None = None
     """null: the same as lr."""

@@ -27,8 +27,9 @@ def describe_plan(settings: TrainSettings) -> str:
             gan = settings.gan
             judge = count_parameters(PatchDiscriminator(channels, gan.channels, gan.layers, gan.norm, gan.blur))
     learning = sum(parameter.numel() for parameter in autoencoder.parameters() if parameter.requires_grad)
-    # weights and their average; two moments of AdamW where something learns
-    copies = (2 if settings.ema.decay else 1) * weights + 2 * learning + 3 * judge
+    # weights and their average; AdamW's two moments where something learns, or the one of Muon
+    moments = 1 if settings.optim.kind == "muon" else 2
+    copies = (2 if settings.ema.decay else 1) * weights + moments * learning + 3 * judge
     part = "" if learning == weights else f" ({learning:,} learn)"
     factor = factor_of(autoencoder)
     side = settings.data.resolution // factor

@@ -13,12 +13,14 @@ from .config import TrainSettings
 RECIPE = (
     *("seed", "batch_size", "precision", "init_from", "train", "model", "data"),
     *("validate.images", "validate.crop_px"),  # before and after must be measured alike
-    *("loss.perceptual_net", "loss.learned_logvar"),
+    *("loss.perceptual_net", "loss.learned_logvar", "optim.kind"),
     *("gan.loss", "gan.norm", "gan.channels", "gan.layers", "gan.blur"),
 )
 """Keys that a run cannot change under way: the weights or the sample order would no longer fit."""
 FREE = ("data.num_workers", "data.max_bad_fraction")
 """Keys under RECIPE that may change all the same."""
+SWITCHES = ("gan.weight", "ema.decay")
+"""Keys whose value may change, but not to or from 0: a checkpoint holds the network or it does not."""
 SILENT = (
     *("output_dir", "report_to", "push_to_hub", "micro_batch_size", "checkpoint", "log"),
     *("compile", "gradient_checkpointing", "gan.init_from"),
@@ -38,7 +40,11 @@ def changed_settings(run: Path, settings: TrainSettings) -> list[str]:
     before = flatten(yaml.safe_load(config.read_text(encoding="utf-8")) or {})
     now = flatten(settings.model_dump(mode="json", by_alias=True))
     changed = [key for key in now if key in before and before[key] != now[key] and not _under(key, SILENT)]
-    refused = [key for key in changed if _under(key, RECIPE) and not _under(key, FREE)]
+    refused = [
+        key
+        for key in changed
+        if (_under(key, RECIPE) and not _under(key, FREE)) or (key in SWITCHES and bool(before[key]) != bool(now[key]))
+    ]
     if refused:
         lines = "\n".join(f"  {key}: {before[key]} in {config}, now {now[key]}" for key in refused)
         raise UserError(

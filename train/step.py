@@ -28,6 +28,7 @@ from latent_ae.models import Reconstruction
 
 from .config import TrainSettings
 from .ema import Ema
+from .muon import Muon, inner_weights
 from .schedule import GanPhase, gan_phase_at, lr_scale_at
 
 LECAM_DECAY = 0.99
@@ -84,9 +85,11 @@ class TrainStep:
         self.bad_steps: list[tuple[int, Tensor]] = []
         self.bad_in_a_row = 0
         optim = settings.optim
-        groups: list[dict[str, Any]] = [
-            {"params": [p for p in self.bare_reconstructor.parameters() if p.requires_grad], "lr_scale": 1.0}
-        ]
+        inner = inner_weights(self.bare_reconstructor) if optim.kind == "muon" else []
+        self.muon = Muon(inner, optim.lr, optim.weight_decay) if inner else None
+        taken = {id(parameter) for parameter in inner}
+        rest = [p for p in self.bare_reconstructor.parameters() if p.requires_grad and id(p) not in taken]
+        groups: list[dict[str, Any]] = [{"params": rest, "lr_scale": 1.0}]
         if settings.loss.learned_logvar:
             groups.append({"params": [self.state.logvar], "lr_scale": LOGVAR_LR, "weight_decay": 0.0})
         self.optimizer = torch.optim.AdamW(
@@ -300,23 +303,26 @@ class TrainStep:
         """
         settings = self.settings
         scale = lr_scale_at(step, settings.steps, settings.optim)
-        rates = {"grad_norm": (self.optimizer, settings.optim.lr * scale)}
+        families = {"grad_norm": ([self.optimizer, *([self.muon] if self.muon else [])], settings.optim.lr * scale)}
         if phase.discriminator and self.discriminator_optimizer is not None:
-            rates["grad_norm_discriminator"] = (self.discriminator_optimizer, self.discriminator_lr * scale)
+            families["grad_norm_discriminator"] = ([self.discriminator_optimizer], self.discriminator_lr * scale)
         limit = settings.optim.clip or float("inf")
         norms = {
-            name: nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], limit, foreach=True)
-            for name, (optimizer, _) in rates.items()
+            name: nn.utils.clip_grad_norm_(
+                [p for optimizer in optimizers for p in optimizer.param_groups[0]["params"]], limit, foreach=True
+            )
+            for name, (optimizers, _) in families.items()
         }
         checked = [*norms.values(), *([self.state.logvar.grad] if self.state.logvar.grad is not None else [])]
         bad = ~torch.stack([value.float() for value in checked]).isfinite().all()
         self.bad_steps.append((step, bad))
-        for optimizer, lr in rates.values():
-            for group in optimizer.param_groups:
-                group["lr"] = lr * group.get("lr_scale", 1.0)
-            optimizer.found_inf = bad.float()  # what a GradScaler sets; the fused kernels then skip their update
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        for optimizers, lr in families.values():
+            for optimizer in optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = lr * group.get("lr_scale", 1.0)
+                optimizer.found_inf = bad.float()  # what a GradScaler sets; the kernels then skip their update
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
         if self.ema is not None:
             self.ema.update(self.bare_reconstructor.autoencoder, step)
         return norms

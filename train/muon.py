@@ -1,0 +1,70 @@
+"""Muon (Jordan et al. 2024): momentum whose update, one matrix for each weight, is made nearly orthogonal."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+"""Jordan's coefficients of the quintic iteration: five turns bring singular values to between about 0.7 and 1.2."""
+TURNS = 5
+MOMENTUM = 0.95
+
+
+def inner_weights(network: nn.Module) -> list[nn.Parameter]:
+    """What Muon is for: matrices and convolutions, but for the first and last layer of encoder and decoder."""
+    return [
+        parameter
+        for name, parameter in network.named_parameters()
+        if parameter.ndim > 1 and parameter.requires_grad and not name.endswith(("conv_in.weight", "conv_out.weight"))
+    ]
+
+
+class Muon(torch.optim.Optimizer):
+    """For weights of two and more dimensions; a convolution is the matrix out x (in height width).
+
+    The update is 0.2 sqrt(max(rows, columns)) times a nearly orthogonal matrix: its root mean square is about that of
+    AdamW's, so the same learning rates fit (Liu et al. 2025). A function of the gradients alone, so equal on all
+    processes. Where `found_inf` is set and not 0, as a GradScaler sets it, nothing changes, and nobody waits to see it.
+    """
+
+    found_inf: Tensor | None = None
+
+    def __init__(self, params: Iterable[nn.Parameter], lr: float, weight_decay: float = 0.0):
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for weight in group["params"]:
+                if weight.grad is None:
+                    continue
+                state = self.state[weight]
+                if not state:
+                    state["momentum"] = torch.zeros_like(weight)
+                # a bad gradient gives way to the momentum, which then stays, and its update to the weight itself
+                bad = self.found_inf is not None and self.found_inf.bool()
+                grad = weight.grad if bad is False else torch.where(bad, state["momentum"], weight.grad)
+                state["momentum"].lerp_(grad, 1 - MOMENTUM)
+                nesterov = grad.lerp(state["momentum"], MOMENTUM)
+                update = orthogonalised(nesterov.flatten(1)).view_as(weight)
+                scale = 0.2 * max(len(weight), weight[0].numel()) ** 0.5
+                moved = torch.add(
+                    weight * (1 - group["lr"] * group["weight_decay"]), update, alpha=-group["lr"] * scale
+                )
+                weight.copy_(moved if bad is False else torch.where(bad, weight, moved))
+
+
+def orthogonalised(matrix: Tensor) -> Tensor:
+    """Nearly U V^T for the matrix U S V^T.
+
+    In float32; in bfloat16, as published, rounding would make the training depend on how a batch is split.
+    """
+    a, b, c = NEWTON_SCHULZ
+    wide = matrix if len(matrix) <= matrix.shape[1] else matrix.mT
+    x = wide / wide.norm().clamp(min=1e-7)
+    for _ in range(TURNS):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x if wide is matrix else x.mT
