@@ -76,7 +76,9 @@ class ReconSettings(Settings):
             key = "crop_px" if self.resize_px == "protocol" else "resize_px"
             yield Problem(key, f"resize_px {resize_px} is smaller than crop_px {crop_px}; change one or set it to null")
         if not protocol.latents:
-            yield Problem("latents", "nothing to decode: give mode, sample or both")
+            yield Problem("latents", "nothing to decode: give [mode], [sample] or [mode, sample]")
+        if len(set(protocol.latents)) < len(protocol.latents):
+            yield Problem("latents", "names one twice")
         weights = self.inception_weights
         if weights is not None and not Path(weights).expanduser().is_file():
             yield Problem("inception_weights", f"no such file: {weights} (from {Path.cwd()})")

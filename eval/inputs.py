@@ -1,6 +1,7 @@
 """What an evaluation works on: processes, model, images and Inception, with errors that name the setting."""
 
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from latent_ae.sources import StreamSource
 
 from .config import ReconSettings
 
+PATIENCE = timedelta(hours=3)
 GENERATION_FILES = (".npz", ".pt", ".pkl")
 
 
@@ -35,7 +37,8 @@ def processes(settings: ReconSettings) -> tuple[PartialState, torch.device]:
         raise UserError("device: cuda, but PyTorch sees no GPU here; set device=cpu")
     # PartialState alone overlooks the launcher's choice of the CPU, and would take every process for the only one
     on_cpu = settings.device == "cpu" or not torch.cuda.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU")
-    state = PartialState(cpu=on_cpu)
+    # one process sums up while the others wait, and may have to do so for many images
+    state = PartialState(cpu=on_cpu, timeout=PATIENCE)
     return state, torch.device("cpu") if on_cpu else state.device
 
 

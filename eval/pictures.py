@@ -24,11 +24,12 @@ def chosen_rows(table: pa.Table, kind: str, count: int) -> dict[str, list[int]]:
         name = f"{kind}_{key}"
         if name in table.column_names:
             values = sign * table[name].cast(pa.float64()).to_numpy(zero_copy_only=False)
-            if np.isfinite(values).any():
+            if np.isfinite(values).any() or key == "psnr":
                 break
     else:
         return {}
-    ranked = [int(row) for row in np.argsort(values, kind="stable") if np.isfinite(values[row])]
+    values = np.where(np.isfinite(values), values, np.inf)  # what holds NaN is the worst of all
+    ranked = [int(row) for row in np.argsort(values, kind="stable")]
     count = min(count, max(1, len(ranked) // 3))
     worst, best = ranked[::-1][:count], ranked[:count]
     rest = [row for row in ranked if row not in worst and row not in best]

@@ -58,7 +58,8 @@ PROTOCOLS: dict[str, Protocol] = {
     ),
     "vavae": Protocol(
         source="hustvl/LightningDiT 2725fed: evaluate_tokenizer.py, tools/calculate_fid.py",
-        remarks="there SSIM and LPIPS are averaged over batches of 8, the last one smaller; here over images",
+        remarks="there SSIM and LPIPS are averaged over batches of 8, the last one smaller, and SSIM also counts "
+        "windows over mirrored borders; here over images and windows inside",
         resample="tensor",
         crop_rounds="nearest",
         similarity_of="floats",

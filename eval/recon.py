@@ -22,7 +22,8 @@ import pyarrow as pa
 import pyarrow.parquet
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
+from filelock import FileLock, Timeout
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -39,7 +40,7 @@ from .pictures import chosen_rows, reconstructed, shown_groups
 from .recon_page import ERROR_GAIN, error_map, write_recon_report
 from .results import FORMAT
 from .shards import ReferenceCache, WorkFolder, shard_size, source_stamp
-from .summary import collect, distances, means, remove_feature_files
+from .summary import collect, distances, means
 
 
 def evaluate_reconstruction(
@@ -85,23 +86,27 @@ def evaluate_reconstruction(
         # TF32 convolutions would move the third digit
         flags = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
         stack.enter_context(flags)
-        work = WorkFolder(Path(out) / "unfinished" if out is not None else _shared_temporary_folder(stack, state))
         size = shard_size(num_images, protocol.crop_px is None)
         key = None
         if stage.sha256 is not None and (stamp := source_stamp(source)) is not None:
             own = inception.sha256 if inception is not None else None
             key = evaluation_key(settings, model=stage.sha256, data=stamp, shard=size, inception=own)
-        done = _begin(work, key, state)
+        work, done = _begin(stack, out, key, state)
         part = Part(state.process_index, state.num_processes, size, done)
-        _measure(replace(images, part=part), measurer, work, num_images, size, progress and state.is_main_process)
-        state.wait_for_everyone()
-        answer: list[Any] = [None]
-        if state.is_main_process:
+        shows = progress and state.is_main_process
+        count: int | UserError
+        try:
+            count = _measure(replace(images, part=part), measurer, work, num_images, size, shows)
+        except UserError as error:  # a full disk on one machine must not leave the others waiting
+            count = error
+        counts = gather_object([count])
+        answer: list[Any] = next(([one] for one in counts if isinstance(one, UserError)), [None])
+        if state.is_main_process and answer[0] is None:
             try:
                 result, table = _result(work, measurer, images, str(data), why_not)
                 result |= {"device": device.type, "processes": state.num_processes}
                 seconds = time.perf_counter() - started
-                result |= {"seconds": round(seconds, 1), "images_per_second": round(table.num_rows / seconds, 2)}
+                result |= {"seconds": round(seconds, 1), "images_per_second": round(sum(counts) / seconds, 2)}
                 if out is not None:
                     _write(Path(out), result, table, measurer, images)
                     work.remove()
@@ -123,36 +128,43 @@ def default_folder(model: str) -> Path:
     return Path(f"recon-{name}")
 
 
-def _shared_temporary_folder(stack: ExitStack, state: PartialState) -> Path:
-    """One for all processes of this machine, removed in the end."""
-    name = stack.enter_context(tempfile.TemporaryDirectory(prefix="latent-ae-")) if state.is_main_process else None
-    return Path(broadcast_object_list([name])[0])
-
-
-def _begin(work: WorkFolder, key: dict[str, Any] | None, state: PartialState) -> frozenset[int]:
+def _begin(
+    stack: ExitStack, out: str | Path | None, key: dict[str, Any] | None, state: PartialState
+) -> tuple[WorkFolder, frozenset[int]]:
+    """The folder of the shards, the same on all processes and nobody else's, and what is done already."""
     answer: list[Any] = [None]
     if state.is_main_process:
         try:
-            if found := work.begin(key):
+            if out is None:
+                work = WorkFolder(Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="latent-ae-"))), key)
+            else:
+                stack.enter_context(FileLock(Path(out) / ".evaluation.lock", timeout=0))
+                work = WorkFolder(Path(out) / "unfinished", key)
+            if found := work.begin():
                 print(f"going on from {found} finished parts in {work.folder}", file=sys.stderr)
-            remove_feature_files(work)
-            answer = [work.done()]
-        except UserError as error:
-            answer = [error]
+            answer = [(work, work.done())]
+        except Timeout:
+            answer = [
+                UserError(f"--out: another evaluation is writing into {out}; wait for it, or give another folder")
+            ]
+        except (OSError, UserError) as error:
+            answer = [
+                UserError(f"--out: cannot write into {out}: {error}" if isinstance(error, OSError) else str(error))
+            ]
     broadcast_object_list(answer)
     if isinstance(answer[0], UserError):
         raise answer[0]
+    work, done = answer[0]
     if not work.folder.is_dir():
         raise UserError(f"--out: this process does not see {work.folder}; give a folder that all machines share")
-    done: frozenset[int] = answer[0]
-    return done
+    return work, done
 
 
 def _measure(
     images: HeldOutImages, measurer: Measurer, work: WorkFolder, num_images: int | None, size: int, shows: bool
-) -> None:
-    """Measures this process's shards that are not done, each written as soon as it is."""
-    total = None
+) -> int:
+    """Measures this process's shards that are not done, each written as soon as it is; returns the number of images."""
+    total, count = None, 0
     if num_images is not None:
         mine = (number for number in range(-(-num_images // size)) if images.part.holds(number * size))
         total = sum(min(size, num_images - number * size) for number in mine)
@@ -162,6 +174,8 @@ def _measure(
             items = list(group)
             work.write(number, measurer.measure(items))
             bar.update(len(items))
+            count += len(items)
+    return count
 
 
 def _result(

@@ -1,6 +1,7 @@
 """Results of `latent-ae eval recon` as files: read safely, and asked whether they can be compared."""
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -121,8 +122,8 @@ class NoPairs(ValueError):
 class ImageTable:
     """images.parquet: a row per image, ordered by what the image is."""
 
-    keys: list[tuple[str, str]]
-    """Digest and name, sorted."""
+    keys: list[tuple[str, int]]
+    """Digest and, of images that are the same byte for byte, which of them; sorted."""
     columns: Mapping[tuple[str, str], np.ndarray]
     """By latent kind and metric, float64, nan where an image lacks it."""
 
@@ -136,7 +137,11 @@ def read_images(result: Result) -> ImageTable:
     wanted = {f"{kind}_{metric}": (kind, metric) for kind, metric in result.figures()}
     try:
         table = read_table(path, partitioning=None)
-        rows = list(zip(table["digest"].to_pylist(), table["name"].to_pylist(), strict=True))
+        seen: Counter[str] = Counter()
+        rows = []
+        for digest in table["digest"].to_pylist():
+            rows.append((digest, seen[digest]))
+            seen[digest] += 1
         order = sorted(range(len(rows)), key=rows.__getitem__)
         columns = {
             figure: table[column].to_numpy().astype(np.float64)[order]

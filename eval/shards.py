@@ -4,23 +4,26 @@ A shard is a block of neighbouring images. Its file holds a row per image (as JS
 of its images; it appears whole or not at all.
 """
 
+import contextlib
 import hashlib
 import json
 import os
-import shutil
+import uuid
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from latent_ae.config import UserError
 from latent_ae.sources import FolderSource, ImageSource, StreamSource, TableSource
+from latent_ae.weight_files import tensors_sha256
 from latent_ae.weights import cache_folder
 
-SMALL, LARGE, MANY_IMAGES = 16, 64, 2048
+WHOLE, SMALL, LARGE, MANY_IMAGES = 4, 16, 64, 2048
 
 
 class Shard(NamedTuple):
@@ -33,37 +36,40 @@ class Shard(NamedTuple):
 
 
 def shard_size(num_images: int | None, whole_images: bool) -> int:
-    """Images per shard: few where they may be large or must be shared out evenly; a function of the data alone."""
-    return LARGE if not whole_images and (num_images is None or num_images >= MANY_IMAGES) else SMALL
+    """Images per shard, which are in memory together: a function of the data alone."""
+    if whole_images:
+        return WHOLE
+    return LARGE if num_images is None or num_images >= MANY_IMAGES else SMALL
 
 
 class WorkFolder:
-    """The shards of one evaluation. `key` says what is measured; shards of another evaluation are removed."""
+    """The shards of one evaluation, in files that carry its token: those of another one are never taken for its own.
 
-    def __init__(self, folder: Path):
+    `key`: all that the numbers depend on; None for an evaluation that cannot be gone on from.
+    """
+
+    def __init__(self, folder: Path, key: dict[str, Any] | None):
         self.folder = folder
+        text = json.dumps(key, sort_keys=True) if key is not None else uuid.uuid4().hex
+        self.token = hashlib.sha256(text.encode()).hexdigest()[:16]
 
-    def begin(self, key: dict[str, Any] | None) -> int:
-        """Called by one process: removes what belongs to another key (None: everything), counts what is left."""
-        text = json.dumps(key, sort_keys=True)
-        note = self.folder / "key.json"
+    def begin(self) -> int:
+        """Called by one process, alone on the folder: removes others' shards, counts those that are left."""
         try:
-            if key is None or not note.is_file() or note.read_text(encoding="utf-8") != text:
-                shutil.rmtree(self.folder, ignore_errors=True)
-                self.folder.mkdir(parents=True)
-                note.write_text(text, encoding="utf-8")
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._remove_files(lambda path: not path.name.startswith(f"shard-{self.token}-"))
         except OSError as error:
-            raise UserError(f"--out: cannot write into {self.folder.parent}: {error.strerror or error}") from error
+            raise UserError(f"--out: cannot write into {self.folder}: {error.strerror or error}") from error
         return len(self.done())
 
     def done(self) -> frozenset[int]:
         """Numbers of the finished shards; broken files (of a machine that lost power) are removed."""
         numbers = set()
-        for path in sorted(self.folder.glob("shard-*.safetensors")):
+        for path in sorted(self.folder.glob(f"shard-{self.token}-*.safetensors")):
+            number = int(path.stem.rpartition("-")[2])
             try:
-                with safe_open(path, framework="pt") as file:
-                    json.loads(file.metadata()["rows"])
-                numbers.add(int(path.stem.removeprefix("shard-")))
+                self.read(number)
+                numbers.add(number)
             except (SafetensorError, OSError, ValueError, KeyError, TypeError):
                 path.unlink(missing_ok=True)
         return frozenset(numbers)
@@ -79,15 +85,24 @@ class WorkFolder:
             ) from error
 
     def read(self, number: int) -> Shard:
-        with safe_open(self._path(number), framework="pt") as file:
-            notes = file.metadata()
-        return Shard(json.loads(notes["rows"]), json.loads(notes["skipped"]), load_file(self._path(number)))
+        """Raises ValueError and others when the file is not as it was written."""
+        features, notes = _load(self._path(number))
+        return Shard(json.loads(notes["rows"]), json.loads(notes["skipped"]), features)
 
     def remove(self) -> None:
-        shutil.rmtree(self.folder, ignore_errors=True)
+        """Removes what the evaluation wrote, and the folder if nothing else is in it."""
+        self._remove_files(lambda path: True)
+        with contextlib.suppress(OSError):
+            self.folder.rmdir()
+
+    def _remove_files(self, unwanted: Callable[[Path], bool]) -> None:
+        for pattern in ("shard-*.safetensors", ".shard-*.part", "*.f32"):
+            for path in self.folder.glob(pattern):
+                if unwanted(path):
+                    path.unlink(missing_ok=True)
 
     def _path(self, number: int) -> Path:
-        return self.folder / f"shard-{number:06d}.safetensors"
+        return self.folder / f"shard-{self.token}-{number:06d}.safetensors"
 
 
 class ReferenceCache:
@@ -104,8 +119,8 @@ class ReferenceCache:
         """Features (N, D) of the shard whose files have these digests."""
         path = self._path(digests)
         try:
-            features = load_file(path)["features"] if path.is_file() else None
-        except (SafetensorError, OSError, KeyError):
+            features = _load(path)[0]["features"] if path.is_file() else None
+        except (SafetensorError, OSError, ValueError, KeyError):
             return None
         return features if features is not None and len(features) == len(digests) else None
 
@@ -154,7 +169,7 @@ def source_stamp(source: ImageSource) -> Any:
         for i in range(len(source)):
             path = source.read(i)
             state = os.stat(path) if path.exists() else None  # a dangling link
-            facts = (state.st_size, state.st_mtime_ns) if state else ()
+            facts = (state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_ino) if state else ()
             digest.update(os.fsencode(source.name(i)) + f"\0{facts}\0".encode())
     elif isinstance(source, TableSource):
         digest.update(f"{source.dataset._fingerprint} {source.column}".encode())
@@ -163,9 +178,25 @@ def source_stamp(source: ImageSource) -> Any:
 
 
 def _save(tensors: dict[str, Tensor], path: Path, notes: dict[str, str]) -> None:
+    """Whole or not at all, with a checksum of the tensors and notes."""
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    stored = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
     try:
-        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, part, notes)
+        save_file(stored, part, notes | {"sha256": _checksum(stored, notes)})
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def _load(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """What `_save` wrote. Raises ValueError for another checksum."""
+    with safe_open(path, framework="pt") as file:
+        notes = dict(file.metadata() or {})
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict
+    if notes.pop("sha256", None) != _checksum(tensors, notes):
+        raise ValueError(f"{path}: another checksum than it was written with")
+    return tensors, notes
+
+
+def _checksum(tensors: dict[str, Tensor], notes: dict[str, str]) -> str:
+    return tensors_sha256(tensors) + hashlib.sha256(json.dumps(notes, sort_keys=True).encode()).hexdigest()

@@ -1,7 +1,6 @@
 """Finished shards -> one table, means with intervals, and distances between sets of features."""
 
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,15 +8,13 @@ import pyarrow as pa
 
 from latent_ae.frechet import (
     GROUPS,
-    KID_SUBSET_SIZE,
     RELIABLE_IMAGES,
-    Z95,
     Gaussian,
     frechet_distance,
     frechet_of_features,
     jackknife_interval,
     kernel_distance,
-    squared_mmd,
+    mmd_without_groups,
 )
 from latent_ae.metrics import METRICS, bootstrap_interval, missing_reason
 
@@ -25,6 +22,10 @@ from .shards import FeatureFile, WorkFolder
 
 BLOCK = 1024
 """Feature vectors in memory at a time."""
+FEWEST = 20
+"""Images under which a bootstrap's interval is much too narrow to be given."""
+WHOLE_SET = 4000
+"""Images of which KID's interval is taken."""
 Note = Callable[[str], None]
 
 
@@ -45,7 +46,7 @@ def collect(work: WorkFolder, numbers: Iterable[int]) -> tuple[pa.Table, list[st
             parts = {name: part.numpy() for name, part in shard.features.items() if name.startswith(f"{network}.")}
             known = np.all([np.isfinite(part).all(1) for part in parts.values()], axis=0)
             for name, part in parts.items():
-                file = files.setdefault(name, FeatureFile(work.folder / f"{name}.f32"))
+                file = files.setdefault(name, FeatureFile(work.folder / f"{work.token}-{name}.f32"))
                 file.append(part[order][known[order]])
     return pa.concat_tables(tables, promote_options="permissive") if tables else pa.table({}), sorted(skipped), files
 
@@ -63,7 +64,7 @@ def means(table: pa.Table, kind: str, note: Note, seed: int) -> tuple[dict[str, 
         if not known.any() and key == "ms_ssim":  # of small images, which nobody expects to have it
             continue
         summary[key] = float(np.mean(column[known])) if known.any() else None
-        if known.sum() > 1:
+        if known.sum() >= FEWEST:
             intervals[key] = bootstrap_interval(column[known], seed)
         if not known.all():
             row = table.slice(int(np.argmin(known)), 1).to_pylist()[0]
@@ -101,15 +102,16 @@ def _gaussian(file: FeatureFile, rows: np.ndarray) -> Gaussian:
 
 
 def kernel(a: FeatureFile, b: FeatureFile) -> tuple[float, list[float] | None]:
-    """KID of two equally long files, and a 95 % interval from the spread of its values over disjoint groups."""
+    """KID of two equally long files, and its 95 % interval (None with fewer than 5 images per group).
+
+    The interval's width is a jackknife's of the whole-set distance, of up to WHOLE_SET images spread over the file:
+    each reconstruction is left out together with its original, whose resemblance is why it is so narrow.
+    """
     value, _ = kernel_distance(a.rows, b.rows, a.count)
-    groups = max(GROUPS, -(-a.count // KID_SUBSET_SIZE))
-    if a.count < 5 * groups:
+    if a.count < 5 * GROUPS:
         return value, None
-    parts = [np.arange(group, a.count, groups) for group in range(groups)]
-    spread = np.std([squared_mmd(a.rows(rows), b.rows(rows)) for rows in parts], ddof=1)
-    half = Z95 * float(spread) / np.sqrt(groups)
-    return value, [value - half, value + half]
+    rows = np.unique(np.linspace(0, a.count - 1, min(a.count, WHOLE_SET)).astype(np.int64))
+    return value, jackknife_interval(value, mmd_without_groups(a.rows(rows), b.rows(rows), GROUPS))
 
 
 def distances(
@@ -136,9 +138,3 @@ def distances(
             if interval is not None:
                 intervals[name] = interval
     return values, intervals
-
-
-def remove_feature_files(work: WorkFolder) -> None:
-    """Those that `collect` wrote: an evaluation that goes on writes them anew."""
-    for path in Path(work.folder).glob("*.f32"):
-        path.unlink(missing_ok=True)

@@ -17,7 +17,7 @@ COMMANDS = {
     "export": Command("latent_ae_train.export_command", "write a run's weights as a diffusers folder"),
     "eval": Command("latent_ae_eval.__main__", "measure a finished first stage"),
     "data": Command("latent_ae.data_check", "read every image of a source once and say what is wrong with it"),
-    "weights": Command("latent_ae.weights", "fetch the pretrained weights that LPIPS needs"),
+    "weights": Command("latent_ae.weights", "fetch the pretrained weights that LPIPS and FID need"),
 }
 
 

@@ -12,7 +12,7 @@ from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorIncepti
 from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
 
 from latent_ae.config import UserError
-from latent_ae.weight_files import Unusable, read_any, tensors_sha256
+from latent_ae.weight_files import Unusable, first_words, read_any, tensors_sha256
 from latent_ae.weights import weight_file
 
 Resize = Literal["torch-fidelity", "pytorch-fid"]
@@ -44,7 +44,9 @@ class InceptionFeatures(nn.Module):
             buffer.seek(0)
             network = FeatureExtractorInceptionV3("inception", ["2048"], feature_extractor_weights_path=buffer)
         except (Unusable, RuntimeError) as error:
-            raise UserError(f"inception_weights: {weights}: not Inception's state dict ({error})") from error
+            raise UserError(
+                f"inception_weights: {weights}: not Inception's state dict ({first_words(error)})"
+            ) from error
         # all but the classifier, in the order in which its forward runs them; the resize before them is ours to choose
         self.dtype = torch.float64 if double else torch.float32  # torch-fidelity 0.4 takes float64 for float32
         self.trunk = nn.Sequential(*list(network.children())[:-1]).eval().requires_grad_(False).to(self.dtype)

@@ -5,7 +5,9 @@ encoded = stage.encode(images)                # images: NCHW float in [-1, 1]
 reconstructions = stage.decode(encoded.mean)
 """
 
+import copy
 import hashlib
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,7 +82,7 @@ class FirstStage:
     location: str | None = None
     weights: str = "as stored"
     sha256: str | None = None
-    """Over the names, shapes and bytes of all tensors, as they were loaded."""
+    """Over the class, the config, and the names, shapes and bytes of all tensors, as they were loaded."""
 
     def encode(self, images: Tensor) -> Encoded:
         """Latents of NCHW images in [-1, 1] whose sides are multiples of the factor. A function has none."""
@@ -99,7 +101,11 @@ class FirstStage:
     def reconstruct(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
         """Reconstructions of the posterior's mean, or with `noise` (shaped like the latent) of a sample."""
         if self.function is not None:
-            return self.function(images).float()
+            made = self.function(images)
+            if not isinstance(made, Tensor) or made.shape != images.shape:
+                given = tuple(made.shape) if isinstance(made, Tensor) else type(made).__name__
+                raise UserError(f"the function {self.name} gives {given} for images of {tuple(images.shape)}")
+            return made.float()
         mean, std = self.encode(images)
         return self.decode(mean if noise is None or std is None else mean + std * noise)
 
@@ -131,14 +137,16 @@ def first_stage(
 
     Raises UserError for a model whose output has other channels than its input, ValueError for what is neither.
     """
-    name = type(model).__name__
-    if name not in FAMILIES or not isinstance(model, nn.Module):
-        if not callable(model):
+    original = getattr(model, "_orig_mod", model)  # of torch.compile
+    name = next((name for name in FAMILIES if isinstance(original, getattr(diffusers, name))), type(original).__name__)
+    if name not in FAMILIES:
+        if not callable(model) or isinstance(original, diffusers.ModelMixin):
             raise ValueError(f"a first stage of diffusers or a function is needed, not {name}")
         module = model.eval() if isinstance(model, nn.Module) else None
         label = getattr(model, "__name__", name)
         return FirstStage(module, model, label, 1, None, None, has_posterior=False, location=location)
-    family, config = FAMILIES[name], model.config
+    assert isinstance(original, nn.Module)
+    family, config, model = FAMILIES[name], original.config, original
     channels, out_channels = config.in_channels, config.get("out_channels", config.in_channels)
     if channels != out_channels:
         raise UserError(
@@ -147,7 +155,7 @@ def first_stage(
         )
     sha256 = _sha256(model)
     return FirstStage(
-        module=model.eval() if dtype == "fp32" else model.eval().to(DTYPES[dtype]),
+        module=_in(model, DTYPES[dtype]).eval(),
         function=None,
         name=name,
         factor=family.factor(config),
@@ -241,13 +249,23 @@ def _from_pretrained(
 
 def _subfolder_on_hub(repository: str, revision: str | None) -> str | None:
     """None where the repository is the model itself; a pipeline has its first stage in a subfolder."""
-    from huggingface_hub import file_exists
+    from huggingface_hub import file_exists, try_to_load_from_cache
 
-    if file_exists(repository, "config.json", revision=revision):
-        return None
-    for name in PIPELINE_FOLDERS:
-        if file_exists(repository, f"{name}/config.json", revision=revision):
-            return name
+    places = [None, *PIPELINE_FOLDERS]
+    files = [f"{place}/config.json" if place else "config.json" for place in places]
+    for place, file in zip(places, files, strict=True):  # what was downloaded before needs no network
+        if isinstance(try_to_load_from_cache(repository, file, revision=revision), str):
+            return place
+    try:
+        for place, file in zip(places, files, strict=True):
+            if file_exists(repository, file, revision=revision):
+                return place
+    except Exception as error:  # no network, offline mode, no permission, no such repository
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"{repository} is neither a folder here (from {Path.cwd()}) nor in the hub's cache, and the hub cannot be "
+            f"asked ({reason}). Give a folder, or download it on a machine with a network and set HF_HOME to its cache"
+        ) from error
     raise UserError(f"{repository}: neither a config.json nor one in {', '.join(PIPELINE_FOLDERS)}: no first stage")
 
 
@@ -276,8 +294,17 @@ def _load_checkpoint(folder: Path, location: str, ema: bool | None, dtype: Dtype
     return first_stage(model, location=location, weights=f"{which}, {folder.name}", dtype=dtype)
 
 
+def _in(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """The module if it computes in `dtype`, else a copy that does: the caller's stays as it is."""
+    if all(parameter.dtype == dtype for parameter in module.parameters()):
+        return module
+    return copy.deepcopy(module).to(dtype)
+
+
 def _sha256(module: nn.Module) -> str:
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(type(module).__name__.encode())
+    config = {key: value for key, value in dict(module.config).items() if not key.startswith("_")}
+    digest.update(json.dumps(config, sort_keys=True, default=str).encode())
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)

@@ -124,6 +124,28 @@ def squared_mmd(a: np.ndarray, b: np.ndarray) -> float:
     return diagonal - 2 * float(_kernel(a, b).mean())
 
 
+def mmd_without_groups(a: np.ndarray, b: np.ndarray, groups: int) -> list[float]:
+    """`squared_mmd` of both sets without every `groups`-th pair, beginning with pair 0, 1, ...: one value per group."""
+    count, values = len(a), []
+    # sums between groups of each kernel, diagonals apart: no kernel is computed twice
+    order = np.argsort(np.arange(count) % groups, kind="stable")
+    sizes = np.bincount(np.arange(count) % groups)
+    starts = np.concatenate([[0], np.cumsum(sizes)[:-1]])
+
+    def between(x: np.ndarray, y: np.ndarray, diagonal: bool) -> np.ndarray:
+        kernel = _kernel(x[order], y[order])
+        if not diagonal:
+            np.fill_diagonal(kernel, 0.0)
+        return np.add.reduceat(np.add.reduceat(kernel, starts, 0), starts, 1)
+
+    inside, across = between(a, a, False) + between(b, b, False), between(a, b, True)
+    for group in range(groups):
+        kept = np.arange(groups) != group
+        n = count - sizes[group]
+        values.append(float(inside[kept][:, kept].sum() / (n * (n - 1)) - 2 * across[kept][:, kept].sum() / n**2))
+    return values
+
+
 def _kernel(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     # float32 products, as torch-fidelity; sums in float64, where KID is a small difference of large numbers
     return ((x @ y.T / x.shape[1] + 1) ** 3).astype(np.float64)

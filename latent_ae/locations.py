@@ -94,7 +94,9 @@ class _Files(_Library):
         self.root, self.settings = path if path.is_dir() else path.parent, settings
         found = sorted(_walk(path)) if path.is_dir() else [path.name]
         kinds = Counter(TABLE_KINDS.get(_suffix(name), "image") for name in found if _known(name))
-        if not kinds or (path.is_file() and "image" in kinds):
+        if path.is_file() and "image" in kinds:
+            raise UserError(f"data.{key}: {path} is a single image; give the folder that it lies in")
+        if not kinds:
             others = ", ".join(sorted({_suffix(name) or "no extension" for name in found})[:8]) or "nothing"
             raise UserError(
                 f"data.{key}: {path} holds no images (found: {others}); wanted is a folder with "

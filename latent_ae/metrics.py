@@ -54,42 +54,44 @@ def ms_ssim(a: Tensor, b: Tensor) -> Tensor:
     return similarities(a.double() / 255, b.double() / 255)[1]
 
 
-def similarities(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+def similarities(a: Tensor, b: Tensor, data_range: float = 1.0) -> tuple[Tensor, Tensor]:
     """SSIM (Wang et al. 2004: Gaussian window of 11 px, sigma 1.5 px) and MS-SSIM (Wang et al. 2003, five scales).
 
-    `a`, `b`: NCHW in [0, 1]. Returns float64 (N,) twice, means over channels and over those positions whose window lies
-    inside the image, like scikit-image's SSIM with `gaussian_weights=True, use_sample_covariance=False`; nan for images
-    smaller than the window, or than MS_SSIM_MIN_PX. Both come from one pass, in
-    float64 because variances are differences of nearly equal numbers, and in sums of shifted images because
+    `a`, `b`: NCHW, whose values span `data_range`. SSIM's first factor is a ratio of means, so the same images in
+    [-1, 1] with a range of 2 have another SSIM than in [0, 1]. Returns float64 (N,) twice, means over channels and over
+    those positions whose window lies inside the image, like scikit-image's SSIM with `gaussian_weights=True,
+    use_sample_covariance=False`; nan for images smaller than the window, or than MS_SSIM_MIN_PX. Both come from one
+    pass, in float64 because variances are differences of nearly equal numbers, and in sums of shifted images because
     convolutions in float64 are fifteen times as slow.
     """
     a, b = a.double(), b.double()
     missing = torch.full((len(a),), math.nan, dtype=torch.float64, device=a.device)
     if min(a.shape[-2:]) < SSIM_WINDOW_PX:
         return missing, missing
-    similarity, contrast = _similarity(a, b)
+    similarity, contrast = _similarity(a, b, data_range)
     if min(a.shape[-2:]) < MS_SSIM_MIN_PX:
         return similarity, missing
     finest, product = similarity, torch.ones_like(similarity)
     for scale, weight in enumerate(MS_SSIM_WEIGHTS):
         if scale:
             a, b = F.avg_pool2d(a, 2), F.avg_pool2d(b, 2)
-            similarity, contrast = _similarity(a, b)
+            similarity, contrast = _similarity(a, b, data_range)
         coarsest = scale == len(MS_SSIM_WEIGHTS) - 1
         # a negative mean has no fractional power
         product = product * (similarity if coarsest else contrast).clamp(min=0) ** weight
     return finest, product
 
 
-def _similarity(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+def _similarity(a: Tensor, b: Tensor, data_range: float) -> tuple[Tensor, Tensor]:
     """Means over an image of SSIM and of its contrast-structure factor, float64 (N,) each."""
+    c1, c2 = SSIM_C1 * data_range**2, SSIM_C2 * data_range**2
     similarity, contrast = [], []
     for x, y in zip(a.unbind(1), b.unbind(1), strict=True):  # by channel: a quarter of the memory
         mean_x, mean_y, squares, product = _windowed(torch.stack([x, y, x * x + y * y, x * y]))
         means, mean_squares = mean_x * mean_y, mean_x * mean_x + mean_y * mean_y
-        factor = (2 * (product - means) + SSIM_C2) / (squares - mean_squares + SSIM_C2)
+        factor = (2 * (product - means) + c2) / (squares - mean_squares + c2)
         contrast.append(factor.flatten(1).mean(1))
-        factor = factor * (2 * means + SSIM_C1) / (mean_squares + SSIM_C1)
+        factor = factor * (2 * means + c1) / (mean_squares + c1)
         similarity.append(factor.flatten(1).mean(1))
     return torch.stack(similarity).mean(0), torch.stack(contrast).mean(0)
 
@@ -135,19 +137,19 @@ def compare(
 ) -> Compared:
     """Measures kinds of reconstruction of the same inputs: float NCHW in [-1, 1], all on one device.
 
-    PSNR is of 8-bit pixels always; SSIM and LPIPS are too if `rounded`, else of the floats (LPIPS not clamped), as some
-    published protocols do. `pixels` gives the 8-bit images of the kinds, and of the inputs as "input", where they are
-    made by another rule than `to_uint8`. The trunks of LPIPS see the inputs once for all kinds.
+    PSNR is of 8-bit pixels always; SSIM and LPIPS are too if `rounded`, else of the floats in [-1, 1] (LPIPS not
+    clamped), as some published protocols do. `pixels` gives the 8-bit images of the kinds, and of the inputs as
+    "input", where they are made by another rule than `to_uint8`. The trunks of LPIPS see the inputs once for all kinds.
     """
     kinds = list(reconstructions)
     pixels = pixels or {"input": to_uint8(inputs)} | {kind: to_uint8(reconstructions[kind]) for kind in kinds}
     metrics: dict[str, dict[str, Tensor]] = {}
     for kind in kinds:
         a, b = (pixels["input"], pixels[kind])
-        x, y = (a.double() / 255, b.double() / 255)
-        if not rounded:
-            x, y = ((image.double().clamp(-1, 1) + 1) / 2 for image in (inputs, reconstructions[kind]))
-        similarity, multi_scale = similarities(x, y)
+        if rounded:
+            similarity, multi_scale = similarities(a.double() / 255, b.double() / 255)
+        else:  # as torchmetrics with data_range=(-1, 1): clamped, not shifted
+            similarity, multi_scale = similarities(inputs.clamp(-1, 1), reconstructions[kind].clamp(-1, 1), 2.0)
         metrics[kind] = {"psnr": psnr(a, b), "ssim": similarity, "ms_ssim": multi_scale}
     seen = [inputs, *reconstructions.values()]
     if rounded:

@@ -47,7 +47,8 @@ th { color: var(--soft); font-weight: 600 } td.number, th.number { text-align: r
 .beside, .grid { display: grid; gap: .5rem .8rem; align-items: start }
 .grid { grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)) }
 .beside figure, .grid figure { margin: 0 }
-figure { margin: 1rem 0; overflow-x: auto } figure img, figure svg { max-width: 100%; height: auto }
+figure { margin: 1rem 0; overflow-x: auto } figure img { outline: 1px solid var(--line) }
+figure img, figure svg { max-width: 100%; height: auto }
 figcaption { font-size: .9rem; margin-top: .3rem }
 .zoom img { cursor: zoom-in; display: block } .zoom input { position: absolute; opacity: 0 }
 .zoom input:focus-visible + .frame img { outline: 2px solid var(--soft) } .enlarged { image-rendering: pixelated }

@@ -94,8 +94,7 @@ def test_equals_a_direct_computation(model, photos, crop_px):
     for key in ("psnr", "ssim"):
         mean = np.mean([row[f"mode_{key}"] for row in result["images"]])
         assert result["metrics"]["mode"][key] == pytest.approx(mean, rel=1e-12)
-        low, high = result["intervals"]["mode"][key]
-        assert low < mean < high
+    assert result["intervals"] == {"mode": {}, "sample": {}}  # of five images, none
     baseline = result["baseline"]
     assert result["metrics"]["mode"]["n"] == baseline["metrics"]["n"] == result["data"]["num_images"] == 5
     assert baseline["name"] == "bicubic /4" and baseline["metrics"]["psnr"] > result["metrics"]["mode"]["psnr"]

@@ -130,7 +130,7 @@ def test_parts_of_another_evaluation_are_not_gone_on_from(tmp_path, monkeypatch)
             evaluate_reconstruction(what, where, settings, out=out)
         monkeypatch.undo()
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-        return json.loads((out / "unfinished/key.json").read_text())
+        return {path.name.split("-")[1] for path in (out / "unfinished").glob("shard-*.safetensors")}
 
     first = interrupted(settings_with())
     assert first == interrupted(settings_with(batch_size=2))  # does not change the numbers
@@ -138,7 +138,11 @@ def test_parts_of_another_evaluation_are_not_gone_on_from(tmp_path, monkeypatch)
     others.append(interrupted(settings_with(), what=tiny("AutoencoderKL", seed=1)))
     (photos / "001.png").write_bytes((photos / "000.png").read_bytes())
     others.append(interrupted(settings_with()))
-    assert all(other != first for other in others)
+    (photos / "extra.png").write_bytes((photos / "000.png").read_bytes())
+    others.append(interrupted(settings_with()))
+    (photos / "extra.png").unlink()
+    assert all(len(tokens) == 1 and tokens != first for tokens in [*others])
+    assert len({*map(frozenset, others), frozenset(first)}) == len(others) + 1
     changed = evaluate_reconstruction(model, photos, settings_with(), out=out)
     assert changed["images"][0]["mode_psnr"] == changed["images"][1]["mode_psnr"]  # not the old second image
 

@@ -11,7 +11,10 @@ import skimage
 import torch
 from scipy.ndimage import gaussian_filter
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
-from torchmetrics.functional.image import multiscale_structural_similarity_index_measure
+from torchmetrics.functional.image import (
+    multiscale_structural_similarity_index_measure,
+    structural_similarity_index_measure,
+)
 
 from latent_ae.config import UserError
 from latent_ae.frechet import Gaussian, frechet_distance
@@ -123,12 +126,14 @@ def test_floats_are_compared_as_floats_where_a_protocol_says_so(lpips_vgg):
     b = b * 1.3 + 0.001  # out of range, and between levels
     compared = compare(a, {"": b}, {"vgg": lpips_vgg}, rounded=False).metrics[""]
     torch.testing.assert_close(compared["lpips_vgg"].float(), lpips_vgg(a, b), rtol=1e-4, atol=1e-6)
-    clamped = (b.clamp(-1, 1).double().numpy() + 1) / 2
-    for value, x, y in zip(compared["ssim"].tolist(), (a.double().numpy() + 1) / 2, clamped, strict=True):
+    for value, x, y in zip(compared["ssim"].tolist(), a.double().numpy(), b.clamp(-1, 1).double().numpy(), strict=True):
         expected = structural_similarity(
-            x, y, channel_axis=0, gaussian_weights=True, sigma=1.5, use_sample_covariance=False, data_range=1
+            x, y, channel_axis=0, gaussian_weights=True, sigma=1.5, use_sample_covariance=False, data_range=2
         )
         assert value == pytest.approx(expected, abs=1e-9)
+    # what the protocol's source calls; its mean also counts windows over mirrored borders
+    theirs = structural_similarity_index_measure(b.double(), a.double(), data_range=(-1.0, 1.0), reduction="none")
+    torch.testing.assert_close(compared["ssim"], theirs, rtol=0, atol=0.02)
 
 
 def test_the_interval_of_a_mean_is_about_two_standard_errors():
