@@ -468,7 +468,7 @@ def test_wrong_paths(tmp_path: Path) -> None:
         opened(settings_for(write_folder(tmp_path / "a"), eval_source="./nowhere"), "held_out")
     picture = tmp_path / "one.png"
     picture.write_bytes(png(1))
-    with pytest.raises(UserError, match="wanted is a folder"):
+    with pytest.raises(UserError, match="is a single image"):
         opened(settings_for(picture), "train")
 
 
