@@ -2,20 +2,21 @@
 
     python -m benchmarks.evaluate --data FOLDER
 
-Whole evaluation: the quickstart's autoencoder as it starts (linear; 0.9 M parameters), so that the metrics dominate; mode
-and sample; protocol `default` without the baseline; Inception with random weights. `plain loop` is
+Whole evaluation: the quickstart's autoencoder as it starts (linear; 0.9 M parameters), so that the metrics dominate;
+mode and sample; protocol `default` without the baseline; Inception with random weights. `plain loop` is
 benchmarks/plain_evaluation.py with one object for each metric; `plain loop, shared features` puts FID and KID into
-torchmetrics' FeatureShare. `ours` runs once with nothing kept and once with Inception's features of the originals in the
-cache.
+torchmetrics' FeatureShare. `ours` runs once with nothing kept and once with Inception's features of the originals in
+the cache. All must agree.
 
 FID part: the same PNG files of originals and reconstructions through torch-fidelity's command (--fid --kid) and through
 evaluate_reconstruction of a function that reads the reconstructions, with no LPIPS; ours also measures PSNR, SSIM and
 MS-SSIM there. Both FIDs must agree to 1e-3.
 
-Every run is a process of its own with one thread and two loader workers, in turns. Counted: from the call to its result,
-loading of weights and reading of files included, imports not. `pass`: up to the last batch; what follows (covariances,
-their square roots, subsets, intervals) does not grow with the images once there are more than 2,048. Peak memory: of
-the process, without the loader's workers. Writes benchmarks/results/evaluate.json.
+Every run is a process of its own with one thread and two loader workers (torch-fidelity's own choice there), in turns.
+Counted: from the call to its result, loading of weights and reading of files included, imports not. `pass`: up to the
+last batch; what follows (covariances, their square roots, subsets, intervals) does not grow with the images once there
+are more than 2,048. `cpu`: seconds of processor time, the loader's workers included, which other work on the machine
+changes less. Peak memory: of the process, without the workers. Writes benchmarks/results/evaluate.json.
 """
 
 import argparse
@@ -33,6 +34,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -41,8 +43,9 @@ from PIL import Image
 from benchmarks.machine import peak_memory_gb, save
 
 WORKERS = 2
-AGREEMENT = {"psnr": 1e-5, "ssim": 1e-4, "ms_ssim": 1e-4, "lpips_vgg": 1e-4, "lpips_alex": 1e-4, "fid": 1e-3}
-"""Relative, between the plain loop and ours, of the posterior's mode."""
+AGREEMENT = {"psnr": 1e-5, "ssim": 2e-2, "ms_ssim": 1e-3, "lpips_vgg": 1e-4, "lpips_alex": 1e-4, "fid": 1e-3}
+"""Relative, between the plain loop and ours, of the posterior's mode. torchmetrics' SSIM differs: it also counts
+windows that stick out of the image, over mirrored edges."""
 Timed = tuple[dict[str, Any], float]
 """Metrics by kind, and the seconds of the pass over the images."""
 
@@ -70,26 +73,20 @@ def main() -> None:
         for _ in range(arguments.rounds):
             for name in CONTESTANTS:
                 runs[name].append(launch(name, scratch, arguments.batch))
-                print(f"{name:<30} {runs[name][-1]['seconds']:7.1f} s", file=sys.stderr)
-    rows = {
-        name: summary(many, arguments.fid_images if name.startswith("FID") else arguments.images)
-        for name, many in runs.items()
-    }
+                figures = runs[name][-1]
+                print(f"{name:<30} {figures['seconds']:7.1f} s  {figures['cpu_s']:7.1f} s of cpu", file=sys.stderr)
+            report(runs, arguments, parameters)  # after each round: a run that is cut short keeps the earlier ones
     check_agreement({name: many[0]["metrics"] for name, many in runs.items()})
-    for name, row in rows.items():
-        row |= ratios(row, rows["FID part, torch-fidelity" if name.startswith("FID") else "plain loop"])
-        print(f"{name:<30} {row['images_per_second']:6.3f} images/s  {row['speedup']:.2f}x", file=sys.stderr)
-    save(
-        "evaluate",
-        {
-            "images": arguments.images,
-            "fid_images": arguments.fid_images,
-            "batch": arguments.batch,
-            "rounds": arguments.rounds,
-            "parameters": parameters,
-            "contestants": rows,
-        },
-    )
+
+
+def report(runs: dict[str, list[dict[str, Any]]], arguments: argparse.Namespace, parameters: int) -> None:
+    rows = {}
+    for name, many in runs.items():
+        rows[name] = summary(many, arguments.fid_images if name.startswith("FID") else arguments.images)
+        rows[name] |= ratios(rows[name], rows["FID part, torch-fidelity" if name.startswith("FID") else "plain loop"])
+    counts = {"images": arguments.images, "fid_images": arguments.fid_images, "batch": arguments.batch}
+    rounds = len(runs["plain loop"])
+    save("evaluate", counts | {"rounds": rounds, "parameters": parameters, "contestants": rows})
 
 
 def launch(name: str, scratch: Path, batch: int) -> dict[str, Any]:
@@ -105,9 +102,9 @@ def launch(name: str, scratch: Path, batch: int) -> dict[str, Any]:
 def work(name: str, scratch: Path, batch: int) -> None:
     """Runs one contestant and prints its figures as JSON."""
     call = CONTESTANTS[name](scratch, batch)
-    started, used = time.perf_counter(), time.process_time()
+    started, used = time.perf_counter(), sum(os.times()[:4])
     metrics, pass_s = call()
-    figures = {"seconds": time.perf_counter() - started, "pass_s": pass_s, "cpu_s": time.process_time() - used}
+    figures = {"seconds": time.perf_counter() - started, "pass_s": pass_s, "cpu_s": sum(os.times()[:4]) - used}
     print(json.dumps(figures | {"memory_gb": peak_memory_gb(), "metrics": metrics}))
 
 
@@ -122,6 +119,7 @@ def summary(runs: list[dict[str, Any]], images: int) -> dict[str, Any]:
         "peak_memory_gb": round(max(run["memory_gb"] for run in runs), 2),
         "all_seconds": [round(run["seconds"], 2) for run in runs],
         "all_pass_s": [round(run["pass_s"], 2) for run in runs],
+        "all_cpu_s": [round(run["cpu_s"], 2) for run in runs],
         "metrics": runs[0]["metrics"],
     }
 
@@ -220,8 +218,8 @@ def our_evaluation(scratch: Path, model: Any, folder: Path, batch: int, **change
         measure(*words)
         ends.append(time.perf_counter())
 
-    recon._measure = noting_the_end
-    metrics = recon.evaluate_reconstruction(model, folder, settings)["metrics"]
+    with patch.object(recon, "_measure", noting_the_end):
+        metrics = recon.evaluate_reconstruction(model, folder, settings)["metrics"]
     names = {"frechet_inception": "fid", "kernel_inception": "kid"}  # random weights make no FID
     return {
         kind: {names.get(key.rpartition("_")[0], key): value for key, value in values.items()}

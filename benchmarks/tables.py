@@ -77,6 +77,30 @@ def processes_table(result: dict[str, Any]) -> str:
     return "\n".join(lines + [f"| {name} | {seconds:.2f} |" for name, seconds in result["seconds_per_update"].items()])
 
 
+def evaluate_table(result: dict[str, Any]) -> str:
+    lines = [
+        f"{result['images']} images of 256 px ({result['fid_images']} in the FID part), {result['rounds']} round(s), "
+        f"{result['parameters'] / 1e6:.1f} M parameters; {where(result)}.",
+        "",
+        "| | images/s | images/s of the pass | speed-up | of the pass | by processor time | peak memory (GB) |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for name, row in result["contestants"].items():
+        lines.append(
+            f"| {name} | {row['images_per_second']:.2f} | {row['images_per_second_of_pass']:.2f} "
+            f"| {row['speedup']:.2f}x | {row['speedup_of_pass']:.2f}x | {row['speedup_by_cpu_time']:.2f}x "
+            f"| {row['peak_memory_gb']:.1f} |"
+        )
+    return "\n".join(lines)
+
+
+def evaluate_memory_table(result: dict[str, Any]) -> str:
+    lines = [f"{where(result)}.", "", "| | images | peak memory (GB) |", "|---|---:|---:|"]
+    return "\n".join(
+        lines + [f"| {row['part']} | {row['images']:,} | {row['peak_memory_gb']:.2f} |" for row in result["runs"]]
+    )
+
+
 def where(result: dict[str, Any]) -> str:
     machine = result["machine"]
     return (
@@ -90,6 +114,8 @@ MAKERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "loader": loader_table,
     "time-to-quality": quality_table,
     "processes": processes_table,
+    "evaluate-memory": evaluate_memory_table,  # before the other, whose name it begins with
+    "evaluate": evaluate_table,
 }
 
 
