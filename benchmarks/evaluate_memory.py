@@ -71,8 +71,9 @@ def whole(scratch: Path, count: int, data: str) -> None:
     from latent_ae_train.config import TrainSettings
 
     model = build_autoencoder(load_settings(TrainSettings, "quickstart", []).model, sample_size=32)
+    # 16 is what a shard of few images holds: with more, the longer evaluation would also take larger batches
     settings = ReconSettings(
-        resize_px=None, crop_px=32, lpips=(), frechet=("alexnet",), latents=("mode",), limit=count, batch_size=64
+        resize_px=None, crop_px=32, lpips=(), frechet=("alexnet",), latents=("mode",), limit=count, batch_size=16
     )
     evaluate_reconstruction(model, data, settings, out=scratch / "out", rows=False)
 
