@@ -2,6 +2,7 @@
 
 import json
 import platform
+import resource
 import statistics
 import sys
 import threading
@@ -70,6 +71,19 @@ def alternate(calls: dict[str, Callable[[], object]], rounds: int, device: torch
         name: {"median_s": statistics.median(values), "all_s": values, "peak_memory_gb": round(peaks[name], 2)}
         for name, values in seconds.items()
     }
+
+
+def peak_memory_gb() -> float:
+    """The most resident memory of this process since it started.
+
+    Linux's own mark where there is one: getrusage's is inherited from the process that started this one.
+    """
+    status = Path("/proc/self/status")
+    for line in status.read_text().splitlines() if status.exists() else []:
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024 / 1e9
+    scale = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale / 1e9
 
 
 def save(name: str, result: dict[str, Any]) -> Path:

@@ -112,6 +112,31 @@ def cost_table(result: dict[str, Any]) -> str:
     return "\n".join(lines + [f"| {name} | {row['median_s']:.3f} |" for name, row in result["contestants"].items()])
 
 
+def evaluate_table(result: dict[str, Any]) -> str:
+    lines = [
+        f"{result['images']} images of 256 px ({result['fid_images']} in the FID part), {result['rounds']} round(s), "
+        f"{result['parameters'] / 1e6:.1f} M parameters; {where(result)}.",
+        "",
+        "| | images/s, best round | images per processor second | speed-up by the clock | of the pass "
+        "| by processor time | peak memory (GB) |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for name, row in result["contestants"].items():
+        lines.append(
+            f"| {name} | {row['images_per_second']:.2f} | {row['images_per_cpu_second']:.2f} "
+            f"| {row['speedup']:.2f}x | {row['speedup_of_pass']:.2f}x | {row['speedup_by_cpu_time']:.2f}x "
+            f"| {row['peak_memory_gb']:.1f} |"
+        )
+    return "\n".join(lines)
+
+
+def evaluate_memory_table(result: dict[str, Any]) -> str:
+    lines = [f"{where(result)}.", "", "| | images | peak memory (GB) |", "|---|---:|---:|"]
+    return "\n".join(
+        lines + [f"| {row['part']} | {row['images']:,} | {row['peak_memory_gb']:.2f} |" for row in result["runs"]]
+    )
+
+
 def where(result: dict[str, Any]) -> str:
     machine = result["machine"]
     return (
@@ -129,6 +154,8 @@ MAKERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "loader": loader_table,
     "time-to-quality": quality_table,
     "processes": processes_table,
+    "evaluate-memory": evaluate_memory_table,  # before the other, whose name it begins with
+    "evaluate": evaluate_table,
 }
 
 

@@ -62,7 +62,8 @@ class ReconSettings(Settings):
     seed: NonNegative = 0
     """Of the posterior's samples."""
     batch_size: Positive = 8
-    """Images at a time on each device; the results do not depend on it, up to rounding."""
+    """At most so many images at a time on each device (on a CPU fewer large ones, which is faster); the results do not
+    depend on it, up to rounding."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     reference_cache: bool = True
     """Keep Inception's features of the originals for the next model, under a key of their content and the protocol."""

@@ -83,15 +83,15 @@ def frechet(a: FeatureFile, b: FeatureFile) -> tuple[float, list[float] | None]:
     else:
         everything = tuple(_gaussian(file, np.arange(count)) for file in (a, b))
         value = _between(everything)
-        left_out = [
-            _between(tuple(whole - _gaussian(file, rows) for whole, file in zip(everything, (a, b), strict=True)))
-            for rows in groups
-        ]
+        left_out = []
+        for rows in groups:
+            pair = tuple(whole - _gaussian(file, rows) for whole, file in zip(everything, (a, b), strict=True))
+            left_out.append(_between(pair, quick=True))
     return value, jackknife_interval(value, left_out) if groups else None
 
 
-def _between(pair: Sequence[Gaussian]) -> float:
-    return frechet_distance(*pair[0].moments(), *pair[1].moments())
+def _between(pair: Sequence[Gaussian], *, quick: bool = False) -> float:
+    return frechet_distance(*pair[0].moments(), *pair[1].moments(), quick=quick)
 
 
 def _gaussian(file: FeatureFile, rows: np.ndarray) -> Gaussian:

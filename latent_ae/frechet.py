@@ -44,21 +44,36 @@ class Gaussian:
 
 
 def frechet_distance(
-    mean_a: np.ndarray, covariance_a: np.ndarray, mean_b: np.ndarray, covariance_b: np.ndarray
+    mean_a: np.ndarray,
+    covariance_a: np.ndarray,
+    mean_b: np.ndarray,
+    covariance_b: np.ndarray,
+    *,
+    quick: bool = False,
 ) -> float:
     """Squared 2-Wasserstein distance of two Gaussians (Dowson and Landau 1982; as FID: Heusel et al. 2017).
 
-    |a - b|^2 + tr A + tr B - 2 tr (A B)^(1/2), the last as the sum of singular values of A^(1/2) B^(1/2), which stays
-    real and exact to rounding for singular covariances too. float64.
+    |a - b|^2 + tr A + tr B - 2 tr (A B)^(1/2), the last as the sum of singular values of F^T G with A = F F^T and
+    B = G G^T, which stays real and exact to rounding for singular covariances too. `quick` takes them from the
+    eigenvalues of the product with its transpose, in a third of the time: those below 1e-8 of the largest are lost in
+    rounding. float64.
     """
-    cross = np.linalg.svd(_root(covariance_a) @ _root(covariance_b), compute_uv=False).sum()
+    product = _factor(covariance_a).T @ _factor(covariance_b)
+    if quick:
+        cross = np.sqrt(np.linalg.eigvalsh(product.T @ product).clip(min=0)).sum()
+    else:
+        cross = np.linalg.svd(product, compute_uv=False).sum()
     difference = mean_a - mean_b
     return float(difference @ difference + np.trace(covariance_a) + np.trace(covariance_b) - 2 * cross)
 
 
-def _root(covariance: np.ndarray) -> np.ndarray:
-    values, vectors = np.linalg.eigh(covariance)
-    return (vectors * np.sqrt(values.clip(min=0))) @ vectors.T
+def _factor(covariance: np.ndarray) -> np.ndarray:
+    """F with F F^T = covariance."""
+    try:
+        return np.linalg.cholesky(covariance)  # a tenth of the time of eigenvectors
+    except np.linalg.LinAlgError:  # singular: some features are constant, or as good as
+        values, vectors = np.linalg.eigh(covariance)
+        return vectors * np.sqrt(values.clip(min=0))
 
 
 def frechet_of_features(a: np.ndarray, b: np.ndarray) -> float:

@@ -213,8 +213,9 @@ class _UnitDistance(torch.autograd.Function):
 
 
 def _inverse_norm(f: Tensor) -> Tensor:
-    wide = f.to(torch.promote_types(f.dtype, torch.float32))
-    return (wide.square().sum(dim=1, keepdim=True) + EPS).rsqrt_()
+    # a norm is one pass over the features where squares and their sum are two
+    norm = torch.linalg.vector_norm(f, dim=1, keepdim=True, dtype=torch.promote_types(f.dtype, torch.float32))
+    return norm.square_().add_(EPS).rsqrt_()
 
 
 def _through_norm(grad_unit: Tensor, unit: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:

@@ -2,13 +2,14 @@
 
 import io
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
 
 class _Empty(FeatureExtractorInceptionV3):
-    def load_state_dict(self, state, *args, **kwargs):
+    def load_state_dict(self, state: Any, *args: Any, **kwargs: Any) -> None:
         """The constructor insists on loading something; it is made below instead."""
 
 
