@@ -21,19 +21,10 @@ from latent_ae_eval.recon import evaluate_reconstruction
 from latent_ae_eval.shards import FeatureFile, ReferenceCache, Shard, WorkFolder
 from latent_ae_eval.summary import collect, frechet, kernel, means
 
-from .inception import random_inception
-from .test_eval_whole import settings_with, write_photos
+from .test_eval_whole import inception, own_cache, settings_with, write_photos
 from .test_first_stages import tiny
 
-
-@pytest.fixture(scope="module")
-def inception(tmp_path_factory) -> str:
-    return str(random_inception(tmp_path_factory.mktemp("inception") / "random.pth"))
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+__all__ = ["inception", "own_cache"]  # fixtures
 
 
 def feature_files(folder, count: int, dimensions: int, noise: float = 0.3) -> tuple[FeatureFile, FeatureFile]:

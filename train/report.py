@@ -9,6 +9,7 @@ from PIL import Image
 
 from latent_ae import page
 from latent_ae.config import to_yaml
+from latent_ae.model_card import METRIC_NAMES
 
 from .config import TrainSettings
 
@@ -23,15 +24,6 @@ CHARTS = {
     "Latent standard deviation": ("latent_std",),
     "Gradient norms": ("grad_norm", "grad_norm_discriminator"),
     "Images per second": ("images_per_second",),
-}
-COLUMNS = {
-    "psnr": "PSNR (dB)",
-    "ssim": "SSIM",
-    "ms_ssim": "MS-SSIM",
-    "lpips_vgg": "LPIPS (VGG)",
-    "lpips_alex": "LPIPS (Alex)",
-    "frechet_vgg16": "Fréchet (VGG16)",
-    "frechet_alexnet": "Fréchet (AlexNet)",
 }
 
 
@@ -71,7 +63,7 @@ def write_report(run: Path, settings: TrainSettings, rows: Sequence[dict[str, An
             sections.append(page.section(heading, page.figure(picture, caption, jpeg_quality=92)))
     charts = [
         page.line_chart(_series(held_out, [key]), title=f"Held-out {name}")
-        for key, name in COLUMNS.items()
+        for key, name in METRIC_NAMES.items()
         if _series(held_out, [key])
     ]
     charts += [
@@ -87,9 +79,9 @@ def write_report(run: Path, settings: TrainSettings, rows: Sequence[dict[str, An
 
 def result_rows(results: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     """Rows of the final table out of summaries by name ("bicubic /4", "before", "after")."""
-    keys = [key for key in COLUMNS if any(summary.get(key) is not None for summary in results.values())]
+    keys = [key for key in METRIC_NAMES if any(summary.get(key) is not None for summary in results.values())]
     return [
-        {"": name} | {COLUMNS[key]: _rounded(key, summary.get(key)) for key in keys}
+        {"": name} | {METRIC_NAMES[key]: _rounded(key, summary.get(key)) for key in keys}
         for name, summary in results.items()
     ]
 
