@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from latent_ae.__main__ import main
 from latent_ae_train.checkpoint import complete_checkpoints, newest_checkpoint
 from latent_ae_train.config import CheckpointSettings, GanSettings
 from latent_ae_train.retention import before_gan, kept_steps
+from latent_ae_train.step import MicroBatch, TrainStep
 
 from .launch import ROOT, launch
 from .test_train import pictures, words
@@ -61,6 +63,27 @@ def test_the_alarm_names_the_checkpoint_to_go_back_to(
     assert [line.split(":")[0] for line in lines] == ["step 4", "step 5", "step 6"]
     assert all(line.endswith(f"gan.weight: {run}/checkpoints/step-00000002") for line in lines)
     assert (run / "checkpoints/step-00000002/manifest.json").is_file()
+
+
+def test_no_checkpoint_is_written_of_a_step_that_was_skipped(
+    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = TrainStep.__call__
+
+    def spoilt_at_the_fourth(self: TrainStep, step: int, batches: Iterator[MicroBatch]) -> dict:
+        if step == 3:
+            batches = (batch._replace(images=batch.images * float("nan")) for batch in batches)
+        return original(self, step, batches)
+
+    monkeypatch.setattr(TrainStep, "__call__", spoilt_at_the_fourth)
+    run = tmp_path / "run"
+    assert main(words(pictures, run, "gan.weight=0")) == 0
+    assert [checkpoint.step for checkpoint in complete_checkpoints(run)] == [2, 6]  # of 2, 4 and 6
+    error = capsys.readouterr().err
+    assert "step 4: no checkpoint" in error and "changed nothing: step 4 (1 so far)" in error
+    events = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    (skipped,) = (event for event in events if event["event"] == "skipped")
+    assert skipped == {"event": "skipped", "step": 4, "first_sample": 12, "last_sample": 15}
 
 
 def test_too_little_room_is_said_before_the_first_step(
