@@ -121,13 +121,6 @@ def evaluate_reconstruction(
     return finished
 
 
-def default_folder(model: str) -> Path:
-    """`recon-NAME` after the model; an export or a pipeline's vae is named by the folder that holds it."""
-    path = Path(model.rstrip("/")) if not Path(model).exists() else Path(model).resolve()
-    name = path.parent.name if path.name in ("export", "vae") and path.parent.name else path.name
-    return Path(f"recon-{name}")
-
-
 def _begin(
     stack: ExitStack, out: str | Path | None, key: dict[str, Any] | None, state: PartialState
 ) -> tuple[WorkFolder, frozenset[int]]:

@@ -17,8 +17,9 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from latent_ae.__main__ import main
 from latent_ae.config import UserError
 from latent_ae.perceptual import LPIPS
+from latent_ae_eval.command import default_folder
 from latent_ae_eval.config import ReconSettings
-from latent_ae_eval.recon import default_folder, evaluate_reconstruction
+from latent_ae_eval.recon import evaluate_reconstruction
 
 from .inception import random_inception
 from .launch import launch
@@ -189,7 +190,7 @@ def test_files_go_into_a_folder_named_after_the_run_by_default(tmp_path):
         ("user/some-vae", "recon-some-vae"),
         (f"{tmp_path}/model/", "recon-model"),
     ):
-        assert default_folder(location) == Path(name)
+        assert default_folder("recon", location) == Path(name)
 
 
 def test_an_unreadable_image_is_named_and_too_many_are_an_error(model, photos, tmp_path, capsys):

@@ -1,0 +1,73 @@
+"""What the commands of `latent-ae eval MODEL DATA` have in common: their words, and how their result ends on stdout."""
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from latent_ae.config import Settings, UserError, load_settings
+
+Kind = TypeVar("Kind", bound=Settings)
+
+
+@dataclass(frozen=True)
+class Words(Generic[Kind]):
+    """The command line of one question asked of a first stage."""
+
+    model: str
+    data: str
+    settings: Kind
+    out: Path
+    """Folder for files; made by whoever writes into it."""
+
+
+def read_words(
+    command: str, settings: type[Kind], argv: Sequence[str], *, description: str, examples: str
+) -> Words[Kind]:
+    """Reads `MODEL DATA [key=value ...] [--out DIR]`; exits or raises UserError when it makes no sense."""
+    parser = argparse.ArgumentParser(
+        prog=f"latent-ae eval {command}",
+        description=description,
+        epilog=examples,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("model", help="folder or hub id of a first stage of diffusers, or a run or checkpoint")
+    parser.add_argument("data", help="photos, a folder of images, Parquet or WebDataset files, or a hub id")
+    names = ", ".join(settings.model_fields)
+    parser.add_argument("override", nargs="*", metavar="key=value", help=f"changes a setting: {names}")
+    parser.add_argument(
+        "--out", metavar="DIR", type=Path, help=f"where files go; default: {command}-NAME in this folder"
+    )
+    words = parser.parse_intermixed_args(argv)
+    chosen = load_settings(settings, None, words.override)
+    return Words(words.model, words.data, chosen, words.out or default_folder(command, words.model))
+
+
+def default_folder(command: str, model: str) -> Path:
+    """`COMMAND-NAME` after the model; an export or a pipeline's vae is named by the folder that holds it."""
+    path = Path(model.rstrip("/")) if not Path(model).exists() else Path(model).resolve()
+    name = path.parent.name if path.name in ("export", "vae") and path.parent.name else path.name
+    return Path(f"{command}-{name}")
+
+
+def print_result(compute: Callable[[], dict[str, Any]], batch_size: int) -> int:
+    """Prints the result of `compute` as JSON from the main process; returns the exit code.
+
+    Raises UserError when the device's memory is too small for `batch_size`.
+    """
+    import torch
+    from accelerate import PartialState
+
+    try:
+        result = compute()
+    except torch.OutOfMemoryError as error:
+        first_line = str(error).splitlines()[0]
+        raise UserError(
+            f"out of memory with batch_size {batch_size}: lower batch_size or the images' size ({first_line})"
+        ) from error
+    if PartialState().is_main_process:
+        print(json.dumps(result, indent=2))
+    PartialState().destroy_process_group()
+    return 0

@@ -1,0 +1,36 @@
+"""latent-ae eval compare"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+DESCRIPTION = """\
+Compare results of `eval recon` with the first of them: differences, their 95 % intervals, and whether they are more
+than chance. JSON goes to stdout, a table to stderr; comparison.json and comparison.html go into a folder. Results of
+different protocols, data, N or seeds are refused."""
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="latent-ae eval compare",
+        description=DESCRIPTION,
+        epilog="example: latent-ae eval compare recon-ours recon-theirs/result.json --out ours-or-theirs",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("results", nargs="+", metavar="RESULT", help="a result.json, or the folder that holds one")
+    parser.add_argument("--anyway", action="store_true", help="compare what was not measured in the same way, too")
+    parser.add_argument(
+        "--out", metavar="DIR", type=Path, default=Path("compare"), help="where files go; default: compare"
+    )
+    words = parser.parse_intermixed_args(argv)
+
+    from .compare import compare
+    from .compare_page import comparison_text
+
+    comparison = compare(words.results, anyway=words.anyway, out=words.out)
+    print(comparison_text(comparison), file=sys.stderr)
+    print(f"wrote {words.out / 'comparison.json'} and {words.out / 'comparison.html'}", file=sys.stderr)
+    print(json.dumps(comparison, indent=2))
+    return 0
