@@ -112,11 +112,12 @@ def test_one_pass_of_each_network_per_micro_batch(accumulation: int, lpips_vgg: 
 
 
 def test_nothing_is_computed_for_a_zero_weight(monkeypatch: pytest.MonkeyPatch, lpips_vgg: LPIPS) -> None:
-    from latent_ae_train import step as module
+    from latent_ae_train import step, step_state
 
     used: list[str] = []
-    terms = ("kl_loss", "pixel_loss", "generator_loss", "discriminator_loss", "lecam_loss", "adaptive_ratio")
-    for name in (*terms, "r1_penalty", "augment"):
+    terms = ("kl_loss", "free_bits_loss", "pixel_loss", "generator_loss", "discriminator_loss", "lecam_loss")
+    for name in (*terms, "r1_penalty", "augment", "adaptive_ratio"):
+        module = step_state if name == "adaptive_ratio" else step
         original = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *a, _n=name, _f=original, **k: (used.append(_n), _f(*a, **k))[1])
     lpips_calls = count_calls(lpips_vgg)
@@ -365,7 +366,8 @@ def test_the_adaptive_weight_is_capped_and_passes_over_what_is_not_finite() -> N
     bad = torch.full((3, 8, 3, 3), float("nan"))
     from latent_ae_train.schedule import GanPhase
 
-    step._remember({"layer_reconstruction": bad, "layer_adversarial": torch.ones_like(bad)}, GanPhase(True, 0.5))
+    measured = {"layer_reconstruction": bad, "layer_adversarial": torch.ones_like(bad)}
+    step.state.remember(measured, GanPhase(True, 0.5), step.settings, step.accelerator)
     assert float(step.state.adaptive_weight) == pytest.approx(1e-3)
 
 

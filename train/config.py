@@ -20,28 +20,14 @@ from latent_ae.config import (
     looks_like_path,
 )
 
+from .loss_config import LossSettings
+
 LPIPS_MIN_PX = {"vgg": 16, "alex": 31}
 """Smaller images have no features left at the trunk's last layer."""
 SHARDED = ("FSDP", "DEEPSPEED", "MEGATRON_LM")
 """What accelerate's launcher announces in the environment and the step cannot run on."""
 Rate = Annotated[float, Field(gt=0)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
-
-
-class LossSettings(Settings):
-    """All terms are means: per image element (pixel, kl) or per sample (perceptual). See docs/losses.md."""
-
-    pixel: Literal["l1", "l2", "charbonnier"] = "l1"
-    pixel_weight: Weight = 1.0
-    perceptual: Weight = 1.0
-    """Weight of LPIPS; 0 neither loads nor computes it."""
-    perceptual_net: Literal["vgg", "alex"] = "vgg"
-    perceptual_every: Positive = 1
-    """LPIPS on every n-th sample only (weighted so that its mean stays the same): cheaper steps on small machines."""
-    learned_logvar: bool = False
-    """Learn the log-variance s of the reconstruction's likelihood: loss / exp(s) + s."""
-    kl: Weight = 1e-6
-    """Weight of the KL divergence, summed per sample and divided by the image's elements."""
 
 
 class GanSettings(Settings):
@@ -200,6 +186,7 @@ class TrainSettings(Settings):
         yield from self._shape_problems()
         yield from self._path_problems()
         yield from self._gan_problems()
+        yield from self._latent_problems()
         for name in SHARDED:
             if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() == "true":
                 yield Problem(
@@ -275,6 +262,15 @@ class TrainSettings(Settings):
             )
         if self.compile and gan.r1:
             yield Problem("gan.r1", "needs a second derivative, which compiled networks do not give: set compile=false")
+
+    def _latent_problems(self) -> Iterator[Problem]:
+        if 2 * self.loss.kl_cycles > self.steps:
+            yield Problem("loss.kl_cycles", f"{self.loss.kl_cycles} cycles in {self.steps} steps: a cycle needs two")
+        if self.train != "decoder":
+            return
+        for key in ("kl_warmup", "kl_cycles", "kl_target", "free_bits"):
+            if getattr(self.loss, key):
+                yield Problem(f"loss.{key}", "shapes the posterior, which train: decoder leaves fixed: set it to 0")
 
     def _path_problems(self) -> Iterator[Problem]:
         if self.init_from is not None:

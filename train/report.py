@@ -21,6 +21,7 @@ CHARTS = {
     "Adaptive weight": ("adaptive_weight",),
     "Adversarial gradient at the last layer, relative to reconstruction": ("gradient_ratio",),
     "KL divergence per latent dimension (nats)": ("kl_per_dimension",),
+    "KL weight": ("kl_weight",),
     "Latent standard deviation": ("latent_std",),
     "Gradient norms": ("grad_norm", "grad_norm_discriminator"),
     "Images per second": ("images_per_second",),

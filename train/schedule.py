@@ -3,7 +3,7 @@
 import math
 from typing import NamedTuple
 
-from .config import GanSettings, OptimSettings
+from .config import GanSettings, LossSettings, OptimSettings
 
 
 def lr_scale_at(step: int, steps: int, optim: OptimSettings) -> float:
@@ -13,6 +13,21 @@ def lr_scale_at(step: int, steps: int, optim: OptimSettings) -> float:
         return warm
     progress = min(1.0, max(0, step - optim.warmup) / max(1, steps - optim.warmup))
     return warm * (optim.final_lr + (1.0 - optim.final_lr) * 0.5 * (1.0 + math.cos(math.pi * progress)))
+
+
+KL_CYCLE_RISE = 0.5
+"""Part of a cycle in which the KL weight rises (R of Fu et al. 2019)."""
+
+
+def kl_weight_at(step: int, loss: LossSettings, steps: int) -> float:
+    """Weight of the KL term in this step (0-based): constant, after a linear warm-up, or in cycles.
+
+    A cycle rises linearly from 0 over its first half and then holds (Fu et al. 2019, eq. 6 and 7).
+    """
+    if loss.kl_cycles:
+        period = steps / loss.kl_cycles
+        return loss.kl * min(1.0, (step % math.ceil(period)) / period / KL_CYCLE_RISE)
+    return loss.kl * min(1.0, (step + 1) / (loss.kl_warmup + 1))
 
 
 class GanPhase(NamedTuple):
