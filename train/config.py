@@ -20,7 +20,7 @@ from latent_ae.config import (
     looks_like_path,
 )
 
-from .loss_config import LossSettings
+from .loss_config import AlignmentSettings, LatentSettings, LossSettings, scaled_sides
 
 LPIPS_MIN_PX = {"vgg": 16, "alex": 31}
 """Smaller images have no features left at the trunk's last layer."""
@@ -158,6 +158,8 @@ class TrainSettings(Settings):
     model: ModelSettings = ModelSettings()
     data: DataSettings = DataSettings()
     loss: LossSettings = LossSettings()
+    latents: LatentSettings = LatentSettings()
+    alignment: AlignmentSettings = AlignmentSettings()
     gan: GanSettings = GanSettings()
     optim: OptimSettings = OptimSettings()
     ema: EmaSettings = EmaSettings()
@@ -169,6 +171,12 @@ class TrainSettings(Settings):
     def processes(self) -> int:
         """Number of processes that the launcher started."""
         return int(os.environ.get("WORLD_SIZE", "1"))
+
+    @property
+    def smallest_px(self) -> int:
+        """Side of the smallest image that the losses can look at."""
+        lpips = LPIPS_MIN_PX[self.loss.perceptual_net] if self.loss.perceptual else 1
+        return max(lpips, 3 * 2**self.gan.layers if self.gan.weight else 1)
 
     @property
     def micro_batch(self) -> int:
@@ -266,11 +274,40 @@ class TrainSettings(Settings):
     def _latent_problems(self) -> Iterator[Problem]:
         if 2 * self.loss.kl_cycles > self.steps:
             yield Problem("loss.kl_cycles", f"{self.loss.kl_cycles} cycles in {self.steps} steps: a cycle needs two")
+        least, channels = self.latents.min_channels, self.model.latent_channels
+        if least and self.init_from is None and least >= channels:
+            yield Problem("latents.min_channels", f"{least} of {channels} latent channels masks none: use fewer")
+        if self.latents.equivariance and self.compile:
+            yield Problem(
+                "latents.equivariance",
+                "changes the images' size from step to step, and compiled networks are compiled for each anew: "
+                "set compile=false",
+            )
+        if self.latents.equivariance and self.init_from is None:
+            yield from self.size_problems(self.model.factor)
+        if (model := self.alignment.model) is not None:
+            if find_spec("transformers") is None:
+                yield Problem("alignment.model", "needs transformers: pip install 'latent-ae[alignment]'")
+            if not Path(model).expanduser().is_dir():
+                yield Problem("alignment.model", f"no such folder: {model} (from {Path.cwd()})")
+            if self.model.in_channels not in (1, 3):
+                yield Problem("alignment.model", f"sees 1 or 3 channels, model.in_channels is {self.model.in_channels}")
         if self.train != "decoder":
             return
+        if self.alignment.model is not None:
+            yield Problem("alignment.model", "moves the encoder, which train: decoder leaves fixed: set it to null")
         for key in ("kl_warmup", "kl_cycles", "kl_target", "free_bits"):
             if getattr(self.loss, key):
                 yield Problem(f"loss.{key}", "shapes the posterior, which train: decoder leaves fixed: set it to 0")
+
+    def size_problems(self, factor: int) -> Iterator[Problem]:
+        """Whether there is a size to scale latents of an autoencoder with this factor to."""
+        if self.latents.equivariance and not scaled_sides(self.data.resolution // factor, factor, self.smallest_px):
+            yield Problem(
+                "latents.equivariance",
+                f"scales images down, and the losses need {self.smallest_px} px of {self.data.resolution}: raise "
+                "data.resolution, or lower gan.layers",
+            )
 
     def _path_problems(self) -> Iterator[Problem]:
         if self.init_from is not None:

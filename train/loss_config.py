@@ -1,9 +1,19 @@
 """The settings of the losses and of what shapes the latents."""
 
 from collections.abc import Iterator
-from typing import Literal
+from typing import Annotated, Literal
 
-from latent_ae.config import NonNegative, Positive, Problem, Settings, Weight
+from pydantic import Field
+
+from latent_ae.config import Fraction, NonNegative, Positive, Problem, Settings, Weight
+
+
+def scaled_sides(side_px: int, factor: int, smallest_px: int) -> range:
+    """Sides, latent px, that latents of `side_px` are scaled to: from a quarter to just below, as in EQ-VAE.
+
+    None whose image would be smaller than `smallest_px`.
+    """
+    return range(max(-(-side_px // 4), -(-smallest_px // factor)), side_px)
 
 
 class LossSettings(Settings):
@@ -42,3 +52,27 @@ class LossSettings(Settings):
                 f"{self.free_bits:g} nats are kept free of the KL term, so it cannot bring the rate down to kl_target "
                 f"{self.kl_target:g}: lower free_bits or raise kl_target",
             )
+
+
+class LatentSettings(Settings):
+    """What the latents must bear while they train; all off by default. See docs/latents.md."""
+
+    equivariance: Fraction = 0.0
+    """Part of the steps whose latents are scaled and turned before decoding, and the images with them (EQ-VAE: 0.5)."""
+    noise: Weight = 0.0
+    """Standard deviation of noise that latents are mixed with, in raw latent units (l-DeTok: 3)."""
+    min_channels: Positive | None = None
+    """Least number of a sample's first channels that are kept, the rest is masked (DC-AE 1.5: an eighth of them)."""
+
+
+class AlignmentSettings(Settings):
+    """Draws the latents to the features of a frozen vision model, as VA-VAE does; its published values."""
+
+    model: str | None = None
+    """Folder of a vision transformer that transformers loads (config.json, model.safetensors,
+    preprocessor_config.json); null: off."""
+    weight: Annotated[float, Field(gt=0)] = 0.1
+    adaptive: bool = True
+    """Scale the term by the ratio of gradient norms at the encoder's last layer; false uses the weight as it is."""
+    cosine_margin: Fraction = 0.5
+    distance_margin: Fraction = 0.25

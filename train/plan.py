@@ -48,6 +48,13 @@ def describe_plan(settings: TrainSettings) -> str:
         f"weight from {loss.kl:g} on, controlled to {loss.kl_target:g} nats per dimension": loss.kl_target,
         f"{loss.free_bits:g} nats per dimension free": loss.free_bits,
     }
+    latents = settings.latents
+    regularisers = {
+        f"scaled and turned in {latents.equivariance:.0%} of the steps": latents.equivariance,
+        f"noise of up to {latents.noise:g}": latents.noise,
+        f"{latents.min_channels} channels or more kept": latents.min_channels,
+        f"aligned to {settings.alignment.model}": settings.alignment.model,
+    }
     learns = loss.kl and settings.train != "decoder"
     lines = {
         "autoencoder": f"{weights:,} parameters{part}, factor {factor}, latent {latent} for "
@@ -58,6 +65,7 @@ def describe_plan(settings: TrainSettings) -> str:
         f"micro-batch x {settings.accumulation} accumulation",
         "adversarial": gan_lines,
         "KL": ", ".join(text for text, on in shaping.items() if on) if learns else "off",
+        "latents": ", ".join(text for text, on in regularisers.items() if on) or "as they are",
         "checkpoint": f"{copies * BYTES / 1e6:,.0f} MB each, every {settings.checkpoint.every:,} steps, "
         f"the newest {settings.checkpoint.keep} kept",
         "output": settings.output_dir,

@@ -15,7 +15,9 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from latent_ae.diffaug import NUMBERS, augment
+from latent_ae.latent_changes import LatentChange, scaled_and_turned
 from latent_ae.losses import (
+    alignment_loss,
     discriminator_loss,
     free_bits_loss,
     generator_loss,
@@ -25,10 +27,11 @@ from latent_ae.losses import (
     r1_penalty,
 )
 from latent_ae.models import Reconstruction
+from latent_ae.vision import VisionModel
 
 from .config import TrainSettings
 from .ema import Ema
-from .schedule import GanPhase, gan_phase_at, kl_weight_at
+from .schedule import GanPhase, equivariance_at, gan_phase_at, kl_weight_at
 from .step_state import StepState
 from .update import Update
 
@@ -44,6 +47,8 @@ class MicroBatch(NamedTuple):
     """Rows that LPIPS looks at (loss.perceptual_every)."""
     augmentation: Tensor | None = None
     """Uniform numbers for gan.diffaug, N x 14: the first half for the real image, the other for its reconstruction."""
+    change: LatentChange | None = None
+    """Noise and channels for the latents (latents.noise, latents.min_channels)."""
 
 
 class TrainStep:
@@ -57,13 +62,14 @@ class TrainStep:
         discriminator: nn.Module | None,
         perceptual: nn.Module | None,
         ema: Ema | None,
+        vision: VisionModel | None = None,
     ):
         self.settings, self.accelerator = settings, accelerator
         # the wrapped networks are called, the bare ones own parameters and state
         self.reconstructor, self.discriminator = reconstructor, discriminator
         self.bare_reconstructor = accelerator.unwrap_model(reconstructor)
         self.bare_discriminator = accelerator.unwrap_model(discriminator) if discriminator is not None else None
-        self.perceptual, self.ema = perceptual, ema
+        self.perceptual, self.ema, self.vision = perceptual, ema, vision
         self.state = StepState(settings).to(accelerator.device)
         self.update = Update(settings, self.bare_reconstructor, self.bare_discriminator, self.state.logvar)
         self.optimizer, self.muon = self.update.optimizer, self.update.muon
@@ -103,11 +109,13 @@ class TrainStep:
     def _accumulate(self, batch: MicroBatch, step: int, phase: GanPhase) -> dict[str, Tensor]:
         """Adds this micro-batch's gradients of both networks; returns what to average over micro-batches."""
         settings, share = self.settings, 1.0 / self.settings.accumulation
+        batch, images, means = self._equivariant(batch, step)
         with self._autocast():
-            result: Reconstruction = self.reconstructor(batch.images, batch.noise)
+            result: Reconstruction = self.reconstructor(images, batch.noise, batch.change)
         image = result.image.detach().requires_grad_()
 
-        means, objective = self._reconstruction_losses(image, batch)
+        logs, objective = self._reconstruction_losses(image, batch)
+        means |= logs
         (gradient,) = torch.autograd.grad(objective, image)
         if settings.loss.learned_logvar:
             # d/dr and d/ds of objective / exp(s) + s; s has no graph: its gradient is one number
@@ -129,13 +137,47 @@ class TrainStep:
 
         outputs, gradients = [result.image], [gradient * share]
         if settings.loss.kl and result.mean.requires_grad:  # not when the encoder is fixed
-            objective, kl_weight, logs = self._rate(result, step, image_elements=batch.images[0].numel())
+            objective, kl_weight, logs = self._rate(result, step, image_elements=images[0].numel())
             means |= logs
             outputs.append(objective)
             gradients.append(torch.ones_like(objective) * (kl_weight * share))
+        layers: list[Tensor] = []
+        if result.projected is not None:
+            aligning, logs = self._aligning(result, images, layers)
+            means |= logs
+            outputs.append(result.projected)
+            gradients.append(aligning * share)
         torch.autograd.backward(outputs, gradients)
+        if layers:
+            means["encoder_image"] = layers[0] * settings.accumulation
         means["latent_std"] = result.latent.detach().std()
         return means
+
+    def _equivariant(self, batch: MicroBatch, step: int) -> tuple[MicroBatch, Tensor, dict[str, Tensor]]:
+        """The batch with the images that are to come out, the images to encode, and what to log."""
+        means: dict[str, Tensor] = {}
+        images, change = batch.images, batch.change
+        if change is not None and change.noise_level is not None:
+            means["noise_level"] = change.noise_level.mean()
+        if change is not None and change.kept_channels is not None:
+            means["kept_channels"] = change.kept_channels.float().mean()
+        if not self.settings.latents.equivariance:
+            return batch, images, means
+        side = batch.noise.shape[-1]
+        factor = images.shape[-1] // side
+        drawn = equivariance_at(step, self.settings, side, factor)
+        means["scale"] = torch.full((), 1.0 if drawn is None else drawn.side_px / side, device=images.device)
+        if drawn is None:
+            return batch, images, means
+        target = scaled_and_turned(images, drawn.side_px * factor, drawn.quarter_turns)
+        if drawn.of_latent:
+            change = (change or LatentChange())._replace(side_px=drawn.side_px, quarter_turns=drawn.quarter_turns)
+            return batch._replace(images=target, change=change), images, means
+        # noise for the smaller latent: any part of standard normal noise is standard normal
+        part = (..., slice(drawn.side_px), slice(drawn.side_px))
+        if change is not None and change.noise is not None:
+            change = change._replace(noise=change.noise[part])
+        return batch._replace(images=target, noise=batch.noise[part], change=change), target, means
 
     def _reconstruction_losses(self, image: Tensor, batch: MicroBatch) -> tuple[dict[str, Tensor], Tensor]:
         """The weighted sum of the pixel and perceptual losses, and both apart."""
@@ -170,6 +212,37 @@ class TrainStep:
             objective, means["kl_free"] = free_bits_loss(result.mean, result.logvar, image_elements, loss.free_bits)
         weight = self.state.kl_weight if loss.kl_target else kl_weight_at(step, loss, self.settings.steps)
         return objective, weight, means | {"kl_weight": torch.ones_like(means["kl"]) * weight}
+
+    def _aligning(
+        self, result: Reconstruction, images: Tensor, layers: list[Tensor]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The weighted gradient of the alignment at the projected latent, and what to log.
+
+        For the adaptive weight, the backward pass will put the image losses' gradient at the encoder's last layer into
+        `layers` when it comes by the latent: the cost is that of one convolution's weight gradient.
+        """
+        assert self.vision is not None and result.projected is not None
+        alignment = self.settings.alignment
+        with self._autocast():
+            features = self.vision(images, result.latent.shape[-1])
+        projected = result.projected.detach().requires_grad_()
+        cosine, distance, similarity = alignment_loss(
+            projected, features, alignment.cosine_margin, alignment.distance_margin
+        )
+        (gradient,) = torch.autograd.grad(cosine + distance, projected)
+        means = {
+            "alignment_cosine": cosine.detach(),
+            "alignment_distance": distance.detach(),
+            "alignment_similarity": similarity,
+        }
+        if not alignment.adaptive:
+            return alignment.weight * gradient, means
+        layer, latent = self.bare_reconstructor.encoder_last_layer, result.latent
+        (means["encoder_alignment"],) = torch.autograd.grad(result.projected, layer, gradient, retain_graph=True)
+        result.to_decode.register_hook(
+            lambda slope: layers.extend(torch.autograd.grad(latent, layer, slope, retain_graph=True))
+        )
+        return alignment.weight * self.state.alignment_weight * gradient, means
 
     def _adversarial(
         self, batch: MicroBatch, image: Tensor, phase: GanPhase

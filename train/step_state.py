@@ -20,6 +20,8 @@ KL_PROPORTIONAL, KL_INTEGRAL = 2.0, 0.02
 """Gains of the controller of the rate: what the KL weight's logarithm gains per change of the error, and per step."""
 KL_LARGEST_ERROR = 1.0
 """Errors count no more than this: a rate far off changes the weight by a factor e in 50 steps."""
+ALIGNMENT_CAP, ALIGNMENT_SMOOTHING = 100.0, 0.9
+"""As for the adversarial weight: the ratio lags, so one batch that is aligned already must not send it off."""
 KL_WEIGHT_RANGE = (1e-12, 1e3)
 
 
@@ -29,6 +31,7 @@ class StepState(nn.Module):
     adaptive_weight: Tensor
     lecam_averages: Tensor
     kl_control: Tensor
+    alignment_weight: Tensor
 
     def __init__(self, settings: TrainSettings) -> None:
         super().__init__()
@@ -39,6 +42,9 @@ class StepState(nn.Module):
         if settings.loss.kl_target:
             # the logarithm of the KL weight, and the last error
             self.register_buffer("kl_control", torch.tensor([math.log(settings.loss.kl), 0.0]))
+
+        if settings.alignment.model and settings.alignment.adaptive:
+            self.register_buffer("alignment_weight", torch.zeros(()))
 
     @property
     def kl_weight(self) -> Tensor:
@@ -54,7 +60,7 @@ class StepState(nn.Module):
         was looked at.
         """
         gan = settings.gan
-        sought = ("layer_reconstruction", "layer_adversarial", "logvar_gradient")
+        sought = ("layer_reconstruction", "layer_adversarial", "logvar_gradient", "encoder_image", "encoder_alignment")
         names: list[str] = [name for name in sought if name in means]
         names += ["logits_real", "logits_fake"] if phase.discriminator and gan.lecam else []
         names += ["kl_per_dimension"] if settings.loss.kl_target and "kl_per_dimension" in means else []
@@ -66,7 +72,7 @@ class StepState(nn.Module):
             pieces = flat.split([value.numel() for value in values])
             values = [piece.view_as(value) for piece, value in zip(pieces, values, strict=True)]
         reduced = dict(zip(names, values, strict=True))
-        for name in ("layer_reconstruction", "layer_adversarial"):
+        for name in ("layer_reconstruction", "layer_adversarial", "encoder_image", "encoder_alignment"):
             means.pop(name, None)
         if "layer_adversarial" in reduced:
             # the share that the adversarial term has just had in the last layer's gradient
@@ -77,6 +83,12 @@ class StepState(nn.Module):
                 ratio = adaptive_ratio(reduced["layer_reconstruction"], reduced["layer_adversarial"], gan.adaptive_cap)
                 smooth_(self.adaptive_weight, ratio, gan.adaptive_smoothing)
                 means["adaptive_weight"] = self.adaptive_weight.clone()
+        if "encoder_alignment" in reduced:
+            ratio = adaptive_ratio(reduced["encoder_image"], reduced["encoder_alignment"], ALIGNMENT_CAP)
+            # within both margins there is no gradient, and no ratio
+            ratio = torch.where(reduced["encoder_alignment"].norm() > 0, ratio, torch.nan)
+            smooth_(self.alignment_weight, ratio, ALIGNMENT_SMOOTHING)
+            means["alignment_weight"] = settings.alignment.weight * self.alignment_weight
         if "logvar_gradient" in reduced:
             self.logvar.grad = reduced["logvar_gradient"].detach().clone()
             del means["logvar_gradient"]
