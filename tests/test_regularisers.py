@@ -10,9 +10,10 @@ from latent_ae.config import UserError, load_settings
 from latent_ae.latent_changes import LatentChange, changed
 from latent_ae.losses import kl_loss
 from latent_ae.models import Reconstructor
+from latent_ae_train import micro_batch
 from latent_ae_train import step as step_module
 from latent_ae_train.config import TrainSettings
-from latent_ae_train.draws import latent_change
+from latent_ae_train.micro_batch import latent_change
 from latent_ae_train.schedule import equivariance_at
 from latent_ae_train.step import TrainStep
 from tests.tiny import GAN, LATENT, SIDE, build_step, global_batch, micro_batches, settings_for
@@ -156,9 +157,10 @@ def test_the_whole_gradient_is_the_textbook_one() -> None:
 
 def test_off_costs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     used: list[str] = []
-    for name in ("scaled_and_turned", "equivariance_at", "free_bits_loss", "LatentChange"):
-        original = getattr(step_module, name)
-        monkeypatch.setattr(step_module, name, lambda *a, _n=name, _f=original, **k: (used.append(_n), _f(*a, **k))[1])
+    for name in ("scaled_and_turned", "equivariance_at", "latent_noise", "kept_channels", "free_bits_loss"):
+        module = step_module if name == "free_bits_loss" else micro_batch
+        original = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *a, _n=name, _f=original, **k: (used.append(_n), _f(*a, **k))[1])
     monkeypatch.setattr("latent_ae.models.changed", lambda *a: used.append("changed"))
     settings = settings_for(loss={"kl": 1e-3}, gan=GAN)
     assert next(micro_batches(0, settings)).change is None

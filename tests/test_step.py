@@ -16,6 +16,7 @@ from latent_ae_train.config import TrainSettings
 from latent_ae_train.step import TrainStep
 from tests.launch import launch
 from tests.tiny import GAN, build_step, global_batch, micro_batches, moved, settings_for, weights
+from tests.tiny_vision import save_vision_model
 
 
 def run(step: TrainStep, count: int = 1) -> dict[str, torch.Tensor]:
@@ -336,9 +337,12 @@ class HostReads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_no_host_read_in_a_step(lpips_vgg: LPIPS, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_host_read_in_a_step(lpips_vgg: LPIPS, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    kl = {"kl": 1e-6, "kl_target": 0.5, "free_bits": 0.1}
     settings = settings_for(
-        loss={"perceptual": 1.0, "kl": 1e-6, "perceptual_every": 2, "learned_logvar": True},
+        loss={"perceptual": 1.0, "perceptual_every": 2, "learned_logvar": True, **kl},
+        latents={"noise": 1.0, "min_channels": 2},
+        alignment={"model": str(save_vision_model(tmp_path / "vision"))},
         gan={**GAN, "lecam": 0.1, "r1": 0.1, "r1_every": 1, "diffaug": ["color", "translation", "cutout"]},
         ema={"decay": 0.9},
         optim={"clip": 1.0, "kind": "muon"},

@@ -12,10 +12,10 @@ from latent_ae.models import Reconstructor
 from latent_ae.order import augmentation_numbers
 from latent_ae.vision import VisionModel
 from latent_ae_train.config import TrainSettings
-from latent_ae_train.draws import latent_change
 from latent_ae_train.ema import Ema
+from latent_ae_train.micro_batch import MicroBatch, latent_change
 from latent_ae_train.networks import compile_networks, starting_autoencoder, starting_discriminator, starting_projection
-from latent_ae_train.step import MicroBatch, TrainStep
+from latent_ae_train.step import TrainStep
 
 SIDE, LATENT = 16, (4, 8, 8)
 MODEL = {

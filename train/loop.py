@@ -26,18 +26,18 @@ from .checkpoint import (
     save_checkpoint,
 )
 from .config import TrainSettings
-from .draws import latent_change
 from .drift import stop_on_drift
 from .ema import Ema
 from .finish import finish_run, finished_results, push_export, show_results
 from .log import Log
+from .micro_batch import MicroBatch, latent_change
 from .networks import compile_networks, starting_autoencoder, starting_discriminator, starting_projection
 from .preflight import preflight
 from .report import held_out_distances
 from .retention import kept_steps
 from .run_folder import changed_settings, write_config
 from .signals import Stopped, StopSignals
-from .step import MicroBatch, TrainStep
+from .step import TrainStep
 from .validate import Validator
 
 

@@ -8,14 +8,12 @@ and the discriminator's one pass over real and reconstructed images serves both 
 
 from collections.abc import Iterator
 from contextlib import ExitStack, nullcontext
-from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
 from latent_ae.diffaug import NUMBERS, augment
-from latent_ae.latent_changes import LatentChange, scaled_and_turned
 from latent_ae.losses import (
     alignment_loss,
     discriminator_loss,
@@ -31,24 +29,10 @@ from latent_ae.vision import VisionModel
 
 from .config import TrainSettings
 from .ema import Ema
-from .schedule import GanPhase, equivariance_at, gan_phase_at, kl_weight_at
+from .micro_batch import MicroBatch, as_drawn
+from .schedule import GanPhase, gan_phase_at, kl_weight_at
 from .step_state import StepState
 from .update import Update
-
-
-class MicroBatch(NamedTuple):
-    """What one pass works on, on the device."""
-
-    images: Tensor
-    """float32 NCHW in [-1, 1], channels-last."""
-    noise: Tensor
-    """Standard normal, shaped like the latent."""
-    perceptual_rows: slice
-    """Rows that LPIPS looks at (loss.perceptual_every)."""
-    augmentation: Tensor | None = None
-    """Uniform numbers for gan.diffaug, N x 14: the first half for the real image, the other for its reconstruction."""
-    change: LatentChange | None = None
-    """Noise and channels for the latents (latents.noise, latents.min_channels)."""
 
 
 class TrainStep:
@@ -109,7 +93,7 @@ class TrainStep:
     def _accumulate(self, batch: MicroBatch, step: int, phase: GanPhase) -> dict[str, Tensor]:
         """Adds this micro-batch's gradients of both networks; returns what to average over micro-batches."""
         settings, share = self.settings, 1.0 / self.settings.accumulation
-        batch, images, means = self._equivariant(batch, step)
+        batch, images, means = as_drawn(batch, step, settings)
         with self._autocast():
             result: Reconstruction = self.reconstructor(images, batch.noise, batch.change)
         image = result.image.detach().requires_grad_()
@@ -152,32 +136,6 @@ class TrainStep:
             means["encoder_image"] = layers[0] * settings.accumulation
         means["latent_std"] = result.latent.detach().std()
         return means
-
-    def _equivariant(self, batch: MicroBatch, step: int) -> tuple[MicroBatch, Tensor, dict[str, Tensor]]:
-        """The batch with the images that are to come out, the images to encode, and what to log."""
-        means: dict[str, Tensor] = {}
-        images, change = batch.images, batch.change
-        if change is not None and change.noise_level is not None:
-            means["noise_level"] = change.noise_level.mean()
-        if change is not None and change.kept_channels is not None:
-            means["kept_channels"] = change.kept_channels.float().mean()
-        if not self.settings.latents.equivariance:
-            return batch, images, means
-        side = batch.noise.shape[-1]
-        factor = images.shape[-1] // side
-        drawn = equivariance_at(step, self.settings, side, factor)
-        means["scale"] = torch.full((), 1.0 if drawn is None else drawn.side_px / side, device=images.device)
-        if drawn is None:
-            return batch, images, means
-        target = scaled_and_turned(images, drawn.side_px * factor, drawn.quarter_turns)
-        if drawn.of_latent:
-            change = (change or LatentChange())._replace(side_px=drawn.side_px, quarter_turns=drawn.quarter_turns)
-            return batch._replace(images=target, change=change), images, means
-        # noise for the smaller latent: any part of standard normal noise is standard normal
-        part = (..., slice(drawn.side_px), slice(drawn.side_px))
-        if change is not None and change.noise is not None:
-            change = change._replace(noise=change.noise[part])
-        return batch._replace(images=target, noise=batch.noise[part], change=change), target, means
 
     def _reconstruction_losses(self, image: Tensor, batch: MicroBatch) -> tuple[dict[str, Tensor], Tensor]:
         """The weighted sum of the pixel and perceptual losses, and both apart."""
