@@ -5,8 +5,6 @@ result = evaluate_reconstruction("runs/quickstart/export", "photos")
 print(result["metrics"]["mode"])
 """
 
-import json
-import os
 import sys
 import tempfile
 import time
@@ -29,8 +27,10 @@ from tqdm import tqdm
 
 from latent_ae.config import UserError
 from latent_ae.data import stop_if_too_many_bad
+from latent_ae.disk import replacing, write_json, writing
 from latent_ae.held_out import Framing, HeldOutImages, Part
 from latent_ae.images import picture_grid
+from latent_ae.text import printable
 
 from .config import ReconSettings
 from .inputs import checked_factor, inception_network, opened_data, opened_model, processes, refuse_generation_files
@@ -176,7 +176,8 @@ def _result(
 ) -> tuple[dict[str, Any], pa.Table]:
     """Everything but the time, and the row of every image."""
     settings, stage, inception = measurer.settings, measurer.stage, measurer.inception
-    table, skipped, files = collect(work, work.done())
+    with writing(work.folder):  # features go from the shards into files of their own
+        table, skipped, files = collect(work, work.done())
     if not table.num_rows:
         reason = f"none of its {len(skipped)} images is readable; {skipped[0]}" if skipped else "it holds no images"
         raise UserError(f"{data}: {reason}")
@@ -232,37 +233,31 @@ def _report_skipped(skipped: list[str], num_read: int, settings: ReconSettings) 
     except UserError as error:
         raise UserError(str(error).replace("data.", "", 1)) from error
     if skipped:
-        print(f"skipped {len(skipped)} of {total} images:\n  " + "\n  ".join(skipped), file=sys.stderr)
+        named = "\n  ".join(map(printable, skipped))
+        print(f"skipped {len(skipped)} of {total} images:\n  {named}", file=sys.stderr)
 
 
 def _make_folder(folder: Path) -> None:
     """Before the measurement, so that a folder that cannot be written costs no waiting."""
-    try:
+    with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out: cannot make the folder {folder}: {error.strerror}") from error
 
 
 def _write(folder: Path, result: dict[str, Any], table: pa.Table, measurer: Measurer, images: HeldOutImages) -> None:
-    try:
-        part = folder / "images.parquet.part"
+    with replacing(folder / "images.parquet") as part:
         pyarrow.parquet.write_table(table, part)
-        os.replace(part, folder / "images.parquet")
-        part = folder / "result.json.part"
-        part.write_text(json.dumps(result, indent=2), encoding="utf-8")
-        os.replace(part, folder / "result.json")
-        groups = chosen_rows(table, measurer.kinds[0], measurer.settings.num_pictures)
-        wanted = sorted(table["index"][row].as_py() for rows in groups.values() for row in rows)
-        shown = shown_groups(groups, table, reconstructed(wanted, measurer, images) if wanted else {})
-        write_recon_report(folder / "report.html", result, table.to_pylist(), shown)
-        pairs = [
-            [one.image, one.reconstruction, error_map(one.image, one.reconstruction)]
-            for group in shown.values()
-            for one in group
-        ]
-        if pairs:
+    write_json(folder / "result.json", result)
+    groups = chosen_rows(table, measurer.kinds[0], measurer.settings.num_pictures)
+    wanted = sorted(table["index"][row].as_py() for rows in groups.values() for row in rows)
+    shown = shown_groups(groups, table, reconstructed(wanted, measurer, images) if wanted else {})
+    write_recon_report(folder / "report.html", result, table.to_pylist(), shown)
+    pairs = [
+        [one.image, one.reconstruction, error_map(one.image, one.reconstruction)]
+        for group in shown.values()
+        for one in group
+    ]
+    if pairs:
+        with replacing(folder / "pairs.png") as part:
             labels = ["input", "reconstruction", f"error x{ERROR_GAIN}"]
-            picture_grid(pairs, labels=labels).save(folder / "pairs.png")
-    except OSError as error:
-        raise UserError(f"--out: cannot write into {folder}: {error.strerror or error}") from error
+            picture_grid(pairs, labels=labels).save(part, format="PNG")
     print(f"wrote result.json, images.parquet, report.html and pairs.png into {folder}", file=sys.stderr)

@@ -6,6 +6,8 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from latent_ae.text import printable
+
 INK = "#0a0b0c"
 """Stands for the page's own text colour while a chart is drawn."""
 COLOURS = ("#3f8fd2", "#e8833a", "#57a773", "#c65b7c", "#8a78c9", "#8c8f94")
@@ -142,8 +144,3 @@ def _chart(
 def _label(name: str) -> str:
     """A name as matplotlib shows it whole: it hides what begins with an underscore, and stumbles over surrogates."""
     return printable(name).lstrip("_")
-
-
-def printable(text: str) -> str:
-    """Text in which characters that no file can hold are shown, not dropped."""
-    return text.encode("utf-8", "backslashreplace").decode("utf-8")

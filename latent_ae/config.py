@@ -19,6 +19,10 @@ class UserError(ValueError):
     """A mistake that the user can mend: the command line prints it without a traceback and exits with 2."""
 
 
+class ToldElsewhere(UserError):
+    """The same on another process, whose first one prints it: this one only exits with 2."""
+
+
 class Problem(typing.NamedTuple):
     """One thing wrong with the settings: the key's path and what to do about it."""
 

@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL
 from huggingface_hub import HfApi
-from safetensors import SafetensorError
+from huggingface_hub.utils import validate_repo_id
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from latent_ae.config import UserError
+from latent_ae.disk import writing
 from latent_ae.latents import LatentStatistics
 from latent_ae.model_card import CardFacts, loading_lines, model_card
 from latent_ae.models import Reconstructor, count_parameters
@@ -67,7 +68,7 @@ def export_autoencoder(
     cannot be written, or the latents cannot be scaled; RuntimeError when the check fails.
     """
     folder = Path(os.path.abspath(Path(folder).expanduser()))
-    _refuse_foreign(folder)
+    refuse_foreign(folder)
     exported = _twin(autoencoder)
     config = exported.config
     exported.register_to_config(
@@ -85,7 +86,7 @@ def export_autoencoder(
         "sample_size": sample_size,
         "parameters": count_parameters(exported),
     }
-    try:
+    with writing(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
             fresh = Path(scratch) / "export"
@@ -96,9 +97,6 @@ def export_autoencoder(
             facts["max_abs_difference"] = difference
             model_card(exported, card, statistics, folder.name, difference).save(fresh / "README.md")
             _take_place(fresh, folder, Path(scratch) / "previous")
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"cannot write the export {folder}: {reason}") from error
     return facts
 
 
@@ -148,6 +146,25 @@ def push_to_hub(folder: str | Path, repo_id: str, *, token: str | None = None, p
         ) from error
 
 
+def check_upload(repo_id: str) -> None:
+    """Asks the hub, without changing anything there, whether this user may upload to `repo_id`; raises UserError."""
+    owner = repo_id.partition("/")[0] if "/" in repo_id else None
+    try:
+        validate_repo_id(repo_id)
+        user = HfApi().whoami()
+    except Exception as error:  # no network, offline mode, no token, an expired one, no such name
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise UserError(
+            f"push_to_hub: nothing can be uploaded to {repo_id}: {reason}. Log in with `hf auth login` on a machine "
+            "that reaches the hub, or leave push_to_hub out and upload the export later"
+        ) from error
+    owners = [user["name"], *(group["name"] for group in user.get("orgs") or [])]
+    if owner is not None and owner not in owners:
+        raise UserError(f"push_to_hub: {repo_id} does not belong to {', '.join(owners)}, whose token this is")
+    if ((user.get("auth") or {}).get("accessToken") or {}).get("role") == "read":
+        raise UserError(f"push_to_hub: the token of {user['name']} may only read; make one that may write")
+
+
 def _twin(autoencoder: AutoencoderKL) -> AutoencoderKL:
     """The same weights in another model: float32 on the CPU, evaluation mode, plain memory format."""
     with torch.device("meta"):  # no memory, no random numbers drawn
@@ -163,7 +180,8 @@ def _twin(autoencoder: AutoencoderKL) -> AutoencoderKL:
     return twin.eval().requires_grad_(False)
 
 
-def _refuse_foreign(folder: Path) -> None:
+def refuse_foreign(folder: Path) -> None:
+    """Raises UserError when an export may not take the place of what is there."""
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not (folder / "config.json").is_file()):
         raise UserError(f"{folder} exists and is not an export; give a new or empty folder")
 

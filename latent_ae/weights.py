@@ -92,7 +92,7 @@ def weight_file(name: str, folder: str | Path | None = None) -> Path:
         return cached
     except OSError as error:
         raise UserError(
-            f"cannot keep the weights of {name} under {cached.parent}: {error}; "
+            f"cannot keep the weights of {name} under {cached.parent}: {error.strerror or error}; free space there, or "
             "set XDG_CACHE_HOME to a folder that can be written"
         ) from error
 

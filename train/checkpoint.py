@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 from latent_ae import __version__
 from latent_ae.config import UserError
+from latent_ae.disk import disk_trouble
 
 from .step import TrainStep
 
@@ -69,15 +70,18 @@ def save_checkpoint(run: Path, train_step: TrainStep, state: Mapping[str, Any]) 
         if train_step.bare_discriminator is not None:
             _save(train_step.bare_discriminator, temporary / "discriminator.safetensors")
         _save(train_step.state, temporary / "step_state.safetensors")
-        torch.save(_optimizer_states(train_step), temporary / "optimizer.pt")
+        with open(temporary / "optimizer.pt", "wb") as stream:  # of a file of its own it would not say what failed
+            torch.save(_optimizer_states(train_step), stream)
         (temporary / "state.json").write_text(json.dumps({**state, "versions": versions()}, indent=2))
         _seal(temporary)
         os.replace(temporary, folder)
         _sync(folder.parent)
-    except (OSError, SafetensorError, RuntimeError) as error:  # torch.save says RuntimeError on a full disk
+    except (OSError, SafetensorError, RuntimeError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
+        if (reason := disk_trouble(error)) is None:
+            raise
         raise UserError(
-            f"cannot write the checkpoint {folder}: {error}. "
+            f"cannot write the checkpoint {folder}: {reason}. "
             "Earlier checkpoints are whole; free space or change output_dir, then run the same command again"
         ) from error
     return Checkpoint(folder, state["step"])

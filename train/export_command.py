@@ -24,10 +24,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("out", metavar="OUT", help="the folder to write")
     parser.add_argument("--push-to-hub", metavar="REPO", help="then upload it to this hub repository")
     arguments = parser.parse_args(argv)
+    if arguments.push_to_hub:  # before the work
+        from latent_ae.export import check_upload, push_to_hub
+
+        check_upload(arguments.push_to_hub)
     facts = export(Path(arguments.source).expanduser(), Path(arguments.out).expanduser())
     if arguments.push_to_hub:
-        from latent_ae.export import push_to_hub
-
         facts["hub"] = push_to_hub(arguments.out, arguments.push_to_hub)
     print(json.dumps(facts, indent=2))
     return 0

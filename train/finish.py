@@ -11,10 +11,12 @@ from accelerate import Accelerator
 
 from latent_ae.config import to_yaml
 from latent_ae.data import ImageSource, posterior_noise, training_batches
+from latent_ae.disk import write_json
 from latent_ae.export import CardFacts, export_autoencoder, loading_lines, push_to_hub
 from latent_ae.latents import LatentStatistics
 from latent_ae.models import Reconstructor, factor_of
 
+from .agreement import Agreed
 from .checkpoint import complete_checkpoints
 from .config import TrainSettings
 from .report import read_log, result_rows, text_table, write_report
@@ -37,33 +39,35 @@ def finish_run(
     """Exports the averaged weights, writes results.json and report.html, prints the table. Every process calls this."""
     statistics = measure_latents(averaged, settings, accelerator, source)
     results: dict[str, Any] = {}
-    if accelerator.is_main_process:
-        log = {(event["event"], event["step"]): event for event in read_log(run)}
-        baseline = f"bicubic /{validator.factor}"
-        results["held_out"] = {
-            baseline: log.get(("baseline", 0), {}),
-            "before": log.get(("validate", 0), {}),
-            "after": log.get(("validate", settings.steps), {}),
-        }
-        results["latents"] = statistics.summary()
-        images = torch.stack([image for _, _, image in islice(validator.crops(), CHECK_IMAGES)])
-        results["export"] = export_autoencoder(
-            averaged.autoencoder,
-            run / "export",
-            statistics=statistics,
-            sample_size=settings.data.resolution,
-            card=card_facts(run, settings, settings.steps, results["held_out"]["after"], results["held_out"][baseline]),
-            check_images=images,
-            keep_scaling=keeps_scaling(settings),
-        )
-        results["step"] = settings.steps
-        rows = result_rows(results["held_out"])
-        write_report(run, settings, rows)
-        # last: it says that all of the above is there
-        (run / RESULTS).write_text(json.dumps(results, indent=2), encoding="utf-8")
-        show_results(run, results)
-        push_export(run, settings)
-    accelerator.wait_for_everyone()
+    with Agreed(accelerator):
+        if accelerator.is_main_process:
+            log = {(event["event"], event["step"]): event for event in read_log(run)}
+            baseline = f"bicubic /{validator.factor}"
+            results["held_out"] = {
+                baseline: log.get(("baseline", 0), {}),
+                "before": log.get(("validate", 0), {}),
+                "after": log.get(("validate", settings.steps), {}),
+            }
+            results["latents"] = statistics.summary()
+            images = torch.stack([image for _, _, image in islice(validator.crops(), CHECK_IMAGES)])
+            results["export"] = export_autoencoder(
+                averaged.autoencoder,
+                run / "export",
+                statistics=statistics,
+                sample_size=settings.data.resolution,
+                card=card_facts(
+                    run, settings, settings.steps, results["held_out"]["after"], results["held_out"][baseline]
+                ),
+                check_images=images,
+                keep_scaling=keeps_scaling(settings),
+            )
+            results["step"] = settings.steps
+            rows = result_rows(results["held_out"])
+            write_report(run, settings, rows)
+            # last: it says that all of the above is there
+            write_json(run / RESULTS, results)
+            show_results(run, results)
+            push_export(run, settings)
     return results
 
 

@@ -14,6 +14,8 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 from latent_ae.config import UserError
+from latent_ae.disk import writing
+from latent_ae.text import printable
 
 from .checkpoint import checkpoint_folder, complete_checkpoints
 from .config import TrainSettings
@@ -35,6 +37,8 @@ class Log:
         self.verdict = ""
         self.num_skipped = 0
         self.not_finite: list[str] = []
+        if accelerator.is_main_process:
+            _drop_torn_line(self.path)
         if settings.report_to:
             try:
                 accelerator.init_trackers(
@@ -50,15 +54,21 @@ class Log:
 
     def say(self, text: str) -> None:
         if self.accelerator.is_main_process:
-            tqdm.write(text, file=sys.stderr)
+            tqdm.write(printable(text, lines=True), file=sys.stderr)
 
     def write(self, event: str, step: int, values: dict[str, Any]) -> None:
         """One line of log.jsonl; numbers go to the trackers too."""
         if self.accelerator.is_main_process:
-            with open(self.path, "a", encoding="utf-8") as stream:
+            with writing(self.path), open(self.path, "a", encoding="utf-8") as stream:
                 stream.write(json.dumps({"event": event, "step": step} | values) + "\n")
         numbers = {f"{event}/{name}": value for name, value in values.items() if isinstance(value, (int, float))}
-        self.accelerator.log(numbers, step=step)
+        try:
+            self.accelerator.log(numbers, step=step)
+        except Exception as error:  # a server that is away must not end a run of weeks; log.jsonl has it all
+            self.accelerator.trackers = []
+            self.say(
+                f"report_to: no more goes to {', '.join(self.settings.report_to)}: {error or type(error).__name__}"
+            )
 
     def gan_alarm(self, done: int, run: Path) -> None:
         """Warns when held-out images look worse than before the discriminator had a say, and names the way back."""
@@ -128,6 +138,14 @@ class Log:
         if judged.split(":")[0] != self.verdict.split(":")[0]:
             self.say(f"step {done:,}: {judged}")
         self.verdict = judged
+
+
+def _drop_torn_line(path: Path) -> None:
+    """A line that a kill or a full disk cut short would spoil the one that is written after it."""
+    if path.is_file():
+        with writing(path), open(path, "rb+") as stream:
+            content = stream.read()
+            stream.truncate(content.rfind(b"\n") + 1)
 
 
 def memory_gb(device: torch.device) -> float:

@@ -17,6 +17,7 @@ from latent_ae.models import Reconstructor, factor_of
 from latent_ae.order import augmentation_numbers
 from latent_ae.perceptual import LPIPS
 
+from .agreement import Agreed
 from .checkpoint import (
     complete_checkpoints,
     load_checkpoint,
@@ -51,32 +52,36 @@ def train(settings: TrainSettings) -> dict[str, Any]:
         project_dir=run,
     )
     # one process looks: on a shared disk others may see a newer or an older state
-    (checkpoint,) = broadcast_object_list([newest_checkpoint(run) if accelerator.is_main_process else None])
+    found = None
+    with Agreed(accelerator):
+        if accelerator.is_main_process:
+            found = newest_checkpoint(run)
+    (checkpoint,) = broadcast_object_list([found])
     if checkpoint is not None:
         for note in changed_settings(run, settings):
             accelerator.print(note, file=sys.stderr)
     if checkpoint is not None and checkpoint.step > settings.steps:
         raise UserError(f"steps: {run} is at step {checkpoint.step:,} already, past {settings.steps:,}: raise steps")
     accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        write_config(run, settings, resuming=checkpoint is not None)
-    accelerator.wait_for_everyone()
+    with Agreed(accelerator):
+        if accelerator.is_main_process:
+            write_config(run, settings, resuming=checkpoint is not None)
     if checkpoint is not None and checkpoint.step == settings.steps and (results := finished_results(run)) is not None:
         if accelerator.is_main_process:
             show_results(run, results)
             push_export(run, settings)
         return results
-    source = open_images(settings.data, "train")
-    held_out = open_images(settings.data, "held_out")
-    autoencoder = starting_autoencoder(settings)
-    factor, channels = factor_of(autoencoder), int(autoencoder.config.in_channels)
-    perceptual = None
-    if settings.loss.perceptual:
-        weights_dir = Path(settings.weights_dir).expanduser() if settings.weights_dir else None
-        with accelerator.local_main_process_first():  # one process fetches, the others find the file
+    with Agreed(accelerator):
+        source = open_images(settings.data, "train")
+        held_out = open_images(settings.data, "held_out")
+        autoencoder = starting_autoencoder(settings)
+        factor, channels = factor_of(autoencoder), int(autoencoder.config.in_channels)
+        perceptual = None
+        if settings.loss.perceptual:  # one process of a machine fetches the weights, the others wait and find them
+            weights_dir = Path(settings.weights_dir).expanduser() if settings.weights_dir else None
             perceptual = LPIPS(settings.loss.perceptual_net, weights_dir).to(accelerator.device)
-    ema = Ema(autoencoder.to(accelerator.device), settings.ema.decay) if settings.ema.decay else None
-    discriminator = starting_discriminator(settings, channels) if settings.gan.weight else None
+        ema = Ema(autoencoder.to(accelerator.device), settings.ema.decay) if settings.ema.decay else None
+        discriminator = starting_discriminator(settings, channels) if settings.gan.weight else None
     if settings.compile:
         compile_networks(autoencoder, discriminator)
     train_step = TrainStep(
@@ -90,11 +95,13 @@ def train(settings: TrainSettings) -> dict[str, Any]:
     averaged = Reconstructor(ema.module if ema is not None else autoencoder).to(memory_format=torch.channels_last)
     validator = Validator(settings, accelerator, held_out, channels, factor, perceptual)
 
-    if accelerator.is_main_process:
-        preflight(run, settings, train_step)
+    with Agreed(accelerator):
+        validator.try_one_batch(averaged)
+        log = Log(run, accelerator, settings)
+        if accelerator.is_main_process:
+            preflight(run, settings, train_step)
     state = load_checkpoint(checkpoint, train_step) if checkpoint is not None else {"step": 0}
     first_step: int = state["step"]
-    log = Log(run, accelerator, settings)
     if first_step:
         log.say(f"resuming {run} at step {first_step:,} of {settings.steps:,}")
     else:
@@ -134,12 +141,12 @@ def train(settings: TrainSettings) -> dict[str, Any]:
             "stream_states": gather_object([feed.stream_state]),
             "settings": settings.model_dump(mode="json", by_alias=True),
         }
-        if accelerator.is_main_process:
-            save_checkpoint(run, train_step, state)
-            saved = [checkpoint.step for checkpoint in complete_checkpoints(run)]
-            kept = kept_steps(saved, settings.checkpoint, settings.gan, held_out_distances(run))
-            prune_checkpoints(run, kept, newest=done)
-        accelerator.wait_for_everyone()
+        with Agreed(accelerator):
+            if accelerator.is_main_process:
+                save_checkpoint(run, train_step, state)
+                saved = [checkpoint.step for checkpoint in complete_checkpoints(run)]
+                kept = kept_steps(saved, settings.checkpoint, settings.gan, held_out_distances(run))
+                prune_checkpoints(run, kept, newest=done)
 
     try:
         with StopSignals(accelerator) as stop:
@@ -211,7 +218,9 @@ class Feed:
             log,
         )
         self.num_images = len(source) if isinstance(source, Sized) else None
-        self.num_read, self.skipped = 0, list[str]()
+        self.num_read, self.num_skipped = 0, 0
+        self.skipped: dict[str, None] = {}
+        """Each unreadable file once, however often an epoch meets it."""
         self.stream_state: dict[str, Any] | None = None
 
     def __iter__(self) -> "Feed":
@@ -242,14 +251,15 @@ class Feed:
         return tensor.to(self.device, non_blocking=True)
 
     def _note(self, skipped: list[str]) -> None:
-        for line in dict.fromkeys(skipped):
+        for line in skipped:
             if line not in self.skipped:
                 self.log.say(f"skipped {line}")
-        self.skipped += skipped
+            self.skipped[line] = None
+        self.num_skipped += len(skipped)
         stop_if_too_many_bad(
-            len(self.skipped),
+            self.num_skipped,
             self.num_read,
-            self.skipped,
+            list(self.skipped),
             num_images=self.num_images,
             max_bad_fraction=self.settings.data.max_bad_fraction,
         )

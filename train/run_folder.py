@@ -7,6 +7,7 @@ from typing import Any
 import yaml
 
 from latent_ae.config import UserError, to_yaml
+from latent_ae.disk import replacing, writing
 
 from .config import TrainSettings
 
@@ -57,16 +58,13 @@ def changed_settings(run: Path, settings: TrainSettings) -> list[str]:
 def write_config(run: Path, settings: TrainSettings, *, resuming: bool) -> None:
     """Makes the folder and writes config.yaml. One process calls this. Raises UserError when it cannot."""
     config = run / "config.yaml"
-    try:
+    with writing(run):
         run.mkdir(parents=True, exist_ok=True)
         log = run / "log.jsonl"
         if log.is_file() and not resuming:  # a run that stopped before its first checkpoint
             log.replace(run / "log.previous.jsonl")
-        temporary = config.with_suffix(".tmp")
-        temporary.write_text(to_yaml(settings), encoding="utf-8")
-        temporary.replace(config)
-    except OSError as error:
-        raise UserError(f"output_dir: cannot write {error.filename or run}: {error.strerror or error}") from error
+    with replacing(config) as part:
+        part.write_text(to_yaml(settings), encoding="utf-8")
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -14,10 +14,12 @@ from tqdm import tqdm
 
 from latent_ae.config import UserError
 from latent_ae.data import ImageSource
+from latent_ae.disk import replacing, writing
 from latent_ae.held_out import HeldOutImages, held_out_images
 from latent_ae.images import bicubic_down_up, picture_grid
 from latent_ae.metrics import ReconstructionMetrics
 from latent_ae.perceptual import LPIPS
+from latent_ae.text import printable
 
 from .config import TrainSettings
 
@@ -78,12 +80,26 @@ class Validator:
         metrics.gather()
         summary = metrics.summary()
         if preview is not None and rows and self.accelerator.is_main_process:
-            preview.parent.mkdir(parents=True, exist_ok=True)
             labels = ["input", f"reconstruction, {figures(summary)}", f"bicubic /{self.factor}"]
-            picture_grid(rows, labels=labels).save(preview)
+            with writing(preview.parent):
+                preview.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(preview) as part:
+                picture_grid(rows, labels=labels).save(part, format="PNG")
         if not summary["n"]:
             raise UserError(f"none of the held-out images of {self.settings.data.source} is readable")
         return summary
+
+    def try_one_batch(self, model: nn.Module) -> None:
+        """This rank's first held-out images through all that measures them. Waits for no other process."""
+        perceptual = {self.settings.loss.perceptual_net: self.perceptual} if self.perceptual is not None else {}
+        metrics = ReconstructionMetrics(self.accelerator.device, lpips=perceptual, frechet_from=FRECHET_FROM)
+        training = model.training
+        model.eval()
+        with torch.no_grad():
+            for indices, names, images in self._batches():
+                metrics.update(indices, names, images, model(images).image)
+                break
+        model.train(training)
 
     def _batches(self) -> Iterator[tuple[list[int], list[str], Tensor]]:
         """This rank's images in batches of one shape, on the device."""
@@ -103,7 +119,7 @@ class Validator:
         for line in crops.skipped:
             if line not in self.named:
                 self.named.append(line)
-                tqdm.write(f"held-out image left out: {line}", file=sys.stderr)
+                tqdm.write(f"held-out image left out: {printable(line)}", file=sys.stderr)
 
     def _stack(self, items: list[tuple[int, str, Tensor]]) -> tuple[list[int], list[str], Tensor]:
         indices, names, images = zip(*items, strict=True)
