@@ -172,6 +172,7 @@ def looks_like_path(location: str) -> bool:
     return location.startswith(("/", ".", "~")) or location.count("/") > 1 or Path(location).suffix in FILE_SUFFIXES
 
 
+MAX_VALUES = 10_000
 FILE_SUFFIXES = (".parquet", ".arrow", ".tar", ".yaml", ".yml", ".safetensors", ".ckpt", ".json")
 
 
@@ -226,14 +227,36 @@ def _read_yaml(source: str) -> dict[str, Any]:
         hint = f" Did you mean the recipe {close[0]}?" if close else ""
         raise UserError(f"no such config: {source}.{hint} Give a YAML file or one of: {', '.join(recipe_names())}")
     try:
-        values = yaml.load(text, _StrictLoader)
-    except yaml.YAMLError as error:
-        raise UserError(f"{source} is not valid YAML: {' '.join(str(error).split())}") from None
+        values = _parsed(text, _StrictLoader)
+    except Exception as error:  # of a date or number that is none PyYAML says so in many ways
+        raise UserError(f"{source} is not valid YAML: {' '.join(str(error).split())[:300]}") from None
     if values is None:
         return {}
     if not isinstance(values, dict):
         raise UserError(f"{source} must hold `key: value` lines, not a {type(values).__name__}")
     return values
+
+
+def _parsed(text: str, kind: type[yaml.SafeLoader]) -> Any:
+    """The one document of a text. Raises yaml.YAMLError, and whatever a value that cannot be made raises."""
+    loader = kind(text)
+    try:
+        root = loader.get_single_node()
+        if root is None:
+            return None
+        # a few lines of anchors within anchors are billions of values, or endless
+        waiting, count = [root], 0
+        while waiting:
+            node, count = waiting.pop(), count + 1
+            if count > MAX_VALUES:
+                raise yaml.YAMLError(f"more than {MAX_VALUES:,} values (those of an anchor count wherever it is used)")
+            if isinstance(node, yaml.MappingNode):
+                waiting += [part for pair in node.value for part in pair]
+            elif isinstance(node, yaml.SequenceNode):
+                waiting += node.value
+        return loader.construct_document(root)
+    finally:
+        loader.dispose()
 
 
 class _StrictLoader(yaml.SafeLoader):
@@ -264,8 +287,8 @@ def _apply_override(values: dict[str, Any], word: str) -> list[Problem]:
             return [Problem(key, f"{section} is not a section")]
         values = inner
     try:
-        values[name] = yaml.safe_load(text)
-    except yaml.YAMLError:
+        values[name] = _parsed(text, yaml.SafeLoader)
+    except Exception:  # PyYAML's reader raises other kinds, too
         values[name] = text
     return []
 

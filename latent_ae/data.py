@@ -22,6 +22,7 @@ from latent_ae.images import ImageError, decode, to_tensor
 from latent_ae.locations import open_images
 from latent_ae.order import Share, crop_rng, epoch_order, posterior_noise
 from latent_ae.sources import Encoded, ImageSource, StreamReader, StreamSource
+from latent_ae.text import printable
 
 # where the train loop and eval look for these
 __all__ = ["Batch", "ImageSource", "open_images", "posterior_noise", "stop_if_too_many_bad", "training_batches"]
@@ -144,7 +145,7 @@ class _Crops(IterableDataset):
                 array = self._pixels(name, read)
                 return random_crop(array, settings.resolution, settings.resize_px, settings.flip, rng)
             except ImageError as error:
-                bad.append(f"{name}: {error}")
+                bad.append(f"{printable(name)}: {printable(str(error))}")
                 skipped.append(bad[-1])
         shown = "".join(f"\n  {line}" for line in bad[:5])
         raise UserError(f"data.source: {len(bad)} images in a row of {settings.source} are unreadable:{shown}")

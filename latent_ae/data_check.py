@@ -16,6 +16,7 @@ from latent_ae.config import DataSettings, UserError, load_settings
 from latent_ae.data import decode_for, loaded, open_images, worker_place
 from latent_ae.images import ImageError, kind_of
 from latent_ae.sources import ImageSource, StreamSource, digest_of, encoded_image
+from latent_ae.text import printable
 
 SHOWN = 20
 """Skipped files and groups of duplicates that are named on stderr; the JSON has all."""
@@ -85,7 +86,7 @@ def check(data: str, settings: DataSettings, *, channels: int = 3, progress: boo
             if seen.digest:
                 names.setdefault(seen.digest, []).append(seen.name)
             if seen.reason:
-                skipped.append(f"{seen.name}: {seen.reason}")
+                skipped.append(f"{printable(seen.name)}: {printable(seen.reason)}")
             else:
                 sizes.append(seen.size)
     count = sum(kinds.values())
@@ -162,7 +163,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = parser.parse_intermixed_args(argv)
     settings = load_settings(DataSettings, None, words.override)
     found = check(words.data, settings, channels=words.channels, progress=True)
-    print(summary(found), file=sys.stderr)
+    print(printable(summary(found), lines=True), file=sys.stderr)
     print(json.dumps(found, indent=2))
     if found["skipped_fraction"] > found["max_bad_fraction"] or not found["num_readable"]:
         raise UserError(

@@ -30,7 +30,7 @@ def disk_trouble(error: BaseException) -> str | None:
             return os.strerror(int(number[1]))
         reason = reason.__cause__ or reason.__context__
     if reason is not None:
-        return reason.strerror or str(reason)
+        return os.strerror(reason.errno) if reason.errno else str(reason)  # pyarrow wraps the text in another
     written = "inline_container" in str(error) or "PytorchStreamWriter" in str(error)
     return "the file could not be written" if written else None
 

@@ -15,7 +15,6 @@ from typing import Any, Literal, NamedTuple
 
 import diffusers
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -288,7 +287,7 @@ def _load_checkpoint(folder: Path, location: str, ema: bool | None, dtype: Dtype
     try:
         model = diffusers.AutoencoderKL.from_config(diffusers.AutoencoderKL.load_config(folder))
         model.load_state_dict(load_file(path))
-    except (OSError, SafetensorError, RuntimeError, ValueError) as error:
+    except Exception as error:  # diffusers and safetensors raise many kinds for a damaged or foreign file
         raise UserError(f"cannot load {path}: {' '.join(str(error).split())[:400]}") from error
     which = "averaged" if averaged else "raw"
     return first_stage(model, location=location, weights=f"{which}, {folder.name}", dtype=dtype)

@@ -15,6 +15,7 @@ from latent_ae.crops import Resample, center_crop, resize_shorter
 from latent_ae.data import decode_for, loaded, worker_place
 from latent_ae.images import ImageError, to_tensor
 from latent_ae.sources import Encoded, ImageSource, StreamSource, digest_of, encoded_image
+from latent_ae.text import printable
 
 
 class Framing(NamedTuple):
@@ -102,7 +103,7 @@ class HeldOutImages:
         readable = 0
         for item in self.items():
             if item.image is None:
-                self.skipped.append(f"{item.name}: {item.reason}")
+                self.skipped.append(f"{printable(item.name)}: {printable(item.reason)}")
             else:
                 readable += 1
                 yield item.index, item.name, item.image

@@ -5,10 +5,13 @@ Tensors are float32 CHW or NCHW in [-1, 1].
 """
 
 import io
+import math
+import os
+import stat
 import threading
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, cast
+from typing import BinaryIO, Literal
 
 import numpy as np
 import torch
@@ -19,6 +22,11 @@ MAX_PIXELS = 200_000_000
 PICTURE_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 Rounding = Literal["up", "even", "cut"]
 NUMPY_MAGIC = b"\x93NUMPY"
+FORMATS = (
+    *("AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "MPO", "PCX", "PNG", "PPM", "QOI", "SGI", "TGA"),
+    *("TIFF", "WEBP"),
+)
+"""Pillow's others are left alone: for EPS it runs a program on the file."""
 _pillow_limit = threading.Lock()
 
 
@@ -41,9 +49,9 @@ def decode(
     (one channel is repeated for 3). Raises ImageError with the reason.
     """
     try:
-        with io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb") as stream:
+        with opened(source) as stream:
             if stream.read(len(NUMPY_MAGIC)) == NUMPY_MAGIC:
-                return _array_pixels(source, channels, max_pixels)
+                return _array_pixels(source, stream, channels, max_pixels)
             stream.seek(0)
             return _picture_pixels(_load_picture(stream, max_pixels), channels, background)
     except OSError as error:
@@ -53,7 +61,7 @@ def decode(
 def kind_of(source: bytes | str | Path) -> str:
     """Format and mode of an encoded picture or array, like "JPEG RGB", from its header. Raises ImageError."""
     try:
-        with io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb") as stream:
+        with opened(source) as stream:
             if stream.read(len(NUMPY_MAGIC)) == NUMPY_MAGIC:
                 return "NumPy array"
             stream.seek(0)
@@ -65,17 +73,27 @@ def kind_of(source: bytes | str | Path) -> str:
         raise ImageError(f"unreadable: {error or type(error).__name__}") from error
 
 
-def _open_picture(stream: io.IOBase) -> Image.Image:
+def opened(source: bytes | str | Path) -> BinaryIO:
+    """A pipe or device would be waited for, or be read without end; raises ImageError for one, and OSError."""
+    if isinstance(source, bytes):
+        return io.BytesIO(source)
+    if not stat.S_ISREG(os.stat(source).st_mode):
+        raise ImageError("not a regular file but a directory, pipe or device")
+    return open(source, "rb")
+
+
+def _open_picture(stream: BinaryIO) -> Image.Image:
     # Pillow's own limit is a global that may lie below ours; only the header is read while it is off
     with _pillow_limit:
+        Image.init()
         pillows_limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
         try:
-            return Image.open(cast(io.BytesIO, stream))
+            return Image.open(stream, formats=[name for name in FORMATS if name in Image.OPEN])
         finally:
             Image.MAX_IMAGE_PIXELS = pillows_limit
 
 
-def _load_picture(stream: io.IOBase, max_pixels: int) -> Image.Image:
+def _load_picture(stream: BinaryIO, max_pixels: int) -> Image.Image:
     try:
         picture = _open_picture(stream)
         width, height = picture.size
@@ -123,20 +141,24 @@ def _deep_gray(picture: Image.Image) -> np.ndarray:
     return pixels.astype(np.uint16)
 
 
-def _array_pixels(source: bytes | str | Path, channels: int, max_pixels: int) -> np.ndarray:
+def _array_pixels(source: bytes | str | Path, stream: BinaryIO, channels: int, max_pixels: int) -> np.ndarray:
+    try:
+        shape = _array_shape(stream)
+    except Exception as error:  # a header is a Python expression, and can be wrong in many ways
+        raise ImageError(f"unreadable array: {' '.join(str(error).split())[:200]}") from None
+    if len(shape) not in (2, 3) or min(shape) <= 0:
+        raise ImageError(f"an array of shape {shape}; HW or HWC is expected")
+    if shape[0] * shape[1] > max_pixels:
+        raise ImageError(f"{shape[1]} x {shape[0]} px is more than the limit of {max_pixels} px")
     try:
         if isinstance(source, bytes):
             array = np.load(io.BytesIO(source), allow_pickle=False)
         else:
-            array = np.load(source, allow_pickle=False, mmap_mode="r")  # the size is known before it is read
-    except (ValueError, EOFError) as error:
-        raise ImageError(f"unreadable array: {error}") from None
+            array = np.load(source, allow_pickle=False, mmap_mode="r")
+    except (ValueError, EOFError, OverflowError, MemoryError) as error:
+        raise ImageError(f"unreadable array: {' '.join(str(error).split())[:200]}") from None
     if array.ndim == 2:
         array = array[..., None]
-    if array.ndim != 3 or 0 in array.shape:
-        raise ImageError(f"an array of shape {array.shape}; HW or HWC is expected")
-    if array.shape[0] * array.shape[1] > max_pixels:
-        raise ImageError(f"{array.shape[1]} x {array.shape[0]} px is more than the limit of {max_pixels} px")
     if array.shape[2] != channels and not (array.shape[2] == 1 and channels == 3):
         hint = "; it looks like CHW, transpose it" if array.shape[0] == channels else ""
         raise ImageError(f"an array of shape {array.shape} (HWC), but {channels} channels are expected{hint}")
@@ -147,6 +169,18 @@ def _array_pixels(source: bytes | str | Path, channels: int, max_pixels: int) ->
     else:
         raise ImageError(f"an array of {array.dtype}; uint8, uint16 or floats in [0, 1] are expected")
     return pixels if pixels.shape[2] == channels else _repeat_gray(pixels[..., 0], channels)
+
+
+def _array_shape(stream: BinaryIO) -> tuple[int, ...]:
+    """The shape that the header claims, before anything is made of that size; the file must be as long as it says."""
+    stream.seek(0)
+    version = np.lib.format.read_magic(stream)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, _, dtype = read(stream)
+    here = stream.tell()
+    if not dtype.hasobject and math.prod(shape) * dtype.itemsize > stream.seek(0, os.SEEK_END) - here:
+        raise ValueError("the file is shorter than its header says")
+    return shape
 
 
 def _unit_floats(array: np.ndarray) -> np.ndarray:

@@ -14,7 +14,7 @@ import datasets
 import numpy as np
 
 from latent_ae.config import DataSettings, UserError
-from latent_ae.images import ImageError
+from latent_ae.images import ImageError, opened
 from latent_ae.order import block_order, epoch_order
 
 Encoded = bytes | Path
@@ -185,12 +185,12 @@ def encoded_image(value: Any) -> Encoded:
 
 
 def digest_of(encoded: Encoded) -> str:
-    """Of the bytes as they are stored: blake2b, 16 bytes in hex. Raises OSError."""
+    """Of the bytes as they are stored: blake2b, 16 bytes in hex. Raises OSError, ImageError."""
     digest = hashlib.blake2b(digest_size=16)
     if isinstance(encoded, bytes):
         digest.update(encoded)
     else:
-        with encoded.open("rb") as stream:  # in pieces: an array's file may be larger than the memory
+        with opened(encoded) as stream:  # in pieces: an array's file may be larger than the memory
             while piece := stream.read(1 << 20):
                 digest.update(piece)
     return digest.hexdigest()

@@ -38,6 +38,7 @@ from .step import TrainStep
 
 PREFIX = "step-"
 MANIFEST = "manifest.json"
+ALWAYS = ("autoencoder.safetensors", "config.json", "optimizer.pt", "state.json")
 
 
 class Checkpoint(NamedTuple):
@@ -113,7 +114,22 @@ def refuse_bad_numbers(train_step: TrainStep, step: int) -> None:
 
 
 def load_checkpoint(checkpoint: Checkpoint, train_step: TrainStep) -> dict[str, Any]:
-    """Restores everything in place and returns what state.json holds. Every process calls this."""
+    """Restores everything in place and returns what state.json holds. Every process calls this.
+
+    Raises UserError for files that match their manifest and yet are not those of a checkpoint.
+    """
+    try:
+        return _restore(checkpoint, train_step)
+    except (UserError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # of foreign content every reader raises kinds of its own
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        raise UserError(
+            f"checkpoint {checkpoint.folder} cannot be read ({reason}): remove it to go on from an earlier one"
+        ) from error
+
+
+def _restore(checkpoint: Checkpoint, train_step: TrainStep) -> dict[str, Any]:
     folder = checkpoint.folder
     state: dict[str, Any] = json.loads((folder / "state.json").read_text())
     device = str(train_step.accelerator.device)
@@ -132,6 +148,8 @@ def load_checkpoint(checkpoint: Checkpoint, train_step: TrainStep) -> dict[str, 
             )
         if module is not None:
             _load(module, load_file(path, device=device), path)
+    if state["step"] != checkpoint.step:
+        raise UserError(f"{folder / 'state.json'} is of step {state['step']}: the folder has another one's name")
     optimizers = torch.load(folder / "optimizer.pt", map_location=device, weights_only=True)
     for name, optimizer in _optimizers(train_step).items():
         keys = optimizer.defaults.keys() & {"betas", "weight_decay"}
@@ -180,6 +198,8 @@ def find_damage(folder: Path) -> str | None:
     """What differs from the manifest, or None."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
+        if missing := [name for name in ALWAYS if name not in manifest["files"]]:
+            return f"{MANIFEST} does not name {', '.join(missing)}"
         for name, expected in manifest["files"].items():
             path = folder / name
             if not path.is_file():
@@ -188,7 +208,7 @@ def find_damage(folder: Path) -> str | None:
                 return f"{name} has {path.stat().st_size} bytes instead of {expected['bytes']}"
             if _sha256(path) != expected["sha256"]:
                 return f"{name} has another checksum"
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return f"{MANIFEST}: {error}"
     return None
 
@@ -199,8 +219,11 @@ def load_weights(folder: Path) -> AutoencoderKL:
     if damage is not None:
         raise UserError(f"checkpoint {folder} is damaged: {damage}")
     averaged = folder / "ema.safetensors"
-    autoencoder = AutoencoderKL.from_config(AutoencoderKL.load_config(folder))
-    autoencoder.load_state_dict(load_file(averaged if averaged.is_file() else folder / "autoencoder.safetensors"))
+    try:
+        autoencoder = AutoencoderKL.from_config(AutoencoderKL.load_config(folder))
+        autoencoder.load_state_dict(load_file(averaged if averaged.is_file() else folder / "autoencoder.safetensors"))
+    except Exception as error:  # of foreign content every reader raises kinds of its own
+        raise UserError(f"checkpoint {folder} cannot be read: {' '.join(str(error).split())[:300]}") from error
     return autoencoder.eval()
 
 

@@ -58,16 +58,20 @@ def export(source: Path, out: Path) -> dict[str, Any]:
         folder, run = checkpoint.folder, source
     else:
         raise UserError(f"{source}: neither a run with a complete checkpoint nor a checkpoint (from {Path.cwd()})")
-    state = json.loads((folder / "state.json").read_text())
-    # the settings have passed every check when the run began; only the data must still be there
-    settings = TrainSettings.model_validate(state["settings"])
+    try:
+        state = json.loads((folder / "state.json").read_text())
+        # the settings have passed every check when the run began; only the data must still be there
+        settings, step = TrainSettings.model_validate(state["settings"]), int(state["step"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(
+            f"{folder / 'state.json'} is not a checkpoint's: {' '.join(str(error).split())[:300]}"
+        ) from error
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="no")
     autoencoder = load_weights(folder).to(accelerator.device)
     statistics = measure_latents(Reconstructor(autoencoder), settings, accelerator, open_images(settings.data, "train"))
     held_out = open_images(settings.data, "held_out")
     channels, factor = int(autoencoder.config.in_channels), factor_of(autoencoder)
     validator = Validator(settings, accelerator, held_out, channels, factor, None)
-    step = state["step"]
     log = {(event["event"], event["step"]): event for event in read_log(run)}
     return export_autoencoder(
         autoencoder,

@@ -84,6 +84,8 @@ def finished_results(run: Path) -> dict[str, Any] | None:
         newest = complete_checkpoints(run)[-1].step
     except (OSError, ValueError, IndexError):
         return None
+    if not isinstance(results, dict):
+        return None
     return results if results.get("step") == newest and (run / "export/config.json").is_file() else None
 
 
