@@ -4,6 +4,8 @@ Nothing heavy (torch, diffusers, datasets) is imported here, so that a typo cost
 """
 
 import difflib
+import errno
+import os
 import types
 import typing
 from collections.abc import Iterator, Sequence
@@ -43,6 +45,19 @@ class Settings(BaseModel):
         values = value if isinstance(value, (list, tuple)) else [value]
         if any(isinstance(item, bool) for item in values) and not _admits(annotation, bool):
             raise ValueError(f"{str(value).lower()} is a yes/no value; something else is expected here")
+        return value
+
+    @field_validator("*", mode="after")
+    @classmethod
+    def _no_impossible_path(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            try:
+                os.stat(Path(value).expanduser())
+            except OSError as error:
+                if error.errno == errno.ENAMETOOLONG:
+                    raise ValueError(f"is too long for a path or name ({len(value):,} characters)") from None
+            except (RuntimeError, ValueError) as error:  # no such user's home; characters that no name holds
+                raise ValueError(f"can be no path or name: {error}") from None
         return value
 
     def problems(self) -> Iterator[Problem]:

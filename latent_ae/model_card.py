@@ -123,7 +123,7 @@ Pipelines of the Stable Diffusion 1 and 2 kind apply `scaling_factor` only.""",
     if facts.settings_yaml:
         longest = max(map(len, re.findall("`+", facts.settings_yaml)), default=0)
         fence = "`" * max(3, longest + 1)
-        parts.append(f"## Settings\n\n{fence}yaml\n{facts.settings_yaml.rstrip()}\n{fence}")
+        parts.append(f"## Settings\n\n{fence}yaml\n{printable(facts.settings_yaml.rstrip(), lines=True)}\n{fence}")
     return "\n\n".join(part for part in parts if part) + "\n"
 
 

@@ -147,7 +147,7 @@ def yamls(draw: Any) -> str:
     return draw(st.one_of(st.just(text), st.text(max_size=60)))
 
 
-@fuzz(150)
+@fuzz(100)
 @given(text=yamls(), overrides=st.lists(words, max_size=4))
 def test_settings(tmp_path_factory: pytest.TempPathFactory, text: str, overrides: list[str]) -> None:
     path = tmp_path_factory.getbasetemp() / "fuzz.yaml"
@@ -197,7 +197,7 @@ PICTURES = _pictures()
 MAX_PIXELS = 5000
 
 
-@fuzz(700)
+@fuzz(600)
 @given(name=st.sampled_from(list(PICTURES)), damage=damages(), channels=st.sampled_from([1, 3, 4]), file=st.booleans())
 def test_pictures(tmp_path_factory: pytest.TempPathFactory, name: str, damage: Any, channels: int, file: bool) -> None:
     content: Any = damage(PICTURES[name])
@@ -251,7 +251,7 @@ def replaced(draw: Any, document: Any) -> Any:
     return draw(json_values)
 
 
-@fuzz(120)
+@fuzz(100)
 @given(data=st.data(), damage=damages(), sealed=st.booleans(), structural=st.booleans())
 def test_checkpoints(
     saved: Any, tmp_path_factory: pytest.TempPathFactory, data: Any, damage: Any, sealed: bool, structural: bool
@@ -312,7 +312,7 @@ def _weight_files(folder: Path) -> dict[str, bytes]:
     }
 
 
-@fuzz(300)
+@fuzz(250)
 @given(kind=st.integers(0, 5), damage=damages())
 def test_weight_files(tmp_path_factory: pytest.TempPathFactory, kind: int, damage: Any) -> None:
     folder = tmp_path_factory.getbasetemp()
