@@ -14,7 +14,7 @@ from latent_ae.config import DataSettings, UserError
 from latent_ae.crops import Resample, center_crop, resize_shorter
 from latent_ae.data import decode_for, loaded, worker_place
 from latent_ae.images import ImageError, to_tensor
-from latent_ae.sources import Encoded, ImageSource, StreamSource, digest_of, encoded_image
+from latent_ae.sources import Encoded, ImageSource, StreamSource, digest_of, encoded_image, stream_values
 
 
 class Framing(NamedTuple):
@@ -138,15 +138,15 @@ class _Middles(IterableDataset):
                     array = resize_shorter(array, framing.resize_px, framing.resample)
                 array = center_crop(array, framing.crop_px, images.multiple_of, nearest=framing.nearest)
                 yield HeldOutImage(index, name, None, digest=digest, enlarged=enlarged), array
-            except (ImageError, OSError) as error:
+            except ImageError as error:
                 yield HeldOutImage(index, name, None, str(error), digest), None
 
     def _stored(self) -> Iterator[tuple[int, str, Callable[[], Encoded]]]:
         source, part = self.images.source, self.images.part
         if isinstance(source, StreamSource):
-            for index, row in enumerate(source.dataset):
+            for index, (name, value) in enumerate(stream_values(source)):
                 if part.holds(index):
-                    yield index, f"{source.label} row {index}", partial(encoded_image, row[source.column])
+                    yield index, name, partial(encoded_image, value)
         else:
             worker, workers = worker_place()
             mine = (index for index in range(len(source)) if part.holds(index))
