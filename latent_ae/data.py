@@ -6,6 +6,7 @@ interruption takes one integer. Streams are the exception: see `Batch.stream_sta
 """
 
 import itertools
+import multiprocessing
 import signal
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -216,6 +217,7 @@ def loaded(dataset: IterableDataset, num_workers: int, ahead: int = 2) -> Iterat
     in_main_thread = threading.current_thread() is threading.main_thread()
     handler = signal.getsignal(signal.SIGCHLD)
     try:
+        multiprocessing.Lock()  # asked here first: torch's half-made workers would print a traceback
         items = iter(loader)
         if in_main_thread:
             # torch's would raise in whatever is done at the moment, not where the dead worker's item is awaited

@@ -80,8 +80,9 @@ def held_out_images(
 class HeldOutImages:
     """Iterates over (index, name, CHW float32 in [-1, 1]), in the same order and with the same pixels every time.
 
-    After an iteration `skipped` holds `name: reason` of the unreadable images. Raises UserError if there is only one
-    process and all were; of many processes each sees its own images, so the caller must judge. `items` gives more.
+    After an iteration `skipped` holds `name: reason` of the unreadable images, and `num_read` counts all. Raises
+    UserError if there is only one process and all were; of many processes each sees its own images, so the caller must
+    judge. `items` gives more.
     """
 
     source: ImageSource
@@ -91,6 +92,7 @@ class HeldOutImages:
     multiple_of: int = 1
     part: Part = Part()
     skipped: list[str] = field(default_factory=list)
+    num_read: int = 0
 
     def __post_init__(self) -> None:
         crop_px = self.framing.crop_px
@@ -98,15 +100,14 @@ class HeldOutImages:
             raise UserError(f"a crop of {crop_px} px: the model needs a multiple of {self.multiple_of}")
 
     def __iter__(self) -> Iterator[tuple[int, str, torch.Tensor]]:
-        self.skipped = []
-        readable = 0
+        self.skipped, self.num_read = [], 0
         for item in self.items():
+            self.num_read += 1
             if item.image is None:
                 self.skipped.append(f"{item.name}: {item.reason}")
             else:
-                readable += 1
                 yield item.index, item.name, item.image
-        if self.skipped and not readable and self.part.world_size == 1:
+        if self.skipped and self.num_read == len(self.skipped) and self.part.world_size == 1:
             raise UserError(f"none of the {len(self.skipped)} held-out images is readable; {self.skipped[0]}")
 
     def items(self) -> Iterator[HeldOutImage]:

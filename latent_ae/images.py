@@ -35,6 +35,7 @@ UPRIGHT = {
 }
 # compressed data do not end in so many zero bytes; a file does whose end was allocated and never written
 UNWRITTEN_BYTES = 256
+JPEG_END = b"\xff\xd9"
 SAME_COLOUR_LEVELS = 2
 BITS_PER_SAMPLE, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0
 _pillow_limit = threading.Lock()
@@ -129,10 +130,8 @@ def _load_picture(stream: BinaryIO, max_pixels: int) -> Image.Image:
             picture.load()
     except Exception as error:  # on damaged files Pillow raises whatever its readers stumble over
         raise ImageError(f"unreadable: {reason_of(error)}") from error
-    if picture.format in ("WEBP", "AVIF"):
-        stream.seek(max(0, stream.seek(0, os.SEEK_END) - UNWRITTEN_BYTES))
-        if not any(stream.read()):
-            raise ImageError("unreadable: its end was never written, it is all zeros")
+    if picture.format in ("JPEG", "MPO", "WEBP", "AVIF") and _ends_unwritten(stream):
+        raise ImageError("unreadable: its end was never written, it is all zeros")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -144,6 +143,14 @@ def _load_picture(stream: BinaryIO, max_pixels: int) -> Image.Image:
         turned.format = picture.format
         return turned
     return picture
+
+
+def _ends_unwritten(stream: BinaryIO) -> bool:
+    stream.seek(max(0, stream.seek(0, os.SEEK_END) - UNWRITTEN_BYTES))
+    if any(stream.read()):
+        return False
+    stream.seek(0)
+    return not stream.read().rstrip(b"\0").endswith(JPEG_END)  # zeros behind a JPEG's end are padding
 
 
 def _picture_pixels(picture: Image.Image, channels: int, background: tuple[int, int, int]) -> np.ndarray:

@@ -129,6 +129,10 @@ class _Files(_Library):
         names = self.groups[split]
         if self.kind == "image":
             return FolderSource(self.root, _as_array(names), self.others)
+        for name in names:
+            if _suffix(name) == ".tar" and not _tar_is_whole(self.root / name):
+                # datasets would read what is left of it in silence
+                raise UserError(f"data.{self.key}: {self.root / name} is cut off: it does not end as a tar file does")
         # datasets takes paths for patterns
         files = [glob.escape(str((self.root / name).absolute())) for name in names]
         data_files = {"train": files}
@@ -238,6 +242,14 @@ def _walk(root: Path) -> Iterator[str]:
 
 def _raise(error: OSError) -> None:
     raise error
+
+
+def _tar_is_whole(path: Path) -> bool:
+    """It ends in the block of zeros that marks an archive's end (POSIX pax)."""
+    with path.open("rb") as stream:
+        stream.seek(max(0, stream.seek(0, os.SEEK_END) - 512))
+        tail = stream.read()
+    return len(tail) == 512 and not any(tail)
 
 
 def _split_of(name: str, kind: str) -> str | None:

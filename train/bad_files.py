@@ -41,13 +41,21 @@ class BadFiles:
 
         Raises UserError, on every process, when one of them failed or too many of all their files were unreadable.
         """
+        trouble = torch.tensor(bool(self.new or self.failure), dtype=torch.int)
         if self.group is not None:
-            trouble = torch.tensor(bool(self.new or self.failure), dtype=torch.int)
             torch.distributed.all_reduce(trouble, torch.distributed.ReduceOp.MAX, group=self.group)
-            if not trouble:
-                return
-        elif not self.new and self.failure is None:
-            return
+        if trouble:
+            self._tell(step)
+        if self.num_bad:
+            stop_if_too_many_bad(
+                self.num_bad,
+                self.num_read,
+                list(self.named),
+                num_images=self.num_images,
+                max_bad_fraction=self.settings.max_bad_fraction,
+            )
+
+    def _tell(self, step: int) -> None:
         told = gather_object([(self.new, self.new_bad, str(self.failure) if self.failure else "")])
         self.new, self.new_bad = [], 0
         lines = dict.fromkeys(line for skipped, _, _ in told for line in skipped if line not in self.named)
@@ -60,10 +68,3 @@ class BadFiles:
         for _, _, failure in told:
             if failure:
                 raise UserError(failure)
-        stop_if_too_many_bad(
-            self.num_bad,
-            self.num_read,
-            list(self.named),
-            num_images=self.num_images,
-            max_bad_fraction=self.settings.max_bad_fraction,
-        )
