@@ -313,6 +313,16 @@ def test_16_bit_png_and_tiff(tmp_path: Path) -> None:
         for channels in (1, 3):
             seen = (survives(folder, file, suffix, channels).astype(np.float64) + 1) * 32767.5
             assert np.abs(seen - deep[..., None]).max() < 0.01
+    # 12 bits, two numbers in three bytes
+    twelve = (deep - 30000) * 16
+    first, second = twelve[:, ::2], twelve[:, 1::2]
+    packed = np.stack([first >> 4, (first & 15) << 4 | second >> 8, second & 255], -1).astype(np.uint8).tobytes()
+    fields = {256: SIDE, 257: SIDE, 258: 12, 259: 1, 262: 1, 273: 8, 277: 1, 278: SIDE, 279: len(packed)}
+    entries = b"".join(struct.pack("<HHII", tag, 4 if tag == 273 else 3, 1, value) for tag, value in fields.items())
+    directory = struct.pack("<H", len(fields)) + entries + bytes(4)
+    file = b"II*\0" + struct.pack("<I", 8 + len(packed)) + packed + directory
+    seen = (survives(folder, file, ".tif", 1)[..., 0].astype(np.float64) + 1) / 2 * 4095
+    assert np.abs(seen - twelve).max() < 0.1
     # a transparent level of a 16-bit grayscale PNG is background
     clear = png(deep, 16, 0)
     chunk = b"tRNS" + struct.pack(">H", 30007)
@@ -331,7 +341,7 @@ def test_16_bit_png_and_tiff(tmp_path: Path) -> None:
 
 
 def profile_of(primaries: dict[bytes, tuple[float, float, float]], gamma: float) -> bytes:
-    """A matrix and gamma profile, ICC.1:2001, for colours given in XYZ of D50."""
+    """A gamma profile, ICC.1:2001: of gray, or for colours given in XYZ of D50."""
 
     def fixed(*values: float) -> bytes:
         return b"".join(struct.pack(">i", round(value * 65536)) for value in values)
@@ -339,14 +349,17 @@ def profile_of(primaries: dict[bytes, tuple[float, float, float]], gamma: float)
     text = b"desc\0\0\0\0" + struct.pack(">I", 7) + b"sRGB 2\0" + bytes(78)  # a name that means nothing
     tags = {b"desc": text, b"wtpt": b"XYZ \0\0\0\0" + fixed(0.9642, 1, 0.8249)}
     tags |= {name + b"XYZ": b"XYZ \0\0\0\0" + fixed(*xyz) for name, xyz in primaries.items()}
+    channels = list(primaries) or [b"k"]
     curve = b"curv\0\0\0\0" + struct.pack(">IH", 1, round(gamma * 256)) + bytes(2)
-    tags |= {name + b"TRC": curve for name in primaries}
+    tags |= {name + b"TRC": curve for name in channels}
     offset, directory, body = 132 + 12 * len(tags), struct.pack(">I", len(tags)), b""
     for name, data in tags.items():
         data += bytes(-len(data) % 4)
         directory += name + struct.pack(">II", offset + len(body), len(data))
         body += data
-    header = struct.pack(">I4sI4s4s4s", offset + len(body), bytes(4), 0x02400000, b"mntr", b"RGB ", b"XYZ ")
+    header = struct.pack(
+        ">I4sI4s4s4s", offset + len(body), bytes(4), 0x02400000, b"mntr", b"RGB " if primaries else b"GRAY", b"XYZ "
+    )
     header += bytes(12) + b"acsp" + bytes(28) + fixed(0.9642, 1, 0.8249) + bytes(48)
     return header + directory + body
 
@@ -372,6 +385,18 @@ def test_icc_profiles(tmp_path: Path, profile: bytes) -> None:
     transparent.putalpha(Image.fromarray(colours(SIDE, SIDE, 1)[..., 0]))
     seen = levels(survives(tmp_path / "a", encode(transparent, "PNG", icc_profile=profile), channels=4))
     assert np.allclose(seen[..., :3], theirs, atol=1e-3)
+
+
+def test_a_gray_icc_profile(tmp_path: Path) -> None:
+    profile, gray = profile_of({}, 1), Image.fromarray(colours(SIDE, SIDE, 1)[..., 0])
+    source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+    theirs = np.asarray(ImageCms.profileToProfile(gray, source, ImageCms.createProfile("sRGB"), outputMode="RGB"))
+    assert np.abs(theirs[..., 0].astype(int) - np.asarray(gray)).max() > 50
+    transparent = gray.convert("LA")
+    transparent.putalpha(Image.fromarray(np.full((SIDE, SIDE), 255, np.uint8)))
+    for picture in (gray, transparent):
+        seen = levels(survives(tmp_path / "a", encode(picture, "PNG", icc_profile=profile)))
+        assert np.allclose(seen, theirs, atol=1e-3)
 
 
 def test_a_broken_icc_profile_loses_no_image(tmp_path: Path) -> None:
