@@ -160,9 +160,11 @@ def source_stamp(source: ImageSource) -> Any:
     digest = hashlib.sha256()
     if isinstance(source, FolderSource):
         for i in range(len(source)):
-            path = source.read(i)
-            state = os.stat(path) if path.exists() else None  # a dangling link
-            facts = (state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_ino) if state else ()
+            try:
+                state = os.stat(source.read(i))
+                facts: tuple[int, ...] = (state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_ino)
+            except OSError:  # a dangling link, a file that is gone by now
+                facts = ()
             digest.update(os.fsencode(source.name(i)) + f"\0{facts}\0".encode())
     elif isinstance(source, TableSource):
         digest.update(f"{source.dataset._fingerprint} {source.column}".encode())

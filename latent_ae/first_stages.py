@@ -98,15 +98,21 @@ class FirstStage:
         return self.module.decode(latents.to(self.dtype)).sample.float()
 
     def reconstruct(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
-        """Reconstructions of the posterior's mean, or with `noise` (shaped like the latent) of a sample."""
+        """Reconstructions of the posterior's mean, or with `noise` (shaped like the latent) of a sample.
+
+        Sides that are no multiples of the factor are padded with their last row or column, and cropped back.
+        """
         if self.function is not None:
             made = self.function(images)
             if not isinstance(made, Tensor) or made.shape != images.shape:
                 given = tuple(made.shape) if isinstance(made, Tensor) else type(made).__name__
                 raise UserError(f"the function {self.name} gives {given} for images of {tuple(images.shape)}")
             return made.float()
-        mean, std = self.encode(images)
-        return self.decode(mean if noise is None or std is None else mean + std * noise)
+        height, width = images.shape[-2:]
+        padded = nn.functional.pad(images, (0, -width % self.factor, 0, -height % self.factor), mode="replicate")
+        mean, std = self.encode(padded)
+        made = self.decode(mean if noise is None or std is None else mean + std * noise)
+        return made[..., :height, :width]
 
     @property
     def dtype(self) -> torch.dtype:

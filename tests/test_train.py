@@ -327,7 +327,10 @@ def test_a_held_out_file_that_cannot_be_read_is_named(
     shutil.copy(pictures / "00.png", held_out)
     (held_out / "torn.png").write_bytes((pictures / "01.png").read_bytes()[:300])
     run = tmp_path / "run"
-    assert main(words(pictures, run, "steps=1", f"data.eval_source={held_out}")) == 0
+    assert main(words(pictures, run, "steps=1", f"data.eval_source={held_out}")) == 2
+    error = capfd.readouterr().err
+    assert "data.max_bad_fraction: 1 of the first 2 images" in error and "These are held-out images" in error
+    assert main(words(pictures, run, "steps=1", f"data.eval_source={held_out}", "data.max_bad_fraction=0.5")) == 0
     assert "held-out image left out" in (error := capfd.readouterr().err) and "torn.png" in error
     assert json.loads((run / "results.json").read_text())["held_out"]["after"]["n"] == 1
 

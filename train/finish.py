@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 
-from latent_ae.config import to_yaml
+from latent_ae.config import UserError, to_yaml
 from latent_ae.data import ImageSource, posterior_noise, training_batches
 from latent_ae.disk import write_json
 from latent_ae.export import CardFacts, export_autoencoder, loading_lines, push_to_hub
@@ -107,10 +108,14 @@ def measure_latents(
         rank=accelerator.process_index,
         world_size=processes,
     )
-    statistics = LatentStatistics()
+    statistics, failure = LatentStatistics(), ""
     with torch.no_grad():
         for _ in range(-(-STATISTICS_CROPS // (micro_batch * processes))):
-            batch = next(batches)
+            try:
+                batch = next(batches)
+            except UserError as error:  # the others wait below
+                failure = str(error)
+                break
             posterior = autoencoder.encode(batch.images.to(accelerator.device)).latent_dist
             noise = posterior_noise(settings.seed, batch.numbers, shape).to(accelerator.device)
             # the same crops however the batch is split
@@ -118,6 +123,9 @@ def measure_latents(
             if rows:
                 sample = posterior.mean + posterior.std * noise
                 statistics.update(sample[rows], posterior.mean[rows], posterior.logvar[rows])
+    failures = [told for told in gather_object([failure]) if told]
+    if failures:
+        raise UserError(failures[0])
     statistics.gather()
     return statistics
 

@@ -1,7 +1,7 @@
 """The training run, top to bottom."""
 
 import sys
-from collections.abc import Iterator, Sized
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +11,14 @@ from accelerate.utils import broadcast_object_list, gather_object
 from tqdm import tqdm
 
 from latent_ae.config import UserError
-from latent_ae.data import Batch, ImageSource, open_images, posterior_noise, stop_if_too_many_bad, training_batches
+from latent_ae.data import Batch, open_images, posterior_noise, training_batches
 from latent_ae.diffaug import NUMBERS
 from latent_ae.models import Reconstructor, factor_of
 from latent_ae.order import augmentation_numbers
 from latent_ae.perceptual import LPIPS
 
 from .agreement import Agreed
+from .bad_files import BadFiles
 from .checkpoint import (
     complete_checkpoints,
     load_checkpoint,
@@ -121,7 +122,8 @@ def train(settings: TrainSettings) -> dict[str, Any]:
         stream_state=stream_state_of(state, accelerator),
     )
     latent_shape = (int(autoencoder.config.latent_channels), *(2 * [settings.data.resolution // factor]))
-    feed = Feed(batches, settings, latent_shape, accelerator.device, log, source)
+    bad_files = BadFiles(accelerator, settings.data, source, log)
+    feed = Feed(batches, settings, latent_shape, accelerator.device, channels, bad_files)
     progress = tqdm(
         total=settings.steps * settings.batch_size,
         initial=first_step * settings.batch_size,
@@ -153,6 +155,7 @@ def train(settings: TrainSettings) -> dict[str, Any]:
             for step in range(first_step, settings.steps):
                 means = train_step(step, feed)
                 done = step + 1
+                bad_files.settle(done)
                 progress.update(settings.batch_size)
                 logs = done % settings.log.every == 0 or done == settings.steps
                 saves = done % settings.checkpoint.every == 0 or done == settings.steps
@@ -199,7 +202,7 @@ def stream_state_of(state: dict[str, Any], accelerator: Accelerator) -> dict[str
 
 
 class Feed:
-    """The loader's batches as micro-batches on the device; counts and names the unreadable files met."""
+    """The loader's batches as micro-batches on the device; tells `bad_files` of the unreadable files met."""
 
     def __init__(
         self,
@@ -207,31 +210,28 @@ class Feed:
         settings: TrainSettings,
         latent_shape: tuple[int, ...],
         device: torch.device,
-        log: Log,
-        source: ImageSource,
+        channels: int,
+        bad_files: BadFiles,
     ):
-        self.batches, self.settings, self.latent_shape, self.device, self.log = (
-            batches,
-            settings,
-            latent_shape,
-            device,
-            log,
-        )
-        self.num_images = len(source) if isinstance(source, Sized) else None
-        self.num_read, self.num_skipped = 0, 0
-        self.skipped: dict[str, None] = {}
-        """Each unreadable file once, however often an epoch meets it."""
+        self.batches, self.settings, self.latent_shape, self.device = batches, settings, latent_shape, device
+        self.channels, self.bad_files = channels, bad_files
         self.stream_state: dict[str, Any] | None = None
 
     def __iter__(self) -> "Feed":
         return self
 
     def __next__(self) -> MicroBatch:
-        batch, settings = next(self.batches), self.settings
-        self.num_read += len(batch.numbers)
+        settings = self.settings
+        try:
+            batch = next(self.batches)
+        except (UserError, StopIteration) as error:
+            # the others are in this step too: it is finished on gray images, then all stop, and nothing is saved
+            if isinstance(error, UserError):
+                self.bad_files.fail(error)
+            shape = (settings.micro_batch, self.channels, *(2 * [settings.data.resolution]))
+            batch = Batch(torch.zeros(shape), list(range(settings.micro_batch)), [])
+        self.bad_files.note(batch)
         self.stream_state = batch.stream_state
-        if batch.skipped:
-            self._note(batch.skipped)
         every = settings.loss.perceptual_every
         augmentation = None
         if settings.gan.weight and settings.gan.diffaug:
@@ -249,20 +249,6 @@ class Feed:
         # from pinned memory, or the host would wait for the copy
         tensor = tensor.pin_memory() if self.device.type == "cuda" else tensor
         return tensor.to(self.device, non_blocking=True)
-
-    def _note(self, skipped: list[str]) -> None:
-        for line in skipped:
-            if line not in self.skipped:
-                self.log.say(f"skipped {line}")
-            self.skipped[line] = None
-        self.num_skipped += len(skipped)
-        stop_if_too_many_bad(
-            self.num_skipped,
-            self.num_read,
-            list(self.skipped),
-            num_images=self.num_images,
-            max_bad_fraction=self.settings.data.max_bad_fraction,
-        )
 
 
 def _say_how_to_go_on(run: Path, step: int, accelerator: Accelerator) -> None:
