@@ -125,7 +125,7 @@ def good(folder: Path, count: int = 1, side: int = SIDE) -> Path:
 
 def unreadable_files(folder: Path) -> dict[str, str]:
     """Makes them; {name: a part of the reason}."""
-    picture, reasons = Image.fromarray(colours(64, 64)), {}
+    picture, reasons = Image.fromarray(colours(16, 16)).resize((200, 150), Image.Resampling.BICUBIC), {}
     for suffix, kind in {
         "jpg": "JPEG",
         "png": "PNG",

@@ -468,7 +468,7 @@ def test_too_many_unreadable_files_stop_the_run(
         (folder / path.name).write_bytes(path.read_bytes())
     for index in range(8):
         (folder / f"broken{index}.png").write_bytes(b"\x89PNG not really")
-    assert main(words(folder, tmp_path / "run")) == 2
+    assert main(words(folder, tmp_path / "run", f"data.eval_source={pictures}")) == 2
     error = capsys.readouterr().err
     assert "skipped" in error and "broken" in error and "data.max_bad_fraction" in error and "Traceback" not in error
     assert main(words(folder, tmp_path / "run2", "data.max_bad_fraction=1", "steps=2")) == 0
