@@ -55,6 +55,7 @@ def _child(words: list[str], folder: Path, environment: dict[str, str], rank: in
         os.dup2(stream.fileno(), 2)
     os.environ |= environment | {"ACCELERATE_USE_CPU": "1"}
     torch.set_num_threads(1)
+    multiprocessing.set_start_method("fork", force=True)  # of the loader's workers, as in any other run
     latent_ae_train.loop.finish_run = lambda *_: {}  # it is long, and not what the tests are about
     _measure_a_distance()
     run = next(word.removeprefix("output_dir=") for word in words if word.startswith("output_dir="))

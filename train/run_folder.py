@@ -58,7 +58,7 @@ def changes_since(checkpoint: Checkpoint, settings: TrainSettings) -> dict[str, 
         )
     batch_size, processes = settings.batch_size, state["num_processes"]
     micro_batch = before["micro_batch_size"] or batch_size // processes
-    split = {
+    split: dict[str, tuple[Any, Any]] = {
         "processes": (processes, settings.processes),
         "micro_batch_size": (micro_batch, settings.micro_batch),
         "accumulation": (batch_size // (processes * micro_batch), settings.accumulation),
