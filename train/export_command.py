@@ -47,16 +47,13 @@ def export(source: Path, out: Path) -> dict[str, Any]:
     from latent_ae.export import export_autoencoder
     from latent_ae.models import Reconstructor, factor_of
 
-    from .checkpoint import MANIFEST, load_weights, newest_checkpoint
+    from .checkpoint import checkpoint_at, load_weights
     from .finish import CHECK_IMAGES, card_facts, keeps_scaling, measure_latents
     from .report import read_log
     from .validate import Validator
 
-    if (source / MANIFEST).is_file():
-        folder, run = source, source.parent.parent
-    elif (checkpoint := newest_checkpoint(source)) is not None:
-        folder, run = checkpoint.folder, source
-    else:
+    folder = checkpoint_at(source)
+    if folder is None:
         raise UserError(f"{source}: neither a run with a complete checkpoint nor a checkpoint (from {Path.cwd()})")
     try:
         state = json.loads((folder / "state.json").read_text())
@@ -72,6 +69,7 @@ def export(source: Path, out: Path) -> dict[str, Any]:
     held_out = open_images(settings.data, "held_out")
     channels, factor = int(autoencoder.config.in_channels), factor_of(autoencoder)
     validator = Validator(settings, accelerator, held_out, channels, factor, None)
+    run = source.parent.parent if folder == source else source
     log = {(event["event"], event["step"]): event for event in read_log(run)}
     return export_autoencoder(
         autoencoder,

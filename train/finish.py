@@ -18,7 +18,6 @@ from latent_ae.latents import LatentStatistics
 from latent_ae.models import Reconstructor, factor_of
 
 from .agreement import Agreed
-from .checkpoint import complete_checkpoints
 from .config import TrainSettings
 from .report import read_log, result_rows, text_table, write_report
 from .validate import Validator
@@ -78,16 +77,15 @@ def push_export(run: Path, settings: TrainSettings) -> None:
         print(f"uploaded to {push_to_hub(run / 'export', settings.push_to_hub)}", file=sys.stderr)
 
 
-def finished_results(run: Path) -> dict[str, Any] | None:
-    """The results of a run whose newest checkpoint was exported and reported; None when something is missing."""
+def finished_results(run: Path, step: int) -> dict[str, Any] | None:
+    """The results of a run that was exported and reported at `step`; None when something is missing."""
     try:
         results: dict[str, Any] = json.loads((run / RESULTS).read_text(encoding="utf-8"))
-        newest = complete_checkpoints(run)[-1].step
-    except (OSError, ValueError, IndexError):
+    except (OSError, ValueError):
         return None
     if not isinstance(results, dict):
         return None
-    return results if results.get("step") == newest and (run / "export/config.json").is_file() else None
+    return results if results.get("step") == step and (run / "export/config.json").is_file() else None
 
 
 def measure_latents(

@@ -20,6 +20,7 @@ from latent_ae.perceptual import LPIPS
 from .agreement import Agreed
 from .bad_files import BadFiles
 from .checkpoint import (
+    Checkpoint,
     complete_checkpoints,
     load_checkpoint,
     newest_checkpoint,
@@ -35,7 +36,7 @@ from .networks import compile_networks, starting_autoencoder, starting_discrimin
 from .preflight import preflight
 from .report import held_out_distances
 from .retention import kept_steps
-from .run_folder import changed_settings, write_config
+from .run_folder import changes_since, cut_back, write_config
 from .signals import Stopped, StopSignals
 from .step import MicroBatch, TrainStep
 from .validate import Validator
@@ -58,16 +59,15 @@ def train(settings: TrainSettings) -> dict[str, Any]:
         if accelerator.is_main_process:
             found = newest_checkpoint(run)
     (checkpoint,) = broadcast_object_list([found])
-    if checkpoint is not None:
-        for note in changed_settings(run, settings):
-            accelerator.print(note, file=sys.stderr)
-    if checkpoint is not None and checkpoint.step > settings.steps:
-        raise UserError(f"steps: {run} is at step {checkpoint.step:,} already, past {settings.steps:,}: raise steps")
+    changes = changes_since(checkpoint, settings) if checkpoint is not None else {}
+    first_step = checkpoint.step if checkpoint is not None else 0
+    if first_step > settings.steps:
+        raise UserError(f"steps: {run} is at step {first_step:,} already, past {settings.steps:,}: raise steps")
     accelerator.wait_for_everyone()
     with Agreed(accelerator):
         if accelerator.is_main_process:
-            write_config(run, settings, resuming=checkpoint is not None)
-    if checkpoint is not None and checkpoint.step == settings.steps and (results := finished_results(run)) is not None:
+            write_config(run, settings)
+    if first_step == settings.steps and (results := finished_results(run, settings.steps)) is not None:
         if accelerator.is_main_process:
             show_results(run, results)
             push_export(run, settings)
@@ -97,18 +97,13 @@ def train(settings: TrainSettings) -> dict[str, Any]:
     validator = Validator(settings, accelerator, held_out, channels, factor, perceptual)
 
     with Agreed(accelerator):
+        if checkpoint is not None:
+            load_checkpoint(checkpoint, train_step)
         validator.try_one_batch(averaged)
-        log = Log(run, accelerator, settings)
         if accelerator.is_main_process:
             preflight(run, settings, train_step)
-    state = load_checkpoint(checkpoint, train_step) if checkpoint is not None else {"step": 0}
-    first_step: int = state["step"]
-    if first_step:
-        log.say(f"resuming {run} at step {first_step:,} of {settings.steps:,}")
-    else:
-        log.write("baseline", 0, validator.measure_baseline())
-        log.write("validate", 0, validator.measure_model(averaged, run / "previews/step-00000000.png"))
-
+            cut_back(run, first_step if checkpoint is not None else -1)
+        log = Log(run, accelerator, settings)
     batches = training_batches(
         source,
         settings.data,
@@ -119,7 +114,7 @@ def train(settings: TrainSettings) -> dict[str, Any]:
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
         first_batch=first_step,
-        stream_state=stream_state_of(state, accelerator),
+        stream_state=stream_state_of(checkpoint, accelerator),
     )
     latent_shape = (int(autoencoder.config.latent_channels), *(2 * [settings.data.resolution // factor]))
     bad_files = BadFiles(accelerator, settings.data, source, log)
@@ -145,12 +140,32 @@ def train(settings: TrainSettings) -> dict[str, Any]:
         }
         with Agreed(accelerator):
             if accelerator.is_main_process:
+                log.sync()
                 save_checkpoint(run, train_step, state)
-                saved = [checkpoint.step for checkpoint in complete_checkpoints(run)]
-                kept = kept_steps(saved, settings.checkpoint, settings.gan, held_out_distances(run))
-                prune_checkpoints(run, kept, newest=done)
+
+    def validation_due(done: int) -> bool:
+        return done % settings.validation.every == 0 or done == settings.steps
+
+    def validate(done: int) -> None:
+        """Measures, unless that was done before the run was killed."""
+        if not log.has("validate", done):
+            log.write("validate", done, validator.measure_model(averaged, run / f"previews/step-{done:08d}.png"))
+        log.gan_alarm(done, run)
+
+    def prune() -> None:
+        """Comes after the validation, which tells the best."""
+        if accelerator.is_main_process:
+            saved = [checkpoint.step for checkpoint in complete_checkpoints(run)]
+            prune_checkpoints(run, kept_steps(saved, settings.checkpoint, settings.gan, held_out_distances(run)))
 
     try:
+        if checkpoint is None:
+            log.write("baseline", 0, validator.measure_baseline())
+        else:
+            log.resumed(first_step, changes)
+        if validation_due(first_step):
+            validate(first_step)
+        prune()
         with StopSignals(accelerator) as stop:
             for step in range(first_step, settings.steps):
                 means = train_step(step, feed)
@@ -168,19 +183,17 @@ def train(settings: TrainSettings) -> dict[str, Any]:
                     saves = False
                 if saves:
                     save(done)
-                if done % settings.validation.every == 0 or done == settings.steps:
-                    log.write(
-                        "validate", done, validator.measure_model(averaged, run / f"previews/step-{done:08d}.png")
-                    )
+                if validation_due(done):
+                    validate(done)
                     log.restart_clock(done)
-                    log.gan_alarm(done, run)
+                if saves:
+                    prune()
                 if (name := stop.wanted()) and done < settings.steps:
                     if not saves and not log.skipped(done, train_step):
                         save(done)
+                        prune()
                     raise Stopped(name)
         progress.close()
-        if first_step == settings.steps:  # killed between its last checkpoint and its results
-            log.write("validate", first_step, validator.measure_model(averaged))
         results = finish_run(run, settings, accelerator, averaged, source, validator)
     except BaseException:
         progress.close()
@@ -190,9 +203,9 @@ def train(settings: TrainSettings) -> dict[str, Any]:
     return results
 
 
-def stream_state_of(state: dict[str, Any], accelerator: Accelerator) -> dict[str, Any] | None:
+def stream_state_of(checkpoint: Checkpoint | None, accelerator: Accelerator) -> dict[str, Any] | None:
     """Where this process's stream stood at the checkpoint; None for stored images, which need no state."""
-    states = state.get("stream_states") or [None]
+    states = checkpoint.state()["stream_states"] if checkpoint is not None else [None]
     if len(states) != accelerator.num_processes and states[0] is not None:
         raise UserError(
             f"data.streaming: the checkpoint was written by {len(states)} process(es) and now there are "
