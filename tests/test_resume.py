@@ -104,7 +104,7 @@ def test_killed_before_any_write_of_a_step_it_ends_the_same(pictures: Path, tmp_
     # all of step 6, whose lines are training's, the validation's and an alarm, and step 7's first
     points |= set(range(number("/previews/step-00000005.png") + 2, number("/previews/step-00000007.png")))
     points |= set(range(number("os.rename /checkpoints/step-00000008.tmp"), pruned + 4)) | {len(writes) - 1}
-    failures: dict[str, Any] = {}
+    assert len(points) >= 20
     for point in sorted(points):
         run = tmp_path / f"at-{point}"
         code, error = children.run(long_words(pictures, run), tmp_path / "out", kill_at=point)
@@ -113,10 +113,9 @@ def test_killed_before_any_write_of_a_step_it_ends_the_same(pictures: Path, tmp_
             with open(run / "log.jsonl", "a") as log:
                 log.write('{"event": "tra')
         code, error = children.run(long_words(pictures, run), tmp_path / "out")
-        if code != 0 or (found := differences(run, whole.run)):
-            failures[f"{point}: {writes[point]}"] = error if code else found
+        assert code == 0, error
+        assert differences(run, whole.run) == [], f"killed before write {point}: {writes[point]}"
         shutil.rmtree(run)
-    assert failures == {} and len(points) >= 20
 
 
 def test_killed_again_while_it_goes_on(pictures: Path, tmp_path: Path, whole: Whole) -> None:
@@ -134,6 +133,20 @@ def test_killed_again_while_it_goes_on(pictures: Path, tmp_path: Path, whole: Wh
         assert code == -signal.SIGKILL, error
         assert children.run(long_words(pictures, run), tmp_path / "out")[0] == 0
         assert differences(run, whole.run) == [], writes[point]
+
+
+def test_pruning_comes_after_the_validation(pictures: Path, tmp_path: Path) -> None:
+    """Step 4 is better than step 2, which therefore goes at once, also when the run was killed before it could."""
+    arguments = long_words(pictures, tmp_path / "run", "steps=4", "gan.weight=0")
+    assert children.run(arguments, tmp_path / "out")[0] == 0
+    assert [checkpoint.step for checkpoint in complete_checkpoints(tmp_path / "run")] == [4]
+    writes = json.loads((tmp_path / "out/writes.json").read_text())
+    shutil.rmtree(tmp_path / "run")
+    pruned = writes.index("os.rename /checkpoints/step-00000002")
+    assert children.run(arguments, tmp_path / "out", kill_at=pruned)[0] == -signal.SIGKILL
+    assert [checkpoint.step for checkpoint in complete_checkpoints(tmp_path / "run")] == [2, 4]
+    assert children.run(arguments, tmp_path / "out")[0] == 0
+    assert [checkpoint.step for checkpoint in complete_checkpoints(tmp_path / "run")] == [4]
 
 
 @pytest.mark.parametrize(("processes", "workers"), [(1, 2), (2, 0), (2, 2)])
