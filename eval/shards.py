@@ -19,7 +19,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from latent_ae.disk import writing
-from latent_ae.sources import FolderSource, ImageSource, StreamSource, TableSource
 from latent_ae.weight_files import tensors_sha256
 from latent_ae.weights import cache_folder
 
@@ -151,25 +150,6 @@ class FeatureFile:
                 stream.seek(int(row) * size)
                 found[position] = np.frombuffer(stream.read(size), dtype=np.float32)
         return found
-
-
-def source_stamp(source: ImageSource) -> Any:
-    """Changes when files are added, removed or written to; None for streams, which are not looked at beforehand."""
-    if isinstance(source, StreamSource):
-        return None
-    digest = hashlib.sha256()
-    if isinstance(source, FolderSource):
-        for i in range(len(source)):
-            try:
-                state = os.stat(source.read(i))
-                facts: tuple[int, ...] = (state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_ino)
-            except OSError:  # a dangling link, a file that is gone by now
-                facts = ()
-            digest.update(os.fsencode(source.name(i)) + f"\0{facts}\0".encode())
-    elif isinstance(source, TableSource):
-        digest.update(f"{source.dataset._fingerprint} {source.column}".encode())
-        digest.update(source.rows.tobytes())
-    return digest.hexdigest()
 
 
 def _save(tensors: dict[str, Tensor], path: Path, notes: dict[str, str]) -> None:
