@@ -135,8 +135,8 @@ def _changes(result: Mapping[str, Any]) -> list[str]:
         for row in health["transforms"]
     ]
     words = (
-        f"Of {health['num_decoded']:,} images. First the PSNR of the decoded, changed latent against the changed image; "
-        "beside it that of the changed image's own reconstruction; last that between the decoded, changed latent and the "
+        f"Of {health['num_decoded']:,} images. First PSNR of the decoded, changed latent against the changed image; "
+        "then that of the changed image's own reconstruction; last that between the decoded, changed latent and the "
         "changed reconstruction, which are the same (100 dB) for a first stage that follows the change."
     )
     return [page.grid(*charts), page.table(table), page.paragraph(words, soft=True)]
