@@ -15,7 +15,9 @@ GAUSSIAN, SKEWED = 0.05, 0.2
 FLATTER = 0.5
 """By which a slope of the latents' spectrum may fall short of the images' unremarked."""
 FOLLOWS, LOOSE = 1.0, 3.0
-"""dB."""
+"""dB that changing the latents instead of the image may cost."""
+POOR = 20.0
+"""dB under which a reconstruction hardly resembles its image."""
 COLLAPSE = "Posterior collapse"
 ROBUST_SIGMA, ROBUST_DB = 0.1, 3.0
 
@@ -60,7 +62,8 @@ def _information(health: Mapping[str, Any]) -> Iterator[Finding]:
         yield Finding(
             COLLAPSE,
             "problem",
-            f"In every channel the posterior ignores the image ({amount}): latents are noise, and nothing can be "
+            f"In every channel the posterior ignores the image ({per_dim:.2g} nats per value): latents are noise, and "
+            f"nothing can be "
             "reconstructed or generated from them. Lower loss.kl, or warm it up, and train again from before the "
             "collapse.",
         )
@@ -83,9 +86,7 @@ def _information(health: Mapping[str, Any]) -> Iterator[Finding]:
     else:
         yield Finding("Dead channels", "fine", f"None of {len(channels)}: every channel depends on the image.")
     share = health["noise_share"]
-    text = (
-        f"The posterior's standard deviation is {health['posterior_std']:.3g}, {share:.2%} of the latents' variance. "
-    )
+    text = f"The posterior's standard deviation is {health['posterior_std']:.3g}, {100 * share:.2f} % of the latents' variance. "
     if share < NOISY:
         yield Finding("Posterior noise", "fine", text + "Samples and means are nearly the same, as is usual.")
     else:
@@ -168,7 +169,8 @@ def _spectrum(health: Mapping[str, Any]) -> Iterator[Finding]:
     text = (
         f"Power falls with frequency to the power {latents['slope']:.2f} in latents and {images['slope']:.2f} in "
         f"images; "
-        f"{latents['high_share']:.1%} and {images['high_share']:.1%} of it lie in the upper half (white noise: 75 %). "
+        f"{100 * latents['high_share']:.1f} % and {100 * images['high_share']:.1f} % of it lie in the upper half "
+        f"(white noise: 75 %). "
     )
     if latents["slope"] <= images["slope"] + FLATTER:
         yield Finding("Spectrum", "fine", text + "Latents are as smooth as images, which diffusion models learn well.")
@@ -193,7 +195,10 @@ def _transforms(health: Mapping[str, Any]) -> Iterator[Finding]:
     )
     text = f"Decoding changed latents, against reconstructing changed images: {told}. "
     worst = max(gaps.values())
-    if worst < FOLLOWS:
+    if min(row["psnr_in_images"] for row in known) < POOR:
+        text += "With reconstructions that poor it tells nothing about the latents: mend those first."
+        yield Finding("Scaling and rotating", "look", text)
+    elif worst < FOLLOWS:
         yield Finding("Scaling and rotating", "fine", text + "Latents follow the image.")
     else:
         state: State = "fine" if worst < LOOSE else "look"

@@ -98,8 +98,8 @@ def evaluate_latents(
             raise UserError(f"{data}: {reason}")
         report_skipped(skipped, num_images, settings, shows=state.is_main_process)
         std = encoded.statistics.std
-        decoded, num_decoded = Decoded(), min(settings.num_decoded, num_images)
-        if num_decoded:
+        decoded = Decoded()
+        if settings.num_decoded:
             first = min(settings.num_decoded, settings.limit or settings.num_decoded)
             images, count = _images(stage, data, settings, first)
             decoded = _over_blocks(
@@ -116,7 +116,7 @@ def evaluate_latents(
         "model": stage.describe() | {"subfolder": settings.subfolder, "revision": settings.revision},
         "data": {"location": str(data), "split": settings.split, "num_images": num_images, "skipped": skipped},
         "latents": encoded.statistics.summary(),
-        "health": _health(stage, encoded) | _changes(decoded, settings, num_decoded),
+        "health": _health(stage, encoded) | _changes(decoded, settings),
         "settings": settings.model_dump(mode="json"),
         "versions": versions(),
     }
@@ -124,7 +124,7 @@ def evaluate_latents(
         notes.append("latents of a VQModel are those before quantisation, which decoding then quantises")
     if not stage.has_posterior:
         notes.append(f"{stage.name} has no posterior, so there is no KL and no posterior's spread")
-    if "half size/apart" not in decoded.counts and num_decoded:
+    if "half size/apart" not in decoded.counts and decoded.num_images:
         notes.append(
             "half size was left out: the latents' sides are odd; choose a crop_px of a multiple of twice the factor"
         )
@@ -260,9 +260,9 @@ def _spectrum(encoded: Encoded, name: str) -> dict[str, Any]:
     return {"frequency": frequency.tolist(), "power": power.tolist(), "slope": slope, "high_share": share}
 
 
-def _changes(decoded: Decoded, settings: LatentsSettings, num_decoded: int) -> dict[str, Any]:
+def _changes(decoded: Decoded, settings: LatentsSettings) -> dict[str, Any]:
     """What the second pass knows: empty where nothing was decoded."""
-    if not num_decoded:
+    if not decoded.num_images:
         return {}
     noise = [
         {"sigma": sigma, "psnr": decoded.mean(f"psnr/{sigma}")}
@@ -278,7 +278,7 @@ def _changes(decoded: Decoded, settings: LatentsSettings, num_decoded: int) -> d
         for name in TRANSFORMS
         if f"{name}/apart" in decoded.counts
     ]
-    return {"noise": noise, "transforms": transforms, "num_decoded": num_decoded}
+    return {"noise": noise, "transforms": transforms, "num_decoded": decoded.num_images}
 
 
 def _finite(value: float) -> float | None:

@@ -40,6 +40,7 @@ class Decoded:
     """What the second pass keeps of a block of images: sums over images, and of how many."""
 
     def __init__(self) -> None:
+        self.num_images = 0
         self.sums: dict[str, float] = {}
         self.counts: dict[str, int] = {}
 
@@ -50,6 +51,7 @@ class Decoded:
         self.counts[key] = self.counts.get(key, 0) + len(known)
 
     def merge(self, other: "Decoded") -> None:
+        self.num_images += other.num_images
         for key, value in other.sums.items():
             self.sums[key] = self.sums.get(key, 0.0) + value
             self.counts[key] = self.counts.get(key, 0) + other.counts[key]
@@ -93,12 +95,12 @@ class LatentsMeasurer:
             images = self._stacked(batch)
             latents, _ = self.stage.encode(images)
             noise = self._noise(batch, latents, self.seed + NOISE_SEED)
+            plain = self.stage.decode(latents)
             for sigma in sigmas:
-                made = self.stage.decode(latents + sigma * latent_std * noise)
+                made = self.stage.decode(latents + sigma * latent_std * noise) if sigma else plain
                 block.add(f"psnr/{sigma}", _psnr(images, made))
                 if self.lpips is not None and images.shape[1] in (1, 3):
                     block.add(f"lpips/{sigma}", self.lpips(images, made.clamp(-1, 1)))
-            plain = self.stage.decode(latents)
             for name, change in TRANSFORMS.items():
                 if name == "half size" and any(side % 2 for side in latents.shape[-2:]):
                     continue
@@ -106,6 +108,7 @@ class LatentsMeasurer:
                 block.add(f"{name}/in latents", _psnr(changed, made))
                 block.add(f"{name}/in images", _psnr(changed, self.stage.decode(self.stage.encode(changed).mean)))
                 block.add(f"{name}/apart", _psnr(change(plain), made))
+            block.num_images += len(batch)
         return block
 
     def _batches(self, items: Iterable[HeldOutImage], skipped: list[str]) -> Iterator[list[HeldOutImage]]:

@@ -275,3 +275,8 @@ def test_odd_latents_are_not_halved_and_whole_images_are(photos):
     result = evaluate_latents(linear(), photos, settings_with(crop_px=None, num_decoded=2))
     assert len(result["health"]["transforms"]) == 3
     assert not evaluate_latents(linear(), photos, settings_with(num_decoded=0))["health"].get("noise")
+
+
+def test_only_images_that_were_decoded_are_counted(photos):
+    result = evaluate_latents(linear(), photos, settings_with(num_decoded=50, noise=()))
+    assert result["health"]["num_decoded"] == 21 and result["health"]["noise"] == []
