@@ -25,16 +25,22 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from latent_ae.config import UserError
-from latent_ae.data import stop_if_too_many_bad
 from latent_ae.disk import replacing, write_json, writing
 from latent_ae.held_out import Framing, HeldOutImages, Part
 from latent_ae.images import picture_grid
 from latent_ae.processes import on_main, together
 from latent_ae.sources import source_stamp
-from latent_ae.text import printable
 
 from .config import ReconSettings
-from .inputs import checked_factor, inception_network, opened_data, opened_model, processes, refuse_generation_files
+from .inputs import (
+    checked_factor,
+    inception_network,
+    opened_data,
+    opened_model,
+    processes,
+    refuse_generation_files,
+    report_skipped,
+)
 from .manifest import data_fingerprint, evaluation_key, protocol_manifest, reference_key, versions
 from .measure import BASELINE, Measurer
 from .pictures import chosen_rows, reconstructed, shown_groups
@@ -76,7 +82,7 @@ def evaluate_reconstruction(
         settings.data(str(data)),
         stage.channels or 3,
         Framing(protocol.resize_px, protocol.crop_px, protocol.resample, protocol.crop_rounds == "nearest"),
-        checked_factor(stage, settings),
+        checked_factor(stage, protocol.crop_px),
     )
     inception, why_not = inception_network(settings, device)
     cache = None
@@ -168,7 +174,7 @@ def _result(
     if not table.num_rows:
         reason = f"none of its {len(skipped)} images is readable; {skipped[0]}" if skipped else "it holds no images"
         raise UserError(f"{data}: {reason}")
-    _report_skipped(skipped, table.num_rows, settings)
+    report_skipped(skipped, table.num_rows, settings)
     notes = [why_not] if why_not else []
     metrics: dict[str, dict[str, Any]] = {}
     intervals: dict[str, dict[str, Any]] = {}
@@ -210,18 +216,6 @@ def _result(
         values, widths = means(table, BASELINE, lambda note: None, settings.seed)
         result["baseline"] = {"name": f"bicubic /{stage.factor}", "metrics": values, "intervals": widths}
     return result, table
-
-
-def _report_skipped(skipped: list[str], num_read: int, settings: ReconSettings) -> None:
-    total = num_read + len(skipped)
-    bound = settings.max_bad_fraction
-    try:
-        stop_if_too_many_bad(len(skipped), total, skipped, num_images=total, max_bad_fraction=bound)
-    except UserError as error:
-        raise UserError(str(error).replace("data.", "", 1)) from error
-    if skipped:
-        named = "\n  ".join(map(printable, skipped))
-        print(f"skipped {len(skipped)} of {total} images:\n  {named}", file=sys.stderr)
 
 
 def _make_folder(folder: Path) -> None:

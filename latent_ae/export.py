@@ -20,6 +20,7 @@ from latent_ae.disk import writing
 from latent_ae.latents import LatentStatistics
 from latent_ae.model_card import CardFacts, loading_lines, model_card
 from latent_ae.models import Reconstructor, count_parameters
+from latent_ae.pipelines import PipelineName, refuse_misfit, remarks
 
 __all__ = ["CardFacts", "export_autoencoder", "loading_lines", "push_to_hub", "verify_export"]
 
@@ -55,18 +56,25 @@ def export_autoencoder(
     card: CardFacts,
     check_images: Tensor,
     keep_scaling: bool = False,
+    pipeline: PipelineName | None = None,
+    latents_mean_std: bool = False,
 ) -> dict[str, Any]:
     """Writes `folder`: config.json, diffusion_pytorch_model.safetensors (float32) and README.md.
 
     The config carries scaling_factor and shift_factor measured by `statistics`, and sample_size (px). `keep_scaling`
     leaves those of the autoencoder's own config: right where only the decoder was trained, because the diffusion models
-    that know its latents know them scaled so. The model given is left as it is. Everything is written beside `folder`
-    and checked there by `verify_export` on `check_images` (NCHW in [-1, 1], sides multiples of the factor) before it
-    takes its place, so an export that fails leaves an older one whole.
+    that know its latents know them scaled so. `latents_mean_std` writes latents_mean and latents_std of each channel,
+    with a scaling_factor of 1 and a shift_factor of 0: (z - latents_mean) / latents_std has unit variance in each.
+    `pipeline` names a family of pipelines that must be able to use the model. The model given is left as it is.
+    Everything is written beside `folder` and checked there by `verify_export` on `check_images` (NCHW in [-1, 1], sides
+    multiples of the factor) before it takes its place, so an export that fails leaves an older one whole.
 
-    Returns what was written, JSON-ready. Raises UserError when `folder` holds something other than an export,
-    cannot be written, or the latents cannot be scaled; RuntimeError when the check fails.
+    Returns what was written, JSON-ready; "remarks" says what `pipeline` would rather have. Raises UserError when
+    `folder` holds something other than an export, cannot be written, the latents cannot be scaled, or `pipeline` cannot
+    use the model; RuntimeError when the check fails.
     """
+    if latents_mean_std and keep_scaling:
+        raise UserError("latents_mean and latents_std cannot be measured anew where the latents keep their scaling")
     folder = Path(os.path.abspath(Path(folder).expanduser()))
     refuse_foreign(folder)
     exported = _twin(autoencoder)
@@ -79,13 +87,27 @@ def export_autoencoder(
     )
     if not keep_scaling:  # statistics of other latents: some pipelines would apply them
         exported.register_to_config(latents_mean=None, latents_std=None)
+    if latents_mean_std:
+        if 0.0 in statistics.channel_std:
+            flat = statistics.channel_std.index(0.0)
+            raise UserError(
+                f"channel {flat} of the latents is constant, its latents_std would be 0: leave --latents-mean-std out"
+            )
+        per_channel = {"latents_mean": statistics.channel_mean, "latents_std": statistics.channel_std}
+        exported.register_to_config(**per_channel, scaling_factor=1.0, shift_factor=0.0)
+    if pipeline is not None:
+        refuse_misfit(pipeline, exported.config)
     facts = {
         "folder": str(folder),
         "scaling_factor": exported.config.scaling_factor,
         "shift_factor": exported.config.shift_factor,
         "sample_size": sample_size,
+        **({key: exported.config[key] for key in ("latents_mean", "latents_std")} if latents_mean_std else {}),
         "parameters": count_parameters(exported),
     }
+    if pipeline is not None:
+        facts["pipeline"] = pipeline
+        facts["remarks"] = remarks(pipeline, exported.config, statistics.mean, statistics.std)
     with writing(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:

@@ -448,6 +448,36 @@ def test_export_command(finished: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert "neither a run with a complete checkpoint nor a checkpoint" in capsys.readouterr().err
 
 
+def test_an_export_for_a_family_of_pipelines(
+    finished: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for more in (["--for", "flux"], ["--for", "sd", "--latents-mean-std"]):
+        assert main(["export", str(finished), str(tmp_path / "vae"), *more]) == 2
+        error = capsys.readouterr().err
+        assert f"does not fit {more[1]}" in error and "Traceback" not in error
+    assert not (tmp_path / "vae").exists()
+    assert main(["export", str(finished), str(tmp_path / "vae"), "--for", "sdxl", "--latents-mean-std"]) == 0
+    printed = capsys.readouterr()
+    facts, config = json.loads(printed.out), json.loads((tmp_path / "vae/config.json").read_text())
+    measured = json.loads((finished / "results.json").read_text())["latents"]
+    assert config["latents_mean"] == facts["latents_mean"] == pytest.approx(measured["channel_mean"], rel=1e-6)
+    assert config["latents_std"] == pytest.approx(measured["channel_std"], rel=1e-6)
+    assert (config["scaling_factor"], config["shift_factor"]) == (1.0, 0.0)
+    assert "sdxl: the factor is 2" in printed.err and facts["pipeline"] == "sdxl" and facts["remarks"]
+    card = (tmp_path / "vae/README.md").read_text()
+    assert "z * std + mean" in card and "scaling_factor" not in card
+    # a wish in the settings: before the first step, of a shape in the settings or of init_from's
+    shaped = words(pictures, tmp_path / "run", "export_for=sd3")
+    loaded = [word for word in shaped if not word.startswith("model.")] + [
+        "model={}",
+        f"init_from={finished / 'export'}",
+    ]
+    for wish in (shaped, loaded):
+        assert main(wish) == 2
+        assert "model.latent_channels=16" in capsys.readouterr().err
+        assert not (tmp_path / "run/checkpoints").exists()
+
+
 def test_dry_run_prints_settings_and_plan(pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "run"
     assert main([*words(pictures, run, "micro_batch_size=2"), "--dry-run"]) == 0

@@ -19,6 +19,7 @@ from latent_ae.config import (
     Weight,
     looks_like_path,
 )
+from latent_ae.pipelines import SHAPE, PipelineName, misfits
 
 LPIPS_MIN_PX = {"vgg": 16, "alex": 31}
 """Smaller images have no features left at the trunk's last layer."""
@@ -165,6 +166,8 @@ class TrainSettings(Settings):
     gradient_checkpointing: bool = False
     """Recompute the autoencoder's blocks in the backward pass: less memory, about a third more time."""
     report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
+    export_for: PipelineName | None = None
+    """Family of diffusers' pipelines that the export must fit; a model that cannot is refused before the first step."""
     push_to_hub: str | None = None
     """Repository id that the export is uploaded to at the end."""
     weights_dir: str | None = None
@@ -254,6 +257,9 @@ class TrainSettings(Settings):
                 "loss.perceptual",
                 f"LPIPS sees 1 or 3 channels, model.in_channels is {self.model.in_channels}: set loss.perceptual to 0",
             )
+        if self.export_for is not None and self.init_from is None:
+            for line in misfits(self.export_for, {key: getattr(self.model, key) for key in SHAPE}):
+                yield Problem("export_for", f"{self.export_for}: {line}")
         if not (self.loss.pixel_weight or self.loss.perceptual):
             yield Problem("loss", "pixel_weight and perceptual are both 0: nothing would be reconstructed")
 

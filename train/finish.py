@@ -60,7 +60,10 @@ def finish_run(
                 ),
                 check_images=images,
                 keep_scaling=keeps_scaling(settings),
+                pipeline=settings.export_for,
             )
+            for remark in results["export"].get("remarks", ()):
+                print(f"{settings.export_for}: {remark}", file=sys.stderr)
             results["step"] = settings.steps
             rows = result_rows(results["held_out"])
             write_report(run, settings, rows)

@@ -16,6 +16,7 @@ from latent_ae.diffaug import NUMBERS
 from latent_ae.models import Reconstructor, factor_of
 from latent_ae.order import augmentation_numbers
 from latent_ae.perceptual import LPIPS
+from latent_ae.pipelines import SHAPE, refuse_misfit
 
 from .agreement import Agreed
 from .bad_files import BadFiles
@@ -76,6 +77,8 @@ def train(settings: TrainSettings) -> dict[str, Any]:
         source = open_images(settings.data, "train")
         held_out = open_images(settings.data, "held_out")
         autoencoder = starting_autoencoder(settings)
+        if settings.export_for is not None:  # of init_from, whose shape the settings do not know
+            refuse_misfit(settings.export_for, {key: autoencoder.config[key] for key in SHAPE})
         factor, channels = factor_of(autoencoder), int(autoencoder.config.in_channels)
         perceptual = None
         if settings.loss.perceptual:  # one process of a machine fetches the weights, the others wait and find them
