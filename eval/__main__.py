@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 COMMANDS = {
     "recon": "how near reconstructions come to their images: FID, KID, LPIPS, PSNR, SSIM, MS-SSIM",
+    "latents": "how healthy latents are: information, dead channels, rank, outliers, spectrum, what changes cost",
     "compare": "which of several measured first stages is better, beyond chance",
 }
 """Each is the module NAME_command."""
