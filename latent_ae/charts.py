@@ -6,6 +6,8 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from latent_ae.text import printable
+
 INK = "#0a0b0c"
 """Stands for the page's own text colour while a chart is drawn."""
 COLOURS = ("#3f8fd2", "#e8833a", "#57a773", "#c65b7c", "#8a78c9", "#8c8f94")
@@ -150,8 +152,8 @@ def _chart(
         drawing = Figure(figsize=size, layout="constrained", facecolor="none")
         axes = drawing.add_subplot(facecolor="none")
         draw(axes)
-        axes.set_xlabel(x_label)
-        axes.set_ylabel(y_label)
+        axes.set_xlabel(_label(x_label))
+        axes.set_ylabel(_label(y_label))
         axes.set_title(_label(title), fontsize="medium")
         axes.grid(alpha=0.18)
         axes.set_axisbelow(True)
@@ -179,8 +181,3 @@ def _plain_ticks(axis: Any) -> None:
 def _label(name: str) -> str:
     """A name as matplotlib shows it whole: it hides what begins with an underscore, and stumbles over surrogates."""
     return printable(name).lstrip("_")
-
-
-def printable(text: str) -> str:
-    """Text in which characters that no file can hold are shown, not dropped."""
-    return text.encode("utf-8", "backslashreplace").decode("utf-8")

@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL
 from huggingface_hub import HfApi
-from safetensors import SafetensorError
+from huggingface_hub.utils import validate_repo_id
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from latent_ae.config import UserError
+from latent_ae.disk import writing
 from latent_ae.latents import LatentStatistics
 from latent_ae.model_card import CardFacts, loading_lines, model_card
 from latent_ae.models import Reconstructor, count_parameters
@@ -75,7 +76,7 @@ def export_autoencoder(
     if latents_mean_std and keep_scaling:
         raise UserError("latents_mean and latents_std cannot be measured anew where the latents keep their scaling")
     folder = Path(os.path.abspath(Path(folder).expanduser()))
-    _refuse_foreign(folder)
+    refuse_foreign(folder)
     exported = _twin(autoencoder)
     config = exported.config
     exported.register_to_config(
@@ -107,7 +108,7 @@ def export_autoencoder(
     if pipeline is not None:
         facts["pipeline"] = pipeline
         facts["remarks"] = remarks(pipeline, exported.config, statistics.mean, statistics.std)
-    try:
+    with writing(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
             fresh = Path(scratch) / "export"
@@ -118,9 +119,6 @@ def export_autoencoder(
             facts["max_abs_difference"] = difference
             model_card(exported, card, statistics, folder.name, difference).save(fresh / "README.md")
             _take_place(fresh, folder, Path(scratch) / "previous")
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"cannot write the export {folder}: {reason}") from error
     return facts
 
 
@@ -170,6 +168,25 @@ def push_to_hub(folder: str | Path, repo_id: str, *, token: str | None = None, p
         ) from error
 
 
+def check_upload(repo_id: str) -> None:
+    """Asks the hub, without changing anything there, whether this user may upload to `repo_id`; raises UserError."""
+    owner = repo_id.partition("/")[0] if "/" in repo_id else None
+    try:
+        validate_repo_id(repo_id)
+        user = HfApi().whoami()
+    except Exception as error:  # no network, offline mode, no token, an expired one, no such name
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise UserError(
+            f"push_to_hub: nothing can be uploaded to {repo_id}: {reason}. Log in with `hf auth login` on a machine "
+            "that reaches the hub, or leave push_to_hub out and upload the export later"
+        ) from error
+    owners = [user["name"], *(group["name"] for group in user.get("orgs") or [])]
+    if owner is not None and owner not in owners:
+        raise UserError(f"push_to_hub: {repo_id} does not belong to {', '.join(owners)}, whose token this is")
+    if ((user.get("auth") or {}).get("accessToken") or {}).get("role") == "read":
+        raise UserError(f"push_to_hub: the token of {user['name']} may only read; make one that may write")
+
+
 def _twin(autoencoder: AutoencoderKL) -> AutoencoderKL:
     """The same weights in another model: float32 on the CPU, evaluation mode, plain memory format."""
     with torch.device("meta"):  # no memory, no random numbers drawn
@@ -185,7 +202,8 @@ def _twin(autoencoder: AutoencoderKL) -> AutoencoderKL:
     return twin.eval().requires_grad_(False)
 
 
-def _refuse_foreign(folder: Path) -> None:
+def refuse_foreign(folder: Path) -> None:
+    """Raises UserError when an export may not take the place of what is there."""
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not (folder / "config.json").is_file()):
         raise UserError(f"{folder} exists and is not an export; give a new or empty folder")
 

@@ -15,7 +15,6 @@ from typing import Any, Literal, NamedTuple
 
 import diffusers
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -26,6 +25,9 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # pipelines keep their first stage in one of these
 PIPELINE_FOLDERS = ("vae", "vqvae", "movq")
 EMA_FOLDERS = ("{}_ema", "ema")
+CPU_BATCH_PX = 256 * 256
+"""Pixels of an image times images of a batch, on a CPU: the memory of larger feature maps goes back to the system after
+each layer and is fetched anew for the next, which takes a fifth of the time and twice the memory."""
 ImageFunction = Callable[[Tensor], Tensor]
 
 
@@ -84,14 +86,22 @@ class FirstStage:
     sha256: str | None = None
     """Over the class, the config, and the names, shapes and bytes of all tensors, as they were loaded."""
 
-    def encode(self, images: Tensor) -> Encoded:
-        """Latents of NCHW images in [-1, 1] whose sides are multiples of the factor. A function has none."""
+    def moments(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What a latent is drawn from, float32: the posterior's mean and log-variance, or the latent and None.
+
+        Of NCHW images in [-1, 1] whose sides are multiples of the factor. A function has none.
+        """
         assert self.module is not None
         encoded = self.module.encode(images.to(self.dtype))
         if self.has_posterior:
             posterior = encoded.latent_dist
-            return Encoded(posterior.mean.float(), posterior.std.float())
-        return Encoded((encoded.latents if hasattr(encoded, "latents") else encoded.latent).float(), None)
+            return posterior.mean.float(), posterior.logvar.float()
+        return (encoded.latents if hasattr(encoded, "latents") else encoded.latent).float(), None
+
+    def encode(self, images: Tensor) -> Encoded:
+        """Latents of NCHW images in [-1, 1] whose sides are multiples of the factor. A function has none."""
+        mean, logvar = self.moments(images)
+        return Encoded(mean, None if logvar is None else torch.exp(0.5 * logvar))
 
     def decode(self, latents: Tensor) -> Tensor:
         """NCHW float32, nominally in [-1, 1], not clamped."""
@@ -99,15 +109,21 @@ class FirstStage:
         return self.module.decode(latents.to(self.dtype)).sample.float()
 
     def reconstruct(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
-        """Reconstructions of the posterior's mean, or with `noise` (shaped like the latent) of a sample."""
+        """Reconstructions of the posterior's mean, or with `noise` (shaped like the latent) of a sample.
+
+        Sides that are no multiples of the factor are padded with their last row or column, and cropped back.
+        """
         if self.function is not None:
             made = self.function(images)
             if not isinstance(made, Tensor) or made.shape != images.shape:
                 given = tuple(made.shape) if isinstance(made, Tensor) else type(made).__name__
                 raise UserError(f"the function {self.name} gives {given} for images of {tuple(images.shape)}")
             return made.float()
-        mean, std = self.encode(images)
-        return self.decode(mean if noise is None or std is None else mean + std * noise)
+        height, width = images.shape[-2:]
+        padded = nn.functional.pad(images, (0, -width % self.factor, 0, -height % self.factor), mode="replicate")
+        mean, std = self.encode(padded)
+        made = self.decode(mean if noise is None or std is None else mean + std * noise)
+        return made[..., :height, :width]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -209,6 +225,17 @@ def load_first_stage(
     return first_stage(model, location=location, weights=", ".join(words) or "as stored", dtype=dtype)
 
 
+def open_first_stage(model: Any, *, device: torch.device, dtype: Dtype, **where: Any) -> FirstStage:
+    """What `load_first_stage(model, **where)` gives, or `first_stage` of an instance or function, on `device`."""
+    if isinstance(model, (str, Path)):
+        stage = load_first_stage(str(model), dtype=dtype, **where)
+    else:
+        stage = first_stage(model, dtype=dtype)
+    if stage.module is not None:
+        stage.module.to(device, memory_format=torch.channels_last)
+    return stage
+
+
 def _subfolder_in(folder: Path, subfolder: str | None, ema: bool | None, location: str) -> str | None:
     """Which part of a folder holds the model."""
     if subfolder is None and not (folder / "config.json").is_file():
@@ -288,7 +315,7 @@ def _load_checkpoint(folder: Path, location: str, ema: bool | None, dtype: Dtype
     try:
         model = diffusers.AutoencoderKL.from_config(diffusers.AutoencoderKL.load_config(folder))
         model.load_state_dict(load_file(path))
-    except (OSError, SafetensorError, RuntimeError, ValueError) as error:
+    except Exception as error:  # diffusers and safetensors raise many kinds for a damaged or foreign file
         raise UserError(f"cannot load {path}: {' '.join(str(error).split())[:400]}") from error
     which = "averaged" if averaged else "raw"
     return first_stage(model, location=location, weights=f"{which}, {folder.name}", dtype=dtype)

@@ -1,5 +1,6 @@
 """The README.md of an exported first stage: what it is, how to load it, how good it is; metadata that a hub reads."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,6 +10,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from latent_ae.latents import LatentStatistics
 from latent_ae.models import count_parameters, factor_of
+from latent_ae.text import printable
 
 METRIC_NAMES = {
     "psnr": "PSNR (dB)",
@@ -93,11 +95,11 @@ def _card_text(
     difference: float,
 ) -> str:
     config, factor = autoencoder.config, factor_of(autoencoder)
-    trained = [f"on {facts.data_name}"]
+    trained = [f"on {_plain(facts.data_name)}"]
     if facts.steps is not None:
         trained.append(f"for {facts.steps:,} steps")
     if facts.base_model:
-        trained.append(f"from {facts.base_model}")
+        trained.append(f"from {_plain(facts.base_model)}")
     if config.get("latents_mean") is None:
         given, scaled = "", "(z - vae.config.shift_factor) * vae.config.scaling_factor"
         undone = "z / vae.config.scaling_factor + vae.config.shift_factor"
@@ -107,7 +109,7 @@ def _card_text(
         )
         scaled, undone = "(z - mean) / std", "z * std + mean"
     parts = [
-        f"# {facts.name}\n\nAn `AutoencoderKL`: images of {config.in_channels} channels in [-1, 1] to latents "
+        f"# {_plain(facts.name)}\n\nAn `AutoencoderKL`: images of {config.in_channels} channels in [-1, 1] to latents "
         f"of {config.latent_channels} channels, each side divided by {factor}. "
         f"{count_parameters(autoencoder):,} parameters, float32. Trained {' '.join(trained)}.",
         f"""## Use
@@ -127,8 +129,9 @@ H and W are multiples of {factor}. {_scaling_text(autoencoder, statistics)}
         f"model: largest difference {difference:.1e} in [-1, 1].",
     ]
     if facts.settings_yaml:
-        fence = "`" * 3
-        parts.append(f"## Settings\n\n{fence}yaml\n{facts.settings_yaml.rstrip()}\n{fence}")
+        longest = max(map(len, re.findall("`+", facts.settings_yaml)), default=0)
+        fence = "`" * max(3, longest + 1)
+        parts.append(f"## Settings\n\n{fence}yaml\n{printable(facts.settings_yaml.rstrip(), lines=True)}\n{fence}")
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -172,9 +175,15 @@ def _metric_text(facts: CardFacts, factor: int) -> str:
         ),
     ]
     count = f"{facts.num_images:,} held-out images" if facts.num_images is not None else "held-out images"
-    return f"## Reconstruction\n\nMeans per image over {count} of {facts.data_name}, on 8-bit pixels.\n\n" + "\n".join(
-        lines
+    return (
+        f"## Reconstruction\n\nMeans per image over {count} of {_plain(facts.data_name)}, on 8-bit pixels.\n\n"
+        + "\n".join(lines)
     )
+
+
+def _plain(name: str) -> str:
+    """A name in Markdown as it is: on one line, and with nothing in it that Markdown or HTML would act on."""
+    return re.sub(r"([\\`*<>\[\]|&!$~])", r"\\\1", printable(name))
 
 
 def _figure_text(value: float | None) -> str:

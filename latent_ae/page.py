@@ -20,7 +20,8 @@ from latent_ae.charts import bar_chart as bar_chart
 from latent_ae.charts import histogram as histogram
 from latent_ae.charts import interval_chart as interval_chart
 from latent_ae.charts import line_chart as line_chart
-from latent_ae.charts import printable
+from latent_ae.disk import replacing
+from latent_ae.text import printable
 
 STYLE = """
 :root { color-scheme: light dark;
@@ -251,15 +252,14 @@ def _encoded(image: Image.Image, jpeg_quality: int | None, max_bytes: int | None
 
 
 def write(path: Path, text: str) -> None:
-    """Writes a page; a reader finds the former one or this one, never a part. Raises OSError."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    """Writes a page; a reader finds the former one or this one, never a part. Raises UserError."""
+    with replacing(path) as part:
+        part.write_text(text, encoding="utf-8")
 
 
 def escape(text: str) -> str:
-    """Any text as HTML text or attribute value; characters that no file can hold are shown, not dropped."""
-    return html.escape(printable(str(text)), quote=True)
+    """Any text as HTML text or attribute value; characters that are obeyed, or that no file can hold, are shown."""
+    return html.escape(printable(str(text), lines=True), quote=True)
 
 
 def format_value(value: Any) -> str:

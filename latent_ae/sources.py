@@ -4,8 +4,8 @@ import difflib
 import hashlib
 import itertools
 import os
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
@@ -14,8 +14,9 @@ import datasets
 import numpy as np
 
 from latent_ae.config import DataSettings, UserError
-from latent_ae.images import ImageError
+from latent_ae.images import ImageError, open_encoded, reason_of
 from latent_ae.order import block_order, epoch_order
+from latent_ae.text import printable
 
 Encoded = bytes | Path
 
@@ -43,15 +44,18 @@ class FolderSource:
 
     root: Path
     names: np.ndarray
+    others: Mapping[str, int] = field(default_factory=dict)
+    """By extension: how many files beside them have no name of an image, and are left out."""
 
     def __len__(self) -> int:
         return len(self.names)
 
     def name(self, i: int) -> str:
-        return os.fsdecode(self.names[i])
+        # a line break would forge lines of a log, and what is no text fits into no table
+        return printable(os.fsdecode(self.names[i]))
 
     def read(self, i: int) -> Path:
-        return self.root / self.name(i)
+        return self.root / os.fsdecode(self.names[i])
 
     def keys(self) -> np.ndarray:
         digests = b"".join(hashlib.blake2b(name, digest_size=8).digest() for name in self.names.tolist())
@@ -69,6 +73,8 @@ class TableSource:
     column: str
     label: str
     rows: np.ndarray
+    others: datasets.Dataset
+    """The other columns."""
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -171,8 +177,25 @@ class StreamReader:
             skipped = first_row if file == first_file else 0
             shard = dataset.shard(dataset.num_shards, int(shards[file]), contiguous=False)
             # iter() instead of __iter__, which would deal the rows out to the DataLoader's workers once more
-            for row, batch in enumerate(shard.skip(skipped).iter(batch_size=1), start=skipped):
+            rows = _readable(shard.skip(skipped).iter(batch_size=1), self.source.label)
+            for row, batch in enumerate(rows, start=skipped):
                 yield (file, row), batch[self.source.column][0]
+
+
+def stream_values(source: StreamSource) -> Iterator[tuple[str, Any]]:
+    """(name, value of the image column) of every row, in order. Raises UserError."""
+    for index, row in enumerate(_readable(source.dataset, source.label)):
+        yield f"{source.label} row {index}", row[source.column]
+
+
+def _readable(rows: Iterable[Any], label: str) -> Iterator[Any]:
+    """The rows; what a damaged file raises under way as a UserError."""
+    try:
+        yield from rows
+    except Exception as error:  # each format and each file system has kinds of its own
+        raise UserError(
+            f"data.source: {label} cannot be read to its end: {first_line(error)}; is one of its files cut off?"
+        ) from error
 
 
 def encoded_image(value: Any) -> Encoded:
@@ -185,15 +208,39 @@ def encoded_image(value: Any) -> Encoded:
 
 
 def digest_of(encoded: Encoded) -> str:
-    """Of the bytes as they are stored: blake2b, 16 bytes in hex. Raises OSError."""
+    """Of the bytes as they are stored: blake2b, 16 bytes in hex. Raises ImageError."""
     digest = hashlib.blake2b(digest_size=16)
-    if isinstance(encoded, bytes):
-        digest.update(encoded)
-    else:
-        with encoded.open("rb") as stream:  # in pieces: an array's file may be larger than the memory
-            while piece := stream.read(1 << 20):
+    with open_encoded(encoded) as stream:
+        try:
+            while piece := stream.read(1 << 20):  # in pieces: an array's file may be larger than the memory
                 digest.update(piece)
+        except OSError as error:
+            raise ImageError(reason_of(error)) from None
     return digest.hexdigest()
+
+
+def source_stamp(source: ImageSource) -> Any:
+    """Changes when files are added, removed or written to; None for streams, which are not looked at beforehand."""
+    if isinstance(source, StreamSource):
+        return None
+    digest = hashlib.sha256()
+    if isinstance(source, FolderSource):
+        for i in range(len(source)):
+            try:
+                state = os.stat(source.read(i))
+                facts: tuple[int, ...] = (state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_ino)
+            except OSError:  # a dangling link, a file that is gone by now
+                facts = ()
+            digest.update(os.fsencode(source.name(i)) + f"\0{facts}\0".encode())
+    elif isinstance(source, TableSource):
+        digest.update(f"{source.dataset._fingerprint} {source.column}".encode())
+        digest.update(source.rows.tobytes())
+    return digest.hexdigest()
+
+
+def fingerprint(digests: Iterable[str]) -> str:
+    """Over the contents of images (`digest_of` each), in their order; not where they lie or what they are called."""
+    return hashlib.sha256("\n".join(digests).encode()).hexdigest()
 
 
 def load_table(key: str, label: str, settings: DataSettings, path: str, **options: Any) -> TableSource | StreamSource:
@@ -218,10 +265,10 @@ def load_table(key: str, label: str, settings: DataSettings, path: str, **option
         dataset = dataset.cast_column(column, datasets.Image(decode=False))
     elif not ("binary" in getattr(feature, "dtype", "") or (isinstance(feature, dict) and "bytes" in feature)):
         raise UserError(f"data.image_column: {column!r} of {label} holds {feature}, not images or their bytes")
-    dataset = dataset.select_columns([column])
+    images = dataset.select_columns([column])
     if settings.streaming:
-        return StreamSource(dataset, column, label)
-    return TableSource(dataset, column, label, np.arange(len(dataset)))
+        return StreamSource(images, column, label)
+    return TableSource(images, column, label, np.arange(len(images)), dataset.remove_columns(column))
 
 
 def first_line(error: Exception) -> str:

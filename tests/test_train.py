@@ -327,7 +327,10 @@ def test_a_held_out_file_that_cannot_be_read_is_named(
     shutil.copy(pictures / "00.png", held_out)
     (held_out / "torn.png").write_bytes((pictures / "01.png").read_bytes()[:300])
     run = tmp_path / "run"
-    assert main(words(pictures, run, "steps=1", f"data.eval_source={held_out}")) == 0
+    assert main(words(pictures, run, "steps=1", f"data.eval_source={held_out}")) == 2
+    error = capfd.readouterr().err
+    assert "data.max_bad_fraction: 1 of the first 2 images" in error and "These are held-out images" in error
+    assert main(words(pictures, run, "steps=1", f"data.eval_source={held_out}", "data.max_bad_fraction=0.5")) == 0
     assert "held-out image left out" in (error := capfd.readouterr().err) and "torn.png" in error
     assert json.loads((run / "results.json").read_text())["held_out"]["after"]["n"] == 1
 
@@ -502,7 +505,7 @@ def test_too_many_unreadable_files_stop_the_run(
         (folder / path.name).write_bytes(path.read_bytes())
     for index in range(8):
         (folder / f"broken{index}.png").write_bytes(b"\x89PNG not really")
-    assert main(words(folder, tmp_path / "run")) == 2
+    assert main(words(folder, tmp_path / "run", f"data.eval_source={pictures}")) == 2
     error = capsys.readouterr().err
     assert "skipped" in error and "broken" in error and "data.max_bad_fraction" in error and "Traceback" not in error
     assert main(words(folder, tmp_path / "run2", "data.max_bad_fraction=1", "steps=2")) == 0
@@ -513,7 +516,9 @@ def test_help_and_unknown_commands(capsys: pytest.CaptureFixture[str]) -> None:
     assert "latent-ae train quickstart" in capsys.readouterr().out
     assert main(["trian"]) == 2
     assert "no such command: trian" in capsys.readouterr().err
-    for command in ("train", "export", "eval", "weights"):
+    assert main(["eval", "--help"]) == 0
+    assert "Example" in capsys.readouterr().out
+    for command in ("train", "export", "weights"):
         with pytest.raises(SystemExit) as stopped:
             main([command, "--help"])
         assert stopped.value.code == 0

@@ -158,7 +158,7 @@ class TrainSettings(Settings):
     precision: Annotated[Literal["fp32", "bf16"], BeforeValidator(_refuse_fp16)] = "fp32"
     """bf16: autocast; weights, losses and optimizer stay fp32."""
     init_from: str | None = None
-    """A diffusers folder or hub id to go on from; its shape replaces model.*."""
+    """A run, checkpoint, diffusers folder or hub id whose weights to start with; its shape replaces model={}."""
     train: Literal["all", "decoder", "encoder"] = "all"
     """What learns. decoder: latents stay bit-identical, and so does the scaling of init_from's config."""
     compile: bool = False
@@ -283,14 +283,9 @@ class TrainSettings(Settings):
             yield Problem("gan.r1", "needs a second derivative, which compiled networks do not give: set compile=false")
 
     def _path_problems(self) -> Iterator[Problem]:
-        if self.init_from is not None:
-            if looks_like_path(self.init_from) and not Path(self.init_from).expanduser().is_dir():
-                yield Problem("init_from", f"no such folder: {self.init_from} (from {Path.cwd()})")
-            if self.model != ModelSettings():
-                yield Problem(
-                    "model",
-                    "init_from brings its own shape and weights: give model={}, or remove init_from",
-                )
+        start = self.init_from
+        if start is not None and looks_like_path(start) and not Path(start).expanduser().is_dir():
+            yield Problem("init_from", f"no such folder: {start} (from {Path.cwd()})")
         if self.gan.init_from is not None and not Path(self.gan.init_from).expanduser().is_dir():
             yield Problem("gan.init_from", f"no such folder: {self.gan.init_from} (from {Path.cwd()})")
         if self.weights_dir is not None and not Path(self.weights_dir).expanduser().is_dir():

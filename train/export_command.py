@@ -36,6 +36,10 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--push-to-hub", metavar="REPO", help="then upload it to this hub repository")
     arguments = parser.parse_args(argv)
+    if arguments.push_to_hub:  # before the work
+        from latent_ae.export import check_upload, push_to_hub
+
+        check_upload(arguments.push_to_hub)
     facts = export(
         Path(arguments.source).expanduser(),
         Path(arguments.out).expanduser(),
@@ -45,8 +49,6 @@ def main(argv: list[str] | None = None) -> int:
     for remark in facts.get("remarks", ()):
         print(f"{facts['pipeline']}: {remark}", file=sys.stderr)
     if arguments.push_to_hub:
-        from latent_ae.export import push_to_hub
-
         facts["hub"] = push_to_hub(arguments.out, arguments.push_to_hub)
     print(json.dumps(facts, indent=2))
     return 0
@@ -66,20 +68,22 @@ def export(
     from latent_ae.export import export_autoencoder
     from latent_ae.models import Reconstructor, factor_of
 
-    from .checkpoint import MANIFEST, load_weights, newest_checkpoint
+    from .checkpoint import checkpoint_at, load_weights
     from .finish import CHECK_IMAGES, card_facts, keeps_scaling, measure_latents
     from .report import read_log
     from .validate import Validator
 
-    if (source / MANIFEST).is_file():
-        folder, run = source, source.parent.parent
-    elif (checkpoint := newest_checkpoint(source)) is not None:
-        folder, run = checkpoint.folder, source
-    else:
+    folder = checkpoint_at(source)
+    if folder is None:
         raise UserError(f"{source}: neither a run with a complete checkpoint nor a checkpoint (from {Path.cwd()})")
-    state = json.loads((folder / "state.json").read_text())
-    # the settings have passed every check when the run began; only the data must still be there
-    settings = TrainSettings.model_validate(state["settings"])
+    try:
+        state = json.loads((folder / "state.json").read_text())
+        # the settings have passed every check when the run began; only the data must still be there
+        settings, step = TrainSettings.model_validate(state["settings"]), int(state["step"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(
+            f"{folder / 'state.json'} is not a checkpoint's: {' '.join(str(error).split())[:300]}"
+        ) from error
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="no")
     autoencoder = load_weights(folder).to(accelerator.device)
     if latents_mean_std and keeps_scaling(settings):
@@ -96,7 +100,7 @@ def export(
     held_out = open_images(settings.data, "held_out")
     channels, factor = int(autoencoder.config.in_channels), factor_of(autoencoder)
     validator = Validator(settings, accelerator, held_out, channels, factor, None)
-    step = state["step"]
+    run = source.parent.parent if folder == source else source
     log = {(event["event"], event["step"]): event for event in read_log(run)}
     return export_autoencoder(
         autoencoder,
