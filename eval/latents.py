@@ -40,7 +40,7 @@ from latent_ae.quantiles import QuantileSketch
 
 from .config import LatentsSettings
 from .inputs import checked_factor, opened_data, opened_model, processes, report_skipped
-from .findings import findings
+from .latents_findings import findings
 from .latents_measure import Decoded, Encoded, LatentsMeasurer
 from .latents_page import write_latents_page
 from .manifest import versions

@@ -127,7 +127,11 @@ def test_killed_again_while_it_goes_on(pictures: Path, tmp_path: Path, whole: Wh
     assert children.run(long_words(pictures, again), tmp_path / "out")[0] == 0
     writes = json.loads((tmp_path / "out/writes.json").read_text())
     first = writes.index("open /log.previous.jsonl")
-    assert writes[first : first + 3] == ["open /log.previous.jsonl", "open /.log.jsonl.part", "os.rename /.log.jsonl.part"]
+    assert writes[first : first + 3] == [
+        "open /log.previous.jsonl",
+        "open /.log.jsonl.part",
+        "os.rename /.log.jsonl.part",
+    ]
     for point in range(first, first + 6):
         run = shutil.copytree(killed, tmp_path / f"at-{point}")
         code, error = children.run(long_words(pictures, run), tmp_path / "out", kill_at=point)
