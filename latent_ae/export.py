@@ -19,6 +19,7 @@ from latent_ae.config import UserError
 from latent_ae.latents import LatentStatistics
 from latent_ae.model_card import CardFacts, loading_lines, model_card
 from latent_ae.models import Reconstructor, count_parameters
+from latent_ae.precision import probe_precision, probe_tiling
 
 __all__ = ["CardFacts", "export_autoencoder", "loading_lines", "push_to_hub", "verify_export"]
 
@@ -57,11 +58,12 @@ def export_autoencoder(
 ) -> dict[str, Any]:
     """Writes `folder`: config.json, diffusion_pytorch_model.safetensors (float32) and README.md.
 
-    The config carries scaling_factor and shift_factor measured by `statistics`, and sample_size (px). `keep_scaling`
-    leaves those of the autoencoder's own config: right where only the decoder was trained, because the diffusion models
-    that know its latents know them scaled so. The model given is left as it is. Everything is written beside `folder`
-    and checked there by `verify_export` on `check_images` (NCHW in [-1, 1], sides multiples of the factor) before it
-    takes its place, so an export that fails leaves an older one whole.
+    The config carries scaling_factor and shift_factor measured by `statistics`, sample_size (px), and force_upcast from
+    a trial of `check_images` in half precision. `keep_scaling` leaves the scaling of the autoencoder's own config:
+    right where only the decoder was trained, because the diffusion models that know its latents know them scaled so.
+    The model given is left as it is. Everything is written beside `folder` and checked there by `verify_export` on
+    `check_images` (NCHW in [-1, 1], sides multiples of the factor) before it takes its place, so an export that fails
+    leaves an older one whole.
 
     Returns what was written, JSON-ready. Raises UserError when `folder` holds something other than an export,
     cannot be written, or the latents cannot be scaled; RuntimeError when the check fails.
@@ -78,12 +80,15 @@ def export_autoencoder(
     )
     if not keep_scaling:  # statistics of other latents: some pipelines would apply them
         exported.register_to_config(latents_mean=None, latents_std=None)
+    precision = _tried(exported, check_images, autoencoder.device)
+    exported.register_to_config(force_upcast=precision["force_upcast"])
     facts = {
         "folder": str(folder),
         "scaling_factor": exported.config.scaling_factor,
         "shift_factor": exported.config.shift_factor,
         "sample_size": sample_size,
         "parameters": count_parameters(exported),
+        "precision": precision,
     }
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -94,7 +99,7 @@ def export_autoencoder(
                 shutil.copymode(fresh / "config.json", file)  # safetensors writes for the owner's eyes only
             difference = verify_export(fresh, autoencoder, check_images)
             facts["max_abs_difference"] = difference
-            model_card(exported, card, statistics, folder.name, difference).save(fresh / "README.md")
+            model_card(exported, card, statistics, folder.name, difference, precision).save(fresh / "README.md")
             _take_place(fresh, folder, Path(scratch) / "previous")
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
@@ -161,6 +166,15 @@ def _twin(autoencoder: AutoencoderKL) -> AutoencoderKL:
     }
     twin.load_state_dict(state, assign=True)
     return twin.eval().requires_grad_(False)
+
+
+def _tried(autoencoder: AutoencoderKL, images: Tensor, device: torch.device) -> dict[str, Any]:
+    """Half precision and tiling."""
+    try:
+        found = probe_precision(autoencoder, images, device)
+        return found | {"tiling": probe_tiling(autoencoder, images[0], device)}
+    except torch.OutOfMemoryError:  # what trained it may still hold the memory
+        return _tried(autoencoder, images, torch.device("cpu"))
 
 
 def _refuse_foreign(folder: Path) -> None:

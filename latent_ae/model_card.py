@@ -3,12 +3,14 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from diffusers import AutoencoderKL
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from latent_ae.latents import LatentStatistics
 from latent_ae.models import count_parameters, factor_of
+from latent_ae.precision import verdict
 
 METRIC_NAMES = {
     "psnr": "PSNR (dB)",
@@ -55,8 +57,12 @@ def model_card(
     statistics: LatentStatistics,
     location: str,
     difference: float,
+    precision: Mapping[str, Any] | None = None,
 ) -> ModelCard:
-    """A model card with a valid model-index; `autoencoder` carries the config that is exported."""
+    """A model card with a valid model-index; `autoencoder` carries the config that is exported.
+
+    `precision`: what `probe_precision` found, with that of `probe_tiling` as "tiling".
+    """
     measured = {key: facts.metrics[key] for key in METRIC_NAMES if facts.metrics.get(key) is not None}
     results = [
         EvalResult(
@@ -81,7 +87,7 @@ def model_card(
         eval_results=results or None,
     )
     return ModelCard(
-        f"---\n{data.to_yaml()}\n---\n\n" + _card_text(autoencoder, facts, statistics, location, difference)
+        f"---\n{data.to_yaml()}\n---\n\n" + _card_text(autoencoder, facts, statistics, location, difference, precision)
     )
 
 
@@ -91,6 +97,7 @@ def _card_text(
     statistics: LatentStatistics,
     location: str,
     difference: float,
+    precision: Mapping[str, Any] | None,
 ) -> str:
     config, factor = autoencoder.config, factor_of(autoencoder)
     trained = [f"on {facts.data_name}"]
@@ -117,6 +124,7 @@ Pipelines of the Stable Diffusion 1 and 2 kind apply `scaling_factor` only.""",
         _metric_text(facts, factor),
         "## Check\n\nLoaded by stock diffusers in a fresh process, these weights reconstruct like the trained "
         f"model: largest difference {difference:.1e} in [-1, 1].",
+        _precision_text(precision) if precision else "",
     ]
     if facts.settings_yaml:
         fence = "`" * 3
@@ -134,6 +142,27 @@ def _scaling_text(autoencoder: AutoencoderKL, statistics: LatentStatistics) -> s
     return (
         "`scaling_factor` and `shift_factor` are those of the model that this one's decoder was tuned from: its\n"
         f"latents are the same. On this data they were {measured}"
+    )
+
+
+def _precision_text(precision: Mapping[str, Any]) -> str:
+    rows = []
+    for name in ("bf16", "fp16"):
+        row = precision[name]
+        psnr = "–" if row["psnr"] is None else f"{row['psnr']:.1f}"
+        emulated = ", emulated" if row["emulated"] else ""
+        rows.append(f"| {name}{emulated} | {psnr} | {row['not_finite']:,} |")
+    tiling, upcast = precision["tiling"], precision["force_upcast"]
+    meaning = "fp16 pipelines run it in fp32" if upcast else "fp16 pipelines run it in fp16"
+    return "\n".join(
+        [
+            f"## Precision and tiling\n\nReconstructions of {precision['images']} held-out images, against fp32:\n",
+            "| | PSNR (dB) | values not finite |\n|---|---:|---:|",
+            *rows,
+            f"\n{verdict(dict(precision))}. So `force_upcast` is {str(upcast).lower()}: {meaning}.\n",
+            f"An image of {tiling['side_px']} px decoded in tiles of {tiling['tile_px']} px (`enable_tiling`) is "
+            f"{tiling['psnr']:.1f} dB from the same decoded whole (largest difference {tiling['max_abs']:.3f}).",
+        ]
     )
 
 

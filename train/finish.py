@@ -14,6 +14,7 @@ from latent_ae.data import ImageSource, posterior_noise, training_batches
 from latent_ae.export import CardFacts, export_autoencoder, loading_lines, push_to_hub
 from latent_ae.latents import LatentStatistics
 from latent_ae.models import Reconstructor, factor_of
+from latent_ae.precision import verdict
 
 from .checkpoint import complete_checkpoints
 from .config import TrainSettings
@@ -22,7 +23,8 @@ from .validate import Validator
 
 STATISTICS_CROPS = 512
 """Training crops whose latents give scaling_factor and shift_factor."""
-CHECK_IMAGES = 2
+CHECK_IMAGES = 4
+"""Held-out images on which an export is compared with the trained model, and tried in half precision."""
 RESULTS = "results.json"
 
 
@@ -147,5 +149,7 @@ def show_results(run: Path, results: dict[str, Any]) -> None:
     print(f"\nexport   {run / 'export'}   scaling_factor {export['scaling_factor']:.4f}", end="")
     print(f"   shift_factor {export['shift_factor']:.4f}")
     print(f"         stock diffusers reloads it with a largest difference of {export['max_abs_difference']:.1e}")
+    if "precision" in export:  # results of an older version have none
+        print(f"         {verdict(export['precision'])}")
     print(f"report   {run / 'report.html'}\n\nLoad it with\n")
     print(loading_lines(run / "export"))
