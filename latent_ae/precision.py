@@ -6,8 +6,6 @@ vae.register_to_config(force_upcast=found["force_upcast"])
 
 import copy
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,14 +37,10 @@ class _Watch:
     """Each output's layer and number of values that are NaN or infinite, in the order in which they were made."""
     last: Tensor | None = None
 
-    @contextmanager
-    def on(self, model: nn.Module) -> Iterator[None]:
-        handles = [module.register_forward_hook(self._look(name)) for name, module in model.named_modules() if name]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+    def attach(self, model: nn.Module) -> None:
+        for name, module in model.named_modules():
+            if name:
+                module.register_forward_hook(self._look(name))
 
     def _look(self, name: str) -> Any:
         def look(module: nn.Module, inputs: Any, output: Any) -> Any:
@@ -180,9 +174,10 @@ def _copy(autoencoder: AutoencoderKL, device: torch.device, dtype: torch.dtype) 
 
 
 def _reconstruct(model: AutoencoderKL, images: Tensor, watch: _Watch) -> Tensor:
-    """One image at a time; float32 on the CPU."""
+    """One image at a time; float32 on the CPU. `model` is watched from then on."""
+    watch.attach(model)
     made = []
-    with watch.on(model), torch.autocast(model.device.type, enabled=False):
+    with torch.autocast(model.device.type, enabled=False):
         for image in images:
             latent = model.encode(image[None].to(model.device, model.dtype)).latent_dist.mode()
             made.append(model.decode(latent).sample.float().cpu())

@@ -74,8 +74,14 @@ def test_peaks_are_those_of_the_layers():
         vae(IMAGES, sample_posterior=False)
     assert len(peaks) == 5 and peaks[0]["max_abs"] == pytest.approx(max(outputs.values()), abs=1e-3)
     assert [peak["max_abs"] for peak in peaks] == sorted((peak["max_abs"] for peak in peaks), reverse=True)
-    named = {peak["layer"] for peak in peaks}
-    assert len(named) == 5 and not named & {"encoder", "decoder"}  # which only hand on what their last layer gave
+    darker = torch.cat([IMAGES, 0.1 * IMAGES])
+    alone = [probe_precision(tiny_autoencoder(), image[None])["peaks"][0] for image in darker]
+    both = probe_precision(tiny_autoencoder(), darker)["peaks"][0]
+    assert alone[0] != alone[1] and both == max(alone, key=lambda peak: peak["max_abs"])
+    with torch.no_grad():
+        vae.decoder.conv_out.weight *= 1e3
+    layers = [peak["layer"] for peak in probe_precision(vae, IMAGES)["peaks"]]
+    assert layers[0] == "decoder.conv_out" and "decoder" not in layers  # which only hands it on
 
 
 @pytest.mark.parametrize("layer", ["encoder.conv_in", "decoder.up_blocks.0.resnets.1.conv1"])
@@ -138,7 +144,13 @@ def test_a_type_that_the_device_lacks_is_emulated_and_said_so(monkeypatch):
         vae.decoder.conv_in.weight *= 1e6
     found = probe_precision(vae, IMAGES)
     assert found["force_upcast"] and found["fp16"]["first_not_finite"] == "decoder.conv_in"
-    monkeypatch.setattr(torch.nn.Conv2d, "forward", lambda self, x: (_ for _ in ()).throw(RuntimeError("another")))
+
+    def with_a_bug(self, x):
+        if x.dtype == torch.float16:
+            raise RuntimeError("another")
+        return forward(self, x)
+
+    monkeypatch.setattr(torch.nn.Conv2d, "forward", with_a_bug)
     with pytest.raises(RuntimeError, match="another"):
         probe_precision(vae, IMAGES)
 
