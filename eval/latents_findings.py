@@ -86,15 +86,8 @@ def _information(health: Mapping[str, Any]) -> Iterator[Finding]:
     else:
         yield Finding("Dead channels", "fine", f"None of {len(channels)}: every channel depends on the image.")
     share = health["noise_share"]
-<<<<<<< HEAD:eval/findings.py
-    text = (
-        f"The posterior's standard deviation is {health['posterior_std']:.3g}, "
-        f"{100 * share:.2f} % of the latents' variance. "
-    )
-=======
     spread = health["posterior_std"]
     text = f"The posterior's standard deviation is {spread:.3g}, {100 * share:.2f} % of the latents' variance. "
->>>>>>> e6:eval/latents_findings.py
     if share < NOISY:
         yield Finding("Posterior noise", "fine", text + "Samples and means are nearly the same, as is usual.")
     else:
