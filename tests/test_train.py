@@ -476,7 +476,7 @@ def test_help_and_unknown_commands(capsys: pytest.CaptureFixture[str]) -> None:
     assert "latent-ae train quickstart" in capsys.readouterr().out
     assert main(["trian"]) == 2
     assert "no such command: trian" in capsys.readouterr().err
-    for command in ("train", "export", "eval", "encode", "weights"):
+    for command in ("train", "export", "eval", "weights"):
         with pytest.raises(SystemExit) as stopped:
             main([command, "--help"])
         assert stopped.value.code == 0
