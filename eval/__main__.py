@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 COMMANDS = {
     "recon": "how near reconstructions come to their images: FID, KID, LPIPS, PSNR, SSIM, MS-SSIM",
+    "interpolate": "what lies between images: paths through latent space beside a cross-fade",
     "compare": "which of several measured first stages is better, beyond chance",
 }
 """Each is the module NAME_command."""
@@ -18,7 +19,7 @@ def usage() -> str:
             "",
             "Measure a finished first stage.",
             "",
-            *(f"  {name:<10} {summary}" for name, summary in COMMANDS.items()),
+            *(f"  {name:<12} {summary}" for name, summary in COMMANDS.items()),
             "",
             "latent-ae eval COMMAND --help tells more. Example: latent-ae eval recon runs/quickstart/export photos",
         ]

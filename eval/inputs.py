@@ -17,6 +17,7 @@ from latent_ae.first_stages import FirstStage, first_stage, load_first_stage
 from latent_ae.sources import StreamSource
 
 from .config import ReconSettings
+from .job_config import JobSettings
 
 PATIENCE = timedelta(hours=3)
 GENERATION_FILES = (".npz", ".pt", ".pkl")
@@ -31,7 +32,7 @@ def refuse_generation_files(data: str) -> None:
         )
 
 
-def processes(settings: ReconSettings) -> tuple[PartialState, torch.device]:
+def processes(settings: ReconSettings | JobSettings) -> tuple[PartialState, torch.device]:
     """The distributed state (of one process, when nothing launched several) and this process's device."""
     if settings.device == "cuda" and not torch.cuda.is_available():
         raise UserError("device: cuda, but PyTorch sees no GPU here; set device=cpu")
@@ -42,7 +43,7 @@ def processes(settings: ReconSettings) -> tuple[PartialState, torch.device]:
     return state, torch.device("cpu") if on_cpu else state.device
 
 
-def opened_model(model: Any, settings: ReconSettings, device: torch.device) -> FirstStage:
+def opened_model(model: Any, settings: ReconSettings | JobSettings, device: torch.device) -> FirstStage:
     if isinstance(model, (str, Path)):
         stage = load_first_stage(
             str(model),
@@ -67,7 +68,7 @@ def checked_factor(stage: FirstStage, settings: ReconSettings) -> int:
     return stage.factor
 
 
-def opened_data(data: str, settings: ReconSettings) -> tuple[ImageSource, int | None]:
+def opened_data(data: str, settings: ReconSettings | JobSettings) -> tuple[ImageSource, int | None]:
     """The images, cut to `limit`, and how many they are (None for a stream without limit)."""
     try:
         source = open_images(settings.data(data), "held_out")

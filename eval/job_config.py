@@ -1,0 +1,84 @@
+"""Settings of the jobs that a first stage is asked to do: interpolate, probe, anomaly."""
+
+from collections.abc import Iterator
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from latent_ae.config import Byte, DataSettings, NonNegative, Positive, Problem, Settings
+
+
+class JobSettings(Settings):
+    """What all three read: images, the model, and where they meet."""
+
+    split: str | None = None
+    """Of the data; null takes its validation or test split, and all of it where it has neither."""
+    image_column: str = "image"
+    """Of tables and hub datasets."""
+    data_revision: str | None = None
+    """Commit or tag of a hub dataset."""
+    limit: Positive | None = None
+    """Only so many images, from the first on."""
+    resize_px: Positive | None = None
+    """Shorter side that images are resized to; null keeps their size."""
+    crop_px: Positive | None = None
+    """Side of the square cut from the middle; null keeps the largest sides that the model's factor divides."""
+    background: tuple[Byte, Byte, Byte] = (255, 255, 255)
+    """Colour put behind transparent pixels."""
+    max_pixels: Positive = 200_000_000
+    """Larger images are skipped."""
+    num_workers: NonNegative = 2
+
+    subfolder: str | None = None
+    """Of the model; a pipeline's first stage is found without it."""
+    revision: str | None = None
+    """Commit or tag of a hub model."""
+    variant: str | None = None
+    """Of the model's weight files: fp16, non_ema, ..."""
+    ema: bool | None = None
+    """Averaged weights (true) or raw ones (false) where the model has both; null takes what it loads by default."""
+    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """That the model computes in."""
+    seed: NonNegative = 0
+    batch_size: Positive = 8
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+    def problems(self) -> Iterator[Problem]:
+        if self.resize_px is not None and self.crop_px is not None and self.resize_px < self.crop_px:
+            yield Problem("resize_px", f"{self.resize_px} is smaller than crop_px {self.crop_px}; change one")
+
+    def data(self, source: str) -> DataSettings:
+        """What opens `source` as held-out images."""
+        return DataSettings(
+            eval_source=source,
+            eval_split=self.split,
+            image_column=self.image_column,
+            revision=self.data_revision,
+            background=self.background,
+            max_pixels=self.max_pixels,
+            num_workers=self.num_workers,
+        )
+
+
+class InterpolateSettings(JobSettings):
+    """Paths between images in latent space."""
+
+    images: Annotated[tuple[NonNegative | str, ...], Field(min_length=2)] | None = None
+    """Numbers or file names of the images that the path visits; null takes the first `num_images`."""
+    num_images: Annotated[int, Field(ge=2)] = 4
+    steps: Annotated[int, Field(ge=3)] = 9
+    """Points of each path in the picture and in the measures, both ends counted; an odd number has a middle."""
+    centre: Literal["channels", "none"] = "channels"
+    """What spherical interpolation turns around: each channel's mean over the images, or the origin."""
+    lpips: Literal["vgg", "alex"] | None = "alex"
+    """Network that the measures of a path's perceptual length use."""
+    animation: Literal["webp", "gif"] | None = "webp"
+    frames: Positive = 16
+    """Of the animation, from an image to the next."""
+
+    def problems(self) -> Iterator[Problem]:
+        yield from super().problems()
+        if self.steps % 2 == 0:
+            yield Problem("steps", f"{self.steps} is even, so no point lies in the middle; use {self.steps + 1}")
+        if self.images is not None and len(set(self.images)) < len(self.images):
+            yield Problem("images", "names one twice")
