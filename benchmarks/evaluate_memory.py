@@ -83,8 +83,8 @@ def statistics(scratch: Path, count: int, data: str) -> None:
     from latent_ae_eval.shards import Shard, WorkFolder
     from latent_ae_eval.summary import collect, distances
 
-    work = WorkFolder(scratch / "work")
-    work.begin(None)
+    work = WorkFolder(scratch / "work", None)
+    work.begin()
     for first in range(0, count, SHARD):
         generator = torch.Generator().manual_seed(first)
         size = min(SHARD, count - first)

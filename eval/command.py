@@ -1,13 +1,15 @@
 """What the commands of `latent-ae eval MODEL DATA` have in common: their words, and how their result ends on stdout."""
 
 import argparse
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
-from latent_ae.config import Settings, UserError, load_settings
+from latent_ae.command_line import print_result
+from latent_ae.config import Settings, load_settings
+
+__all__ = ["Words", "default_folder", "print_result", "read_words"]
 
 Kind = TypeVar("Kind", bound=Settings)
 
@@ -50,24 +52,3 @@ def default_folder(command: str, model: str) -> Path:
     path = Path(model.rstrip("/")) if not Path(model).exists() else Path(model).resolve()
     name = path.parent.name if path.name in ("export", "vae") and path.parent.name else path.name
     return Path(f"{command}-{name}")
-
-
-def print_result(compute: Callable[[], dict[str, Any]], batch_size: int) -> int:
-    """Prints the result of `compute` as JSON from the main process; returns the exit code.
-
-    Raises UserError when the device's memory is too small for `batch_size`.
-    """
-    import torch
-    from accelerate import PartialState
-
-    try:
-        result = compute()
-    except torch.OutOfMemoryError as error:
-        first_line = str(error).splitlines()[0]
-        raise UserError(
-            f"out of memory with batch_size {batch_size}: lower batch_size or the images' size ({first_line})"
-        ) from error
-    if PartialState().is_main_process:
-        print(json.dumps(result, indent=2))
-    PartialState().destroy_process_group()
-    return 0

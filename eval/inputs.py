@@ -1,25 +1,23 @@
 """What an evaluation works on: processes, model, images and Inception, with errors that name the setting."""
 
 from dataclasses import replace
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate import PartialState
-from accelerate.utils import parse_flag_from_env
 
 from latent_ae.config import UserError
 from latent_ae.data import ImageSource, open_images
 from latent_ae.features import InceptionFeatures
-from latent_ae.first_stages import FirstStage, first_stage, load_first_stage
+from latent_ae.first_stages import FirstStage, open_first_stage
+from latent_ae.processes import processes as open_processes
 from latent_ae.sources import StreamSource
 
 from .config import ReconSettings
 from .job_config import JobSettings
 
-PATIENCE = timedelta(hours=3)
 GENERATION_FILES = (".npz", ".pt", ".pkl")
 
 
@@ -34,30 +32,19 @@ def refuse_generation_files(data: str) -> None:
 
 def processes(settings: ReconSettings | JobSettings) -> tuple[PartialState, torch.device]:
     """The distributed state (of one process, when nothing launched several) and this process's device."""
-    if settings.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("device: cuda, but PyTorch sees no GPU here; set device=cpu")
-    # PartialState alone overlooks the launcher's choice of the CPU, and would take every process for the only one
-    on_cpu = settings.device == "cpu" or not torch.cuda.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU")
-    # one process sums up while the others wait, and may have to do so for many images
-    state = PartialState(cpu=on_cpu, timeout=PATIENCE)
-    return state, torch.device("cpu") if on_cpu else state.device
+    return open_processes(settings.device)
 
 
 def opened_model(model: Any, settings: ReconSettings | JobSettings, device: torch.device) -> FirstStage:
-    if isinstance(model, (str, Path)):
-        stage = load_first_stage(
-            str(model),
-            subfolder=settings.subfolder,
-            revision=settings.revision,
-            variant=settings.variant,
-            ema=settings.ema,
-            dtype=settings.dtype,
-        )
-    else:
-        stage = first_stage(model, dtype=settings.dtype)
-    if stage.module is not None:
-        stage.module.to(device, memory_format=torch.channels_last)
-    return stage
+    return open_first_stage(
+        model,
+        device=device,
+        dtype=settings.dtype,
+        subfolder=settings.subfolder,
+        revision=settings.revision,
+        variant=settings.variant,
+        ema=settings.ema,
+    )
 
 
 def checked_factor(stage: FirstStage, settings: ReconSettings) -> int:

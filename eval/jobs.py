@@ -10,14 +10,13 @@ from accelerate.utils import get_int_from_env
 from torch import Tensor
 
 from latent_ae.config import UserError
-from latent_ae.first_stages import FirstStage
+from latent_ae.first_stages import CPU_BATCH_PX, FirstStage
 from latent_ae.held_out import Framing, HeldOutImage, HeldOutImages
 from latent_ae.perceptual import LPIPS, TRUNKS, Net
 from latent_ae.sources import ImageSource
 
 from .inputs import opened_model, processes
 from .job_config import JobSettings
-from .measure import CPU_BATCH_PX
 
 PROCESS_COUNTS = ["WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"]
 """Where accelerate's, PyTorch's and MPI's launchers say how many processes they start."""
@@ -54,7 +53,7 @@ def images_for(stage: FirstStage, source: ImageSource, settings: JobSettings, da
 
 
 def cpu_batch(batch_size: int, image_px: int) -> int:
-    """Images at a time on a CPU, where large feature maps are slower than small ones; see measure.CPU_BATCH_PX."""
+    """Images at a time on a CPU, where large feature maps are slower than small ones; see CPU_BATCH_PX."""
     return max(1, min(batch_size, CPU_BATCH_PX // image_px))
 
 

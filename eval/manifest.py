@@ -1,12 +1,13 @@
 """What a number depends on, written beside it."""
 
-import hashlib
 import json
 import platform
 from importlib.metadata import version
 from typing import Any
 
 import pyarrow as pa
+
+from latent_ae.sources import fingerprint
 
 from .config import ReconSettings
 
@@ -23,8 +24,8 @@ def protocol_manifest(settings: ReconSettings) -> dict[str, Any]:
 
 
 def data_fingerprint(table: pa.Table) -> str:
-    """Over the contents of the files measured, in their order; not where they lie or what they are called."""
-    return hashlib.sha256("\n".join(table["digest"].to_pylist()).encode()).hexdigest()
+    """Over the contents of the files measured, in their order."""
+    return fingerprint(table["digest"].to_pylist())
 
 
 def versions() -> dict[str, str]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from latent_ae.features import FEATURES, InceptionFeatures
-from latent_ae.first_stages import FirstStage
+from latent_ae.first_stages import CPU_BATCH_PX, FirstStage
 from latent_ae.held_out import HeldOutImage
 from latent_ae.images import bicubic_down_up, to_uint8
 from latent_ae.metrics import compare, json_columns
@@ -19,9 +19,6 @@ from .config import ReconSettings
 from .shards import ReferenceCache, Shard
 
 BASELINE = "baseline"
-CPU_BATCH_PX = 256 * 256
-"""Pixels of an image times images of a batch, on a CPU: the memory of larger feature maps goes back to the system after
-each layer and is fetched anew for the next, which takes a fifth of the time and twice the memory."""
 Metrics = dict[str, dict[str, Tensor]]
 Features = dict[str, Tensor]
 

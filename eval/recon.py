@@ -22,7 +22,6 @@ import pyarrow as pa
 import pyarrow.parquet
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, gather_object
 from filelock import FileLock, Timeout
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -31,6 +30,8 @@ from latent_ae.config import UserError
 from latent_ae.data import stop_if_too_many_bad
 from latent_ae.held_out import Framing, HeldOutImages, Part
 from latent_ae.images import picture_grid
+from latent_ae.processes import on_main, together
+from latent_ae.sources import source_stamp
 
 from .config import ReconSettings
 from .inputs import checked_factor, inception_network, opened_data, opened_model, processes, refuse_generation_files
@@ -39,7 +40,7 @@ from .measure import BASELINE, Measurer
 from .pictures import chosen_rows, reconstructed, shown_groups
 from .recon_page import ERROR_GAIN, error_map, write_recon_report
 from .results import FORMAT
-from .shards import ReferenceCache, WorkFolder, shard_size, source_stamp
+from .shards import ReferenceCache, WorkFolder, shard_size
 from .summary import collect, distances, means
 
 
@@ -94,30 +95,20 @@ def evaluate_reconstruction(
         work, done = _begin(stack, out, key, state)
         part = Part(state.process_index, state.num_processes, size, done)
         shows = progress and state.is_main_process
-        count: int | UserError
-        try:
-            count = _measure(replace(images, part=part), measurer, work, num_images, size, shows)
-        except UserError as error:  # a full disk on one machine must not leave the others waiting
-            count = error
-        counts = gather_object([count])
-        answer: list[Any] = next(([one] for one in counts if isinstance(one, UserError)), [None])
-        if state.is_main_process and answer[0] is None:
-            try:
-                result, table = _result(work, measurer, images, str(data), why_not)
-                result |= {"device": device.type, "processes": state.num_processes}
-                seconds = time.perf_counter() - started
-                result |= {"seconds": round(seconds, 1), "images_per_second": round(sum(counts) / seconds, 2)}
-                if out is not None:
-                    _write(Path(out), result, table, measurer, images)
-                    work.remove()
-                answer = [result | ({"images": table.to_pylist()} if rows else {})]
-            except UserError as error:
-                answer = [error]
-        broadcast_object_list(answer)
+        counts = together(lambda: _measure(replace(images, part=part), measurer, work, num_images, size, shows))
+
+        def finish() -> dict[str, Any]:
+            result, table = _result(work, measurer, images, str(data), why_not)
+            result |= {"device": device.type, "processes": state.num_processes}
+            seconds = time.perf_counter() - started
+            result |= {"seconds": round(seconds, 1), "images_per_second": round(sum(counts) / seconds, 2)}
+            if out is not None:
+                _write(Path(out), result, table, measurer, images)
+                work.remove()
+            return result | ({"images": table.to_pylist()} if rows else {})
+
+        finished = on_main(state, finish)
         state.wait_for_everyone()
-    if isinstance(answer[0], UserError):
-        raise answer[0]
-    finished: dict[str, Any] = answer[0]
     return finished
 
 
@@ -125,8 +116,8 @@ def _begin(
     stack: ExitStack, out: str | Path | None, key: dict[str, Any] | None, state: PartialState
 ) -> tuple[WorkFolder, frozenset[int]]:
     """The folder of the shards, the same on all processes and nobody else's, and what is done already."""
-    answer: list[Any] = [None]
-    if state.is_main_process:
+
+    def begin() -> tuple[WorkFolder, frozenset[int]]:
         try:
             if out is None:
                 work = WorkFolder(Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="latent-ae-"))), key)
@@ -135,19 +126,15 @@ def _begin(
                 work = WorkFolder(Path(out) / "unfinished", key)
             if found := work.begin():
                 print(f"going on from {found} finished parts in {work.folder}", file=sys.stderr)
-            answer = [(work, work.done())]
+            return work, work.done()
         except Timeout:
-            answer = [
-                UserError(f"--out: another evaluation is writing into {out}; wait for it, or give another folder")
-            ]
-        except (OSError, UserError) as error:
-            answer = [
-                UserError(f"--out: cannot write into {out}: {error}" if isinstance(error, OSError) else str(error))
-            ]
-    broadcast_object_list(answer)
-    if isinstance(answer[0], UserError):
-        raise answer[0]
-    work, done = answer[0]
+            raise UserError(
+                f"--out: another evaluation is writing into {out}; wait for it, or give another folder"
+            ) from None
+        except OSError as error:
+            raise UserError(f"--out: cannot write into {out}: {error}") from error
+
+    work, done = on_main(state, begin)
     if not work.folder.is_dir():
         raise UserError(f"--out: this process does not see {work.folder}; give a folder that all machines share")
     return work, done

@@ -19,7 +19,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from latent_ae.config import UserError
-from latent_ae.sources import FolderSource, ImageSource, StreamSource, TableSource
 from latent_ae.weight_files import tensors_sha256
 from latent_ae.weights import cache_folder
 
@@ -158,23 +157,6 @@ class FeatureFile:
                 stream.seek(int(row) * size)
                 found[position] = np.frombuffer(stream.read(size), dtype=np.float32)
         return found
-
-
-def source_stamp(source: ImageSource) -> Any:
-    """Changes when files are added, removed or written to; None for streams, which are not looked at beforehand."""
-    if isinstance(source, StreamSource):
-        return None
-    digest = hashlib.sha256()
-    if isinstance(source, FolderSource):
-        for i in range(len(source)):
-            path = source.read(i)
-            state = os.stat(path) if path.exists() else None  # a dangling link
-            facts = (state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_ino) if state else ()
-            digest.update(os.fsencode(source.name(i)) + f"\0{facts}\0".encode())
-    elif isinstance(source, TableSource):
-        digest.update(f"{source.dataset._fingerprint} {source.column}".encode())
-        digest.update(source.rows.tobytes())
-    return digest.hexdigest()
 
 
 def _save(tensors: dict[str, Tensor], path: Path, notes: dict[str, str]) -> None:

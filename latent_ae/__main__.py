@@ -16,6 +16,7 @@ COMMANDS = {
     "train": Command("latent_ae_train.__main__", "train a first stage; the same command again resumes it"),
     "export": Command("latent_ae_train.export_command", "write a run's weights as a diffusers folder"),
     "eval": Command("latent_ae_eval.__main__", "measure a finished first stage"),
+    "encode": Command("latent_ae.encode_command", "write the latents of a data set into files, to train on them"),
     "data": Command("latent_ae.data_check", "read every image of a source once and say what is wrong with it"),
     "weights": Command("latent_ae.weights", "fetch the pretrained weights that LPIPS and FID need"),
 }

@@ -26,6 +26,9 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # pipelines keep their first stage in one of these
 PIPELINE_FOLDERS = ("vae", "vqvae", "movq")
 EMA_FOLDERS = ("{}_ema", "ema")
+CPU_BATCH_PX = 256 * 256
+"""Pixels of an image times images of a batch, on a CPU: the memory of larger feature maps goes back to the system after
+each layer and is fetched anew for the next, which takes a fifth of the time and twice the memory."""
 ImageFunction = Callable[[Tensor], Tensor]
 
 
@@ -84,14 +87,22 @@ class FirstStage:
     sha256: str | None = None
     """Over the class, the config, and the names, shapes and bytes of all tensors, as they were loaded."""
 
-    def encode(self, images: Tensor) -> Encoded:
-        """Latents of NCHW images in [-1, 1] whose sides are multiples of the factor. A function has none."""
+    def moments(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What a latent is drawn from, float32: the posterior's mean and log-variance, or the latent and None.
+
+        Of NCHW images in [-1, 1] whose sides are multiples of the factor. A function has none.
+        """
         assert self.module is not None
         encoded = self.module.encode(images.to(self.dtype))
         if self.has_posterior:
             posterior = encoded.latent_dist
-            return Encoded(posterior.mean.float(), posterior.std.float())
-        return Encoded((encoded.latents if hasattr(encoded, "latents") else encoded.latent).float(), None)
+            return posterior.mean.float(), posterior.logvar.float()
+        return (encoded.latents if hasattr(encoded, "latents") else encoded.latent).float(), None
+
+    def encode(self, images: Tensor) -> Encoded:
+        """Latents of NCHW images in [-1, 1] whose sides are multiples of the factor. A function has none."""
+        mean, logvar = self.moments(images)
+        return Encoded(mean, None if logvar is None else torch.exp(0.5 * logvar))
 
     def decode(self, latents: Tensor) -> Tensor:
         """NCHW float32, nominally in [-1, 1], not clamped."""
@@ -207,6 +218,17 @@ def load_first_stage(
     model = _from_pretrained(resolved, location, subfolder, revision, variant)
     words = [text for text in (variant and f"variant {variant}", subfolder and f"subfolder {subfolder}") if text]
     return first_stage(model, location=location, weights=", ".join(words) or "as stored", dtype=dtype)
+
+
+def open_first_stage(model: Any, *, device: torch.device, dtype: Dtype, **where: Any) -> FirstStage:
+    """What `load_first_stage(model, **where)` gives, or `first_stage` of an instance or function, on `device`."""
+    if isinstance(model, (str, Path)):
+        stage = load_first_stage(str(model), dtype=dtype, **where)
+    else:
+        stage = first_stage(model, dtype=dtype)
+    if stage.module is not None:
+        stage.module.to(device, memory_format=torch.channels_last)
+    return stage
 
 
 def _subfolder_in(folder: Path, subfolder: str | None, ema: bool | None, location: str) -> str | None:

@@ -4,7 +4,7 @@ import difflib
 import hashlib
 import itertools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -69,6 +69,8 @@ class TableSource:
     column: str
     label: str
     rows: np.ndarray
+    others: datasets.Dataset
+    """The other columns."""
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -196,6 +198,28 @@ def digest_of(encoded: Encoded) -> str:
     return digest.hexdigest()
 
 
+def source_stamp(source: ImageSource) -> Any:
+    """Changes when files are added, removed or written to; None for streams, which are not looked at beforehand."""
+    if isinstance(source, StreamSource):
+        return None
+    digest = hashlib.sha256()
+    if isinstance(source, FolderSource):
+        for i in range(len(source)):
+            path = source.read(i)
+            state = os.stat(path) if path.exists() else None  # a dangling link
+            facts = (state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_ino) if state else ()
+            digest.update(os.fsencode(source.name(i)) + f"\0{facts}\0".encode())
+    elif isinstance(source, TableSource):
+        digest.update(f"{source.dataset._fingerprint} {source.column}".encode())
+        digest.update(source.rows.tobytes())
+    return digest.hexdigest()
+
+
+def fingerprint(digests: Iterable[str]) -> str:
+    """Over the contents of images (`digest_of` each), in their order; not where they lie or what they are called."""
+    return hashlib.sha256("\n".join(digests).encode()).hexdigest()
+
+
 def load_table(key: str, label: str, settings: DataSettings, path: str, **options: Any) -> TableSource | StreamSource:
     """`datasets.load_dataset` of a hub id or packaged format, its images left undecoded. Raises UserError.
 
@@ -218,10 +242,10 @@ def load_table(key: str, label: str, settings: DataSettings, path: str, **option
         dataset = dataset.cast_column(column, datasets.Image(decode=False))
     elif not ("binary" in getattr(feature, "dtype", "") or (isinstance(feature, dict) and "bytes" in feature)):
         raise UserError(f"data.image_column: {column!r} of {label} holds {feature}, not images or their bytes")
-    dataset = dataset.select_columns([column])
+    images = dataset.select_columns([column])
     if settings.streaming:
-        return StreamSource(dataset, column, label)
-    return TableSource(dataset, column, label, np.arange(len(dataset)))
+        return StreamSource(images, column, label)
+    return TableSource(images, column, label, np.arange(len(images)), dataset.remove_columns(column))
 
 
 def first_line(error: Exception) -> str:

@@ -1,0 +1,237 @@
+"""Latents of images in files, as `latent-ae encode` writes them and a diffusion model is trained on them.
+
+cache = open_latents("latents/imagenet")
+z = cache.scaled(cache.batch([0, 5, 9], noise=torch.randn(3, *cache.shape)))   # unit variance
+"""
+
+import contextlib
+import json
+import os
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
+import torch
+from torch import Tensor
+
+from latent_ae.config import UserError
+
+FORMAT = 1
+MANIFEST, DATA, UNFINISHED = "manifest.json", "data", "unfinished"
+NOTES = b"latent_ae"
+"""Key of the Parquet files' metadata: what the manifest says, and of which images there is nothing and why."""
+STORED = {"fp16": "float16", "fp32": "float32"}
+
+
+def open_latents(folder: str | Path) -> "LatentCache":
+    """A finished cache. Raises UserError where there is none, it is unfinished, or files are missing."""
+    folder = Path(folder).expanduser()
+    manifest = read_manifest(folder)
+    if manifest is None:
+        raise UserError(f"{folder} holds no latents (no {MANIFEST}, from {Path.cwd()}); `latent-ae encode` writes them")
+    if not manifest["complete"]:
+        raise UserError(f"{folder}: the latents are unfinished; run the same `latent-ae encode` again")
+    files = sorted((folder / DATA).glob("*.parquet"))
+    if len(files) != manifest["shards"]:
+        raise UserError(f"{folder}: {len(files)} of {manifest['shards']} files are there; copy or encode it again")
+    try:
+        dataset = datasets.load_dataset("parquet", data_files=[str(file) for file in files], split="train")
+    except Exception as error:  # whatever datasets raises here is about the files
+        reason = " ".join(str(error.__cause__ or error).split())[:300]
+        raise UserError(f"{folder}: the latents cannot be read: {reason}") from error
+    if len(dataset) != manifest["data"]["num_images"]:
+        raise UserError(f"{folder}: {len(dataset)} of {manifest['data']['num_images']} latents are there; encode again")
+    return LatentCache(folder, manifest, dataset)
+
+
+class LatentCache:
+    """Latents by number, mapped from a file and not held in memory; made by `open_latents`.
+
+    `dataset` has the columns id, digest, label, mean, logvar, mean_flip, logvar_flip; those that do not apply are
+    absent. `manifest` is what manifest.json holds.
+    """
+
+    def __init__(self, folder: Path, manifest: dict[str, Any], dataset: datasets.Dataset):
+        self.folder, self.manifest, self.dataset = folder, manifest, dataset
+
+    def __reduce__(self) -> Any:  # a worker opens the files itself
+        return open_latents, (self.folder,)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of a latent."""
+        channels, height, width = self.manifest["latent"]["shape"]
+        return channels, height, width
+
+    @property
+    def has_posterior(self) -> bool:
+        """Whether latents can be sampled; otherwise they have no variance."""
+        return "logvar" in self.dataset.column_names
+
+    @property
+    def has_flips(self) -> bool:
+        return "mean_flip" in self.dataset.column_names
+
+    @property
+    def scaling_factor(self) -> float:
+        """Of the model's config; 1.0 where it has none."""
+        return float(self.manifest["latent"]["scaling_factor"])
+
+    @property
+    def shift_factor(self) -> float:
+        """Of the model's config; 0.0 where it has none."""
+        return float(self.manifest["latent"]["shift_factor"])
+
+    @cached_property
+    def labels(self) -> np.ndarray | None:
+        """(N,) int64, -1 where there is none; None for images without classes."""
+        if "label" not in self.dataset.column_names:
+            return None
+        return np.asarray(self.dataset.data.column("label").combine_chunks(), dtype=np.int64)
+
+    @property
+    def class_names(self) -> list[str] | None:
+        """None where there are no classes or they have numbers only."""
+        return self.manifest["labels"] and self.manifest["labels"]["names"]
+
+    @property
+    def num_classes(self) -> int:
+        """0 without classes."""
+        if self.labels is None:
+            return 0
+        return len(self.class_names) if self.class_names else int(self.labels.max(initial=-1)) + 1
+
+    def batch(
+        self,
+        numbers: Sequence[int] | np.ndarray | Tensor,
+        flips: Sequence[bool] | np.ndarray | Tensor | None = None,
+        noise: Tensor | None = None,
+    ) -> Tensor:
+        """Raw latents of the images `numbers`: (N, C, h, w) float32 on the CPU; `scaled` makes unit variance of them.
+
+        `flips`: which are of the mirrored image, one bool each. `noise`: standard normal, (N, C, h, w), draws a sample
+        of each posterior; None takes its mean. Raises ValueError for what the cache does not have.
+        """
+        rows = np.asarray(numbers, dtype=np.int64)
+        mirrored = np.zeros(len(rows), dtype=bool) if flips is None else np.asarray(flips, dtype=bool)
+        if len(rows) and not (rows.min() >= 0 and rows.max() < len(self)):
+            raise ValueError(f"numbers from {rows.min()} to {rows.max()}; there are {len(self)} latents")
+        if mirrored.shape != rows.shape:
+            raise ValueError(f"{len(mirrored)} flips for {len(rows)} numbers")
+        if mirrored.any() and not self.has_flips:
+            raise ValueError("these latents were encoded with flips=false")
+        mean = self._values("mean", rows, mirrored)
+        if noise is None:
+            return mean
+        if not self.has_posterior:
+            raise ValueError(f"{self.manifest['model']['class']} has no posterior to sample from; leave out noise")
+        return mean + torch.exp(0.5 * self._values("logvar", rows, mirrored)) * noise
+
+    def scaled(self, latents: Tensor) -> Tensor:
+        """(z - shift_factor) * scaling_factor: what a diffusion model is fed."""
+        return (latents - self.shift_factor) * self.scaling_factor
+
+    def unscaled(self, latents: Tensor) -> Tensor:
+        """The inverse of `scaled`: what is decoded."""
+        return latents / self.scaling_factor + self.shift_factor
+
+    def _values(self, name: str, rows: np.ndarray, mirrored: np.ndarray) -> Tensor:
+        values = np.empty((len(rows), *self.shape), dtype=np.float32)
+        for column, wanted in ((name, ~mirrored), (f"{name}_flip", mirrored)):
+            if not wanted.any():
+                continue
+            firsts, chunks = self._chunks[column]
+            places = np.flatnonzero(wanted)
+            which = np.searchsorted(firsts, rows[places], side="right") - 1
+            for number in np.unique(which):
+                here = places[which == number]
+                values[here] = chunks[number][rows[here] - firsts[number]]
+        return torch.from_numpy(values)
+
+    @cached_property
+    def _chunks(self) -> dict[str, tuple[np.ndarray, list[np.ndarray]]]:
+        """By column: the first row of each piece of the mapped file, and the pieces, not copied."""
+        found = {}
+        for name in ("mean", "logvar", "mean_flip", "logvar_flip"):
+            if name in self.dataset.column_names:
+                pieces = [_as_array(chunk, self.shape) for chunk in self.dataset.data.column(name).chunks if len(chunk)]
+                sizes = [len(piece) for piece in pieces]
+                found[name] = (np.cumsum([0, *sizes[:-1]]), pieces)
+        return found
+
+
+def features_of(
+    shape: tuple[int, int, int], stored: str, *, posterior: bool, flips: bool, names: list[str] | None, labels: bool
+) -> datasets.Features:
+    """Columns of a cache. `stored`: fp16 or fp32."""
+    columns: dict[str, Any] = {"id": datasets.Value("string"), "digest": datasets.Value("string")}
+    if labels:
+        columns["label"] = datasets.ClassLabel(names=names) if names else datasets.Value("int64")
+    kinds = ["mean", "logvar"] if posterior else ["mean"]
+    for kind in [*kinds, *(f"{kind}_flip" for kind in kinds if flips)]:
+        columns[kind] = datasets.Array3D(shape, STORED[stored])
+    return datasets.Features(columns)
+
+
+def write_shard(path: Path, columns: dict[str, Any], features: datasets.Features, notes: dict[str, Any]) -> None:
+    """Whole or not at all: a Parquet file that `datasets` loads with `features`. Raises OSError."""
+    table = datasets.Dataset.from_dict(columns, features=features).data.table
+    metadata = {**table.schema.metadata, NOTES: json.dumps(notes, sort_keys=True).encode()}
+    part = path.with_name(f".{path.name}.part")
+    try:
+        with part.open("wb") as stream:
+            # half-precision latents do not compress, and no two are alike
+            pa.parquet.write_table(
+                table.replace_schema_metadata(metadata), stream, compression="none", use_dictionary=False
+            )
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def read_notes(path: Path) -> dict[str, Any] | None:
+    """What `write_shard` was given; None for a file that it did not write whole."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        notes: dict[str, Any] = json.loads(pa.parquet.read_schema(path).metadata[NOTES])
+        return notes
+    return None
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """None where there is none. Raises UserError for a file that is something else."""
+    path = folder / MANIFEST
+    if not path.exists():
+        return None
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT or "complete" not in manifest:
+        raise UserError(f"{path} is not of a latent cache (or of another version of this program)")
+    return manifest
+
+
+def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+    """Whole or not at all. Raises OSError."""
+    part = folder / f".{MANIFEST}.part"
+    part.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    os.replace(part, folder / MANIFEST)
+
+
+def _as_array(chunk: Any, shape: tuple[int, int, int]) -> np.ndarray:
+    """(N, *shape) of a column's piece, without a copy."""
+    values = chunk.storage
+    for _ in shape:
+        values = values.flatten()
+    array: np.ndarray = values.to_numpy(zero_copy_only=True).reshape(len(chunk), *shape)
+    return array
