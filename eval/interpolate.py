@@ -125,7 +125,8 @@ def interpolate(
             return made
 
         ends = {}
-        measured, grids = [], []
+        measured: list[dict[str, Any]] = []
+        grids = []
         t = torch.linspace(0, 1, settings.steps, dtype=torch.float64)
         for leg in pairs:
             paths = walk(leg, t)

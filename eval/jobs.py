@@ -57,13 +57,20 @@ def cpu_batch(batch_size: int, image_px: int) -> int:
     return max(1, min(batch_size, CPU_BATCH_PX // image_px))
 
 
-def batches(items: Iterable[HeldOutImage], size: int) -> Iterator[tuple[list[HeldOutImage], Tensor]]:
-    """Readable neighbours of one shape, at most `size` at a time, and their images as NCHW in [-1, 1]."""
+def batches(
+    items: Iterable[HeldOutImage], batch_size: int, device: torch.device
+) -> Iterator[tuple[list[HeldOutImage], Tensor]]:
+    """Readable neighbours of one shape, at most `batch_size` at a time, and their images as NCHW in [-1, 1].
+
+    The images are on the CPU; `device` is where they will go.
+    """
     batch: list[HeldOutImage] = []
     for item in items:
         if item.image is None:
             continue
-        if batch and (len(batch) == size or _shape(batch[0]) != _shape(item)):
+        height, width = item.image.shape[-2:]
+        most = cpu_batch(batch_size, height * width) if device.type == "cpu" else batch_size
+        if batch and (len(batch) >= most or _shape(batch[0]) != _shape(item)):
             yield batch, _stacked(batch)
             batch = []
         batch.append(item)
