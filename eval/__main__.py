@@ -8,6 +8,7 @@ COMMANDS = {
     "recon": "how near reconstructions come to their images: FID, KID, LPIPS, PSNR, SSIM, MS-SSIM",
     "interpolate": "what lies between images: paths through latent space beside a cross-fade",
     "probe": "what simple classifiers read from latents when labels are few",
+    "anomaly": "which images a first stage cannot reconstruct, and where",
     "compare": "which of several measured first stages is better, beyond chance",
 }
 """Each is the module NAME_command."""
