@@ -47,6 +47,12 @@ class Scorer:
         self.stage, self.lpips, self.blur_px, self.seed, self.device = stage, lpips, blur_px, seed, device
         self.elbo = elbo and stage.has_posterior
 
+    @property
+    def names(self) -> list[str]:
+        """Of the scores; `negative_elbo` gives the last one."""
+        lpips = ["lpips_mean", "lpips_max"] if self.lpips is not None else []
+        return ["pixel_mean", "pixel_max", *lpips, *(["negative_elbo"] if self.elbo else [])]
+
     @torch.no_grad()
     def score(self, images: Tensor, numbers: Sequence[int]) -> Scored:
         """`images`: NCHW in [-1, 1]; `numbers`: of the images, which the posterior's noise is a function of."""

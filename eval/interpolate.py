@@ -95,7 +95,7 @@ def interpolate(
     stage = latent_model("interpolate", model, settings, device)
     names, images = _chosen(stage, str(data), settings)
     height, width = images.shape[-2:]
-    lpips, why_not = lpips_or_reason(settings.lpips, images.shape[1], (height, width), device)
+    lpips, why_not = lpips_or_reason(settings.lpips, images.shape[1], min(height, width), device)
     size = cpu_batch(settings.batch_size, height * width) if device.type == "cpu" else settings.batch_size
     latents = torch.cat([stage.encode(image[None].to(device)).mean for image in images])
     centre = torch.zeros_like(latents[:1])

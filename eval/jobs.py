@@ -88,14 +88,14 @@ def _stacked(batch: Sequence[HeldOutImage]) -> Tensor:
 
 
 def lpips_or_reason(
-    net: Net | None, channels: int, sides: Sequence[int], device: torch.device
+    net: Net | None, channels: int, side_px: int | None, device: torch.device
 ) -> tuple[LPIPS | None, str]:
-    """LPIPS, or in plain words why there is none."""
+    """LPIPS, or in plain words why there is none; `side_px`: the shortest side, where it is known."""
     if net is None:
         return None, ""
     if channels not in (1, 3):
         return None, f"LPIPS is missing: it is defined for 1 or 3 channels and the images have {channels}"
-    if min(sides) < TRUNKS[net].min_px:
+    if side_px is not None and side_px < TRUNKS[net].min_px:
         return None, f"LPIPS is missing: lpips={net} needs sides of {TRUNKS[net].min_px} px"
     try:
         return LPIPS(net).to(device), ""

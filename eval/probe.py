@@ -22,20 +22,17 @@ from latent_ae.classes import Classes, find_classes
 from latent_ae.classifiers import BLOCK, logistic_regression, nearest
 from latent_ae.config import UserError
 from latent_ae.data import open_images
-from latent_ae.first_stages import FirstStage
 from latent_ae.sources import StoredImages, StreamSource
 
 from .job_config import ProbeSettings
-from .jobs import batches, images_for, latent_model, make_folder, one_process, write_json
+from .jobs import latent_model, make_folder, one_process, write_json
 from .manifest import versions
+from .probe_features import FEATURES, ImageFeatures, Scaled, add_components, several_sizes
 from .probe_page import write_probe_report
-from .shards import FeatureFile
 
 FORMAT = "latent-ae probe 1"
-FEATURES = ("latent", "latent_pooled", "pixels", "pixels_pca")
 VALIDATION = 5
 """One label in so many is kept to choose settings with."""
-PCA_IMAGES = 2000
 MOST_LABELS = 20_000
 ALGORITHM = {
     "latent": "the posterior's mean (of deterministic models the latent), raw, flattened",
@@ -79,9 +76,8 @@ def probe(
     drawn = _draws(train.labels, names, settings)
     pool = np.unique(np.concatenate([rows for draw in drawn for rows in draw]))
     with tempfile.TemporaryDirectory(prefix="latent-ae-") as scratch:
-        read = [
-            _Features(Path(scratch) / part, stage, settings, device, str(data), progress) for part in ("train", "test")
-        ]
+        where = stage, settings, device, str(data), progress
+        read = [ImageFeatures(Path(scratch) / name, *where) for name in ("train", "test")]
         bad = read[0].write(train.source.subset(pool), "training images")
         if bad:
             raise UserError(
@@ -89,12 +85,12 @@ def probe(
             )
         skipped = read[1].write(test.source, "test images")
         if read[0].shape != read[1].shape:
-            raise UserError(_sizes(read[0].shape, read[1].shape))
+            raise UserError(several_sizes(read[0].shape, read[1].shape))
         labels = test.labels[read[1].rows]
         if not len(labels):
             raise UserError(f"{data}: none of its test images is readable; {(skipped or ['there are none'])[0]}")
         files = [dict(part.files) for part in read]
-        _add_components(Path(scratch), files)
+        add_components(Path(scratch), files)
         bar = tqdm(
             total=len(FEATURES) * settings.draws * len(settings.labels_per_class),
             desc="probe: classifiers",
@@ -103,7 +99,7 @@ def probe(
         )
         features = {}
         for kind in FEATURES:
-            scaled = _Scaled(files[0][kind], files[1][kind], settings.scale, device)
+            scaled = Scaled(files[0][kind], files[1][kind], settings.scale, device)
             features[kind] = {"dimensions": files[0][kind].dimensions} | _accuracies(
                 scaled, train.labels[pool], pool, drawn, labels, len(names), settings, bar
             )
@@ -204,104 +200,8 @@ def _draws(labels: np.ndarray, names: Sequence[str], settings: ProbeSettings) ->
     return draws
 
 
-def _sizes(a: Sequence[int], b: Sequence[int]) -> str:
-    return (
-        f"images of {a[2]} x {a[1]} px and of {b[2]} x {b[1]} px: a probe needs one size; "
-        "set crop_px, and resize_px to resize them first"
-    )
-
-
-class _Features:
-    """Features of images in files, a row per readable image."""
-
-    def __init__(
-        self, stem: Path, stage: FirstStage, settings: ProbeSettings, device: torch.device, data: str, progress: bool
-    ):
-        self.stage, self.settings, self.device, self.data, self.progress = stage, settings, device, data, progress
-        self.files = {kind: FeatureFile(stem.with_name(f"{stem.name}-{kind}.f32")) for kind in FEATURES[:3]}
-        self.rows: list[int] = []
-        self.shape: Sequence[int] = ()
-
-    def write(self, source: StoredImages, what: str) -> list[str]:
-        """Returns what could not be read."""
-        images, bad = images_for(self.stage, source, self.settings, self.data), []
-        bar = tqdm(
-            total=len(source),
-            desc=f"probe: {what}",
-            unit="image",
-            disable=not self.progress,
-            mininterval=0.5 if sys.stderr.isatty() else 30,
-        )
-
-        def watched() -> Any:
-            for item in images.items():
-                if item.image is None:
-                    bad.append(f"{item.name}: {item.reason}")
-                bar.update()
-                yield item
-
-        for items, batch in batches(watched(), self.settings.batch_size, self.device):
-            if self.shape and self.shape != batch.shape[1:]:
-                raise UserError(_sizes(self.shape, batch.shape[1:]))
-            self.shape = batch.shape[1:]
-            latent = self.stage.encode(batch.to(self.device)).mean
-            made = {"latent": latent.flatten(1), "latent_pooled": latent.mean((2, 3)), "pixels": batch.flatten(1)}
-            for kind, values in made.items():
-                self.files[kind].append(values.cpu().numpy())
-            self.rows += [item.index for item in items]
-        bar.close()
-        return bad
-
-
-def _add_components(scratch: Path, files: Sequence[dict[str, FeatureFile]]) -> None:
-    """Principal components of the training images' pixels, for both parts."""
-    train = files[0]["pixels"]
-    chosen = np.unique(np.linspace(0, train.count - 1, min(train.count, PCA_IMAGES)).astype(np.int64))
-    x = torch.from_numpy(train.rows(chosen)).double()
-    mean = x.mean(0)
-    x -= mean
-    count = min(files[0]["latent"].dimensions, len(x) - 1, x.shape[1])
-    if x.shape[1] < len(x):
-        _, directions = torch.linalg.eigh(x.T @ x)
-        directions = directions[:, -count:]
-    else:  # the smaller of both products
-        values, u = torch.linalg.eigh(x @ x.T)
-        directions = x.T @ (u[:, -count:] / values[-count:].clamp(min=1e-12 * float(values[-1])).sqrt())
-    for part, name in zip(files, ("train", "test"), strict=True):
-        file = FeatureFile(scratch / f"{name}-pixels_pca.f32")
-        for first in range(0, part["pixels"].count, BLOCK):
-            rows = np.arange(first, min(first + BLOCK, part["pixels"].count))
-            block = torch.from_numpy(part["pixels"].rows(rows)).double() - mean
-            file.append((block @ directions).float().numpy())
-        part["pixels_pca"] = file
-
-
-class _Scaled:
-    """Features of both parts, centred and scaled by what the training images say."""
-
-    def __init__(self, train: FeatureFile, test: FeatureFile, scale: str, device: torch.device):
-        self.files, self.device = (train, test), device
-        total, squares, count = np.zeros(train.dimensions), np.zeros(train.dimensions), train.count
-        for first in range(0, count, BLOCK):
-            total += train.rows(np.arange(first, min(first + BLOCK, count))).sum(0, dtype=np.float64)
-        self.mean = total / count
-        for first in range(0, count, BLOCK):  # about the mean: squares of nearly equal numbers would cancel
-            rows = train.rows(np.arange(first, min(first + BLOCK, count)))
-            squares += np.square(rows - self.mean).sum(0)
-        variance = squares / count
-        if scale == "global":
-            variance = np.full_like(variance, variance.mean())
-        # features that never vary say nothing, and stay 0
-        self.factor = np.where(variance > 0, 1 / np.sqrt(np.where(variance > 0, variance, 1) * len(variance)), 0)
-
-    def rows(self, part: int, rows: np.ndarray) -> Tensor:
-        """(N, D) float32 on the device."""
-        scaled = (self.files[part].rows(rows) - self.mean) * self.factor
-        return torch.from_numpy(scaled.astype(np.float32)).to(self.device)
-
-
 def _accuracies(
-    features: _Scaled,
+    features: Scaled,
     pool_labels: np.ndarray,
     pool: np.ndarray,
     drawn: Sequence[Sequence[np.ndarray]],
@@ -339,7 +239,7 @@ def _accuracies(
 
 
 def _logistic(
-    x: Tensor, y: Tensor, held: Tensor, classes: int, settings: ProbeSettings, features: _Scaled, truth: np.ndarray
+    x: Tensor, y: Tensor, held: Tensor, classes: int, settings: ProbeSettings, features: Scaled, truth: np.ndarray
 ) -> tuple[float, float]:
     """Accuracy on the test images, and the l2 that was best on the labels held back (the largest of equals)."""
     best, weights = (-1.0, 0.0), None
@@ -356,7 +256,7 @@ def _classes(x: Tensor, weights: Tensor) -> Tensor:
 
 
 def _nearest(
-    x: Tensor, y: Tensor, held: Tensor, classes: int, settings: ProbeSettings, features: _Scaled, truth: np.ndarray
+    x: Tensor, y: Tensor, held: Tensor, classes: int, settings: ProbeSettings, features: Scaled, truth: np.ndarray
 ) -> tuple[float, int]:
     """Accuracy on the test images, and the k that was best on the labels held back (the smallest of equals)."""
     found = nearest(x[~held], y[~held], classes, x[held], settings.neighbours)
@@ -365,7 +265,7 @@ def _nearest(
     return _tested(lambda block: nearest(x, y, classes, block, (k,))[k], features, truth), k
 
 
-def _tested(classify: Callable[[Tensor], Tensor], features: _Scaled, truth: np.ndarray) -> float:
+def _tested(classify: Callable[[Tensor], Tensor], features: Scaled, truth: np.ndarray) -> float:
     right = 0
     for first in range(0, len(truth), BLOCK):
         rows = np.arange(first, min(first + BLOCK, len(truth)))
