@@ -518,7 +518,7 @@ def test_help_and_unknown_commands(capsys: pytest.CaptureFixture[str]) -> None:
     assert "no such command: trian" in capsys.readouterr().err
     assert main(["eval", "--help"]) == 0
     assert "Example" in capsys.readouterr().out
-    for command in ("train", "export", "weights"):
+    for command in ("train", "export", "encode", "weights"):
         with pytest.raises(SystemExit) as stopped:
             main([command, "--help"])
         assert stopped.value.code == 0
