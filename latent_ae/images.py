@@ -330,12 +330,20 @@ def _fit(picture: Image.Image, width: float, height: float) -> Image.Image:
     return picture.resize(size, Image.Resampling.NEAREST if whole else Image.Resampling.BICUBIC)
 
 
-def picture_grid(rows: Sequence[Sequence[torch.Tensor]], labels: Sequence[str] | None = None) -> Image.Image:
-    """Rows of CHW images in [-1, 1] -> one RGB picture, column `labels` on top.
+def picture_grid(
+    rows: Sequence[Sequence[torch.Tensor]],
+    labels: Sequence[str] | None = None,
+    *,
+    row_labels: Sequence[str] = (),
+    largest_px: int = 512,
+) -> Image.Image:
+    """Rows of CHW images in [-1, 1] -> one RGB picture, column `labels` on top and `row_labels` on the left.
 
-    All images are scaled to one cell, as large as the largest (at least 128 px, at most 512) and centred in it.
+    All images are scaled to one cell, as large as the largest (at least 128 px, at most `largest_px`), and centred.
     """
-    gap, smallest, largest = 6, 128, 512
+    gap, smallest, largest = 6, 128, largest_px
+    font = ImageFont.load_default(13)
+    side = round(max(map(font.getlength, row_labels), default=0)) + (gap if row_labels else 0)
     pictures = [[to_picture(image) for image in row] for row in rows]
     sizes = np.array([picture.size for row in pictures for picture in row])
     longest = int(sizes.max())
@@ -345,18 +353,19 @@ def picture_grid(rows: Sequence[Sequence[torch.Tensor]], labels: Sequence[str] |
     fitted = [[_fit(picture, cell_w, cell_h) for picture in row] for row in pictures]
     heights = [max(picture.height for picture in row) for row in fitted]
     head, step = 26 if labels else gap, round(cell_w) + gap
-    size = (max(map(len, rows)) * step + gap, head + sum(heights) + gap * len(heights))
+    size = (side + max(map(len, rows)) * step + gap, head + sum(heights) + gap * len(heights))
     sheet = Image.new("RGB", size, "white")
-    top = head
-    for row, height in zip(fitted, heights, strict=True):
+    top, draw = head, ImageDraw.Draw(sheet)
+    for y, (row, height) in enumerate(zip(fitted, heights, strict=True)):
+        if row_labels:
+            draw.text((side, top + height / 2), row_labels[y], fill=(60, 60, 60), font=font, anchor="rm")
         for x, picture in enumerate(row):
-            left = gap + x * step + (round(cell_w) - picture.width) // 2
+            left = side + gap + x * step + (round(cell_w) - picture.width) // 2
             sheet.paste(picture, (left, top + (height - picture.height) // 2))
         top += height + gap
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
     for x, label in enumerate(labels or ()):
         while draw.textlength(label, font=font) > cell_w and len(label) > 1:
             label = label.removesuffix("…")[:-1] + "…"
-        middle = (gap + x * step + cell_w / 2, head / 2)
+        middle = (side + gap + x * step + cell_w / 2, head / 2)
         draw.text(middle, label, fill=(60, 60, 60), font=font, anchor="mm")
     return sheet

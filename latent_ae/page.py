@@ -222,6 +222,12 @@ def figure(
     return f'<figure><label class="zoom">{box}{picture}</label>{below}</figure>'
 
 
+def animation(data: bytes, kind: str, caption: str) -> str:
+    """An animated file (`kind`: webp or gif), embedded as it is."""
+    uri = f"data:image/{kind};base64,{base64.b64encode(data).decode('ascii')}"
+    return f'<figure><img src="{uri}" alt="{escape(caption)}"><figcaption>{escape(caption)}</figcaption></figure>'
+
+
 def _encoded(image: Image.Image, jpeg_quality: int | None, max_bytes: int | None) -> tuple[str, bytes, int]:
     """The format, the file and the factor by which its sides were divided."""
     limit = math.inf if max_bytes is None else max_bytes

@@ -99,10 +99,11 @@ def test_killed_before_any_write_of_a_step_it_ends_the_same(pictures: Path, tmp_
         return next(index for index in range(after, len(writes)) if text in writes[index])
 
     pruned = number("os.rename /checkpoints/step-00000006")
-    points = {number("/previews/step-00000000.png") + 1, number("os.rename /checkpoints/step-00000002.tmp")}
-    points |= {number("/previews/step-00000004.png"), number("/previews/step-00000004.png") + 1}
+    # a preview is an `open` of its part, a rename, a removal of a part that is gone, and a line of the log
+    points = {number("open /previews/.step-00000000.png") + 3, number("os.rename /checkpoints/step-00000002.tmp")}
+    points |= {number("os.rename /previews/.step-00000004.png"), number("open /previews/.step-00000004.png") + 3}
     # all of step 6, whose lines are training's, the validation's and an alarm, and step 7's first
-    points |= set(range(number("/previews/step-00000005.png") + 2, number("/previews/step-00000007.png")))
+    points |= set(range(number("open /previews/.step-00000005.png") + 4, number("open /previews/.step-00000007.png")))
     points |= set(range(number("os.rename /checkpoints/step-00000008.tmp"), pruned + 4)) | {len(writes) - 1}
     assert len(points) >= 20
     for point in sorted(points):
@@ -126,7 +127,11 @@ def test_killed_again_while_it_goes_on(pictures: Path, tmp_path: Path, whole: Wh
     assert children.run(long_words(pictures, again), tmp_path / "out")[0] == 0
     writes = json.loads((tmp_path / "out/writes.json").read_text())
     first = writes.index("open /log.previous.jsonl")
-    assert writes[first : first + 3] == ["open /log.previous.jsonl", "open /log.tmp", "os.rename /log.tmp"]
+    assert writes[first : first + 3] == [
+        "open /log.previous.jsonl",
+        "open /.log.jsonl.part",
+        "os.rename /.log.jsonl.part",
+    ]
     for point in range(first, first + 6):
         run = shutil.copytree(killed, tmp_path / f"at-{point}")
         code, error = children.run(long_words(pictures, run), tmp_path / "out", kill_at=point)
@@ -178,7 +183,8 @@ def test_other_processes_and_micro_batches_go_on_alike(
     pictures: Path, tmp_path: Path, whole: Whole, before: int, after: int, micro_batch: int, changed: dict[str, Any]
 ) -> None:
     run = tmp_path / "run"
-    code, error = children.run(long_words(pictures, run), tmp_path / "out", before, kill_at=50)
+    at_six = next(index for index, write in enumerate(whole.writes) if "rename /checkpoints/step-00000006.tmp" in write)
+    code, error = children.run(long_words(pictures, run), tmp_path / "out", before, kill_at=at_six)
     assert code == -signal.SIGKILL and complete_checkpoints(run)[-1].step == 4, error
     code, error = children.run(long_words(pictures, run, f"micro_batch_size={micro_batch}"), tmp_path / "out", after)
     assert code == 0, error
