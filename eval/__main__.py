@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 COMMANDS = {
     "recon": "how near reconstructions come to their images: FID, KID, LPIPS, PSNR, SSIM, MS-SSIM",
+    "latents": "how healthy latents are: information, dead channels, rank, outliers, spectrum, what changes cost",
     "interpolate": "what lies between images: paths through latent space beside a cross-fade",
     "probe": "what simple classifiers read from latents when labels are few",
     "anomaly": "which images a first stage cannot reconstruct, and where",

@@ -5,59 +5,24 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from latent_ae.config import Byte, DataSettings, NonNegative, Positive, Problem, Settings
+from latent_ae.config import DataSettings, NonNegative, Positive, Problem
+
+from .config import EvalSettings
 
 
-class JobSettings(Settings):
-    """What all three read: images, the model, and where they meet."""
+class JobSettings(EvalSettings):
+    """What all three read besides."""
 
-    split: str | None = None
-    """Of the data; null takes its validation or test split, and all of it where it has neither."""
-    image_column: str = "image"
-    """Of tables and hub datasets."""
-    data_revision: str | None = None
-    """Commit or tag of a hub dataset."""
-    limit: Positive | None = None
-    """Only so many images, from the first on."""
     resize_px: Positive | None = None
     """Shorter side that images are resized to; null keeps their size."""
     crop_px: Positive | None = None
     """Side of the square cut from the middle; null keeps the largest sides that the model's factor divides."""
-    background: tuple[Byte, Byte, Byte] = (255, 255, 255)
-    """Colour put behind transparent pixels."""
-    max_pixels: Positive = 200_000_000
-    """Larger images are skipped."""
-    num_workers: NonNegative = 2
-
-    subfolder: str | None = None
-    """Of the model; a pipeline's first stage is found without it."""
-    revision: str | None = None
-    """Commit or tag of a hub model."""
-    variant: str | None = None
-    """Of the model's weight files: fp16, non_ema, ..."""
-    ema: bool | None = None
-    """Averaged weights (true) or raw ones (false) where the model has both; null takes what it loads by default."""
-    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """That the model computes in."""
-    seed: NonNegative = 0
-    batch_size: Positive = 8
-    device: Literal["auto", "cpu", "cuda"] = "auto"
 
     def problems(self) -> Iterator[Problem]:
         if self.resize_px is not None and self.crop_px is not None and self.resize_px < self.crop_px:
             yield Problem("resize_px", f"{self.resize_px} is smaller than crop_px {self.crop_px}; change one")
-
-    def data(self, source: str) -> DataSettings:
-        """What opens `source` as held-out images."""
-        return DataSettings(
-            eval_source=source,
-            eval_split=self.split,
-            image_column=self.image_column,
-            revision=self.data_revision,
-            background=self.background,
-            max_pixels=self.max_pixels,
-            num_workers=self.num_workers,
-        )
+        if self.streaming:
+            yield Problem("streaming", "images are chosen by number here, and a stream has none; leave it out")
 
 
 class InterpolateSettings(JobSettings):

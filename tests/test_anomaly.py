@@ -14,6 +14,7 @@ from scipy.ndimage import gaussian_filter
 from torch.distributions import Normal, kl_divergence
 
 from latent_ae.__main__ import main
+from latent_ae.config import UserError
 from latent_ae.defects import paste_defect
 from latent_ae.order import posterior_noise
 from latent_ae_eval.anomaly import FIT, find_anomalies
@@ -85,6 +86,15 @@ def test_without_labels_there_are_scores_only(grays):
     result = find_anomalies(nothing, grays / "test", QUICK)
     assert result["scores"] == {"pixel_mean": {"flagged": None}, "pixel_max": {"flagged": None}}
     assert result["thresholds"] == {} and any("normal=DATA" in note for note in result["notes"])
+
+
+def test_unreadable_images_are_skipped_up_to_a_fraction(grays, tmp_path):
+    save(tmp_path / "data", [10, 20, 30])
+    (tmp_path / "data/damaged.png").write_bytes(b"no image")
+    result = find_anomalies(nothing, tmp_path / "data", QUICK.model_copy(update={"max_bad_fraction": 0.25}))
+    assert result["data"]["num_images"] == 3 and result["data"]["skipped"][0].startswith("damaged.png: ")
+    with pytest.raises(UserError, match="max_bad_fraction"):
+        find_anomalies(nothing, tmp_path / "data", QUICK)
 
 
 def test_too_few_normal_images_give_no_threshold(grays):

@@ -19,6 +19,7 @@ from latent_ae.config import (
     Weight,
     looks_like_path,
 )
+from latent_ae.pipelines import SHAPE, PipelineName, misfits
 
 LPIPS_MIN_PX = {"vgg": 16, "alex": 31}
 """Smaller images have no features left at the trunk's last layer."""
@@ -157,7 +158,7 @@ class TrainSettings(Settings):
     precision: Annotated[Literal["fp32", "bf16"], BeforeValidator(_refuse_fp16)] = "fp32"
     """bf16: autocast; weights, losses and optimizer stay fp32."""
     init_from: str | None = None
-    """A diffusers folder or hub id to go on from; its shape replaces model.*."""
+    """A run, checkpoint, diffusers folder or hub id whose weights to start with; its shape replaces model={}."""
     train: Literal["all", "decoder", "encoder"] = "all"
     """What learns. decoder: latents stay bit-identical, and so does the scaling of init_from's config."""
     compile: bool = False
@@ -165,6 +166,8 @@ class TrainSettings(Settings):
     gradient_checkpointing: bool = False
     """Recompute the autoencoder's blocks in the backward pass: less memory, about a third more time."""
     report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
+    export_for: PipelineName | None = None
+    """Family of diffusers' pipelines that the export must fit; a model that cannot is refused before the first step."""
     push_to_hub: str | None = None
     """Repository id that the export is uploaded to at the end."""
     weights_dir: str | None = None
@@ -254,6 +257,9 @@ class TrainSettings(Settings):
                 "loss.perceptual",
                 f"LPIPS sees 1 or 3 channels, model.in_channels is {self.model.in_channels}: set loss.perceptual to 0",
             )
+        if self.export_for is not None and self.init_from is None:
+            for line in misfits(self.export_for, {key: getattr(self.model, key) for key in SHAPE}):
+                yield Problem("export_for", f"{self.export_for}: {line}")
         if not (self.loss.pixel_weight or self.loss.perceptual):
             yield Problem("loss", "pixel_weight and perceptual are both 0: nothing would be reconstructed")
 
@@ -277,14 +283,9 @@ class TrainSettings(Settings):
             yield Problem("gan.r1", "needs a second derivative, which compiled networks do not give: set compile=false")
 
     def _path_problems(self) -> Iterator[Problem]:
-        if self.init_from is not None:
-            if looks_like_path(self.init_from) and not Path(self.init_from).expanduser().is_dir():
-                yield Problem("init_from", f"no such folder: {self.init_from} (from {Path.cwd()})")
-            if self.model != ModelSettings():
-                yield Problem(
-                    "model",
-                    "init_from brings its own shape and weights: give model={}, or remove init_from",
-                )
+        start = self.init_from
+        if start is not None and looks_like_path(start) and not Path(start).expanduser().is_dir():
+            yield Problem("init_from", f"no such folder: {start} (from {Path.cwd()})")
         if self.gan.init_from is not None and not Path(self.gan.init_from).expanduser().is_dir():
             yield Problem("gan.init_from", f"no such folder: {self.gan.init_from} (from {Path.cwd()})")
         if self.weights_dir is not None and not Path(self.weights_dir).expanduser().is_dir():

@@ -1,6 +1,8 @@
 """The networks that a run starts from."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch._dynamo
@@ -11,12 +13,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from latent_ae.config import UserError
+from latent_ae.config import ModelSettings, UserError
 from latent_ae.discriminators import PatchDiscriminator
 from latent_ae.models import build_autoencoder, factor_of, load_autoencoder
 
-from .checkpoint import complete_checkpoints, misfits
+from .checkpoint import checkpoint_at, misfits
 from .config import TrainSettings
+from .finish import finished_results
 
 
 def starting_autoencoder(settings: TrainSettings) -> AutoencoderKL:
@@ -28,12 +31,22 @@ def starting_autoencoder(settings: TrainSettings) -> AutoencoderKL:
     if name is None:
         autoencoder = build_autoencoder(settings.model, sample_size=data.resolution, seed=settings.seed)
     else:
-        autoencoder = load_autoencoder(name)
+        autoencoder = load_autoencoder(_place_of_weights(name))
         _refuse_misfit(autoencoder, name, settings)
     freeze_part(autoencoder.train(), settings)
     if settings.gradient_checkpointing:
         autoencoder.enable_gradient_checkpointing()
     return autoencoder
+
+
+def _place_of_weights(name: str) -> str:
+    """Of a run its newest whole checkpoint, or its export if that is of the same step: it has the measured scaling."""
+    place = Path(name).expanduser()
+    folder = checkpoint_at(place)
+    if folder is None:
+        return name
+    step = json.loads((folder / "state.json").read_text())["step"]
+    return str(place / "export" if finished_results(place, step) is not None else folder)
 
 
 def freeze_part(autoencoder: AutoencoderKL, settings: TrainSettings) -> None:
@@ -79,6 +92,15 @@ def compile_networks(autoencoder: AutoencoderKL, discriminator: PatchDiscriminat
 def _refuse_misfit(autoencoder: AutoencoderKL, name: str, settings: TrainSettings) -> None:
     factor = factor_of(autoencoder)
     channels = int(autoencoder.config.in_channels)
+    if settings.model != ModelSettings():
+        with torch.device("meta"):
+            asked = build_autoencoder(settings.model.model_copy(update={"init": "default"}), sample_size=1).config
+        keys = ModelSettings.model_fields.keys() - {"init"}  # how fresh weights begin
+        for key in sorted(key for key in keys if _plain(asked[key]) != _plain(autoencoder.config[key])):
+            raise UserError(
+                f"model.{key}: {_plain(asked[key])}, and init_from brings {_plain(autoencoder.config[key])}: its shape "
+                "stays, so give model={}, or remove init_from"
+            )
     sides = {"data.resolution": settings.data.resolution, "validate.crop_px": settings.validation.crop_px}
     for key, side in sides.items():
         if side is not None and side % factor:
@@ -88,8 +110,7 @@ def _refuse_misfit(autoencoder: AutoencoderKL, name: str, settings: TrainSetting
 
 
 def _discriminator_weights(folder: Path, network: PatchDiscriminator) -> dict[str, Tensor]:
-    checkpoints = complete_checkpoints(folder)
-    path = (checkpoints[-1].folder if checkpoints else folder) / "discriminator.safetensors"
+    path = (checkpoint_at(folder) or folder) / "discriminator.safetensors"
     if not path.is_file():
         raise UserError(f"gan.init_from: {folder} is neither a checkpoint with a discriminator nor a run with one")
     try:
@@ -102,3 +123,7 @@ def _discriminator_weights(folder: Path, network: PatchDiscriminator) -> dict[st
             "set gan.channels, gan.layers and gan.norm as in its run"
         )
     return weights
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
