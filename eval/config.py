@@ -11,8 +11,8 @@ from .protocols import PROTOCOLS, Extractor, Latent, Name, Net, Protocol, Resamp
 OfProtocol = Literal["protocol"]
 
 
-class EvalSettings(Settings):
-    """What every evaluation of a first stage on images needs to know."""
+class StageSettings(Settings):
+    """What every question to a first stage about images needs to know."""
 
     split: str | None = None
     """Of the data; null takes its validation or test split, and all of it where it has neither."""
@@ -20,8 +20,6 @@ class EvalSettings(Settings):
     """Of tables and hub datasets."""
     data_revision: str | None = None
     """Commit or tag of a hub dataset."""
-    streaming: bool = False
-    """Read a hub dataset or tables from their start, without storing them first."""
     limit: Positive | None = None
     """Only so many images, from the first on."""
     background: tuple[Byte, Byte, Byte] = (255, 255, 255)
@@ -43,7 +41,7 @@ class EvalSettings(Settings):
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
     """That the model computes in; metrics are float32 or more."""
     seed: NonNegative = 0
-    """Of the posterior's samples."""
+    """Of whatever is drawn: the posterior's samples, choices of images."""
     batch_size: Positive = 8
     """At most so many images at a time on each device (on a CPU fewer large ones, which is faster); the results do not
     depend on it, up to rounding."""
@@ -56,11 +54,20 @@ class EvalSettings(Settings):
             eval_split=self.split,
             image_column=self.image_column,
             revision=self.data_revision,
-            streaming=self.streaming,
             background=self.background,
             max_pixels=self.max_pixels,
             num_workers=self.num_workers,
         )
+
+
+class EvalSettings(StageSettings):
+    """Of the measurements, whose images may come as a stream."""
+
+    streaming: bool = False
+    """Read a hub dataset or tables from their start, without storing them first."""
+
+    def data(self, source: str) -> DataSettings:
+        return super().data(source).model_copy(update={"streaming": self.streaming})
 
 
 class ReconSettings(EvalSettings):

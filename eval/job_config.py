@@ -7,11 +7,11 @@ from pydantic import Field
 
 from latent_ae.config import DataSettings, NonNegative, Positive, Problem
 
-from .config import EvalSettings
+from .config import StageSettings
 
 
-class JobSettings(EvalSettings):
-    """What all three read besides."""
+class JobSettings(StageSettings):
+    """What all three read: images, the model, and where they meet."""
 
     resize_px: Positive | None = None
     """Shorter side that images are resized to; null keeps their size."""
@@ -21,8 +21,6 @@ class JobSettings(EvalSettings):
     def problems(self) -> Iterator[Problem]:
         if self.resize_px is not None and self.crop_px is not None and self.resize_px < self.crop_px:
             yield Problem("resize_px", f"{self.resize_px} is smaller than crop_px {self.crop_px}; change one")
-        if self.streaming:
-            yield Problem("streaming", "images are chosen by number here, and a stream has none; leave it out")
 
 
 class InterpolateSettings(JobSettings):

@@ -39,8 +39,8 @@ from latent_ae.perceptual import LPIPS
 from latent_ae.quantiles import QuantileSketch
 
 from .config import LatentsSettings
-from .findings import findings
 from .inputs import checked_factor, opened_data, opened_model, processes, report_skipped
+from .latents_findings import findings
 from .latents_measure import Decoded, Encoded, LatentsMeasurer
 from .latents_page import write_latents_page
 from .manifest import versions

@@ -21,6 +21,7 @@ from latent_ae.latents import LatentStatistics
 from latent_ae.model_card import CardFacts, loading_lines, model_card
 from latent_ae.models import Reconstructor, count_parameters
 from latent_ae.pipelines import PipelineName, refuse_misfit, remarks
+from latent_ae.precision import probe_precision, probe_tiling
 
 __all__ = ["CardFacts", "export_autoencoder", "loading_lines", "push_to_hub", "verify_export"]
 
@@ -61,13 +62,14 @@ def export_autoencoder(
 ) -> dict[str, Any]:
     """Writes `folder`: config.json, diffusion_pytorch_model.safetensors (float32) and README.md.
 
-    The config carries scaling_factor and shift_factor measured by `statistics`, and sample_size (px). `keep_scaling`
-    leaves those of the autoencoder's own config: right where only the decoder was trained, because the diffusion models
-    that know its latents know them scaled so. `latents_mean_std` writes latents_mean and latents_std of each channel,
-    with a scaling_factor of 1 and a shift_factor of 0: (z - latents_mean) / latents_std has unit variance in each.
-    `pipeline` names a family of pipelines that must be able to use the model. The model given is left as it is.
-    Everything is written beside `folder` and checked there by `verify_export` on `check_images` (NCHW in [-1, 1], sides
-    multiples of the factor) before it takes its place, so an export that fails leaves an older one whole.
+    The config carries scaling_factor and shift_factor measured by `statistics`, sample_size (px), and force_upcast from
+    a trial of `check_images` in half precision. `keep_scaling` leaves the scaling of the autoencoder's own config:
+    right where only the decoder was trained, because the diffusion models that know its latents know them scaled so.
+    `latents_mean_std` writes latents_mean and latents_std of each channel, with a scaling_factor of 1 and a
+    shift_factor of 0: (z - latents_mean) / latents_std has unit variance in each. `pipeline` names a family of
+    pipelines that must be able to use the model. The model given is left as it is. Everything is written beside
+    `folder` and checked there by `verify_export` on `check_images` (NCHW in [-1, 1], sides multiples of the factor)
+    before it takes its place, so an export that fails leaves an older one whole.
 
     Returns what was written, JSON-ready; "remarks" says what `pipeline` would rather have. Raises UserError when
     `folder` holds something other than an export, cannot be written, the latents cannot be scaled, or `pipeline` cannot
@@ -97,6 +99,8 @@ def export_autoencoder(
         exported.register_to_config(**per_channel, scaling_factor=1.0, shift_factor=0.0)
     if pipeline is not None:
         refuse_misfit(pipeline, exported.config)
+    precision = _tried(exported, check_images, autoencoder.device)
+    exported.register_to_config(force_upcast=precision["force_upcast"])
     facts = {
         "folder": str(folder),
         "scaling_factor": exported.config.scaling_factor,
@@ -104,6 +108,7 @@ def export_autoencoder(
         "sample_size": sample_size,
         **({key: exported.config[key] for key in ("latents_mean", "latents_std")} if latents_mean_std else {}),
         "parameters": count_parameters(exported),
+        "precision": precision,
     }
     if pipeline is not None:
         facts["pipeline"] = pipeline
@@ -117,7 +122,7 @@ def export_autoencoder(
                 shutil.copymode(fresh / "config.json", file)  # safetensors writes for the owner's eyes only
             difference = verify_export(fresh, autoencoder, check_images)
             facts["max_abs_difference"] = difference
-            model_card(exported, card, statistics, folder.name, difference).save(fresh / "README.md")
+            model_card(exported, card, statistics, folder.name, difference, precision).save(fresh / "README.md")
             _take_place(fresh, folder, Path(scratch) / "previous")
     return facts
 
@@ -200,6 +205,15 @@ def _twin(autoencoder: AutoencoderKL) -> AutoencoderKL:
     }
     twin.load_state_dict(state, assign=True)
     return twin.eval().requires_grad_(False)
+
+
+def _tried(autoencoder: AutoencoderKL, images: Tensor, device: torch.device) -> dict[str, Any]:
+    """Half precision and tiling."""
+    try:
+        found = probe_precision(autoencoder, images, device)
+        return found | {"tiling": probe_tiling(autoencoder, images[0], device)}
+    except torch.OutOfMemoryError:  # what trained it may still hold the memory
+        return _tried(autoencoder, images, torch.device("cpu"))
 
 
 def refuse_foreign(folder: Path) -> None:

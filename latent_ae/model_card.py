@@ -4,12 +4,14 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from diffusers import AutoencoderKL
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from latent_ae.latents import LatentStatistics
 from latent_ae.models import count_parameters, factor_of
+from latent_ae.precision import verdict
 from latent_ae.text import printable
 
 METRIC_NAMES = {
@@ -57,8 +59,12 @@ def model_card(
     statistics: LatentStatistics,
     location: str,
     difference: float,
+    precision: Mapping[str, Any] | None = None,
 ) -> ModelCard:
-    """A model card with a valid model-index; `autoencoder` carries the config that is exported."""
+    """A model card with a valid model-index; `autoencoder` carries the config that is exported.
+
+    `precision`: what `probe_precision` found, with that of `probe_tiling` as "tiling".
+    """
     measured = {key: facts.metrics[key] for key in METRIC_NAMES if facts.metrics.get(key) is not None}
     results = [
         EvalResult(
@@ -83,7 +89,7 @@ def model_card(
         eval_results=results or None,
     )
     return ModelCard(
-        f"---\n{data.to_yaml()}\n---\n\n" + _card_text(autoencoder, facts, statistics, location, difference)
+        f"---\n{data.to_yaml()}\n---\n\n" + _card_text(autoencoder, facts, statistics, location, difference, precision)
     )
 
 
@@ -93,6 +99,7 @@ def _card_text(
     statistics: LatentStatistics,
     location: str,
     difference: float,
+    precision: Mapping[str, Any] | None,
 ) -> str:
     config, factor = autoencoder.config, factor_of(autoencoder)
     trained = [f"on {_plain(facts.data_name)}"]
@@ -127,6 +134,7 @@ H and W are multiples of {factor}. {_scaling_text(autoencoder, statistics)}
         _metric_text(facts, factor),
         "## Check\n\nLoaded by stock diffusers in a fresh process, these weights reconstruct like the trained "
         f"model: largest difference {difference:.1e} in [-1, 1].",
+        _precision_text(precision) if precision else "",
     ]
     if facts.settings_yaml:
         longest = max(map(len, re.findall("`+", facts.settings_yaml)), default=0)
@@ -157,6 +165,27 @@ def _pipeline_text(autoencoder: AutoencoderKL) -> str:
     if autoencoder.config.get("latents_mean") is not None:
         return "Pipelines of the Stable Diffusion XL kind apply `latents_mean` and `latents_std`; others do not."
     return "Pipelines of the Stable Diffusion 1 and 2 kind apply `scaling_factor` only."
+
+
+def _precision_text(precision: Mapping[str, Any]) -> str:
+    rows = []
+    for name in ("bf16", "fp16"):
+        row = precision[name]
+        psnr = "–" if row["psnr"] is None else f"{row['psnr']:.1f}"
+        emulated = ", emulated" if row["emulated"] else ""
+        rows.append(f"| {name}{emulated} | {psnr} | {row['not_finite']:,} |")
+    tiling, upcast = precision["tiling"], precision["force_upcast"]
+    meaning = "fp16 pipelines run it in fp32" if upcast else "fp16 pipelines run it in fp16"
+    return "\n".join(
+        [
+            f"## Precision and tiling\n\nReconstructions of {precision['images']} held-out images, against fp32:\n",
+            "| | PSNR (dB) | values not finite |\n|---|---:|---:|",
+            *rows,
+            f"\n{verdict(dict(precision))}. So `force_upcast` is {str(upcast).lower()}: {meaning}.\n",
+            f"An image of {tiling['side_px']} px decoded in tiles of {tiling['tile_px']} px (`enable_tiling`) is "
+            f"{tiling['psnr']:.1f} dB from the same decoded whole (largest difference {tiling['max_abs']:.3f}).",
+        ]
+    )
 
 
 def _metric_text(facts: CardFacts, factor: int) -> str:

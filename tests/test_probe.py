@@ -176,7 +176,6 @@ def test_folders_are_classes_and_part_of_them_is_tested_on(model, tmp_path):
         (["label_column=shade", "labels_per_class=[70]"], "class dark has 60 training images, fewer than 70"),
         (["label_column=shade", "labels_per_class=[5]", "crop_px=6"], "not a multiple of the model's factor 4; use 4"),
         (["label_column=shade", "train_split=trian"], "train_split"),
-        (["streaming=true"], "a stream has none; leave it out"),
     ],
 )
 def test_mistakes_are_named(model, tables, tmp_path, capsys, words, complaint):

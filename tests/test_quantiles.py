@@ -29,6 +29,7 @@ def sketch_of(parts) -> QuantileSketch:
 
 
 def within_the_stated_error(found, expected) -> None:
+    assert RELATIVE_ERROR == 2**-9  # as docs/latents.md says
     np.testing.assert_allclose(found, expected, rtol=RELATIVE_ERROR, atol=1.2e-38)
 
 

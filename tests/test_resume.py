@@ -99,7 +99,7 @@ def test_killed_before_any_write_of_a_step_it_ends_the_same(pictures: Path, tmp_
         return next(index for index in range(after, len(writes)) if text in writes[index])
 
     pruned = number("os.rename /checkpoints/step-00000006")
-    # a preview is an `open` of its part, a rename, a removal of a part that is not there any more, and a line of the log
+    # a preview is an `open` of its part, a rename, a removal of a part that is gone, and a line of the log
     points = {number("open /previews/.step-00000000.png") + 3, number("os.rename /checkpoints/step-00000002.tmp")}
     points |= {number("os.rename /previews/.step-00000004.png"), number("open /previews/.step-00000004.png") + 3}
     # all of step 6, whose lines are training's, the validation's and an alarm, and step 7's first

@@ -449,13 +449,20 @@ def test_export_command(finished: Path, tmp_path: Path, capsys: pytest.CaptureFi
 
 
 def test_an_export_for_a_family_of_pipelines(
-    finished: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    finished: Path,
+    pictures: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    # refused before the latents of hundreds of images are measured
+    monkeypatch.setattr("latent_ae_train.finish.measure_latents", None)
     for more in (["--for", "flux"], ["--for", "sd", "--latents-mean-std"]):
         assert main(["export", str(finished), str(tmp_path / "vae"), *more]) == 2
         error = capsys.readouterr().err
         assert f"does not fit {more[1]}" in error and "Traceback" not in error
     assert not (tmp_path / "vae").exists()
+    monkeypatch.undo()
     assert main(["export", str(finished), str(tmp_path / "vae"), "--for", "sdxl", "--latents-mean-std"]) == 0
     printed = capsys.readouterr()
     facts, config = json.loads(printed.out), json.loads((tmp_path / "vae/config.json").read_text())
@@ -511,7 +518,7 @@ def test_help_and_unknown_commands(capsys: pytest.CaptureFixture[str]) -> None:
     assert "no such command: trian" in capsys.readouterr().err
     assert main(["eval", "--help"]) == 0
     assert "Example" in capsys.readouterr().out
-    for command in ("train", "export", "weights"):
+    for command in ("train", "export", "encode", "weights"):
         with pytest.raises(SystemExit) as stopped:
             main([command, "--help"])
         assert stopped.value.code == 0

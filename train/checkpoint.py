@@ -5,8 +5,9 @@
         ema.safetensors            their average, what validation and export use (only with ema.decay > 0)
         config.json                the autoencoder's diffusers config
         discriminator.safetensors  (only with a discriminator)
+        projection.safetensors     from latents to a vision model's features (only with alignment.model)
         optimizer.pt               the optimizers' state
-        step_state.safetensors     adaptive weight and LeCam averages
+        step_state.safetensors     adaptive and controlled weights, LeCam averages
         state.json                 step, samples seen, number of processes, versions, the run's settings
         manifest.json              size and SHA-256 of every other file; written last
 
@@ -84,6 +85,8 @@ def save_checkpoint(run: Path, train_step: TrainStep, state: Mapping[str, Any]) 
             _save(train_step.ema.module, temporary / "ema.safetensors")
         if train_step.bare_discriminator is not None:
             _save(train_step.bare_discriminator, temporary / "discriminator.safetensors")
+        if train_step.bare_reconstructor.projection is not None:
+            _save(train_step.bare_reconstructor.projection, temporary / "projection.safetensors")
         _save(train_step.state, temporary / "step_state.safetensors")
         with open(temporary / "optimizer.pt", "wb") as stream:  # of a file of its own it would not say what failed
             torch.save(_optimizer_states(train_step), stream)
@@ -152,6 +155,7 @@ def _restore(checkpoint: Checkpoint, train_step: TrainStep) -> None:
         "autoencoder": train_step.bare_reconstructor.autoencoder,
         "ema": train_step.ema.module if train_step.ema is not None else None,
         "discriminator": train_step.bare_discriminator,
+        "projection": train_step.bare_reconstructor.projection,
         "step_state": train_step.state,
     }
     for name, module in modules.items():
@@ -159,7 +163,7 @@ def _restore(checkpoint: Checkpoint, train_step: TrainStep) -> None:
         if (module is not None) != path.is_file():
             raise UserError(
                 f"{folder} was written {'with' if path.is_file() else 'without'} {name}, the settings say otherwise: "
-                "restore gan.weight and ema.decay, or choose another output_dir"
+                "restore gan.weight, ema.decay and alignment.model, or choose another output_dir"
             )
         if module is not None:
             _load(module, load_file(path), path)

@@ -16,6 +16,7 @@ from latent_ae.disk import write_json
 from latent_ae.export import CardFacts, export_autoencoder, loading_lines, push_to_hub
 from latent_ae.latents import LatentStatistics
 from latent_ae.models import Reconstructor, factor_of
+from latent_ae.precision import verdict
 
 from .agreement import Agreed
 from .config import TrainSettings
@@ -24,7 +25,8 @@ from .validate import Validator
 
 STATISTICS_CROPS = 512
 """Training crops whose latents give scaling_factor and shift_factor."""
-CHECK_IMAGES = 2
+CHECK_IMAGES = 4
+"""Held-out images on which an export is compared with the trained model, and tried in half precision."""
 RESULTS = "results.json"
 
 
@@ -162,5 +164,7 @@ def show_results(run: Path, results: dict[str, Any]) -> None:
     print(f"\nexport   {run / 'export'}   scaling_factor {export['scaling_factor']:.4f}", end="")
     print(f"   shift_factor {export['shift_factor']:.4f}")
     print(f"         stock diffusers reloads it with a largest difference of {export['max_abs_difference']:.1e}")
+    if "precision" in export:  # results of an older version have none
+        print(f"         {verdict(export['precision'])}")
     print(f"report   {run / 'report.html'}\n\nLoad it with\n")
     print(loading_lines(run / "export"))

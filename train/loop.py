@@ -17,6 +17,7 @@ from latent_ae.models import Reconstructor, factor_of
 from latent_ae.order import augmentation_numbers
 from latent_ae.perceptual import LPIPS
 from latent_ae.pipelines import SHAPE, refuse_misfit
+from latent_ae.vision import VisionModel
 
 from .agreement import Agreed
 from .bad_files import BadFiles
@@ -33,13 +34,14 @@ from .drift import stop_on_drift
 from .ema import Ema
 from .finish import finish_run, finished_results, push_export, show_results
 from .log import Log
-from .networks import compile_networks, starting_autoencoder, starting_discriminator
+from .micro_batch import MicroBatch, latent_change
+from .networks import compile_networks, starting_autoencoder, starting_discriminator, starting_projection
 from .preflight import preflight
 from .report import held_out_distances
 from .retention import kept_steps
 from .run_folder import changes_since, cut_back, write_config
 from .signals import Stopped, StopSignals
-from .step import MicroBatch, TrainStep
+from .step import TrainStep
 from .validate import Validator
 
 
@@ -84,6 +86,10 @@ def train(settings: TrainSettings) -> dict[str, Any]:
         if settings.loss.perceptual:  # one process of a machine fetches the weights, the others wait and find them
             weights_dir = Path(settings.weights_dir).expanduser() if settings.weights_dir else None
             perceptual = LPIPS(settings.loss.perceptual_net, weights_dir).to(accelerator.device)
+        vision = projection = None
+        if settings.alignment.model:
+            vision = VisionModel(settings.alignment.model, settings.data.resolution // factor).to(accelerator.device)
+            projection = starting_projection(settings, int(autoencoder.config.latent_channels), vision.num_features)
         ema = Ema(autoencoder.to(accelerator.device), settings.ema.decay) if settings.ema.decay else None
         discriminator = starting_discriminator(settings, channels) if settings.gan.weight else None
     if settings.compile:
@@ -91,10 +97,11 @@ def train(settings: TrainSettings) -> dict[str, Any]:
     train_step = TrainStep(
         settings,
         accelerator,
-        accelerator.prepare_model(Reconstructor(autoencoder).to(memory_format=torch.channels_last)),
+        accelerator.prepare_model(Reconstructor(autoencoder, projection).to(memory_format=torch.channels_last)),
         accelerator.prepare_model(discriminator) if discriminator is not None else None,
         perceptual,
         ema,
+        vision,
     )
     averaged = Reconstructor(ema.module if ema is not None else autoencoder).to(memory_format=torch.channels_last)
     validator = Validator(settings, accelerator, held_out, channels, factor, perceptual)
@@ -259,6 +266,7 @@ class Feed:
             # samples whose number is a multiple of `every`; a micro-batch's numbers are consecutive
             slice(-batch.numbers[0] % every, None, every),
             augmentation,
+            latent_change(settings, batch.numbers, self.latent_shape, self._sent),
         )
 
     def _sent(self, tensor: torch.Tensor) -> torch.Tensor:

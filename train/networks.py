@@ -11,7 +11,7 @@ from diffusers import AutoencoderKL
 from diffusers.models.resnet import ResnetBlock2D
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from latent_ae.config import ModelSettings, UserError
 from latent_ae.discriminators import PatchDiscriminator
@@ -72,6 +72,13 @@ def starting_discriminator(settings: TrainSettings, channels: int) -> PatchDiscr
     return network.to(memory_format=torch.channels_last)
 
 
+def starting_projection(settings: TrainSettings, latent_channels: int, features: int) -> nn.Conv2d:
+    """A fresh map of latents to a vision model's features, 1 x 1 and without bias as VA-VAE's."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings.seed + 2)
+        return nn.Conv2d(latent_channels, features, kernel_size=1, bias=False)
+
+
 def compile_networks(autoencoder: AutoencoderKL, discriminator: PatchDiscriminator | None) -> None:
     """Compiles the autoencoder's residual blocks and the discriminator in place; names of weights do not change.
 
@@ -105,6 +112,13 @@ def _refuse_misfit(autoencoder: AutoencoderKL, name: str, settings: TrainSetting
     for key, side in sides.items():
         if side is not None and side % factor:
             raise UserError(f"{key}: {side} is not a multiple of {name}'s factor {factor}")
+    for problem in settings.size_problems(factor):
+        raise UserError(f"{problem.key}: {problem.message}")
+    least, latent_channels = settings.latents.min_channels, int(autoencoder.config.latent_channels)
+    if least and least >= latent_channels:
+        raise UserError(f"latents.min_channels: {least} of {name}'s {latent_channels} channels masks none: use fewer")
+    if settings.alignment.model and channels not in (1, 3):
+        raise UserError(f"alignment.model: {name} has {channels} channels, vision models see 1 or 3: set it to null")
     if settings.loss.perceptual and channels not in (1, 3):
         raise UserError(f"loss.perceptual: {name} has {channels} channels, LPIPS sees 1 or 3: set it to 0")
 

@@ -72,24 +72,20 @@ def _information(health: Mapping[str, Any]) -> Iterator[Finding]:
         "Information",
         "fine",
         f"{amount}. First stages for diffusion are trained with a tiny KL weight, so several nats per value are "
-        f"normal; "
-        "near 0 would be a collapse.",
+        "normal; near 0 would be a collapse.",
     )
     if dead:
         yield Finding(
             "Dead channels",
             "problem",
             f"{_named(dead)} dead: under 1 % of what is sampled there depends on the image, and a diffusion model "
-            f"would "
-            f"spend capacity on noise. Lower loss.kl, or train with model.latent_channels={alive}.",
+            f"would spend capacity on noise. Lower loss.kl, or train with model.latent_channels={alive}.",
         )
     else:
         yield Finding("Dead channels", "fine", f"None of {len(channels)}: every channel depends on the image.")
     share = health["noise_share"]
-    text = (
-        f"The posterior's standard deviation is {health['posterior_std']:.3g}, "
-        f"{100 * share:.2f} % of the latents' variance. "
-    )
+    spread = health["posterior_std"]
+    text = f"The posterior's standard deviation is {spread:.3g}, {100 * share:.2f} % of the latents' variance. "
     if share < NOISY:
         yield Finding("Posterior noise", "fine", text + "Samples and means are nearly the same, as is usual.")
     else:
