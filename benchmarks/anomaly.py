@@ -3,7 +3,7 @@
     python -m benchmarks.anomaly cifar10 /data      # a folder that holds cifar10/ and bsds500/; or LATENT_AE_TEST_DATA
     python -m benchmarks.anomaly defects /data
 
-Each model trains for a minute or two on one CPU core; bicubic resampling, which learned nothing, stands beside it.
+Each model trains for a few minutes on one CPU core; bicubic resampling, which learned nothing, stands beside it.
 """
 
 import argparse
