@@ -36,8 +36,8 @@ def save_for_ever(run: Path, train_step: TrainStep, first: int, pipe: int) -> No
         prune_checkpoints(run, {step, step - 1})
 
 
-def kill_once(run: Path, train_step: TrainStep, rng: random.Random) -> int:
-    """One kill; returns the step of the newest checkpoint. Raises AssertionError when anything is lost."""
+def kill_once(run: Path, train_step: TrainStep, wait_s: float) -> int:
+    """One kill after `wait_s`; returns the newest checkpoint's step. Raises AssertionError when anything is lost."""
     before = newest_checkpoint(run)
     first = before.step if before is not None else 0
     if before is not None:
@@ -52,7 +52,7 @@ def kill_once(run: Path, train_step: TrainStep, rng: random.Random) -> int:
         finally:
             os._exit(1)
     os.close(write)
-    time.sleep(rng.uniform(0.0, 0.25))
+    time.sleep(wait_s)
     os.kill(child, signal.SIGKILL)
     _, status = os.waitpid(child, 0)
     assert os.WIFSIGNALED(status), "the saving process failed by itself"
@@ -71,8 +71,12 @@ def kill_many(folder: Path, times: int, seed: int = 0) -> list[int]:
     torch.set_num_threads(1)  # a child of fork has no other
     train_step = build_step(settings_for(gan=GAN, ema={"decay": 0.9}, batch_size=2))
     train_step(0, micro_batches(0, train_step.settings))
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory() as elsewhere:
+        save_checkpoint(Path(elsewhere), train_step, {"step": 1})
+    longest = 5 * (time.monotonic() - began)  # a few saves, however busy the machine is
     rng = random.Random(seed)
-    return [kill_once(folder, train_step, rng) for _ in range(times)]
+    return [kill_once(folder, train_step, rng.uniform(0.0, longest)) for _ in range(times)]
 
 
 if __name__ == "__main__":
