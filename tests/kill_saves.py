@@ -23,7 +23,7 @@ from latent_ae_train.checkpoint import (
 )
 from latent_ae_train.step import TrainStep
 
-from .tiny import GAN, build_step, micro_batches, settings_for
+from .tiny import GAN, STATE, build_step, micro_batches, settings_for
 
 
 def save_for_ever(run: Path, train_step: TrainStep, first: int, pipe: int) -> None:
@@ -31,7 +31,7 @@ def save_for_ever(run: Path, train_step: TrainStep, first: int, pipe: int) -> No
     step = first
     while True:
         step += 1
-        save_checkpoint(run, train_step, {"step": step})
+        save_checkpoint(run, train_step, {**STATE, "step": step})
         os.write(pipe, f"{step}\n".encode())
         prune_checkpoints(run, {step, step - 1})
 
@@ -73,7 +73,7 @@ def kill_many(folder: Path, times: int, seed: int = 0) -> list[int]:
     train_step(0, micro_batches(0, train_step.settings))
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as elsewhere:
-        save_checkpoint(Path(elsewhere), train_step, {"step": 1})
+        save_checkpoint(Path(elsewhere), train_step, {**STATE, "step": 1})
     longest = 5 * (time.monotonic() - began)  # a few saves, however busy the machine is
     rng = random.Random(seed)
     return [kill_once(folder, train_step, rng.uniform(0.0, longest)) for _ in range(times)]

@@ -101,7 +101,7 @@ def test_a_disk_that_becomes_read_only(pictures: Path, tmp_path: Path, capsys: A
         run = disk / "run"
         before_step(monkeypatch, 3, lambda: remount(disk, "ro"))
         assert main(words(pictures, run, "log.every=100")) == 2
-        assert f"{run}/checkpoints/step-00000004: Read-only file system" in only_message(capsys)
+        assert f"{run}/log.jsonl: Read-only file system" in only_message(capsys)  # synced before the save
         assert main(words(pictures, run, "log.every=100")) == 2
         assert "output_dir: " in (error := capsys.readouterr().err) and "is not writable" in error
         remount(disk, "rw")

@@ -354,11 +354,11 @@ def test_a_pipe_and_a_device_among_pictures(tmp_path: Path) -> None:
     signal.alarm(60)
     try:
         found = check(str(tmp_path), DataSettings(num_workers=0))
-        with pytest.raises(ImageError, match="not a regular file"):
+        with pytest.raises(ImageError, match="a directory, pipe or device, not a file"):
             decode(tmp_path / "pipe.png", channels=3)
     finally:
         signal.alarm(0)
-    reason = "not a regular file but a directory, pipe or device"
+    reason = "a directory, pipe or device, not a file"
     assert found["skipped"] == [f"pipe.png: {reason}", f"zero.png: {reason}"]
 
 

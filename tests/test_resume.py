@@ -23,7 +23,7 @@ from latent_ae_train.step import TrainStep
 
 from . import children
 from .test_train import differing_tensors, largest_difference, no_finish, pictures, words
-from .tiny import GAN, build_step, micro_batches, settings_for
+from .tiny import GAN, STATE, build_step, micro_batches, settings_for
 
 __all__ = ["no_finish", "pictures"]  # fixtures
 LAST = "checkpoints/step-00000008"
@@ -345,7 +345,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     train_step = build_step(settings_for(gan=GAN, ema={"decay": 0.9}, batch_size=2))
     train_step(0, micro_batches(0, train_step.settings))
     for step in (1, 2):
-        save_checkpoint(run, train_step, {"step": step})
+        save_checkpoint(run, train_step, {**STATE, "step": step})
     return run
 
 
@@ -429,7 +429,7 @@ def test_a_name_is_on_the_disk_before_the_save_returns(tmp_path: Path, monkeypat
     train_step = build_step(settings_for(batch_size=2))
     monkeypatch.setattr(os, "fsync", noted_fsync)
     monkeypatch.setattr(os, "replace", noted_replace)
-    folder = save_checkpoint(tmp_path / "run", train_step, {"step": 3}).folder
+    folder = save_checkpoint(tmp_path / "run", train_step, {**STATE, "step": 3}).folder
     temporary = "run/checkpoints/step-00000003.tmp"
     files = [f"{temporary}/{path.name}" for path in sorted(folder.iterdir()) if path.name != "manifest.json"]
     assert done == [

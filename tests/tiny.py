@@ -25,6 +25,8 @@ MODEL = {
     "norm_num_groups": 2,
     "mid_block_add_attention": False,
 }
+STATE = {"settings": {}, "num_processes": 1, "stream_states": [None]}
+"""Of a checkpoint, besides its step."""
 GAN = {"weight": 0.5, "start": 0, "discriminator_warmup": 0, "warmup": 0, "channels": 8, "layers": 1}
 
 
