@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 COMMANDS = {
     "recon": "how near reconstructions come to their images: FID, KID, LPIPS, PSNR, SSIM, MS-SSIM",
+    "diffusion": "how well a diffusion model learns the latents: loss curve, samples, their Frechet distance to data",
     "compare": "which of several measured first stages is better, beyond chance",
 }
 """Each is the module NAME_command."""
