@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -28,24 +28,25 @@ from latent_ae.config import UserError
 from latent_ae.data import open_images
 from latent_ae.encode import encode_images
 from latent_ae.first_stages import FirstStage, open_first_stage
+from latent_ae.frechet import RELIABLE_IMAGES
 from latent_ae.held_out import Framing, HeldOutImages
 from latent_ae.images import picture_grid, to_uint8
 from latent_ae.latent_cache import LatentCache, open_latents
 from latent_ae.perceptual import TRUNKS
 from latent_ae.processes import processes
-from latent_ae.sources import StreamSource
+from latent_ae.sources import StoredImages, StreamSource
 
 from .config import DiffusionSettings
 from .diffusion_page import write_diffusion_page
 from .flow import NULL_CLASS, Trainer, Trivial, Validation, classes_of
 from .manifest import versions
-from .sampling import distance, feature_networks, features_of, samples, stock_pipeline
+from .sampling import GRID, KINDS, Features, ImageSet, distances, feature_networks, image_set, samples, stock_pipeline
 
 FORMAT = "latent-ae diffusion 1"
 CHECKPOINT_SECONDS = 60
 LARGE_MEAN, FAR_STD = 0.5, 2.0
-GRID = 8
-Item = TypeVar("Item")
+Part = Literal["train", "held_out"]
+PARTS: tuple[Part, ...] = ("train", "held_out")
 
 
 def evaluate_diffusion(
@@ -128,12 +129,17 @@ class _Job:
     folder: Path
     progress: bool
     seconds: dict[str, float] = field(default_factory=dict)
+    processor_seconds: dict[str, float] = field(default_factory=dict)
+    """Of this process, not of those that decode images."""
 
     def run(self, model: str | Path | nn.Module) -> dict[str, Any]:
         settings, stage = self.settings, self.stage
-        networks, notes = feature_networks(settings, self.device)  # before anything that takes long
+        # what can be missing is looked for before anything that takes long
+        networks, notes = feature_networks(settings, self.device)
+        if min(len(self._source(part)) for part in PARTS) < 2:
+            raise UserError(f"DATA: {self.data} holds too few images to hold out two of them")
         with self._timed("encode"):
-            train, held_out = (self._latents(model, part) for part in ("train", "held_out"))
+            train, held_out = (self._latents(model, part) for part in PARTS)
         self._check_latents(train, held_out)
         trivial = Trivial.of(train, settings.seed)
         validation = Validation(held_out, trivial, settings)
@@ -145,12 +151,14 @@ class _Job:
         count = min(settings.chosen("samples"), len(train))
         classes = classes_of(train, [number * len(train) // count for number in range(count)]).tolist()
         with self._timed("sample"):
-            drawn = torch.cat(list(self._shown(samples(pipeline, classes, settings), "sample", count)))
+            sets = {"samples": self._set(samples(pipeline, classes, settings), networks, count, "samples")}
         with self._timed("measure"):
-            sets = {"samples": drawn, "reference": self._images("train", count)}
-            sets |= self._reconstructed(self._images("held_out", count))
-            metrics, intervals = self._distances(sets, networks)
-        shift = train.shift_factor * train.scaling_factor
+            sets["reference"] = self._set(self._images("train", count), networks, count, "images")
+            count = min(count, len(self._source("held_out")))
+            sets["held_out"] = self._set(self._images("held_out", count), networks, count, "held-out images")
+            made = (self._reconstructed(images) for images in self._images("held_out", count))
+            sets["reconstructions"] = self._set(made, networks, count, "reconstructions")
+            metrics, intervals = distances(sets)
         latents = {
             "shape": list(train.shape),
             "train": len(train),
@@ -159,7 +167,7 @@ class _Job:
             "scaling_factor": train.scaling_factor,
             "scaled_mean": float(trivial.mean.mean()),
             "scaled_std": float((trivial.variance.mean() + trivial.mean.var(correction=0)).sqrt()),
-            "shift_left_out": shift,
+            "shift_left_out": train.shift_factor * train.scaling_factor,
         }
         notes += _notes(latents, metrics, settings)
         result = {
@@ -178,12 +186,13 @@ class _Job:
             "versions": versions(),
             "device": self.device.type,
             "threads": torch.get_num_threads(),
-            "seconds": {name: round(value, 1) for name, value in self.seconds.items()},
+            "seconds": self.seconds,
+            "processor_seconds": self.processor_seconds,
         }
         self._write(result, sets)
         return result
 
-    def _latents(self, model: str | Path | nn.Module, part: Literal["train", "held_out"]) -> LatentCache:
+    def _latents(self, model: str | Path | nn.Module, part: Part) -> LatentCache:
         """Those that were given, or those of the folder, which are encoded where they are missing."""
         given = self.settings.latents if part == "train" else self.settings.held_out_latents
         folder = Path(given).expanduser() if given else self.folder / "latents" / part
@@ -253,51 +262,41 @@ class _Job:
                     saved = time.monotonic()
         return curve
 
-    def _images(self, part: Literal["train", "held_out"], most: int) -> Tensor:
-        """Up to `most` images, spread over all, as the latents' were framed: uint8 NCHW."""
-        encoding = self.settings.encoding(part)
-        opened = encoding.data(self.data)
-        source = open_images(opened, part)
+    def _source(self, part: Part) -> StoredImages:
+        try:
+            source = open_images(self.settings.encoding(part).data(self.data), part)
+        except UserError as error:
+            # the settings have other names here than in training
+            raise UserError(str(error).replace("data.source", "DATA").replace("data.", "")) from error
         assert not isinstance(source, StreamSource)
-        count = min(most, len(source))
-        few = source.subset(np.arange(count) * len(source) // count)
+        return source
+
+    def _images(self, part: Part, count: int) -> Iterator[Tensor]:
+        """Batches of `count` images, spread over all, framed as the latents' were: uint8 NCHW."""
+        encoding, source = self.settings.encoding(part), self._source(part)
         images = HeldOutImages(
-            few, opened, self.stage.channels or 3, Framing(**encoding.framing()), multiple_of=self.stage.factor
+            source.subset(np.arange(count) * len(source) // count),
+            encoding.data(self.data),
+            self.stage.channels or 3,
+            Framing(**encoding.framing()),
+            self.stage.factor,
         )
-        return torch.stack([to_uint8(image) for _, _, image in self._shown(images, f"read {part}", count)])
+        batch: list[Tensor] = []
+        for _, _, image in images:
+            batch.append(to_uint8(image))
+            if len(batch) == self.settings.images_at_a_time:
+                yield torch.stack(batch)
+                batch = []
+        if batch:
+            yield torch.stack(batch)
 
     @torch.no_grad()
-    def _reconstructed(self, held_out: Tensor) -> dict[str, Tensor]:
-        made = []
-        for part in self._shown(held_out.split(self.settings.images_at_a_time), "reconstruct", len(held_out)):
-            images = part.to(self.device).float() / 127.5 - 1
-            made.append(to_uint8(self.stage.reconstruct(images).cpu()))
-        return {"held_out": held_out, "reconstructions": torch.cat(made)}
+    def _reconstructed(self, images: Tensor) -> Tensor:
+        return to_uint8(self.stage.reconstruct(images.to(self.device).float() / 127.5 - 1).cpu())
 
-    def _distances(self, sets: dict[str, Tensor], networks: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Of each set to images trained on, and of reconstructions to their originals; values and intervals."""
-        metrics: dict[str, dict[str, Any]] = {name: {"n": len(images)} for name, images in sets.items()}
-        reference = metrics.pop("reference")["n"]
-        metrics = {name: metrics[name] | {"reference_images": reference} for name in KINDS}
-        metrics["reconstructions_of_originals"] = {
-            "n": len(sets["held_out"]),
-            "reference_images": len(sets["held_out"]),
-        }
-        intervals: dict[str, dict[str, list[float]]] = {name: {} for name in metrics}
-        for name, network in networks.items():
-            size = self.settings.images_at_a_time
-            found = {kind: self._features(images, network, size, f"{name} of {kind}") for kind, images in sets.items()}
-            pairs = {kind: (found[kind], found["reference"]) for kind in KINDS}
-            pairs["reconstructions_of_originals"] = (found["reconstructions"], found["held_out"])
-            for kind, (a, b) in pairs.items():
-                metrics[kind][name], interval = distance(a, b)
-                if interval is not None:
-                    intervals[kind][name] = interval
-        return metrics, intervals
-
-    def _features(self, images: Tensor, network: Any, size: int, what: str) -> np.ndarray:
-        parts = self._shown(images.split(size), what, len(images))
-        return np.concatenate([features_of(part, network, size) for part in parts])
+    def _set(self, batches: Iterable[Tensor], networks: dict[str, Features], count: int, what: str) -> ImageSet:
+        with self._bar(what, count) as bar:
+            return image_set(batches, networks, count, bar.update)
 
     def _key(self, train: LatentCache, held_out: LatentCache) -> str:
         """All that the trained weights depend on."""
@@ -305,12 +304,9 @@ class _Job:
         made = [(_fingerprint(cache), cache.manifest["made_from"]["settings"]) for cache in (train, held_out)]
         return hashlib.sha256(json.dumps([parts, made], sort_keys=True).encode()).hexdigest()
 
-    def _write(self, result: dict[str, Any], sets: dict[str, Tensor]) -> None:
+    def _write(self, result: dict[str, Any], sets: dict[str, ImageSet]) -> None:
         folder = self.folder
-        # spread over all, which may be sorted by class
-        rows = {name: torch.linspace(0, len(images) - 1, min(GRID**2, len(images))) for name, images in sets.items()}
-        shown = {name: sets[name][numbers.round().long()].float() / 127.5 - 1 for name, numbers in rows.items()}
-        pictures = {name: picture_grid([list(row) for row in images.split(GRID)]) for name, images in shown.items()}
+        pictures = {name: picture_grid([list(row) for row in one.shown.split(GRID)]) for name, one in sets.items()}
         try:
             part = folder / "result.json.part"
             part.write_text(json.dumps(result, indent=2), encoding="utf-8")
@@ -324,9 +320,10 @@ class _Job:
 
     @contextmanager
     def _timed(self, name: str) -> Iterator[None]:
-        started = time.perf_counter()
+        started, used = time.perf_counter(), time.process_time()
         yield
-        self.seconds[name] = time.perf_counter() - started
+        self.seconds[name] = round(time.perf_counter() - started, 1)
+        self.processor_seconds[name] = round(time.process_time() - used, 1)
 
     def _bar(self, what: str, total: int, initial: int = 0) -> tqdm:
         interval = 0.5 if sys.stderr.isatty() else 30
@@ -334,15 +331,7 @@ class _Job:
             total=total, initial=initial, desc=what, unit="image", disable=not self.progress, mininterval=interval
         )
 
-    def _shown(self, items: Iterable[Item], what: str, total: int) -> Iterator[Item]:
-        """The items, counted in a bar: batches by their length, anything else as one."""
-        with self._bar(what, total) as bar:
-            for item in items:
-                yield item
-                bar.update(len(item) if isinstance(item, Tensor) else 1)
 
-
-KINDS = ("samples", "reconstructions", "held_out")
 LOSSES = ("loss", "relative_loss", "loss_by_time", "relative_loss_by_time")
 
 
@@ -361,6 +350,11 @@ def _notes(latents: dict[str, Any], metrics: dict[str, Any], settings: Diffusion
         notes.append(
             f"the scaled latents' standard deviation is {latents['scaled_std']:.3g}, not 1: measure the model's "
             "scaling_factor (`latent-ae export` does)"
+        )
+    if "fid" in metrics["samples"] and metrics["samples"]["n"] < RELIABLE_IMAGES:
+        notes.append(
+            f"fid: {metrics['samples']['n']:,} images are fewer than Inception has features ({RELIABLE_IMAGES:,}): "
+            "biased upwards, and not to be compared with values at another number"
         )
     for kind in KINDS:
         if metrics[kind]["n"] < settings.chosen("samples"):

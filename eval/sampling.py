@@ -1,6 +1,7 @@
 """A trained transformer as a stock pipeline, its samples, and how far sets of images are from each other."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,8 +18,22 @@ from .config import DiffusionSettings
 
 Features = Callable[[Tensor], Tensor]
 """uint8 NCHW images -> (N, D) float32."""
+GRID = 8
+"""Images along each side of a picture that shows some."""
+KINDS = ("samples", "reconstructions", "held_out")
+"""Sets that are compared with images trained on."""
 APART = 1_000_000
 """Between the generators' seeds of equal samples of neighbouring seeds."""
+
+
+class ImageSet(NamedTuple):
+    """Images as they are compared."""
+
+    size: int
+    features: dict[str, np.ndarray]
+    """(N, D) by the name of the distance."""
+    shown: Tensor
+    """A few of the images, spread over all, NCHW in [-1, 1]."""
 
 
 def stock_pipeline(transformer: DiTTransformer2DModel, vae: nn.Module) -> DiTPipeline:
@@ -71,9 +86,37 @@ def feature_networks(settings: DiffusionSettings, device: torch.device) -> tuple
 
 
 @torch.no_grad()
-def features_of(images: Tensor, network: Features, size: int) -> np.ndarray:
-    """(N, D) of uint8 NCHW images, `size` at a time."""
-    return torch.cat([network(part) for part in images.split(size)]).numpy()
+def image_set(
+    batches: Iterable[Tensor], networks: dict[str, Features], size: int, progress: Callable[[int], object]
+) -> ImageSet:
+    """Sees each batch of uint8 NCHW images once; `size` of all are expected."""
+    found: dict[str, list[Tensor]] = {name: [] for name in networks}
+    wanted = set(np.linspace(0, size - 1, min(GRID**2, size)).round().astype(int).tolist())
+    shown: list[Tensor] = []
+    seen = 0
+    for images in batches:
+        for name, network in networks.items():
+            found[name].append(network(images))
+        shown += [image for number, image in enumerate(images, start=seen) if number in wanted]
+        seen += len(images)
+        progress(len(images))
+    features = {name: torch.cat(parts).numpy() for name, parts in found.items()}
+    return ImageSet(seen, features, torch.stack(shown).float() / 127.5 - 1)
+
+
+def distances(sets: dict[str, ImageSet]) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, list[float]]]]:
+    """Of each of KINDS to the set `reference`, and of reconstructions to their originals; values and intervals."""
+    pairs = {kind: (sets[kind], sets["reference"]) for kind in KINDS}
+    pairs["reconstructions_of_originals"] = sets["reconstructions"], sets["held_out"]
+    metrics: dict[str, dict[str, Any]] = {}
+    intervals: dict[str, dict[str, list[float]]] = {}
+    for kind, (a, b) in pairs.items():
+        metrics[kind], intervals[kind] = {"n": a.size, "reference_images": b.size}, {}
+        for name in a.features:
+            metrics[kind][name], interval = distance(a.features[name], b.features[name])
+            if interval is not None:
+                intervals[kind][name] = interval
+    return metrics, intervals
 
 
 def distance(a: np.ndarray, b: np.ndarray) -> tuple[float, list[float] | None]:
