@@ -38,12 +38,12 @@ from latent_ae.sources import StoredImages, StreamSource
 
 from .config import DiffusionSettings
 from .diffusion_page import write_diffusion_page
-from .flow import NULL_CLASS, Trainer, Trivial, Validation, classes_of
+from .flow import NULL_CLASS, Trivial, Validation, classes_of
+from .flow_training import Trainer, trained
 from .manifest import versions
 from .sampling import GRID, KINDS, Features, ImageSet, distances, feature_networks, image_set, samples, stock_pipeline
 
 FORMAT = "latent-ae diffusion 1"
-CHECKPOINT_SECONDS = 60
 LARGE_MEAN, FAR_STD = 0.5, 2.0
 Part = Literal["train", "held_out"]
 PARTS: tuple[Part, ...] = ("train", "held_out")
@@ -145,7 +145,10 @@ class _Job:
         validation = Validation(held_out, trivial, settings)
         trainer = Trainer(train, settings, self.device)
         with self._timed("train"):
-            curve = self._trained(trainer, validation, self._key(train, held_out))
+            unfinished = self.folder / "unfinished" / "training.pt"
+            unfinished.parent.mkdir(exist_ok=True)
+            with self._bar("train", trainer.steps * settings.chosen("batch_size")) as bar:
+                curve = trained(trainer, validation, unfinished, self._key(train, held_out), bar)
         pipeline = stock_pipeline(trainer.average, stage.module)
         _saved(pipeline, self.folder / "pipeline")
         count = min(settings.chosen("samples"), len(train))
@@ -212,55 +215,20 @@ class _Job:
         return cache
 
     def _check_latents(self, train: LatentCache, held_out: LatentCache) -> None:
-        settings, patch = self.settings, self.settings.chosen("patch_size")
+        patch = self.settings.chosen("patch_size")
         if train.shape[1] % patch:
             raise UserError(f"patch_size: {patch} does not divide the latents' side of {train.shape[1]}")
-        if _fingerprint(train) == _fingerprint(held_out):
-            raise UserError("latents, held_out_latents: both are of the same images; encode with part=held_out")
+        digests = [cache.dataset.data.column("digest").to_pylist() for cache in (train, held_out)]
+        shared = len(set(digests[0]) & set(digests[1]))
+        if 2 * shared > len(held_out):  # some are twice in many data sets
+            raise UserError(
+                f"held_out_latents: {shared} of its {len(held_out)} images are among those trained on; encode with "
+                "part=train and part=held_out"
+            )
         if train.num_classes > NULL_CLASS:
             raise UserError(
                 f"{self.data} has {train.num_classes} classes, DiTPipeline knows {NULL_CLASS}; set label_column=null"
             )
-        if len(train) < settings.chosen("batch_size"):
-            raise UserError(
-                f"batch_size: {settings.chosen('batch_size')} is more than the {len(train)} images; lower it"
-            )
-
-    def _trained(self, trainer: Trainer, validation: Validation, key: str) -> list[dict[str, Any]]:
-        """Trains to the end, from the checkpoint where there is one; the points of the loss curve."""
-        path, curve, total = self.folder / "unfinished" / "training.pt", [], torch.zeros((), device=self.device)
-        path.parent.mkdir(exist_ok=True)
-        if (found := _loaded(path, key, self.device)) is not None:
-            trainer.load(found["trainer"])
-            curve, total = found["curve"], found["total"]
-            print(f"going on from step {trainer.step:,}", file=sys.stderr)
-        steps, size = trainer.steps, self.settings.chosen("batch_size")
-        points = np.linspace(0, steps, min(self.settings.validations, steps + 1)).round().astype(int).tolist()
-
-        def measure() -> None:
-            behind = curve[-1]["step"] if curve else trainer.step
-            own = float(total) / (trainer.step - behind) if trainer.step > behind else None
-            if own is not None and not np.isfinite(own):
-                raise UserError(f"lr: the diffusion model diverged before step {trainer.step:,}; lower lr")
-            measured = validation.measure(trainer.average, self.device)
-            curve.append({"step": trainer.step, "images": trainer.step * size, "train_loss": own} | measured)
-            total.zero_()
-
-        saved = time.monotonic()
-        if not curve:
-            measure()
-        with self._bar("train", steps * size, trainer.step * size) as bar:
-            for loss in trainer.losses():
-                total += loss
-                bar.update(size)
-                if trainer.step in points:
-                    measure()
-                    bar.set_postfix({"relative loss": f"{curve[-1]['relative_loss']:.3f}"})
-                if time.monotonic() - saved > CHECKPOINT_SECONDS or trainer.step == steps:
-                    state = {"key": key, "trainer": trainer.state(), "curve": curve, "total": total}
-                    _save(state, path)
-                    saved = time.monotonic()
-        return curve
 
     def _source(self, part: Part) -> StoredImages:
         try:
@@ -325,11 +293,9 @@ class _Job:
         self.seconds[name] = round(time.perf_counter() - started, 1)
         self.processor_seconds[name] = round(time.process_time() - used, 1)
 
-    def _bar(self, what: str, total: int, initial: int = 0) -> tqdm:
+    def _bar(self, what: str, total: int) -> tqdm:
         interval = 0.5 if sys.stderr.isatty() else 30
-        return tqdm(
-            total=total, initial=initial, desc=what, unit="image", disable=not self.progress, mininterval=interval
-        )
+        return tqdm(total=total, desc=what, unit="image", disable=not self.progress, mininterval=interval)
 
 
 LOSSES = ("loss", "relative_loss", "loss_by_time", "relative_loss_by_time")
@@ -370,22 +336,3 @@ def _saved(pipeline: DiTPipeline, folder: Path) -> None:
         pipeline.save_pretrained(folder)
     except OSError as error:
         raise UserError(f"--out: cannot write {folder}: {error.strerror or error}") from error
-
-
-def _save(state: dict[str, Any], path: Path) -> None:
-    """Whole or not at all."""
-    part = path.with_suffix(".part")
-    try:
-        torch.save(state, part)
-        os.replace(part, path)
-    except (OSError, RuntimeError) as error:
-        raise UserError(f"--out: cannot write {path}: {error}") from error
-
-
-def _loaded(path: Path, key: str, device: torch.device) -> dict[str, Any] | None:
-    """A checkpoint of the same training; None for none, another's or a broken one."""
-    try:
-        state: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
-    except Exception:  # torch raises many kinds for a file that is not whole
-        return None
-    return state if state.get("key") == key else None

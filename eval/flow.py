@@ -1,23 +1,22 @@
-"""Flow matching on cached latents: what a training sample is, how it is judged, and one training step after another.
+"""Flow matching on cached latents: what a training sample is, and how a model is judged.
 
 Time t goes from 0 (latent) to 1 (noise): x_t = (1 - t) x_0 + t noise, and the model predicts the velocity noise - x_0
 (rectified flow: Liu et al. 2022; the convention of diffusers' flow_prediction). All of a sample (image, flip, posterior
 noise, noise, time, whether its class is dropped) is a function of the seed and the sample's number.
 """
 
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from diffusers import DiTTransformer2DModel
-from torch import Tensor, nn
+from torch import Tensor
 
 from latent_ae.latent_cache import LatentCache
 from latent_ae.order import augmentation_numbers, epoch_order, posterior_noise
 
-from .config import HEAD_CHANNELS, DiffusionSettings
+from .config import DiffusionSettings
 
 NULL_CLASS = 1000
 """That DiTPipeline takes for guidance, whatever the number of classes."""
@@ -126,14 +125,16 @@ class Validation:
             t = (torch.tensor([number % BINS for number in picked]) + within) / BINS
             self.batches.append(flow_batch(latents, settings.seed, numbers, rows, t))
         self.bins = torch.cat([(batch.t * BINS).long().clamp(max=BINS - 1) for batch in self.batches])
-        self.trivial = self._by_bin([_error(trivial.velocity(batch.x, batch.t), batch) for batch in self.batches])
+        self.trivial = self._by_bin(
+            [squared_error(trivial.velocity(batch.x, batch.t), batch) for batch in self.batches]
+        )
 
     @torch.no_grad()
     def measure(self, model: DiTTransformer2DModel, device: torch.device) -> dict[str, Any]:
         errors = []
         for batch in self.batches:
             placed = batch.to(device)
-            errors.append(_error(predicted(model, placed), placed).cpu())
+            errors.append(squared_error(predicted(model, placed), placed).cpu())
         loss = self._by_bin(errors)
         return {
             "loss": float(loss.mean()),
@@ -148,90 +149,11 @@ class Validation:
         return torch.stack([joined[self.bins == number].mean() for number in self.bins.unique().tolist()])
 
 
-def _error(velocity: Tensor, batch: FlowBatch) -> Tensor:
+def squared_error(velocity: Tensor, batch: FlowBatch) -> Tensor:
+    """Mean over each sample's values, (N,) float32."""
     return (velocity.float() - batch.velocity).square().flatten(1).mean(1)
 
 
 def predicted(model: DiTTransformer2DModel, batch: FlowBatch) -> Tensor:
     velocity: Tensor = model(batch.x, timestep=TIMES * batch.t, class_labels=batch.classes).sample
     return velocity
-
-
-def new_transformer(shape: tuple[int, int, int], settings: DiffusionSettings) -> DiTTransformer2DModel:
-    """A fresh DiT for latents of `shape`, begun as its authors begin it (facebookresearch/DiT, initialize_weights)."""
-    channels, side, _ = shape
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(settings.seed)
-        model = DiTTransformer2DModel(
-            num_attention_heads=settings.chosen("width") // HEAD_CHANNELS,
-            attention_head_dim=HEAD_CHANNELS,
-            in_channels=channels,
-            out_channels=channels,
-            num_layers=settings.chosen("depth"),
-            sample_size=side,
-            patch_size=settings.chosen("patch_size"),
-            attention_bias=True,
-            num_embeds_ada_norm=NULL_CLASS,
-        )
-        for name, module in model.named_modules():
-            if isinstance(module, (nn.Linear, nn.Conv2d)):
-                nn.init.xavier_uniform_(module.weight.view(len(module.weight), -1))
-                nn.init.zeros_(module.bias)
-            elif isinstance(module, nn.Embedding):
-                nn.init.normal_(module.weight, std=0.02)
-            if "timestep_embedder.linear" in name:
-                nn.init.normal_(module.weight, std=0.02)
-            elif name.endswith("norm1.linear") or name in ("proj_out_1", "proj_out_2"):
-                nn.init.zeros_(module.weight)
-    # in evaluation mode its blocks would each drop other classes; which are dropped is the sample's business
-    return model.eval()
-
-
-class Trainer:
-    """The transformer, its averaged copy and AdamW; `step` counts the batches that they have seen."""
-
-    def __init__(self, latents: LatentCache, settings: DiffusionSettings, device: torch.device):
-        self.latents, self.settings, self.device = latents, settings, device
-        self.model = new_transformer(latents.shape, settings).to(device)
-        self.average = new_transformer(latents.shape, settings).to(device).requires_grad_(False)
-        rate = settings.chosen("lr")
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=0.0)
-        self.step, self.steps = 0, settings.chosen("steps")
-
-    def losses(self) -> Iterator[Tensor]:
-        """Trains up to the last step; after each, its loss as a tensor on the device."""
-        bf16 = torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.chosen("precision") == "bf16")
-        while self.step < self.steps:
-            batch = training_batch(self.latents, self.settings, self.step).to(self.device)
-            for group in self.optimizer.param_groups:
-                group["lr"] = self.rate(self.step)
-            with bf16:
-                velocity = predicted(self.model, batch)
-            loss = _error(velocity, batch).mean()
-            loss.backward()
-            nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-            self.optimizer.step()
-            self.optimizer.zero_grad()
-            self.step += 1
-            # early on a shorter average, or the fresh weights would stay in it
-            decay = min(self.settings.chosen("ema_decay"), (1 + self.step) / (10 + self.step))
-            own = [parameter.detach() for parameter in self.model.parameters()]
-            torch._foreach_lerp_(list(self.average.parameters()), own, 1 - decay)
-            yield loss.detach()
-
-    def rate(self, step: int) -> float:
-        """Rises over the first twentieth of the steps, then falls as a cosine to a tenth."""
-        warmup = max(1, self.steps // 20)
-        part = (step - warmup) / max(1, self.steps - warmup)
-        shape = (step + 1) / warmup if step < warmup else 0.55 + 0.45 * math.cos(math.pi * part)
-        return float(self.settings.chosen("lr")) * shape
-
-    def state(self) -> dict[str, Any]:
-        networks = {"model": self.model.state_dict(), "average": self.average.state_dict()}
-        return networks | {"optimizer": self.optimizer.state_dict(), "step": self.step}
-
-    def load(self, state: dict[str, Any]) -> None:
-        self.model.load_state_dict(state["model"])
-        self.average.load_state_dict(state["average"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.step = state["step"]

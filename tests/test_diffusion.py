@@ -23,7 +23,8 @@ from latent_ae.order import posterior_noise
 from latent_ae_eval.__main__ import main
 from latent_ae_eval.config import DiffusionSettings
 from latent_ae_eval.diffusion import evaluate_diffusion
-from latent_ae_eval.flow import NULL_CLASS, Trainer, Trivial, Validation, flow_batch, training_batch
+from latent_ae_eval.flow import NULL_CLASS, Trivial, Validation, flow_batch, training_batch
+from latent_ae_eval.flow_training import Trainer
 from latent_ae_eval.sampling import distance, samples, stock_pipeline
 
 from .test_first_stages import tiny
@@ -267,7 +268,7 @@ def test_the_whole_way_is_repeatable_resumable_and_loads_as_stock(
             raise KeyboardInterrupt
         return measure(self, *arguments)
 
-    monkeypatch.setattr("latent_ae_eval.diffusion.CHECKPOINT_SECONDS", -1)
+    monkeypatch.setattr("latent_ae_eval.flow_training.CHECKPOINT_SECONDS", -1)
     monkeypatch.setattr(Validation, "measure", dies)
     with pytest.raises(KeyboardInterrupt):
         evaluate_diffusion(model, images, settings, out=tmp_path / "b")
@@ -323,7 +324,7 @@ def test_mistakes_end_with_a_message(model, images, latents, tmp_path, capsys, m
     tiny("AutoencoderKL").save_pretrained(tmp_path / "other")
     assert "another model" in message(tmp_path / "other", f"latents={latents.folder}")
     assert "framed" in message(model, f"latents={latents.folder}", "resolution=32")
-    assert "same images" in message(model, f"latents={latents.folder}", f"held_out_latents={latents.folder}")
+    assert "80 of its 80 images" in message(model, f"latents={latents.folder}", f"held_out_latents={latents.folder}")
     assert "patch_size" in message(model, "patch_size=3")
     assert "too small" in message(model, "resolution=8")
     monkeypatch.setattr("latent_ae_eval.diffusion.processes", lambda device: (SimpleNamespace(num_processes=2), device))
