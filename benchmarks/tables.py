@@ -12,7 +12,7 @@ from typing import Any
 from benchmarks.machine import RESULTS
 
 DOCS = Path(__file__).parent.parent / "docs"
-PAGES = (DOCS / "performance.md", DOCS / "multi-gpu.md", DOCS / "linear-start.md")
+PAGES = (DOCS / "performance.md", DOCS / "multi-gpu.md", DOCS / "linear-start.md", DOCS / "encode.md")
 
 
 def main() -> None:
@@ -137,6 +137,25 @@ def evaluate_memory_table(result: dict[str, Any]) -> str:
     )
 
 
+def encode_table(result: dict[str, Any]) -> str:
+    rates = result["latents_per_second"]
+    lines = [
+        f"{where(result)}.",
+        "",
+        "| | images/s, best round | images per processor second | bytes per image | PSNR of reconstructions (dB) |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for row in result["writing"].values():
+        for who, precision in (("plain loop", "fp32"), ("ours", "fp16")):
+            lines.append(
+                f"| {row['images']} images of {row['side_px']} px, {who} | {row[who]['images_per_second']:.1f} "
+                f"| {row[who]['images_per_cpu_second']:.1f} "
+                f"| {row[who]['bytes_per_image']:,} | {row['psnr'][precision]:.4f} |"
+            )
+    lines += ["", "| read in batches of 256 | latents/s |", "|---|---:|"]
+    return "\n".join(lines + [f"| {name} | {rate:,} |" for name, rate in rates.items()])
+
+
 def where(result: dict[str, Any]) -> str:
     machine = result["machine"]
     return (
@@ -156,6 +175,7 @@ MAKERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "processes": processes_table,
     "evaluate-memory": evaluate_memory_table,  # before the other, whose name it begins with
     "evaluate": evaluate_table,
+    "encode": encode_table,
 }
 
 

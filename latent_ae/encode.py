@@ -4,48 +4,33 @@ from latent_ae.encode import encode_images
 encode_images("runs/mine/export", "/my/photos", "latents/mine")
 """
 
-import os
-import shutil
 import sys
 import time
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from importlib.metadata import version
-from itertools import groupby
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet
 import torch
-from filelock import FileLock, Timeout
+from datasets import Array3D
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from latent_ae.classes import Classes, find_classes
 from latent_ae.config import UserError
-from latent_ae.data import open_images, stop_if_too_many_bad
+from latent_ae.data import open_images
 from latent_ae.encode_settings import EncodeSettings
 from latent_ae.first_stages import CPU_BATCH_PX, FAMILIES, FirstStage, open_first_stage
 from latent_ae.held_out import Framing, HeldOutImage, HeldOutImages, Part
-from latent_ae.latent_cache import (
-    DATA,
-    FORMAT,
-    MANIFEST,
-    STORED,
-    UNFINISHED,
-    features_of,
-    read_manifest,
-    read_notes,
-    write_manifest,
-    write_shard,
-)
+from latent_ae.latent_files import FORMAT, STORED, LatentFolder, features_of, read_manifest
 from latent_ae.locations import SPLIT_NAMES
 from latent_ae.processes import on_main, processes, together
-from latent_ae.sources import StoredImages, StreamSource, TableSource, fingerprint, source_stamp
+from latent_ae.sources import StoredImages, StreamSource, TableSource, source_stamp
 
 PACKAGES = ("latent-ae", "torch", "diffusers", "numpy", "pillow")
-LOCK = ".encode.lock"
 KIND_OF_LATENT = {
     "posterior": "moments of the posterior",
     "deterministic": "latents; there is no posterior",
@@ -88,20 +73,31 @@ def encode_images(
         source, settings.data(str(data)), stage.channels or 3, Framing(**settings.framing()), _factor(stage, settings)
     )
     manifest = _manifest(stage, str(data), source, classes, settings)
-    job = _Job(stage, settings, source, classes, manifest, out, device)
+    features = features_of(
+        tuple(manifest["latent"]["shape"]),
+        settings.stored,
+        posterior=stage.has_posterior,
+        flips=settings.flips,
+        names=classes.names if classes else None,
+        labels=classes is not None,
+    )
+    folder = LatentFolder(out, manifest, features)
+    encoder = _Encoder(stage, settings, source, classes, folder, device)
     with ExitStack() as stack:
         # TF32 convolutions would move the third digit
         stack.enter_context(
             torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
         )
-        done = on_main(state, lambda: job.begin(stack))
+        done = on_main(state, lambda: folder.begin(stack))
         if done is not None:
-            if not job.folder.is_dir():
-                raise UserError(f"OUT: this process does not see {job.folder}; give a folder that all machines share")
+            if not folder.unfinished.is_dir():
+                raise UserError(
+                    f"OUT: this process does not see {folder.unfinished}; give a folder that all machines share"
+                )
             part = Part(state.process_index, state.num_processes, settings.shard_size, done)
             shows = progress and state.is_main_process
-            counts = together(lambda: job.run(replace(images, part=part), shows))
-            manifest = on_main(state, job.finish)
+            counts = together(lambda: encoder.run(replace(images, part=part), shows))
+            manifest = on_main(state, lambda: folder.finish(settings.max_bad_fraction))
         else:
             manifest, counts = on_main(state, lambda: read_manifest(out) or {}), [0]
         state.wait_for_everyone()
@@ -110,146 +106,62 @@ def encode_images(
     return manifest | {"folder": str(out), "device": device.type, "processes": state.num_processes} | took
 
 
-class _Job:
-    """One process's part of the work, and what the main one does before and after."""
+@dataclass
+class _Encoder:
+    """Makes files of one process's images."""
 
-    def __init__(
-        self,
-        stage: FirstStage,
-        settings: EncodeSettings,
-        source: StoredImages,
-        classes: Classes | None,
-        manifest: dict[str, Any],
-        out: Path,
-        device: torch.device,
-    ):
-        self.stage, self.settings, self.source, self.classes = stage, settings, source, classes
-        self.manifest, self.out, self.folder, self.device = manifest, out, out / UNFINISHED, device
-        self.shards, self.split = manifest["shards"], manifest["split"]
-        self.features = features_of(
-            tuple(manifest["latent"]["shape"]),
-            settings.stored,
-            posterior=stage.has_posterior,
-            flips=settings.flips,
-            names=classes.names if classes else None,
-            labels=classes is not None,
-        )
-
-    def begin(self, stack: ExitStack) -> frozenset[int] | None:
-        """Takes the folder for this job; the finished shards, or None when all is done."""
-        try:
-            self.out.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(FileLock(self.out / LOCK, timeout=0))
-            found = read_manifest(self.out)
-            if found is None:
-                others = [path.name for path in self.out.iterdir() if not path.name.startswith(".")]
-                if others:
-                    raise UserError(f"OUT: {self.out} holds other files ({others[0]}); give a new or empty folder")
-                self._check_space()
-                write_manifest(self.out, self.manifest)
-            else:
-                _refuse_others(found["made_from"], self.manifest["made_from"], self.out)
-                if found["complete"]:
-                    print(f"{self.out} is complete already", file=sys.stderr)
-                    return None
-            if (self.out / DATA).is_dir():  # killed between the last two steps
-                os.replace(self.out / DATA, self.folder)
-            self.folder.mkdir(exist_ok=True)
-            for part in self.folder.glob(".*.part"):
-                part.unlink()
-            done = frozenset(number for number in range(self.shards) if read_notes(self._path(number)) is not None)
-            if done:
-                print(f"going on from {len(done)} of {self.shards} finished files", file=sys.stderr)
-            return done
-        except Timeout:
-            raise UserError(f"OUT: another process is encoding into {self.out}; wait for it") from None
-        except OSError as error:
-            raise UserError(f"OUT: cannot write into {self.out}: {error.strerror or error}") from error
+    stage: FirstStage
+    settings: EncodeSettings
+    source: StoredImages
+    classes: Classes | None
+    folder: LatentFolder
+    device: torch.device
 
     def run(self, images: HeldOutImages, shows: bool) -> int:
         """Encodes this process's shards that are not done, each written as soon as it is; the number of images."""
         size, total, count = self.settings.shard_size, len(self.source), 0
-        mine = sum(images.part.holds(index) for index in range(0, total, size)) * size
+        mine = sum(min(size, total - index) for index in range(0, total, size) if images.part.holds(index))
         interval = 0.5 if sys.stderr.isatty() else 30
-        with tqdm(total=min(mine, total), desc="encode", unit="image", disable=not shows, mininterval=interval) as bar:
+        with tqdm(total=mine, desc="encode", unit="image", disable=not shows, mininterval=interval) as bar:
             for number, group in groupby(images.items(), key=lambda item: item.index // size):
-                items = list(group)
-                readable = [item for item in items if item.image is not None]
-                notes = {
-                    "manifest": self.manifest,
-                    "skipped": [f"{item.name}: {item.reason}" for item in items if item.image is None],
-                    "enlarged": sum(item.enlarged for item in readable),
-                }
-                columns = self._facts(readable) | self._latents(readable, bar)
-                try:
-                    write_shard(self._path(number), columns, self.features, notes)
-                except OSError as error:
-                    raise UserError(
-                        f"OUT: cannot write {self._path(number)}: {error}. The finished files stay; free space, then "
-                        "run the same command again"
-                    ) from error
-                bar.update(len(items) - len(readable))
-                count += len(items)
+                seen, skipped, parts = list[HeldOutImage](), list[str](), list[dict[str, Tensor]]()
+                # batches of one shard, so that its file depends on nothing else
+                while batch := list(islice(group, self._batch_size)):
+                    readable = [item for item in batch if item.image is not None]
+                    if readable:
+                        parts.append(self._latents([item.image for item in readable if item.image is not None]))
+                    seen += [replace(item, image=None) for item in readable]
+                    skipped += [f"{item.name}: {item.reason}" for item in batch if item.image is None]
+                    bar.update(len(batch))
+                columns = self._facts(seen) | self._columns(parts, seen)
+                self.folder.write(number, columns, skipped, sum(item.enlarged for item in seen))
+                count += len(seen) + len(skipped)
         return count
 
-    def finish(self) -> dict[str, Any]:
-        """When all shards are there: counts, names the skipped images, and declares the folder complete."""
-        skipped, digests, enlarged = [], list[str](), 0
-        for number in range(self.shards):
-            notes = read_notes(self._path(number))
-            assert notes is not None, f"shard {number} is missing"
-            skipped += notes["skipped"]
-            enlarged += notes["enlarged"]
-            digests += pyarrow.parquet.read_table(self._path(number), columns=["digest"])["digest"].to_pylist()
-        self._report_skipped(skipped, len(digests))
-        if enlarged:
-            print(f"{enlarged:,} of {len(digests):,} images are smaller than the crop and were enlarged to fit",
-                  file=sys.stderr)  # fmt: skip
-        counts = {"num_images": len(digests), "fingerprint": fingerprint(digests)}
-        counts |= {"enlarged": enlarged, "skipped": skipped}
-        manifest = self.manifest | {"complete": True, "data": self.manifest["data"] | counts}
-        try:
-            os.replace(self.folder, self.out / DATA)
-            write_manifest(self.out, manifest)
-        except OSError as error:
-            raise UserError(f"OUT: cannot write into {self.out}: {error.strerror or error}") from error
-        return manifest
-
-    def _report_skipped(self, skipped: list[str], num_read: int) -> None:
-        total = num_read + len(skipped)
-        if not num_read:
-            raise UserError(f"DATA: none of the {total} images is readable; {skipped[0]}")
-        bound = self.settings.max_bad_fraction
-        try:
-            stop_if_too_many_bad(len(skipped), total, skipped, num_images=total, max_bad_fraction=bound)
-        except UserError as error:
-            raise UserError(str(error).replace("data.", "", 1)) from error
-        if skipped:
-            print(f"skipped {len(skipped)} of {total} images:\n  " + "\n  ".join(skipped), file=sys.stderr)
+    @property
+    def _batch_size(self) -> int:
+        size = self.settings.batch_size
+        return size if self.device.type != "cpu" else max(1, min(size, CPU_BATCH_PX // self.settings.resolution**2))
 
     @torch.no_grad()
-    def _latents(self, items: list[HeldOutImage], bar: tqdm) -> dict[str, np.ndarray]:
-        """Columns of moments, in the stored type; batches are of one shard, so that its file depends on it alone."""
-        size = self.settings.batch_size
-        if self.device.type == "cpu":
-            size = max(1, min(size, CPU_BATCH_PX // self.settings.resolution**2))
-        parts: list[dict[str, Tensor]] = []
-        for first in range(0, len(items), size):
-            batch = items[first : first + size]
-            images = torch.stack([item.image for item in batch if item.image is not None])
-            if self.device.type == "cuda":
-                images = images.pin_memory().to(self.device, non_blocking=True)
-            parts.append(self._moments(images, ""))
-            if self.settings.flips:
-                parts[-1] |= self._moments(images.flip(3), "_flip")
-            bar.update(len(batch))
-        found = {name: np.zeros((0, *self.manifest["latent"]["shape"]), STORED[self.settings.stored])
-                 for name in self.features if name.startswith(("mean", "logvar"))}  # fmt: skip
-        if parts:
-            found = {name: torch.cat([part[name] for part in parts]).cpu().numpy() for name in found}
-        for name, values in found.items():
-            self._refuse_infinite(name, values, items)
-        return found
+    def _latents(self, batch: list[Tensor]) -> dict[str, Tensor]:
+        """By column, on the device, in the stored type."""
+        images = torch.stack(batch)
+        if self.device.type == "cuda":
+            images = images.pin_memory().to(self.device, non_blocking=True)
+        found = self._moments(images, "")
+        return found | (self._moments(images.flip(3), "_flip") if self.settings.flips else {})
+
+    def _columns(self, parts: list[dict[str, Tensor]], items: list[HeldOutImage]) -> dict[str, np.ndarray]:
+        """A shard's latents; waits for the device."""
+        columns = dict[str, np.ndarray]()
+        for name, feature in self.folder.features.items():
+            if isinstance(feature, Array3D):
+                columns[name] = np.zeros((0, *feature.shape))
+                if parts:
+                    columns[name] = torch.cat([part[name] for part in parts]).cpu().numpy()
+                self._refuse_infinite(name, columns[name], items)
+        return columns
 
     def _moments(self, images: Tensor, suffix: str) -> dict[str, Tensor]:
         mean, logvar = self.stage.moments(images.contiguous(memory_format=torch.channels_last))
@@ -274,18 +186,6 @@ class _Job:
         if self.classes is not None:
             facts["label"] = self.classes.labels[[item.index for item in items]]
         return facts
-
-    def _path(self, number: int) -> Path:
-        return self.folder / f"{self.split}-{number:05d}-of-{self.shards:05d}.parquet"
-
-    def _check_space(self) -> None:
-        values = int(np.prod(self.manifest["latent"]["shape"])) * (1 + self.stage.has_posterior)
-        each = values * (1 + self.settings.flips) * np.dtype(STORED[self.settings.stored]).itemsize
-        needed, free = len(self.source) * each, shutil.disk_usage(self.out).free
-        if free < needed:
-            raise UserError(
-                f"OUT: {self.out} has {free / 1e9:.1f} GB free and the latents need {needed / 1e9:.1f} GB; free space"
-            )
 
 
 def _opened(data: str, settings: EncodeSettings) -> tuple[StoredImages, Classes | None]:
@@ -341,19 +241,3 @@ def _manifest(
             "versions": {name: version(name) for name in PACKAGES},
         },
     }
-
-
-def _refuse_others(found: dict[str, Any], wanted: dict[str, Any], out: Path) -> None:
-    """Raises UserError naming what is different about the latents that are there."""
-    differs = []
-    if found["model"] != wanted["model"]:
-        differs.append("another model (or other weights)")
-    if found["data"] != wanted["data"]:
-        differs.append("other images (or some were added, removed or written to)")
-    for name in ("settings", "versions"):
-        keys = [key for key in wanted[name] if found[name].get(key) != wanted[name][key]]
-        differs += [f"{key}={found[name].get(key)}, not {wanted[name][key]}" for key in keys]
-    if differs:
-        raise UserError(
-            f"OUT: {out} holds latents of {'; '.join(differs)} ({MANIFEST} says more). Give another folder or remove it"
-        )

@@ -4,9 +4,6 @@ cache = open_latents("latents/imagenet")
 z = cache.scaled(cache.batch([0, 5, 9], noise=torch.randn(3, *cache.shape)))   # unit variance
 """
 
-import contextlib
-import json
-import os
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -14,18 +11,11 @@ from typing import Any
 
 import datasets
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet
 import torch
 from torch import Tensor
 
 from latent_ae.config import UserError
-
-FORMAT = 1
-MANIFEST, DATA, UNFINISHED = "manifest.json", "data", "unfinished"
-NOTES = b"latent_ae"
-"""Key of the Parquet files' metadata: what the manifest says, and of which images there is nothing and why."""
-STORED = {"fp16": "float16", "fp32": "float32"}
+from latent_ae.latent_files import DATA, MANIFEST, read_manifest
 
 
 def open_latents(folder: str | Path) -> "LatentCache":
@@ -37,8 +27,8 @@ def open_latents(folder: str | Path) -> "LatentCache":
     if not manifest["complete"]:
         raise UserError(f"{folder}: the latents are unfinished; run the same `latent-ae encode` again")
     files = sorted((folder / DATA).glob("*.parquet"))
-    if len(files) != manifest["shards"]:
-        raise UserError(f"{folder}: {len(files)} of {manifest['shards']} files are there; copy or encode it again")
+    if len(files) != manifest["files"]:
+        raise UserError(f"{folder}: {len(files)} of {manifest['files']} files are there; copy or encode it again")
     try:
         dataset = datasets.load_dataset("parquet", data_files=[str(file) for file in files], split="train")
     except Exception as error:  # whatever datasets raises here is about the files
@@ -95,7 +85,7 @@ class LatentCache:
         """(N,) int64, -1 where there is none; None for images without classes."""
         if "label" not in self.dataset.column_names:
             return None
-        return np.asarray(self.dataset.data.column("label").combine_chunks(), dtype=np.int64)
+        return np.array(self.dataset.data.column("label"), dtype=np.int64)
 
     @property
     def class_names(self) -> list[str] | None:
@@ -166,66 +156,6 @@ class LatentCache:
                 sizes = [len(piece) for piece in pieces]
                 found[name] = (np.cumsum([0, *sizes[:-1]]), pieces)
         return found
-
-
-def features_of(
-    shape: tuple[int, int, int], stored: str, *, posterior: bool, flips: bool, names: list[str] | None, labels: bool
-) -> datasets.Features:
-    """Columns of a cache. `stored`: fp16 or fp32."""
-    columns: dict[str, Any] = {"id": datasets.Value("string"), "digest": datasets.Value("string")}
-    if labels:
-        columns["label"] = datasets.ClassLabel(names=names) if names else datasets.Value("int64")
-    kinds = ["mean", "logvar"] if posterior else ["mean"]
-    for kind in [*kinds, *(f"{kind}_flip" for kind in kinds if flips)]:
-        columns[kind] = datasets.Array3D(shape, STORED[stored])
-    return datasets.Features(columns)
-
-
-def write_shard(path: Path, columns: dict[str, Any], features: datasets.Features, notes: dict[str, Any]) -> None:
-    """Whole or not at all: a Parquet file that `datasets` loads with `features`. Raises OSError."""
-    table = datasets.Dataset.from_dict(columns, features=features).data.table
-    metadata = {**table.schema.metadata, NOTES: json.dumps(notes, sort_keys=True).encode()}
-    part = path.with_name(f".{path.name}.part")
-    try:
-        with part.open("wb") as stream:
-            # half-precision latents do not compress, and no two are alike
-            pa.parquet.write_table(
-                table.replace_schema_metadata(metadata), stream, compression="none", use_dictionary=False
-            )
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def read_notes(path: Path) -> dict[str, Any] | None:
-    """What `write_shard` was given; None for a file that it did not write whole."""
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        notes: dict[str, Any] = json.loads(pa.parquet.read_schema(path).metadata[NOTES])
-        return notes
-    return None
-
-
-def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """None where there is none. Raises UserError for a file that is something else."""
-    path = folder / MANIFEST
-    if not path.exists():
-        return None
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from None
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT or "complete" not in manifest:
-        raise UserError(f"{path} is not of a latent cache (or of another version of this program)")
-    return manifest
-
-
-def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
-    """Whole or not at all. Raises OSError."""
-    part = folder / f".{MANIFEST}.part"
-    part.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-    os.replace(part, folder / MANIFEST)
 
 
 def _as_array(chunk: Any, shape: tuple[int, int, int]) -> np.ndarray:

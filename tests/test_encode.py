@@ -21,10 +21,13 @@ from filelock import FileLock
 from PIL import Image
 
 from benchmarks.plain_evaluation import center_crop_arr
+from latent_ae.__main__ import main
 from latent_ae.config import UserError
-from latent_ae.encode import LOCK, encode_images
+from latent_ae.encode import encode_images
 from latent_ae.encode_settings import EncodeSettings
+from latent_ae.first_stages import FAMILIES
 from latent_ae.latent_cache import open_latents
+from latent_ae.latent_files import LOCK
 
 from .launch import ROOT, launch_module
 from .test_first_stages import tiny
@@ -103,7 +106,7 @@ def test_moments_are_those_of_stock_diffusers(model, photos, tmp_path, stored, r
 
 def test_datasets_loads_it_and_the_metadata_says_what_it_is(cache):
     manifest = json.loads((cache / "manifest.json").read_text())
-    assert manifest["complete"] and manifest["shards"] == 4 and manifest["data"]["num_images"] == 7
+    assert manifest["complete"] and manifest["files"] == 4 and manifest["data"]["num_images"] == 7
     assert manifest["latent"] == {
         "kind": "moments of the posterior",
         "shape": [4, 8, 8],
@@ -176,7 +179,7 @@ def test_a_killed_encoding_goes_on_and_ends_like_one_that_was_not(model, photos,
 
 
 def test_the_last_two_steps_can_be_interrupted(model, photos, cache, tmp_path, monkeypatch):
-    monkeypatch.setattr("latent_ae.encode.write_manifest", interrupted_when_complete)
+    monkeypatch.setattr("latent_ae.latent_files.write_manifest", interrupted_when_complete)
     out = tmp_path / "out"
     with pytest.raises(KeyboardInterrupt):
         encode_images(model, photos, out, SETTINGS)
@@ -216,12 +219,176 @@ def test_a_finished_folder_is_left_as_it_is_and_of_another_refused(model, photos
         FileLock(cache / LOCK),
         pytest.raises(UserError, match="another process is encoding"),
     ):
-        subprocess_free(model, photos, cache)
+        encode_images(model, photos, cache, SETTINGS)
 
 
-def subprocess_free(model: Path, photos: Path, cache: Path) -> None:
-    """In another thread, because a lock of this one is this thread's own."""
-    from concurrent.futures import ThreadPoolExecutor
+def test_unreadable_images_are_left_out_named_and_bounded(model, photos, tmp_path, capsys):
+    some, out = tmp_path / "some", tmp_path / "out"
+    some.mkdir()
+    for number, file in enumerate(sorted(photos.rglob("*.png"))[:3]):
+        (some / f"{4 * number}.png").write_bytes(file.read_bytes())
+    for name in ("1.png", "2.png", "3.png", "9.png"):  # a whole file of the cache each: 2 and 3, 9
+        (some / name).write_bytes(b"not a picture")
+    with pytest.raises(UserError, match=r"^max_bad_fraction: 4 of the first 7 images were unreadable(.|\n)*1.png: not"):
+        encode_images(model, some, out, SETTINGS)
+    assert len(list((out / "unfinished").iterdir())) == 4
+    written = {path: path.stat().st_mtime_ns for path in (out / "unfinished").iterdir()}
+    manifest = encode_images(model, some, out, SETTINGS.model_copy(update={"max_bad_fraction": 0.6}))
+    kept = {out / "unfinished" / path.name: path.stat().st_mtime_ns for path in (out / "data").iterdir()}
+    assert len(kept) == 2 and kept.items() < written.items()  # nothing done twice; none without rows
+    assert "skipped 4 of 7 images:\n  1.png: " in capsys.readouterr().err
+    assert [line.split(":")[0] for line in manifest["data"]["skipped"]] == ["1.png", "2.png", "3.png", "9.png"]
+    latents = open_latents(out)
+    assert latents.dataset["id"][:] == ["0.png", "4.png", "8.png"] and latents.labels is None
+    for row, number in enumerate((0, 4, 8)):
+        expected = direct(model, some / f"{number}.png")["mean"]
+        torch.testing.assert_close(latents.batch([row])[0], expected, rtol=HALF, atol=2e-6)
+    assert datasets.load_dataset(str(out), split="train").num_rows == 3
+    (none := tmp_path / "none").mkdir()
+    (none / "a.png").write_bytes(b"")
+    with pytest.raises(UserError, match="none of the 1 images is readable; a.png"):
+        encode_images(model, none, tmp_path / "nothing", SETTINGS)
 
-    with ThreadPoolExecutor(1) as pool:
-        pool.submit(encode_images, model, photos, cache, SETTINGS).result()
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name != "AutoencoderKL"])
+def test_every_class_of_first_stage_is_encoded(name, photos, tmp_path):
+    vae = tiny(name).eval()
+    manifest = encode_images(vae, photos, tmp_path / "out", SETTINGS.model_copy(update={"resolution": 32}))
+    latents, has_posterior = open_latents(tmp_path / "out"), FAMILIES[name].latent == "posterior"
+    assert latents.has_posterior == has_posterior == ("logvar_flip" in latents.dataset.column_names)
+    assert ("before quantisation" in manifest["latent"]["kind"]) == (name == "VQModel")
+    pixels = center_crop_arr(Image.open(sorted(photos.rglob("*.png"))[6]), 32)
+    with torch.no_grad():
+        encoded = vae.encode(torch.from_numpy(pixels / 127.5 - 1).float().permute(2, 0, 1)[None])
+    expected = encoded.latent_dist.mean if has_posterior else encoded[0]
+    torch.testing.assert_close(latents.batch([6]), expected, rtol=HALF, atol=1e-5)
+    if not has_posterior:
+        with pytest.raises(ValueError, match="no posterior"):
+            latents.batch([0], noise=torch.zeros(1, *latents.shape))
+
+
+def table_of(folder: Path, photos: Path, **columns) -> Path:
+    """A Parquet file of the seven pictures with further columns (feature, values)."""
+    images = [{"bytes": path.read_bytes(), "path": None} for path in sorted(photos.rglob("*.png"))]
+    features = {"image": datasets.Image()} | {name: feature for name, (feature, _) in columns.items()}
+    values = {"image": images} | {name: list(column) for name, (_, column) in columns.items()}
+    datasets.Dataset.from_dict(values, features=datasets.Features(features)).to_parquet(folder / "table.parquet")
+    return folder / "table.parquet"
+
+
+def test_labels_of_tables_and_parts_of_the_data(model, photos, tmp_path):
+    names = ["a", "b", "c", "d"]
+    columns = {
+        "label": (datasets.ClassLabel(names=names), [3, 1, -1, 0, 3, 1, 0]),
+        "fine": (datasets.Value("int32"), [9, 8, 7, None, 5, 4, 3]),
+        "caption": (datasets.Value("string"), ["x"] * 7),
+    }
+    table = table_of(tmp_path, photos, **columns)
+
+    def encoded(out: str, **changes):
+        encode_images(model, table, tmp_path / out, SETTINGS.model_copy(update={"flips": False} | changes))
+        return open_latents(tmp_path / out)
+
+    whole = encoded("whole")
+    assert (whole.labels.tolist(), whole.class_names, whole.num_classes) == (columns["label"][1], names, 4)
+    assert whole.dataset["id"][:] == list("0123456") and not whole.has_flips
+    with pytest.raises(ValueError, match="flips=false"):
+        whole.batch([0], [True])
+    fine = encoded("fine", label_column="fine")
+    assert (fine.labels.tolist(), fine.class_names, fine.num_classes) == ([9, 8, 7, -1, 5, 4, 3], None, 10)
+    assert encoded("none", label_column=None).labels is None
+    for column, message in (("caption", "holds Value"), ("nothing", "is not there; besides images: label, fine")):
+        with pytest.raises(UserError, match=f"label_column: {column} of .* {message}"):
+            encoded("never", label_column=column)
+    parts = [encoded(part, part=part, eval_fraction=0.3) for part in ("train", "held_out")]
+    ids = [part.dataset["id"][:] for part in parts]
+    assert len(ids[1]) == 2 and sorted(ids[0] + ids[1]) == list("0123456")
+    for part, numbers in zip(parts, ids, strict=True):
+        rows = [int(number) for number in numbers]
+        assert part.labels.tolist() == whole.labels[rows].tolist()
+        assert torch.equal(part.batch(range(len(part))), whole.batch(rows))
+    assert list(datasets.load_dataset(str(tmp_path / "held_out"))) == ["validation"]
+
+
+def test_folders_are_classes_only_if_every_image_has_one(model, photos, tmp_path):
+    mixed = tmp_path / "mixed" / "cats"
+    mixed.mkdir(parents=True)
+    for folder in (mixed, mixed.parent):
+        (folder / "a.png").write_bytes((photos / "chat" / "1.png").read_bytes())
+    assert encode_images(model, mixed.parent, tmp_path / "out", SETTINGS)["labels"] is None
+    assert encode_images(model, mixed, tmp_path / "one", SETTINGS)["labels"] is None
+    held_out = SETTINGS.model_copy(update={"part": "held_out", "eval_fraction": 0.1})
+    one = encode_images(model, photos, tmp_path / "held", held_out)
+    assert one["data"]["num_images"] == 1 and one["labels"]["names"] == ["chat", "größe"]  # numbered as in the whole
+    with pytest.raises(UserError, match="label_column: x is of tables"):
+        encode_images(model, photos, tmp_path / "never", SETTINGS.model_copy(update={"label_column": "x"}))
+
+
+def test_mistakes_end_with_exit_code_2_and_what_to_do(model, photos, cache, tmp_path, capsys):
+    (tmp_path / "file").write_text("in the way")
+    (tmp_path / "manifest.json").write_text('{"format": 7}')
+    for arguments, message in (
+        ([str(model), str(photos), str(tmp_path / "out"), "resolution=33"], "multiple of the model's factor 2; use 32"),
+        (
+            [str(model), str(photos), str(tmp_path / "out"), "resize_px=8"],
+            "8 is smaller than resolution 256",
+        ),
+        ([str(model), str(photos), str(tmp_path / "out"), "flip=false"], "did you mean flips"),
+        ([str(model), str(tmp_path / "nowhere"), str(tmp_path / "out")], "DATA: no such file or folder"),
+        ([str(model), str(photos), str(tmp_path / "out"), "split=test"], "split: "),
+        ([str(photos), str(photos), str(tmp_path / "out")], "no config.json"),
+        ([str(model), str(photos), str(tmp_path / "file"), "resolution=16"], "OUT: cannot write into"),
+        ([str(model), str(photos), str(tmp_path), "resolution=16"], "is not of a latent cache"),
+    ):
+        assert main(["encode", *arguments, "num_workers=0"]) == 2, arguments
+        captured = capsys.readouterr()
+        assert message in captured.err and "Traceback" not in captured.err and captured.out == "", captured.err
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(UserError, match="holds no latents"):
+        open_latents(tmp_path / "nowhere")
+    copy = tmp_path / "copy"
+    (copy / "data").mkdir(parents=True)
+    (copy / "manifest.json").write_bytes((cache / "manifest.json").read_bytes())
+    shards = sorted((cache / "data").iterdir())
+    for shard in shards[1:]:
+        (copy / "data" / shard.name).write_bytes(shard.read_bytes())
+    with pytest.raises(UserError, match="3 of 4 files are there"):
+        open_latents(copy)
+    (copy / "data" / shards[0].name).write_bytes(shards[1].read_bytes()[:-100])
+    with pytest.raises(UserError, match="cannot be read"):
+        open_latents(copy)
+    (copy / "data" / shards[0].name).write_bytes(shards[3].read_bytes())  # one image instead of two
+    with pytest.raises(UserError, match="6 of 7 latents"):
+        open_latents(copy)
+
+
+def test_latents_that_no_number_can_hold_are_refused(photos, tmp_path):
+    vae = tiny("AutoencoderKL")
+    with torch.no_grad():
+        vae.quant_conv.weight *= 1e6
+    with pytest.raises(UserError, match=r"chat/1.png: its mean holds values that are not finite; set stored=fp32"):
+        encode_images(vae, photos, tmp_path / "out", SETTINGS)
+    encode_images(vae, photos, tmp_path / "fp32", SETTINGS.model_copy(update={"stored": "fp32"}))
+    assert open_latents(tmp_path / "fp32").batch([0]).abs().max() > 65504
+
+
+def test_too_little_space_is_said_before_the_first_image(model, photos, tmp_path, monkeypatch):
+    needed = 7 * 4 * (4 * 8 * 8) * 2
+    for free, fits in ((needed - 1, False), (needed, True)):
+        monkeypatch.setattr("shutil.disk_usage", lambda path, free=free: type("Usage", (), {"free": free}))
+        if fits:
+            encode_images(model, photos, tmp_path / "out", SETTINGS)
+        else:
+            with pytest.raises(UserError, match="0.0 GB free and the latents need"):
+                encode_images(model, photos, tmp_path / "out", SETTINGS)
+
+
+def test_the_example_of_the_documentation_trains(cache, tmp_path, monkeypatch):
+    page = (ROOT / "docs" / "encode.md").read_text(encoding="utf-8")
+    example = page.split("```python\n")[1].split("```")[0]
+    monkeypatch.chdir(tmp_path)
+    os.symlink(cache, tmp_path / "latents", target_is_directory=True)
+    names: dict = {}
+    exec(example, names)
+    losses = names["losses"]
+    assert len(losses) == 60 and np.mean(losses[-10:]) < 0.85 * np.mean(losses[:5])
