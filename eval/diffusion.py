@@ -17,7 +17,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from diffusers import DiTPipeline
 from filelock import FileLock, Timeout
@@ -38,7 +37,7 @@ from latent_ae.sources import StoredImages, StreamSource
 
 from .config import DiffusionSettings
 from .diffusion_page import write_diffusion_page
-from .flow import NULL_CLASS, Trivial, Validation, classes_of
+from .flow import NULL_CLASS, Trivial, Validation, classes_of, some_of
 from .flow_training import Trainer, trained
 from .manifest import versions
 from .sampling import GRID, KINDS, Features, ImageSet, distances, feature_networks, image_set, samples, stock_pipeline
@@ -152,7 +151,7 @@ class _Job:
         pipeline = stock_pipeline(trainer.average, stage.module)
         _saved(pipeline, self.folder / "pipeline")
         count = min(settings.chosen("samples"), len(train))
-        classes = classes_of(train, [number * len(train) // count for number in range(count)]).tolist()
+        classes = classes_of(train, some_of(len(train), count)).tolist()
         with self._timed("sample"):
             sets = {"samples": self._set(samples(pipeline, classes, settings), networks, count, "samples")}
         with self._timed("measure"):
@@ -240,10 +239,10 @@ class _Job:
         return source
 
     def _images(self, part: Part, count: int) -> Iterator[Tensor]:
-        """Batches of `count` images, spread over all, framed as the latents' were: uint8 NCHW."""
+        """Batches of `count` images, drawn once for all, framed as the latents' were: uint8 NCHW."""
         encoding, source = self.settings.encoding(part), self._source(part)
         images = HeldOutImages(
-            source.subset(np.arange(count) * len(source) // count),
+            source.subset(some_of(len(source), count)),
             encoding.data(self.data),
             self.stage.channels or 3,
             Framing(**encoding.framing()),

@@ -45,7 +45,7 @@ class FlowBatch(NamedTuple):
 
 
 def flow_batch(
-    latents: LatentCache, seed: int, numbers: Sequence[int], rows: Sequence[int], t: Tensor | None = None
+    latents: LatentCache, seed: int, numbers: Sequence[int], rows: Sequence[int] | np.ndarray, t: Tensor | None = None
 ) -> FlowBatch:
     """The samples `numbers` made of the images `rows`; `t` (N,) in place of a random time keeps all classes."""
     uniform = augmentation_numbers(seed, numbers, 3)
@@ -63,7 +63,12 @@ def flow_batch(
     return FlowBatch((1 - s) * x0 + s * noise, t, classes, noise - x0)
 
 
-def classes_of(latents: LatentCache, rows: Sequence[int]) -> Tensor:
+def some_of(total: int, most: int) -> np.ndarray:
+    """Up to `most` of `total` rows, in order: drawn, because a regular step may meet the same class again and again."""
+    return np.sort(epoch_order(0, 0, total)[:most]).astype(np.int64)
+
+
+def classes_of(latents: LatentCache, rows: Sequence[int] | np.ndarray) -> Tensor:
     """(N,) int64: an image without a label has the null class; all have class 0 where there are no classes."""
     if latents.labels is None:
         return torch.zeros(len(rows), dtype=torch.int64)
@@ -89,11 +94,12 @@ class Trivial(NamedTuple):
     @staticmethod
     def of(latents: LatentCache, seed: int, most: int = 10_000) -> "Trivial":
         """Measured on up to `most` images, spread over all."""
-        count = min(len(latents), most)
+        chosen = some_of(len(latents), most)
+        count = len(chosen)
         total = squares = torch.zeros(latents.shape, dtype=torch.float64)
         for first in range(0, count, 512):
             picked = range(first, min(first + 512, count))
-            rows = [number * len(latents) // count for number in picked]
+            rows = chosen[picked.start : picked.stop]
             numbers = [STATISTICS + number for number in picked]
             x0 = flow_batch(latents, seed, numbers, rows, torch.zeros(len(rows))).x.double()
             total, squares = total + x0.sum(0), squares + x0.square().sum(0)
@@ -115,12 +121,13 @@ class Validation:
     """
 
     def __init__(self, latents: LatentCache, trivial: Trivial, settings: DiffusionSettings):
-        count = min(len(latents), settings.chosen("validation_images"))
+        chosen = some_of(len(latents), settings.chosen("validation_images"))
+        count = len(chosen)
         self.batches = []
         for first in range(0, count, settings.chosen("batch_size")):
             picked = range(first, min(first + settings.chosen("batch_size"), count))
             numbers = [VALIDATION + number for number in picked]
-            rows = [number * len(latents) // count for number in picked]
+            rows = chosen[picked.start : picked.stop]
             within = augmentation_numbers(settings.seed, numbers, 4)[:, 3]
             t = (torch.tensor([number % BINS for number in picked]) + within) / BINS
             self.batches.append(flow_batch(latents, settings.seed, numbers, rows, t))

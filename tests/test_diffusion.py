@@ -23,7 +23,7 @@ from latent_ae.order import posterior_noise
 from latent_ae_eval.__main__ import main
 from latent_ae_eval.config import DiffusionSettings
 from latent_ae_eval.diffusion import evaluate_diffusion
-from latent_ae_eval.flow import NULL_CLASS, Trivial, Validation, flow_batch, training_batch
+from latent_ae_eval.flow import NULL_CLASS, Trivial, Validation, classes_of, flow_batch, some_of, training_batch
 from latent_ae_eval.flow_training import Trainer
 from latent_ae_eval.sampling import distance, samples, stock_pipeline
 
@@ -173,8 +173,24 @@ def test_times_are_logit_normal_and_a_tenth_loses_its_class(latents):
     assert below == pytest.approx([0.1587, 0.5, 0.8413], abs=0.025)
     dropped = batch.classes == NULL_CLASS
     assert dropped.float().mean().item() == pytest.approx(0.1, abs=0.02)
-    labels = torch.from_numpy(latents.labels)[torch.arange(4000) % len(latents)]
+    labels = torch.tensor(latents.labels)[torch.arange(4000) % len(latents)]
     assert torch.equal(batch.classes[~dropped], labels[~dropped])
+
+
+def test_images_without_a_label_have_the_null_class(latents, monkeypatch):
+    monkeypatch.setitem(latents.__dict__, "labels", np.array([1, -1, 0]))
+    assert classes_of(latents, [2, 1, 0]).tolist() == [0, NULL_CLASS, 1]
+    monkeypatch.setitem(latents.__dict__, "labels", None)
+    assert classes_of(latents, [2, 1]).tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("period", [2, 10, 20])
+def test_a_choice_of_images_has_all_classes_of_data_in_a_regular_order(period):
+    rows = some_of(20_000, 1000)
+    assert len(set(rows.tolist())) == 1000 and rows.max() < 20_000 and (np.diff(rows) > 0).all()
+    counts = np.bincount(rows % period, minlength=period)
+    assert counts.min() > 0.6 * 1000 / period
+    assert some_of(5, 9).tolist() == [0, 1, 2, 3, 4]
 
 
 def test_every_image_is_seen_once_an_epoch(latents):
@@ -251,7 +267,7 @@ def test_the_whole_way_is_repeatable_resumable_and_loads_as_stock(
     pipeline.set_progress_bar_config(disable=True)
     settings = DiffusionSettings(**SMALL)
     labels = open_latents(tmp_path / "a" / "latents" / "train").labels
-    classes = [int(labels[number * 80 // 60]) for number in range(60)]
+    classes = [int(labels[row]) for row in some_of(80, 60)]
     drawn = torch.cat(list(samples(pipeline, classes, settings))).float() / 127.5 - 1
     expected = np.asarray(picture_grid([list(row) for row in drawn.split(8)]))
     assert np.array_equal(np.asarray(Image.open(tmp_path / "a" / "samples.png")), expected)
