@@ -142,7 +142,7 @@ def work(who: str, which: str, scratch_folder: str) -> None:
         for path in sorted((scratch / which).iterdir()):
             pixels = center_crop_arr(Image.open(path).convert("RGB"), side)
             image = (torch.from_numpy(pixels).permute(2, 0, 1).float() / 127.5 - 1)[None]
-            found = {}
+            found = dict[str, torch.Tensor]()
             for suffix, view in (("", image), ("_flip", image.flip(3))):
                 with torch.no_grad():
                     posterior = vae.encode(view).latent_dist

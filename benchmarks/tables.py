@@ -12,7 +12,7 @@ from typing import Any
 from benchmarks.machine import RESULTS
 
 DOCS = Path(__file__).parent.parent / "docs"
-PAGES = (DOCS / "performance.md", DOCS / "multi-gpu.md", DOCS / "linear-start.md", DOCS / "encode.md")
+PAGES = [DOCS / f"{name}.md" for name in ("performance", "multi-gpu", "linear-start", "encode", "export")]
 
 
 def main() -> None:
@@ -156,6 +156,22 @@ def encode_table(result: dict[str, Any]) -> str:
     return "\n".join(lines + [f"| {name} | {rate:,} |" for name, rate in rates.items()])
 
 
+def tiling_table(result: dict[str, Any]) -> str:
+    lines = [
+        f"{where(result)}.",
+        "",
+        "| decoded | processor time (s) | memory (GB) | PSNR against whole (dB) | largest difference | mean at seams "
+        "| mean elsewhere |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for row in result["rows"]:
+        cells = [f"{row['side_px']} px, {row['way']}", f"{row['cpu_s']:.1f}", f"{row['memory_gb']:.2f}"]
+        for key, digits in (("psnr", 1), ("max_abs", 4), ("mean_abs_at_seams", 5), ("mean_abs_elsewhere", 5)):
+            cells.append(f"{row[key]:.{digits}f}" if key in row else "")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def where(result: dict[str, Any]) -> str:
     machine = result["machine"]
     return (
@@ -176,6 +192,7 @@ MAKERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "evaluate-memory": evaluate_memory_table,  # before the other, whose name it begins with
     "evaluate": evaluate_table,
     "encode": encode_table,
+    "tiling": tiling_table,
 }
 
 

@@ -6,6 +6,10 @@ from collections.abc import Sequence
 
 COMMANDS = {
     "recon": "how near reconstructions come to their images: FID, KID, LPIPS, PSNR, SSIM, MS-SSIM",
+    "latents": "how healthy latents are: information, dead channels, rank, outliers, spectrum, what changes cost",
+    "interpolate": "what lies between images: paths through latent space beside a cross-fade",
+    "probe": "what simple classifiers read from latents when labels are few",
+    "anomaly": "which images a first stage cannot reconstruct, and where",
     "diffusion": "how well a diffusion model learns the latents: loss curve, samples, their Frechet distance to data",
     "compare": "which of several measured first stages is better, beyond chance",
 }
@@ -19,7 +23,7 @@ def usage() -> str:
             "",
             "Measure a finished first stage.",
             "",
-            *(f"  {name:<10} {summary}" for name, summary in COMMANDS.items()),
+            *(f"  {name:<12} {summary}" for name, summary in COMMANDS.items()),
             "",
             "latent-ae eval COMMAND --help tells more. Example: latent-ae eval recon runs/quickstart/export photos",
         ]

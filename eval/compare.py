@@ -5,7 +5,6 @@ comparison = compare(["runs/a/recon", "runs/b/recon/result.json"])
 print(comparison["differences"])
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
@@ -16,6 +15,7 @@ import numpy as np
 
 from latent_ae import page
 from latent_ae.config import UserError
+from latent_ae.disk import write_json, writing
 
 from .labels import in_order, label_of
 from .results import ImageTable, NoPairs, Result, differing, paired_differences, read_images, read_result
@@ -245,9 +245,7 @@ def _notes(results: Sequence[Result]) -> list[str]:
 def _write(folder: Path, comparison: dict[str, Any], per_image: Mapping[str, Mapping[str, np.ndarray]]) -> None:
     from .compare_page import comparison_page
 
-    try:
+    with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        page.write(folder / "comparison.json", json.dumps(comparison, indent=2))
-        page.write(folder / "comparison.html", comparison_page(comparison, per_image))
-    except OSError as error:
-        raise UserError(f"--out: cannot write into {folder}: {error.strerror or error}") from error
+    write_json(folder / "comparison.json", comparison)
+    page.write(folder / "comparison.html", comparison_page(comparison, per_image))

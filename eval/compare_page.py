@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from latent_ae import page
-from latent_ae.charts import printable
+from latent_ae.text import printable
 
 from .labels import ARROWS, difference, difference_span, in_order, label_of, number, pair, rounded, short_name, span
 
@@ -140,9 +140,9 @@ def comparison_text(comparison: Mapping[str, Any]) -> str:
     lines += [f"{result['name']}: {result['path']}" for result in comparison["results"]]
     rows = _differences(comparison["differences"])
     if not rows:
-        return printable("\n".join([*lines, "No figure that two of them have."]))
+        return printable("\n".join([*lines, "No figure that two of them have."]), lines=True)
     cells = [list(rows[0])] + [[text or "–" for text in row.values()] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     table = ["  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip() for line in cells]
     notes = [f"note: {note}" for note in comparison["notes"]]
-    return printable("\n".join([*lines, "", *table, "", *notes]).rstrip())
+    return printable("\n".join([*lines, "", *table, "", *notes]).rstrip(), lines=True)

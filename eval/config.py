@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from latent_ae.config import Byte, DataSettings, Fraction, NonNegative, Positive, Problem, Settings
+from latent_ae.config import Byte, DataSettings, Fraction, NonNegative, Positive, Problem, Settings, Weight
 from latent_ae.encode_settings import EncodeSettings
 
 from .protocols import PROTOCOLS, Extractor, Latent, Name, Net, Protocol, Resample, Rounding
@@ -14,25 +14,8 @@ from .protocols import PROTOCOLS, Extractor, Latent, Name, Net, Protocol, Resamp
 OfProtocol = Literal["protocol"]
 
 
-class ReconSettings(Settings):
-    """How reconstructions are measured; docs/evaluation.md says what each choice means for the figures."""
-
-    protocol: Name = "default"
-    """How others measured theirs; the next seven settings change single parts of it."""
-    resize_px: Positive | OfProtocol | None = "protocol"
-    crop_px: Positive | OfProtocol | None = "protocol"
-    resample: Resample | OfProtocol = "protocol"
-    rounding: Rounding | OfProtocol = "protocol"
-    latents: tuple[Latent, ...] | OfProtocol = "protocol"
-    lpips: tuple[Net, ...] | OfProtocol = "protocol"
-    extractor: Extractor | OfProtocol = "protocol"
-    frechet: tuple[Literal["inception", "vgg16", "alexnet"], ...] = ("inception",)
-    """Features whose Fréchet distance is measured: inception gives FID and KID; the others, at hand wherever LPIPS is,
-    are named after themselves."""
-    inception_weights: str | None = None
-    """Other weights than the published ones; the distances are then not called FID and KID."""
-    baseline: bool = True
-    """Measure bicubic down- and upsampling by the model's factor beside it."""
+class StageSettings(Settings):
+    """What every question to a first stage about images needs to know."""
 
     split: str | None = None
     """Of the data; null takes its validation or test split, and all of it where it has neither."""
@@ -40,8 +23,6 @@ class ReconSettings(Settings):
     """Of tables and hub datasets."""
     data_revision: str | None = None
     """Commit or tag of a hub dataset."""
-    streaming: bool = False
-    """Read a hub dataset or tables from their start, without storing them first."""
     limit: Positive | None = None
     """Only so many images, from the first on."""
     background: tuple[Byte, Byte, Byte] = (255, 255, 255)
@@ -63,11 +44,55 @@ class ReconSettings(Settings):
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
     """That the model computes in; metrics are float32 or more."""
     seed: NonNegative = 0
-    """Of the posterior's samples."""
+    """Of whatever is drawn: the posterior's samples, choices of images."""
     batch_size: Positive = 8
     """At most so many images at a time on each device (on a CPU fewer large ones, which is faster); the results do not
     depend on it, up to rounding."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+
+    def data(self, source: str) -> DataSettings:
+        """What opens `source` as held-out images."""
+        return DataSettings(
+            eval_source=source,
+            eval_split=self.split,
+            image_column=self.image_column,
+            revision=self.data_revision,
+            background=self.background,
+            max_pixels=self.max_pixels,
+            num_workers=self.num_workers,
+        )
+
+
+class EvalSettings(StageSettings):
+    """Of the measurements, whose images may come as a stream."""
+
+    streaming: bool = False
+    """Read a hub dataset or tables from their start, without storing them first."""
+
+    def data(self, source: str) -> DataSettings:
+        return super().data(source).model_copy(update={"streaming": self.streaming})
+
+
+class ReconSettings(EvalSettings):
+    """How reconstructions are measured; docs/evaluation.md says what each choice means for the figures."""
+
+    protocol: Name = "default"
+    """How others measured theirs; the next seven settings change single parts of it."""
+    resize_px: Positive | OfProtocol | None = "protocol"
+    crop_px: Positive | OfProtocol | None = "protocol"
+    resample: Resample | OfProtocol = "protocol"
+    rounding: Rounding | OfProtocol = "protocol"
+    latents: tuple[Latent, ...] | OfProtocol = "protocol"
+    lpips: tuple[Net, ...] | OfProtocol = "protocol"
+    extractor: Extractor | OfProtocol = "protocol"
+    frechet: tuple[Literal["inception", "vgg16", "alexnet"], ...] = ("inception",)
+    """Features whose Fréchet distance is measured: inception gives FID and KID; the others, at hand wherever LPIPS is,
+    are named after themselves."""
+    inception_weights: str | None = None
+    """Other weights than the published ones; the distances are then not called FID and KID."""
+    baseline: bool = True
+    """Measure bicubic down- and upsampling by the model's factor beside it."""
+
     reference_cache: bool = True
     """Keep Inception's features of the originals for the next model, under a key of their content and the protocol."""
     num_pictures: NonNegative = 3
@@ -97,18 +122,27 @@ class ReconSettings(Settings):
         """The protocol with those changes."""
         return PROTOCOLS[self.protocol].model_copy(update=self.changes())
 
-    def data(self, source: str) -> DataSettings:
-        """What opens `source` as held-out images."""
-        return DataSettings(
-            eval_source=source,
-            eval_split=self.split,
-            image_column=self.image_column,
-            revision=self.data_revision,
-            streaming=self.streaming,
-            background=self.background,
-            max_pixels=self.max_pixels,
-            num_workers=self.num_workers,
-        )
+
+class LatentsSettings(EvalSettings):
+    """How latents are measured; docs/latents.md says what the figures mean."""
+
+    resize_px: Positive | None = 256
+    """Shorter side that images are resized to; null keeps their size."""
+    crop_px: Positive | None = 256
+    """Side of the square cut from the middle; null takes the largest sides that twice the model's factor divides."""
+    num_decoded: NonNegative = 64
+    """Of the first images, so many are also decoded: scaled, rotated and noised in latent space."""
+    noise: tuple[Weight, ...] = (0.0, 0.05, 0.1, 0.2, 0.4, 0.8)
+    """Standard deviations of the noise added to latents, in the latents' own standard deviation."""
+    lpips: Net | None = "vgg"
+    """Network of LPIPS of noised latents' images, where its weights can be had; null leaves it out."""
+
+    def problems(self) -> Iterator[Problem]:
+        if self.resize_px is not None and self.crop_px is not None and self.resize_px < self.crop_px:
+            message = f"{self.resize_px} is smaller than crop_px {self.crop_px}; change one or set it to null"
+            yield Problem("resize_px", message)
+        if len(set(self.noise)) < len(self.noise):
+            yield Problem("noise", "names one twice")
 
 
 OfPreset = Literal["preset"]

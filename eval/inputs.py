@@ -1,5 +1,6 @@
 """What an evaluation works on: processes, model, images and Inception, with errors that name the setting."""
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,13 +10,14 @@ import torch
 from accelerate import PartialState
 
 from latent_ae.config import UserError
-from latent_ae.data import ImageSource, open_images
+from latent_ae.data import ImageSource, open_images, stop_if_too_many_bad
 from latent_ae.features import InceptionFeatures
 from latent_ae.first_stages import FirstStage, open_first_stage
 from latent_ae.processes import processes as open_processes
 from latent_ae.sources import StreamSource
+from latent_ae.text import printable
 
-from .config import ReconSettings
+from .config import ReconSettings, StageSettings
 
 GENERATION_FILES = (".npz", ".pt", ".pkl")
 
@@ -29,12 +31,12 @@ def refuse_generation_files(data: str) -> None:
         )
 
 
-def processes(settings: ReconSettings) -> tuple[PartialState, torch.device]:
+def processes(settings: StageSettings) -> tuple[PartialState, torch.device]:
     """The distributed state (of one process, when nothing launched several) and this process's device."""
     return open_processes(settings.device)
 
 
-def opened_model(model: Any, settings: ReconSettings, device: torch.device) -> FirstStage:
+def opened_model(model: Any, settings: StageSettings, device: torch.device) -> FirstStage:
     return open_first_stage(
         model,
         device=device,
@@ -46,15 +48,14 @@ def opened_model(model: Any, settings: ReconSettings, device: torch.device) -> F
     )
 
 
-def checked_factor(stage: FirstStage, settings: ReconSettings) -> int:
-    crop_px = settings.resolved().crop_px
+def checked_factor(stage: FirstStage, crop_px: int | None) -> int:
     if crop_px is not None and crop_px % stage.factor:
         near = max(1, crop_px // stage.factor) * stage.factor
         raise UserError(f"crop_px: {crop_px} is not a multiple of the model's factor {stage.factor}; use {near}")
     return stage.factor
 
 
-def opened_data(data: str, settings: ReconSettings) -> tuple[ImageSource, int | None]:
+def opened_data(data: str, settings: StageSettings) -> tuple[ImageSource, int | None]:
     """The images, cut to `limit`, and how many they are (None for a stream without limit)."""
     try:
         source = open_images(settings.data(data), "held_out")
@@ -69,6 +70,19 @@ def opened_data(data: str, settings: ReconSettings) -> tuple[ImageSource, int | 
     if settings.limit is not None:
         source = source.subset(np.arange(min(settings.limit, len(source))))
     return source, len(source)
+
+
+def report_skipped(skipped: list[str], num_read: int, settings: StageSettings, *, shows: bool = True) -> None:
+    """Raises UserError when too many images were unreadable; otherwise says which, on stderr."""
+    total = num_read + len(skipped)
+    bound = settings.max_bad_fraction
+    try:
+        stop_if_too_many_bad(len(skipped), total, skipped, num_images=total, max_bad_fraction=bound)
+    except UserError as error:
+        raise UserError(str(error).replace("data.", "", 1)) from error
+    if skipped and shows:
+        named = "\n  ".join(map(printable, skipped))
+        print(f"skipped {len(skipped)} of {total} images:\n  {named}", file=sys.stderr)
 
 
 def inception_network(settings: ReconSettings, device: torch.device) -> tuple[InceptionFeatures | None, str]:

@@ -5,8 +5,6 @@ result = evaluate_reconstruction("runs/quickstart/export", "photos")
 print(result["metrics"]["mode"])
 """
 
-import json
-import os
 import sys
 import tempfile
 import time
@@ -27,14 +25,22 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from latent_ae.config import UserError
-from latent_ae.data import stop_if_too_many_bad
+from latent_ae.disk import replacing, write_json, writing
 from latent_ae.held_out import Framing, HeldOutImages, Part
 from latent_ae.images import picture_grid
 from latent_ae.processes import on_main, together
 from latent_ae.sources import source_stamp
 
 from .config import ReconSettings
-from .inputs import checked_factor, inception_network, opened_data, opened_model, processes, refuse_generation_files
+from .inputs import (
+    checked_factor,
+    inception_network,
+    opened_data,
+    opened_model,
+    processes,
+    refuse_generation_files,
+    report_skipped,
+)
 from .manifest import data_fingerprint, evaluation_key, protocol_manifest, reference_key, versions
 from .measure import BASELINE, Measurer
 from .pictures import chosen_rows, reconstructed, shown_groups
@@ -76,7 +82,7 @@ def evaluate_reconstruction(
         settings.data(str(data)),
         stage.channels or 3,
         Framing(protocol.resize_px, protocol.crop_px, protocol.resample, protocol.crop_rounds == "nearest"),
-        checked_factor(stage, settings),
+        checked_factor(stage, protocol.crop_px),
     )
     inception, why_not = inception_network(settings, device)
     cache = None
@@ -163,11 +169,12 @@ def _result(
 ) -> tuple[dict[str, Any], pa.Table]:
     """Everything but the time, and the row of every image."""
     settings, stage, inception = measurer.settings, measurer.stage, measurer.inception
-    table, skipped, files = collect(work, work.done())
+    with writing(work.folder):  # features go from the shards into files of their own
+        table, skipped, files = collect(work, work.done())
     if not table.num_rows:
         reason = f"none of its {len(skipped)} images is readable; {skipped[0]}" if skipped else "it holds no images"
         raise UserError(f"{data}: {reason}")
-    _report_skipped(skipped, table.num_rows, settings)
+    report_skipped(skipped, table.num_rows, settings)
     notes = [why_not] if why_not else []
     metrics: dict[str, dict[str, Any]] = {}
     intervals: dict[str, dict[str, Any]] = {}
@@ -211,45 +218,27 @@ def _result(
     return result, table
 
 
-def _report_skipped(skipped: list[str], num_read: int, settings: ReconSettings) -> None:
-    total = num_read + len(skipped)
-    bound = settings.max_bad_fraction
-    try:
-        stop_if_too_many_bad(len(skipped), total, skipped, num_images=total, max_bad_fraction=bound)
-    except UserError as error:
-        raise UserError(str(error).replace("data.", "", 1)) from error
-    if skipped:
-        print(f"skipped {len(skipped)} of {total} images:\n  " + "\n  ".join(skipped), file=sys.stderr)
-
-
 def _make_folder(folder: Path) -> None:
     """Before the measurement, so that a folder that cannot be written costs no waiting."""
-    try:
+    with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out: cannot make the folder {folder}: {error.strerror}") from error
 
 
 def _write(folder: Path, result: dict[str, Any], table: pa.Table, measurer: Measurer, images: HeldOutImages) -> None:
-    try:
-        part = folder / "images.parquet.part"
+    with replacing(folder / "images.parquet") as part:
         pyarrow.parquet.write_table(table, part)
-        os.replace(part, folder / "images.parquet")
-        part = folder / "result.json.part"
-        part.write_text(json.dumps(result, indent=2), encoding="utf-8")
-        os.replace(part, folder / "result.json")
-        groups = chosen_rows(table, measurer.kinds[0], measurer.settings.num_pictures)
-        wanted = sorted(table["index"][row].as_py() for rows in groups.values() for row in rows)
-        shown = shown_groups(groups, table, reconstructed(wanted, measurer, images) if wanted else {})
-        write_recon_report(folder / "report.html", result, table.to_pylist(), shown)
-        pairs = [
-            [one.image, one.reconstruction, error_map(one.image, one.reconstruction)]
-            for group in shown.values()
-            for one in group
-        ]
-        if pairs:
+    write_json(folder / "result.json", result)
+    groups = chosen_rows(table, measurer.kinds[0], measurer.settings.num_pictures)
+    wanted = sorted(table["index"][row].as_py() for rows in groups.values() for row in rows)
+    shown = shown_groups(groups, table, reconstructed(wanted, measurer, images) if wanted else {})
+    write_recon_report(folder / "report.html", result, table.to_pylist(), shown)
+    pairs = [
+        [one.image, one.reconstruction, error_map(one.image, one.reconstruction)]
+        for group in shown.values()
+        for one in group
+    ]
+    if pairs:
+        with replacing(folder / "pairs.png") as part:
             labels = ["input", "reconstruction", f"error x{ERROR_GAIN}"]
-            picture_grid(pairs, labels=labels).save(folder / "pairs.png")
-    except OSError as error:
-        raise UserError(f"--out: cannot write into {folder}: {error.strerror or error}") from error
+            picture_grid(pairs, labels=labels).save(part, format="PNG")
     print(f"wrote result.json, images.parquet, report.html and pairs.png into {folder}", file=sys.stderr)

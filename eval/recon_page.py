@@ -40,7 +40,7 @@ def write_recon_report(
     """Writes one self-contained HTML file, atomically.
 
     `result` is what `result.json` holds, `rows` what `images.parquet` holds, `shown` the images under each heading.
-    The file stays below some 20 MB, whatever the images' sizes. Raises OSError where it cannot be written.
+    The file stays below some 20 MB, whatever the images' sizes. Raises UserError where it cannot be written.
     """
     model, data = _model_name(result), short_name(result["data"].get("location"), "images")
     sections = [

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from latent_ae.config import UserError
+from latent_ae.disk import writing
 from latent_ae.weight_files import tensors_sha256
 from latent_ae.weights import cache_folder
 
@@ -54,11 +54,9 @@ class WorkFolder:
 
     def begin(self) -> int:
         """Called by one process, alone on the folder: removes others' shards, counts those that are left."""
-        try:
+        with writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             self._remove_files(lambda path: not path.name.startswith(f"shard-{self.token}-"))
-        except OSError as error:
-            raise UserError(f"--out: cannot write into {self.folder}: {error.strerror or error}") from error
         return len(self.done())
 
     def done(self) -> frozenset[int]:
@@ -75,13 +73,8 @@ class WorkFolder:
 
     def write(self, number: int, shard: Shard) -> None:
         notes = {"rows": json.dumps(shard.rows), "skipped": json.dumps(shard.skipped)}
-        try:
+        with writing(self._path(number), "The finished shards stay; free space, then run the same command again"):
             _save(shard.features, self._path(number), notes)
-        except (OSError, SafetensorError) as error:
-            raise UserError(
-                f"--out: cannot write {self._path(number)}: {error}. The finished shards stay; free space, then run "
-                "the same command again"
-            ) from error
 
     def read(self, number: int) -> Shard:
         """Raises ValueError and others when the file is not as it was written."""

@@ -1,10 +1,13 @@
 """The door: finds a command by its name and imports its package only then."""
 
 import importlib
+import os
 import sys
 from typing import NamedTuple
 
-from latent_ae.config import UserError
+from latent_ae.config import ToldElsewhere, UserError
+from latent_ae.disk import ADVICE, TROUBLE
+from latent_ae.text import printable
 
 
 class Command(NamedTuple):
@@ -48,19 +51,38 @@ def main(argv: list[str] | None = None) -> int:
         print(__version__)
         return 0
     if words[0] not in COMMANDS:
-        print(f"latent-ae: no such command: {words[0]}\n\n{usage()}", file=sys.stderr)
+        print(f"latent-ae: no such command: {printable(words[0])}\n\n{usage()}", file=sys.stderr)
         return 2
     try:
         code = importlib.import_module(COMMANDS[words[0]].module).main(words[1:])
+        sys.stdout.flush()  # where results go may be full, too
+    except ToldElsewhere:
+        return 2
     except UserError as error:
-        print(f"latent-ae {words[0]}: {error}", file=sys.stderr)
+        print(f"latent-ae {words[0]}: {printable(str(error), lines=True)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"latent-ae {words[0]}: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of our results went away: `latent-ae ... | head`
+        _close_stdout()
         return 0
+    except OSError as error:
+        if error.errno not in TROUBLE:
+            raise
+        place = printable(str(error.filename or "what it writes"))
+        print(f"latent-ae {words[0]}: {place}: {error.strerror}. {ADVICE}", file=sys.stderr)
+        _close_stdout()
+        return 2
     return int(code or 0)
+
+
+def _close_stdout() -> None:
+    """What could not be written is not tried again, with another complaint, at the interpreter's end."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

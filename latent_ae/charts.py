@@ -6,11 +6,13 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from latent_ae.text import printable
+
 INK = "#0a0b0c"
 """Stands for the page's own text colour while a chart is drawn."""
 COLOURS = ("#3f8fd2", "#e8833a", "#57a773", "#c65b7c", "#8a78c9", "#8c8f94")
 """Of a chart's series: to be told apart on white and on black."""
-WIDE = (8, 3.2)
+WIDE, NARROW = (8, 3.2), (4.8, 2.7)
 
 
 def line_chart(
@@ -19,9 +21,14 @@ def line_chart(
     title: str = "",
     x_label: str = "step",
     y_label: str = "",
+    log_x: bool = False,
     log_y: bool = False,
+    wide: bool = True,
 ) -> str:
-    """Lines of (x, y) points by name, as inline SVG. Points that are not finite are gaps."""
+    """Lines of (x, y) points by name, as inline SVG; not `wide`, it fits beside others and on a phone.
+
+    Points that are not finite are gaps.
+    """
 
     def draw(axes: Any) -> None:
         for name, points in series.items():
@@ -29,8 +36,26 @@ def line_chart(
             axes.plot(xs, ys, label=_label(name))
         if log_y and any(y > 0 for points in series.values() for _, y in points):
             axes.set_yscale("log")
+            _plain_ticks(axes.yaxis)
+        if log_x and any(x > 0 for points in series.values() for x, _ in points):
+            axes.set_xscale("log")
+            _plain_ticks(axes.xaxis)
 
-    return _chart(draw, WIDE, title, x_label, y_label, legend=bool(series))
+    size = WIDE if wide else NARROW
+    return _chart(draw, size, title, x_label, y_label, legend=bool(series) if wide else len(series) > 1)
+
+
+def bar_chart(values: Mapping[str, float], *, title: str = "", x_label: str = "") -> str:
+    """A bar for each value, by name, as inline SVG. Values that are not finite have none."""
+
+    def draw(axes: Any) -> None:
+        names = list(values)
+        axes.bar(range(len(names)), [value if math.isfinite(value) else math.nan for value in values.values()])
+        step = -(-len(names) // 16)  # more names than that do not fit
+        axes.set_xticks(range(0, len(names), step or 1), [_label(name) for name in names[:: step or 1]])
+        axes.margins(x=0.02)
+
+    return _chart(draw, NARROW, title, x_label, "", legend=False)
 
 
 def histogram(
@@ -66,7 +91,7 @@ def histogram(
         if mark is not None:
             axes.axvline(mark, color=INK, linewidth=1, linestyle="--")
 
-    return _chart(draw, (4.8, 2.7), title, x_label, y_label, legend=sum(map(bool, finite.values())) > 1)
+    return _chart(draw, NARROW, title, x_label, y_label, legend=sum(map(bool, finite.values())) > 1)
 
 
 def interval_chart(
@@ -100,7 +125,14 @@ def interval_chart(
 
 
 def _chart(
-    draw: Callable[[Any], None], size: tuple[float, float], title: str, x_label: str, y_label: str, *, legend: bool
+    draw: Callable[[Any], None],
+    size: tuple[float, float],
+    title: str,
+    x_label: str,
+    y_label: str,
+    *,
+    legend: bool,
+    names: bool = False,
 ) -> str:
     """Axes that `draw` fills, as inline SVG in the page's own colours; `size` in inches."""
     from cycler import cycler
@@ -120,8 +152,8 @@ def _chart(
         drawing = Figure(figsize=size, layout="constrained", facecolor="none")
         axes = drawing.add_subplot(facecolor="none")
         draw(axes)
-        axes.set_xlabel(x_label)
-        axes.set_ylabel(y_label)
+        axes.set_xlabel(_label(x_label))
+        axes.set_ylabel(_label(y_label))
         axes.set_title(_label(title), fontsize="medium")
         axes.grid(alpha=0.18)
         axes.set_axisbelow(True)
@@ -130,7 +162,8 @@ def _chart(
             axes.legend(frameon=False, fontsize="small")
         elif legend:  # there is no room within
             drawing.legend(loc="outside lower center", ncols=3, frameon=False, fontsize="small")
-            axes.locator_params(axis="x", nbins=6)
+            if axes.get_xscale() == "linear":
+                axes.locator_params(axis="x", nbins=6)
         text = io.StringIO()
         with warnings.catch_warnings():  # a browser has fonts that matplotlib lacks
             warnings.filterwarnings("ignore", "Glyph .* missing from")
@@ -139,11 +172,12 @@ def _chart(
     return f'<figure class="chart">{svg[svg.index("<svg") :].replace(INK, "currentColor")}</figure>'
 
 
+def _plain_ticks(axis: Any) -> None:
+    """Powers of ten as numbers: matplotlib's own formatter writes TeX, which these charts do not parse."""
+    axis.set_major_formatter(lambda value, _: f"{value:g}")
+    axis.set_minor_formatter("")
+
+
 def _label(name: str) -> str:
     """A name as matplotlib shows it whole: it hides what begins with an underscore, and stumbles over surrogates."""
     return printable(name).lstrip("_")
-
-
-def printable(text: str) -> str:
-    """Text in which characters that no file can hold are shown, not dropped."""
-    return text.encode("utf-8", "backslashreplace").decode("utf-8")

@@ -4,6 +4,8 @@ Nothing heavy (torch, diffusers, datasets) is imported here, so that a typo cost
 """
 
 import difflib
+import errno
+import os
 import types
 import typing
 from collections.abc import Iterator, Sequence
@@ -17,6 +19,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 
 class UserError(ValueError):
     """A mistake that the user can mend: the command line prints it without a traceback and exits with 2."""
+
+
+class ToldElsewhere(UserError):
+    """The same on another process, whose first one prints it: this one only exits with 2."""
 
 
 class Problem(typing.NamedTuple):
@@ -39,6 +45,19 @@ class Settings(BaseModel):
         values = value if isinstance(value, (list, tuple)) else [value]
         if any(isinstance(item, bool) for item in values) and not _admits(annotation, bool):
             raise ValueError(f"{str(value).lower()} is a yes/no value; something else is expected here")
+        return value
+
+    @field_validator("*", mode="after")
+    @classmethod
+    def _no_impossible_path(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            try:
+                os.stat(Path(value).expanduser())
+            except OSError as error:
+                if error.errno == errno.ENAMETOOLONG:
+                    raise ValueError(f"is too long for a path or name ({len(value):,} characters)") from None
+            except (RuntimeError, ValueError) as error:  # no such user's home; characters that no name holds
+                raise ValueError(f"can be no path or name: {error}") from None
         return value
 
     def problems(self) -> Iterator[Problem]:
@@ -168,6 +187,7 @@ def looks_like_path(location: str) -> bool:
     return location.startswith(("/", ".", "~")) or location.count("/") > 1 or Path(location).suffix in FILE_SUFFIXES
 
 
+MAX_VALUES = 10_000
 FILE_SUFFIXES = (".parquet", ".arrow", ".tar", ".yaml", ".yml", ".safetensors", ".ckpt", ".json")
 
 
@@ -222,14 +242,36 @@ def _read_yaml(source: str) -> dict[str, Any]:
         hint = f" Did you mean the recipe {close[0]}?" if close else ""
         raise UserError(f"no such config: {source}.{hint} Give a YAML file or one of: {', '.join(recipe_names())}")
     try:
-        values = yaml.load(text, _StrictLoader)
-    except yaml.YAMLError as error:
-        raise UserError(f"{source} is not valid YAML: {' '.join(str(error).split())}") from None
+        values = _parsed(text, _StrictLoader)
+    except Exception as error:  # of a date or number that is none PyYAML says so in many ways
+        raise UserError(f"{source} is not valid YAML: {' '.join(str(error).split())[:300]}") from None
     if values is None:
         return {}
     if not isinstance(values, dict):
         raise UserError(f"{source} must hold `key: value` lines, not a {type(values).__name__}")
     return values
+
+
+def _parsed(text: str, kind: type[yaml.SafeLoader]) -> Any:
+    """The one document of a text. Raises yaml.YAMLError, and whatever a value that cannot be made raises."""
+    loader = kind(text)
+    try:
+        root = loader.get_single_node()
+        if root is None:
+            return None
+        # a few lines of anchors within anchors are billions of values, or endless
+        waiting, count = [root], 0
+        while waiting:
+            node, count = waiting.pop(), count + 1
+            if count > MAX_VALUES:
+                raise yaml.YAMLError(f"more than {MAX_VALUES:,} values (those of an anchor count wherever it is used)")
+            if isinstance(node, yaml.MappingNode):
+                waiting += [part for pair in node.value for part in pair]
+            elif isinstance(node, yaml.SequenceNode):
+                waiting += node.value
+        return loader.construct_document(root)
+    finally:
+        loader.dispose()
 
 
 class _StrictLoader(yaml.SafeLoader):
@@ -260,8 +302,8 @@ def _apply_override(values: dict[str, Any], word: str) -> list[Problem]:
             return [Problem(key, f"{section} is not a section")]
         values = inner
     try:
-        values[name] = yaml.safe_load(text)
-    except yaml.YAMLError:
+        values[name] = _parsed(text, yaml.SafeLoader)
+    except Exception:  # PyYAML's reader raises other kinds, too
         values[name] = text
     return []
 

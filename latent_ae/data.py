@@ -6,7 +6,9 @@ interruption takes one integer. Streams are the exception: see `Batch.stream_sta
 """
 
 import itertools
+import multiprocessing
 import signal
+import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,10 +20,11 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from latent_ae.config import DataSettings, UserError
 from latent_ae.crops import random_crop
-from latent_ae.images import ImageError, decode, to_tensor
+from latent_ae.images import ImageError, decode, reason_of, to_tensor
 from latent_ae.locations import open_images
 from latent_ae.order import Share, crop_rng, epoch_order, posterior_noise
-from latent_ae.sources import Encoded, ImageSource, StreamReader, StreamSource
+from latent_ae.sources import Encoded, ImageSource, StreamReader, StreamSource, first_line
+from latent_ae.text import printable
 
 # where the train loop and eval look for these
 __all__ = ["Batch", "ImageSource", "open_images", "posterior_noise", "stop_if_too_many_bad", "training_batches"]
@@ -31,6 +34,7 @@ MAX_BAD_IN_A_ROW = 100
 # of a source of few images, like `photos`, every worker keeps the decoded pixels
 KEPT_IMAGES, KEPT_BYTES_EACH = 16, 2**23
 T = TypeVar("T")
+WORKER_DIED = "DataLoader worker (pid"
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,8 @@ class Batch:
     """Global number of each sample."""
     skipped: list[str]
     """`name: reason` of the unreadable images met and replaced."""
+    num_replaced: int = 0
+    """Samples that another image stands in for."""
     stream_state: dict[str, Any] | None = None
     """Of a stream: what `training_batches` of this rank needs to go on after this micro-batch (JSON types)."""
 
@@ -118,9 +124,14 @@ class _Crops(IterableDataset):
             stream = StreamReader(self.source, self.seed, buffer_size, reader, readers, state)
         try:
             for step in itertools.count(self.first_step + worker, workers):
-                numbers, skipped = self.share.numbers(step), list[str]()
-                crops = [self._crop(number, stream or self._candidates(number), skipped) for number in numbers]
-                yield crops, numbers, skipped, stream.state_dict() if stream else None
+                numbers, skipped, num_replaced = self.share.numbers(step), list[str](), 0
+                crops = []
+                for number in numbers:
+                    crop, bad = self._crop(number, stream or self._candidates(number))
+                    crops.append(crop)
+                    skipped += bad
+                    num_replaced += bool(bad)
+                yield crops, numbers, skipped, num_replaced, stream.state_dict() if stream else None
         except UserError as error:
             yield error  # raised in the worker it would arrive wrapped in a traceback
 
@@ -134,18 +145,16 @@ class _Crops(IterableDataset):
             yield self.source.name(i), partial(self.source.read, i)
 
     def _crop(
-        self, number: int, candidates: Iterator[tuple[str, Callable[[], Encoded]]], skipped: list[str]
-    ) -> np.ndarray:
+        self, number: int, candidates: Iterator[tuple[str, Callable[[], Encoded]]]
+    ) -> tuple[np.ndarray, list[str]]:
+        """The sample's crop, and the unreadable images that were passed over for it."""
         settings = self.settings
-        bad = []
+        bad = list[str]()
         for name, read in itertools.islice(candidates, MAX_BAD_IN_A_ROW):
-            rng = crop_rng(self.seed, number)
             try:
-                array = self._pixels(name, read)
-                return random_crop(array, settings.resolution, settings.resize_px, settings.flip, rng)
+                return training_crop(self._pixels(name, read), settings, crop_rng(self.seed, number)), bad
             except ImageError as error:
-                bad.append(f"{name}: {error}")
-                skipped.append(bad[-1])
+                bad.append(f"{printable(name)}: {printable(str(error))}")
         shown = "".join(f"\n  {line}" for line in bad[:5])
         raise UserError(f"data.source: {len(bad)} images in a row of {settings.source} are unreadable:{shown}")
 
@@ -164,6 +173,11 @@ def decode_for(encoded: Encoded, settings: DataSettings, channels: int) -> np.nd
     return decode(encoded, channels=channels, background=settings.background, max_pixels=settings.max_pixels)
 
 
+def training_crop(array: np.ndarray, settings: DataSettings, rng: np.random.Generator) -> np.ndarray:
+    """HWC -> (resolution, resolution, C). Raises ImageError."""
+    return random_crop(array, settings.resolution, settings.resize_px, settings.flip, rng)
+
+
 def worker_place() -> tuple[int, int]:
     """Number of this loader's worker, and of all; (0, 1) outside one."""
     info = get_worker_info()
@@ -177,28 +191,61 @@ def _received(crops: _Crops, is_stream: bool) -> Generator[Batch, None, None]:
     for count, parcel in enumerate(loaded(crops, crops.settings.num_workers)):
         if isinstance(parcel, UserError):
             raise parcel
-        arrays, numbers, skipped, states[count % len(states)] = parcel
+        arrays, numbers, skipped, num_replaced, states[count % len(states)] = parcel
         images = torch.stack([to_tensor(array) for array in arrays])
         if torch.cuda.is_available():
             images = images.pin_memory()
         state = None
         if is_stream:
             state = {"rank": crops.share.rank, "world_size": crops.share.world_size, "workers": list(states)}
-        yield Batch(images, numbers, skipped, state)
+        yield Batch(images, numbers, skipped, num_replaced, state)
 
 
-def loaded(dataset: IterableDataset, num_workers: int) -> Iterator[Any]:
-    """The items of `dataset`: of its workers in turn, worker 0 first."""
-    return iter(
-        DataLoader(
-            dataset,
-            batch_size=None,
-            num_workers=num_workers,
-            collate_fn=_unchanged,
-            worker_init_fn=_ignore_interrupts,
-            generator=torch.Generator(),  # otherwise it draws a seed from the global one
-        )
+def loaded(dataset: IterableDataset, num_workers: int, ahead: int = 2) -> Iterator[Any]:
+    """The items of `dataset`: of its workers in turn, worker 0 first; each works `ahead` items ahead.
+
+    Raises UserError when the workers cannot be started, WorkerDied when one is killed.
+    """
+    loader = DataLoader(
+        dataset,
+        batch_size=None,
+        num_workers=num_workers,
+        collate_fn=_unchanged,
+        worker_init_fn=_ignore_interrupts,
+        generator=torch.Generator(),  # otherwise it draws a seed from the global one
+        prefetch_factor=ahead if num_workers else None,
     )
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    handler = signal.getsignal(signal.SIGCHLD)
+    try:
+        multiprocessing.Lock()  # asked here first: torch's half-made workers would print a traceback
+        items = iter(loader)
+        if in_main_thread:
+            # torch's would raise in whatever is done at the moment, not where the dead worker's item is awaited
+            signal.signal(signal.SIGCHLD, handler)
+    except OSError as error:
+        raise UserError(
+            f"data.num_workers: {num_workers} reading processes cannot be started: {reason_of(error)}. They need a few "
+            "bytes of /dev/shm each (docker run --shm-size), memory and free process ids; or set data.num_workers=0"
+        ) from error
+    while True:
+        try:
+            item = next(items)
+        except StopIteration:
+            return
+        except RuntimeError as error:
+            if WORKER_DIED not in str(error):
+                raise
+            raise WorkerDied(
+                f"data.num_workers: a process that reads images died ({first_line(error).strip()}). Too little memory "
+                "is the usual cause: lower data.num_workers or data.max_pixels; or an image crashes its decoder: "
+                "`latent-ae data check` finds and names it"
+            ) from error
+        yield item
+
+
+class WorkerDied(UserError):
+    """A process that reads images was killed."""
 
 
 def _unchanged(item: T) -> T:

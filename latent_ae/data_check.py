@@ -1,11 +1,13 @@
 """latent-ae data check: reads every image once, as training would, and says what is there and what would be skipped."""
 
 import argparse
+import contextlib
 import json
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,9 +15,18 @@ from torch.utils.data import IterableDataset
 from tqdm import tqdm
 
 from latent_ae.config import DataSettings, UserError, load_settings
-from latent_ae.data import decode_for, loaded, open_images, worker_place
+from latent_ae.data import WorkerDied, decode_for, loaded, open_images, training_crop, worker_place
 from latent_ae.images import ImageError, kind_of
-from latent_ae.sources import ImageSource, StreamSource, digest_of, encoded_image
+from latent_ae.sources import (
+    Encoded,
+    FolderSource,
+    ImageSource,
+    StreamSource,
+    digest_of,
+    encoded_image,
+    stream_values,
+)
+from latent_ae.text import printable
 
 SHOWN = 20
 """Skipped files and groups of duplicates that are named on stderr; the JSON has all."""
@@ -37,32 +48,57 @@ class Seen:
 
 @dataclass
 class _Images(IterableDataset):
-    """What a worker does: every workers-th image."""
+    """What a worker does: every workers-th image from `first` on, up to `end`."""
 
     source: ImageSource
     settings: DataSettings
     channels: int
+    first: int = 0
+    end: int = 0
 
     def __iter__(self) -> Iterator[Seen]:
         worker, workers = worker_place()
         if isinstance(self.source, StreamSource):
-            for index, row in enumerate(self.source.dataset):
-                value = row[self.source.column]
-                yield self._seen(f"{self.source.label} row {index}", lambda value=value: encoded_image(value))
+            for name, value in stream_values(self.source):
+                yield self._seen(name, partial(encoded_image, value))
         else:
-            for index in range(worker, len(self.source), workers):
-                yield self._seen(self.source.name(index), lambda index=index: self.source.read(index))
+            for index in range(self.first + worker, self.end, workers):
+                yield self._seen(self.source.name(index), partial(self.source.read, index))
 
-    def _seen(self, name: str, read: Any) -> Seen:
+    def _seen(self, name: str, read: Callable[[], Encoded]) -> Seen:
         kind = digest = ""
         try:
             encoded = read()
             digest = digest_of(encoded)
-            kind = kind_of(encoded)
-            height, width = decode_for(encoded, self.settings, self.channels).shape[:2]
-            return Seen(name, kind, (width, height), digest)
-        except (ImageError, OSError) as error:
+            with contextlib.suppress(ImageError):  # training's reason counts
+                kind = kind_of(encoded)
+            pixels = decode_for(encoded, self.settings, self.channels)
+            training_crop(pixels, self.settings, np.random.default_rng(0))  # refuses some sizes
+            return Seen(name, kind, (pixels.shape[1], pixels.shape[0]), digest)
+        except ImageError as error:
             return Seen(name, kind, digest=digest, reason=str(error))
+
+
+def _seen_images(source: ImageSource, settings: DataSettings, channels: int) -> Iterator[Seen]:
+    """Every image, in order. One that kills its reader is found and named."""
+    if isinstance(source, StreamSource):
+        yield from loaded(_Images(source, settings, channels), 0)
+        return
+    first, alone = 0, False
+    while first < len(source):
+        # after a death one by one, a single image on the way: the one that does not come back is it
+        end = first + 3 * settings.num_workers if alone else len(source)
+        images = _Images(source, settings, channels, first, min(end, len(source)))
+        try:
+            for seen in loaded(images, 1 if alone else settings.num_workers, ahead=1 if alone else 2):
+                first += 1
+                yield seen
+            alone = False
+        except WorkerDied:
+            if alone:
+                yield Seen(source.name(first), reason="it kills the process that reads it (a crash, or out of memory)")
+                first += 1
+            alone = True
 
 
 def check(data: str, settings: DataSettings, *, channels: int = 3, progress: bool = False) -> dict[str, Any]:
@@ -73,19 +109,18 @@ def check(data: str, settings: DataSettings, *, channels: int = 3, progress: boo
     settings = settings.model_copy(update={"source": data})
     source = open_images(settings, "all")
     total = None if isinstance(source, StreamSource) else len(source)
-    workers = 0 if isinstance(source, StreamSource) else settings.num_workers
     kinds: Counter[str] = Counter()
     names: dict[str, list[str]] = {}
     sizes, skipped = [], []
     interval = 0.5 if sys.stderr.isatty() else 30
     with tqdm(total=total, desc="check", unit="image", disable=not progress, mininterval=interval) as bar:
-        for seen in loaded(_Images(source, settings, channels), workers):
+        for seen in _seen_images(source, settings, channels):
             bar.update(1)
             kinds[seen.kind or "unknown"] += 1
             if seen.digest:
                 names.setdefault(seen.digest, []).append(seen.name)
             if seen.reason:
-                skipped.append(f"{seen.name}: {seen.reason}")
+                skipped.append(f"{printable(seen.name)}: {printable(seen.reason)}")
             else:
                 sizes.append(seen.size)
     count = sum(kinds.values())
@@ -101,6 +136,7 @@ def check(data: str, settings: DataSettings, *, channels: int = 3, progress: boo
         "skipped_fraction": len(skipped) / count,
         "max_bad_fraction": settings.max_bad_fraction,
         "kinds": dict(kinds.most_common()),
+        "other_files": dict(source.others) if isinstance(source, FolderSource) else {},
         "shorter_side_px": _spread([min(size) for size in sizes]),
         "longer_side_px": _spread([max(size) for size in sizes]),
         "smaller_than_resolution": sum(min(size) < settings.resolution for size in sizes),
@@ -122,6 +158,9 @@ def summary(found: dict[str, Any]) -> str:
     readable = f"{found['num_readable']:,} of {found['num_images']:,} images can be read"
     lines.append(f"{readable} (split {found['split']}, if it has splits)")
     lines.append("kinds: " + ", ".join(f"{kind} {count:,}" for kind, count in found["kinds"].items()))
+    if found["other_files"]:
+        others = ", ".join(f"{count:,} {suffix}" for suffix, count in found["other_files"].items())
+        lines.append(f"left out, their names are not those of images: {others}")
     if shorter:
         lines.append(f"shorter side: {shorter['min']} to {shorter['max']} px, median {shorter['median']}")
     if found["smaller_than_resolution"]:
@@ -162,7 +201,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = parser.parse_intermixed_args(argv)
     settings = load_settings(DataSettings, None, words.override)
     found = check(words.data, settings, channels=words.channels, progress=True)
-    print(summary(found), file=sys.stderr)
+    print(printable(summary(found), lines=True), file=sys.stderr)
     print(json.dumps(found, indent=2))
     if found["skipped_fraction"] > found["max_bad_fraction"] or not found["num_readable"]:
         raise UserError(

@@ -11,14 +11,17 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL
 from huggingface_hub import HfApi
-from safetensors import SafetensorError
+from huggingface_hub.utils import validate_repo_id
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from latent_ae.config import UserError
+from latent_ae.disk import writing
 from latent_ae.latents import LatentStatistics
 from latent_ae.model_card import CardFacts, loading_lines, model_card
 from latent_ae.models import Reconstructor, count_parameters
+from latent_ae.pipelines import PipelineName, refuse_misfit, remarks
+from latent_ae.precision import probe_precision, probe_tiling
 
 __all__ = ["CardFacts", "export_autoencoder", "loading_lines", "push_to_hub", "verify_export"]
 
@@ -54,20 +57,28 @@ def export_autoencoder(
     card: CardFacts,
     check_images: Tensor,
     keep_scaling: bool = False,
+    pipeline: PipelineName | None = None,
+    latents_mean_std: bool = False,
 ) -> dict[str, Any]:
     """Writes `folder`: config.json, diffusion_pytorch_model.safetensors (float32) and README.md.
 
-    The config carries scaling_factor and shift_factor measured by `statistics`, and sample_size (px). `keep_scaling`
-    leaves those of the autoencoder's own config: right where only the decoder was trained, because the diffusion models
-    that know its latents know them scaled so. The model given is left as it is. Everything is written beside `folder`
-    and checked there by `verify_export` on `check_images` (NCHW in [-1, 1], sides multiples of the factor) before it
-    takes its place, so an export that fails leaves an older one whole.
+    The config carries scaling_factor and shift_factor measured by `statistics`, sample_size (px), and force_upcast from
+    a trial of `check_images` in half precision. `keep_scaling` leaves the scaling of the autoencoder's own config:
+    right where only the decoder was trained, because the diffusion models that know its latents know them scaled so.
+    `latents_mean_std` writes latents_mean and latents_std of each channel, with a scaling_factor of 1 and a
+    shift_factor of 0: (z - latents_mean) / latents_std has unit variance in each. `pipeline` names a family of
+    pipelines that must be able to use the model. The model given is left as it is. Everything is written beside
+    `folder` and checked there by `verify_export` on `check_images` (NCHW in [-1, 1], sides multiples of the factor)
+    before it takes its place, so an export that fails leaves an older one whole.
 
-    Returns what was written, JSON-ready. Raises UserError when `folder` holds something other than an export,
-    cannot be written, or the latents cannot be scaled; RuntimeError when the check fails.
+    Returns what was written, JSON-ready; "remarks" says what `pipeline` would rather have. Raises UserError when
+    `folder` holds something other than an export, cannot be written, the latents cannot be scaled, or `pipeline` cannot
+    use the model; RuntimeError when the check fails.
     """
+    if latents_mean_std and keep_scaling:
+        raise UserError("latents_mean and latents_std cannot be measured anew where the latents keep their scaling")
     folder = Path(os.path.abspath(Path(folder).expanduser()))
-    _refuse_foreign(folder)
+    refuse_foreign(folder)
     exported = _twin(autoencoder)
     config = exported.config
     exported.register_to_config(
@@ -78,14 +89,31 @@ def export_autoencoder(
     )
     if not keep_scaling:  # statistics of other latents: some pipelines would apply them
         exported.register_to_config(latents_mean=None, latents_std=None)
+    if latents_mean_std:
+        if 0.0 in statistics.channel_std:
+            flat = statistics.channel_std.index(0.0)
+            raise UserError(
+                f"channel {flat} of the latents is constant, its latents_std would be 0: leave --latents-mean-std out"
+            )
+        per_channel = {"latents_mean": statistics.channel_mean, "latents_std": statistics.channel_std}
+        exported.register_to_config(**per_channel, scaling_factor=1.0, shift_factor=0.0)
+    if pipeline is not None:
+        refuse_misfit(pipeline, exported.config)
+    precision = _tried(exported, check_images, autoencoder.device)
+    exported.register_to_config(force_upcast=precision["force_upcast"])
     facts = {
         "folder": str(folder),
         "scaling_factor": exported.config.scaling_factor,
         "shift_factor": exported.config.shift_factor,
         "sample_size": sample_size,
+        **({key: exported.config[key] for key in ("latents_mean", "latents_std")} if latents_mean_std else {}),
         "parameters": count_parameters(exported),
+        "precision": precision,
     }
-    try:
+    if pipeline is not None:
+        facts["pipeline"] = pipeline
+        facts["remarks"] = remarks(pipeline, exported.config, statistics.mean, statistics.std)
+    with writing(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
             fresh = Path(scratch) / "export"
@@ -94,11 +122,8 @@ def export_autoencoder(
                 shutil.copymode(fresh / "config.json", file)  # safetensors writes for the owner's eyes only
             difference = verify_export(fresh, autoencoder, check_images)
             facts["max_abs_difference"] = difference
-            model_card(exported, card, statistics, folder.name, difference).save(fresh / "README.md")
+            model_card(exported, card, statistics, folder.name, difference, precision).save(fresh / "README.md")
             _take_place(fresh, folder, Path(scratch) / "previous")
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"cannot write the export {folder}: {reason}") from error
     return facts
 
 
@@ -148,6 +173,25 @@ def push_to_hub(folder: str | Path, repo_id: str, *, token: str | None = None, p
         ) from error
 
 
+def check_upload(repo_id: str) -> None:
+    """Asks the hub, without changing anything there, whether this user may upload to `repo_id`; raises UserError."""
+    owner = repo_id.partition("/")[0] if "/" in repo_id else None
+    try:
+        validate_repo_id(repo_id)
+        user = HfApi().whoami()
+    except Exception as error:  # no network, offline mode, no token, an expired one, no such name
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise UserError(
+            f"push_to_hub: nothing can be uploaded to {repo_id}: {reason}. Log in with `hf auth login` on a machine "
+            "that reaches the hub, or leave push_to_hub out and upload the export later"
+        ) from error
+    owners = [user["name"], *(group["name"] for group in user.get("orgs") or [])]
+    if owner is not None and owner not in owners:
+        raise UserError(f"push_to_hub: {repo_id} does not belong to {', '.join(owners)}, whose token this is")
+    if ((user.get("auth") or {}).get("accessToken") or {}).get("role") == "read":
+        raise UserError(f"push_to_hub: the token of {user['name']} may only read; make one that may write")
+
+
 def _twin(autoencoder: AutoencoderKL) -> AutoencoderKL:
     """The same weights in another model: float32 on the CPU, evaluation mode, plain memory format."""
     with torch.device("meta"):  # no memory, no random numbers drawn
@@ -163,7 +207,17 @@ def _twin(autoencoder: AutoencoderKL) -> AutoencoderKL:
     return twin.eval().requires_grad_(False)
 
 
-def _refuse_foreign(folder: Path) -> None:
+def _tried(autoencoder: AutoencoderKL, images: Tensor, device: torch.device) -> dict[str, Any]:
+    """Half precision and tiling."""
+    try:
+        found = probe_precision(autoencoder, images, device)
+        return found | {"tiling": probe_tiling(autoencoder, images[0], device)}
+    except torch.OutOfMemoryError:  # what trained it may still hold the memory
+        return _tried(autoencoder, images, torch.device("cpu"))
+
+
+def refuse_foreign(folder: Path) -> None:
+    """Raises UserError when an export may not take the place of what is there."""
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not (folder / "config.json").is_file()):
         raise UserError(f"{folder} exists and is not an export; give a new or empty folder")
 

@@ -15,7 +15,6 @@ from typing import Any, Literal, NamedTuple
 
 import diffusers
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -110,15 +109,21 @@ class FirstStage:
         return self.module.decode(latents.to(self.dtype)).sample.float()
 
     def reconstruct(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
-        """Reconstructions of the posterior's mean, or with `noise` (shaped like the latent) of a sample."""
+        """Reconstructions of the posterior's mean, or with `noise` (shaped like the latent) of a sample.
+
+        Sides that are no multiples of the factor are padded with their last row or column, and cropped back.
+        """
         if self.function is not None:
             made = self.function(images)
             if not isinstance(made, Tensor) or made.shape != images.shape:
                 given = tuple(made.shape) if isinstance(made, Tensor) else type(made).__name__
                 raise UserError(f"the function {self.name} gives {given} for images of {tuple(images.shape)}")
             return made.float()
-        mean, std = self.encode(images)
-        return self.decode(mean if noise is None or std is None else mean + std * noise)
+        height, width = images.shape[-2:]
+        padded = nn.functional.pad(images, (0, -width % self.factor, 0, -height % self.factor), mode="replicate")
+        mean, std = self.encode(padded)
+        made = self.decode(mean if noise is None or std is None else mean + std * noise)
+        return made[..., :height, :width]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -310,7 +315,7 @@ def _load_checkpoint(folder: Path, location: str, ema: bool | None, dtype: Dtype
     try:
         model = diffusers.AutoencoderKL.from_config(diffusers.AutoencoderKL.load_config(folder))
         model.load_state_dict(load_file(path))
-    except (OSError, SafetensorError, RuntimeError, ValueError) as error:
+    except Exception as error:  # diffusers and safetensors raise many kinds for a damaged or foreign file
         raise UserError(f"cannot load {path}: {' '.join(str(error).split())[:400]}") from error
     which = "averaged" if averaged else "raw"
     return first_stage(model, location=location, weights=f"{which}, {folder.name}", dtype=dtype)

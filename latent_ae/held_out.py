@@ -14,7 +14,8 @@ from latent_ae.config import DataSettings, UserError
 from latent_ae.crops import Resample, center_crop, resize_shorter
 from latent_ae.data import decode_for, loaded, worker_place
 from latent_ae.images import ImageError, to_tensor
-from latent_ae.sources import Encoded, ImageSource, StreamSource, digest_of, encoded_image
+from latent_ae.sources import Encoded, ImageSource, StreamSource, digest_of, encoded_image, stream_values
+from latent_ae.text import printable
 
 
 class Framing(NamedTuple):
@@ -80,8 +81,9 @@ def held_out_images(
 class HeldOutImages:
     """Iterates over (index, name, CHW float32 in [-1, 1]), in the same order and with the same pixels every time.
 
-    After an iteration `skipped` holds `name: reason` of the unreadable images. Raises UserError if there is only one
-    process and all were; of many processes each sees its own images, so the caller must judge. `items` gives more.
+    After an iteration `skipped` holds `name: reason` of the unreadable images, and `num_read` counts all. Raises
+    UserError if there is only one process and all were; of many processes each sees its own images, so the caller must
+    judge. `items` gives more.
     """
 
     source: ImageSource
@@ -91,6 +93,7 @@ class HeldOutImages:
     multiple_of: int = 1
     part: Part = Part()
     skipped: list[str] = field(default_factory=list)
+    num_read: int = 0
 
     def __post_init__(self) -> None:
         crop_px = self.framing.crop_px
@@ -98,15 +101,14 @@ class HeldOutImages:
             raise UserError(f"a crop of {crop_px} px: the model needs a multiple of {self.multiple_of}")
 
     def __iter__(self) -> Iterator[tuple[int, str, torch.Tensor]]:
-        self.skipped = []
-        readable = 0
+        self.skipped, self.num_read = [], 0
         for item in self.items():
+            self.num_read += 1
             if item.image is None:
-                self.skipped.append(f"{item.name}: {item.reason}")
+                self.skipped.append(f"{printable(item.name)}: {printable(item.reason)}")
             else:
-                readable += 1
                 yield item.index, item.name, item.image
-        if self.skipped and not readable and self.part.world_size == 1:
+        if self.skipped and self.num_read == len(self.skipped) and self.part.world_size == 1:
             raise UserError(f"none of the {len(self.skipped)} held-out images is readable; {self.skipped[0]}")
 
     def items(self) -> Iterator[HeldOutImage]:
@@ -138,15 +140,15 @@ class _Middles(IterableDataset):
                     array = resize_shorter(array, framing.resize_px, framing.resample)
                 array = center_crop(array, framing.crop_px, images.multiple_of, nearest=framing.nearest)
                 yield HeldOutImage(index, name, None, digest=digest, enlarged=enlarged), array
-            except (ImageError, OSError) as error:
+            except ImageError as error:
                 yield HeldOutImage(index, name, None, str(error), digest), None
 
     def _stored(self) -> Iterator[tuple[int, str, Callable[[], Encoded]]]:
         source, part = self.images.source, self.images.part
         if isinstance(source, StreamSource):
-            for index, row in enumerate(source.dataset):
+            for index, (name, value) in enumerate(stream_values(source)):
                 if part.holds(index):
-                    yield index, f"{source.label} row {index}", partial(encoded_image, row[source.column])
+                    yield index, name, partial(encoded_image, value)
         else:
             worker, workers = worker_place()
             mine = (index for index in range(len(source)) if part.holds(index))

@@ -5,20 +5,45 @@ Tensors are float32 CHW or NCHW in [-1, 1].
 """
 
 import io
+import math
+import os
+import stat
 import threading
+import warnings
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
-from typing import Literal, cast
+from typing import BinaryIO, Literal
 
 import numpy as np
 import torch
-from PIL import Image, ImageCms, ImageDraw, ImageFont, ImageOps
+from PIL import ExifTags, Image, ImageCms, ImageDraw, ImageFont
 from torch.nn import functional as F
 
 MAX_PIXELS = 200_000_000
 PICTURE_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 Rounding = Literal["up", "even", "cut"]
 NUMPY_MAGIC = b"\x93NUMPY"
+FORMATS = (
+    *("AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "MPO", "PCX", "PNG", "PPM", "QOI", "SGI", "TGA"),
+    *("TIFF", "WEBP"),
+)
+"""Pillow's others are left alone: for EPS it runs a program on the file."""
+# by the EXIF tag's value
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+# compressed data do not end in so many zero bytes; a file does whose end was allocated and never written
+UNWRITTEN_BYTES = 256
+JPEG_END = b"\xff\xd9"
+SAME_COLOUR_LEVELS = 2
+BITS_PER_SAMPLE, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0
 _pillow_limit = threading.Lock()
 
 
@@ -40,76 +65,133 @@ def decode(
     16 bits; Pillow reads 16-bit colour as 8 bits. Arrays are HW or HWC with exactly `channels` channels
     (one channel is repeated for 3). Raises ImageError with the reason.
     """
-    try:
-        with io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb") as stream:
+    with open_encoded(source) as stream:
+        try:
             if stream.read(len(NUMPY_MAGIC)) == NUMPY_MAGIC:
-                return _array_pixels(source, channels, max_pixels)
+                return _array_pixels(source, stream, channels, max_pixels)
             stream.seek(0)
             return _picture_pixels(_load_picture(stream, max_pixels), channels, background)
-    except OSError as error:
-        raise ImageError(error.strerror or str(error)) from None
+        except OSError as error:
+            raise ImageError(reason_of(error)) from None
+
+
+def open_encoded(source: bytes | str | Path) -> BinaryIO:
+    """The stored bytes. Raises ImageError: a pipe would be waited for, and some devices never end."""
+    if isinstance(source, bytes):
+        return io.BytesIO(source)
+    try:
+        if not stat.S_ISREG(os.stat(source).st_mode):
+            raise ImageError("a directory, pipe or device, not a file")
+        return open(source, "rb")
+    except (OSError, ValueError) as error:
+        raise ImageError(reason_of(error)) from None
+
+
+def reason_of(error: Exception) -> str:
+    """In a few words, without the file's name."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return str(error) or type(error).__name__
 
 
 def kind_of(source: bytes | str | Path) -> str:
     """Format and mode of an encoded picture or array, like "JPEG RGB", from its header. Raises ImageError."""
-    try:
-        with io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb") as stream:
-            if stream.read(len(NUMPY_MAGIC)) == NUMPY_MAGIC:
-                return "NumPy array"
-            stream.seek(0)
-            picture = _open_picture(stream)
-            return f"{picture.format} {picture.mode}" + (" animated" if getattr(picture, "is_animated", False) else "")
-    except Image.UnidentifiedImageError:
-        raise ImageError("not a known image format, or damaged at its start") from None
-    except Exception as error:  # on damaged files Pillow raises whatever its readers stumble over
-        raise ImageError(f"unreadable: {error or type(error).__name__}") from error
-
-
-def _open_picture(stream: io.IOBase) -> Image.Image:
-    # Pillow's own limit is a global that may lie below ours; only the header is read while it is off
-    with _pillow_limit:
-        pillows_limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
-        try:
-            return Image.open(cast(io.BytesIO, stream))
-        finally:
-            Image.MAX_IMAGE_PIXELS = pillows_limit
-
-
-def _load_picture(stream: io.IOBase, max_pixels: int) -> Image.Image:
-    try:
+    with open_encoded(source) as stream:
+        if stream.read(len(NUMPY_MAGIC)) == NUMPY_MAGIC:
+            return "NumPy array"
+        stream.seek(0)
         picture = _open_picture(stream)
-        width, height = picture.size
-        if width * height <= max_pixels:
-            picture.load()
-            ImageOps.exif_transpose(picture, in_place=True)
-            return picture
+        return f"{picture.format} {picture.mode}" + (" animated" if getattr(picture, "is_animated", False) else "")
+
+
+def _open_picture(stream: BinaryIO) -> Image.Image:
+    try:
+        # Pillow's own limit is a global that may lie below ours; only the header is read while it is off
+        with _pillow_limit, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # they name no file
+            pillows_limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+            try:
+                Image.init()
+                return Image.open(stream, formats=[name for name in FORMATS if name in Image.OPEN])
+            finally:
+                Image.MAX_IMAGE_PIXELS = pillows_limit
     except Image.UnidentifiedImageError:
         raise ImageError("not a known image format, or damaged at its start") from None
     except Exception as error:  # on damaged files Pillow raises whatever its readers stumble over
-        raise ImageError(f"unreadable: {error or type(error).__name__}") from error
-    raise ImageError(f"{width} x {height} px is more than the limit of {max_pixels} px")
+        raise ImageError(f"unreadable: {reason_of(error)}") from error
+
+
+def _load_picture(stream: BinaryIO, max_pixels: int) -> Image.Image:
+    """Decoded and upright. What Pillow would fill with black or noise without a word is refused."""
+    picture = _open_picture(stream)
+    width, height = picture.size
+    if width * height > max_pixels:
+        raise ImageError(f"{width} x {height} px is more than the limit of {max_pixels} px")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            if picture.format == "PNG":
+                picture.verify()  # the checksums
+                stream.seek(0)
+                picture = _open_picture(stream)
+            picture.load()
+    except Exception as error:  # on damaged files Pillow raises whatever its readers stumble over
+        raise ImageError(f"unreadable: {reason_of(error)}") from error
+    if picture.format in ("JPEG", "MPO", "WEBP", "AVIF") and _ends_unwritten(stream):
+        raise ImageError("unreadable: its end was never written, it is all zeros")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            orientation = picture.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # tags that are damaged turn nothing
+        return picture
+    if orientation in UPRIGHT:
+        turned = picture.transpose(UPRIGHT[orientation])
+        turned.format = picture.format
+        return turned
+    return picture
+
+
+def _ends_unwritten(stream: BinaryIO) -> bool:
+    stream.seek(max(0, stream.seek(0, os.SEEK_END) - UNWRITTEN_BYTES))
+    if any(stream.read()):
+        return False
+    stream.seek(0)
+    return not stream.read().rstrip(b"\0").endswith(JPEG_END)  # zeros behind a JPEG's end are padding
 
 
 def _picture_pixels(picture: Image.Image, channels: int, background: tuple[int, int, int]) -> np.ndarray:
     if channels not in PICTURE_MODES:
         raise ImageError(f"a picture gives 1, 3 or 4 channels; {channels} need .npy arrays")
     if picture.mode.startswith("I") or picture.mode == "F":
-        return _repeat_gray(_deep_gray(picture), channels)
+        pixels = _repeat_gray(_deep_gray(picture), channels)
+        clear = picture.info.get("transparency")
+        if isinstance(clear, int) and pixels.dtype == np.uint16:
+            ground = Image.new("RGB", (1, 1), background).convert(PICTURE_MODES[min(channels, 3)])
+            level = np.asarray(ground).reshape(-1).astype(np.uint16) * 257
+            pixels[pixels[..., 0] == clear] = level if channels != 4 else (clear, clear, clear, 0)
+        return pixels
     try:
+        icc_profile, alpha = picture.info.get("icc_profile"), None
         if picture.has_transparency_data:
-            icc_profile = picture.info.get("icc_profile")
-            picture = picture.convert("RGBA")
-            picture.info["icc_profile"] = icc_profile
+            rgba = picture.convert("RGBA")
+            alpha = rgba.getchannel("A")
+            picture = picture.convert("L") if picture.mode in ("L", "LA") else rgba.convert("RGB")
         elif picture.mode not in ("L", "RGB", "CMYK"):
             picture = picture.convert("RGB")
-        picture = _to_srgb(picture)
-        if picture.mode == "RGBA" and channels != 4:
-            ground = Image.new("RGBA", picture.size, (*background, 255))
-            picture = Image.alpha_composite(ground, picture).convert("RGB")
-        pixels = np.asarray(picture.convert(PICTURE_MODES[channels]))
+        transform = _srgb_transform(icc_profile, picture.mode) if icc_profile else None
+        if transform is not None:
+            picture = transform.apply(picture)
+        if alpha is not None:
+            picture = picture.convert("RGB")
+            picture.putalpha(alpha)
+            if channels != 4:
+                ground = Image.new("RGBA", picture.size, (*background, 255))
+                picture = Image.alpha_composite(ground, picture).convert("RGB")
+        values = np.asarray(picture.convert(PICTURE_MODES[channels]))
     except ValueError as error:
         raise ImageError(f"pixels of mode {picture.mode}: {error}") from None
-    return pixels.reshape(*pixels.shape[:2], channels)
+    return values.reshape(*values.shape[:2], channels)
 
 
 def _deep_gray(picture: Image.Image) -> np.ndarray:
@@ -119,24 +201,32 @@ def _deep_gray(picture: Image.Image) -> np.ndarray:
         return _unit_floats(pixels)
     # older Pillow reads 16-bit PNG as "I"; other 32-bit integers have no known range
     if picture.mode == "I" and picture.format not in ("PNG", "PPM"):
-        raise ImageError("32-bit integers have no known range; store 16 bits, or floats in [0, 1] as .npy")
-    return pixels.astype(np.uint16)
+        raise ImageError("integers with a sign or of 32 bits have no known range; store 16 bits, or floats in [0, 1]")
+    pixels = pixels.astype(np.uint16)
+    tags = getattr(picture, "tag_v2", {})  # of TIFF, where Pillow follows neither tag
+    if tags.get(BITS_PER_SAMPLE) == (12,):
+        pixels = (pixels.astype(np.uint32) * 65535 // 4095).astype(np.uint16)
+    return 65535 - pixels if tags.get(PHOTOMETRIC) == WHITE_IS_ZERO else pixels
 
 
-def _array_pixels(source: bytes | str | Path, channels: int, max_pixels: int) -> np.ndarray:
+def _array_pixels(source: bytes | str | Path, stream: BinaryIO, channels: int, max_pixels: int) -> np.ndarray:
+    try:
+        shape = _array_shape(stream)
+    except Exception as error:  # a header is a Python expression, and can be wrong in many ways
+        raise ImageError(f"unreadable array: {' '.join(str(error).split())[:200]}") from None
+    if len(shape) not in (2, 3) or min(shape) <= 0:
+        raise ImageError(f"an array of shape {shape}; HW or HWC is expected")
+    if shape[0] * shape[1] > max_pixels:
+        raise ImageError(f"{shape[1]} x {shape[0]} px is more than the limit of {max_pixels} px")
     try:
         if isinstance(source, bytes):
             array = np.load(io.BytesIO(source), allow_pickle=False)
         else:
-            array = np.load(source, allow_pickle=False, mmap_mode="r")  # the size is known before it is read
-    except (ValueError, EOFError) as error:
-        raise ImageError(f"unreadable array: {error}") from None
+            array = np.load(source, allow_pickle=False, mmap_mode="r")
+    except (ValueError, EOFError, OverflowError, MemoryError) as error:
+        raise ImageError(f"unreadable array: {' '.join(str(error).split())[:200]}") from None
     if array.ndim == 2:
         array = array[..., None]
-    if array.ndim != 3 or 0 in array.shape:
-        raise ImageError(f"an array of shape {array.shape}; HW or HWC is expected")
-    if array.shape[0] * array.shape[1] > max_pixels:
-        raise ImageError(f"{array.shape[1]} x {array.shape[0]} px is more than the limit of {max_pixels} px")
     if array.shape[2] != channels and not (array.shape[2] == 1 and channels == 3):
         hint = "; it looks like CHW, transpose it" if array.shape[0] == channels else ""
         raise ImageError(f"an array of shape {array.shape} (HWC), but {channels} channels are expected{hint}")
@@ -147,6 +237,18 @@ def _array_pixels(source: bytes | str | Path, channels: int, max_pixels: int) ->
     else:
         raise ImageError(f"an array of {array.dtype}; uint8, uint16 or floats in [0, 1] are expected")
     return pixels if pixels.shape[2] == channels else _repeat_gray(pixels[..., 0], channels)
+
+
+def _array_shape(stream: BinaryIO) -> tuple[int, ...]:
+    """The shape that the header claims, before anything is made of that size; the file must be as long as it says."""
+    stream.seek(0)
+    version = np.lib.format.read_magic(stream)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, _, dtype = read(stream)
+    here = stream.tell()
+    if not dtype.hasobject and math.prod(shape) * dtype.itemsize > stream.seek(0, os.SEEK_END) - here:
+        raise ValueError("the file is shorter than its header says")
+    return shape
 
 
 def _unit_floats(array: np.ndarray) -> np.ndarray:
@@ -163,20 +265,20 @@ def _repeat_gray(gray: np.ndarray, channels: int) -> np.ndarray:
     return pixels
 
 
-def _to_srgb(picture: Image.Image) -> Image.Image:
-    """Follows an embedded colour profile; one that is damaged or made for other pixels changes nothing."""
-    icc_profile = picture.info.get("icc_profile")
-    if not icc_profile:
-        return picture
+@lru_cache(maxsize=8)
+def _srgb_transform(icc_profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
+    """From pixels of `mode` to sRGB; None for a profile that is damaged, made for other pixels, or sRGB itself."""
     try:
         profile = ImageCms.ImageCmsProfile(io.BytesIO(icc_profile))
-        if "srgb" in ImageCms.getProfileDescription(profile).lower():
-            return picture
-        mode = "RGBA" if picture.mode == "RGBA" else "RGB"
-        srgb = ImageCms.createProfile("sRGB")
-        return ImageCms.profileToProfile(picture, profile, srgb, outputMode=mode) or picture
+        transform = ImageCms.buildTransform(profile, ImageCms.createProfile("sRGB"), mode, "RGB")
     except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
-        return picture
+        return None
+    # names lie (linear sRGB is another thing), so its effect on a grid of colours decides
+    levels = np.arange(0, 256, 17, dtype=np.uint8)
+    grid = np.stack(np.meshgrid(levels, levels, levels), axis=-1).reshape(64, 64, 3)
+    colours = Image.fromarray(grid).convert(mode)
+    moved = np.abs(np.asarray(transform.apply(colours), int) - np.asarray(colours.convert("RGB"), int)).max()
+    return transform if mode == "CMYK" or moved > SAME_COLOUR_LEVELS else None
 
 
 def to_tensor(array: np.ndarray) -> torch.Tensor:
@@ -228,12 +330,20 @@ def _fit(picture: Image.Image, width: float, height: float) -> Image.Image:
     return picture.resize(size, Image.Resampling.NEAREST if whole else Image.Resampling.BICUBIC)
 
 
-def picture_grid(rows: Sequence[Sequence[torch.Tensor]], labels: Sequence[str] | None = None) -> Image.Image:
-    """Rows of CHW images in [-1, 1] -> one RGB picture, column `labels` on top.
+def picture_grid(
+    rows: Sequence[Sequence[torch.Tensor]],
+    labels: Sequence[str] | None = None,
+    *,
+    row_labels: Sequence[str] = (),
+    largest_px: int = 512,
+) -> Image.Image:
+    """Rows of CHW images in [-1, 1] -> one RGB picture, column `labels` on top and `row_labels` on the left.
 
-    All images are scaled to one cell, as large as the largest (at least 128 px, at most 512) and centred in it.
+    All images are scaled to one cell, as large as the largest (at least 128 px, at most `largest_px`), and centred.
     """
-    gap, smallest, largest = 6, 128, 512
+    gap, smallest, largest = 6, 128, largest_px
+    font = ImageFont.load_default(13)
+    side = round(max(map(font.getlength, row_labels), default=0)) + (gap if row_labels else 0)
     pictures = [[to_picture(image) for image in row] for row in rows]
     sizes = np.array([picture.size for row in pictures for picture in row])
     longest = int(sizes.max())
@@ -243,18 +353,19 @@ def picture_grid(rows: Sequence[Sequence[torch.Tensor]], labels: Sequence[str] |
     fitted = [[_fit(picture, cell_w, cell_h) for picture in row] for row in pictures]
     heights = [max(picture.height for picture in row) for row in fitted]
     head, step = 26 if labels else gap, round(cell_w) + gap
-    size = (max(map(len, rows)) * step + gap, head + sum(heights) + gap * len(heights))
+    size = (side + max(map(len, rows)) * step + gap, head + sum(heights) + gap * len(heights))
     sheet = Image.new("RGB", size, "white")
-    top = head
-    for row, height in zip(fitted, heights, strict=True):
+    top, draw = head, ImageDraw.Draw(sheet)
+    for y, (row, height) in enumerate(zip(fitted, heights, strict=True)):
+        if row_labels:
+            draw.text((side, top + height / 2), row_labels[y], fill=(60, 60, 60), font=font, anchor="rm")
         for x, picture in enumerate(row):
-            left = gap + x * step + (round(cell_w) - picture.width) // 2
+            left = side + gap + x * step + (round(cell_w) - picture.width) // 2
             sheet.paste(picture, (left, top + (height - picture.height) // 2))
         top += height + gap
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
     for x, label in enumerate(labels or ()):
         while draw.textlength(label, font=font) > cell_w and len(label) > 1:
             label = label.removesuffix("…")[:-1] + "…"
-        middle = (gap + x * step + cell_w / 2, head / 2)
+        middle = (side + gap + x * step + cell_w / 2, head / 2)
         draw.text(middle, label, fill=(60, 60, 60), font=font, anchor="mm")
     return sheet

@@ -1,7 +1,7 @@
 """Statistics of a first stage's latents, streamed in float64: what a diffusion model needs to scale them by.
 
-Each channel's count, mean and sum of squared deviations are enough: they merge over batches and processes
-without loss (Chan, Golub & LeVeque 1983), and the overall figures follow from them.
+The channels' count, means and sums of products of deviations are enough: they merge over batches and processes
+without loss (Chan, Golub & LeVeque 1983), and the overall figures follow from them. Quantiles come from integer counts.
 """
 
 import math
@@ -11,21 +11,23 @@ import torch
 from torch import Tensor
 
 from latent_ae.config import UserError
+from latent_ae.quantiles import QuantileSketch
 
+QUANTILES = (0.001, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 0.999)
 DEAD_SIGNAL_FRACTION = 0.01
 EQUAL_RELATIVE_STD = 1e-12
 """What rounding in float64 leaves of the spread of equal values."""
 
 
 class Moments:
-    """Count, mean and population variance per channel of NCHW tensors, merged batch by batch."""
+    """Count, mean and population covariance of the channels of NCHW tensors, merged batch by batch."""
 
     def __init__(self) -> None:
         self.count = 0
         """Values per channel."""
         self.mean = torch.zeros(0, dtype=torch.float64)
-        self.m2 = torch.zeros(0, dtype=torch.float64)
-        """Sum of squared deviations from the mean, (C,)."""
+        self.scatter = torch.zeros(0, 0, dtype=torch.float64)
+        """Sums of products of deviations from the means, (C, C)."""
 
     def update(self, values: Tensor) -> None:
         """Takes in NCHW values of any float type."""
@@ -34,27 +36,33 @@ class Moments:
         flat = values.detach().cpu().double().transpose(0, 1).flatten(1)
         batch.count = flat.shape[1]
         if batch.count:
-            mean = flat.mean(1)
-            batch.mean, batch.m2 = mean, (flat - mean[:, None]).square().sum(1)
+            batch.mean = flat.mean(1)
+            deviations = flat - batch.mean[:, None]
+            batch.scatter = deviations @ deviations.T
             self.merge(batch)
 
     def merge(self, other: "Moments") -> None:
-        """Takes in what another saw: M2 = M2a + M2b + delta^2 * na * nb / n (Chan et al., eq. 2.1)."""
+        """Takes in what another saw: S = Sa + Sb + delta delta^T * na * nb / n (Chan et al., eq. 2.1, for vectors)."""
         if not other.count:
             return
         if not self.count:
-            self.count, self.mean, self.m2 = other.count, other.mean.clone(), other.m2.clone()
+            self.count, self.mean, self.scatter = other.count, other.mean.clone(), other.scatter.clone()
             return
         total = self.count + other.count
         delta = other.mean - self.mean
         self.mean = self.mean + delta * (other.count / total)
-        self.m2 = self.m2 + other.m2 + delta.square() * (self.count * other.count / total)
+        self.scatter = self.scatter + other.scatter + delta.outer(delta) * (self.count * other.count / total)
         self.count = total
+
+    @property
+    def covariance(self) -> Tensor:
+        """Population covariance of the channels, (C, C)."""
+        return self.scatter / self.count
 
     @property
     def variance(self) -> Tensor:
         """Population variance per channel, (C,)."""
-        return self.m2 / self.count
+        return self.covariance.diagonal()
 
     def overall(self) -> tuple[float, float]:
         """Mean and standard deviation over all channels together."""
@@ -65,7 +73,7 @@ class Moments:
 
 
 class LatentStatistics:
-    """Mean, spread and information of latents, overall and per channel.
+    """Mean, covariance, quantiles and information of latents, overall and per channel.
 
     statistics = LatentStatistics()
     statistics.update(latents)                  # N x C x h x w, raw: posterior samples or modes
@@ -75,6 +83,7 @@ class LatentStatistics:
 
     def __init__(self) -> None:
         self.latents = Moments()
+        self.sketch = QuantileSketch()
         self.posterior_means = Moments()
         self.posterior_variances = Moments()
         self.kl = Moments()
@@ -87,6 +96,7 @@ class LatentStatistics:
         if (mean is None) != (logvar is None):
             raise ValueError("give the posterior's mean and logvar together, or neither")
         self.latents.update(latents)
+        self.sketch.update(latents)
         if mean is not None and logvar is not None:
             mean, logvar = mean.detach().cpu().double(), logvar.detach().cpu().double()
             variance = logvar.exp()
@@ -97,8 +107,9 @@ class LatentStatistics:
 
     def merge(self, other: "LatentStatistics") -> None:
         """Takes in what another saw, as if its latents had come here."""
-        for mine, theirs in zip(self._all(), other._all(), strict=True):
+        for mine, theirs in zip(self._moments(), other._moments(), strict=True):
             mine.merge(theirs)
+        self.sketch.merge(other.sketch)
 
     def gather(self) -> None:
         """Merges the statistics of all processes, in rank order. Every process must call it."""
@@ -111,7 +122,7 @@ class LatentStatistics:
             merged.merge(part)
         self.__dict__.update(merged.__dict__)
 
-    def _all(self) -> tuple[Moments, ...]:
+    def _moments(self) -> tuple[Moments, ...]:
         return self.latents, self.posterior_means, self.posterior_variances, self.kl
 
     @property
@@ -147,6 +158,18 @@ class LatentStatistics:
         return [float(value) for value in self.latents.variance.sqrt()]
 
     @property
+    def channel_covariance(self) -> list[list[float]]:
+        """Population covariance of the channels over all positions, C x C."""
+        return [[float(value) for value in row] for row in self.latents.covariance]
+
+    def quantiles(self, channel: int | None = None) -> dict[str, float]:
+        """The values at QUANTILES of a channel, or of all values, by fraction; see latent_ae.quantiles for their error.
+
+        Raises ValueError when no finite value was seen.
+        """
+        return dict(zip(map(str, QUANTILES), self.sketch.quantiles(QUANTILES, channel), strict=True))
+
+    @property
     def channel_kl(self) -> list[float]:
         """Mean KL to N(0, 1) per latent value of each channel, nats; empty when no posterior was given."""
         return [float(value) for value in self.kl.mean]
@@ -175,6 +198,9 @@ class LatentStatistics:
             "shift_factor": self.shift_factor,
             "channel_mean": self.channel_mean,
             "channel_std": self.channel_std,
+            "channel_covariance": self.channel_covariance,
+            "quantiles": self.quantiles(),
+            "channel_quantiles": [self.quantiles(channel) for channel in range(len(self.latents.mean))],
         }
         if self.kl.count:
             summary |= {

@@ -13,6 +13,7 @@ import datasets
 import numpy as np
 
 from latent_ae.config import DataSettings, UserError, looks_like_path
+from latent_ae.images import reason_of
 from latent_ae.sources import FolderSource, ImageSource, StreamSource, first_line, load_table
 
 IMAGE_SUFFIXES = (
@@ -92,14 +93,19 @@ class _Files(_Library):
 
     def __init__(self, key: str, path: Path, settings: DataSettings):
         self.root, self.settings = path if path.is_dir() else path.parent, settings
-        found = sorted(_walk(path)) if path.is_dir() else [path.name]
+        try:
+            found = sorted(_walk(path)) if path.is_dir() else [path.name]
+        except OSError as error:  # going on without a folder would leave its images out in silence
+            raise UserError(f"data.{key}: cannot list {error.filename or path}: {reason_of(error)}") from None
+        others = Counter(_suffix(name) or "no extension" for name in found if not _known(name))
+        self.others = dict(others.most_common())
         kinds = Counter(TABLE_KINDS.get(_suffix(name), "image") for name in found if _known(name))
         if path.is_file() and "image" in kinds:
             raise UserError(f"data.{key}: {path} is a single image; give the folder that it lies in")
         if not kinds:
-            others = ", ".join(sorted({_suffix(name) or "no extension" for name in found})[:8]) or "nothing"
+            shown = ", ".join(sorted(others)[:8]) or "nothing"
             raise UserError(
-                f"data.{key}: {path} holds no images (found: {others}); wanted is a folder with "
+                f"data.{key}: {path} holds no images (found: {shown}); wanted is a folder with "
                 f"{' '.join(IMAGE_SUFFIXES)} files, or {' '.join(TABLE_KINDS)} files"
             )
         # a table beside images describes them
@@ -122,7 +128,11 @@ class _Files(_Library):
     def open(self, split: str | None) -> ImageSource:
         names = self.groups[split]
         if self.kind == "image":
-            return FolderSource(self.root, _as_array(names))
+            return FolderSource(self.root, _as_array(names), self.others)
+        for name in names:
+            if _suffix(name) == ".tar" and not _tar_is_whole(self.root / name):
+                # datasets would read what is left of it in silence
+                raise UserError(f"data.{self.key}: {self.root / name} is cut off: it does not end as a tar file does")
         # datasets takes paths for patterns
         files = [glob.escape(str((self.root / name).absolute())) for name in names]
         data_files = {"train": files}
@@ -156,7 +166,13 @@ def _library(settings: DataSettings, key: Literal["source", "eval_source"]) -> _
             raise UserError("data.streaming: photos are files on this disk; set data.streaming=false")
         return _Photos(key, location, tuple(PHOTOS))
     path = Path(location).expanduser()
-    if path.exists():
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (OSError, ValueError) as error:
+        raise UserError(f"data.{key}: {location!r} cannot be opened: {reason_of(error)}") from None
+    else:
         return _Files(key, path, settings)
     if looks_like_path(location) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", location):
         raise UserError(f"data.{key}: no such file or folder: {location} (from {Path.cwd()})")
@@ -208,17 +224,32 @@ def _fraction(source: ImageSource, settings: DataSettings, part: Literal["train"
 
 
 def _walk(root: Path) -> Iterator[str]:
-    """Relative paths of all files, hidden ones left out; links are followed, but no folder is entered twice."""
+    """Relative paths of all files, hidden ones left out; links are followed, but no folder is entered twice.
+
+    Raises OSError for a folder that cannot be listed.
+    """
     seen: set[str] = set()
-    for folder, subfolders, files in os.walk(root, followlinks=True):
+    for folder, subfolders, files in os.walk(root, followlinks=True, onerror=_raise):
         real = os.path.realpath(folder)
         if real in seen:
             subfolders.clear()
             continue
         seen.add(real)
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith(".") and name != "lost+found")
         relative = os.path.relpath(folder, root)
         yield from (os.path.normpath(os.path.join(relative, name)) for name in files if not name.startswith("."))
+
+
+def _raise(error: OSError) -> None:
+    raise error
+
+
+def _tar_is_whole(path: Path) -> bool:
+    """It ends in the block of zeros that marks an archive's end (POSIX pax)."""
+    with path.open("rb") as stream:
+        stream.seek(max(0, stream.seek(0, os.SEEK_END) - 512))
+        tail = stream.read()
+    return len(tail) == 512 and not any(tail)
 
 
 def _split_of(name: str, kind: str) -> str | None:

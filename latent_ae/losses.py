@@ -35,6 +35,34 @@ def kl_loss(mean: Tensor, logvar: Tensor, image_elements: int) -> Tensor:
     return kl_per_dimension(mean, logvar).sum() / (mean.shape[0] * image_elements)
 
 
+def free_bits_loss(mean: Tensor, logvar: Tensor, image_elements: int, floor: float) -> tuple[Tensor, Tensor]:
+    """`kl_loss` in which a channel below `floor` nats per latent dimension counts as `floor`, and the share of those.
+
+    Free bits of Kingma et al. 2016 (section 3 and appendix C.8): sum over channels of max(floor, KL), so a channel has
+    no gradient while it tells less. KL is a sample's mean over the channel's positions; the paper's mean over the
+    minibatch as well would make the gradient depend on how a batch is split over passes and processes.
+    """
+    channels = kl_per_dimension(mean, logvar).mean((2, 3))
+    loss = channels.clamp(min=floor).sum() * (mean[0, 0].numel() / (mean.shape[0] * image_elements))
+    return loss, (channels.detach() < floor).float().mean()
+
+
+def alignment_loss(
+    projected: Tensor, features: Tensor, cosine_margin: float, distance_margin: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """VA-VAE's marginal cosine and marginal distance matrix terms (Yao et al. 2025, eq. 2 and 3); and the mean cosine.
+
+    Of projected latents and a vision model's features, both N x C x h x w. Cosine: the mean over samples and positions
+    of relu(1 - margin - cos(z, f)). Distance: the mean over samples and pairs of positions i, j of
+    relu(|cos(z_i, z_j) - cos(f_i, f_j)| - margin).
+    """
+    z, f = (F.normalize(x.flatten(2), dim=1) for x in (projected, features))
+    cosines = (z * f).sum(1)
+    distances = (z.mT @ z - f.mT @ f).abs()
+    cosine = F.relu(1.0 - cosine_margin - cosines).mean()
+    return cosine, F.relu(distances - distance_margin).mean(), cosines.detach().mean()
+
+
 def generator_loss(kind: AdversarialLoss, fake_logits: Tensor) -> Tensor:
     """What the autoencoder minimises, mean over logits.
 

@@ -1,14 +1,18 @@
 """The README.md of an exported first stage: what it is, how to load it, how good it is; metadata that a hub reads."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from diffusers import AutoencoderKL
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from latent_ae.latents import LatentStatistics
 from latent_ae.models import count_parameters, factor_of
+from latent_ae.precision import verdict
+from latent_ae.text import printable
 
 METRIC_NAMES = {
     "psnr": "PSNR (dB)",
@@ -55,8 +59,12 @@ def model_card(
     statistics: LatentStatistics,
     location: str,
     difference: float,
+    precision: Mapping[str, Any] | None = None,
 ) -> ModelCard:
-    """A model card with a valid model-index; `autoencoder` carries the config that is exported."""
+    """A model card with a valid model-index; `autoencoder` carries the config that is exported.
+
+    `precision`: what `probe_precision` found, with that of `probe_tiling` as "tiling".
+    """
     measured = {key: facts.metrics[key] for key in METRIC_NAMES if facts.metrics.get(key) is not None}
     results = [
         EvalResult(
@@ -81,7 +89,7 @@ def model_card(
         eval_results=results or None,
     )
     return ModelCard(
-        f"---\n{data.to_yaml()}\n---\n\n" + _card_text(autoencoder, facts, statistics, location, difference)
+        f"---\n{data.to_yaml()}\n---\n\n" + _card_text(autoencoder, facts, statistics, location, difference, precision)
     )
 
 
@@ -91,36 +99,47 @@ def _card_text(
     statistics: LatentStatistics,
     location: str,
     difference: float,
+    precision: Mapping[str, Any] | None,
 ) -> str:
     config, factor = autoencoder.config, factor_of(autoencoder)
-    trained = [f"on {facts.data_name}"]
+    trained = [f"on {_plain(facts.data_name)}"]
     if facts.steps is not None:
         trained.append(f"for {facts.steps:,} steps")
     if facts.base_model:
-        trained.append(f"from {facts.base_model}")
+        trained.append(f"from {_plain(facts.base_model)}")
+    if config.get("latents_mean") is None:
+        given, scaled = "", "(z - vae.config.shift_factor) * vae.config.scaling_factor"
+        undone = "z / vae.config.scaling_factor + vae.config.shift_factor"
+    else:
+        given = (
+            "mean, std = (torch.tensor(vae.config[key]).view(1, -1, 1, 1) for key in ('latents_mean', 'latents_std'))\n"
+        )
+        scaled, undone = "(z - mean) / std", "z * std + mean"
     parts = [
-        f"# {facts.name}\n\nAn `AutoencoderKL`: images of {config.in_channels} channels in [-1, 1] to latents "
+        f"# {_plain(facts.name)}\n\nAn `AutoencoderKL`: images of {config.in_channels} channels in [-1, 1] to latents "
         f"of {config.latent_channels} channels, each side divided by {factor}. "
         f"{count_parameters(autoencoder):,} parameters, float32. Trained {' '.join(trained)}.",
         f"""## Use
 
 ```python
 {loading_lines(location)}
-with torch.no_grad():
+{given}with torch.no_grad():
     z = vae.encode(images).latent_dist.sample()  # images: N x {config.in_channels} x H x W in [-1, 1]
-    z = (z - vae.config.shift_factor) * vae.config.scaling_factor  # what a diffusion model sees
-    images = vae.decode(z / vae.config.scaling_factor + vae.config.shift_factor).sample
+    z = {scaled}  # what a diffusion model sees
+    images = vae.decode({undone}).sample
 ```
 
 H and W are multiples of {factor}. {_scaling_text(autoencoder, statistics)}
-Pipelines of the Stable Diffusion 1 and 2 kind apply `scaling_factor` only.""",
+{_pipeline_text(autoencoder)}""",
         _metric_text(facts, factor),
         "## Check\n\nLoaded by stock diffusers in a fresh process, these weights reconstruct like the trained "
         f"model: largest difference {difference:.1e} in [-1, 1].",
+        _precision_text(precision) if precision else "",
     ]
     if facts.settings_yaml:
-        fence = "`" * 3
-        parts.append(f"## Settings\n\n{fence}yaml\n{facts.settings_yaml.rstrip()}\n{fence}")
+        longest = max(map(len, re.findall("`+", facts.settings_yaml)), default=0)
+        fence = "`" * max(3, longest + 1)
+        parts.append(f"## Settings\n\n{fence}yaml\n{printable(facts.settings_yaml.rstrip(), lines=True)}\n{fence}")
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -129,11 +148,43 @@ def _scaling_text(autoencoder: AutoencoderKL, statistics: LatentStatistics) -> s
         f"measured over\n{statistics.count:,} latent values (mean {statistics.mean:.4g}, "
         f"standard deviation {statistics.std:.4g})."
     )
+    if (
+        autoencoder.config.get("latents_mean") is not None
+        and autoencoder.config.latents_mean == statistics.channel_mean
+    ):
+        return f"`latents_mean` and `latents_std` of each channel were {measured}"
     if autoencoder.config.scaling_factor == statistics.scaling_factor:
         return f"`scaling_factor` and `shift_factor` were {measured}"
     return (
         "`scaling_factor` and `shift_factor` are those of the model that this one's decoder was tuned from: its\n"
         f"latents are the same. On this data they were {measured}"
+    )
+
+
+def _pipeline_text(autoencoder: AutoencoderKL) -> str:
+    if autoencoder.config.get("latents_mean") is not None:
+        return "Pipelines of the Stable Diffusion XL kind apply `latents_mean` and `latents_std`; others do not."
+    return "Pipelines of the Stable Diffusion 1 and 2 kind apply `scaling_factor` only."
+
+
+def _precision_text(precision: Mapping[str, Any]) -> str:
+    rows = []
+    for name in ("bf16", "fp16"):
+        row = precision[name]
+        psnr = "–" if row["psnr"] is None else f"{row['psnr']:.1f}"
+        emulated = ", emulated" if row["emulated"] else ""
+        rows.append(f"| {name}{emulated} | {psnr} | {row['not_finite']:,} |")
+    tiling, upcast = precision["tiling"], precision["force_upcast"]
+    meaning = "fp16 pipelines run it in fp32" if upcast else "fp16 pipelines run it in fp16"
+    return "\n".join(
+        [
+            f"## Precision and tiling\n\nReconstructions of {precision['images']} held-out images, against fp32:\n",
+            "| | PSNR (dB) | values not finite |\n|---|---:|---:|",
+            *rows,
+            f"\n{verdict(dict(precision))}. So `force_upcast` is {str(upcast).lower()}: {meaning}.\n",
+            f"An image of {tiling['side_px']} px decoded in tiles of {tiling['tile_px']} px (`enable_tiling`) is "
+            f"{tiling['psnr']:.1f} dB from the same decoded whole (largest difference {tiling['max_abs']:.3f}).",
+        ]
     )
 
 
@@ -153,9 +204,15 @@ def _metric_text(facts: CardFacts, factor: int) -> str:
         ),
     ]
     count = f"{facts.num_images:,} held-out images" if facts.num_images is not None else "held-out images"
-    return f"## Reconstruction\n\nMeans per image over {count} of {facts.data_name}, on 8-bit pixels.\n\n" + "\n".join(
-        lines
+    return (
+        f"## Reconstruction\n\nMeans per image over {count} of {_plain(facts.data_name)}, on 8-bit pixels.\n\n"
+        + "\n".join(lines)
     )
+
+
+def _plain(name: str) -> str:
+    """A name in Markdown as it is: on one line, and with nothing in it that Markdown or HTML would act on."""
+    return re.sub(r"([\\`*<>\[\]|&!$~])", r"\\\1", printable(name))
 
 
 def _figure_text(value: float | None) -> str:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from latent_ae.config import ModelSettings, UserError
 from latent_ae.first_stages import load_first_stage
+from latent_ae.latent_changes import LatentChange, changed
 from latent_ae.linear_start import linear_start_
 
 
@@ -21,7 +22,11 @@ class Reconstruction(NamedTuple):
     logvar: Tensor
     """Posterior log-variance, like `mean`."""
     latent: Tensor
-    """What was decoded: mean + exp(logvar / 2) * noise, or the mean."""
+    """mean + exp(logvar / 2) * noise, or the mean; decoded, after a change if there is one."""
+    to_decode: Tensor
+    """The latent on its way to the decoder, before a change; its gradient is that of the image alone."""
+    projected: Tensor | None = None
+    """The latent as features of a vision model, N x features x H/f x W/f, where there is a projection."""
 
 
 class Reconstructor(nn.Module):
@@ -31,25 +36,39 @@ class Reconstructor(nn.Module):
     gradients are not synchronised; hence this single `forward`.
     """
 
-    def __init__(self, autoencoder: AutoencoderKL):
+    def __init__(self, autoencoder: AutoencoderKL, projection: nn.Conv2d | None = None):
+        """`projection` maps latents to the features that they are aligned to; it is no part of the autoencoder."""
         super().__init__()
-        self.autoencoder = autoencoder
+        self.autoencoder, self.projection = autoencoder, projection
 
-    def forward(self, images: Tensor, noise: Tensor | None = None) -> Reconstruction:
+    def forward(
+        self, images: Tensor, noise: Tensor | None = None, change: LatentChange | None = None
+    ) -> Reconstruction:
         """Reconstructs NCHW images in [-1, 1] whose sides are multiples of the factor.
 
-        `noise` (standard normal, shaped like the latent) samples the posterior; None takes its mode.
+        `noise` (standard normal, shaped like the latent) samples the posterior; None takes its mode. `change` is
+        made to the latent before it is decoded; a scaled or turned latent gives an image of that size and turn.
         """
         posterior = self.autoencoder.encode(images).latent_dist
         mean, logvar = posterior.mean.float(), posterior.logvar.float()
         latent = mean if noise is None else mean + torch.exp(0.5 * logvar) * noise
-        image = self.autoencoder.decode(latent).sample.float()
-        return Reconstruction(image, mean, logvar, latent)
+        projected, to_decode = None, latent
+        if self.projection is not None:
+            projected = self.projection(latent).float()
+            to_decode = latent.view_as(latent)  # a node of its own, so that the two gradients can be told apart
+        decoded = to_decode if change is None else changed(to_decode, change)
+        image = self.autoencoder.decode(decoded).sample.float()
+        return Reconstruction(image, mean, logvar, latent, to_decode, projected)
 
     @property
     def last_layer(self) -> Tensor:
         """The weight of the decoder's output convolution, where the adaptive GAN weight is measured."""
         return self.autoencoder.decoder.conv_out.weight
+
+    @property
+    def encoder_last_layer(self) -> Tensor:
+        """The weight of the encoder's output convolution, where the adaptive alignment weight is measured."""
+        return self.autoencoder.encoder.conv_out.weight
 
 
 def build_autoencoder(settings: ModelSettings, *, sample_size: int, seed: int = 0) -> AutoencoderKL:

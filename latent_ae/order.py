@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 # streams of random numbers that must never overlap: the highest word of Philox's counter
-CROP, NOISE, ORDER, BLOCK, AUGMENT = range(5)
+CROP, NOISE, ORDER, BLOCK, AUGMENT, LATENT_NOISE, CHANNELS, EQUIVARIANCE = range(8)
 
 
 def crop_rng(seed: int, number: int) -> np.random.Generator:
@@ -40,6 +40,25 @@ def augmentation_numbers(seed: int, numbers: Sequence[int], count: int) -> torch
     """Uniform numbers in [0, 1) that decide how the discriminator's view of the samples changes: (N, count) float32."""
     generators = (np.random.Generator(_philox(seed, number, AUGMENT)) for number in numbers)
     return torch.from_numpy(np.stack([generator.random(count, dtype=np.float32) for generator in generators]))
+
+
+def latent_noise(seed: int, numbers: Sequence[int], shape: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Noise for the latents of the samples: its level (N,), uniform in [0, 1), and (N, *shape) standard normal."""
+    generators = [np.random.Generator(_philox(seed, number, LATENT_NOISE)) for number in numbers]
+    levels = np.array([generator.random() for generator in generators], dtype=np.float32)
+    noise = [generator.standard_normal(tuple(shape), dtype=np.float32) for generator in generators]
+    return torch.from_numpy(levels), torch.from_numpy(np.stack(noise))
+
+
+def kept_channels(seed: int, numbers: Sequence[int], least: int, channels: int) -> torch.Tensor:
+    """How many first channels of each sample's latent are kept: (N,) integers, uniform from `least` to `channels`."""
+    drawn = [np.random.Generator(_philox(seed, number, CHANNELS)).random() for number in numbers]
+    return torch.tensor([least + int(value * (channels - least + 1)) for value in drawn])
+
+
+def equivariance_numbers(seed: int, step: int) -> np.ndarray:
+    """Four uniform numbers in [0, 1) that decide how a step's latents are scaled and turned."""
+    return np.random.Generator(_philox(seed, step, EQUIVARIANCE)).random(4)
 
 
 def _philox(seed: int, number: int, stream: int, reader: int = 0, block: int = 0) -> np.random.Philox:

@@ -16,16 +16,20 @@ from typing import Any
 
 from PIL import Image
 
+from latent_ae.charts import bar_chart as bar_chart
 from latent_ae.charts import histogram as histogram
 from latent_ae.charts import interval_chart as interval_chart
 from latent_ae.charts import line_chart as line_chart
-from latent_ae.charts import printable
+from latent_ae.disk import replacing
+from latent_ae.text import printable
 
 STYLE = """
 :root { color-scheme: light dark;
-        --ink: #1c1e21; --soft: #5d646d; --paper: #fff; --line: #dfe3e8; --tint: #f5f7f9; --mark: #b7791f }
+        --ink: #1c1e21; --soft: #5d646d; --paper: #fff; --line: #dfe3e8; --tint: #f5f7f9; --mark: #b7791f;
+        --bad: #b3372f }
 @media (prefers-color-scheme: dark) {
-  :root { --ink: #e6e8eb; --soft: #9aa3ad; --paper: #15181c; --line: #31373e; --tint: #1d2126; --mark: #d9a441 }
+  :root { --ink: #e6e8eb; --soft: #9aa3ad; --paper: #15181c; --line: #31373e; --tint: #1d2126; --mark: #d9a441;
+          --bad: #e8776c }
 }
 body { font: 16px/1.55 system-ui, sans-serif; color: var(--ink); background: var(--paper);
        max-width: 64rem; margin: 2.5rem auto 4rem; padding: 0 1.25rem; overflow-wrap: break-word }
@@ -44,6 +48,11 @@ th { color: var(--soft); font-weight: 600 } td.number, th.number { text-align: r
 .facts { display: flex; flex-wrap: wrap; gap: .5rem 2rem; margin: 1rem 0 } .facts dd { margin: 0 }
 .facts dt { font-size: .85rem; color: var(--soft) }
 .notes { background: var(--tint); border-left: 3px solid var(--mark); margin: 1rem 0; padding: .6rem 1rem .6rem 2rem }
+.findings > div { border-left: 3px solid var(--line); padding: .1rem 0 .1rem .9rem; margin: .9rem 0 }
+.findings dt { font-weight: 600 } .findings dd { margin: 0; max-width: 46rem }
+.findings .state { font-size: .75rem; font-weight: 400; color: var(--soft); margin-left: .4rem }
+.findings .look { border-color: var(--mark) } .findings .look .state { color: var(--mark) }
+.findings .problem { border-color: var(--bad) } .findings .problem .state { color: var(--bad) }
 .beside, .grid { display: grid; gap: .5rem .8rem; align-items: start }
 .grid { grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)) }
 .beside figure, .grid figure { margin: 0 }
@@ -64,7 +73,8 @@ pre { background: var(--tint); border: 1px solid var(--line); border-radius: 6px
   table { font-size: .82rem } .scroll td:first-child { min-width: 5rem } td small { display: block; margin: 0 }
 }
 @media print {
-  :root { color-scheme: light; --ink: #000; --soft: #444; --paper: #fff; --line: #bbb; --tint: #fff; --mark: #000 }
+  :root { color-scheme: light; --ink: #000; --soft: #444; --paper: #fff; --line: #bbb; --tint: #fff; --mark: #000;
+          --bad: #000 }
   body { font-size: 10pt; max-width: none; margin: 0; padding: 0 } h2, h3 { break-after: avoid }
   figure, tr, .beside, .notes { break-inside: avoid } figure img { max-height: 20cm; width: auto }
 }
@@ -145,6 +155,16 @@ def notes(lines: Sequence[str]) -> str:
     return f'<ul class="notes">{"".join(f"<li>{escape(line)}</li>" for line in lines)}</ul>' if lines else ""
 
 
+def findings(lines: Sequence[tuple[str, str, str, str]]) -> str:
+    """Named sentences, each with a mark: (name, state, the mark's words, text); state is fine, look or problem."""
+    items = "\n".join(
+        f'<div class="{escape(state)}"><dt>{escape(name)} <span class="state">{escape(mark)}</span></dt>'
+        f"<dd>{escape(text)}</dd></div>"
+        for name, state, mark, text in lines
+    )
+    return f'<dl class="findings">{items}</dl>'
+
+
 def manifest(values: Mapping[str, Any]) -> str:
     """Every value of a nested JSON object, in a table of two columns: its path (`data.location`) and itself."""
     rows = "\n".join(
@@ -202,6 +222,12 @@ def figure(
     return f'<figure><label class="zoom">{box}{picture}</label>{below}</figure>'
 
 
+def animation(data: bytes, kind: str, caption: str) -> str:
+    """An animated file (`kind`: webp or gif), embedded as it is."""
+    uri = f"data:image/{kind};base64,{base64.b64encode(data).decode('ascii')}"
+    return f'<figure><img src="{uri}" alt="{escape(caption)}"><figcaption>{escape(caption)}</figcaption></figure>'
+
+
 def _encoded(image: Image.Image, jpeg_quality: int | None, max_bytes: int | None) -> tuple[str, bytes, int]:
     """The format, the file and the factor by which its sides were divided."""
     limit = math.inf if max_bytes is None else max_bytes
@@ -232,15 +258,14 @@ def _encoded(image: Image.Image, jpeg_quality: int | None, max_bytes: int | None
 
 
 def write(path: Path, text: str) -> None:
-    """Writes a page; a reader finds the former one or this one, never a part. Raises OSError."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    """Writes a page; a reader finds the former one or this one, never a part. Raises UserError."""
+    with replacing(path) as part:
+        part.write_text(text, encoding="utf-8")
 
 
 def escape(text: str) -> str:
-    """Any text as HTML text or attribute value; characters that no file can hold are shown, not dropped."""
-    return html.escape(printable(str(text)), quote=True)
+    """Any text as HTML text or attribute value; characters that are obeyed, or that no file can hold, are shown."""
+    return html.escape(printable(str(text), lines=True), quote=True)
 
 
 def format_value(value: Any) -> str:

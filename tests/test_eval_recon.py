@@ -223,7 +223,7 @@ def test_mistakes_end_with_exit_code_2_and_what_to_do(model, photos, tmp_path, c
         ([model, photos, *words, "split=test"], "split: "),
         ([model, photos, *words, "crop_px=34"], "factor 4; use 32"),
         ([model, photos, *words, "crop=34", "resize_px=8"], "did you mean crop_px"),
-        ([model, photos, *words[:-1], str(tmp_path / "file")], "cannot make the folder"),
+        ([model, photos, *words[:-1], str(tmp_path / "file")], "cannot write"),
     ):
         assert main(["eval", "recon", *arguments]) == 2, arguments
         captured = capsys.readouterr()

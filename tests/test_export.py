@@ -111,6 +111,7 @@ def test_config_carries_the_measured_statistics(exported):
     assert config["scaling_factor"] == facts["scaling_factor"] == pytest.approx(1 / float(means.std(correction=0)))
     assert config["shift_factor"] == pytest.approx(float(means.mean()))
     assert config["sample_size"] == 32
+    assert config["force_upcast"] is facts["precision"]["force_upcast"] is False
     assert config["_class_name"] == "AutoencoderKL"
 
 
@@ -123,7 +124,7 @@ def test_the_callers_model_and_random_state_are_left_alone(exported):
 
 
 def test_model_card_metadata_reads_back(exported):
-    _, folder, _, _ = exported
+    _, folder, facts, _ = exported
     card = ModelCard.load(folder / "README.md")
     assert card.data.library_name == "diffusers" and card.data.model_name == FACTS.name
     assert card.data.license is None
@@ -131,6 +132,8 @@ def test_model_card_metadata_reads_back(exported):
     assert results == {"PSNR (dB)": ("psnr", 27.5), "SSIM": ("ssim", 0.8), "LPIPS (VGG)": ("lpips", 0.25)}
     assert {result.dataset_name for result in card.data.eval_results} == {"photos"}
     assert "| bicubic, 2x down and up | 24 | 0.7 | 0.4 |" in card.text and "1,200 steps" in card.text
+    assert f"| fp16 | {facts['precision']['fp16']['psnr']:.1f} | 0 |" in card.text and "fp16 is safe: " in card.text
+    assert "An image of 48 px decoded in tiles of 32 px" in card.text
 
 
 def test_a_card_without_results_is_valid(tmp_path):
@@ -193,6 +196,18 @@ def test_a_last_rename_that_fails_undoes_the_first(tmp_path):
     with pytest.raises(FileNotFoundError):
         export._take_place(tmp_path / "never written", folder, previous)
     assert (folder / "config.json").read_text() == "older" and not previous.exists()
+
+
+def test_a_model_that_overflows_in_half_precision_is_upcast(tmp_path):
+    autoencoder = tiny_autoencoder()
+    with torch.no_grad():
+        autoencoder.decoder.conv_in.weight *= 1e6  # a group norm follows
+    autoencoder.register_to_config(force_upcast=False)
+    facts = write(autoencoder, tmp_path / "export")
+    assert json.loads((tmp_path / "export" / "config.json").read_text())["force_upcast"] is True
+    assert facts["precision"]["fp16"]["first_not_finite"] == "decoder.conv_in"
+    text = (tmp_path / "export" / "README.md").read_text()
+    assert "fp16 is not safe: values are not finite from decoder.conv_in on" in text and "| fp16 | – | 2,304 |" in text
 
 
 def test_a_folder_of_something_else_is_not_replaced(tmp_path):

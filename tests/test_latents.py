@@ -1,5 +1,6 @@
 """Latent statistics against numpy on the concatenated data."""
 
+import json
 import math
 
 import numpy as np
@@ -8,6 +9,7 @@ import torch
 
 from latent_ae.config import UserError
 from latent_ae.latents import LatentStatistics
+from latent_ae.quantiles import RELATIVE_ERROR
 
 
 def batches(seed: int = 0) -> list[torch.Tensor]:
@@ -35,6 +37,7 @@ def test_equals_numpy_on_the_concatenation():
     assert statistics.count == values.size
     np.testing.assert_allclose(statistics.channel_mean, values.mean(1), rtol=1e-12)
     np.testing.assert_allclose(statistics.channel_std, values.std(1), rtol=1e-12)
+    np.testing.assert_allclose(statistics.channel_covariance, np.cov(values, bias=True), rtol=1e-9, atol=1e-12)
     assert statistics.shift_factor == pytest.approx(values.mean(), rel=1e-12)
     assert statistics.scaling_factor == pytest.approx(1 / values.std(), rel=1e-12)
 
@@ -56,7 +59,23 @@ def test_merged_shards_equal_one_pass():
         assert merged.count == whole.count
         np.testing.assert_allclose(merged.channel_mean, whole.channel_mean, rtol=1e-12)
         np.testing.assert_allclose(merged.channel_std, whole.channel_std, rtol=1e-12)
+        np.testing.assert_allclose(merged.channel_covariance, whole.channel_covariance, rtol=1e-9, atol=1e-12)
+        assert merged.quantiles() == whole.quantiles() and merged.quantiles(1) == whole.quantiles(1)
         assert merged.std == pytest.approx(whole.std, rel=1e-12)
+
+
+def test_the_summary_holds_all_of_it_as_json():
+    parts = batches()
+    values = numpy_channels(parts)
+    summary = json.loads(json.dumps(collect(parts).summary()))
+    fractions = [float(fraction) for fraction in summary["quantiles"]]
+    rounding = {"rtol": RELATIVE_ERROR}
+    np.testing.assert_allclose(
+        list(summary["quantiles"].values()), np.quantile(values, fractions, method="inverted_cdf"), **rounding
+    )
+    for found, own in zip(summary["channel_quantiles"], values, strict=True):
+        np.testing.assert_allclose(list(found.values()), np.quantile(own, fractions, method="inverted_cdf"), **rounding)
+    np.testing.assert_allclose(summary["channel_covariance"], np.cov(values, bias=True), rtol=1e-9, atol=1e-12)
 
 
 def test_scaled_latents_have_mean_zero_and_variance_one():

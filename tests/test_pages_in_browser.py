@@ -1,4 +1,4 @@
-"""Both pages in a real browser: nothing fetched, no complaint, pictures at full size on click, no sideways scrolling.
+"""The pages in a real browser: nothing fetched, no complaint, pictures at full size on click, no sideways scrolling.
 
 The pages hold no script. A copy gets one that clicks, measures and leaves its findings in the document.
 """
@@ -11,12 +11,16 @@ import subprocess
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from latent_ae.images import to_tensor
 from latent_ae_eval.compare import compare
+from latent_ae_eval.config import LatentsSettings
+from latent_ae_eval.latents import evaluate_latents
 from latent_ae_eval.recon_page import Shown, write_recon_report
 
 from .made_results import HOSTILE, result, table, write
+from .test_first_stages import tiny
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = pytest.mark.skipif(BROWSER is None, reason="no chromium or google-chrome on PATH")
@@ -97,8 +101,19 @@ def comparison(tmp_path_factory) -> str:
     return (folder / "out" / "comparison.html").read_text(encoding="utf-8")
 
 
+@pytest.fixture(scope="module")
+def latents(tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("latents")
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(folder / "noise.png")
+    tiny("AutoencoderKL").save_pretrained(folder / f"{HOSTILE.replace('/', '')}{'x' * 100}")
+    (model,) = [path for path in folder.iterdir() if path.is_dir()]
+    settings = LatentsSettings(resize_px=None, crop_px=32, lpips=None, num_workers=0)
+    evaluate_latents(model, folder, settings, out=folder / "out")
+    return (folder / "out" / "latents.html").read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize("width_px", [None, 400])
-@pytest.mark.parametrize("name", ["report", "comparison"])
+@pytest.mark.parametrize("name", ["report", "comparison", "latents"])
 def test_pages_fit_and_fetch_nothing(request, tmp_path, name, width_px):
     found = opened(tmp_path, request.getfixturevalue(name), width_px=width_px)
     assert found["width"] == (width_px or 1280)

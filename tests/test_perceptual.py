@@ -263,3 +263,16 @@ def test_wrong_images_are_refused(both):
 def test_unknown_net_is_refused():
     with pytest.raises(ValueError, match="squeeze"):
         LPIPS("squeeze")
+
+
+def test_maps_equal_those_of_lpips(both):
+    ours, theirs = both
+    x, y = noise_pair()
+    distances, maps = ours.maps(x, y)
+    torch.testing.assert_close(distances, ours(x, y))
+    theirs.spatial = True
+    try:
+        expected = theirs(x, y)[:, 0]
+    finally:
+        theirs.spatial = False
+    torch.testing.assert_close(maps, expected, rtol=1e-4, atol=1e-5)

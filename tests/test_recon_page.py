@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from latent_ae.config import UserError
 from latent_ae.images import to_tensor
 from latent_ae_eval.recon_page import Shown, error_map, write_recon_report
 
@@ -138,9 +139,7 @@ def test_hostile_names_are_shown_and_never_run(tmp_path):
 
 def test_the_former_page_stays_when_the_new_one_cannot_be_written(tmp_path, monkeypatch):
     before = written(tmp_path)
-    monkeypatch.setattr(
-        "pathlib.Path.replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device"))
-    )
-    with pytest.raises(OSError, match="No space"):
+    monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(UserError, match="report.html: No space"):
         write_recon_report(tmp_path / "report.html", result(table()), table(), {})
     assert (tmp_path / "report.html").read_text() == before

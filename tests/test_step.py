@@ -16,6 +16,7 @@ from latent_ae_train.config import TrainSettings
 from latent_ae_train.step import TrainStep
 from tests.launch import launch
 from tests.tiny import GAN, build_step, global_batch, micro_batches, moved, settings_for, weights
+from tests.tiny_vision import save_vision_model
 
 
 def run(step: TrainStep, count: int = 1) -> dict[str, torch.Tensor]:
@@ -112,11 +113,12 @@ def test_one_pass_of_each_network_per_micro_batch(accumulation: int, lpips_vgg: 
 
 
 def test_nothing_is_computed_for_a_zero_weight(monkeypatch: pytest.MonkeyPatch, lpips_vgg: LPIPS) -> None:
-    from latent_ae_train import step as module
+    from latent_ae_train import step, step_state
 
     used: list[str] = []
-    terms = ("kl_loss", "pixel_loss", "generator_loss", "discriminator_loss", "lecam_loss", "adaptive_ratio")
-    for name in (*terms, "r1_penalty", "augment"):
+    terms = ("kl_loss", "free_bits_loss", "pixel_loss", "generator_loss", "discriminator_loss", "lecam_loss")
+    for name in (*terms, "r1_penalty", "augment", "adaptive_ratio"):
+        module = step_state if name == "adaptive_ratio" else step
         original = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *a, _n=name, _f=original, **k: (used.append(_n), _f(*a, **k))[1])
     lpips_calls = count_calls(lpips_vgg)
@@ -335,9 +337,12 @@ class HostReads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_no_host_read_in_a_step(lpips_vgg: LPIPS, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_host_read_in_a_step(lpips_vgg: LPIPS, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    kl = {"kl": 1e-6, "kl_target": 0.5, "free_bits": 0.1}
     settings = settings_for(
-        loss={"perceptual": 1.0, "kl": 1e-6, "perceptual_every": 2, "learned_logvar": True},
+        loss={"perceptual": 1.0, "perceptual_every": 2, "learned_logvar": True, **kl},
+        latents={"noise": 1.0, "min_channels": 2},
+        alignment={"model": str(save_vision_model(tmp_path / "vision"))},
         gan={**GAN, "lecam": 0.1, "r1": 0.1, "r1_every": 1, "diffaug": ["color", "translation", "cutout"]},
         ema={"decay": 0.9},
         optim={"clip": 1.0, "kind": "muon"},
@@ -365,7 +370,8 @@ def test_the_adaptive_weight_is_capped_and_passes_over_what_is_not_finite() -> N
     bad = torch.full((3, 8, 3, 3), float("nan"))
     from latent_ae_train.schedule import GanPhase
 
-    step._remember({"layer_reconstruction": bad, "layer_adversarial": torch.ones_like(bad)}, GanPhase(True, 0.5))
+    measured = {"layer_reconstruction": bad, "layer_adversarial": torch.ones_like(bad)}
+    step.state.remember(measured, GanPhase(True, 0.5), step.settings, step.accelerator)
     assert float(step.state.adaptive_weight) == pytest.approx(1e-3)
 
 

@@ -327,7 +327,10 @@ def test_a_held_out_file_that_cannot_be_read_is_named(
     shutil.copy(pictures / "00.png", held_out)
     (held_out / "torn.png").write_bytes((pictures / "01.png").read_bytes()[:300])
     run = tmp_path / "run"
-    assert main(words(pictures, run, "steps=1", f"data.eval_source={held_out}")) == 0
+    assert main(words(pictures, run, "steps=1", f"data.eval_source={held_out}")) == 2
+    error = capfd.readouterr().err
+    assert "data.max_bad_fraction: 1 of the first 2 images" in error and "These are held-out images" in error
+    assert main(words(pictures, run, "steps=1", f"data.eval_source={held_out}", "data.max_bad_fraction=0.5")) == 0
     assert "held-out image left out" in (error := capfd.readouterr().err) and "torn.png" in error
     assert json.loads((run / "results.json").read_text())["held_out"]["after"]["n"] == 1
 
@@ -445,6 +448,43 @@ def test_export_command(finished: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert "neither a run with a complete checkpoint nor a checkpoint" in capsys.readouterr().err
 
 
+def test_an_export_for_a_family_of_pipelines(
+    finished: Path,
+    pictures: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # refused before the latents of hundreds of images are measured
+    monkeypatch.setattr("latent_ae_train.finish.measure_latents", None)
+    for more in (["--for", "flux"], ["--for", "sd", "--latents-mean-std"]):
+        assert main(["export", str(finished), str(tmp_path / "vae"), *more]) == 2
+        error = capsys.readouterr().err
+        assert f"does not fit {more[1]}" in error and "Traceback" not in error
+    assert not (tmp_path / "vae").exists()
+    monkeypatch.undo()
+    assert main(["export", str(finished), str(tmp_path / "vae"), "--for", "sdxl", "--latents-mean-std"]) == 0
+    printed = capsys.readouterr()
+    facts, config = json.loads(printed.out), json.loads((tmp_path / "vae/config.json").read_text())
+    measured = json.loads((finished / "results.json").read_text())["latents"]
+    assert config["latents_mean"] == facts["latents_mean"] == pytest.approx(measured["channel_mean"], rel=1e-6)
+    assert config["latents_std"] == pytest.approx(measured["channel_std"], rel=1e-6)
+    assert (config["scaling_factor"], config["shift_factor"]) == (1.0, 0.0)
+    assert "sdxl: the factor is 2" in printed.err and facts["pipeline"] == "sdxl" and facts["remarks"]
+    card = (tmp_path / "vae/README.md").read_text()
+    assert "z * std + mean" in card and "scaling_factor" not in card
+    # a wish in the settings: before the first step, of a shape in the settings or of init_from's
+    shaped = words(pictures, tmp_path / "run", "export_for=sd3")
+    loaded = [word for word in shaped if not word.startswith("model.")] + [
+        "model={}",
+        f"init_from={finished / 'export'}",
+    ]
+    for wish in (shaped, loaded):
+        assert main(wish) == 2
+        assert "model.latent_channels=16" in capsys.readouterr().err
+        assert not (tmp_path / "run/checkpoints").exists()
+
+
 def test_dry_run_prints_settings_and_plan(pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "run"
     assert main([*words(pictures, run, "micro_batch_size=2"), "--dry-run"]) == 0
@@ -465,7 +505,7 @@ def test_too_many_unreadable_files_stop_the_run(
         (folder / path.name).write_bytes(path.read_bytes())
     for index in range(8):
         (folder / f"broken{index}.png").write_bytes(b"\x89PNG not really")
-    assert main(words(folder, tmp_path / "run")) == 2
+    assert main(words(folder, tmp_path / "run", f"data.eval_source={pictures}")) == 2
     error = capsys.readouterr().err
     assert "skipped" in error and "broken" in error and "data.max_bad_fraction" in error and "Traceback" not in error
     assert main(words(folder, tmp_path / "run2", "data.max_bad_fraction=1", "steps=2")) == 0
@@ -476,7 +516,9 @@ def test_help_and_unknown_commands(capsys: pytest.CaptureFixture[str]) -> None:
     assert "latent-ae train quickstart" in capsys.readouterr().out
     assert main(["trian"]) == 2
     assert "no such command: trian" in capsys.readouterr().err
-    for command in ("train", "export", "eval", "weights"):
+    assert main(["eval", "--help"]) == 0
+    assert "Example" in capsys.readouterr().out
+    for command in ("train", "export", "encode", "weights"):
         with pytest.raises(SystemExit) as stopped:
             main([command, "--help"])
         assert stopped.value.code == 0

@@ -51,3 +51,10 @@ def test_without_a_discriminator() -> None:
     settings = TrainSettings.model_validate({"gan": {"weight": 0}})
     plain = [{"step": 10, "l1": 0.1}]
     assert verdict(plain, settings) == "reconstruction losses only (gan.weight is 0)"
+
+
+@pytest.mark.parametrize(("rate", "said"), [(0.5, True), (1.05, False), (1.3, True)])
+def test_a_rate_off_its_target_is_told(rate: float, said: bool) -> None:
+    settings = SETTINGS.model_copy(update={"loss": SETTINGS.loss.model_copy(update={"kl_target": 1.0})})
+    text = verdict(lines(kl_per_dimension=rate, kl_weight=3e-4), settings)
+    assert text.startswith(f"the rate is not at loss.kl_target: {rate} nats per dimension, on the way to 1 ") == said

@@ -10,10 +10,12 @@ from torch import nn
 from latent_ae.diffaug import NUMBERS
 from latent_ae.models import Reconstructor
 from latent_ae.order import augmentation_numbers
+from latent_ae.vision import VisionModel
 from latent_ae_train.config import TrainSettings
 from latent_ae_train.ema import Ema
-from latent_ae_train.networks import compile_networks, starting_autoencoder, starting_discriminator
-from latent_ae_train.step import MicroBatch, TrainStep
+from latent_ae_train.micro_batch import MicroBatch, latent_change
+from latent_ae_train.networks import compile_networks, starting_autoencoder, starting_discriminator, starting_projection
+from latent_ae_train.step import TrainStep
 
 SIDE, LATENT = 16, (4, 8, 8)
 MODEL = {
@@ -53,8 +55,12 @@ def build_step(settings: TrainSettings, perceptual: nn.Module | None = None) -> 
         compile_networks(autoencoder, discriminator)
     if discriminator is not None:
         discriminator = accelerator.prepare_model(discriminator)
-    reconstructor = accelerator.prepare_model(Reconstructor(autoencoder))
-    return TrainStep(settings, accelerator, reconstructor, discriminator, perceptual, ema)
+    vision = projection = None
+    if settings.alignment.model:
+        vision = VisionModel(settings.alignment.model, LATENT[1])
+        projection = starting_projection(settings, LATENT[0], vision.num_features)
+    reconstructor = accelerator.prepare_model(Reconstructor(autoencoder, projection))
+    return TrainStep(settings, accelerator, reconstructor, discriminator, perceptual, ema, vision)
 
 
 def global_batch(step: int, settings: TrainSettings) -> tuple[torch.Tensor, torch.Tensor]:
@@ -74,7 +80,8 @@ def micro_batches(step: int, settings: TrainSettings, rank: int = 0) -> Iterator
         rows = slice(-(step * settings.batch_size + first) % every, None, every)
         number = step * settings.batch_size + first
         augmentation = augmentation_numbers(0, range(number, number + size), 2 * NUMBERS)
-        yield MicroBatch(images[first : first + size], noise[first : first + size], rows, augmentation)
+        change = latent_change(settings, range(number, number + size), LATENT, lambda tensor: tensor)
+        yield MicroBatch(images[first : first + size], noise[first : first + size], rows, augmentation, change)
 
 
 def weights(module: nn.Module | None) -> dict[str, torch.Tensor]:

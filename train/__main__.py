@@ -1,15 +1,12 @@
 """latent-ae train: settings, plan, then the loop."""
 
 import argparse
-import errno
+import re
 import sys
 
 from latent_ae.config import UserError, load_settings, recipe_names, to_yaml
 
 from .config import TrainSettings
-
-DISK_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
-"""What a full or locked disk says while a preview, a log line or the report is written."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -48,11 +45,10 @@ def main(argv: list[str] | None = None) -> int:
     except TorchDynamoException as error:  # no C++ compiler, say
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"compile: torch.compile does not work here: {reason}. Set compile=false") from error
-    except OSError as error:
-        if error.errno not in DISK_TROUBLE:
+    except RuntimeError as error:
+        if settings.processes == 1 or not re.search("closed by peer|reset by peer|Broken pipe", str(error)):
             raise
-        place = error.filename or settings.output_dir
-        raise UserError(f"output_dir: cannot write {place}: {error.strerror}; mend that, then run it again") from error
+        raise UserError("another process of this run has ended; what it said tells why") from error
     return 0
 
 

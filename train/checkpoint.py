@@ -5,8 +5,9 @@
         ema.safetensors            their average, what validation and export use (only with ema.decay > 0)
         config.json                the autoencoder's diffusers config
         discriminator.safetensors  (only with a discriminator)
+        projection.safetensors     from latents to a vision model's features (only with alignment.model)
         optimizer.pt               the optimizers' state
-        step_state.safetensors     adaptive weight and LeCam averages
+        step_state.safetensors     adaptive and controlled weights, LeCam averages
         state.json                 step, samples seen, number of processes, versions, the run's settings
         manifest.json              size and SHA-256 of every other file; written last
 
@@ -32,11 +33,13 @@ from torch import Tensor, nn
 
 from latent_ae import __version__
 from latent_ae.config import UserError
+from latent_ae.disk import disk_trouble
 
 from .step import TrainStep
 
 PREFIX = "step-"
 MANIFEST = "manifest.json"
+ALWAYS = ("autoencoder.safetensors", "config.json", "optimizer.pt", "state.json")
 
 
 class Checkpoint(NamedTuple):
@@ -45,6 +48,21 @@ class Checkpoint(NamedTuple):
     folder: Path
     step: int
     """Updates made: training goes on with this step number."""
+
+    def state(self) -> dict[str, Any]:
+        """What state.json holds. Raises UserError for a file that is not a checkpoint's."""
+        path = self.folder / "state.json"
+        try:
+            state: dict[str, Any] = json.loads(path.read_text())
+            for key, kind in (("settings", dict), ("versions", dict), ("num_processes", int), ("stream_states", list)):
+                if not isinstance(state[key], kind):
+                    raise TypeError(f"{key} is {state[key]!r}")
+            step = int(state["step"])
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            raise UserError(f"{path} is not a checkpoint's: {' '.join(str(error).split())[:300]}") from error
+        if step != self.step:
+            raise UserError(f"{path} is of step {step}: the folder has another one's name")
+        return state
 
 
 def save_checkpoint(run: Path, train_step: TrainStep, state: Mapping[str, Any]) -> Checkpoint:
@@ -57,8 +75,7 @@ def save_checkpoint(run: Path, train_step: TrainStep, state: Mapping[str, Any]) 
     refuse_bad_numbers(train_step, state["step"])
     folder = checkpoint_folder(run, state["step"])
     temporary = folder.with_name(folder.name + ".tmp")
-    for leftover in (temporary, folder, *folder.parent.glob(f"{PREFIX}*.old"), *folder.parent.glob(f"{PREFIX}*.tmp")):
-        shutil.rmtree(leftover, ignore_errors=True)
+    shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed
     try:
         temporary.mkdir(parents=True)
         autoencoder: AutoencoderKL = train_step.bare_reconstructor.autoencoder
@@ -68,26 +85,34 @@ def save_checkpoint(run: Path, train_step: TrainStep, state: Mapping[str, Any]) 
             _save(train_step.ema.module, temporary / "ema.safetensors")
         if train_step.bare_discriminator is not None:
             _save(train_step.bare_discriminator, temporary / "discriminator.safetensors")
+        if train_step.bare_reconstructor.projection is not None:
+            _save(train_step.bare_reconstructor.projection, temporary / "projection.safetensors")
         _save(train_step.state, temporary / "step_state.safetensors")
-        torch.save(_optimizer_states(train_step), temporary / "optimizer.pt")
+        with open(temporary / "optimizer.pt", "wb") as stream:  # of a file of its own it would not say what failed
+            torch.save(_optimizer_states(train_step), stream)
         (temporary / "state.json").write_text(json.dumps({**state, "versions": versions()}, indent=2))
         _seal(temporary)
         os.replace(temporary, folder)
-        _sync(folder.parent)
+        for parent in (folder.parent, run):  # a name is on the disk when its folder is
+            _sync(parent)
     except (OSError, SafetensorError, RuntimeError) as error:  # torch.save says RuntimeError on a full disk
         shutil.rmtree(temporary, ignore_errors=True)
+        if (reason := disk_trouble(error)) is None:
+            raise
         raise UserError(
-            f"cannot write the checkpoint {folder}: {error}. "
+            f"cannot write the checkpoint {folder}: {reason}. "
             "Earlier checkpoints are whole; free space or change output_dir, then run the same command again"
         ) from error
     return Checkpoint(folder, state["step"])
 
 
-def prune_checkpoints(run: Path, kept: Container[int], newest: int) -> None:
-    """Removes the checkpoints up to step `newest` that are not `kept`. One process calls this, after saving."""
+def prune_checkpoints(run: Path, kept: Container[int]) -> None:
+    """Removes the checkpoints whose steps are not `kept`, and what a killed process left. One process calls this."""
+    for pattern in (f"{PREFIX}*.tmp", f"{PREFIX}*.old"):
+        for leftover in (run / "checkpoints").glob(pattern):
+            shutil.rmtree(leftover, ignore_errors=True)
     for old in complete_checkpoints(run):
-        # a later one can only be damaged: the run would have gone on from it
-        if old.step <= newest and old.step not in kept:
+        if old.step not in kept:
             # out of sight first: a folder that is half removed must not be taken for a checkpoint
             doomed = old.folder.with_name(f"{old.folder.name}.old")
             try:
@@ -108,15 +133,29 @@ def refuse_bad_numbers(train_step: TrainStep, step: int) -> None:
                 )
 
 
-def load_checkpoint(checkpoint: Checkpoint, train_step: TrainStep) -> dict[str, Any]:
-    """Restores everything in place and returns what state.json holds. Every process calls this."""
+def load_checkpoint(checkpoint: Checkpoint, train_step: TrainStep) -> None:
+    """Restores weights, averages and optimizers in place. Every process calls this.
+
+    Raises UserError for files that match their manifest and yet are not those of a checkpoint.
+    """
+    try:
+        _restore(checkpoint, train_step)
+    except (UserError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # of foreign content every reader raises kinds of its own
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        raise UserError(
+            f"checkpoint {checkpoint.folder} cannot be read ({reason}): remove it to go on from an earlier one"
+        ) from error
+
+
+def _restore(checkpoint: Checkpoint, train_step: TrainStep) -> None:
     folder = checkpoint.folder
-    state: dict[str, Any] = json.loads((folder / "state.json").read_text())
-    device = str(train_step.accelerator.device)
     modules: dict[str, nn.Module | None] = {
         "autoencoder": train_step.bare_reconstructor.autoencoder,
         "ema": train_step.ema.module if train_step.ema is not None else None,
         "discriminator": train_step.bare_discriminator,
+        "projection": train_step.bare_reconstructor.projection,
         "step_state": train_step.state,
     }
     for name, module in modules.items():
@@ -124,18 +163,17 @@ def load_checkpoint(checkpoint: Checkpoint, train_step: TrainStep) -> dict[str, 
         if (module is not None) != path.is_file():
             raise UserError(
                 f"{folder} was written {'with' if path.is_file() else 'without'} {name}, the settings say otherwise: "
-                "restore gan.weight and ema.decay, or choose another output_dir"
+                "restore gan.weight, ema.decay and alignment.model, or choose another output_dir"
             )
         if module is not None:
-            _load(module, load_file(path, device=device), path)
-    optimizers = torch.load(folder / "optimizer.pt", map_location=device, weights_only=True)
+            _load(module, load_file(path), path)
+    optimizers = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
     for name, optimizer in _optimizers(train_step).items():
         keys = optimizer.defaults.keys() & {"betas", "weight_decay"}
         settings = [{key: group[key] for key in keys} for group in optimizer.param_groups]
         optimizer.load_state_dict(optimizers[name])
         for group, now in zip(optimizer.param_groups, settings, strict=True):
             group.update(now)  # those of the settings may have been changed; torch brings the old ones back
-    return state
 
 
 def newest_checkpoint(run: Path) -> Checkpoint | None:
@@ -157,12 +195,24 @@ def newest_checkpoint(run: Path) -> Checkpoint | None:
     return None
 
 
+def set_damaged_aside(run: Path, newest: int) -> None:
+    """Renames the checkpoints past step `newest`, from which a run goes on, to step-XXXXXXXX.damaged.
+
+    They did not match their manifests; what counts, prunes or loads checkpoints is not to meet them again.
+    """
+    for later in complete_checkpoints(run):
+        if later.step > newest:
+            aside = later.folder.with_name(f"{later.folder.name}.damaged")
+            shutil.rmtree(aside, ignore_errors=True)  # of an earlier time
+            later.folder.rename(aside)
+
+
 def complete_checkpoints(run: Path) -> list[Checkpoint]:
     """Checkpoints that were finished, oldest first. Their content is not checked."""
     found = [
-        Checkpoint(path.parent, int(path.parent.name.removeprefix(PREFIX)))
-        for path in (run / "checkpoints").glob(f"{PREFIX}*/{MANIFEST}")
-        if path.parent.name.removeprefix(PREFIX).isdigit()
+        Checkpoint(path, int(path.name.removeprefix(PREFIX)))
+        for path in (run / "checkpoints").glob(f"{PREFIX}*")
+        if path.name.removeprefix(PREFIX).isdigit()
     ]
     return sorted(found, key=lambda checkpoint: checkpoint.step)
 
@@ -176,6 +226,12 @@ def find_damage(folder: Path) -> str | None:
     """What differs from the manifest, or None."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
+        if missing := [name for name in ALWAYS if name not in manifest["files"]]:
+            return f"{MANIFEST} does not name {', '.join(missing)}"
+        # a file by the name of a network would be loaded; hidden ones are the system's
+        names = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
+        if strange := sorted(names - manifest["files"].keys() - {MANIFEST}):
+            return f"{strange[0]} is not in {MANIFEST}"
         for name, expected in manifest["files"].items():
             path = folder / name
             if not path.is_file():
@@ -184,19 +240,33 @@ def find_damage(folder: Path) -> str | None:
                 return f"{name} has {path.stat().st_size} bytes instead of {expected['bytes']}"
             if _sha256(path) != expected["sha256"]:
                 return f"{name} has another checksum"
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return f"{MANIFEST}: {error}"
     return None
 
 
+def checkpoint_at(place: Path) -> Path | None:
+    """The checkpoint that `place` is, or of a run the newest whole one; None: it is neither.
+
+    Raises UserError when there are only damaged ones.
+    """
+    if (place / MANIFEST).is_file():
+        damage = find_damage(place)
+        if damage is not None:
+            raise UserError(f"checkpoint {place} is damaged: {damage}")
+        return place
+    checkpoint = newest_checkpoint(place)
+    return checkpoint.folder if checkpoint is not None else None
+
+
 def load_weights(folder: Path) -> AutoencoderKL:
-    """The autoencoder of a checkpoint, float32 on the CPU: the averaged weights where there are any."""
-    damage = find_damage(folder)
-    if damage is not None:
-        raise UserError(f"checkpoint {folder} is damaged: {damage}")
+    """The autoencoder of a whole checkpoint, float32 on the CPU: the averaged weights where there are any."""
     averaged = folder / "ema.safetensors"
-    autoencoder = AutoencoderKL.from_config(AutoencoderKL.load_config(folder))
-    autoencoder.load_state_dict(load_file(averaged if averaged.is_file() else folder / "autoencoder.safetensors"))
+    try:
+        autoencoder = AutoencoderKL.from_config(AutoencoderKL.load_config(folder))
+        autoencoder.load_state_dict(load_file(averaged if averaged.is_file() else folder / "autoencoder.safetensors"))
+    except Exception as error:  # of foreign content every reader raises kinds of its own
+        raise UserError(f"checkpoint {folder} cannot be read: {' '.join(str(error).split())[:300]}") from error
     return autoencoder.eval()
 
 

@@ -19,6 +19,9 @@ from latent_ae.config import (
     Weight,
     looks_like_path,
 )
+from latent_ae.pipelines import SHAPE, PipelineName, misfits
+
+from .loss_config import AlignmentSettings, LatentSettings, LossSettings, scaled_sides
 
 LPIPS_MIN_PX = {"vgg": 16, "alex": 31}
 """Smaller images have no features left at the trunk's last layer."""
@@ -26,22 +29,6 @@ SHARDED = ("FSDP", "DEEPSPEED", "MEGATRON_LM")
 """What accelerate's launcher announces in the environment and the step cannot run on."""
 Rate = Annotated[float, Field(gt=0)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
-
-
-class LossSettings(Settings):
-    """All terms are means: per image element (pixel, kl) or per sample (perceptual). See docs/losses.md."""
-
-    pixel: Literal["l1", "l2", "charbonnier"] = "l1"
-    pixel_weight: Weight = 1.0
-    perceptual: Weight = 1.0
-    """Weight of LPIPS; 0 neither loads nor computes it."""
-    perceptual_net: Literal["vgg", "alex"] = "vgg"
-    perceptual_every: Positive = 1
-    """LPIPS on every n-th sample only (weighted so that its mean stays the same): cheaper steps on small machines."""
-    learned_logvar: bool = False
-    """Learn the log-variance s of the reconstruction's likelihood: loss / exp(s) + s."""
-    kl: Weight = 1e-6
-    """Weight of the KL divergence, summed per sample and divided by the image's elements."""
 
 
 class GanSettings(Settings):
@@ -157,7 +144,7 @@ class TrainSettings(Settings):
     precision: Annotated[Literal["fp32", "bf16"], BeforeValidator(_refuse_fp16)] = "fp32"
     """bf16: autocast; weights, losses and optimizer stay fp32."""
     init_from: str | None = None
-    """A diffusers folder or hub id to go on from; its shape replaces model.*."""
+    """A run, checkpoint, diffusers folder or hub id whose weights to start with; its shape replaces model={}."""
     train: Literal["all", "decoder", "encoder"] = "all"
     """What learns. decoder: latents stay bit-identical, and so does the scaling of init_from's config."""
     compile: bool = False
@@ -165,6 +152,8 @@ class TrainSettings(Settings):
     gradient_checkpointing: bool = False
     """Recompute the autoencoder's blocks in the backward pass: less memory, about a third more time."""
     report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
+    export_for: PipelineName | None = None
+    """Family of diffusers' pipelines that the export must fit; a model that cannot is refused before the first step."""
     push_to_hub: str | None = None
     """Repository id that the export is uploaded to at the end."""
     weights_dir: str | None = None
@@ -172,6 +161,8 @@ class TrainSettings(Settings):
     model: ModelSettings = ModelSettings()
     data: DataSettings = DataSettings()
     loss: LossSettings = LossSettings()
+    latents: LatentSettings = LatentSettings()
+    alignment: AlignmentSettings = AlignmentSettings()
     gan: GanSettings = GanSettings()
     optim: OptimSettings = OptimSettings()
     ema: EmaSettings = EmaSettings()
@@ -183,6 +174,12 @@ class TrainSettings(Settings):
     def processes(self) -> int:
         """Number of processes that the launcher started."""
         return int(os.environ.get("WORLD_SIZE", "1"))
+
+    @property
+    def smallest_px(self) -> int:
+        """Side of the smallest image that the losses can look at."""
+        lpips = LPIPS_MIN_PX[self.loss.perceptual_net] if self.loss.perceptual else 1
+        return max(lpips, 3 * 2**self.gan.layers if self.gan.weight else 1)
 
     @property
     def micro_batch(self) -> int:
@@ -200,6 +197,7 @@ class TrainSettings(Settings):
         yield from self._shape_problems()
         yield from self._path_problems()
         yield from self._gan_problems()
+        yield from self._latent_problems()
         for name in SHARDED:
             if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() == "true":
                 yield Problem(
@@ -254,6 +252,9 @@ class TrainSettings(Settings):
                 "loss.perceptual",
                 f"LPIPS sees 1 or 3 channels, model.in_channels is {self.model.in_channels}: set loss.perceptual to 0",
             )
+        if self.export_for is not None and self.init_from is None:
+            for line in misfits(self.export_for, {key: getattr(self.model, key) for key in SHAPE}):
+                yield Problem("export_for", f"{self.export_for}: {line}")
         if not (self.loss.pixel_weight or self.loss.perceptual):
             yield Problem("loss", "pixel_weight and perceptual are both 0: nothing would be reconstructed")
 
@@ -276,15 +277,48 @@ class TrainSettings(Settings):
         if self.compile and gan.r1:
             yield Problem("gan.r1", "needs a second derivative, which compiled networks do not give: set compile=false")
 
+    def _latent_problems(self) -> Iterator[Problem]:
+        if 2 * self.loss.kl_cycles > self.steps:
+            yield Problem("loss.kl_cycles", f"{self.loss.kl_cycles} cycles in {self.steps} steps: a cycle needs two")
+        least, channels = self.latents.min_channels, self.model.latent_channels
+        if least and self.init_from is None and least >= channels:
+            yield Problem("latents.min_channels", f"{least} of {channels} latent channels masks none: use fewer")
+        if self.latents.equivariance and self.compile:
+            yield Problem(
+                "latents.equivariance",
+                "changes the images' size from step to step, and compiled networks are compiled for each anew: "
+                "set compile=false",
+            )
+        if self.latents.equivariance and self.init_from is None:
+            yield from self.size_problems(self.model.factor)
+        if (model := self.alignment.model) is not None:
+            if find_spec("transformers") is None:
+                yield Problem("alignment.model", "needs transformers: pip install 'latent-ae[alignment]'")
+            if not Path(model).expanduser().is_dir():
+                yield Problem("alignment.model", f"no such folder: {model} (from {Path.cwd()})")
+            if self.model.in_channels not in (1, 3):
+                yield Problem("alignment.model", f"sees 1 or 3 channels, model.in_channels is {self.model.in_channels}")
+        if self.train != "decoder":
+            return
+        if self.alignment.model is not None:
+            yield Problem("alignment.model", "moves the encoder, which train: decoder leaves fixed: set it to null")
+        for key in ("kl_warmup", "kl_cycles", "kl_target", "free_bits"):
+            if getattr(self.loss, key):
+                yield Problem(f"loss.{key}", "shapes the posterior, which train: decoder leaves fixed: set it to 0")
+
+    def size_problems(self, factor: int) -> Iterator[Problem]:
+        """Whether there is a size to scale latents of an autoencoder with this factor to."""
+        if self.latents.equivariance and not scaled_sides(self.data.resolution // factor, factor, self.smallest_px):
+            yield Problem(
+                "latents.equivariance",
+                f"scales images down, and the losses need {self.smallest_px} px of {self.data.resolution}: raise "
+                "data.resolution, or lower gan.layers",
+            )
+
     def _path_problems(self) -> Iterator[Problem]:
-        if self.init_from is not None:
-            if looks_like_path(self.init_from) and not Path(self.init_from).expanduser().is_dir():
-                yield Problem("init_from", f"no such folder: {self.init_from} (from {Path.cwd()})")
-            if self.model != ModelSettings():
-                yield Problem(
-                    "model",
-                    "init_from brings its own shape and weights: give model={}, or remove init_from",
-                )
+        start = self.init_from
+        if start is not None and looks_like_path(start) and not Path(start).expanduser().is_dir():
+            yield Problem("init_from", f"no such folder: {start} (from {Path.cwd()})")
         if self.gan.init_from is not None and not Path(self.gan.init_from).expanduser().is_dir():
             yield Problem("gan.init_from", f"no such folder: {self.gan.init_from} (from {Path.cwd()})")
         if self.weights_dir is not None and not Path(self.weights_dir).expanduser().is_dir():

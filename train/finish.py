@@ -8,21 +8,25 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 
-from latent_ae.config import to_yaml
+from latent_ae.config import UserError, to_yaml
 from latent_ae.data import ImageSource, posterior_noise, training_batches
+from latent_ae.disk import write_json
 from latent_ae.export import CardFacts, export_autoencoder, loading_lines, push_to_hub
 from latent_ae.latents import LatentStatistics
 from latent_ae.models import Reconstructor, factor_of
+from latent_ae.precision import verdict
 
-from .checkpoint import complete_checkpoints
+from .agreement import Agreed
 from .config import TrainSettings
 from .report import read_log, result_rows, text_table, write_report
 from .validate import Validator
 
 STATISTICS_CROPS = 512
 """Training crops whose latents give scaling_factor and shift_factor."""
-CHECK_IMAGES = 2
+CHECK_IMAGES = 4
+"""Held-out images on which an export is compared with the trained model, and tried in half precision."""
 RESULTS = "results.json"
 
 
@@ -37,33 +41,38 @@ def finish_run(
     """Exports the averaged weights, writes results.json and report.html, prints the table. Every process calls this."""
     statistics = measure_latents(averaged, settings, accelerator, source)
     results: dict[str, Any] = {}
-    if accelerator.is_main_process:
-        log = {(event["event"], event["step"]): event for event in read_log(run)}
-        baseline = f"bicubic /{validator.factor}"
-        results["held_out"] = {
-            baseline: log.get(("baseline", 0), {}),
-            "before": log.get(("validate", 0), {}),
-            "after": log.get(("validate", settings.steps), {}),
-        }
-        results["latents"] = statistics.summary()
-        images = torch.stack([image for _, _, image in islice(validator.crops(), CHECK_IMAGES)])
-        results["export"] = export_autoencoder(
-            averaged.autoencoder,
-            run / "export",
-            statistics=statistics,
-            sample_size=settings.data.resolution,
-            card=card_facts(run, settings, settings.steps, results["held_out"]["after"], results["held_out"][baseline]),
-            check_images=images,
-            keep_scaling=keeps_scaling(settings),
-        )
-        results["step"] = settings.steps
-        rows = result_rows(results["held_out"])
-        write_report(run, settings, rows)
-        # last: it says that all of the above is there
-        (run / RESULTS).write_text(json.dumps(results, indent=2), encoding="utf-8")
-        show_results(run, results)
-        push_export(run, settings)
-    accelerator.wait_for_everyone()
+    with Agreed(accelerator):
+        if accelerator.is_main_process:
+            log = {(event["event"], event["step"]): event for event in read_log(run)}
+            baseline = f"bicubic /{validator.factor}"
+            results["held_out"] = {
+                baseline: log.get(("baseline", 0), {}),
+                "before": log.get(("validate", 0), {}),
+                "after": log.get(("validate", settings.steps), {}),
+            }
+            results["latents"] = statistics.summary()
+            images = torch.stack([image for _, _, image in islice(validator.crops(), CHECK_IMAGES)])
+            results["export"] = export_autoencoder(
+                averaged.autoencoder,
+                run / "export",
+                statistics=statistics,
+                sample_size=settings.data.resolution,
+                card=card_facts(
+                    run, settings, settings.steps, results["held_out"]["after"], results["held_out"][baseline]
+                ),
+                check_images=images,
+                keep_scaling=keeps_scaling(settings),
+                pipeline=settings.export_for,
+            )
+            for remark in results["export"].get("remarks", ()):
+                print(f"{settings.export_for}: {remark}", file=sys.stderr)
+            results["step"] = settings.steps
+            rows = result_rows(results["held_out"])
+            write_report(run, settings, rows)
+            # last: it says that all of the above is there
+            write_json(run / RESULTS, results)
+            show_results(run, results)
+            push_export(run, settings)
     return results
 
 
@@ -73,14 +82,15 @@ def push_export(run: Path, settings: TrainSettings) -> None:
         print(f"uploaded to {push_to_hub(run / 'export', settings.push_to_hub)}", file=sys.stderr)
 
 
-def finished_results(run: Path) -> dict[str, Any] | None:
-    """The results of a run whose newest checkpoint was exported and reported; None when something is missing."""
+def finished_results(run: Path, step: int) -> dict[str, Any] | None:
+    """The results of a run that was exported and reported at `step`; None when something is missing."""
     try:
         results: dict[str, Any] = json.loads((run / RESULTS).read_text(encoding="utf-8"))
-        newest = complete_checkpoints(run)[-1].step
-    except (OSError, ValueError, IndexError):
+    except (OSError, ValueError):
         return None
-    return results if results.get("step") == newest and (run / "export/config.json").is_file() else None
+    if not isinstance(results, dict):
+        return None
+    return results if results.get("step") == step and (run / "export/config.json").is_file() else None
 
 
 def measure_latents(
@@ -101,10 +111,14 @@ def measure_latents(
         rank=accelerator.process_index,
         world_size=processes,
     )
-    statistics = LatentStatistics()
+    statistics, failure = LatentStatistics(), ""
     with torch.no_grad():
         for _ in range(-(-STATISTICS_CROPS // (micro_batch * processes))):
-            batch = next(batches)
+            try:
+                batch = next(batches)
+            except UserError as error:  # the others wait below
+                failure = str(error)
+                break
             posterior = autoencoder.encode(batch.images.to(accelerator.device)).latent_dist
             noise = posterior_noise(settings.seed, batch.numbers, shape).to(accelerator.device)
             # the same crops however the batch is split
@@ -112,6 +126,9 @@ def measure_latents(
             if rows:
                 sample = posterior.mean + posterior.std * noise
                 statistics.update(sample[rows], posterior.mean[rows], posterior.logvar[rows])
+    failures = [told for told in gather_object([failure]) if told]
+    if failures:
+        raise UserError(failures[0])
     statistics.gather()
     return statistics
 
@@ -147,5 +164,7 @@ def show_results(run: Path, results: dict[str, Any]) -> None:
     print(f"\nexport   {run / 'export'}   scaling_factor {export['scaling_factor']:.4f}", end="")
     print(f"   shift_factor {export['shift_factor']:.4f}")
     print(f"         stock diffusers reloads it with a largest difference of {export['max_abs_difference']:.1e}")
+    if "precision" in export:  # results of an older version have none
+        print(f"         {verdict(export['precision'])}")
     print(f"report   {run / 'report.html'}\n\nLoad it with\n")
     print(loading_lines(run / "export"))

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import sys
 import time
 from collections import deque
@@ -11,13 +12,16 @@ from typing import Any
 import psutil
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from tqdm import tqdm
 
 from latent_ae.config import UserError
+from latent_ae.disk import writing
+from latent_ae.text import printable
 
 from .checkpoint import checkpoint_folder, complete_checkpoints
 from .config import TrainSettings
-from .report import held_out_distances
+from .report import held_out_distances, read_log
 from .retention import before_gan
 from .run_folder import flatten
 from .schedule import lr_scale_at
@@ -31,10 +35,14 @@ class Log:
     def __init__(self, run: Path, accelerator: Accelerator, settings: TrainSettings):
         self.path, self.accelerator, self.settings = run / "log.jsonl", accelerator, settings
         self.last = (time.perf_counter(), -1)
-        self.lines: deque[dict[str, Any]] = deque(maxlen=20)
-        self.verdict = ""
-        self.num_skipped = 0
+        before = read_log(run) if accelerator.is_main_process else []  # of a run that goes on
+        lines = [event for event in before if event["event"] == "train"]
+        self.lines: deque[dict[str, Any]] = deque(lines, maxlen=20)
+        self.verdict: str = lines[-1]["verdict"] if lines else ""
+        self.num_skipped = sum(event["event"] == "skipped" for event in before)
         self.not_finite: list[str] = []
+        if accelerator.is_main_process:
+            _drop_torn_line(self.path)
         if settings.report_to:
             try:
                 accelerator.init_trackers(
@@ -50,21 +58,51 @@ class Log:
 
     def say(self, text: str) -> None:
         if self.accelerator.is_main_process:
-            tqdm.write(text, file=sys.stderr)
+            tqdm.write(printable(text, lines=True), file=sys.stderr)
 
     def write(self, event: str, step: int, values: dict[str, Any]) -> None:
         """One line of log.jsonl; numbers go to the trackers too."""
         if self.accelerator.is_main_process:
-            with open(self.path, "a", encoding="utf-8") as stream:
+            with writing(self.path), open(self.path, "a", encoding="utf-8") as stream:
                 stream.write(json.dumps({"event": event, "step": step} | values) + "\n")
         numbers = {f"{event}/{name}": value for name, value in values.items() if isinstance(value, (int, float))}
-        self.accelerator.log(numbers, step=step)
+        try:
+            self.accelerator.log(numbers, step=step)
+        except Exception as error:  # a server that is away must not end a run of weeks; log.jsonl has it all
+            self.accelerator.trackers = []
+            self.say(
+                f"report_to: no more goes to {', '.join(self.settings.report_to)}: {error or type(error).__name__}"
+            )
+
+    def sync(self) -> None:
+        """Returns when all lines are on the disk. The main process calls this before a checkpoint of them."""
+        with open(self.path, "a", encoding="utf-8") as stream:
+            os.fsync(stream.fileno())
+
+    def has(self, event: str, step: int) -> bool:
+        """Whether there is such a line; the same on all processes, which all call this."""
+        main = self.accelerator.is_main_process
+        lines = read_log(self.path.parent) if main else []
+        (found,) = broadcast_object_list([any((line["event"], line["step"]) == (event, step) for line in lines)])
+        return bool(found)
+
+    def resumed(self, step: int, changes: dict[str, list[Any]]) -> None:
+        """Says that a run goes on, and with what: {name: [before, now]}."""
+        self.say(f"resuming {self.path.parent} at step {step:,} of {self.settings.steps:,}")
+        for name, (before, now) in changes.items():
+            self.say(f"changed since step {step:,}: {name} from {before} to {now}")
+        self.write("resume", step, {"changed": changes})
 
     def gan_alarm(self, done: int, run: Path) -> None:
         """Warns when held-out images look worse than before the discriminator had a say, and names the way back."""
         gan, distances = self.settings.gan, held_out_distances(run) if self.accelerator.is_main_process else {}
         before = before_gan(distances, gan)
-        if before is None or done <= gan.start + gan.discriminator_warmup or done not in distances:
+        if (
+            self.has("alarm", done)
+            or before is None
+            or done <= gan.start + gan.discriminator_warmup
+            or done not in distances
+        ):
             return
         if distances[done] > gan.alarm * distances[before]:
             checkpoint = before_gan((checkpoint.step for checkpoint in complete_checkpoints(run)), gan)
@@ -128,6 +166,14 @@ class Log:
         if judged.split(":")[0] != self.verdict.split(":")[0]:
             self.say(f"step {done:,}: {judged}")
         self.verdict = judged
+
+
+def _drop_torn_line(path: Path) -> None:
+    """A line that a kill or a full disk cut short would spoil the one that is written after it."""
+    if path.is_file():
+        with writing(path), open(path, "rb+") as stream:
+            content = stream.read()
+            stream.truncate(content.rfind(b"\n") + 1)
 
 
 def memory_gb(device: torch.device) -> float:

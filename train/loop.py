@@ -1,7 +1,7 @@
 """The training run, top to bottom."""
 
 import sys
-from collections.abc import Iterator, Sized
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +11,18 @@ from accelerate.utils import broadcast_object_list, gather_object
 from tqdm import tqdm
 
 from latent_ae.config import UserError
-from latent_ae.data import Batch, ImageSource, open_images, posterior_noise, stop_if_too_many_bad, training_batches
+from latent_ae.data import Batch, open_images, posterior_noise, training_batches
 from latent_ae.diffaug import NUMBERS
 from latent_ae.models import Reconstructor, factor_of
 from latent_ae.order import augmentation_numbers
 from latent_ae.perceptual import LPIPS
+from latent_ae.pipelines import SHAPE, refuse_misfit
+from latent_ae.vision import VisionModel
 
+from .agreement import Agreed
+from .bad_files import BadFiles
 from .checkpoint import (
+    Checkpoint,
     complete_checkpoints,
     load_checkpoint,
     newest_checkpoint,
@@ -29,13 +34,14 @@ from .drift import stop_on_drift
 from .ema import Ema
 from .finish import finish_run, finished_results, push_export, show_results
 from .log import Log
-from .networks import compile_networks, starting_autoencoder, starting_discriminator
+from .micro_batch import MicroBatch, latent_change
+from .networks import compile_networks, starting_autoencoder, starting_discriminator, starting_projection
 from .preflight import preflight
 from .report import held_out_distances
 from .retention import kept_steps
-from .run_folder import changed_settings, write_config
+from .run_folder import changes_since, cut_back, write_config
 from .signals import Stopped, StopSignals
-from .step import MicroBatch, TrainStep
+from .step import TrainStep
 from .validate import Validator
 
 
@@ -51,56 +57,63 @@ def train(settings: TrainSettings) -> dict[str, Any]:
         project_dir=run,
     )
     # one process looks: on a shared disk others may see a newer or an older state
-    (checkpoint,) = broadcast_object_list([newest_checkpoint(run) if accelerator.is_main_process else None])
-    if checkpoint is not None:
-        for note in changed_settings(run, settings):
-            accelerator.print(note, file=sys.stderr)
-    if checkpoint is not None and checkpoint.step > settings.steps:
-        raise UserError(f"steps: {run} is at step {checkpoint.step:,} already, past {settings.steps:,}: raise steps")
+    found = None
+    with Agreed(accelerator):
+        if accelerator.is_main_process:
+            found = newest_checkpoint(run)
+    (checkpoint,) = broadcast_object_list([found])
+    changes = changes_since(checkpoint, settings) if checkpoint is not None else {}
+    first_step = checkpoint.step if checkpoint is not None else 0
+    if first_step > settings.steps:
+        raise UserError(f"steps: {run} is at step {first_step:,} already, past {settings.steps:,}: raise steps")
     accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        write_config(run, settings, resuming=checkpoint is not None)
-    accelerator.wait_for_everyone()
-    if checkpoint is not None and checkpoint.step == settings.steps and (results := finished_results(run)) is not None:
+    with Agreed(accelerator):
+        if accelerator.is_main_process:
+            write_config(run, settings)
+    if first_step == settings.steps and (results := finished_results(run, settings.steps)) is not None:
         if accelerator.is_main_process:
             show_results(run, results)
             push_export(run, settings)
         return results
-    source = open_images(settings.data, "train")
-    held_out = open_images(settings.data, "held_out")
-    autoencoder = starting_autoencoder(settings)
-    factor, channels = factor_of(autoencoder), int(autoencoder.config.in_channels)
-    perceptual = None
-    if settings.loss.perceptual:
-        weights_dir = Path(settings.weights_dir).expanduser() if settings.weights_dir else None
-        with accelerator.local_main_process_first():  # one process fetches, the others find the file
+    with Agreed(accelerator):
+        source = open_images(settings.data, "train")
+        held_out = open_images(settings.data, "held_out")
+        autoencoder = starting_autoencoder(settings)
+        if settings.export_for is not None:  # of init_from, whose shape the settings do not know
+            refuse_misfit(settings.export_for, {key: autoencoder.config[key] for key in SHAPE})
+        factor, channels = factor_of(autoencoder), int(autoencoder.config.in_channels)
+        perceptual = None
+        if settings.loss.perceptual:  # one process of a machine fetches the weights, the others wait and find them
+            weights_dir = Path(settings.weights_dir).expanduser() if settings.weights_dir else None
             perceptual = LPIPS(settings.loss.perceptual_net, weights_dir).to(accelerator.device)
-    ema = Ema(autoencoder.to(accelerator.device), settings.ema.decay) if settings.ema.decay else None
-    discriminator = starting_discriminator(settings, channels) if settings.gan.weight else None
+        vision = projection = None
+        if settings.alignment.model:
+            vision = VisionModel(settings.alignment.model, settings.data.resolution // factor).to(accelerator.device)
+            projection = starting_projection(settings, int(autoencoder.config.latent_channels), vision.num_features)
+        ema = Ema(autoencoder.to(accelerator.device), settings.ema.decay) if settings.ema.decay else None
+        discriminator = starting_discriminator(settings, channels) if settings.gan.weight else None
     if settings.compile:
         compile_networks(autoencoder, discriminator)
     train_step = TrainStep(
         settings,
         accelerator,
-        accelerator.prepare_model(Reconstructor(autoencoder).to(memory_format=torch.channels_last)),
+        accelerator.prepare_model(Reconstructor(autoencoder, projection).to(memory_format=torch.channels_last)),
         accelerator.prepare_model(discriminator) if discriminator is not None else None,
         perceptual,
         ema,
+        vision,
     )
     averaged = Reconstructor(ema.module if ema is not None else autoencoder).to(memory_format=torch.channels_last)
     validator = Validator(settings, accelerator, held_out, channels, factor, perceptual)
 
-    if accelerator.is_main_process:
-        preflight(run, settings, train_step)
-    state = load_checkpoint(checkpoint, train_step) if checkpoint is not None else {"step": 0}
-    first_step: int = state["step"]
-    log = Log(run, accelerator, settings)
-    if first_step:
-        log.say(f"resuming {run} at step {first_step:,} of {settings.steps:,}")
-    else:
-        log.write("baseline", 0, validator.measure_baseline())
-        log.write("validate", 0, validator.measure_model(averaged, run / "previews/step-00000000.png"))
-
+    with Agreed(accelerator):
+        if checkpoint is not None:
+            load_checkpoint(checkpoint, train_step)
+        validator.try_one_batch(averaged)
+        if accelerator.is_main_process:
+            preflight(run, settings, train_step)
+            cut_back(run, first_step if checkpoint is not None else -1)
+        log = Log(run, accelerator, settings)
     batches = training_batches(
         source,
         settings.data,
@@ -111,10 +124,11 @@ def train(settings: TrainSettings) -> dict[str, Any]:
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
         first_batch=first_step,
-        stream_state=stream_state_of(state, accelerator),
+        stream_state=stream_state_of(checkpoint, accelerator),
     )
     latent_shape = (int(autoencoder.config.latent_channels), *(2 * [settings.data.resolution // factor]))
-    feed = Feed(batches, settings, latent_shape, accelerator.device, log, source)
+    bad_files = BadFiles(accelerator, settings.data, source, log)
+    feed = Feed(batches, settings, latent_shape, accelerator.device, channels, bad_files)
     progress = tqdm(
         total=settings.steps * settings.batch_size,
         initial=first_step * settings.batch_size,
@@ -134,18 +148,39 @@ def train(settings: TrainSettings) -> dict[str, Any]:
             "stream_states": gather_object([feed.stream_state]),
             "settings": settings.model_dump(mode="json", by_alias=True),
         }
+        with Agreed(accelerator):
+            if accelerator.is_main_process:
+                log.sync()
+                save_checkpoint(run, train_step, state)
+
+    def validation_due(done: int) -> bool:
+        return done % settings.validation.every == 0 or done == settings.steps
+
+    def validate(done: int) -> None:
+        """Measures, unless that was done before the run was killed."""
+        if not log.has("validate", done):
+            log.write("validate", done, validator.measure_model(averaged, run / f"previews/step-{done:08d}.png"))
+        log.gan_alarm(done, run)
+
+    def prune() -> None:
+        """Comes after the validation, which tells the best."""
         if accelerator.is_main_process:
-            save_checkpoint(run, train_step, state)
             saved = [checkpoint.step for checkpoint in complete_checkpoints(run)]
-            kept = kept_steps(saved, settings.checkpoint, settings.gan, held_out_distances(run))
-            prune_checkpoints(run, kept, newest=done)
-        accelerator.wait_for_everyone()
+            prune_checkpoints(run, kept_steps(saved, settings.checkpoint, settings.gan, held_out_distances(run)))
 
     try:
+        if checkpoint is None:
+            log.write("baseline", 0, validator.measure_baseline())
+        else:
+            log.resumed(first_step, changes)
+        if validation_due(first_step):
+            validate(first_step)
+        prune()
         with StopSignals(accelerator) as stop:
             for step in range(first_step, settings.steps):
                 means = train_step(step, feed)
                 done = step + 1
+                bad_files.settle(done)
                 progress.update(settings.batch_size)
                 logs = done % settings.log.every == 0 or done == settings.steps
                 saves = done % settings.checkpoint.every == 0 or done == settings.steps
@@ -158,19 +193,17 @@ def train(settings: TrainSettings) -> dict[str, Any]:
                     saves = False
                 if saves:
                     save(done)
-                if done % settings.validation.every == 0 or done == settings.steps:
-                    log.write(
-                        "validate", done, validator.measure_model(averaged, run / f"previews/step-{done:08d}.png")
-                    )
+                if validation_due(done):
+                    validate(done)
                     log.restart_clock(done)
-                    log.gan_alarm(done, run)
+                if saves:
+                    prune()
                 if (name := stop.wanted()) and done < settings.steps:
                     if not saves and not log.skipped(done, train_step):
                         save(done)
+                        prune()
                     raise Stopped(name)
         progress.close()
-        if first_step == settings.steps:  # killed between its last checkpoint and its results
-            log.write("validate", first_step, validator.measure_model(averaged))
         results = finish_run(run, settings, accelerator, averaged, source, validator)
     except BaseException:
         progress.close()
@@ -180,9 +213,9 @@ def train(settings: TrainSettings) -> dict[str, Any]:
     return results
 
 
-def stream_state_of(state: dict[str, Any], accelerator: Accelerator) -> dict[str, Any] | None:
+def stream_state_of(checkpoint: Checkpoint | None, accelerator: Accelerator) -> dict[str, Any] | None:
     """Where this process's stream stood at the checkpoint; None for stored images, which need no state."""
-    states = state.get("stream_states") or [None]
+    states = checkpoint.state()["stream_states"] if checkpoint is not None else [None]
     if len(states) != accelerator.num_processes and states[0] is not None:
         raise UserError(
             f"data.streaming: the checkpoint was written by {len(states)} process(es) and now there are "
@@ -192,7 +225,7 @@ def stream_state_of(state: dict[str, Any], accelerator: Accelerator) -> dict[str
 
 
 class Feed:
-    """The loader's batches as micro-batches on the device; counts and names the unreadable files met."""
+    """The loader's batches as micro-batches on the device; tells `bad_files` of the unreadable files met."""
 
     def __init__(
         self,
@@ -200,29 +233,28 @@ class Feed:
         settings: TrainSettings,
         latent_shape: tuple[int, ...],
         device: torch.device,
-        log: Log,
-        source: ImageSource,
+        channels: int,
+        bad_files: BadFiles,
     ):
-        self.batches, self.settings, self.latent_shape, self.device, self.log = (
-            batches,
-            settings,
-            latent_shape,
-            device,
-            log,
-        )
-        self.num_images = len(source) if isinstance(source, Sized) else None
-        self.num_read, self.skipped = 0, list[str]()
+        self.batches, self.settings, self.latent_shape, self.device = batches, settings, latent_shape, device
+        self.channels, self.bad_files = channels, bad_files
         self.stream_state: dict[str, Any] | None = None
 
     def __iter__(self) -> "Feed":
         return self
 
     def __next__(self) -> MicroBatch:
-        batch, settings = next(self.batches), self.settings
-        self.num_read += len(batch.numbers)
+        settings = self.settings
+        try:
+            batch = next(self.batches)
+        except (UserError, StopIteration) as error:
+            # the others are in this step too: it is finished on gray images, then all stop, and nothing is saved
+            if isinstance(error, UserError):
+                self.bad_files.fail(error)
+            shape = (settings.micro_batch, self.channels, *(2 * [settings.data.resolution]))
+            batch = Batch(torch.zeros(shape), list(range(settings.micro_batch)), [])
+        self.bad_files.note(batch)
         self.stream_state = batch.stream_state
-        if batch.skipped:
-            self._note(batch.skipped)
         every = settings.loss.perceptual_every
         augmentation = None
         if settings.gan.weight and settings.gan.diffaug:
@@ -234,25 +266,13 @@ class Feed:
             # samples whose number is a multiple of `every`; a micro-batch's numbers are consecutive
             slice(-batch.numbers[0] % every, None, every),
             augmentation,
+            latent_change(settings, batch.numbers, self.latent_shape, self._sent),
         )
 
     def _sent(self, tensor: torch.Tensor) -> torch.Tensor:
         # from pinned memory, or the host would wait for the copy
         tensor = tensor.pin_memory() if self.device.type == "cuda" else tensor
         return tensor.to(self.device, non_blocking=True)
-
-    def _note(self, skipped: list[str]) -> None:
-        for line in dict.fromkeys(skipped):
-            if line not in self.skipped:
-                self.log.say(f"skipped {line}")
-        self.skipped += skipped
-        stop_if_too_many_bad(
-            len(self.skipped),
-            self.num_read,
-            self.skipped,
-            num_images=self.num_images,
-            max_bad_fraction=self.settings.data.max_bad_fraction,
-        )
 
 
 def _say_how_to_go_on(run: Path, step: int, accelerator: Accelerator) -> None:

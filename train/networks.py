@@ -1,6 +1,8 @@
 """The networks that a run starts from."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch._dynamo
@@ -9,14 +11,15 @@ from diffusers import AutoencoderKL
 from diffusers.models.resnet import ResnetBlock2D
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
-from latent_ae.config import UserError
+from latent_ae.config import ModelSettings, UserError
 from latent_ae.discriminators import PatchDiscriminator
 from latent_ae.models import build_autoencoder, factor_of, load_autoencoder
 
-from .checkpoint import complete_checkpoints, misfits
+from .checkpoint import checkpoint_at, misfits
 from .config import TrainSettings
+from .finish import finished_results
 
 
 def starting_autoencoder(settings: TrainSettings) -> AutoencoderKL:
@@ -28,12 +31,22 @@ def starting_autoencoder(settings: TrainSettings) -> AutoencoderKL:
     if name is None:
         autoencoder = build_autoencoder(settings.model, sample_size=data.resolution, seed=settings.seed)
     else:
-        autoencoder = load_autoencoder(name)
+        autoencoder = load_autoencoder(_place_of_weights(name))
         _refuse_misfit(autoencoder, name, settings)
     freeze_part(autoencoder.train(), settings)
     if settings.gradient_checkpointing:
         autoencoder.enable_gradient_checkpointing()
     return autoencoder
+
+
+def _place_of_weights(name: str) -> str:
+    """Of a run its newest whole checkpoint, or its export if that is of the same step: it has the measured scaling."""
+    place = Path(name).expanduser()
+    folder = checkpoint_at(place)
+    if folder is None:
+        return name
+    step = json.loads((folder / "state.json").read_text())["step"]
+    return str(place / "export" if finished_results(place, step) is not None else folder)
 
 
 def freeze_part(autoencoder: AutoencoderKL, settings: TrainSettings) -> None:
@@ -59,6 +72,13 @@ def starting_discriminator(settings: TrainSettings, channels: int) -> PatchDiscr
     return network.to(memory_format=torch.channels_last)
 
 
+def starting_projection(settings: TrainSettings, latent_channels: int, features: int) -> nn.Conv2d:
+    """A fresh map of latents to a vision model's features, 1 x 1 and without bias as VA-VAE's."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings.seed + 2)
+        return nn.Conv2d(latent_channels, features, kernel_size=1, bias=False)
+
+
 def compile_networks(autoencoder: AutoencoderKL, discriminator: PatchDiscriminator | None) -> None:
     """Compiles the autoencoder's residual blocks and the discriminator in place; names of weights do not change.
 
@@ -79,17 +99,32 @@ def compile_networks(autoencoder: AutoencoderKL, discriminator: PatchDiscriminat
 def _refuse_misfit(autoencoder: AutoencoderKL, name: str, settings: TrainSettings) -> None:
     factor = factor_of(autoencoder)
     channels = int(autoencoder.config.in_channels)
+    if settings.model != ModelSettings():
+        with torch.device("meta"):
+            asked = build_autoencoder(settings.model.model_copy(update={"init": "default"}), sample_size=1).config
+        keys = ModelSettings.model_fields.keys() - {"init"}  # how fresh weights begin
+        for key in sorted(key for key in keys if _plain(asked[key]) != _plain(autoencoder.config[key])):
+            raise UserError(
+                f"model.{key}: {_plain(asked[key])}, and init_from brings {_plain(autoencoder.config[key])}: its shape "
+                "stays, so give model={}, or remove init_from"
+            )
     sides = {"data.resolution": settings.data.resolution, "validate.crop_px": settings.validation.crop_px}
     for key, side in sides.items():
         if side is not None and side % factor:
             raise UserError(f"{key}: {side} is not a multiple of {name}'s factor {factor}")
+    for problem in settings.size_problems(factor):
+        raise UserError(f"{problem.key}: {problem.message}")
+    least, latent_channels = settings.latents.min_channels, int(autoencoder.config.latent_channels)
+    if least and least >= latent_channels:
+        raise UserError(f"latents.min_channels: {least} of {name}'s {latent_channels} channels masks none: use fewer")
+    if settings.alignment.model and channels not in (1, 3):
+        raise UserError(f"alignment.model: {name} has {channels} channels, vision models see 1 or 3: set it to null")
     if settings.loss.perceptual and channels not in (1, 3):
         raise UserError(f"loss.perceptual: {name} has {channels} channels, LPIPS sees 1 or 3: set it to 0")
 
 
 def _discriminator_weights(folder: Path, network: PatchDiscriminator) -> dict[str, Tensor]:
-    checkpoints = complete_checkpoints(folder)
-    path = (checkpoints[-1].folder if checkpoints else folder) / "discriminator.safetensors"
+    path = (checkpoint_at(folder) or folder) / "discriminator.safetensors"
     if not path.is_file():
         raise UserError(f"gan.init_from: {folder} is neither a checkpoint with a discriminator nor a run with one")
     try:
@@ -102,3 +137,7 @@ def _discriminator_weights(folder: Path, network: PatchDiscriminator) -> dict[st
             "set gan.channels, gan.layers and gan.norm as in its run"
         )
     return weights
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value

@@ -40,6 +40,22 @@ def describe_plan(settings: TrainSettings) -> str:
         gan_lines = f"discriminator from step {start:,}, in the autoencoder's loss from {felt:,}"
         if felt >= settings.steps:
             gan_lines += f": never, the run ends at {settings.steps:,}"
+    loss = settings.loss
+    shaping = {
+        f"weight {loss.kl:g}": not loss.kl_target,
+        f"rising over {loss.kl_warmup:,} steps": loss.kl_warmup,
+        f"rising {loss.kl_cycles} times, every {settings.steps / (loss.kl_cycles or 1):,.0f} steps": loss.kl_cycles,
+        f"weight from {loss.kl:g} on, controlled to {loss.kl_target:g} nats per dimension": loss.kl_target,
+        f"{loss.free_bits:g} nats per dimension free": loss.free_bits,
+    }
+    latents = settings.latents
+    regularisers = {
+        f"scaled and turned in {latents.equivariance:.0%} of the steps": latents.equivariance,
+        f"mixed with noise of standard deviation {latents.noise:g}": latents.noise,
+        f"{latents.min_channels} channels or more kept": latents.min_channels,
+        f"aligned to {settings.alignment.model}": settings.alignment.model,
+    }
+    learns = loss.kl and settings.train != "decoder"
     lines = {
         "autoencoder": f"{weights:,} parameters{part}, factor {factor}, latent {latent} for "
         f"{settings.data.resolution} px",
@@ -48,6 +64,8 @@ def describe_plan(settings: TrainSettings) -> str:
         "global batch": f"{settings.batch_size} = {settings.processes} process(es) x {settings.micro_batch} "
         f"micro-batch x {settings.accumulation} accumulation",
         "adversarial": gan_lines,
+        "KL": ", ".join(text for text, on in shaping.items() if on) if learns else "off",
+        "latents": ", ".join(text for text, on in regularisers.items() if on) or "as they are",
         "checkpoint": f"{copies * BYTES / 1e6:,.0f} MB each, every {settings.checkpoint.every:,} steps, "
         f"the newest {settings.checkpoint.keep} kept",
         "output": settings.output_dir,

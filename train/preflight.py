@@ -1,17 +1,21 @@
 """What can fail at the end is tried before the first step."""
 
+import errno
+import os
 import shutil
 import tempfile
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL
-from safetensors import SafetensorError
 
 from latent_ae.config import UserError
+from latent_ae.disk import writing
+from latent_ae.export import check_upload, refuse_foreign
 from latent_ae.models import count_parameters
 
 from .config import TrainSettings
+from .report import write_report
 from .step import TrainStep
 
 BYTES = 4
@@ -19,17 +23,22 @@ BYTES = 4
 
 
 def preflight(run: Path, settings: TrainSettings, train_step: TrainStep) -> None:
-    """Checks room for the checkpoints and the way of an export through stock diffusers. One process calls this.
+    """Checks the run folder, room for the checkpoints, the way of an export through stock diffusers, the report, and
+    the right to upload. One process calls this.
 
     Raises UserError with what to mend.
     """
+    if settings.push_to_hub is not None:
+        check_upload(settings.push_to_hub)
+    _check_places(run)
     autoencoder: AutoencoderKL = train_step.bare_reconstructor.autoencoder
     weights = count_parameters(autoencoder) * BYTES
     learning = BYTES * sum(p.numel() for p in autoencoder.parameters() if p.requires_grad)
     judge = BYTES * (
         count_parameters(train_step.bare_discriminator) if train_step.bare_discriminator is not None else 0
     )
-    each = weights * (2 if train_step.ema is not None else 1) + 2 * learning + 3 * judge
+    files = [weights, weights if train_step.ema is not None else 0, judge, 2 * learning + 2 * judge]
+    each = sum(files)
     # the newest, the best, the one before the GAN, and the one that is being written before an older one goes
     count = settings.checkpoint.keep + 3
     if settings.checkpoint.keep_every:
@@ -41,14 +50,39 @@ def preflight(run: Path, settings: TrainSettings, train_step: TrainStep) -> None
             f"output_dir: {run} has {free / 1e9:.1f} GB free, and up to {count} checkpoints of {each / 1e9:.1f} GB and "
             f"the export need {needed / 1e9:.1f} GB: free space, choose another output_dir, or lower checkpoint.keep"
         )
-    try:
-        with tempfile.TemporaryDirectory(prefix=".preflight-", dir=run) as folder:
-            autoencoder.save_pretrained(folder)
-            again = AutoencoderKL.from_pretrained(folder, torch_dtype=torch.float32).state_dict()
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"output_dir: cannot write an export into {run}: {error}") from error
+    with writing(run), tempfile.TemporaryDirectory(prefix=".preflight-", dir=run) as folder:
+        autoencoder.save_pretrained(folder)
+        again = AutoencoderKL.from_pretrained(folder, torch_dtype=torch.float32).state_dict()
+        write_report(Path(folder), settings, [])
+        for number, size in enumerate(files):
+            _allocate(Path(folder) / f"{number}", size)
     differing = [
         name for name, tensor in autoencoder.state_dict().items() if not torch.equal(tensor.cpu(), again[name])
     ]
     if differing:
         raise RuntimeError(f"stock diffusers would load other weights than these: {differing[0]}")
+
+
+def _check_places(run: Path) -> None:
+    """That every file and folder of the run can be written where it will be, over what lies there already."""
+    for name in ("checkpoints", "previews"):
+        with writing(run / name):
+            (run / name).mkdir(exist_ok=True)
+            tempfile.TemporaryFile(dir=run / name).close()
+    for name in ("log.jsonl", "results.json", "report.html"):
+        path = run / name
+        with writing(path):
+            if path.exists():
+                open(path, "ab").close()
+    refuse_foreign(run / "export")
+
+
+def _allocate(path: Path, size: int) -> None:
+    """Asks the disk for the room of a file, which quotas and limits on its size may refuse where `df` shows plenty."""
+    with open(path, "wb") as stream:
+        if size and hasattr(os, "posix_fallocate"):
+            try:
+                os.posix_fallocate(stream.fileno(), 0, size)
+            except OSError as error:
+                if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP, errno.ENODEV):  # the disk has no such thing
+                    raise

@@ -21,6 +21,8 @@ CHARTS = {
     "Adaptive weight": ("adaptive_weight",),
     "Adversarial gradient at the last layer, relative to reconstruction": ("gradient_ratio",),
     "KL divergence per latent dimension (nats)": ("kl_per_dimension",),
+    "KL weight": ("kl_weight",),
+    "Alignment to the vision model": ("alignment_similarity", "alignment_cosine", "alignment_distance"),
     "Latent standard deviation": ("latent_std",),
     "Gradient norms": ("grad_norm", "grad_norm_discriminator"),
     "Images per second": ("images_per_second",),
@@ -31,12 +33,14 @@ def read_log(run: Path) -> list[dict[str, Any]]:
     """The lines of log.jsonl, one per event and step: a resumed run overwrites what it repeats."""
     path = run / "log.jsonl"
     events: dict[tuple[str, int], dict[str, Any]] = {}
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-        try:
-            event = json.loads(line)
-            events[event["event"], event["step"]] = event
-        except (ValueError, KeyError, TypeError):  # a line cut short when the process was killed
-            continue
+    if path.is_file():
+        with open(path, "rb") as lines:
+            for line in lines:
+                try:
+                    event = json.loads(line)
+                    events[event["event"], event["step"]] = event
+                except (ValueError, KeyError, TypeError):  # a line cut short when the process was killed
+                    continue
     return sorted(events.values(), key=lambda event: event["step"])
 
 
@@ -72,9 +76,7 @@ def write_report(run: Path, settings: TrainSettings, rows: Sequence[dict[str, An
     sections.append(page.section("Curves", *charts))
     sections.append(page.section("Settings", page.preformatted(to_yaml(settings))))
     subtitle = f"{settings.steps:,} steps of {settings.batch_size} crops of {settings.data.resolution} px"
-    temporary = run / "report.html.tmp"
-    temporary.write_text(page.page(f"Training report: {run.name}", sections, subtitle=subtitle), encoding="utf-8")
-    temporary.replace(run / "report.html")
+    page.write(run / "report.html", page.page(f"Training report: {run.name}", sections, subtitle=subtitle))
 
 
 def result_rows(results: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:

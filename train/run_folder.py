@@ -1,13 +1,17 @@
-"""The run folder's config.yaml: written at the start, held against the settings when a run goes on."""
+"""The run folder when a run goes on: what has changed since its checkpoint, and a log cut back to it."""
 
+import itertools
+import json
+import os
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from latent_ae.config import UserError, to_yaml
+from latent_ae.disk import replacing, writing
 
+from .checkpoint import Checkpoint, set_damaged_aside, versions
 from .config import TrainSettings
 
 RECIPE = (
@@ -19,25 +23,25 @@ RECIPE = (
 """Keys that a run cannot change under way: the weights or the sample order would no longer fit."""
 FREE = ("data.num_workers", "data.max_bad_fraction")
 """Keys under RECIPE that may change all the same."""
-SWITCHES = ("gan.weight", "ema.decay")
-"""Keys whose value may change, but not to or from 0: a checkpoint holds the network or it does not."""
+SWITCHES = ("gan.weight", "ema.decay", "loss.kl_target", "alignment.model")
+"""Keys whose value may change, but not to or from nothing: a checkpoint holds what goes with it or it does not."""
 SILENT = (
     *("output_dir", "report_to", "push_to_hub", "micro_batch_size", "checkpoint", "log"),
     *("compile", "gradient_checkpointing", "gan.init_from"),
     *("validate.every", "validate.preview_images"),
 )
-"""Keys whose change needs no word."""
+"""Keys whose change needs no word; of `micro_batch_size` the size that it comes to is compared."""
+JUDGE = ("gan.norm", "gan.channels", "gan.layers", "gan.blur")
+"""Keys that decide whether a discriminator's weights fit."""
 
 
-def changed_settings(run: Path, settings: TrainSettings) -> list[str]:
-    """Holds the settings against the config.yaml of a run that goes on; returns notes on what changed.
+def changes_since(checkpoint: Checkpoint, settings: TrainSettings) -> dict[str, list[Any]]:
+    """Holds the settings, processes and versions against those that wrote the checkpoint: {name: [before, now]}.
 
-    Raises UserError naming the keys when the recipe differs.
+    Raises UserError naming the keys, and the way to a new phase, when the recipe differs.
     """
-    config = run / "config.yaml"
-    if not config.is_file():
-        return []
-    before = flatten(yaml.safe_load(config.read_text(encoding="utf-8")) or {})
+    state = checkpoint.state()
+    before = flatten(state["settings"])
     now = flatten(settings.model_dump(mode="json", by_alias=True))
     changed = [key for key in now if key in before and before[key] != now[key] and not _under(key, SILENT)]
     refused = [
@@ -45,28 +49,84 @@ def changed_settings(run: Path, settings: TrainSettings) -> list[str]:
         for key in changed
         if (_under(key, RECIPE) and not _under(key, FREE)) or (key in SWITCHES and bool(before[key]) != bool(now[key]))
     ]
+    run = checkpoint.folder.parent.parent
     if refused:
-        lines = "\n".join(f"  {key}: {before[key]} in {config}, now {now[key]}" for key in refused)
+        lines = "\n".join(f"  {key}: {before[key]} in {checkpoint.folder.name}, now {now[key]}" for key in refused)
         raise UserError(
             f"{run} holds a run with another recipe:\n{lines}\n"
-            "Restore these settings to go on with it, or choose another output_dir"
+            "Restore these settings to go on with it. Or start a new phase from its weights: give the same command "
+            f"with\n  {' '.join(_new_phase(run, checkpoint, before, settings, refused))}"
         )
-    return [f"changed since the last start: {key} from {before[key]} to {now[key]}" for key in changed]
+    batch_size, processes = settings.batch_size, state["num_processes"]
+    micro_batch = before["micro_batch_size"] or batch_size // processes
+    split: dict[str, tuple[Any, Any]] = {
+        "processes": (processes, settings.processes),
+        "micro_batch_size": (micro_batch, settings.micro_batch),
+        "accumulation": (batch_size // (processes * micro_batch), settings.accumulation),
+    }
+    installed = versions()
+    split |= {f"version of {name}": (state["versions"].get(name), installed[name]) for name in installed}
+    return {key: [before[key], now[key]] for key in changed} | {
+        name: [then, today] for name, (then, today) in split.items() if then != today
+    }
 
 
-def write_config(run: Path, settings: TrainSettings, *, resuming: bool) -> None:
+def _new_phase(
+    run: Path, checkpoint: Checkpoint, before: dict[str, Any], settings: TrainSettings, refused: Sequence[str]
+) -> list[str]:
+    """The words that start another run from this one's weights, and from its discriminator where that fits."""
+    folder = next(name for number in itertools.count(2) if not os.path.exists(name := f"{run}-{number}"))
+    words = [f"output_dir={folder}", f"init_from={run}"]
+    if any(key.startswith("model.") for key in refused):
+        words.append("model={}")
+    trained = before["gan.weight"] and checkpoint.step > before["gan.start"]
+    if trained and settings.gan.weight and not any(key in JUDGE for key in refused):
+        words += [f"gan.init_from={run}", "gan.start=0"]
+    return [shlex.quote(word) for word in words]
+
+
+def write_config(run: Path, settings: TrainSettings) -> None:
     """Makes the folder and writes config.yaml. One process calls this. Raises UserError when it cannot."""
     config = run / "config.yaml"
-    try:
+    with writing(run):
         run.mkdir(parents=True, exist_ok=True)
-        log = run / "log.jsonl"
-        if log.is_file() and not resuming:  # a run that stopped before its first checkpoint
-            log.replace(run / "log.previous.jsonl")
-        temporary = config.with_suffix(".tmp")
-        temporary.write_text(to_yaml(settings), encoding="utf-8")
-        temporary.replace(config)
-    except OSError as error:
-        raise UserError(f"output_dir: cannot write {error.filename or run}: {error.strerror or error}") from error
+    with replacing(config) as part:
+        part.write_text(to_yaml(settings), encoding="utf-8")
+
+
+def cut_back(run: Path, step: int) -> None:
+    """Makes the folder that of a run at the `step` of its checkpoint; -1: it has none. One process calls this.
+
+    What was logged later is moved to log.previous.jsonl, and pictures of later steps are removed: those steps are made
+    again. The results of an earlier end become results.previous.json: only a finished run has results.json.
+    """
+    set_damaged_aside(run, step)
+    log, kept, later = run / "log.jsonl", "", ""
+    for line in log.read_text(encoding="utf-8").splitlines(keepends=True) if log.is_file() else []:
+        at = _step_of(line)
+        if at is None or at > step:
+            later += line.rstrip("\n") + "\n"
+        else:
+            kept += line
+    if later:
+        previous = run / "log.previous.jsonl"
+        with writing(previous), open(previous, "a", encoding="utf-8") as stream:
+            stream.write(later)
+        with replacing(log) as part:
+            part.write_text(kept, encoding="utf-8")
+    for picture in (run / "previews").glob("step-*.png"):
+        if int(picture.stem.removeprefix("step-")) > step:
+            picture.unlink()
+    if (results := run / "results.json").is_file():
+        results.replace(run / "results.previous.json")
+
+
+def _step_of(line: str) -> int | None:
+    """The step of a line of log.jsonl; None for one that was cut short when the process was killed."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return None
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

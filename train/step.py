@@ -8,7 +8,6 @@ and the discriminator's one pass over real and reconstructed images serves both 
 
 from collections.abc import Iterator
 from contextlib import ExitStack, nullcontext
-from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -16,8 +15,9 @@ from torch import Tensor, nn
 
 from latent_ae.diffaug import NUMBERS, augment
 from latent_ae.losses import (
-    adaptive_ratio,
+    alignment_loss,
     discriminator_loss,
+    free_bits_loss,
     generator_loss,
     kl_loss,
     lecam_loss,
@@ -25,42 +25,14 @@ from latent_ae.losses import (
     r1_penalty,
 )
 from latent_ae.models import Reconstruction
+from latent_ae.vision import VisionModel
 
 from .config import TrainSettings
 from .ema import Ema
-from .muon import Muon, inner_weights
-from .schedule import GanPhase, gan_phase_at, lr_scale_at
-
-LECAM_DECAY = 0.99
-LOGVAR_LR = 10.0
-"""Learning rate of the learned log-variance, relative to the networks': one number that has far to go."""
-
-
-class MicroBatch(NamedTuple):
-    """What one pass works on, on the device."""
-
-    images: Tensor
-    """float32 NCHW in [-1, 1], channels-last."""
-    noise: Tensor
-    """Standard normal, shaped like the latent."""
-    perceptual_rows: slice
-    """Rows that LPIPS looks at (loss.perceptual_every)."""
-    augmentation: Tensor | None = None
-    """Uniform numbers for gan.diffaug, N x 14: the first half for the real image, the other for its reconstruction."""
-
-
-class StepState(nn.Module):
-    """What the step remembers besides weights and optimizers; saved with every checkpoint."""
-
-    adaptive_weight: Tensor
-    lecam_averages: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        # 0 until the first measurement, so the first step with an adversarial term only measures
-        self.register_buffer("adaptive_weight", torch.zeros(()))
-        self.register_buffer("lecam_averages", torch.zeros(2))
-        self.logvar = nn.Parameter(torch.zeros(()))
+from .micro_batch import MicroBatch, as_drawn
+from .schedule import GanPhase, gan_phase_at, kl_weight_at
+from .step_state import StepState
+from .update import Update
 
 
 class TrainStep:
@@ -74,43 +46,19 @@ class TrainStep:
         discriminator: nn.Module | None,
         perceptual: nn.Module | None,
         ema: Ema | None,
+        vision: VisionModel | None = None,
     ):
         self.settings, self.accelerator = settings, accelerator
         # the wrapped networks are called, the bare ones own parameters and state
         self.reconstructor, self.discriminator = reconstructor, discriminator
         self.bare_reconstructor = accelerator.unwrap_model(reconstructor)
         self.bare_discriminator = accelerator.unwrap_model(discriminator) if discriminator is not None else None
-        self.perceptual, self.ema = perceptual, ema
-        self.state = StepState().to(accelerator.device)
-        self.bad_steps: list[tuple[int, Tensor]] = []
-        self.bad_in_a_row = 0
-        optim = settings.optim
-        inner = inner_weights(self.bare_reconstructor) if optim.kind == "muon" else []
-        self.muon = Muon(inner, optim.lr, optim.weight_decay) if inner else None
-        taken = {id(parameter) for parameter in inner}
-        rest = [p for p in self.bare_reconstructor.parameters() if p.requires_grad and id(p) not in taken]
-        groups: list[dict[str, Any]] = [{"params": rest, "lr_scale": 1.0}]
-        if settings.loss.learned_logvar:
-            groups.append({"params": [self.state.logvar], "lr_scale": LOGVAR_LR, "weight_decay": 0.0})
-        self.optimizer = torch.optim.AdamW(
-            groups,
-            lr=optim.lr,
-            betas=optim.betas,
-            weight_decay=optim.weight_decay,
-            fused=True,
-        )
-        self.discriminator_lr = optim.discriminator_lr or optim.lr
-        self.discriminator_optimizer = (
-            torch.optim.AdamW(
-                self.bare_discriminator.parameters(),
-                lr=self.discriminator_lr,
-                betas=optim.discriminator_betas,
-                weight_decay=optim.weight_decay,
-                fused=True,
-            )
-            if self.bare_discriminator is not None
-            else None
-        )
+        self.perceptual, self.ema, self.vision = perceptual, ema, vision
+        self.state = StepState(settings).to(accelerator.device)
+        self.update = Update(settings, self.bare_reconstructor, self.bare_discriminator, self.state.logvar)
+        self.optimizer, self.muon = self.update.optimizer, self.update.muon
+        self.discriminator_optimizer = self.update.discriminator_optimizer
+        self.skipped_steps = self.update.skipped_steps
 
     @property
     def networks(self) -> list[nn.Module]:
@@ -131,21 +79,27 @@ class TrainStep:
                 # spectral norm takes one power iteration per step, however the batch is split
                 if self.bare_discriminator is not None:
                     self.bare_discriminator.train(index == 0)
-                for name, value in self._accumulate(next(micro_batches), phase).items():
+                for name, value in self._accumulate(next(micro_batches), step, phase).items():
                     sums[name] = sums[name] + value if name in sums else value
         means = {name: value / settings.accumulation for name, value in sums.items()}
-        self._remember(means, phase)
-        means |= self._update(step, phase)
-        return means
+        reduced = self.state.remember(means, phase, settings, self.accelerator)
+        norms, bad = self.update(step, phase)
+        if settings.loss.kl_target and "kl_per_dimension" in reduced:
+            self.state.hold_rate(reduced["kl_per_dimension"], settings.loss.kl_target, bad)
+        if self.ema is not None:
+            self.ema.update(self.bare_reconstructor.autoencoder, step)
+        return means | norms
 
-    def _accumulate(self, batch: MicroBatch, phase: GanPhase) -> dict[str, Tensor]:
+    def _accumulate(self, batch: MicroBatch, step: int, phase: GanPhase) -> dict[str, Tensor]:
         """Adds this micro-batch's gradients of both networks; returns what to average over micro-batches."""
         settings, share = self.settings, 1.0 / self.settings.accumulation
+        batch, images, means = as_drawn(batch, step, settings)
         with self._autocast():
-            result: Reconstruction = self.reconstructor(batch.images, batch.noise)
+            result: Reconstruction = self.reconstructor(images, batch.noise, batch.change)
         image = result.image.detach().requires_grad_()
 
-        means, objective = self._reconstruction_losses(image, batch)
+        logs, objective = self._reconstruction_losses(image, batch)
+        means |= logs
         (gradient,) = torch.autograd.grad(objective, image)
         if settings.loss.learned_logvar:
             # d/dr and d/ds of objective / exp(s) + s; s has no graph: its gradient is one number
@@ -167,12 +121,19 @@ class TrainStep:
 
         outputs, gradients = [result.image], [gradient * share]
         if settings.loss.kl and result.mean.requires_grad:  # not when the encoder is fixed
-            kl = kl_loss(result.mean, result.logvar, image_elements=batch.images[0].numel())
-            means["kl"] = kl.detach()
-            means["kl_per_dimension"] = kl.detach() * (batch.images[0].numel() / result.mean[0].numel())
-            outputs.append(kl)
-            gradients.append(torch.full_like(kl, settings.loss.kl * share))
+            objective, kl_weight, logs = self._rate(result, step, image_elements=images[0].numel())
+            means |= logs
+            outputs.append(objective)
+            gradients.append(torch.ones_like(objective) * (kl_weight * share))
+        layers: list[Tensor] = []
+        if result.projected is not None:
+            aligning, logs = self._aligning(result, images, layers)
+            means |= logs
+            outputs.append(result.projected)
+            gradients.append(aligning * share)
         torch.autograd.backward(outputs, gradients)
+        if layers:
+            means["encoder_image"] = layers[0] * settings.accumulation
         means["latent_std"] = result.latent.detach().std()
         return means
 
@@ -197,6 +158,49 @@ class TrainStep:
                 terms.append(loss.perceptual * perceptual)
             means["lpips"] = perceptual.detach()
         return means, torch.stack(terms).sum() if terms else (image * 0.0).sum()
+
+    def _rate(
+        self, result: Reconstruction, step: int, image_elements: int
+    ) -> tuple[Tensor, Tensor | float, dict[str, Tensor]]:
+        """The KL term, its weight in this step, and what to log."""
+        loss = self.settings.loss
+        objective = kl = kl_loss(result.mean, result.logvar, image_elements)
+        means = {"kl": kl.detach(), "kl_per_dimension": kl.detach() * (image_elements / result.mean[0].numel())}
+        if loss.free_bits:
+            objective, means["kl_free"] = free_bits_loss(result.mean, result.logvar, image_elements, loss.free_bits)
+        weight = self.state.kl_weight if loss.kl_target else kl_weight_at(step, loss, self.settings.steps)
+        return objective, weight, means | {"kl_weight": torch.ones_like(means["kl"]) * weight}
+
+    def _aligning(
+        self, result: Reconstruction, images: Tensor, layers: list[Tensor]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The weighted gradient of the alignment at the projected latent, and what to log.
+
+        For the adaptive weight, the backward pass will put the image losses' gradient at the encoder's last layer into
+        `layers` when it comes by the latent: the cost is that of one convolution's weight gradient.
+        """
+        assert self.vision is not None and result.projected is not None
+        alignment = self.settings.alignment
+        with self._autocast():
+            features = self.vision(images, result.latent.shape[-1])
+        projected = result.projected.detach().requires_grad_()
+        cosine, distance, similarity = alignment_loss(
+            projected, features, alignment.cosine_margin, alignment.distance_margin
+        )
+        (gradient,) = torch.autograd.grad(cosine + distance, projected)
+        means = {
+            "alignment_cosine": cosine.detach(),
+            "alignment_distance": distance.detach(),
+            "alignment_similarity": similarity,
+        }
+        if not alignment.adaptive:
+            return alignment.weight * gradient, means
+        layer, latent = self.bare_reconstructor.encoder_last_layer, result.latent
+        (means["encoder_alignment"],) = torch.autograd.grad(result.projected, layer, gradient, retain_graph=True)
+        result.to_decode.register_hook(
+            lambda slope: layers.extend(torch.autograd.grad(latent, layer, slope, retain_graph=True))
+        )
+        return alignment.weight * self.state.alignment_weight * gradient, means
 
     def _adversarial(
         self, batch: MicroBatch, image: Tensor, phase: GanPhase
@@ -250,91 +254,6 @@ class TrainStep:
         """Gradient of the decoder's output convolution for a gradient at the image; costs one small product."""
         (layer,) = torch.autograd.grad(image, self.bare_reconstructor.last_layer, gradient, retain_graph=True)
         return layer
-
-    def _remember(self, means: dict[str, Tensor], phase: GanPhase) -> None:
-        """Updates the adaptive weight, the LeCam averages and the log-variance's gradient, equal on all processes.
-
-        The first two lag by one step. So they can rest on the global batch, whatever its split, without holding the
-        graphs of all micro-batches or a second backward pass, and no process waits for another inside the step.
-        """
-        gan, state = self.settings.gan, self.state
-        sought = ("layer_reconstruction", "layer_adversarial", "logvar_gradient")
-        names: list[str] = [name for name in sought if name in means]
-        names += ["logits_real", "logits_fake"] if phase.discriminator and gan.lecam else []
-        if not names:
-            return
-        values = [means[name] for name in names]
-        if self.accelerator.num_processes > 1:
-            flat = self.accelerator.reduce(torch.cat([value.flatten() for value in values]), "mean")
-            pieces = flat.split([value.numel() for value in values])
-            values = [piece.view_as(value) for piece, value in zip(pieces, values, strict=True)]
-        reduced = dict(zip(names, values, strict=True))
-        for name in ("layer_reconstruction", "layer_adversarial"):
-            means.pop(name, None)
-        if "layer_adversarial" in reduced:
-            # the share that the adversarial term has just had in the last layer's gradient
-            weight = phase.generator * (state.adaptive_weight if gan.adaptive else 1.0)
-            norms = (reduced["layer_adversarial"].norm(), reduced["layer_reconstruction"].norm())
-            means["gradient_ratio"] = (weight * norms[0] / (norms[1] + 1e-12)).nan_to_num(0.0)
-            if gan.adaptive:
-                ratio = adaptive_ratio(reduced["layer_reconstruction"], reduced["layer_adversarial"], gan.adaptive_cap)
-                smoothed = torch.where(
-                    state.adaptive_weight > 0,
-                    torch.lerp(ratio, state.adaptive_weight, gan.adaptive_smoothing),
-                    ratio,
-                )
-                state.adaptive_weight.copy_(torch.where(ratio.isfinite(), smoothed, state.adaptive_weight))
-                means["adaptive_weight"] = state.adaptive_weight.clone()
-        if "logvar_gradient" in reduced:
-            state.logvar.grad = reduced["logvar_gradient"].detach().clone()
-            del means["logvar_gradient"]
-            means["logvar"] = state.logvar.detach().clone()
-        if phase.discriminator and gan.lecam:
-            averages = torch.stack([reduced["logits_real"], reduced["logits_fake"]])
-            averages = torch.where(averages.isfinite().all(), averages, state.lecam_averages)
-            state.lecam_averages.lerp_(averages, 1.0 - LECAM_DECAY)
-
-    def _update(self, step: int, phase: GanPhase) -> dict[str, Tensor]:
-        """Clips and applies both networks' gradients, then averages the weights.
-
-        A step whose gradients are not all finite changes neither network nor their optimizers. Nobody waits to find
-        that out: the optimizers' kernels read the flag on the device, and it is equal on all processes because the
-        gradients were averaged over them.
-        """
-        settings = self.settings
-        scale = lr_scale_at(step, settings.steps, settings.optim)
-        families = {"grad_norm": ([self.optimizer, *([self.muon] if self.muon else [])], settings.optim.lr * scale)}
-        if phase.discriminator and self.discriminator_optimizer is not None:
-            families["grad_norm_discriminator"] = ([self.discriminator_optimizer], self.discriminator_lr * scale)
-        limit = settings.optim.clip or float("inf")
-        norms = {
-            name: nn.utils.clip_grad_norm_(
-                [p for optimizer in optimizers for p in optimizer.param_groups[0]["params"]], limit, foreach=True
-            )
-            for name, (optimizers, _) in families.items()
-        }
-        checked = [*norms.values(), *([self.state.logvar.grad] if self.state.logvar.grad is not None else [])]
-        bad = ~torch.stack([value.float() for value in checked]).isfinite().all()
-        self.bad_steps.append((step, bad))
-        for optimizers, lr in families.values():
-            for optimizer in optimizers:
-                for group in optimizer.param_groups:
-                    group["lr"] = lr * group.get("lr_scale", 1.0)
-                optimizer.found_inf = bad.float()  # what a GradScaler sets; the kernels then skip their update
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-        if self.ema is not None:
-            self.ema.update(self.bare_reconstructor.autoencoder, step)
-        return norms
-
-    def skipped_steps(self) -> tuple[list[int], int]:
-        """Steps since the last call that were skipped, and how many of the newest ones in a row; reads the device."""
-        steps, flags = [step for step, _ in self.bad_steps], [flag for _, flag in self.bad_steps]
-        self.bad_steps.clear()
-        bad: list[bool] = torch.stack(flags).tolist() if flags else []
-        unbroken = len(bad) + self.bad_in_a_row
-        self.bad_in_a_row = next((age for age, flag in enumerate(reversed(bad)) if not flag), unbroken)
-        return [step for step, flag in zip(steps, bad, strict=True) if flag], self.bad_in_a_row
 
     def _autocast(self, enabled: bool = True) -> torch.autocast:
         enabled = enabled and self.settings.precision == "bf16"

@@ -9,11 +9,13 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from latent_ae.config import UserError
-from latent_ae.data import ImageSource
+from latent_ae.data import ImageSource, stop_if_too_many_bad
+from latent_ae.disk import replacing, writing
 from latent_ae.held_out import HeldOutImages, held_out_images
 from latent_ae.images import bicubic_down_up, picture_grid
 from latent_ae.metrics import ReconstructionMetrics
@@ -68,31 +70,71 @@ class Validator:
         perceptual = {self.settings.loss.perceptual_net: self.perceptual} if self.perceptual is not None else {}
         metrics = ReconstructionMetrics(self.accelerator.device, lpips=perceptual, frechet_from=FRECHET_FROM)
         rows: list[list[Tensor]] = []
-        for indices, names, images in self._batches():
-            reconstructions = reconstruct(images)
-            metrics.update(indices, names, images, reconstructions)
-            wanted = self.settings.validation.preview_images - len(rows)
-            if preview is not None and wanted > 0:
-                shown = (images, reconstructions, bicubic_down_up(images, self.factor))
-                rows += [list(row) for row in zip(*(part[:wanted].cpu() for part in shown), strict=True)]
+        rank, world_size = self.accelerator.process_index, self.accelerator.num_processes
+        crops, failure = self.crops(rank, world_size), ""
+        try:
+            for indices, names, images in self._batches(crops):
+                reconstructions = reconstruct(images)
+                metrics.update(indices, names, images, reconstructions)
+                wanted = self.settings.validation.preview_images - len(rows)
+                if preview is not None and wanted > 0:
+                    shown = (images, reconstructions, bicubic_down_up(images, self.factor))
+                    rows += [list(row) for row in zip(*(part[:wanted].cpu() for part in shown), strict=True)]
+        except UserError as error:  # a reader that died on one process must not leave the others waiting
+            failure = str(error)
+        self._judge(crops.skipped, failure, crops.num_read)
         metrics.gather()
         summary = metrics.summary()
         if preview is not None and rows and self.accelerator.is_main_process:
-            preview.parent.mkdir(parents=True, exist_ok=True)
             labels = ["input", f"reconstruction, {figures(summary)}", f"bicubic /{self.factor}"]
-            picture_grid(rows, labels=labels).save(preview)
+            with writing(preview.parent):
+                preview.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(preview) as part:
+                picture_grid(rows, labels=labels).save(part, format="PNG")
         if not summary["n"]:
             raise UserError(f"none of the held-out images of {self.settings.data.source} is readable")
         return summary
 
-    def _batches(self) -> Iterator[tuple[list[int], list[str], Tensor]]:
+    def try_one_batch(self, model: nn.Module) -> None:
+        """This rank's first held-out images through all that measures them. Waits for no other process."""
+        perceptual = {self.settings.loss.perceptual_net: self.perceptual} if self.perceptual is not None else {}
+        metrics = ReconstructionMetrics(self.accelerator.device, lpips=perceptual, frechet_from=FRECHET_FROM)
+        training = model.training
+        model.eval()
+        with torch.no_grad():
+            for indices, names, images in self._batches(
+                self.crops(self.accelerator.process_index, self.accelerator.num_processes)
+            ):
+                metrics.update(indices, names, images, model(images).image)
+                break
+        model.train(training)
+
+    def _judge(self, skipped: list[str], failure: str, num_read: int) -> None:
+        """Names the unreadable images of all processes once; raises UserError on all of them for too many."""
+        told = gather_object([(skipped, failure, num_read)])
+        lines = [line for skipped, _, _ in told for line in skipped]
+        for line in lines:
+            if line not in self.named:
+                self.named.append(line)
+                if self.accelerator.is_main_process:
+                    tqdm.write(f"held-out image left out: {line}", file=sys.stderr)
+        for _, failure, _ in told:
+            if failure:
+                raise UserError(failure)
+        total = sum(num_read for _, _, num_read in told)
+        bound = self.settings.data.max_bad_fraction
+        try:
+            stop_if_too_many_bad(len(lines), total, lines, num_images=total, max_bad_fraction=bound)
+        except UserError as error:
+            raise UserError(f"{error}\nThese are held-out images.") from None
+
+    def _batches(self, crops: HeldOutImages) -> Iterator[tuple[list[int], list[str], Tensor]]:
         """This rank's images in batches of one shape, on the device."""
         rank, world_size = self.accelerator.process_index, self.accelerator.num_processes
         # every rank has its part of the first `validate.images`
         share = len(range(rank, self.settings.validation.images, world_size))
         size = max(1, BATCH_PIXELS // (self.settings.validation.crop_px or self.settings.data.resolution) ** 2)
         waiting: list[tuple[int, str, Tensor]] = []
-        crops = self.crops(rank, world_size)
         for item in islice(crops, share):
             if waiting and (len(waiting) == size or waiting[0][2].shape != item[2].shape):
                 yield self._stack(waiting)
@@ -100,10 +142,6 @@ class Validator:
             waiting.append(item)
         if waiting:
             yield self._stack(waiting)
-        for line in crops.skipped:
-            if line not in self.named:
-                self.named.append(line)
-                tqdm.write(f"held-out image left out: {line}", file=sys.stderr)
 
     def _stack(self, items: list[tuple[int, str, Tensor]]) -> tuple[list[int], list[str], Tensor]:
         indices, names, images = zip(*items, strict=True)

@@ -13,6 +13,8 @@ YOUNG_STEPS = 1000
 """Steps that a discriminator has before it is called blind."""
 COLLAPSED_NATS = 0.01
 """KL per latent dimension below which a posterior tells next to nothing of its image."""
+OFF_TARGET = 0.1
+"""Distance of the rate from its target, relative to that, which is worth a word."""
 DOMINANT = 2.0
 """Share of the adversarial gradient at the last layer, relative to the reconstruction's, that is too much."""
 
@@ -23,10 +25,16 @@ def verdict(lines: Sequence[dict[str, Any]], settings: TrainSettings) -> str:
     mean = {key: sum(values) / len(values) for key in recent[-1] if len(values := _numbers(recent, key)) == len(recent)}
     step = recent[-1]["step"]
     said = []
-    if mean.get("kl_per_dimension", 1.0) < COLLAPSED_NATS:
+    target = settings.loss.kl_target
+    if target and abs(mean.get("kl_per_dimension", target) - target) > OFF_TARGET * target:
+        said.append(
+            f"the rate is not at loss.kl_target: {mean['kl_per_dimension']:.2g} nats per dimension, on the way to "
+            f"{target:g} with a KL weight of {mean['kl_weight']:.1e}"
+        )
+    elif mean.get("kl_per_dimension", 1.0) < COLLAPSED_NATS:
         said.append(
             f"latents collapse: {mean['kl_per_dimension']:.2g} nats per dimension say almost nothing of the image; "
-            "lower loss.kl"
+            f"lower loss.kl{', or set loss.free_bits' if not settings.loss.free_bits else ''}"
         )
     elif (rise := _rise(lines, "kl_per_dimension")) > 1.25:
         expected = "the latents still take in detail"

@@ -1,0 +1,113 @@
+"""Anomalies by small first stages: CIFAR-10, one class normal, and photographs with pasted defects.
+
+    python -m benchmarks.anomaly cifar10 /data      # a folder that holds cifar10/ and bsds500/; or LATENT_AE_TEST_DATA
+    python -m benchmarks.anomaly defects /data
+
+Each model trains for a few minutes on one CPU core; bicubic resampling, which learned nothing, stands beside it.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from benchmarks.machine import save
+
+CLASSES = {1: "automobile", 4: "deer"}
+"""Of CIFAR-10; chosen before any result was seen."""
+HELD_OUT = 400
+"""Training images of a class that give thresholds and train nothing."""
+MODEL = [
+    "model.block_out_channels=[32,64,64,64]",
+    "model.latent_channels=8",
+    "loss.perceptual=0",
+    "gan.weight=0",
+    "validate.every=100000",
+    "validate.crop_px=32",
+    "checkpoint.every=100000",
+    "log.every=50",
+]
+
+
+def train(data: Path, out: Path, steps: int, *words: str) -> Path:
+    """The export of a quickstart with a narrower latent: 8 numbers for 8 x 8 px."""
+    command = [sys.executable, "-m", "latent_ae", "train", "quickstart", f"data.source={data}", f"output_dir={out}"]
+    subprocess.run([*command, f"steps={steps}", *MODEL, *words], check=True, stdout=subprocess.DEVNULL)
+    return out / "export"
+
+
+def figures(result: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "images": result["data"]["num_images"],
+        "thresholds_from": result["normal"]["thresholds_from"],
+        "scores": result["scores"],
+        "pixel_auroc": result["pixel_auroc"],
+    }
+
+
+def one_class_out(data: Path, scratch: Path, steps: int, limit: int) -> dict[str, Any]:
+    from latent_ae.images import bicubic_down_up
+    from latent_ae_eval.anomaly import find_anomalies
+    from latent_ae_eval.job_config import AnomalySettings
+
+    found = {}
+    table = pq.read_table(data / "cifar10/train.parquet")
+    for number, name in CLASSES.items():
+        own = table.filter(pc.equal(table["label"], number))
+        folder = scratch / name
+        folder.mkdir()
+        pq.write_table(own.slice(HELD_OUT), folder / "seen.parquet")
+        pq.write_table(own.slice(0, HELD_OUT), folder / "normal.parquet")
+        words = ("data.resolution=32", "batch_size=16")
+        model = train(folder / "seen.parquet", scratch / f"run-{name}", steps, *words)
+        normal = str(folder / "normal.parquet")
+        settings = AnomalySettings(normal=normal, normal_class=number, limit=limit, batch_size=32)
+        tests = str(data / "cifar10/test.parquet")
+        found[name] = {
+            "first stage": figures(find_anomalies(model, tests, settings, progress=True)),
+            "bicubic /8": figures(
+                find_anomalies(lambda images: bicubic_down_up(images, 8), tests, settings, progress=True)
+            ),
+        }
+    return found
+
+
+def pasted_defects(data: Path, scratch: Path, steps: int, limit: int) -> dict[str, Any]:
+    from latent_ae.images import bicubic_down_up
+    from latent_ae_eval.anomaly import find_anomalies
+    from latent_ae_eval.job_config import AnomalySettings
+
+    photos = data / "bsds500"
+    model = train(photos / "train", scratch / "run-bsds500", steps, "data.resolution=64", "batch_size=8")
+    settings = AnomalySettings(normal=str(photos / "val"), crop_px=96, limit=limit, defects=True)
+    return {
+        "first stage": figures(find_anomalies(model, photos / "test", settings, progress=True)),
+        "bicubic /8": figures(
+            find_anomalies(lambda images: bicubic_down_up(images, 8), photos / "test", settings, progress=True)
+        ),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["cifar10", "defects"])
+    parser.add_argument("data", nargs="?", type=Path, default=os.environ.get("LATENT_AE_TEST_DATA"))
+    parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--images", type=int, help="to judge; default: 1000 of CIFAR-10, 60 photographs")
+    words = parser.parse_args()
+    if words.data is None:
+        parser.error("give the folder that holds cifar10/ and bsds500/, or set LATENT_AE_TEST_DATA")
+    measure, images = (one_class_out, 1000) if words.what == "cifar10" else (pasted_defects, 50)
+    with tempfile.TemporaryDirectory(prefix="latent-ae-") as folder:
+        found = measure(Path(words.data), Path(folder), words.steps, words.images or images)
+    save(f"anomaly-{words.what}", {"steps": words.steps, "results": found})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,26 @@
+"""latent-ae eval anomaly"""
+
+from collections.abc import Sequence
+
+from .command import print_result, read_words
+from .job_config import AnomalySettings
+
+DESCRIPTION = """\
+Score images by what the first stage fails to reconstruct, with thresholds from normal images, heat maps, and AUROC
+where it is known what is normal. JSON goes to stdout; result.json, images.parquet, pictures.png and report.html into a
+folder."""
+EXAMPLES = """\
+example: latent-ae eval anomaly runs/bottles bottles/test normal=bottles/held-out
+by labels: latent-ae eval anomaly MODEL bottles/test normal=bottles/held-out normal_class=good
+with pasted defects: latent-ae eval anomaly runs/quickstart/export photos defects=true"""
+
+
+def main(argv: Sequence[str]) -> int:
+    words = read_words("anomaly", AnomalySettings, argv, description=DESCRIPTION, examples=EXAMPLES)
+
+    from .anomaly import find_anomalies
+
+    return print_result(
+        lambda: find_anomalies(words.model, words.data, words.settings, out=words.out, progress=True),
+        words.settings.batch_size,
+    )

@@ -1,0 +1,26 @@
+"""latent-ae eval latents"""
+
+from collections.abc import Sequence
+
+from .command import print_result, read_words
+from .config import LatentsSettings
+
+DESCRIPTION = """\
+Measure the latents: information and noise of each channel, dead channels, effective rank, outliers, distance from a
+Gaussian, power spectrum beside the images', and what scaling, rotating and noising latents does to the decoded image.
+JSON goes to stdout; result.json and latents.html, with a plain sentence on each finding, into a folder."""
+EXAMPLES = """\
+example: latent-ae eval latents runs/quickstart/export photos
+quicker: latent-ae eval latents MODEL /my/photos limit=1000 num_decoded=16
+on many GPUs: accelerate launch -m latent_ae eval latents MODEL DATA"""
+
+
+def main(argv: Sequence[str]) -> int:
+    words = read_words("latents", LatentsSettings, argv, description=DESCRIPTION, examples=EXAMPLES)
+
+    from .latents import evaluate_latents
+
+    return print_result(
+        lambda: evaluate_latents(words.model, words.data, words.settings, out=words.out, progress=True),
+        words.settings.batch_size,
+    )

@@ -1,0 +1,141 @@
+"""Formulas for the health of latents: rank, distance from a Gaussian, spectrum, and changes that they should follow.
+
+spectrum = RadialSpectrum()
+spectrum.update(latents)                    # NCHW; merge() takes in what another saw
+print(spectrum.slope())                     # 0 for white noise, about -2 for photographs
+"""
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+FAR = 5.0
+"""Standard deviations from which on a value is an outlier: of a Gaussian's, 5.7e-7 are."""
+RINGS = 32
+FITTED = (0.1, 1.0)
+"""Frequencies between which a slope is fitted, in Nyquist's: below, the window's width shows."""
+TRANSFORMS: dict[str, Callable[[Tensor], Tensor]] = {
+    "half size": lambda x: F.avg_pool2d(x, 2),
+    "turned by 90 degrees": lambda x: torch.rot90(x, 1, (-2, -1)),
+    "turned by 180 degrees": lambda x: torch.rot90(x, 2, (-2, -1)),
+}
+"""Of NCHW images and latents alike; half size averages 2 x 2 px, so sides must be even."""
+
+
+def effective_rank(covariance: np.ndarray | Tensor) -> float:
+    """exp of the entropy of the eigenvalues as shares of their sum (Roy & Vetterli 2007): between 1 and C.
+
+    That of a (C, C) covariance whose eigenvalues are all equal is C; of zeros it is 0.
+    """
+    eigenvalues = np.linalg.eigvalsh(np.asarray(covariance, dtype=np.float64)).clip(min=0)
+    if not eigenvalues.sum() > 0:
+        return 0.0
+    shares = eigenvalues / eigenvalues.sum()
+    shares = shares[shares > 0]
+    return float(np.exp(-(shares * np.log(shares)).sum()))
+
+
+def wasserstein_to_normal(values: np.ndarray, counts: np.ndarray) -> float:
+    """1-Wasserstein distance between the standardised values (each `counts` times) and N(0, 1); 0 for a Gaussian.
+
+    The integral of |Q(p) - Phi^-1(p)| over p, solved on each step of the quantile function Q. `values` ascend. Of
+    equal values it is nan.
+    """
+    mean, std = _mean_std(values, counts)
+    if not std > 0:
+        return math.nan
+    z = torch.from_numpy((values - mean) / std)
+    ends = torch.from_numpy(np.concatenate([[0.0], counts.cumsum() / counts.sum()]).clip(0, 1))
+    low, high = ends[:-1], ends[1:]
+    middle = torch.special.ndtr(z).clamp(low, high)  # where Phi^-1 crosses the step
+    density_low, density_middle, density_high = (_density(torch.special.ndtri(p)) for p in (low, middle, high))
+    # the antiderivative of Phi^-1 is -phi(Phi^-1)
+    below = z * (middle - low) - (density_low - density_middle)
+    above = (density_middle - density_high) - z * (high - middle)
+    return float((below + above).sum())
+
+
+def excess_kurtosis(values: np.ndarray, counts: np.ndarray) -> float:
+    """Fourth moment of the standardised values minus 3: 0 for a Gaussian, 3 for a Laplace; nan where all are equal."""
+    mean, std = _mean_std(values, counts)
+    return float(np.average(((values - mean) / std) ** 4, weights=counts)) - 3 if std > 0 else math.nan
+
+
+def outlier_share(values: np.ndarray, counts: np.ndarray) -> tuple[float, float]:
+    """Share of the values more than FAR standard deviations from their mean, and how many the farthest is."""
+    mean, std = _mean_std(values, counts)
+    if not std > 0:
+        return 0.0, 0.0
+    distance = np.abs(values - mean) / std
+    return float(counts[distance > FAR].sum() / counts.sum()), float(distance.max())
+
+
+def _mean_std(values: np.ndarray, counts: np.ndarray) -> tuple[float, float]:
+    mean = float(np.average(values, weights=counts))
+    return mean, math.sqrt(float(np.average((values - mean) ** 2, weights=counts)))
+
+
+def _density(z: Tensor) -> Tensor:
+    return torch.exp(-z.square() / 2) / math.sqrt(2 * math.pi)
+
+
+class RadialSpectrum:
+    """Power over spatial frequency, averaged over directions, channels and images, in RINGS up to Nyquist's frequency.
+
+    Each channel is windowed (Hann) and freed of its mean; white noise of variance v has power v in every ring.
+    Frequencies are in Nyquist's, half a cycle per px, so that grids of other sizes can be averaged.
+    """
+
+    def __init__(self) -> None:
+        self.power_sum = np.zeros(RINGS)
+        self.frequency_sum = np.zeros(RINGS)
+        self.count = np.zeros(RINGS, dtype=np.int64)
+
+    def update(self, images: Tensor) -> None:
+        """Takes in NCHW values. Sides under 4 px have no spectrum and are left out."""
+        height, width = images.shape[-2:]
+        if min(height, width) < 4:
+            return
+        rows, columns = (torch.hann_window(n, periodic=True, device=images.device) for n in (height, width))
+        window = rows[:, None] * columns
+        values = images.detach().float()
+        mean = (values * window).sum((-2, -1), keepdim=True) / window.sum()
+        transformed = torch.fft.fft2((values - mean) * window)
+        power = (transformed.abs().square() / window.square().sum()).sum((0, 1)).double().cpu().numpy()
+        down, across = (2 * np.abs(np.fft.fftfreq(n)) for n in (height, width))
+        frequency = np.hypot(down[:, None], across)
+        ring = np.ceil(frequency * RINGS - 1e-9).astype(int) - 1
+        inside = (ring >= 0) & (ring < RINGS)  # neither the mean nor the corners beyond Nyquist's
+        ring, number = ring[inside], len(images) * images.shape[1]
+        self.power_sum += np.bincount(ring, power[inside], RINGS)
+        self.frequency_sum += np.bincount(ring, number * frequency[inside], RINGS)
+        self.count += number * np.bincount(ring, minlength=RINGS)
+
+    def merge(self, other: "RadialSpectrum") -> None:
+        """Takes in what another saw."""
+        self.power_sum = self.power_sum + other.power_sum
+        self.frequency_sum = self.frequency_sum + other.frequency_sum
+        self.count = self.count + other.count
+
+    def rings(self) -> tuple[np.ndarray, np.ndarray]:
+        """Mean frequency (of Nyquist's) and mean power of the rings that some grid has, ascending."""
+        seen = self.count > 0
+        return self.frequency_sum[seen] / self.count[seen], self.power_sum[seen] / self.count[seen]
+
+    def slope(self) -> float | None:
+        """Of log power over log frequency, least squares over the rings within FITTED; None for fewer than three."""
+        frequency, power = self.rings()
+        fitted = (frequency >= FITTED[0]) & (frequency <= FITTED[1]) & (power > 0)
+        if fitted.sum() < 3:
+            return None
+        return float(np.polyfit(np.log(frequency[fitted]), np.log(power[fitted]), 1)[0])
+
+    def high_share(self) -> float | None:
+        """Share of the power above half of Nyquist's frequency; 3/4 for white noise. None without power."""
+        frequency, _ = self.rings()
+        power = self.power_sum[self.count > 0]
+        return float(power[frequency > 0.5].sum() / power.sum()) if power.sum() > 0 else None

@@ -1,0 +1,82 @@
+"""Features of a frozen vision transformer that lies in a local folder, on the grid of the latents."""
+
+import inspect
+import json
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from latent_ae.config import UserError
+
+
+class VisionModel(nn.Module):
+    """Patch features of a model such as DINOv2 that transformers loads (the extra `alignment`); it never learns."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, folder: str | Path, side_px: int):
+        """Tries a latent of side `side_px`. Raises UserError when the folder holds nothing that serves."""
+        super().__init__()
+        try:
+            from transformers import AutoModel
+        except ImportError as error:
+            raise UserError("alignment.model: needs transformers: pip install 'latent-ae[alignment]'") from error
+        folder = Path(folder).expanduser()
+        try:
+            processing = json.loads((folder / "preprocessor_config.json").read_text(encoding="utf-8"))
+            means, stds = processing["image_mean"], processing["image_std"]
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(
+                f"alignment.model: {folder} needs a preprocessor_config.json with image_mean and image_std: {error}"
+            ) from error
+        for name, values in (("mean", means), ("std", stds)):
+            self.register_buffer(name, torch.tensor(values, dtype=torch.float32).view(1, -1, 1, 1))
+        try:
+            # no code from the folder is run, and nothing is looked for elsewhere
+            self.model = AutoModel.from_pretrained(
+                folder, local_files_only=True, use_safetensors=True, trust_remote_code=False
+            )
+        except (OSError, ValueError, KeyError, SafetensorError, RuntimeError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise UserError(f"alignment.model: transformers cannot load {folder}: {reason}") from error
+        self.model = self.model.float().eval().requires_grad_(False)
+        patch = getattr(self.model.config, "patch_size", None)
+        if self.model.main_input_name != "pixel_values" or not isinstance(patch, int):
+            kind = type(self.model).__name__
+            raise UserError(f"alignment.model: {folder} holds a {kind}; a vision transformer is needed, such as DINOv2")
+        self.patch_px: int = patch
+        takes = inspect.signature(self.model.forward).parameters
+        # DINO fits its positions to any size by itself, others when they are asked to
+        self.extras = {"interpolate_pos_encoding": True} if "interpolate_pos_encoding" in takes else {}
+        try:
+            found = self(torch.zeros(1, 3, side_px, side_px), side_px)
+        except (ValueError, RuntimeError, AttributeError) as error:
+            size = self.patch_px * side_px
+            raise UserError(
+                f"alignment.model: {folder} gives no {side_px} x {side_px} features for images of {size} px: {error}"
+            ) from error
+        self.num_features: int = found.shape[1]
+
+    def train(self, mode: bool = True) -> "VisionModel":
+        """Stays as it is for use."""
+        return super().train(False)
+
+    @torch.no_grad()
+    def forward(self, images: Tensor, side_px: int) -> Tensor:
+        """(N, num_features, side_px, side_px) float32 of square NCHW images in [-1, 1] with 3 channels, or 1.
+
+        Images are scaled bilinearly so that one patch is one latent px: VA-VAE's 224 px for a 16 px latent and patches
+        of 14. The features are those after the model's last norm, without class and register tokens.
+        """
+        size = self.patch_px * side_px
+        x = images.expand(-1, 3, -1, -1)
+        if x.shape[-1] != size:
+            x = F.interpolate(x, size=(size, size), mode="bilinear", align_corners=False)
+        x = (0.5 * (x + 1.0) - self.mean) / self.std
+        tokens = self.model(pixel_values=x, **self.extras).last_hidden_state.float()
+        patches = tokens[:, -(side_px**2) :]
+        return patches.transpose(1, 2).reshape(len(x), -1, side_px, side_px)

@@ -1,0 +1,92 @@
+"""Training runs in children of a process that has everything imported and has trained nothing.
+
+So a run costs no start-up, may have several processes, and can be killed with SIGKILL, which no clean-up code survives.
+"""
+
+import json
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import latent_ae_train.loop
+from latent_ae.__main__ import main
+from latent_ae_train.validate import Validator
+
+WRITES = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree")
+context = multiprocessing.get_context("forkserver")
+context.set_forkserver_preload([__name__])
+
+
+def run(words: list[str], folder: Path, processes: int = 1, kill_at: int | None = None) -> tuple[int, str]:
+    """Exit code of the first process (-9: killed) and what all said on stderr, which lies in `folder` for a while.
+
+    `kill_at`: the first process dies before its so-manieth change of a file under the run's folder; what they are is in
+    `folder/writes.json` after a run that was not killed.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    folder.mkdir(exist_ok=True)
+    children = []
+    for rank in range(processes):
+        # what the launcher sets; one process has none of it
+        names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
+        names |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        environment = {name: str(value) for name, value in names.items()} if processes > 1 else {}
+        arguments = (words, folder, environment, rank, kill_at)
+        children.append(context.Process(target=_child, args=arguments))
+        children[-1].start()
+    children[0].join(120)
+    for child in children:
+        if children[0].exitcode == -signal.SIGKILL:
+            child.kill()  # as the launcher does
+        child.join(20)
+    return children[0].exitcode, "".join(path.read_text() for path in sorted(folder.glob("stderr.*")))
+
+
+def _child(words: list[str], folder: Path, environment: dict[str, str], rank: int, kill_at: int | None) -> None:
+    with open(folder / f"stderr.{rank}", "w") as stream:
+        os.dup2(stream.fileno(), 2)
+    os.environ |= environment | {"ACCELERATE_USE_CPU": "1"}
+    torch.set_num_threads(1)
+    multiprocessing.set_start_method("fork", force=True)  # of the loader's workers, as in any other run
+    latent_ae_train.loop.finish_run = lambda *_: {}  # it is long, and not what the tests are about
+    _measure_a_distance()
+    run = next(word.removeprefix("output_dir=") for word in words if word.startswith("output_dir="))
+    writes: list[str] = []
+
+    def watch(event: str, arguments: tuple[Any, ...]) -> None:
+        if event == "open":
+            path, _, flags = arguments
+            changes = bool(flags & (os.O_WRONLY | os.O_RDWR)) and str(path).startswith(run)
+        else:
+            path = arguments[0] if event in WRITES else ""
+            # what shutil removes it names relative to an open folder
+            changes = str(path).startswith(run) or (event in ("os.remove", "os.rmdir") and arguments[1] >= 0)
+        if changes and rank == 0:
+            if len(writes) == kill_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            writes.append(f"{event} {str(path).removeprefix(run)}")
+
+    sys.addaudithook(watch)
+    code = main(words)
+    if rank == 0:
+        (folder / "writes.json").write_text(json.dumps(writes))
+    sys.exit(code)
+
+
+def _measure_a_distance() -> None:
+    """Stands for LPIPS, whose weights are not everywhere: lowest at step 4, high enough at 6 for an alarm."""
+    measure = Validator.measure_model
+
+    def measured(self: Validator, model: torch.nn.Module, preview: Path) -> dict[str, Any]:
+        step = int(preview.stem.removeprefix("step-"))
+        return measure(self, model, preview) | {"lpips_vgg": {4: 0.1, 6: 0.5}.get(step, 0.3)}
+
+    Validator.measure_model = measured  # type: ignore[assignment, method-assign]

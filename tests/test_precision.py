@@ -1,0 +1,175 @@
+"""What half precision and tiling do to a first stage, against the same done by hand."""
+
+import copy
+import json
+import math
+
+import pytest
+import skimage
+import torch
+from diffusers import AutoencoderKL
+
+from latent_ae import precision
+from latent_ae.precision import compare_tiled, probe_precision, probe_tiling, verdict
+
+
+def tiny_autoencoder() -> AutoencoderKL:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+            block_out_channels=(8, 16),
+            layers_per_block=1,
+            latent_channels=4,
+            norm_num_groups=4,
+            sample_size=32,
+        )
+
+
+IMAGES = torch.from_numpy(skimage.data.astronaut()[100:148, 200:232] / 127.5 - 1).float().permute(2, 0, 1)[None]
+
+
+def psnr(a: torch.Tensor, b: torch.Tensor) -> float:
+    return 10 * math.log10(4 / float((a.clamp(-1, 1) - b.clamp(-1, 1)).square().mean()))
+
+
+def reconstructed(vae: AutoencoderKL, dtype: torch.dtype) -> torch.Tensor:
+    vae = copy.deepcopy(vae).to(dtype).eval()
+    with torch.no_grad():
+        return vae(IMAGES.to(dtype), sample_posterior=False).sample.float()
+
+
+def test_a_normal_model_fits_and_is_left_as_it_is():
+    vae = tiny_autoencoder().train()
+    before = copy.deepcopy(vae.state_dict()), dict(vae.config), torch.get_rng_state()
+    found = probe_precision(vae, IMAGES.repeat(2, 1, 1, 1))
+    assert found["force_upcast"] is False and found["images"] == 2
+    exact = reconstructed(vae, torch.float32)
+    for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
+        assert found[name]["psnr"] == pytest.approx(psnr(reconstructed(vae, dtype), exact), abs=0.02)
+        assert (found[name]["not_finite"], found[name]["first_not_finite"], found[name]["emulated"]) == (0, None, False)
+    # three bits less are 18 dB, where rounding is all there is
+    assert 10 < found["fp16"]["psnr"] - found["bf16"]["psnr"] < 26
+    assert vae.training and not vae.use_tiling and dict(vae.config) == before[1]
+    assert all(torch.equal(tensor, before[0][name]) for name, tensor in vae.state_dict().items())
+    assert all(parameter.requires_grad for parameter in vae.parameters()) and not _hooks(vae)
+    assert torch.equal(torch.get_rng_state(), before[2])
+    assert verdict(found).startswith("fp16 is safe: the largest activation is ")
+    json.dumps(found)
+
+
+def _hooks(vae: AutoencoderKL) -> list:
+    return [hook for module in vae.modules() for hook in module._forward_hooks.values()]
+
+
+def test_peaks_are_those_of_the_layers():
+    vae = tiny_autoencoder().eval()
+    outputs: dict[str, float] = {}
+    for name, module in vae.named_modules():
+        module.register_forward_hook(lambda m, i, out, name=name: outputs.update({name: float(out.abs().max())})
+                                     if isinstance(out, torch.Tensor) else None)  # fmt: skip
+    peaks = probe_precision(tiny_autoencoder(), IMAGES)["peaks"]
+    with torch.no_grad():
+        vae(IMAGES, sample_posterior=False)
+    assert len(peaks) == 5 and peaks[0]["max_abs"] == pytest.approx(max(outputs.values()), abs=1e-3)
+    assert [peak["max_abs"] for peak in peaks] == sorted((peak["max_abs"] for peak in peaks), reverse=True)
+    darker = torch.cat([IMAGES, 0.1 * IMAGES])
+    alone = [probe_precision(tiny_autoencoder(), image[None])["peaks"][0] for image in darker]
+    both = probe_precision(tiny_autoencoder(), darker)["peaks"][0]
+    assert alone[0] != alone[1] and both == max(alone, key=lambda peak: peak["max_abs"])
+    with torch.no_grad():
+        vae.decoder.conv_out.weight *= 1e3
+    layers = [peak["layer"] for peak in probe_precision(vae, IMAGES)["peaks"]]
+    assert layers[0] == "decoder.conv_out" and "decoder" not in layers  # which only hands it on
+
+
+@pytest.mark.parametrize("layer", ["encoder.conv_in", "decoder.up_blocks.0.resnets.1.conv1"])
+def test_a_layer_that_overflows_is_named_and_upcast(layer):
+    vae = tiny_autoencoder()
+    with torch.no_grad():
+        # a group norm follows, so that in fp32 nothing is amiss
+        vae.get_submodule(layer).weight *= 1e6
+    found = probe_precision(vae, IMAGES)
+    assert reconstructed(vae, torch.float32).isfinite().all()
+    assert found["force_upcast"] is True and found["peaks"][0]["max_abs"] > 65504
+    assert layer in {peak["layer"] for peak in found["peaks"]}
+    assert found["fp16"]["first_not_finite"] == layer and found["fp16"]["not_finite"] > 0
+    assert found["fp16"]["psnr"] is None and not reconstructed(vae, torch.float16).isfinite().all()
+    assert found["bf16"]["not_finite"] == 0 and found["bf16"]["first_not_finite"] is None
+    assert verdict(found).startswith(f"fp16 is not safe: values are not finite from {layer} on; the largest activation")
+
+
+def test_near_the_limit_is_not_safe_either():
+    vae = tiny_autoencoder()
+    peak = probe_precision(vae, IMAGES)
+    before = next(p["max_abs"] for p in peak["peaks"])
+    for factor, unsafe in ((0.45, False), (0.55, True)):
+        near = tiny_autoencoder()
+        layer = near.decoder.conv_in
+        outputs: list[float] = []
+        handle = layer.register_forward_hook(lambda m, i, out, seen=outputs: seen.append(float(out.abs().max())))
+        reconstructed_once(near)
+        handle.remove()
+        with torch.no_grad():
+            scale = factor * 65504 / outputs[0]
+            layer.weight *= scale
+            layer.bias *= scale
+        found = probe_precision(near, IMAGES)
+        assert found["fp16"]["not_finite"] == 0 and found["force_upcast"] is unsafe
+        assert found["peaks"][0]["max_abs"] > before
+        assert ("other images may reach higher" in verdict(found)) is unsafe
+
+
+def reconstructed_once(vae: AutoencoderKL) -> None:
+    with torch.no_grad():
+        vae.eval()(IMAGES, sample_posterior=False)
+
+
+def test_a_type_that_the_device_lacks_is_emulated_and_said_so(monkeypatch):
+    vae = tiny_autoencoder()
+    real = probe_precision(vae, IMAGES)
+    forward = torch.nn.Conv2d.forward
+
+    def without_half(self, x):
+        if x.dtype == torch.float16:
+            raise RuntimeError("\"slow_conv2d_cpu\" not implemented for 'Half'")
+        return forward(self, x)
+
+    monkeypatch.setattr(torch.nn.Conv2d, "forward", without_half)
+    found = probe_precision(vae, IMAGES)
+    assert found["fp16"]["emulated"] and not found["bf16"]["emulated"]
+    assert found["fp16"]["psnr"] == pytest.approx(real["fp16"]["psnr"], abs=4) and found["fp16"]["psnr"] < 100
+    with torch.no_grad():
+        vae.decoder.conv_in.weight *= 1e6
+    found = probe_precision(vae, IMAGES)
+    assert found["force_upcast"] and found["fp16"]["first_not_finite"] == "decoder.conv_in"
+
+    def with_a_bug(self, x):
+        if x.dtype == torch.float16:
+            raise RuntimeError("another")
+        return forward(self, x)
+
+    monkeypatch.setattr(torch.nn.Conv2d, "forward", with_a_bug)
+    with pytest.raises(RuntimeError, match="another"):
+        probe_precision(vae, IMAGES)
+
+
+def test_tiled_decoding_is_compared_with_whole():
+    vae = tiny_autoencoder().eval()
+    found = probe_tiling(vae, IMAGES[0])
+    assert (found["side_px"], found["tile_px"]) == (48, 32)
+    picture = torch.cat([IMAGES[0], IMAGES[0].flip(2)], 2)[:, :48, :48][None]
+    with torch.no_grad():
+        latents = vae.encode(picture).latent_dist.mode()
+        whole = vae.decode(latents).sample
+        vae.enable_tiling()
+        tiled = vae.decode(latents).sample
+    assert found["psnr"] == pytest.approx(psnr(tiled, whole), abs=0.01) and found["psnr"] < 99
+    difference = (tiled - whole).abs()
+    assert found["max_abs"] == pytest.approx(float(difference.max()), abs=1e-5)
+    seams = torch.zeros(48, 48, dtype=torch.bool)
+    seams[24:32] = seams[:, 24:32] = True  # the second tile begins at 24, the first ends at 32
+    assert found["mean_abs_at_seams"] == pytest.approx(float(difference[..., seams].mean()), abs=1e-6)
+    assert found["mean_abs_elsewhere"] == pytest.approx(float(difference[..., ~seams].mean()), abs=1e-6)
+    assert vae.use_tiling and compare_tiled(vae, latents, 64)["psnr"] == precision.MOST_DB  # one tile

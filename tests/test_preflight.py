@@ -1,0 +1,141 @@
+"""What can fail later is said before the first step, on all processes, and once."""
+
+import http.server
+import json
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from latent_ae.__main__ import main
+from latent_ae.config import UserError
+from latent_ae.export import check_upload
+
+from .failing_disk import limit
+from .launch import launch
+from .test_disk import only_message
+from .test_train import no_finish, pictures, words
+
+__all__ = ["no_finish", "pictures"]  # fixtures
+
+
+def test_a_trouble_of_one_process_stops_all_with_one_message(pictures: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    done = launch(2, Path(__file__).parent / "trouble_on_processes.py", str(out), str(pictures))
+    assert done.returncode == 0, done.stderr[-3000:]
+    first, second = ((out / f"rank{rank}").read_text().splitlines() for rank in (0, 1))
+    assert second == ["held-out 2 ", "weights 2 ", "quota 2 "]
+    assert first[0].startswith("held-out 2 latent-ae train: process 1: data.eval_source: held-out holds no images")
+    assert first[1].startswith("weights 2 latent-ae train: process 1: the weights of vgg16 could not be had")
+    assert first[2].startswith("quota 2 latent-ae train: cannot write the checkpoint") and "quota" in first[2]
+
+
+@pytest.mark.parametrize("name", ["log.jsonl", "results.json", "report.html", "checkpoints", "previews", "export"])
+def test_what_is_in_the_way(name: str, pictures: Path, tmp_path: Path, capsys: Any) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    if name in ("checkpoints", "previews", "export"):
+        (run / name).write_text("in the way")
+    else:
+        (run / name).mkdir()
+    assert main(words(pictures, run)) == 2
+    message = only_message(capsys)
+    assert f"{run}/{name}" in message and ("cannot write" in message or "is not an export" in message), message
+    assert not (run / "log.jsonl").is_file(), "it was said after the first validation"
+
+
+@pytest.mark.usefixtures("no_finish")
+def test_a_limit_that_df_does_not_show(pictures: Path, tmp_path: Path, capsys: Any) -> None:
+    """Only the optimizers' file is too large for it."""
+    assert main(words(pictures, tmp_path / "first", "steps=2")) == 0
+    saved = tmp_path / "first/checkpoints/step-00000002"
+    sizes = {path.name: path.stat().st_size for path in saved.iterdir()}
+    largest = max(size for name, size in sizes.items() if name != "optimizer.pt")
+    assert sizes["optimizer.pt"] > 1.5 * largest
+    capsys.readouterr()
+    limit(int(1.3 * largest))
+    try:
+        assert main(words(pictures, tmp_path / "run")) == 2
+    finally:
+        limit(None)
+    assert f"cannot write {tmp_path}/run: File too large" in only_message(capsys)
+    assert not list((tmp_path / "run/checkpoints").iterdir()) and not (tmp_path / "run/log.jsonl").exists()
+
+
+def test_a_tracker_that_does_not_start(pictures: Path, tmp_path: Path, capsys: Any) -> None:
+    pytest.importorskip("tensorboard")
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "latent-ae").write_text("where its files should go")
+    assert main(words(pictures, run, "report_to=[tensorboard]")) == 2
+    assert "report_to: tensorboard does not start" in only_message(capsys)
+    assert not (run / "log.jsonl").exists()
+
+
+@pytest.mark.usefixtures("no_finish")
+def test_a_tracker_that_fails_later_ends_nothing(
+    pictures: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("tensorboard")
+    from torch.utils.tensorboard import SummaryWriter
+
+    def away(*_: Any, **__: Any) -> None:
+        raise ConnectionError("the server is away")
+
+    monkeypatch.setattr(SummaryWriter, "add_scalar", away)
+    assert main(words(pictures, tmp_path / "run", "report_to=[tensorboard]", "steps=4")) == 0
+    error = capsys.readouterr().err
+    assert error.count("report_to: no more goes to tensorboard: the server is away") == 1
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
+    """A hub that answers `whoami` with what the dictionary holds, and knows no other question."""
+    answer: dict[str, Any] = {}
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            known = self.path.endswith("/whoami-v2") and answer
+            self.send_response(200 if known else 401)
+            self.end_headers()
+            self.wfile.write(json.dumps(answer).encode())
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setenv("HF_TOKEN", "hf_test")
+    yield answer
+    server.shutdown()
+    server.server_close()
+
+
+def test_the_right_to_upload(hub: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match="push_to_hub: nothing can be uploaded to ada/vae: .*hf auth login"):
+        check_upload("ada/vae")  # the token is not known
+    hub |= {"name": "ada", "orgs": [{"name": "engine"}], "auth": {"accessToken": {"role": "write"}}}
+    for name in ("ada/vae", "engine/vae", "vae"):
+        check_upload(name)
+    with pytest.raises(UserError, match="babbage/vae does not belong to ada, engine"):
+        check_upload("babbage/vae")
+    with pytest.raises(UserError, match="nothing can be uploaded to a/b/c"):
+        check_upload("a/b/c")
+    hub["auth"]["accessToken"]["role"] = "read"
+    with pytest.raises(UserError, match="the token of ada may only read"):
+        check_upload("ada/vae")
+
+
+def test_the_hub_is_asked_before_the_first_step(
+    pictures: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setenv("HF_TOKEN", "hf_test")
+    assert main(words(pictures, tmp_path / "run", "push_to_hub=ada/vae")) == 2
+    assert "push_to_hub: nothing can be uploaded to ada/vae" in only_message(capsys)
+    assert not (tmp_path / "run/log.jsonl").exists()
+    assert main(["export", str(tmp_path), str(tmp_path / "out"), "--push-to-hub", "ada/vae"]) == 2
+    assert "push_to_hub: nothing can be uploaded" in only_message(capsys)

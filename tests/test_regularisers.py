@@ -1,0 +1,240 @@
+"""Regularisers of the latents: each against its formula, in the step, and in what it does to a tiny real network."""
+
+from collections import Counter
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from latent_ae.config import UserError, load_settings
+from latent_ae.latent_changes import LatentChange, changed
+from latent_ae.losses import kl_loss
+from latent_ae.models import Reconstructor
+from latent_ae_train import micro_batch
+from latent_ae_train import step as step_module
+from latent_ae_train.config import TrainSettings
+from latent_ae_train.micro_batch import latent_change
+from latent_ae_train.schedule import equivariance_at
+from latent_ae_train.step import TrainStep
+from tests.tiny import GAN, LATENT, SIDE, build_step, global_batch, micro_batches, settings_for
+
+FACTOR = SIDE // LATENT[1]
+
+
+def inputs_of(module: torch.nn.Module) -> list[torch.Tensor]:
+    """What the module is called with, from now on."""
+    seen: list[torch.Tensor] = []
+    module.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach().clone()))
+    return seen
+
+
+def test_changes_are_their_formulas() -> None:
+    generator = torch.Generator().manual_seed(0)
+    latent, noise = torch.randn(3, 4, 8, 8, generator=generator), 3 * torch.randn(3, 4, 8, 8, generator=generator)
+    level, kept = torch.tensor([0.0, 0.25, 0.9]), torch.tensor([4, 1, 2])
+    out = changed(latent, LatentChange(level, noise, kept, side_px=5, quarter_turns=3))
+    for n in range(3):
+        mixed = (1 - level[n]) * latent[n] + level[n] * noise[n]
+        mixed[int(kept[n]) :] = 0.0
+        # the two calls of EQ-VAE's code
+        small = F.interpolate(mixed[None], scale_factor=5 / 8, mode="bilinear", align_corners=False)
+        torch.testing.assert_close(out[n : n + 1], torch.rot90(small, k=3, dims=[-1, -2]))
+    assert changed(latent, LatentChange()) is latent
+
+
+def test_sizes_and_turns_are_those_of_eq_vae() -> None:
+    """A 32 px latent: factors 8/32 ... 31/32, turns 1 to 3, p = 0.5, a quarter of the rest at low resolution."""
+    settings = settings_for(data={"resolution": 256}, latents={"equivariance": 0.5}, gan={**GAN, "layers": 3})
+    drawn = [equivariance_at(step, settings, 32, 8) for step in range(4000)]
+    kinds = Counter(None if one is None else one.of_latent for one in drawn)
+    assert kinds[True] / 4000 == pytest.approx(0.5, abs=0.03) and kinds[False] / 4000 == pytest.approx(0.125, abs=0.02)
+    sides = Counter(one.side_px for one in drawn if one is not None)
+    assert set(sides) == set(range(8, 32)) and max(sides.values()) < 2 * min(sides.values())
+    turns = Counter(one.quarter_turns for one in drawn if one is not None and one.of_latent)
+    assert set(turns) == {1, 2, 3} and max(turns.values()) < 1.2 * min(turns.values())
+    assert {one.quarter_turns for one in drawn if one is not None and not one.of_latent} == {0}
+    assert drawn == [equivariance_at(step, settings, 32, 8) for step in range(4000)]
+    other = settings.model_copy(update={"seed": 1})
+    assert drawn != [equivariance_at(step, other, 32, 8) for step in range(4000)]
+
+
+def test_no_image_is_smaller_than_the_losses_can_look_at() -> None:
+    settings = settings_for(data={"resolution": 64}, latents={"equivariance": 1.0}, gan={**GAN, "layers": 3})
+    sides = {equivariance_at(step, settings, 16, 4).side_px for step in range(400)}
+    assert sides == set(range(6, 16))  # 3 * 2^3 px
+
+
+def test_samples_draw_for_themselves() -> None:
+    """The same sample has the same noise and channels in any batch; levels and counts are uniform."""
+    settings = settings_for(latents={"noise": 2.0, "min_channels": 2})
+    whole = latent_change(settings, range(300), LATENT, lambda tensor: tensor)
+    part = latent_change(settings, [7, 250], LATENT, lambda tensor: tensor)
+    for name in ("noise_level", "noise", "kept_channels"):
+        assert torch.equal(getattr(whole, name)[[7, 250]], getattr(part, name)), name
+    assert float(whole.noise_level.mean()) == pytest.approx(0.5, abs=0.05) and float(whole.noise_level.max()) > 0.95
+    assert float(whole.noise.std()) == pytest.approx(2.0, rel=0.02)
+    counts = Counter(whole.kept_channels.tolist())
+    assert set(counts) == {2, 3, 4} and min(counts.values()) > 70
+
+
+@pytest.mark.parametrize("of_latent", [True, False])
+def test_every_loss_sees_the_matching_image(of_latent: bool) -> None:
+    """Decoder and encoder get what was drawn, and the discriminator the transformed photograph as the real one."""
+    settings = settings_for(latents={"equivariance": 0.5}, gan=GAN, loss={"kl": 1e-3}, batch_size=4)
+    number = next(
+        step
+        for step in range(100)
+        if (one := equivariance_at(step, settings, LATENT[1], FACTOR)) is not None and one.of_latent == of_latent
+    )
+    drawn = equivariance_at(number, settings, LATENT[1], FACTOR)
+    step = build_step(settings)
+    model = step.bare_reconstructor
+    encoded, decoded = inputs_of(model.autoencoder.encoder), inputs_of(model.autoencoder.decoder)
+    judged = inputs_of(step.bare_discriminator)
+    images, noise = global_batch(number, settings)
+    size = drawn.side_px * FACTOR
+    small = F.interpolate(images, size=(size, size), mode="bilinear", align_corners=False)
+    target = torch.rot90(small, drawn.quarter_turns, (-1, -2))
+    with torch.no_grad():
+        if of_latent:
+            latent = model(images, noise).latent
+            latent = F.interpolate(latent, size=(drawn.side_px,) * 2, mode="bilinear", align_corners=False)
+            latent = torch.rot90(latent, drawn.quarter_turns, (-1, -2))
+        else:
+            latent = model(target, noise[..., : drawn.side_px, : drawn.side_px]).latent
+        latent = model.autoencoder.post_quant_conv(latent)
+    encoded.clear(), decoded.clear()
+    means = step(number, micro_batches(number, settings))
+    assert torch.equal(encoded[0], images if of_latent else target)
+    torch.testing.assert_close(decoded[0], latent)
+    assert torch.equal(judged[0][:4], target) and judged[0].shape[0] == 8
+    assert float(means["scale"]) == drawn.side_px / LATENT[1]
+
+
+def test_the_whole_gradient_is_the_textbook_one() -> None:
+    """All changes at once, against one autograd pass over the loss written out."""
+    settings = settings_for(
+        loss={"kl": 1e-2, "free_bits": 0.1},
+        latents={"equivariance": 1.0, "noise": 3.0, "min_channels": 1},
+        optim={"lr": 1e-30},
+        batch_size=4,
+        micro_batch_size=2,
+    )
+    step = build_step(settings)
+    gradients: dict[str, torch.Tensor] = {}
+    step.optimizer.register_step_pre_hook(
+        lambda *_: gradients.update({n: p.grad.clone() for n, p in step.bare_reconstructor.named_parameters()})
+    )
+    means = step(3, micro_batches(3, settings))
+    reference, (images, noise) = build_step(settings).bare_reconstructor.autoencoder, global_batch(3, settings)
+    drawn = equivariance_at(3, settings, LATENT[1], FACTOR)
+    numbers = range(3 * 4, 3 * 4 + 4)
+    change = latent_change(settings, numbers, LATENT, lambda tensor: tensor)
+    posterior = reference.encode(images).latent_dist
+    latent = posterior.mean + posterior.std * noise
+    level = change.noise_level.view(4, 1, 1, 1)
+    latent = (1 - level) * latent + level * change.noise
+    latent = latent * (torch.arange(4)[None] < change.kept_channels[:, None]).view(4, 4, 1, 1)
+    size = (drawn.side_px,) * 2
+    latent, target = (
+        torch.rot90(
+            F.interpolate(x, scale_factor=drawn.side_px / LATENT[1], mode="bilinear", align_corners=False),
+            drawn.quarter_turns,
+            (-1, -2),
+        )
+        for x in (latent, images)
+    )
+    assert latent.shape[-2:] == size
+    kl = 0.5 * (posterior.mean**2 + posterior.var - 1 - posterior.logvar)
+    floored = kl.mean((2, 3)).clamp(min=0.1).sum(1).mean() * LATENT[1] * LATENT[2] / (3 * SIDE * SIDE)
+    ((reference.decode(latent).sample - target).abs().mean() + 1e-2 * floored).backward()
+    for name, parameter in reference.named_parameters():
+        torch.testing.assert_close(gradients[f"autoencoder.{name}"], parameter.grad, rtol=1e-4, atol=1e-7, msg=name)
+    assert float(means["kl"]) == pytest.approx(kl_loss(posterior.mean, posterior.logvar, 3 * SIDE * SIDE).item())
+    assert float(means["kept_channels"]) == change.kept_channels.float().mean()
+    assert float(means["noise_level"]) == pytest.approx(float(change.noise_level.mean()))
+
+
+def test_off_costs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    used: list[str] = []
+    for name in ("scaled_and_turned", "equivariance_at", "latent_noise", "kept_channels", "free_bits_loss"):
+        module = step_module if name == "free_bits_loss" else micro_batch
+        original = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *a, _n=name, _f=original, **k: (used.append(_n), _f(*a, **k))[1])
+    monkeypatch.setattr("latent_ae.models.changed", lambda *a: used.append("changed"))
+    settings = settings_for(loss={"kl": 1e-3}, gan=GAN)
+    assert next(micro_batches(0, settings)).change is None
+    means = build_step(settings)(0, micro_batches(0, settings))
+    assert used == [] and not {"scale", "noise_level", "kept_channels", "kl_free"} & set(means)
+
+
+LINEAR = {"init": "linear", "block_out_channels": [16, 16], "norm_num_groups": 4}
+"""A start that reconstructs, so that a short run shows what is learned."""
+
+
+def trained(step: TrainStep, count: int) -> Reconstructor:
+    for number in range(count):
+        step(number, micro_batches(number, step.settings))
+    return step.bare_reconstructor
+
+
+def error(model: Reconstructor, change: LatentChange) -> float:
+    """Mean absolute error on images that were not trained on."""
+    images, _ = global_batch(10_000, settings_for(batch_size=32))
+    side = None if change.side_px is None else change.side_px * FACTOR
+    with torch.no_grad():
+        image = model(images, None, change).image
+    return float((image - changed(images, LatentChange(side_px=side, quarter_turns=change.quarter_turns))).abs().mean())
+
+
+def test_equivariance_training_makes_latents_equivariant() -> None:
+    """Decoding the scaled and turned latent, against the scaled and turned image, at sizes and turns together."""
+    errors = []
+    for share in (0.0, 0.5):
+        step = build_step(settings_for(batch_size=4, optim={"lr": 3e-3}, latents={"equivariance": share}))
+        model = trained(step, 150)
+        errors.append(sum(error(model, LatentChange(side_px=s, quarter_turns=q)) for s, q in ((4, 1), (6, 2), (5, 3))))
+    assert errors[1] < 0.8 * errors[0]
+
+
+def test_masking_brings_what_matters_to_the_front() -> None:
+    """From a start whose detail lies in the first channels and whose colours lie in the last."""
+    errors: list[list[float]] = []
+    for latents in ({}, {"min_channels": 1}):
+        step = build_step(settings_for(batch_size=4, optim={"lr": 3e-3}, model=LINEAR, latents=latents))
+        model = step.bare_reconstructor.autoencoder
+        with torch.no_grad():
+            for moments in (model.quant_conv.weight, model.quant_conv.bias):
+                moments.copy_(torch.cat([half.flip(0) for half in moments.chunk(2)]))
+            model.post_quant_conv.weight.copy_(model.post_quant_conv.weight.flip(1))
+        trained(step, 100)
+        kept = [torch.full((32,), number) for number in (1, 2, 3)]
+        errors.append([error(step.bare_reconstructor, LatentChange(kept_channels=number)) for number in kept])
+    plain, masked = errors
+    assert all(ours < 0.9 * theirs for ours, theirs in zip(masked, plain, strict=True))
+    assert masked[0] > 1.3 * masked[1] > 1.3 * masked[2]
+
+
+def test_noise_makes_a_decoder_that_bears_noise() -> None:
+    errors = []
+    noise = 3 * global_batch(10_000, settings_for(batch_size=32))[1]
+    for gamma in (0.0, 3.0):
+        step = build_step(settings_for(batch_size=4, optim={"lr": 1e-3}, model=LINEAR, latents={"noise": gamma}))
+        errors.append(error(trained(step, 100), LatentChange(torch.full((32,), 0.2), noise)))
+    assert errors[1] < 0.6 * errors[0]
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["latents.min_channels=4"], "latents.min_channels: 4 of 4 latent channels masks none"),
+        (["latents.equivariance=0.5", "compile=true"], "latents.equivariance: changes the images' size"),
+        (
+            ["latents.equivariance=0.5", "data.resolution=24", "validate.crop_px=24"],
+            "latents.equivariance: scales images down, and the losses need 24 px of 24",
+        ),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused(words: list[str], expected: str) -> None:
+    with pytest.raises(UserError, match=expected):
+        load_settings(TrainSettings, None, words)

@@ -1,0 +1,26 @@
+"""A vision transformer small enough for a test, in a folder as the hub has them."""
+
+import json
+from pathlib import Path
+
+import torch
+
+PATCH = 2
+MEAN, STD = [0.4, 0.5, 0.6], [0.2, 0.3, 0.25]
+
+
+def save_vision_model(folder: Path, kind: str = "Dinov2") -> Path:
+    """Untrained weights, two layers of 16 features, patches of 2 px."""
+    import transformers
+
+    sizes = {"num_hidden_layers": 2, "num_attention_heads": 2, "hidden_size": 16, "patch_size": PATCH, "image_size": 12}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        config = getattr(transformers, f"{kind}Config")(**sizes)
+        model = getattr(transformers, f"{kind}Model")(config)
+        with torch.no_grad():
+            for parameter in model.parameters():  # far from what they start from, or features would hardly differ
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    model.save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text(json.dumps({"image_mean": MEAN, "image_std": STD}))
+    return folder

@@ -1,0 +1,78 @@
+"""The settings of the losses and of what shapes the latents."""
+
+from collections.abc import Iterator
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from latent_ae.config import Fraction, NonNegative, Positive, Problem, Settings, Weight
+
+
+def scaled_sides(side_px: int, factor: int, smallest_px: int) -> range:
+    """Sides, latent px, that latents of `side_px` are scaled to: from a quarter to just below, as in EQ-VAE.
+
+    None whose image would be smaller than `smallest_px`.
+    """
+    return range(max(-(-side_px // 4), -(-smallest_px // factor)), side_px)
+
+
+class LossSettings(Settings):
+    """All terms are means: per image element (pixel, kl) or per sample (perceptual). See docs/losses.md."""
+
+    pixel: Literal["l1", "l2", "charbonnier"] = "l1"
+    pixel_weight: Weight = 1.0
+    perceptual: Weight = 1.0
+    """Weight of LPIPS; 0 neither loads nor computes it."""
+    perceptual_net: Literal["vgg", "alex"] = "vgg"
+    perceptual_every: Positive = 1
+    """LPIPS on every n-th sample only (weighted so that its mean stays the same): cheaper steps on small machines."""
+    learned_logvar: bool = False
+    """Learn the log-variance s of the reconstruction's likelihood: loss / exp(s) + s."""
+    kl: Weight = 1e-6
+    """Weight of the KL divergence, summed per sample and divided by the image's elements."""
+    kl_warmup: NonNegative = 0
+    """Steps over which that weight rises from 0."""
+    kl_cycles: NonNegative = 0
+    """So many times over the run it rises from 0 in half a cycle and then holds; 0: it does not."""
+    kl_target: Weight = 0.0
+    """Nats per latent dimension that a controller holds by changing the weight, which starts at `kl`; 0: no control."""
+    free_bits: Weight = 0.0
+    """Nats per latent dimension below which a sample's channel is not drawn to the prior any further."""
+
+    def problems(self) -> Iterator[Problem]:
+        rate = [key for key in ("kl_warmup", "kl_cycles", "kl_target", "free_bits") if getattr(self, key)]
+        if rate and not self.kl:
+            yield Problem("kl", f"0 takes the KL term away, which {', '.join(rate)} would shape: give it a weight")
+        both = [key for key in rate if key != "free_bits"]
+        if len(both) > 1:
+            yield Problem(both[-1], f"{' and '.join(both)} all set the weight of the KL term: keep one of them")
+        if self.kl_target and self.free_bits >= self.kl_target:
+            yield Problem(
+                "free_bits",
+                f"{self.free_bits:g} nats are kept free of the KL term, so it cannot bring the rate down to kl_target "
+                f"{self.kl_target:g}: lower free_bits or raise kl_target",
+            )
+
+
+class LatentSettings(Settings):
+    """What the latents must bear while they train; all off by default. See docs/latents.md."""
+
+    equivariance: Fraction = 0.0
+    """Part of the steps whose latents are scaled and turned before decoding, and the images with them (EQ-VAE: 0.5)."""
+    noise: Weight = 0.0
+    """Standard deviation of noise that latents are mixed with, in raw latent units (l-DeTok: 3)."""
+    min_channels: Positive | None = None
+    """Least number of a sample's first channels that are kept, the rest is masked (DC-AE 1.5: an eighth of them)."""
+
+
+class AlignmentSettings(Settings):
+    """Draws the latents to the features of a frozen vision model, as VA-VAE does; its published values."""
+
+    model: str | None = None
+    """Folder of a vision transformer that transformers loads (config.json, model.safetensors,
+    preprocessor_config.json); null: off."""
+    weight: Annotated[float, Field(gt=0)] = 0.1
+    adaptive: bool = True
+    """Scale the term by the ratio of gradient norms at the encoder's last layer; false uses the weight as it is."""
+    cosine_margin: Fraction = 0.5
+    distance_margin: Fraction = 0.25

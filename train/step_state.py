@@ -1,0 +1,120 @@
+"""What the step remembers besides weights and optimizers; saved with every checkpoint, equal on all processes.
+
+All of it lags by one step. So it can rest on the global batch, whatever its split, without holding the graphs of all
+micro-batches or a second backward pass, and no process waits for another inside the step.
+"""
+
+import math
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from latent_ae.losses import adaptive_ratio
+
+from .config import TrainSettings
+from .schedule import GanPhase
+
+LECAM_DECAY = 0.99
+KL_PROPORTIONAL, KL_INTEGRAL = 2.0, 0.02
+"""Gains of the controller of the rate: what the KL weight's logarithm gains per change of the error, and per step."""
+KL_LARGEST_ERROR = 1.0
+"""Errors count no more than this: a rate far off changes the weight by a factor e in 50 steps."""
+ALIGNMENT_CAP, ALIGNMENT_SMOOTHING = 100.0, 0.9
+"""As for the adversarial weight: the ratio lags, so one batch that is aligned already must not send it off."""
+KL_WEIGHT_RANGE = (1e-12, 1e3)
+
+
+class StepState(nn.Module):
+    """The numbers of the adaptive and controlled weights; only what the settings use exists."""
+
+    adaptive_weight: Tensor
+    lecam_averages: Tensor
+    kl_control: Tensor
+    alignment_weight: Tensor
+
+    def __init__(self, settings: TrainSettings) -> None:
+        super().__init__()
+        # 0 until the first measurement, so the first step with an adversarial term only measures
+        self.register_buffer("adaptive_weight", torch.zeros(()))
+        self.register_buffer("lecam_averages", torch.zeros(2))
+        self.logvar = nn.Parameter(torch.zeros(()))
+        if settings.loss.kl_target:
+            # the logarithm of the KL weight, and the last error
+            self.register_buffer("kl_control", torch.tensor([math.log(settings.loss.kl), 0.0]))
+
+        if settings.alignment.model and settings.alignment.adaptive:
+            self.register_buffer("alignment_weight", torch.zeros(()))
+
+    @property
+    def kl_weight(self) -> Tensor:
+        """The controlled weight of the KL term."""
+        return self.kl_control[0].exp()
+
+    def remember(
+        self, means: dict[str, Tensor], phase: GanPhase, settings: TrainSettings, accelerator: Accelerator
+    ) -> dict[str, Tensor]:
+        """Updates the adaptive weight, the LeCam averages and the log-variance's gradient from the global batch.
+
+        `means` loses what is no number to log and gains the new values. Returns the means over all processes of what
+        was looked at.
+        """
+        gan = settings.gan
+        sought = ("layer_reconstruction", "layer_adversarial", "logvar_gradient", "encoder_image", "encoder_alignment")
+        names: list[str] = [name for name in sought if name in means]
+        names += ["logits_real", "logits_fake"] if phase.discriminator and gan.lecam else []
+        names += ["kl_per_dimension"] if settings.loss.kl_target and "kl_per_dimension" in means else []
+        if not names:
+            return {}
+        values = [means[name] for name in names]
+        if accelerator.num_processes > 1:
+            flat = accelerator.reduce(torch.cat([value.flatten() for value in values]), "mean")
+            pieces = flat.split([value.numel() for value in values])
+            values = [piece.view_as(value) for piece, value in zip(pieces, values, strict=True)]
+        reduced = dict(zip(names, values, strict=True))
+        for name in ("layer_reconstruction", "layer_adversarial", "encoder_image", "encoder_alignment"):
+            means.pop(name, None)
+        if "layer_adversarial" in reduced:
+            # the share that the adversarial term has just had in the last layer's gradient
+            weight = phase.generator * (self.adaptive_weight if gan.adaptive else 1.0)
+            norms = (reduced["layer_adversarial"].norm(), reduced["layer_reconstruction"].norm())
+            means["gradient_ratio"] = (weight * norms[0] / (norms[1] + 1e-12)).nan_to_num(0.0)
+            if gan.adaptive:
+                ratio = adaptive_ratio(reduced["layer_reconstruction"], reduced["layer_adversarial"], gan.adaptive_cap)
+                smooth_(self.adaptive_weight, ratio, gan.adaptive_smoothing)
+                means["adaptive_weight"] = self.adaptive_weight.clone()
+        if "encoder_alignment" in reduced:
+            ratio = adaptive_ratio(reduced["encoder_image"], reduced["encoder_alignment"], ALIGNMENT_CAP)
+            # within both margins there is no gradient, and no ratio
+            ratio = torch.where(reduced["encoder_alignment"].norm() > 0, ratio, torch.nan)
+            smooth_(self.alignment_weight, ratio, ALIGNMENT_SMOOTHING)
+            means["alignment_weight"] = settings.alignment.weight * self.alignment_weight
+        if "logvar_gradient" in reduced:
+            self.logvar.grad = reduced["logvar_gradient"].detach().clone()
+            del means["logvar_gradient"]
+            means["logvar"] = self.logvar.detach().clone()
+        if phase.discriminator and gan.lecam:
+            averages = torch.stack([reduced["logits_real"], reduced["logits_fake"]])
+            averages = torch.where(averages.isfinite().all(), averages, self.lecam_averages)
+            self.lecam_averages.lerp_(averages, 1.0 - LECAM_DECAY)
+        return reduced
+
+    def hold_rate(self, kl_per_dimension: Tensor, target: float, bad: Tensor) -> None:
+        """One turn of the controller: log w += P (e - e') + I e, e = log(rate / target) and e' that of the step before.
+
+        Proportional and integral control as in ControlVAE (Shao et al. 2020), on the weight's logarithm as in GECO
+        (Rezende and Viola 2018): a rate that is off by a factor moves the weight by a factor, whatever their sizes.
+        Nothing moves in a step that was passed over (`bad`).
+        """
+        error = torch.log(kl_per_dimension / target).clamp(-KL_LARGEST_ERROR, KL_LARGEST_ERROR)
+        log_weight, before = self.kl_control
+        log_weight = log_weight + KL_PROPORTIONAL * (error - before) + KL_INTEGRAL * error
+        low, high = (math.log(weight) for weight in KL_WEIGHT_RANGE)
+        moved = torch.stack([log_weight.clamp(low, high), error])
+        self.kl_control.copy_(torch.where(bad | ~moved.isfinite().all(), self.kl_control, moved))
+
+
+def smooth_(average: Tensor, value: Tensor, smoothing: float) -> None:
+    """Moves the average towards the value, or to it where there is none yet (0); passes over what is not finite."""
+    smoothed = torch.where(average > 0, torch.lerp(value, average, smoothing), value)
+    average.copy_(torch.where(value.isfinite(), smoothed, average))
