@@ -14,7 +14,7 @@ from typing import Any
 from benchmarks.machine import save
 
 CHANGES = {"width": 128, "depth": 4, "steps": 1000, "samples": 1000}
-"""Of preset=cpu, at an eighth of its cost."""
+"""Apart from preset=cpu: smaller and shorter."""
 BATCH = 32
 COMMON = (
     f"batch_size={BATCH} seed=0 data.resolution=32 validate.crop_px=32 validate.images=500 validate.every=1000 "
