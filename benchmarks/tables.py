@@ -12,7 +12,7 @@ from typing import Any
 from benchmarks.machine import RESULTS
 
 DOCS = Path(__file__).parent.parent / "docs"
-PAGES = [DOCS / f"{name}.md" for name in ("performance", "multi-gpu", "linear-start", "encode", "export")]
+PAGES = [DOCS / f"{name}.md" for name in ("performance", "multi-gpu", "linear-start", "encode", "export", "diffusion")]
 
 
 def main() -> None:
@@ -172,6 +172,28 @@ def tiling_table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def diffusion_table(result: dict[str, Any]) -> str:
+    seeds = result["seeds"]
+    each = f"seeds {', '.join(map(str, seeds))}" if len(seeds) > 1 else f"seed {seeds[0]}"
+    lines = [
+        f"{result['data']}, {result['first_stage_steps']} steps of {result['first_stage_batch']} for each first stage, "
+        f"{result['recipe']['steps']:,} of {result['recipe']['batch_size']} for each diffusion model "
+        f"({result['recipe']['parameters'] / 1e6:.1f} M parameters), {each}, {result['recipe']['samples']:,} samples; "
+        f"{where(result)}.",
+        "",
+        "| first stage | PSNR (dB) | KL (nats per value) | reconstructions | held-out | samples | relative loss |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for name, row in result["first_stages"].items():
+        cells = [
+            "; ".join(f"{value:.1f} ({low:.1f} to {high:.1f})" for value, (low, high) in row["samples"]),
+            "; ".join(f"{value:.3f}" for value in row["relative_loss"]),
+        ]
+        floors = f"{row['reconstructions']:.1f} | {row['held_out']:.1f}"
+        lines.append(f"| {name} | {row['psnr']:.2f} | {row['kl']:.2f} | {floors} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def where(result: dict[str, Any]) -> str:
     machine = result["machine"]
     return (
@@ -189,6 +211,7 @@ MAKERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "loader": loader_table,
     "time-to-quality": quality_table,
     "processes": processes_table,
+    "diffusion": diffusion_table,
     "evaluate-memory": evaluate_memory_table,  # before the other, whose name it begins with
     "evaluate": evaluate_table,
     "encode": encode_table,

@@ -1,0 +1,83 @@
+"""Two first stages that differ in the KL weight alone, judged by the diffusion model that each allows.
+
+python -m benchmarks.diffusion --data /data/cifar10 --scratch /tmp/scratch
+Killed, it goes on when started again with the same scratch folder.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from benchmarks.machine import save
+
+CHANGES = {"width": 128, "depth": 4, "steps": 1000, "samples": 1000}
+"""Apart from preset=cpu: smaller and shorter."""
+BATCH = 32
+COMMON = (
+    f"batch_size={BATCH} seed=0 data.resolution=32 validate.crop_px=32 validate.images=500 validate.every=1000 "
+    "checkpoint.every=1000 loss.perceptual_every=4 gan.weight=0 ema.decay=0.99 optim.warmup=50 log.every=50"
+).split()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder with CIFAR-10 as train.parquet, test.parquet")
+    parser.add_argument("--scratch", type=Path, required=True)
+    parser.add_argument("--kl", nargs="+", default=["1e-6", "1e-1"])
+    parser.add_argument("--steps", type=int, default=200, help="of each first stage")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    words = parser.parse_args()
+    rows: dict[str, Any] = {}
+    recipe: dict[str, Any] = {}
+    for kl in words.kl:
+        run = words.scratch / f"kl-{kl}"
+        sources = [f"data.source={words.data / 'train.parquet'}", f"data.eval_source={words.data / 'test.parquet'}"]
+        changes = [f"output_dir={run}", f"steps={words.steps}", f"loss.kl={kl}", *sources, *COMMON]
+        if not (run / "results.json").exists():
+            _run("train", "quickstart", *changes)
+        log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+        row: dict[str, Any] = {
+            "psnr": [event["psnr"] for event in log if event["event"] == "validate"][-1],
+            "kl": [event["kl_per_dimension"] for event in log if event["event"] == "train"][-1],
+            "samples": [],
+            "relative_loss": [],
+        }
+        for seed in words.seeds:
+            out = run / f"diffusion-{seed}"
+            first = run / f"diffusion-{words.seeds[0]}" / "latents"
+            given = [f"latents={first / 'train'}", f"held_out_latents={first / 'held_out'}"] if row["samples"] else []
+            if not (out / "result.json").exists():
+                settings = [f"{key}={value}" for key, value in CHANGES.items()] + [f"seed={seed}", *given]
+                _run("eval", "diffusion", str(run / "export"), str(words.data), *settings, "--out", str(out))
+            result = json.loads((out / "result.json").read_text())
+            metrics, intervals = result["metrics"], result["intervals"]
+            row["samples"].append([metrics["samples"]["frechet_vgg16"], intervals["samples"]["frechet_vgg16"]])
+            row["relative_loss"].append(result["loss"]["relative_loss"])
+            # the floors do not depend on the seed
+            row |= {kind: metrics[kind]["frechet_vgg16"] for kind in ("reconstructions", "held_out")}
+            row["own_distance"] = metrics["reconstructions_of_originals"]["frechet_vgg16"]
+            row["latents"] = result["latents"]
+            row["processor_seconds"] = result["processor_seconds"]
+            recipe = result["recipe"]
+        rows[f"KL weight {kl}"] = row
+    result = {
+        "data": "CIFAR-10, 20,000 images to train on and 4,000 held out",
+        "first_stage_steps": words.steps,
+        "first_stage_batch": BATCH,
+        "seeds": words.seeds,
+        "recipe": recipe,
+        "first_stages": rows,
+    }
+    save("diffusion", result)
+
+
+def _run(*words: str) -> None:
+    print("latent-ae", *words, file=sys.stderr)
+    subprocess.run([sys.executable, "-m", "latent_ae", *words], check=True, stdout=subprocess.DEVNULL)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,110 @@
+"""diffusion.html: what a diffusion model made of a first stage's latents."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from latent_ae import page
+
+from .labels import label_of, pair, rounded, short_name, span
+
+ROWS = {
+    "samples": "samples, to images trained on",
+    "reconstructions": "reconstructions of held-out images, to images trained on",
+    "held_out": "held-out images, to images trained on",
+    "reconstructions_of_originals": "reconstructions, to their originals",
+}
+SHOWN_IN = "metrics", "intervals", "curve", "loss", "notes"
+PICTURE_BYTES = 3_000_000
+
+
+def write_diffusion_page(path: Path, result: Mapping[str, Any], pictures: Mapping[str, Image.Image]) -> None:
+    """Writes one self-contained HTML file, atomically. `result` is what result.json holds. Raises OSError."""
+    model = short_name(result["model"].get("location"), str(result["model"].get("class")))
+    data = short_name(result["data"].get("location"), "images")
+    latents, recipe, loss = result["latents"], result["recipe"], result["loss"]
+    facts = {
+        "latent": " x ".join(map(str, latents["shape"])),
+        "trained on": f"{latents['train']:,} images",
+        "classes": latents["classes"] or "none",
+        "transformer": f"{recipe['parameters'] / 1e6:.1f} M parameters",
+        "budget": f"{recipe['steps']:,} steps of {recipe['batch_size']}",
+        "loss": f"{loss['loss']:.4f}, {loss['relative_loss']:.3f} of the trivial predictor's",
+        "seed": result["seed"],
+    }
+    curve = result["curve"]
+    sections = [
+        page.facts(facts) + page.notes(result["notes"]),
+        page.section(
+            "Fréchet distances",
+            page.table(_rows(result)),
+            page.paragraph(
+                "Lower is better. Small: 95 % intervals over the images of both sets; another seed of the training "
+                "moves the samples' distance besides. What separates the first row from the second is the diffusion "
+                "model's, what separates the second from the third is the first stage's."
+            ),
+        ),
+        page.section("Pictures", _pictures(pictures)),
+        page.section(
+            "Validation loss",
+            page.grid(
+                page.line_chart(
+                    {"held-out latents": [(point["step"], point["relative_loss"]) for point in curve]},
+                    title="error of the velocity, relative to the trivial predictor's",
+                ),
+                page.line_chart(
+                    {
+                        f"after {point['step']:,} steps": _by_time(point["relative_loss_by_time"])
+                        for point in (
+                            result["curve"][0],
+                            result["curve"][len(result["curve"]) // 2],
+                            result["curve"][-1],
+                        )
+                    },
+                    title="the same, by time",
+                    x_label="t (0: latent, 1: noise)",
+                ),
+            ),
+            page.paragraph(
+                "The trivial predictor knows mean and variance of each latent value and takes them for independent; "
+                "1 means that nothing was learned beyond that. It differs between first stages, and so does what is "
+                "left to learn: the judge is the Fréchet distance."
+            ),
+        ),
+        page.section(
+            "How this was measured", page.manifest({key: v for key, v in result.items() if key not in SHOWN_IN})
+        ),
+    ]
+    title = f"{model}: a diffusion model of {data}"
+    page.write(path, page.page(title, sections, subtitle="A first stage, judged by latent-ae eval diffusion."))
+
+
+def _rows(result: Mapping[str, Any]) -> list[dict[str, Any]]:
+    names = [key for key in result["metrics"]["samples"] if key not in ("n", "reference_images")]
+    rows = []
+    for kind, heading in ROWS.items():
+        values, intervals = result["metrics"][kind], result["intervals"].get(kind) or {}
+        row: dict[str, Any] = {"": heading, "images": f"{values['n']:,} to {values['reference_images']:,}"}
+        for name in names:
+            title = "FID" if name == "fid" else label_of(name).name
+            row[title] = page.estimate(rounded(name, values[name]), span(name, pair(intervals.get(name))))
+        rows.append(row)
+    return rows
+
+
+def _pictures(pictures: Mapping[str, Image.Image]) -> str:
+    captions = {
+        "samples": "samples",
+        "reference": "images trained on, of the same classes",
+        "held_out": "held-out images",
+        "reconstructions": "their reconstructions",
+    }
+    return page.beside(
+        *(page.figure(pictures[name], caption, max_bytes=PICTURE_BYTES) for name, caption in captions.items())
+    )
+
+
+def _by_time(values: list[float]) -> list[tuple[float, float]]:
+    return [((number + 0.5) / len(values), value) for number, value in enumerate(values)]
