@@ -3,7 +3,7 @@
     python -m benchmarks.anomaly cifar10 /data      # a folder that holds cifar10/ and bsds500/; or LATENT_AE_TEST_DATA
     python -m benchmarks.anomaly defects /data
 
-Each model trains for a minute or two on one CPU core; bicubic resampling, which learned nothing, stands beside it.
+Each model trains for a few minutes on one CPU core; bicubic resampling, which learned nothing, stands beside it.
 """
 
 import argparse
@@ -85,7 +85,7 @@ def pasted_defects(data: Path, scratch: Path, steps: int, limit: int) -> dict[st
 
     photos = data / "bsds500"
     model = train(photos / "train", scratch / "run-bsds500", steps, "data.resolution=64", "batch_size=8")
-    settings = AnomalySettings(normal=str(photos / "val"), crop_px=160, limit=limit, defects=True)
+    settings = AnomalySettings(normal=str(photos / "val"), crop_px=96, limit=limit, defects=True)
     return {
         "first stage": figures(find_anomalies(model, photos / "test", settings, progress=True)),
         "bicubic /8": figures(
@@ -103,7 +103,7 @@ def main() -> None:
     words = parser.parse_args()
     if words.data is None:
         parser.error("give the folder that holds cifar10/ and bsds500/, or set LATENT_AE_TEST_DATA")
-    measure, images = (one_class_out, 1000) if words.what == "cifar10" else (pasted_defects, 60)
+    measure, images = (one_class_out, 1000) if words.what == "cifar10" else (pasted_defects, 50)
     with tempfile.TemporaryDirectory(prefix="latent-ae-") as folder:
         found = measure(Path(words.data), Path(folder), words.steps, words.images or images)
     save(f"anomaly-{words.what}", {"steps": words.steps, "results": found})

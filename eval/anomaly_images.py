@@ -15,10 +15,11 @@ from latent_ae.defects import Defect, paste_defect
 from latent_ae.first_stages import FirstStage
 from latent_ae.held_out import HeldOutImage
 from latent_ae.sources import StoredImages, StreamSource
+from latent_ae.text import printable
 
 from .anomaly_page import Finding
 from .anomaly_scores import Scored, Scorer
-from .inputs import opened_data
+from .inputs import opened_data, report_skipped
 from .job_config import AnomalySettings
 from .jobs import batches, images_for
 
@@ -87,7 +88,7 @@ class Work:
         for items, scored, defects in self._batches(part, location, range(len(part.source)), bar):
             for i, item in enumerate(items):
                 defect = defects[i]
-                row: dict[str, Any] = {"index": item.index, "name": _printable(item.name), "defect": None}
+                row: dict[str, Any] = {"index": item.index, "name": printable(item.name), "defect": None}
                 row["abnormal"] = None if part.abnormal is None else bool(part.abnormal[item.index])
                 if self.settings.defects and part.name == "data":
                     row |= {"abnormal": defect is not None, "defect": defect.kind if defect else None}
@@ -96,6 +97,7 @@ class Work:
                 part.rows.append(row)
             yield scored, [defect.mask if defect else None for defect in defects]
         bar.close()
+        report_skipped(part.skipped, len({row["index"] for row in part.rows}), self.settings)
 
     def findings(self, part: Part, location: str, rows: Sequence[dict[str, Any]]) -> Iterator[Finding]:
         """Images of `rows`, in the order of their indices, once more with their maps."""
@@ -148,7 +150,3 @@ class Work:
                 f"lpips: {lpips.net} needs sides of {lpips.trunk.min_px} px and {item.name} has {width} x {height}; "
                 f"set resize_px, {'lpips=vgg, ' if lpips.net == 'alex' else ''}or lpips=null"
             )
-
-
-def _printable(name: str) -> str:
-    return name.encode("utf-8", "backslashreplace").decode()  # file names may hold what no table can

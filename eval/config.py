@@ -26,6 +26,8 @@ class StageSettings(Settings):
     """Colour put behind transparent pixels."""
     max_pixels: Positive = 200_000_000
     """Larger images are skipped."""
+    max_bad_fraction: Fraction = 0.01
+    """More unreadable images than this are an error."""
     num_workers: NonNegative = 2
 
     subfolder: str | None = None
@@ -63,8 +65,6 @@ class EvalSettings(StageSettings):
 
     streaming: bool = False
     """Read a hub dataset or tables from their start, without storing them first."""
-    max_bad_fraction: Fraction = 0.01
-    """More unreadable images than this are an error."""
 
     def data(self, source: str) -> DataSettings:
         return super().data(source).model_copy(update={"streaming": self.streaming})

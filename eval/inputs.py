@@ -17,7 +17,7 @@ from latent_ae.processes import processes as open_processes
 from latent_ae.sources import StreamSource
 from latent_ae.text import printable
 
-from .config import EvalSettings, ReconSettings, StageSettings
+from .config import ReconSettings, StageSettings
 
 GENERATION_FILES = (".npz", ".pt", ".pkl")
 
@@ -72,7 +72,7 @@ def opened_data(data: str, settings: StageSettings) -> tuple[ImageSource, int | 
     return source, len(source)
 
 
-def report_skipped(skipped: list[str], num_read: int, settings: EvalSettings, *, shows: bool = True) -> None:
+def report_skipped(skipped: list[str], num_read: int, settings: StageSettings, *, shows: bool = True) -> None:
     """Raises UserError when too many images were unreadable; otherwise says which, on stderr."""
     total = num_read + len(skipped)
     bound = settings.max_bad_fraction

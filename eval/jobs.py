@@ -15,7 +15,7 @@ from latent_ae.held_out import Framing, HeldOutImage, HeldOutImages
 from latent_ae.perceptual import LPIPS, TRUNKS, Net
 from latent_ae.sources import ImageSource
 
-from .inputs import opened_model, processes
+from .inputs import checked_factor, opened_model, processes
 from .job_config import JobSettings
 
 PROCESS_COUNTS = ["WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"]
@@ -43,13 +43,9 @@ def latent_model(job: str, model: Any, settings: JobSettings, device: torch.devi
 
 def images_for(stage: FirstStage, source: ImageSource, settings: JobSettings, data: str) -> HeldOutImages:
     """The source's images, framed as the settings say and with sides that the model's factor divides."""
-    if settings.crop_px is not None and settings.crop_px % stage.factor:
-        near = max(1, settings.crop_px // stage.factor) * stage.factor
-        raise UserError(
-            f"crop_px: {settings.crop_px} is not a multiple of the model's factor {stage.factor}; use {near}"
-        )
+    factor = checked_factor(stage, settings.crop_px)
     framing = Framing(settings.resize_px, settings.crop_px)
-    return HeldOutImages(source, settings.data(data), stage.channels or 3, framing, stage.factor)
+    return HeldOutImages(source, settings.data(data), stage.channels or 3, framing, factor)
 
 
 def cpu_batch(batch_size: int, image_px: int) -> int:

@@ -24,6 +24,7 @@ from latent_ae.config import UserError
 from latent_ae.data import open_images
 from latent_ae.sources import StoredImages, StreamSource
 
+from .inputs import report_skipped
 from .job_config import ProbeSettings
 from .jobs import latent_model, make_folder, one_process, write_json
 from .manifest import versions
@@ -84,6 +85,7 @@ def probe(
                 f"{data}: a training image that was drawn cannot be read: {bad[0]}; see latent-ae data check"
             )
         skipped = read[1].write(test.source, "test images")
+        report_skipped(skipped, len(read[1].rows), settings)
         if read[0].shape != read[1].shape:
             raise UserError(several_sizes(read[0].shape, read[1].shape))
         labels = test.labels[read[1].rows]

@@ -14,6 +14,7 @@ from scipy.ndimage import gaussian_filter
 from torch.distributions import Normal, kl_divergence
 
 from latent_ae.__main__ import main
+from latent_ae.config import UserError
 from latent_ae.defects import paste_defect
 from latent_ae.order import posterior_noise
 from latent_ae_eval.anomaly import FIT, find_anomalies
@@ -41,7 +42,7 @@ def save(folder: Path, levels: list[int]) -> None:
 @pytest.fixture(scope="module")
 def grays(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("grays")
-    save(folder / "test/good", [130, 140, 150, 220])
+    save(folder / "test/good", [130, 140, 160, 220])  # 160 is the threshold, and not above it
     save(folder / "test/bad", [200, 240, 145])
     save(folder / "normal", [125 + 5 * number for number in range(9)])
     return folder
@@ -85,6 +86,24 @@ def test_without_labels_there_are_scores_only(grays):
     result = find_anomalies(nothing, grays / "test", QUICK)
     assert result["scores"] == {"pixel_mean": {"flagged": None}, "pixel_max": {"flagged": None}}
     assert result["thresholds"] == {} and any("normal=DATA" in note for note in result["notes"])
+
+
+def test_the_pictures_are_those_of_the_scores(tmp_path):
+    save(tmp_path / "data", [110, 130, 140, 250, 100])
+    settings = QUICK.model_copy(update={"num_pictures": 1})
+    find_anomalies(nothing, tmp_path / "data", settings, out=tmp_path / "out")
+    page = (tmp_path / "out/report.html").read_text()
+    inputs = [picture.convert("RGB").getpixel((5, 5))[0] for picture in pictures(page)[::3]]
+    assert inputs == [250, 130] and page.index("03.png") < page.index("01.png")
+
+
+def test_unreadable_images_are_skipped_up_to_a_fraction(grays, tmp_path):
+    save(tmp_path / "data", [10, 20, 30])
+    (tmp_path / "data/damaged.png").write_bytes(b"no image")
+    result = find_anomalies(nothing, tmp_path / "data", QUICK.model_copy(update={"max_bad_fraction": 0.25}))
+    assert result["data"]["num_images"] == 3 and result["data"]["skipped"][0].startswith("damaged.png: ")
+    with pytest.raises(UserError, match="max_bad_fraction"):
+        find_anomalies(nothing, tmp_path / "data", QUICK)
 
 
 def test_too_few_normal_images_give_no_threshold(grays):

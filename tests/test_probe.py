@@ -15,6 +15,7 @@ from scipy.special import logsumexp
 
 from latent_ae.__main__ import main
 from latent_ae.classifiers import logistic_regression, nearest
+from latent_ae.config import UserError
 from latent_ae_eval.job_config import ProbeSettings
 from latent_ae_eval.probe import _draws, probe
 
@@ -158,10 +159,12 @@ def test_folders_are_classes_and_part_of_them_is_tested_on(model, tmp_path):
             pixels = (rng.integers(0, 40, (8, 8, 3)) + low).astype(np.uint8)
             Image.fromarray(pixels).save(tmp_path / name / f"{number}.png")
     (tmp_path / "light" / "damaged.png").write_bytes(b"no image")
-    settings = ProbeSettings(**QUICK | {"labels_per_class": (4,)})
-    result = probe(model, str(tmp_path), settings.model_copy(update={"test_fraction": 0.4}))
+    settings = ProbeSettings(**QUICK | {"labels_per_class": (4,), "test_fraction": 0.4, "max_bad_fraction": 0.2})
+    result = probe(model, str(tmp_path), settings)
     assert result["data"]["labels_from"] == "names of folders" and result["data"]["classes"] == ["dark", "light"]
-    assert result["data"]["test_images"] + len(result["data"]["skipped"]) == 10
+    assert result["data"]["test_images"] == 9 and len(result["data"]["skipped"]) == 1
+    with pytest.raises(UserError, match="max_bad_fraction"):
+        probe(model, str(tmp_path), settings.model_copy(update={"max_bad_fraction": 0.05}))
     assert result["features"]["pixels"]["logistic"]["4"]["mean"] == 1
 
 
@@ -180,12 +183,14 @@ def test_mistakes_are_named(model, tables, tmp_path, capsys, words, complaint):
     assert complaint in capsys.readouterr().err
 
 
-def test_images_of_several_sizes_are_refused(model, tmp_path, capsys):
-    table(tmp_path / "train.parquet", 40, 0)
-    table(tmp_path / "test.parquet", 10, 1, side=12)
+@pytest.mark.parametrize("train, test", [((8,), (12,)), ((8,), (8, 12))])
+def test_images_of_several_sizes_are_refused(model, tmp_path, capsys, train, test):
+    for name, sides in (("train", train), ("test", test)):
+        for side in sides:
+            table(tmp_path / f"{name}-{20 - side:02d}.parquet", 20, side, side=side)  # larger ones first
     words = ["label_column=shade", "labels_per_class=[4]", "--out", str(tmp_path / "out")]
     assert main(["eval", "probe", model, str(tmp_path), *words]) == 2
-    assert "images of 8 x 8 px and of 12 x 12 px: a probe needs one size; set crop_px" in capsys.readouterr().err
+    assert "a probe needs one size; set crop_px" in capsys.readouterr().err
 
 
 def test_several_processes_are_refused(model, tables, tmp_path, monkeypatch, capsys):

@@ -51,7 +51,7 @@ def describe_plan(settings: TrainSettings) -> str:
     latents = settings.latents
     regularisers = {
         f"scaled and turned in {latents.equivariance:.0%} of the steps": latents.equivariance,
-        f"noise of up to {latents.noise:g}": latents.noise,
+        f"mixed with noise of standard deviation {latents.noise:g}": latents.noise,
         f"{latents.min_channels} channels or more kept": latents.min_channels,
         f"aligned to {settings.alignment.model}": settings.alignment.model,
     }
