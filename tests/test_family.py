@@ -127,7 +127,7 @@ def test_codes_are_those_of_diffusers() -> None:
     assert torch.equal(slope, torch.arange(4.0).expand_as(latent)), "straight through"
     # diffusers puts the weight on the term of the codes, the paper on that of the latents: the sum is the same
     loss = codebook_loss(latent, codes.vectors, 0.25)
-    assert float(loss) == pytest.approx(float(their_loss), rel=1e-5)
+    assert float(loss.detach()) == pytest.approx(float(their_loss.detach()), rel=1e-5)
     to_latent, to_codes = torch.autograd.grad(loss, (latent, model.quantize.embedding.weight))
     away = latent.detach() - codes.vectors.detach()
     assert torch.allclose(to_latent, 0.25 * 2 * away / away.numel(), atol=1e-7)

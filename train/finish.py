@@ -168,7 +168,7 @@ def show_results(run: Path, results: dict[str, Any]) -> None:
     factors = [f"{key} {export[key]:.4f}" for key in ("scaling_factor", "shift_factor") if export[key] is not None]
     print("   ".join([f"\nexport   {run / 'export'}", *factors]))
     print(f"         stock diffusers reloads it with a largest difference of {export['max_abs_difference']:.1e}")
-    if "precision" in export:  # results of an older version have none
+    if export.get("precision"):  # other classes have none, nor results of an older version
         print(f"         {verdict(export['precision'])}")
     print(f"report   {run / 'report.html'}\n\nLoad it with\n")
     print(loading_lines(run / "export", export.get("class", "AutoencoderKL")))
