@@ -82,6 +82,10 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 Byte = Annotated[int, Field(ge=0, le=255)]
 DownBlock = Literal["DownEncoderBlock2D", "AttnDownEncoderBlock2D"]
 UpBlock = Literal["UpDecoderBlock2D", "AttnUpDecoderBlock2D"]
+Kind = Literal[
+    "AutoencoderKL", "VQModel", "AutoencoderTiny", "AutoencoderDC", "AsymmetricAutoencoderKL", "AutoencoderKLFlux2"
+]
+"""Of first stages: docs/family.md."""
 
 
 class DataSettings(Settings):
@@ -126,8 +130,12 @@ class DataSettings(Settings):
 
 
 class ModelSettings(Settings):
-    """An AutoencoderKL by the key names of its diffusers config, and how its weights begin."""
+    """An AutoencoderKL by the key names of its diffusers config, and how its weights begin; or another class."""
 
+    kind: Kind = "AutoencoderKL"
+    """Class of diffusers. Of the others, `config` gives the shape and the keys below it must be left alone."""
+    config: dict[str, Any] = {}
+    """Of another kind: keys and values of its diffusers config."""
     in_channels: Positive = 3
     out_channels: Positive = 3
     block_out_channels: Annotated[tuple[Positive, ...], Field(min_length=1)] = (128, 256, 512, 512)
@@ -151,6 +159,14 @@ class ModelSettings(Settings):
         return int(2 ** (len(self.block_out_channels) - 1))
 
     def problems(self) -> Iterator[Problem]:
+        if self.kind != "AutoencoderKL":
+            alone = ModelSettings(kind=self.kind, config=self.config)
+            for key in type(self).model_fields:
+                if getattr(self, key) != getattr(alone, key):
+                    yield Problem(key, f"is AutoencoderKL's; a {self.kind} takes its shape from model.config")
+            return
+        if self.config:
+            yield Problem("config", "is for other kinds; an AutoencoderKL has its keys under model itself")
         levels = len(self.block_out_channels)
         if self.in_channels != self.out_channels:
             yield Problem(

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, AutoencoderKLFlux2, ModelMixin
 from huggingface_hub import HfApi
 from huggingface_hub.utils import validate_repo_id
 from safetensors.torch import load_file, save_file
@@ -31,25 +31,29 @@ TOLERANCE = 1e-5
 # The fresh process knows nothing of this project: it is what a user of the folder has.
 FRESH_PROCESS = """
 import sys
+import diffusers
 import torch
-from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
 
-folder, images, result, threads = sys.argv[1:]
+folder, kind, images, result, threads = sys.argv[1:]
 torch.set_num_threads(int(threads))
-autoencoder = AutoencoderKL.from_pretrained(folder, torch_dtype=torch.float32, local_files_only=True).eval()
+autoencoder = getattr(diffusers, kind).from_pretrained(folder, torch_dtype=torch.float32, local_files_only=True).eval()
+def latent(image):
+    encoded = autoencoder.encode(image[None])
+    if hasattr(encoded, "latent_dist"):
+        return encoded.latent_dist.mode()
+    return encoded.latents if hasattr(encoded, "latents") else encoded.latent
+
+
 with torch.no_grad():
-    rows = [
-        autoencoder.decode(autoencoder.encode(image[None]).latent_dist.mode()).sample
-        for image in load_file(images)["images"]
-    ]
+    rows = [autoencoder.decode(latent(image)).sample for image in load_file(images)["images"]]
 save_file({"images": torch.cat(rows)}, result)
 assert not any(name.startswith("latent_ae") for name in sys.modules), "the check must not see this project"
 """
 
 
 def export_autoencoder(
-    autoencoder: AutoencoderKL,
+    autoencoder: ModelMixin,
     folder: str | Path,
     *,
     statistics: LatentStatistics,
@@ -81,14 +85,17 @@ def export_autoencoder(
     refuse_foreign(folder)
     exported = _twin(autoencoder)
     config = exported.config
-    exported.register_to_config(
-        scaling_factor=config.scaling_factor if keep_scaling else statistics.scaling_factor,
-        # pipelines that read it fail on null
-        shift_factor=(config.shift_factor or 0.0) if keep_scaling else statistics.shift_factor,
-        sample_size=sample_size,
-    )
-    if not keep_scaling:  # statistics of other latents: some pipelines would apply them
-        exported.register_to_config(latents_mean=None, latents_std=None)
+    measured: dict[str, Any] = {"sample_size": sample_size}
+    if keep_scaling:
+        measured["shift_factor"] = config.get("shift_factor") or 0.0  # pipelines that read it fail on null
+    else:
+        measured |= {"scaling_factor": statistics.scaling_factor, "shift_factor": statistics.shift_factor}
+        # those of other latents, which some pipelines would apply
+        measured |= {"latents_mean": None, "latents_std": None}
+    # each class has some of them
+    exported.register_to_config(**{key: value for key, value in measured.items() if key in config})
+    if isinstance(exported, AutoencoderKLFlux2) and not keep_scaling:
+        _normalise_patches(exported, statistics)
     if latents_mean_std:
         if 0.0 in statistics.channel_std:
             flat = statistics.channel_std.index(0.0)
@@ -100,11 +107,13 @@ def export_autoencoder(
     if pipeline is not None:
         refuse_misfit(pipeline, exported.config)
     precision = _tried(exported, check_images, autoencoder.device)
-    exported.register_to_config(force_upcast=precision["force_upcast"])
+    if precision is not None:
+        exported.register_to_config(force_upcast=precision["force_upcast"])
     facts = {
         "folder": str(folder),
-        "scaling_factor": exported.config.scaling_factor,
-        "shift_factor": exported.config.shift_factor,
+        "class": type(exported).__name__,
+        "scaling_factor": exported.config.get("scaling_factor"),
+        "shift_factor": exported.config.get("shift_factor"),
         "sample_size": sample_size,
         **({key: exported.config[key] for key in ("latents_mean", "latents_std")} if latents_mean_std else {}),
         "parameters": count_parameters(exported),
@@ -127,7 +136,7 @@ def export_autoencoder(
     return facts
 
 
-def verify_export(folder: str | Path, autoencoder: AutoencoderKL, images: Tensor) -> float:
+def verify_export(folder: str | Path, autoencoder: ModelMixin, images: Tensor) -> float:
     """Loads `folder` with stock diffusers in a fresh process, on the CPU, and compares reconstructions.
 
     `images`: NCHW in [-1, 1], sides multiples of the factor. Both sides take the posterior's mode, one image
@@ -140,7 +149,7 @@ def verify_export(folder: str | Path, autoencoder: AutoencoderKL, images: Tensor
         expected = torch.cat([trained(image[None]).image for image in images])
     if not expected.isfinite().all():
         raise RuntimeError("the trained model itself reconstructs images with NaN or infinity; export an earlier one")
-    actual = _reconstruct_in_fresh_process(Path(folder), images)
+    actual = _reconstruct_in_fresh_process(Path(folder), type(autoencoder).__name__, images)
     if actual.shape != expected.shape:
         raise RuntimeError(
             f"the exported model in {folder} gives images of {tuple(actual.shape)}, "
@@ -192,7 +201,7 @@ def check_upload(repo_id: str) -> None:
         raise UserError(f"push_to_hub: the token of {user['name']} may only read; make one that may write")
 
 
-def _twin(autoencoder: AutoencoderKL) -> AutoencoderKL:
+def _twin(autoencoder: ModelMixin) -> ModelMixin:
     """The same weights in another model: float32 on the CPU, evaluation mode, plain memory format."""
     with torch.device("meta"):  # no memory, no random numbers drawn
         # without the place that the weights were once loaded from: it means nothing elsewhere
@@ -207,8 +216,21 @@ def _twin(autoencoder: AutoencoderKL) -> AutoencoderKL:
     return twin.eval().requires_grad_(False)
 
 
-def _tried(autoencoder: AutoencoderKL, images: Tensor, device: torch.device) -> dict[str, Any]:
-    """Half precision and tiling."""
+def _normalise_patches(autoencoder: AutoencoderKLFlux2, statistics: LatentStatistics) -> None:
+    """Flux.2 scales latents by a batch norm's statistics, one for each channel and place in a patch of 2 x 2 latents.
+
+    Each place gets those of its channel: latents are alike everywhere.
+    """
+    places = autoencoder.bn.num_features // len(statistics.channel_mean)
+    mean, std = torch.tensor(statistics.channel_mean), torch.tensor(statistics.channel_std)
+    autoencoder.bn.running_mean.copy_(mean.repeat_interleave(places))
+    autoencoder.bn.running_var.copy_(std.square().repeat_interleave(places))
+
+
+def _tried(autoencoder: ModelMixin, images: Tensor, device: torch.device) -> dict[str, Any] | None:
+    """Half precision and tiling; None for another class than AutoencoderKL."""
+    if not isinstance(autoencoder, AutoencoderKL):
+        return None
     try:
         found = probe_precision(autoencoder, images, device)
         return found | {"tiling": probe_tiling(autoencoder, images[0], device)}
@@ -235,11 +257,11 @@ def _take_place(fresh: Path, folder: Path, previous: Path) -> None:
         raise
 
 
-def _reconstruct_in_fresh_process(folder: Path, images: Tensor) -> Tensor:
+def _reconstruct_in_fresh_process(folder: Path, kind: str, images: Tensor) -> Tensor:
     with tempfile.TemporaryDirectory() as scratch:
         given, result = Path(scratch) / "images.safetensors", Path(scratch) / "result.safetensors"
         save_file({"images": images}, given)
-        words = [str(folder.resolve()), str(given), str(result), str(torch.get_num_threads())]
+        words = [str(folder.resolve()), kind, str(given), str(result), str(torch.get_num_threads())]
         # on the CPU, where arithmetic is the same on both sides; offline, because the folder must be enough
         environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
         done = subprocess.run(

@@ -54,8 +54,26 @@ FAMILIES = {
     "AutoencoderDC": Family(
         "deterministic", lambda c: 2 ** (len(c.encoder_block_out_channels) - 1), lambda c: c.latent_channels
     ),
-    "VQModel": Family("codebook", lambda c: 2 ** (len(c.block_out_channels) - 1), lambda c: c.latent_channels),
+    "VQModel": Family(
+        "codebook", lambda c: 2 ** (len(c.block_out_channels) - 1), lambda c: c.vq_embed_dim or c.latent_channels
+    ),
 }
+
+
+def family_of(module: nn.Module) -> Family:
+    """Of an instance of one of FAMILIES."""
+    return next(family for name, family in FAMILIES.items() if isinstance(module, getattr(diffusers, name)))
+
+
+def moments_of(module: nn.Module, images: Tensor) -> tuple[Tensor, Tensor | None]:
+    """What a latent is drawn from, float32: the posterior's mean and log-variance, or the latent and None.
+
+    `module` is an instance of one of FAMILIES; of a VQModel it is the latent before quantisation.
+    """
+    encoded = module.encode(images)
+    if hasattr(encoded, "latent_dist"):
+        return encoded.latent_dist.mean.float(), encoded.latent_dist.logvar.float()
+    return (encoded.latents if hasattr(encoded, "latents") else encoded.latent).float(), None
 
 
 class Encoded(NamedTuple):
@@ -92,11 +110,7 @@ class FirstStage:
         Of NCHW images in [-1, 1] whose sides are multiples of the factor. A function has none.
         """
         assert self.module is not None
-        encoded = self.module.encode(images.to(self.dtype))
-        if self.has_posterior:
-            posterior = encoded.latent_dist
-            return posterior.mean.float(), posterior.logvar.float()
-        return (encoded.latents if hasattr(encoded, "latents") else encoded.latent).float(), None
+        return moments_of(self.module, images.to(self.dtype))
 
     def encode(self, images: Tensor) -> Encoded:
         """Latents of NCHW images in [-1, 1] whose sides are multiples of the factor. A function has none."""
@@ -313,12 +327,21 @@ def _load_checkpoint(folder: Path, location: str, ema: bool | None, dtype: Dtype
     averaged = has_average and ema is not False
     path = folder / ("ema.safetensors" if averaged else "autoencoder.safetensors")
     try:
-        model = diffusers.AutoencoderKL.from_config(diffusers.AutoencoderKL.load_config(folder))
+        model = untrained(diffusers.AutoencoderKL.load_config(folder))
         model.load_state_dict(load_file(path))
     except Exception as error:  # diffusers and safetensors raise many kinds for a damaged or foreign file
         raise UserError(f"cannot load {path}: {' '.join(str(error).split())[:400]}") from error
     which = "averaged" if averaged else "raw"
     return first_stage(model, location=location, weights=f"{which}, {folder.name}", dtype=dtype)
+
+
+def untrained(config: dict[str, Any]) -> nn.Module:
+    """A fresh instance of the class of FAMILIES that a diffusers config names. Raises what diffusers does."""
+    name = config.get("_class_name", "AutoencoderKL")
+    if name not in FAMILIES:
+        raise ValueError(f"{name} is not a first stage known here: {', '.join(FAMILIES)}")
+    model: nn.Module = getattr(diffusers, name).from_config(config)
+    return model
 
 
 def _in(module: nn.Module, dtype: torch.dtype) -> nn.Module:

@@ -6,11 +6,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from diffusers import AutoencoderKL
+from diffusers import ModelMixin
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from latent_ae.first_stages import family_of
 from latent_ae.latents import LatentStatistics
-from latent_ae.models import count_parameters, factor_of
+from latent_ae.models import count_parameters, factor_of, latent_channels_of
 from latent_ae.precision import verdict
 from latent_ae.text import printable
 
@@ -44,17 +45,17 @@ class CardFacts:
     settings_yaml: str | None = None
 
 
-def loading_lines(folder: str | Path) -> str:
-    """The lines of Python that load an export."""
+def loading_lines(folder: str | Path, kind: str = "AutoencoderKL") -> str:
+    """The lines of Python that load an export of class `kind`."""
     return (
         "import torch\n"
-        "from diffusers import AutoencoderKL\n"
-        f"vae = AutoencoderKL.from_pretrained({str(folder)!r}, torch_dtype=torch.float32).eval()"
+        f"from diffusers import {kind}\n"
+        f"vae = {kind}.from_pretrained({str(folder)!r}, torch_dtype=torch.float32).eval()"
     )
 
 
 def model_card(
-    autoencoder: AutoencoderKL,
+    autoencoder: ModelMixin,
     facts: CardFacts,
     statistics: LatentStatistics,
     location: str,
@@ -94,20 +95,27 @@ def model_card(
 
 
 def _card_text(
-    autoencoder: AutoencoderKL,
+    autoencoder: ModelMixin,
     facts: CardFacts,
     statistics: LatentStatistics,
     location: str,
     difference: float,
     precision: Mapping[str, Any] | None,
 ) -> str:
-    config, factor = autoencoder.config, factor_of(autoencoder)
+    config, factor, kind = autoencoder.config, factor_of(autoencoder), type(autoencoder).__name__
     trained = [f"on {_plain(facts.data_name)}"]
     if facts.steps is not None:
         trained.append(f"for {facts.steps:,} steps")
     if facts.base_model:
         trained.append(f"from {_plain(facts.base_model)}")
-    if config.get("latents_mean") is None:
+    latent = {"posterior": "latent_dist.sample()", "deterministic": "latent", "codebook": "latents"}
+    encoded = "latents" if kind == "AutoencoderTiny" else latent[family_of(autoencoder).latent]
+    if "scaling_factor" not in config:
+        given = "norm = vae.bn  # of patches of 2 x 2 latents: channel after channel, each with its four places\n"
+        scaled, undone = "z", "z"
+    elif "shift_factor" not in config:
+        given, scaled, undone = "", "z * vae.config.scaling_factor", "z / vae.config.scaling_factor"
+    elif config.get("latents_mean") is None:
         given, scaled = "", "(z - vae.config.shift_factor) * vae.config.scaling_factor"
         undone = "z / vae.config.scaling_factor + vae.config.shift_factor"
     else:
@@ -116,15 +124,15 @@ def _card_text(
         )
         scaled, undone = "(z - mean) / std", "z * std + mean"
     parts = [
-        f"# {_plain(facts.name)}\n\nAn `AutoencoderKL`: images of {config.in_channels} channels in [-1, 1] to latents "
-        f"of {config.latent_channels} channels, each side divided by {factor}. "
+        f"# {_plain(facts.name)}\n\nAn `{kind}`: images of {config.in_channels} channels in [-1, 1] to latents "
+        f"of {latent_channels_of(autoencoder)} channels, each side divided by {factor}. "
         f"{count_parameters(autoencoder):,} parameters, float32. Trained {' '.join(trained)}.",
         f"""## Use
 
 ```python
-{loading_lines(location)}
+{loading_lines(location, kind)}
 {given}with torch.no_grad():
-    z = vae.encode(images).latent_dist.sample()  # images: N x {config.in_channels} x H x W in [-1, 1]
+    z = vae.encode(images).{encoded}  # images: N x {config.in_channels} x H x W in [-1, 1]
     z = {scaled}  # what a diffusion model sees
     images = vae.decode({undone}).sample
 ```
@@ -143,7 +151,7 @@ H and W are multiples of {factor}. {_scaling_text(autoencoder, statistics)}
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _scaling_text(autoencoder: AutoencoderKL, statistics: LatentStatistics) -> str:
+def _scaling_text(autoencoder: ModelMixin, statistics: LatentStatistics) -> str:
     measured = (
         f"measured over\n{statistics.count:,} latent values (mean {statistics.mean:.4g}, "
         f"standard deviation {statistics.std:.4g})."
@@ -153,6 +161,10 @@ def _scaling_text(autoencoder: AutoencoderKL, statistics: LatentStatistics) -> s
         and autoencoder.config.latents_mean == statistics.channel_mean
     ):
         return f"`latents_mean` and `latents_std` of each channel were {measured}"
+    if "scaling_factor" not in autoencoder.config:
+        return f"The means and variances in `vae.bn` were {measured}"
+    if "shift_factor" not in autoencoder.config:
+        return f"`scaling_factor` was {measured}"
     if autoencoder.config.scaling_factor == statistics.scaling_factor:
         return f"`scaling_factor` and `shift_factor` were {measured}"
     return (
@@ -161,9 +173,11 @@ def _scaling_text(autoencoder: AutoencoderKL, statistics: LatentStatistics) -> s
     )
 
 
-def _pipeline_text(autoencoder: AutoencoderKL) -> str:
+def _pipeline_text(autoencoder: ModelMixin) -> str:
     if autoencoder.config.get("latents_mean") is not None:
         return "Pipelines of the Stable Diffusion XL kind apply `latents_mean` and `latents_std`; others do not."
+    if "shift_factor" not in autoencoder.config:
+        return ""
     return "Pipelines of the Stable Diffusion 1 and 2 kind apply `scaling_factor` only."
 
 

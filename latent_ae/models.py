@@ -1,13 +1,16 @@
 """Settings -> a diffusers autoencoder, and the one way through it."""
 
+import inspect
 from typing import NamedTuple
 
+import diffusers
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, ModelMixin, VQModel
 from torch import Tensor, nn
 
+from latent_ae.codebook import Codes, quantised
 from latent_ae.config import ModelSettings, UserError
-from latent_ae.first_stages import load_first_stage
+from latent_ae.first_stages import family_of, load_first_stage, moments_of
 from latent_ae.latent_changes import LatentChange, changed
 from latent_ae.linear_start import linear_start_
 
@@ -18,15 +21,17 @@ class Reconstruction(NamedTuple):
     image: Tensor
     """NCHW like the input, nominally in [-1, 1], not clamped."""
     mean: Tensor
-    """Posterior mean, N x latent_channels x H/f x W/f (raw: no scaling factor)."""
-    logvar: Tensor
-    """Posterior log-variance, like `mean`."""
+    """Posterior mean, N x latent_channels x H/f x W/f (raw: no scaling factor); without a posterior the latent."""
+    logvar: Tensor | None
+    """Posterior log-variance, like `mean`; None without a posterior."""
     latent: Tensor
-    """mean + exp(logvar / 2) * noise, or the mean; decoded, after a change if there is one."""
+    """mean + exp(logvar / 2) * noise, the mean, or its nearest codes; decoded, after a change if there is one."""
     to_decode: Tensor
     """The latent on its way to the decoder, before a change; its gradient is that of the image alone."""
     projected: Tensor | None = None
     """The latent as features of a vision model, N x features x H/f x W/f, where there is a projection."""
+    codes: Codes | None = None
+    """What the latent was quantised to, where there is a codebook."""
 
 
 class Reconstructor(nn.Module):
@@ -36,7 +41,7 @@ class Reconstructor(nn.Module):
     gradients are not synchronised; hence this single `forward`.
     """
 
-    def __init__(self, autoencoder: AutoencoderKL, projection: nn.Conv2d | None = None):
+    def __init__(self, autoencoder: ModelMixin, projection: nn.Conv2d | None = None):
         """`projection` maps latents to the features that they are aligned to; it is no part of the autoencoder."""
         super().__init__()
         self.autoencoder, self.projection = autoencoder, projection
@@ -49,30 +54,54 @@ class Reconstructor(nn.Module):
         `noise` (standard normal, shaped like the latent) samples the posterior; None takes its mode. `change` is
         made to the latent before it is decoded; a scaled or turned latent gives an image of that size and turn.
         """
-        posterior = self.autoencoder.encode(images).latent_dist
-        mean, logvar = posterior.mean.float(), posterior.logvar.float()
-        latent = mean if noise is None else mean + torch.exp(0.5 * logvar) * noise
+        mean, logvar = moments_of(self.autoencoder, images)
+        latent = mean if noise is None or logvar is None else mean + torch.exp(0.5 * logvar) * noise
+        codes, how = None, {}
+        if isinstance(self.autoencoder, VQModel):
+            latent, codes = quantised(mean, self.codebook)
+            how = {"force_not_quantize": True}  # it is
         projected, to_decode = None, latent
         if self.projection is not None:
             projected = self.projection(latent).float()
             to_decode = latent.view_as(latent)  # a node of its own, so that the two gradients can be told apart
         decoded = to_decode if change is None else changed(to_decode, change)
-        image = self.autoencoder.decode(decoded).sample.float()
-        return Reconstruction(image, mean, logvar, latent, to_decode, projected)
+        image = self.autoencoder.decode(decoded, **how).sample.float()
+        return Reconstruction(image, mean, logvar, latent, to_decode, projected, codes)
+
+    @property
+    def codebook(self) -> Tensor:
+        """The vectors of a VQModel, codes x channels."""
+        return self.autoencoder.quantize.embedding.weight
+
+    @property
+    def num_codes(self) -> int:
+        """0 without a codebook."""
+        return len(self.codebook) if isinstance(self.autoencoder, VQModel) else 0
 
     @property
     def last_layer(self) -> Tensor:
         """The weight of the decoder's output convolution, where the adaptive GAN weight is measured."""
-        return self.autoencoder.decoder.conv_out.weight
+        return _last_convolution(self.autoencoder.decoder)
 
     @property
     def encoder_last_layer(self) -> Tensor:
         """The weight of the encoder's output convolution, where the adaptive alignment weight is measured."""
-        return self.autoencoder.encoder.conv_out.weight
+        return _last_convolution(self.autoencoder.encoder)
 
 
-def build_autoencoder(settings: ModelSettings, *, sample_size: int, seed: int = 0) -> AutoencoderKL:
-    """A fresh float32 AutoencoderKL. The global random state is left as it was."""
+def _last_convolution(part: nn.Module) -> Tensor:
+    layer = part.conv_out if hasattr(part, "conv_out") else part.layers[-1]  # AutoencoderTiny's
+    weight: Tensor = layer.weight
+    return weight
+
+
+def build_autoencoder(settings: ModelSettings, *, sample_size: int, seed: int = 0) -> ModelMixin:
+    """A fresh float32 autoencoder. The global random state is left as it was.
+
+    Raises UserError for a `config` that its class refuses.
+    """
+    if settings.kind != "AutoencoderKL":
+        return _of_another_class(settings, sample_size, seed)
     levels = len(settings.block_out_channels)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -98,20 +127,39 @@ def build_autoencoder(settings: ModelSettings, *, sample_size: int, seed: int = 
     return autoencoder
 
 
-def load_autoencoder(location: str, *, subfolder: str | None = None, revision: str | None = None) -> AutoencoderKL:
-    """An AutoencoderKL in float32, from wherever `load_first_stage` finds one.
+def _of_another_class(settings: ModelSettings, sample_size: int, seed: int) -> ModelMixin:
+    kind = getattr(diffusers, settings.kind)
+    known = inspect.signature(kind.__init__).parameters.keys() - {"self"}
+    if unknown := sorted(settings.config.keys() - known):
+        raise UserError(
+            f"model.config.{unknown[0]}: {settings.kind} has no such key; it has {', '.join(sorted(known))}"
+        )
+    own = {key: value for key, value in (("sample_size", sample_size), ("scaling_factor", 1.0)) if key in known}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            autoencoder = kind(**own | settings.config)
+        except (TypeError, ValueError, AssertionError, IndexError, RuntimeError, ZeroDivisionError) as error:
+            raise UserError(
+                f"model.config: {settings.kind} refuses it: {' '.join(str(error).split())[:300]}"
+            ) from error
+    if hasattr(autoencoder.decoder, "condition_encoder"):  # of masks, which a first stage is not given
+        autoencoder.decoder.condition_encoder.requires_grad_(False)
+    return autoencoder
 
-    Raises UserError when there is none, or when it is of another class.
-    """
-    stage = load_first_stage(location, subfolder=subfolder, revision=revision)
-    if not isinstance(stage.module, AutoencoderKL):
-        raise UserError(f"{location} holds a {stage.name}; an AutoencoderKL is needed here")
-    return stage.module
+
+def load_autoencoder(location: str, *, subfolder: str | None = None, revision: str | None = None) -> ModelMixin:
+    """A first stage in float32, from wherever `load_first_stage` finds one. Raises UserError when there is none."""
+    return load_first_stage(location, subfolder=subfolder, revision=revision).module
 
 
-def factor_of(autoencoder: AutoencoderKL) -> int:
+def factor_of(autoencoder: ModelMixin) -> int:
     """Image px per latent px along one side."""
-    return int(2 ** (len(autoencoder.config.block_out_channels) - 1))
+    return int(family_of(autoencoder).factor(autoencoder.config))
+
+
+def latent_channels_of(autoencoder: ModelMixin) -> int:
+    return int(family_of(autoencoder).latent_channels(autoencoder.config))
 
 
 def count_parameters(module: nn.Module) -> int:

@@ -25,8 +25,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import diffusers
 import torch
-from diffusers import AutoencoderKL
+from diffusers import ModelMixin
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -34,6 +35,7 @@ from torch import Tensor, nn
 from latent_ae import __version__
 from latent_ae.config import UserError
 from latent_ae.disk import disk_trouble
+from latent_ae.first_stages import untrained
 
 from .step import TrainStep
 
@@ -78,7 +80,7 @@ def save_checkpoint(run: Path, train_step: TrainStep, state: Mapping[str, Any]) 
     shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed
     try:
         temporary.mkdir(parents=True)
-        autoencoder: AutoencoderKL = train_step.bare_reconstructor.autoencoder
+        autoencoder: ModelMixin = train_step.bare_reconstructor.autoencoder
         autoencoder.save_config(temporary)
         _save(autoencoder, temporary / "autoencoder.safetensors")
         if train_step.ema is not None:
@@ -259,11 +261,11 @@ def checkpoint_at(place: Path) -> Path | None:
     return checkpoint.folder if checkpoint is not None else None
 
 
-def load_weights(folder: Path) -> AutoencoderKL:
+def load_weights(folder: Path) -> ModelMixin:
     """The autoencoder of a whole checkpoint, float32 on the CPU: the averaged weights where there are any."""
     averaged = folder / "ema.safetensors"
     try:
-        autoencoder = AutoencoderKL.from_config(AutoencoderKL.load_config(folder))
+        autoencoder = untrained(diffusers.AutoencoderKL.load_config(folder))
         autoencoder.load_state_dict(load_file(averaged if averaged.is_file() else folder / "autoencoder.safetensors"))
     except Exception as error:  # of foreign content every reader raises kinds of its own
         raise UserError(f"checkpoint {folder} cannot be read: {' '.join(str(error).split())[:300]}") from error

@@ -176,6 +176,11 @@ class TrainSettings(Settings):
         return int(os.environ.get("WORLD_SIZE", "1"))
 
     @property
+    def knows_shape(self) -> bool:
+        """Whether these settings say the autoencoder's shape; otherwise it is checked when the autoencoder is there."""
+        return self.init_from is None and self.model.kind == "AutoencoderKL"
+
+    @property
     def smallest_px(self) -> int:
         """Side of the smallest image that the losses can look at."""
         lpips = LPIPS_MIN_PX[self.loss.perceptual_net] if self.loss.perceptual else 1
@@ -226,14 +231,14 @@ class TrainSettings(Settings):
 
     def _shape_problems(self) -> Iterator[Problem]:
         factor, side = self.model.factor, self.data.resolution
-        if self.init_from is None and side % factor:
+        if self.knows_shape and side % factor:
             yield Problem(
                 "data.resolution",
                 f"{side} is not a multiple of the model's factor {factor} (levels in model.block_out_channels): "
                 f"use {max(factor, side // factor * factor)}",
             )
         crop_px = self.validation.crop_px
-        if self.init_from is None and crop_px is not None and crop_px % factor:
+        if self.knows_shape and crop_px is not None and crop_px % factor:
             near = max(factor, crop_px // factor * factor)
             yield Problem("validate.crop_px", f"{crop_px} is not a multiple of the model's factor {factor}: use {near}")
         least = LPIPS_MIN_PX[self.loss.perceptual_net]
@@ -252,7 +257,7 @@ class TrainSettings(Settings):
                 "loss.perceptual",
                 f"LPIPS sees 1 or 3 channels, model.in_channels is {self.model.in_channels}: set loss.perceptual to 0",
             )
-        if self.export_for is not None and self.init_from is None:
+        if self.export_for is not None and self.knows_shape:
             for line in misfits(self.export_for, {key: getattr(self.model, key) for key in SHAPE}):
                 yield Problem("export_for", f"{self.export_for}: {line}")
         if not (self.loss.pixel_weight or self.loss.perceptual):
@@ -281,7 +286,7 @@ class TrainSettings(Settings):
         if 2 * self.loss.kl_cycles > self.steps:
             yield Problem("loss.kl_cycles", f"{self.loss.kl_cycles} cycles in {self.steps} steps: a cycle needs two")
         least, channels = self.latents.min_channels, self.model.latent_channels
-        if least and self.init_from is None and least >= channels:
+        if least and self.knows_shape and least >= channels:
             yield Problem("latents.min_channels", f"{least} of {channels} latent channels masks none: use fewer")
         if self.latents.equivariance and self.compile:
             yield Problem(
@@ -289,7 +294,7 @@ class TrainSettings(Settings):
                 "changes the images' size from step to step, and compiled networks are compiled for each anew: "
                 "set compile=false",
             )
-        if self.latents.equivariance and self.init_from is None:
+        if self.latents.equivariance and self.knows_shape:
             yield from self.size_problems(self.model.factor)
         if (model := self.alignment.model) is not None:
             if find_spec("transformers") is None:

@@ -14,8 +14,9 @@ from latent_ae.config import UserError, to_yaml
 from latent_ae.data import ImageSource, posterior_noise, training_batches
 from latent_ae.disk import write_json
 from latent_ae.export import CardFacts, export_autoencoder, loading_lines, push_to_hub
+from latent_ae.first_stages import moments_of
 from latent_ae.latents import LatentStatistics
-from latent_ae.models import Reconstructor, factor_of
+from latent_ae.models import Reconstructor, factor_of, latent_channels_of
 from latent_ae.precision import verdict
 
 from .agreement import Agreed
@@ -99,7 +100,7 @@ def measure_latents(
     """Statistics of posterior samples of training crops, over all processes. Every process calls this."""
     autoencoder, data = reconstructor.autoencoder, settings.data
     factor, processes = factor_of(autoencoder), accelerator.num_processes
-    shape = (int(autoencoder.config.latent_channels), data.resolution // factor, data.resolution // factor)
+    shape = (latent_channels_of(autoencoder), data.resolution // factor, data.resolution // factor)
     micro_batch = settings.micro_batch
     batches = training_batches(
         source,
@@ -119,13 +120,16 @@ def measure_latents(
             except UserError as error:  # the others wait below
                 failure = str(error)
                 break
-            posterior = autoencoder.encode(batch.images.to(accelerator.device)).latent_dist
+            mean, logvar = moments_of(autoencoder, batch.images.to(accelerator.device))
             noise = posterior_noise(settings.seed, batch.numbers, shape).to(accelerator.device)
             # the same crops however the batch is split
             rows = [row for row, number in enumerate(batch.numbers) if number < STATISTICS_CROPS]
             if rows:
-                sample = posterior.mean + posterior.std * noise
-                statistics.update(sample[rows], posterior.mean[rows], posterior.logvar[rows])
+                if logvar is None:
+                    statistics.update(mean[rows])
+                else:
+                    sample = mean + torch.exp(0.5 * logvar) * noise
+                    statistics.update(sample[rows], mean[rows], logvar[rows])
     failures = [told for told in gather_object([failure]) if told]
     if failures:
         raise UserError(failures[0])
@@ -161,10 +165,10 @@ def show_results(run: Path, results: dict[str, Any]) -> None:
     count = held_out["after"].get("n", 0)
     print(f"Held-out images ({count}), before and after training:\n")
     print(text_table(result_rows(held_out)))
-    print(f"\nexport   {run / 'export'}   scaling_factor {export['scaling_factor']:.4f}", end="")
-    print(f"   shift_factor {export['shift_factor']:.4f}")
+    factors = [f"{key} {export[key]:.4f}" for key in ("scaling_factor", "shift_factor") if export[key] is not None]
+    print("   ".join([f"\nexport   {run / 'export'}", *factors]))
     print(f"         stock diffusers reloads it with a largest difference of {export['max_abs_difference']:.1e}")
-    if "precision" in export:  # results of an older version have none
+    if export.get("precision"):  # other classes have none, nor results of an older version
         print(f"         {verdict(export['precision'])}")
     print(f"report   {run / 'report.html'}\n\nLoad it with\n")
-    print(loading_lines(run / "export"))
+    print(loading_lines(run / "export", export.get("class", "AutoencoderKL")))

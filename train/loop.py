@@ -13,7 +13,7 @@ from tqdm import tqdm
 from latent_ae.config import UserError
 from latent_ae.data import Batch, open_images, posterior_noise, training_batches
 from latent_ae.diffaug import NUMBERS
-from latent_ae.models import Reconstructor, factor_of
+from latent_ae.models import Reconstructor, factor_of, latent_channels_of
 from latent_ae.order import augmentation_numbers
 from latent_ae.perceptual import LPIPS
 from latent_ae.pipelines import SHAPE, refuse_misfit
@@ -89,7 +89,7 @@ def train(settings: TrainSettings) -> dict[str, Any]:
         vision = projection = None
         if settings.alignment.model:
             vision = VisionModel(settings.alignment.model, settings.data.resolution // factor).to(accelerator.device)
-            projection = starting_projection(settings, int(autoencoder.config.latent_channels), vision.num_features)
+            projection = starting_projection(settings, latent_channels_of(autoencoder), vision.num_features)
         ema = Ema(autoencoder.to(accelerator.device), settings.ema.decay) if settings.ema.decay else None
         discriminator = starting_discriminator(settings, channels) if settings.gan.weight else None
     if settings.compile:
@@ -126,7 +126,7 @@ def train(settings: TrainSettings) -> dict[str, Any]:
         first_batch=first_step,
         stream_state=stream_state_of(checkpoint, accelerator),
     )
-    latent_shape = (int(autoencoder.config.latent_channels), *(2 * [settings.data.resolution // factor]))
+    latent_shape = (latent_channels_of(autoencoder), *(2 * [settings.data.resolution // factor]))
     bad_files = BadFiles(accelerator, settings.data, source, log)
     feed = Feed(batches, settings, latent_shape, accelerator.device, channels, bad_files)
     progress = tqdm(

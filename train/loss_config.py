@@ -39,6 +39,11 @@ class LossSettings(Settings):
     free_bits: Weight = 0.0
     """Nats per latent dimension below which a sample's channel is not drawn to the prior any further."""
 
+    commitment: Weight = 0.25
+    """Of a codebook: weight of the term that draws latents to their codes; codes are drawn to them with weight 1."""
+    revive_after: NonNegative = 100
+    """Of a codebook: steps without use after which a code starts again as a latent of the day; 0: never."""
+
     def problems(self) -> Iterator[Problem]:
         rate = [key for key in ("kl_warmup", "kl_cycles", "kl_target", "free_bits") if getattr(self, key)]
         if rate and not self.kl:

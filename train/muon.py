@@ -13,11 +13,14 @@ MOMENTUM = 0.95
 
 
 def inner_weights(network: nn.Module) -> list[nn.Parameter]:
-    """What Muon is for: matrices and convolutions, but for the first and last layer of encoder and decoder."""
+    """What Muon is for: matrices and convolutions, but for the first and last layer of encoder and decoder,
+    and the codes of a codebook, which are no linear map."""
     return [
         parameter
         for name, parameter in network.named_parameters()
-        if parameter.ndim > 1 and parameter.requires_grad and not name.endswith(("conv_in.weight", "conv_out.weight"))
+        if parameter.ndim > 1
+        and parameter.requires_grad
+        and not name.endswith(("conv_in.weight", "conv_out.weight", "embedding.weight"))
     ]
 
 

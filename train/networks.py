@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch._dynamo
 import torch._functorch.config as functorch_config
-from diffusers import AutoencoderKL
+from diffusers import ModelMixin
 from diffusers.models.resnet import ResnetBlock2D
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -15,14 +15,14 @@ from torch import Tensor, nn
 
 from latent_ae.config import ModelSettings, UserError
 from latent_ae.discriminators import PatchDiscriminator
-from latent_ae.models import build_autoencoder, factor_of, load_autoencoder
+from latent_ae.models import build_autoencoder, factor_of, latent_channels_of, load_autoencoder
 
 from .checkpoint import checkpoint_at, misfits
 from .config import TrainSettings
 from .finish import finished_results
 
 
-def starting_autoencoder(settings: TrainSettings) -> AutoencoderKL:
+def starting_autoencoder(settings: TrainSettings) -> ModelMixin:
     """A fresh autoencoder of model.*, or the one that init_from names; what does not learn is frozen.
 
     Raises UserError when the latter does not go with the other settings.
@@ -30,6 +30,8 @@ def starting_autoencoder(settings: TrainSettings) -> AutoencoderKL:
     name, data = settings.init_from, settings.data
     if name is None:
         autoencoder = build_autoencoder(settings.model, sample_size=data.resolution, seed=settings.seed)
+        if settings.model.kind != "AutoencoderKL":  # whose shape the settings know
+            _refuse_misfit(autoencoder, f"this {settings.model.kind}", settings)
     else:
         autoencoder = load_autoencoder(_place_of_weights(name))
         _refuse_misfit(autoencoder, name, settings)
@@ -49,15 +51,11 @@ def _place_of_weights(name: str) -> str:
     return str(place / "export" if finished_results(place, step) is not None else folder)
 
 
-def freeze_part(autoencoder: AutoencoderKL, settings: TrainSettings) -> None:
+def freeze_part(autoencoder: ModelMixin, settings: TrainSettings) -> None:
     """Takes the gradient from what `train` leaves fixed."""
-    fixed = {
-        "all": (),
-        "decoder": (autoencoder.encoder, autoencoder.quant_conv),
-        "encoder": (autoencoder.decoder, autoencoder.post_quant_conv),
-    }
-    for part in fixed[settings.train]:
-        if part is not None:  # models without quant_conv
+    fixed = {"all": (), "decoder": ("encoder", "quant_conv", "quantize"), "encoder": ("decoder", "post_quant_conv")}
+    for name in fixed[settings.train]:
+        if (part := getattr(autoencoder, name, None)) is not None:  # not every model has all of them
             part.requires_grad_(False)
 
 
@@ -79,7 +77,7 @@ def starting_projection(settings: TrainSettings, latent_channels: int, features:
         return nn.Conv2d(latent_channels, features, kernel_size=1, bias=False)
 
 
-def compile_networks(autoencoder: AutoencoderKL, discriminator: PatchDiscriminator | None) -> None:
+def compile_networks(autoencoder: ModelMixin, discriminator: PatchDiscriminator | None) -> None:
     """Compiles the autoencoder's residual blocks and the discriminator in place; names of weights do not change.
 
     Only blocks: the decoder's last layer stays outside, so that the adaptive weight's gradient of it alone does not run
@@ -96,10 +94,10 @@ def compile_networks(autoencoder: AutoencoderKL, discriminator: PatchDiscriminat
         discriminator.compile()
 
 
-def _refuse_misfit(autoencoder: AutoencoderKL, name: str, settings: TrainSettings) -> None:
+def _refuse_misfit(autoencoder: ModelMixin, name: str, settings: TrainSettings) -> None:
     factor = factor_of(autoencoder)
     channels = int(autoencoder.config.in_channels)
-    if settings.model != ModelSettings():
+    if settings.init_from is not None and settings.model != ModelSettings():
         with torch.device("meta"):
             asked = build_autoencoder(settings.model.model_copy(update={"init": "default"}), sample_size=1).config
         keys = ModelSettings.model_fields.keys() - {"init"}  # how fresh weights begin
@@ -114,7 +112,7 @@ def _refuse_misfit(autoencoder: AutoencoderKL, name: str, settings: TrainSetting
             raise UserError(f"{key}: {side} is not a multiple of {name}'s factor {factor}")
     for problem in settings.size_problems(factor):
         raise UserError(f"{problem.key}: {problem.message}")
-    least, latent_channels = settings.latents.min_channels, int(autoencoder.config.latent_channels)
+    least, latent_channels = settings.latents.min_channels, latent_channels_of(autoencoder)
     if least and least >= latent_channels:
         raise UserError(f"latents.min_channels: {least} of {name}'s {latent_channels} channels masks none: use fewer")
     if settings.alignment.model and channels not in (1, 3):

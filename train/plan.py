@@ -3,7 +3,7 @@
 import torch
 
 from latent_ae.discriminators import PatchDiscriminator
-from latent_ae.models import build_autoencoder, count_parameters, factor_of
+from latent_ae.models import build_autoencoder, count_parameters, factor_of, latent_channels_of
 
 from .config import TrainSettings
 from .networks import freeze_part, starting_autoencoder
@@ -33,7 +33,7 @@ def describe_plan(settings: TrainSettings) -> str:
     part = "" if learning == weights else f" ({learning:,} learn)"
     factor = factor_of(autoencoder)
     side = settings.data.resolution // factor
-    latent = f"{autoencoder.config.latent_channels} x {side} x {side}"
+    latent = f"{latent_channels_of(autoencoder)} x {side} x {side}"
     gan_lines = "off"
     if settings.gan.weight:
         start, felt = settings.gan.start, settings.gan.start + settings.gan.discriminator_warmup

@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL
+from diffusers import ModelMixin
 
 from latent_ae.config import UserError
 from latent_ae.disk import writing
@@ -31,7 +31,7 @@ def preflight(run: Path, settings: TrainSettings, train_step: TrainStep) -> None
     if settings.push_to_hub is not None:
         check_upload(settings.push_to_hub)
     _check_places(run)
-    autoencoder: AutoencoderKL = train_step.bare_reconstructor.autoencoder
+    autoencoder: ModelMixin = train_step.bare_reconstructor.autoencoder
     weights = count_parameters(autoencoder) * BYTES
     learning = BYTES * sum(p.numel() for p in autoencoder.parameters() if p.requires_grad)
     judge = BYTES * (
@@ -52,7 +52,7 @@ def preflight(run: Path, settings: TrainSettings, train_step: TrainStep) -> None
         )
     with writing(run), tempfile.TemporaryDirectory(prefix=".preflight-", dir=run) as folder:
         autoencoder.save_pretrained(folder)
-        again = AutoencoderKL.from_pretrained(folder, torch_dtype=torch.float32).state_dict()
+        again = type(autoencoder).from_pretrained(folder, torch_dtype=torch.float32).state_dict()
         write_report(Path(folder), settings, [])
         for number, size in enumerate(files):
             _allocate(Path(folder) / f"{number}", size)

@@ -13,6 +13,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from latent_ae.codebook import code_counts, codebook_loss
 from latent_ae.diffaug import NUMBERS, augment
 from latent_ae.losses import (
     alignment_loss,
@@ -30,6 +31,7 @@ from latent_ae.vision import VisionModel
 from .config import TrainSettings
 from .ema import Ema
 from .micro_batch import MicroBatch, as_drawn
+from .revival import revive_codes
 from .schedule import GanPhase, gan_phase_at, kl_weight_at
 from .step_state import StepState
 from .update import Update
@@ -54,7 +56,7 @@ class TrainStep:
         self.bare_reconstructor = accelerator.unwrap_model(reconstructor)
         self.bare_discriminator = accelerator.unwrap_model(discriminator) if discriminator is not None else None
         self.perceptual, self.ema, self.vision = perceptual, ema, vision
-        self.state = StepState(settings).to(accelerator.device)
+        self.state = StepState(settings, self.bare_reconstructor.num_codes).to(accelerator.device)
         self.update = Update(settings, self.bare_reconstructor, self.bare_discriminator, self.state.logvar)
         self.optimizer, self.muon = self.update.optimizer, self.update.muon
         self.discriminator_optimizer = self.update.discriminator_optimizer
@@ -73,6 +75,7 @@ class TrainStep:
         settings = self.settings
         phase = gan_phase_at(step, settings.gan)
         sums: dict[str, Tensor] = {}
+        self.fresh_codes: Tensor | None = None
         for index in range(settings.accumulation):
             last = index == settings.accumulation - 1
             with nullcontext() if last else self._without_synchronisation():
@@ -86,6 +89,8 @@ class TrainStep:
         norms, bad = self.update(step, phase)
         if settings.loss.kl_target and "kl_per_dimension" in reduced:
             self.state.hold_rate(reduced["kl_per_dimension"], settings.loss.kl_target, bad)
+        if "code_counts" in reduced and settings.loss.revive_after:
+            revive_codes(self, step, reduced["code_counts"], bad)
         if self.ema is not None:
             self.ema.update(self.bare_reconstructor.autoencoder, step)
         return means | norms
@@ -120,7 +125,17 @@ class TrainStep:
                 gradient = torch.add(gradient, adversarial * weight)
 
         outputs, gradients = [result.image], [gradient * share]
-        if settings.loss.kl and result.mean.requires_grad:  # not when the encoder is fixed
+        if result.codes is not None and result.mean.requires_grad:
+            objective = codebook_loss(result.mean, result.codes.vectors, settings.loss.commitment)
+            means["codebook"] = objective.detach()
+            outputs.append(objective)
+            gradients.append(torch.full_like(objective, share))
+        if result.codes is not None:
+            means["code_counts"] = code_counts(result.codes.indices, self.bare_reconstructor.num_codes)
+            if self.fresh_codes is None:  # of the step's first sample, which is the same however the batch is split
+                self.fresh_codes = result.mean.detach()[0].flatten(1).T
+        # not when the encoder is fixed, or there is no posterior
+        if settings.loss.kl and result.logvar is not None and result.mean.requires_grad:
             objective, kl_weight, logs = self._rate(result, step, image_elements=images[0].numel())
             means |= logs
             outputs.append(objective)
@@ -164,6 +179,7 @@ class TrainStep:
     ) -> tuple[Tensor, Tensor | float, dict[str, Tensor]]:
         """The KL term, its weight in this step, and what to log."""
         loss = self.settings.loss
+        assert result.logvar is not None
         objective = kl = kl_loss(result.mean, result.logvar, image_elements)
         means = {"kl": kl.detach(), "kl_per_dimension": kl.detach() * (image_elements / result.mean[0].numel())}
         if loss.free_bits:

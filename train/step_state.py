@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from latent_ae.codebook import perplexity
 from latent_ae.losses import adaptive_ratio
 
 from .config import TrainSettings
@@ -32,8 +33,9 @@ class StepState(nn.Module):
     lecam_averages: Tensor
     kl_control: Tensor
     alignment_weight: Tensor
+    code_age: Tensor
 
-    def __init__(self, settings: TrainSettings) -> None:
+    def __init__(self, settings: TrainSettings, num_codes: int = 0) -> None:
         super().__init__()
         # 0 until the first measurement, so the first step with an adversarial term only measures
         self.register_buffer("adaptive_weight", torch.zeros(()))
@@ -45,6 +47,9 @@ class StepState(nn.Module):
 
         if settings.alignment.model and settings.alignment.adaptive:
             self.register_buffer("alignment_weight", torch.zeros(()))
+        if num_codes:
+            # steps since each code was last taken; at the start all wait for a latent to begin as
+            self.register_buffer("code_age", torch.full((num_codes,), float(settings.loss.revive_after)))
 
     @property
     def kl_weight(self) -> Tensor:
@@ -63,6 +68,7 @@ class StepState(nn.Module):
         sought = ("layer_reconstruction", "layer_adversarial", "logvar_gradient", "encoder_image", "encoder_alignment")
         names: list[str] = [name for name in sought if name in means]
         names += ["logits_real", "logits_fake"] if phase.discriminator and gan.lecam else []
+        names += ["code_counts"] if "code_counts" in means else []
         names += ["kl_per_dimension"] if settings.loss.kl_target and "kl_per_dimension" in means else []
         if not names:
             return {}
@@ -89,6 +95,10 @@ class StepState(nn.Module):
             ratio = torch.where(reduced["encoder_alignment"].norm() > 0, ratio, torch.nan)
             smooth_(self.alignment_weight, ratio, ALIGNMENT_SMOOTHING)
             means["alignment_weight"] = settings.alignment.weight * self.alignment_weight
+        if "code_counts" in reduced:
+            del means["code_counts"]
+            means["codebook_perplexity"] = perplexity(reduced["code_counts"])
+            means["codebook_used"] = (reduced["code_counts"] > 0).float().mean()
         if "logvar_gradient" in reduced:
             self.logvar.grad = reduced["logvar_gradient"].detach().clone()
             del means["logvar_gradient"]

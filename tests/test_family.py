@@ -1,0 +1,159 @@
+"""Every class of first stage trains, resumes, exports for stock diffusers; and the codebook of a VQModel."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from diffusers import VQModel
+from safetensors.torch import load_file
+
+from latent_ae.__main__ import main
+from latent_ae.codebook import code_counts, codebook_loss, perplexity, quantised
+from latent_ae.first_stages import load_first_stage
+
+from .launch import launch_module
+from .test_train import differing_tensors, largest_difference, no_finish, pictures, words
+
+__all__ = ["no_finish", "pictures"]  # fixtures
+BLOCKS = {"down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2}
+KL_LIKE = {**BLOCKS, "block_out_channels": [16, 16], "norm_num_groups": 4, "mid_block_add_attention": False}
+SHAPES: dict[str, dict[str, Any]] = {
+    "VQModel": {**KL_LIKE, "latent_channels": 4, "vq_embed_dim": 3, "num_vq_embeddings": 32},
+    "AutoencoderTiny": {
+        **{"encoder_block_out_channels": [8, 8], "decoder_block_out_channels": [8, 8]},
+        **{"num_encoder_blocks": [1, 1], "num_decoder_blocks": [1, 1]},
+    },
+    "AutoencoderDC": {
+        **{"latent_channels": 4, "attention_head_dim": 4},
+        **{"encoder_block_types": "ResBlock", "decoder_block_types": "ResBlock"},
+        **{"encoder_block_out_channels": [8, 16], "decoder_block_out_channels": [8, 16]},
+        **{"encoder_layers_per_block": [1, 1], "decoder_layers_per_block": [1, 1]},
+        **{"encoder_qkv_multiscales": [[], []], "decoder_qkv_multiscales": [[], []]},
+    },
+    "AsymmetricAutoencoderKL": {
+        **BLOCKS,
+        **{"down_block_out_channels": [16, 16], "up_block_out_channels": [16, 24], "norm_num_groups": 4},
+    },
+    "AutoencoderKLFlux2": {**KL_LIKE, "latent_channels": 4},
+}
+
+
+def family_words(pictures: Path, run: Path, kind: str, *more: str) -> list[str]:
+    """Of tests.test_train's run, with another class in place of the AutoencoderKL."""
+    model = ["model={}", f"model.kind={kind}", f"model.config={json.dumps(SHAPES[kind])}"]
+    kept = [word for word in words(pictures, run) if not word.startswith("model.")]
+    return [*kept, *model, *more]
+
+
+@pytest.mark.parametrize("kind", SHAPES)
+def test_every_class_trains_and_its_export_is_stock(pictures: Path, tmp_path: Path, kind: str) -> None:
+    run = tmp_path / "run"
+    assert main(family_words(pictures, run, kind)) == 0
+    before, after = (load_file(run / f"checkpoints/step-0000000{n}/autoencoder.safetensors") for n in (2, 6))
+    learning = [name for name in before if "condition_encoder" not in name and not name.startswith("bn.")]
+    assert all(not torch.equal(before[name], after[name]) for name in learning)
+    stock = getattr(diffusers, kind).from_pretrained(run / "export").eval()
+    averaged = load_file(run / "checkpoints/step-00000006/ema.safetensors")
+    assert all(torch.equal(stock.state_dict()[name], averaged[name]) for name in learning)
+    results = json.loads((run / "results.json").read_text())
+    assert results["export"]["max_abs_difference"] <= 1e-5
+    assert all(results["held_out"]["after"][key] is not None for key in ("psnr", "ssim"))
+    if "scaling_factor" in stock.config:
+        assert stock.config.scaling_factor == pytest.approx(1 / results["latents"]["std"])
+    assert f"from diffusers import {kind}" in (run / "export/README.md").read_text()
+    # a checkpoint is a first stage, too, and another run can begin with the export
+    assert load_first_stage(str(run / "checkpoints/step-00000006")).name == kind
+    further = [word for word in words(pictures, tmp_path / "further") if not word.startswith("model.")]
+    assert main([*further, "model={}", f"init_from={run / 'export'}", "steps=1"]) == 0
+
+
+def test_flux2_latents_are_normalised_by_its_batch_norm(pictures: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert main(family_words(pictures, run, "AutoencoderKLFlux2", "steps=2")) == 0
+    stock = diffusers.AutoencoderKLFlux2.from_pretrained(run / "export").eval()
+    found = json.loads((run / "results.json").read_text())["latents"]
+    # as the pipeline makes patches: channel after channel, each with its 2 x 2 places
+    means, deviations = ([value for value in found[key] for _ in range(4)] for key in ("channel_mean", "channel_std"))
+    assert stock.bn.running_mean.tolist() == pytest.approx(means, rel=1e-5)
+    assert stock.bn.running_var.sqrt().tolist() == pytest.approx(deviations, rel=1e-5)
+
+
+@pytest.mark.usefixtures("no_finish")
+def test_a_codebook_resumes_and_splits_alike(pictures: Path, tmp_path: Path) -> None:
+    """With codes that are revived on the way."""
+    more = ("optim.schedule=constant", "loss.revive_after=1", "micro_batch_size=2", "ema.decay=0.5")
+    whole, parts, two = tmp_path / "whole", tmp_path / "parts", tmp_path / "two"
+    assert main(family_words(pictures, whole, "VQModel", *more)) == 0
+    assert main(family_words(pictures, parts, "VQModel", *more, "steps=2")) == 0
+    assert main(family_words(pictures, parts, "VQModel", *more)) == 0
+    last = "checkpoints/step-00000006"
+    assert differing_tensors(whole / last, parts / last) == []
+    result = launch_module(2, *family_words(pictures, two, "VQModel", *more))
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert largest_difference(whole / last, two / last) < 1e-5
+    events = [json.loads(line) for line in (whole / "log.jsonl").read_text().splitlines()]
+    logged = [event for event in events if event["event"] == "train"]
+    assert all(1 <= event["codebook_perplexity"] <= 32 and 0 < event["codebook_used"] <= 1 for event in logged)
+    assert all("kl" not in event and event["codebook"] > 0 for event in logged)
+
+
+@pytest.mark.usefixtures("no_finish")
+def test_reviving_puts_more_codes_to_use(pictures: Path, tmp_path: Path) -> None:
+    """diffusers' fresh codes lie near 0 together, and most are never the nearest."""
+    used = []
+    for revive_after in (0, 2):
+        run = tmp_path / f"revive-{revive_after}"
+        more = ("steps=40", f"loss.revive_after={revive_after}", "gan.weight=0", "log.every=40", "optim.lr=1e-3")
+        assert main(family_words(pictures, run, "VQModel", *more, "checkpoint.every=40", "validate.every=40")) == 0
+        events = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+        used.append([event for event in events if event["event"] == "train"][-1]["codebook_used"])
+    assert used[1] > 2 * used[0] and used[1] > 0.5
+
+
+def test_codes_are_those_of_diffusers() -> None:
+    torch.manual_seed(0)
+    shape = {key: tuple(value) if isinstance(value, list) else value for key, value in SHAPES["VQModel"].items()}
+    model = VQModel(**shape)
+    torch.nn.init.normal_(model.quantize.embedding.weight)
+    latent = torch.randn(2, 3, 5, 4, requires_grad=True)
+    ours, codes = quantised(latent, model.quantize.embedding.weight)
+    theirs, their_loss, (_, _, indices) = model.quantize(latent)
+    assert torch.equal(codes.indices.flatten(), indices)
+    assert torch.allclose(ours, theirs, atol=1e-6)
+    (slope,) = torch.autograd.grad((ours * torch.arange(4.0)).sum(), latent)
+    assert torch.equal(slope, torch.arange(4.0).expand_as(latent)), "straight through"
+    # diffusers puts the weight on the term of the codes, the paper on that of the latents: the sum is the same
+    loss = codebook_loss(latent, codes.vectors, 0.25)
+    assert float(loss.detach()) == pytest.approx(float(their_loss.detach()), rel=1e-5)
+    to_latent, to_codes = torch.autograd.grad(loss, (latent, model.quantize.embedding.weight))
+    away = latent.detach() - codes.vectors.detach()
+    assert torch.allclose(to_latent, 0.25 * 2 * away / away.numel(), atol=1e-7)
+    expected = torch.zeros_like(to_codes).index_add_(0, indices, -2 * away.movedim(1, -1).flatten(0, 2) / away.numel())
+    assert torch.allclose(to_codes, expected, atol=1e-7)
+
+
+def test_perplexity_and_counts() -> None:
+    assert float(perplexity(torch.ones(8))) == pytest.approx(8)
+    assert float(perplexity(torch.tensor([5.0, 0.0, 0.0]))) == pytest.approx(1)
+    assert float(perplexity(torch.tensor([3.0, 1.0]))) == pytest.approx(4 / 3**0.75)
+    assert code_counts(torch.tensor([[[0, 2], [2, 2]]]), 4).tolist() == [1, 0, 3, 0]
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("model.config={num_vq_embedings: 5}", "model.config.num_vq_embedings: VQModel has no such key"),
+        ("model.config={block_out_channels: [7]}", "model.config: VQModel refuses it"),
+        ("model.latent_channels=5", "model.latent_channels: is AutoencoderKL's"),
+        ("data.resolution=15", "data.resolution: 15 is not a multiple"),
+        ("model.kind=VQGAN", "model.kind"),
+    ],
+)
+def test_mistakes_are_said(
+    pictures: Path, tmp_path: Path, word: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(family_words(pictures, tmp_path / "run", "VQModel", word)) == 2
+    assert said in capsys.readouterr().err
