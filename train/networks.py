@@ -13,11 +13,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from latent_ae.checkpoints import checkpoint_at
 from latent_ae.config import ModelSettings, UserError
 from latent_ae.discriminators import PatchDiscriminator
 from latent_ae.models import build_autoencoder, factor_of, latent_channels_of, load_autoencoder
 
-from .checkpoint import checkpoint_at, misfits
+from .checkpoint import misfits
 from .config import TrainSettings
 from .finish import finished_results
 
