@@ -78,13 +78,13 @@ def training_batches(
     if batch_size % (micro_batch_size * world_size):
         parts = f"micro_batch_size {micro_batch_size} x {world_size} processes"
         raise UserError(f"batch_size: {batch_size} is not a multiple of {parts}")
-    if isinstance(source, StreamSource):
+    if streams := isinstance(source, StreamSource):
         source.check_readers(rank, world_size, max(1, settings.num_workers), stream_state)
     elif len(source) == 0:
         raise UserError(f"data.source: {settings.source} holds no images")
-    states = stream_state["workers"] if stream_state else [None] * max(1, settings.num_workers)
+    states = stream_state["workers"] if stream_state and streams else [None] * max(1, settings.num_workers)
     crops = _Crops(source, settings, channels, seed, share, first_batch * share.micro_steps, states)
-    return _received(crops, isinstance(source, StreamSource))
+    return _received(crops, streams)
 
 
 def stop_if_too_many_bad(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from latent_ae.config import UserError
-from latent_ae.latent_files import DATA, MANIFEST, read_manifest
+from latent_ae.latent_files import DATA, MANIFEST, STORED, read_manifest
 
 
 def open_latents(folder: str | Path) -> "LatentCache":
@@ -36,6 +36,13 @@ def open_latents(folder: str | Path) -> "LatentCache":
         raise UserError(f"{folder}: the latents cannot be read: {reason}") from error
     if len(dataset) != manifest["data"]["num_images"]:
         raise UserError(f"{folder}: {len(dataset)} of {manifest['data']['num_images']} latents are there; encode again")
+    for name in ("mean", "logvar", "mean_flip", "logvar_flip"):
+        column = dataset.features.get(name)
+        if column is None and name != "mean":
+            continue
+        shape = tuple(manifest["latent"]["shape"])
+        if not isinstance(column, datasets.Array3D) or column.shape != shape or column.dtype not in STORED.values():
+            raise UserError(f"{folder}: the column {name} does not hold the latents of {MANIFEST}; encode again")
     return LatentCache(folder, manifest, dataset)
 
 

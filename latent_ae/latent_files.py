@@ -11,12 +11,13 @@ import shutil
 import sys
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
+import pydantic
 from filelock import FileLock, Timeout
 
 from latent_ae.config import UserError
@@ -28,6 +29,49 @@ MANIFEST, DATA, UNFINISHED, LOCK = "manifest.json", "data", "unfinished", ".enco
 NOTES = b"latent_ae"
 """Key of the Parquet files' metadata: the manifest, and of which images there is nothing and why."""
 STORED = {"fp16": "float16", "fp32": "float32"}
+
+
+class _Checked(pydantic.BaseModel):
+    """What others read in a manifest; there is more in it."""
+
+    class Model(pydantic.BaseModel):
+        name: str = pydantic.Field(alias="class")
+
+    class Latent(pydantic.BaseModel):
+        shape: tuple[pydantic.PositiveInt, pydantic.PositiveInt, pydantic.PositiveInt]
+        scaling_factor: pydantic.FiniteFloat
+        shift_factor: pydantic.FiniteFloat
+
+    class Data(pydantic.BaseModel):
+        num_files: pydantic.NonNegativeInt
+        num_images: pydantic.NonNegativeInt = 0
+        fingerprint: str = ""
+
+    class Labels(pydantic.BaseModel):
+        names: list[str] | None
+
+    class MadeFrom(pydantic.BaseModel):
+        model: str
+        data: Any
+        settings: dict[str, Any]
+        versions: dict[str, Any]
+
+    format: Literal[1]
+    complete: bool
+    model: Model
+    latent: Latent
+    data: Data
+    labels: Labels | None
+    made_from: MadeFrom
+    files: pydantic.NonNegativeInt = 0
+
+    @pydantic.model_validator(mode="after")
+    def _of_a_finished_one(self) -> "_Checked":
+        if self.complete and not (self.files and self.data.num_images):
+            raise ValueError("it says complete, and tells of no latents")
+        if not self.latent.scaling_factor:
+            raise ValueError("scaling_factor is 0")
+        return self
 
 
 class LatentFolder:
@@ -168,11 +212,12 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from None
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT or "complete" not in manifest:
-        raise UserError(f"{path} is not of a latent cache (or of another version of this program)")
+        text = path.read_text(encoding="utf-8")
+        manifest: dict[str, Any] = json.loads(text)
+        _Checked.model_validate_json(text, strict=True)
+    except (OSError, ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"{path} is not of a latent cache (or of another version of this program): {reason}") from None
     return manifest
 
 

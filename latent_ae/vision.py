@@ -6,7 +6,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from latent_ae.config import UserError
@@ -28,24 +27,26 @@ class VisionModel(nn.Module):
         folder = Path(folder).expanduser()
         try:
             processing = json.loads((folder / "preprocessor_config.json").read_text(encoding="utf-8"))
-            means, stds = processing["image_mean"], processing["image_std"]
-        except (OSError, ValueError, KeyError) as error:
+            for name in ("mean", "std"):
+                values = torch.tensor(processing[f"image_{name}"], dtype=torch.float32)
+                if values.numel() not in (1, 3) or not values.isfinite().all() or (name == "std" and values.min() <= 0):
+                    raise ValueError(f"image_{name} is {processing[f'image_{name}']}")
+                self.register_buffer(name, values.view(1, -1, 1, 1))
+        except Exception as error:  # what a foreign file holds may be of any kind
             raise UserError(
-                f"alignment.model: {folder} needs a preprocessor_config.json with image_mean and image_std: {error}"
+                f"alignment.model: {folder} needs a preprocessor_config.json with image_mean and image_std: "
+                f"{_reason(error)}"
             ) from error
-        for name, values in (("mean", means), ("std", stds)):
-            self.register_buffer(name, torch.tensor(values, dtype=torch.float32).view(1, -1, 1, 1))
         try:
             # no code from the folder is run, and nothing is looked for elsewhere
             self.model = AutoModel.from_pretrained(
                 folder, local_files_only=True, use_safetensors=True, trust_remote_code=False
             )
-        except (OSError, ValueError, KeyError, SafetensorError, RuntimeError) as error:
-            reason = " ".join(str(error).split())[:300]
-            raise UserError(f"alignment.model: transformers cannot load {folder}: {reason}") from error
+        except Exception as error:  # transformers raises many kinds for a foreign folder
+            raise UserError(f"alignment.model: transformers cannot load {folder}: {_reason(error)}") from error
         self.model = self.model.float().eval().requires_grad_(False)
         patch = getattr(self.model.config, "patch_size", None)
-        if self.model.main_input_name != "pixel_values" or not isinstance(patch, int):
+        if self.model.main_input_name != "pixel_values" or not isinstance(patch, int) or patch < 1:
             kind = type(self.model).__name__
             raise UserError(f"alignment.model: {folder} holds a {kind}; a vision transformer is needed, such as DINOv2")
         self.patch_px: int = patch
@@ -54,10 +55,11 @@ class VisionModel(nn.Module):
         self.extras = {"interpolate_pos_encoding": True} if "interpolate_pos_encoding" in takes else {}
         try:
             found = self(torch.zeros(1, 3, side_px, side_px), side_px)
-        except (ValueError, RuntimeError, AttributeError) as error:
+        except Exception as error:  # the model's own, of a configuration that it took and cannot work with
             size = self.patch_px * side_px
             raise UserError(
-                f"alignment.model: {folder} gives no {side_px} x {side_px} features for images of {size} px: {error}"
+                f"alignment.model: {folder} gives no {side_px} x {side_px} features for images of {size} px: "
+                f"{_reason(error)}"
             ) from error
         self.num_features: int = found.shape[1]
 
@@ -80,3 +82,7 @@ class VisionModel(nn.Module):
         tokens = self.model(pixel_values=x, **self.extras).last_hidden_state.float()
         patches = tokens[:, -(side_px**2) :]
         return patches.transpose(1, 2).reshape(len(x), -1, side_px, side_px)
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

@@ -1,6 +1,7 @@
 """Alignment to a frozen vision model: features, terms, gradients, and what it does to a run."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -210,6 +211,32 @@ def test_a_run_with_everything_goes_on_bit_for_bit(
     assert {"kl_weight", "kl_free", "scale", "noise_level", "kept_channels"} <= line.keys()
     assert main(words(pictures, parts, *more, "steps=8", "alignment.model=null")) == 2
     assert "alignment.model: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("file", "changes"),
+    [
+        ("preprocessor_config.json", changes)
+        for changes in (
+            *([], "[" * 5000, {"image_mean": "x"}, {"image_mean": None}, {"image_mean": [0.1, float("nan"), 0.1]}),
+            *({"image_mean": [0.1] * 4}, {"image_std": 0}, {"image_std": [1, 1, -1]}, {"image_std": [[1], [1, 2]]}),
+        )
+    ]
+    + [
+        ("config.json", changes)
+        for changes in (
+            *([], "[" * 5000, {"patch_size": 0}, {"patch_size": -2}, {"patch_size": "x"}, {"num_attention_heads": 0}),
+            *({"hidden_size": None}, {"num_hidden_layers": "x"}, {"model_type": []}, {"hidden_act": "evil"}),
+        )
+    ],
+)
+def test_a_foreign_folder_ends_in_a_message(file: str, changes: Any, folder: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    if isinstance(changes, dict):
+        changes = json.loads((folder / file).read_text()) | changes
+    (copy / file).write_text(changes if isinstance(changes, str) else json.dumps(changes))
+    with pytest.raises(UserError, match="alignment.model: "):
+        VisionModel(copy, 4)
 
 
 def test_what_cannot_serve_is_refused_with_the_reason(

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -322,6 +323,33 @@ def test_folders_are_classes_only_if_every_image_has_one(model, photos, tmp_path
     assert one["data"]["num_images"] == 1 and one["labels"]["names"] == ["chat", "größe"]  # numbered as in the whole
     with pytest.raises(UserError, match="label_column: x is of tables"):
         encode_images(model, photos, tmp_path / "never", SETTINGS.model_copy(update={"label_column": "x"}))
+
+
+def test_a_foreign_manifest_ends_in_a_message(model, photos, cache, tmp_path, capsys):
+    good = json.loads((cache / "manifest.json").read_text())
+    out = tmp_path / "out"
+    out.mkdir()
+
+    def refused(text):
+        (out / "manifest.json").write_text(text)
+        for call in (lambda: open_latents(out), lambda: encode_images(model, photos, out, SETTINGS)):
+            with pytest.raises(UserError, match="manifest.json is not of a latent cache"):
+                call()
+
+    refused('{"format":1,"complete":true}')
+    refused("[" * 5000)
+    for key in good.keys() & {"format", "complete", "model", "latent", "data", "labels", "made_from", "files"}:
+        for value in ([], "x", -1, {}):
+            refused(json.dumps(good | {key: value}))
+    for key, value in (("shape", [4, 8]), ("shape", [4, 8, 0]), ("scaling_factor", 0), ("shift_factor", None)):
+        refused(json.dumps(good | {"latent": good["latent"] | {key: value}}))
+    # one that is well made, of other files
+    shutil.rmtree(out)
+    shutil.copytree(cache, out)
+    latent = good["latent"] | {"shape": [size * 2 for size in good["latent"]["shape"]]}
+    (out / "manifest.json").write_text(json.dumps(good | {"latent": latent}))
+    with pytest.raises(UserError, match="the column mean does not hold the latents"):
+        open_latents(out)
 
 
 def test_mistakes_end_with_exit_code_2_and_what_to_do(model, photos, cache, tmp_path, capsys):

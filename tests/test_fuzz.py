@@ -24,11 +24,17 @@ from safetensors.torch import save
 
 from latent_ae.checkpoints import MANIFEST
 from latent_ae.config import UserError, all_keys, load_settings, to_yaml
+from latent_ae.encode import encode_images
+from latent_ae.encode_settings import EncodeSettings
 from latent_ae.images import ImageError, decode, kind_of
+from latent_ae.latent_cache import open_latents
 from latent_ae.weight_files import Trunk, Unusable, read_any, read_checked, read_ckpt, read_pth, store
 from latent_ae_train.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
 from latent_ae_train.config import TrainSettings
+from latent_ae_train.networks import _place_of_weights
+from latent_ae_train.run_folder import changes_since
 
+from .test_first_stages import tiny
 from .tiny import GAN, STATE, build_step, micro_batches, reseal, settings_for
 
 EXAMPLES = int(os.environ.get("LATENT_AE_FUZZ", "0"))
@@ -230,8 +236,8 @@ def test_the_pictures_are_good_before_they_are_damaged() -> None:
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Any:
     step = build_step(settings_for(gan={**GAN, "lecam": 0.01}, ema={"decay": 0.9}, batch_size=2))
     step(0, micro_batches(0, step.settings))
-    folder = tmp_path_factory.mktemp("saved")
-    return step, save_checkpoint(folder, step, {**STATE, "step": 2, "num_images_seen": 4}).folder
+    folder, settings = tmp_path_factory.mktemp("saved"), step.settings.model_dump(mode="json", by_alias=True)
+    return step, save_checkpoint(folder, step, {**STATE, "settings": settings, "step": 2, "num_images_seen": 4}).folder
 
 
 json_values = st.recursive(
@@ -273,13 +279,73 @@ def test_checkpoints(
     try:
         checkpoint = newest_checkpoint(run)
         assert checkpoint is not None
+        _place_of_weights(str(run))
         state = checkpoint.state()
+        changes_since(checkpoint, step.settings)
         load_checkpoint(checkpoint, step)
     except UserError as error:
-        assert str(copy.parent) in str(error)
+        assert str(run) in str(error)
     else:
         assert state["step"] == 2
         assert sealed or name == MANIFEST or worse == content, "damage that went unseen"
+
+
+WRONG: list[dict[str, Any]] = [
+    *({"settings": {}}, {"num_processes": 0}, {"num_processes": "x"}, {"stream_states": []}, {"stream_states": [5]}),
+    *({"stream_states": [{}]}, {"stream_states": [{"workers": [{}]}]}, {"step": "2"}, {"step": None}),
+    *({"settings.micro_batch_size": "x"}, {"settings.micro_batch_size": [1]}, {"settings.gan": {"weight": 1}}),
+    *({"settings.gan": {"weight": 1, "start": "x"}}, {"versions": []}),
+]
+
+
+@pytest.mark.parametrize("wrong", [*WRONG, [], "\xff", "[" * 5000])
+def test_a_foreign_state(wrong: Any, saved: Any, tmp_path: Path) -> None:
+    step, folder = saved
+    copy = shutil.copytree(folder, tmp_path / "checkpoints/step-00000002")
+    state: Any = json.loads((copy / "state.json").read_text())
+    for key, value in wrong.items() if isinstance(wrong, dict) else ():
+        section, _, name = key.partition(".")
+        state |= {section: state[section] | {name: value} if name else value}
+    content = json.dumps(state if isinstance(wrong, dict) else wrong).encode()
+    (copy / "state.json").write_bytes(wrong.encode("latin-1") if isinstance(wrong, str) else content)
+    reseal(copy)
+    checkpoint = newest_checkpoint(tmp_path)
+    assert checkpoint is not None
+    with pytest.raises(UserError, match="state.json"):
+        changes_since(checkpoint, step.settings)
+    if not isinstance(wrong, dict) or "step" in wrong:
+        with pytest.raises(UserError, match="state.json"):
+            _place_of_weights(str(tmp_path))
+
+
+# Latent caches
+
+
+@pytest.fixture(scope="module")
+def latents(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder, pictures = tmp_path_factory.mktemp("latents"), tmp_path_factory.mktemp("pictures")
+    (pictures / "a").mkdir()
+    (pictures / "a/0.png").write_bytes(PICTURES["PNG"])
+    tiny("AutoencoderKL").save_pretrained(folder / "model")
+    encode_images(folder / "model", pictures, folder / "cache", EncodeSettings(resolution=16, num_workers=0))
+    return folder / "cache"
+
+
+@fuzz(60)
+@given(data=st.data(), damage=damages(), structural=st.booleans())
+def test_latent_caches(latents: Path, tmp_path_factory: Any, data: Any, damage: Any, structural: bool) -> None:
+    copy = tmp_path_factory.getbasetemp() / "fuzz-latents"
+    shutil.rmtree(copy, ignore_errors=True)
+    shutil.copytree(latents, copy)
+    content = (copy / "manifest.json").read_bytes()
+    worse = json.dumps(replaced(data.draw, json.loads(content))).encode() if structural else damage(content)
+    (copy / "manifest.json").write_bytes(worse)
+    try:
+        cache = open_latents(copy)
+    except UserError as error:
+        assert str(copy) in str(error)
+    else:
+        assert cache.scaled(cache.batch([0])).shape == (1, *cache.shape) and cache.num_classes >= 0
 
 
 # Weight files

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from latent_ae.__main__ import main
 from latent_ae.config import UserError
@@ -16,7 +17,7 @@ from latent_ae.export import check_upload
 from .failing_disk import limit
 from .launch import launch
 from .test_disk import only_message
-from .test_train import no_finish, pictures, words
+from .test_train import differing_tensors, no_finish, pictures, words
 
 __all__ = ["no_finish", "pictures"]  # fixtures
 
@@ -139,3 +140,47 @@ def test_the_hub_is_asked_before_the_first_step(
     assert not (tmp_path / "run/log.jsonl").exists()
     assert main(["export", str(tmp_path), str(tmp_path / "out"), "--push-to-hub", "ada/vae"]) == 2
     assert "push_to_hub: nothing can be uploaded" in only_message(capsys)
+
+
+LATE = ("gan.start=4", "gan.discriminator_warmup=0", "gan.warmup=0", "gan.r1=0.1", "gan.r1_every=16")
+
+
+@pytest.mark.parametrize("part", ["PatchDiscriminator.forward", "generator_loss", "r1_penalty", "lecam_loss"])
+def test_the_phase_of_the_gan_is_tried_before_the_first_step(
+    part: str, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any) -> None:
+        raise ArithmeticError(part)
+
+    module = "latent_ae.discriminators" if "forward" in part else "latent_ae_train.step"
+    monkeypatch.setattr(f"{module}.{part}", broken)
+    run = tmp_path / "run"
+    with pytest.raises(ArithmeticError, match=part):
+        main(words(pictures, run, *LATE))
+    assert not (run / "log.jsonl").exists() and not list((run / "checkpoints").iterdir())
+
+
+def test_too_little_memory_for_the_last_phase(
+    pictures: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr("latent_ae_train.step.generator_loss", full)
+    assert main(words(pictures, tmp_path / "run", *LATE)) == 2
+    message = only_message(capsys)
+    for part in ("4 images of 16 px", "micro_batch_size", "gradient_checkpointing=true", "precision=bf16", "2 GiB"):
+        assert part in message, message
+    assert not (tmp_path / "run/log.jsonl").exists()
+
+
+@pytest.mark.usefixtures("no_finish")
+def test_a_trial_leaves_no_trace(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    more = (*LATE[1:], "gan.norm=spectral", "gan.lecam=0", "loss.learned_logvar=true", "micro_batch_size=2")
+    more += ("latents.equivariance=0.5", "latents.noise=0.5", "gan.diffaug=[color]", "checkpoint.keep=3")
+    assert main(words(pictures, tmp_path / "with", *more)) == 0
+    monkeypatch.setattr("latent_ae_train.step.TrainStep.try_passes", lambda *_: None)
+    assert main(words(pictures, tmp_path / "without", *more)) == 0
+    for step in (2, 6):
+        name = f"checkpoints/step-{step:08d}"
+        assert not differing_tensors(tmp_path / "with" / name, tmp_path / "without" / name)

@@ -38,6 +38,9 @@ from latent_ae.first_stages import untrained
 
 from .step import TrainStep
 
+PLACE = ("epoch", "file", "row", "block", "offset")
+"""Where a stream stood."""
+
 
 class Checkpoint(NamedTuple):
     """A complete checkpoint on disk."""
@@ -47,19 +50,31 @@ class Checkpoint(NamedTuple):
     """Updates made: training goes on with this step number."""
 
     def state(self) -> dict[str, Any]:
-        """What state.json holds. Raises UserError for a file that is not a checkpoint's."""
-        path = self.folder / "state.json"
-        try:
-            state: dict[str, Any] = json.loads(path.read_text())
-            for key, kind in (("settings", dict), ("versions", dict), ("num_processes", int), ("stream_states", list)):
-                if not isinstance(state[key], kind):
-                    raise TypeError(f"{key} is {state[key]!r}")
-            step = int(state["step"])
-        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-            raise UserError(f"{path} is not a checkpoint's: {' '.join(str(error).split())[:300]}") from error
-        if step != self.step:
-            raise UserError(f"{path} is of step {step}: the folder has another one's name")
+        """What state.json holds. Raises UserError for a file that is not this checkpoint's."""
+        state = read_state(self.folder)
+        if state["step"] != self.step:
+            raise UserError(f"{self.folder} is of step {state['step']}: the folder has another one's name")
         return state
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """What the state.json of a checkpoint holds. Raises UserError for a file that is not a checkpoint's."""
+    path = folder / "state.json"
+    try:
+        state: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        kinds = {"step": int, "num_processes": int, "settings": dict, "versions": dict, "stream_states": list}
+        for key, kind in kinds.items():
+            if not isinstance(state[key], kind):
+                raise TypeError(f"{key} is {state[key]!r}")
+        if state["num_processes"] < 1 or not state["stream_states"]:
+            raise ValueError("it tells of no process")
+        for stream in state["stream_states"]:
+            for worker in stream["workers"] if stream is not None else ():
+                if worker is not None and not all(type(worker[key]) is int and worker[key] >= 0 for key in PLACE):
+                    raise ValueError(f"a stream stood at {worker}")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(f"{path} is not a checkpoint's: {' '.join(str(error).split())[:300]}") from error
+    return state
 
 
 def save_checkpoint(run: Path, train_step: TrainStep, state: Mapping[str, Any]) -> Checkpoint:

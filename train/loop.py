@@ -129,6 +129,9 @@ def train(settings: TrainSettings) -> dict[str, Any]:
     latent_shape = (latent_channels_of(autoencoder), *(2 * [settings.data.resolution // factor]))
     bad_files = BadFiles(accelerator, settings.data, source, log)
     feed = Feed(batches, settings, latent_shape, accelerator.device, channels, bad_files)
+    with Agreed(accelerator):
+        if first_step < settings.steps:
+            train_step.try_passes(feed.on_device(feed.gray()))
     progress = tqdm(
         total=settings.steps * settings.batch_size,
         initial=first_step * settings.batch_size,
@@ -243,17 +246,26 @@ class Feed:
         return self
 
     def __next__(self) -> MicroBatch:
-        settings = self.settings
         try:
             batch = next(self.batches)
         except (UserError, StopIteration) as error:
             # the others are in this step too: it is finished on gray images, then all stop, and nothing is saved
             if isinstance(error, UserError):
                 self.bad_files.fail(error)
-            shape = (settings.micro_batch, self.channels, *(2 * [settings.data.resolution]))
-            batch = Batch(torch.zeros(shape), list(range(settings.micro_batch)), [])
+            batch = self.gray()
         self.bad_files.note(batch)
         self.stream_state = batch.stream_state
+        return self.on_device(batch)
+
+    def gray(self) -> Batch:
+        """Images that need no file."""
+        size = self.settings.micro_batch
+        shape = (size, self.channels, *(2 * [self.settings.data.resolution]))
+        return Batch(torch.zeros(shape), list(range(size)), [])
+
+    def on_device(self, batch: Batch) -> MicroBatch:
+        """With all that is drawn for its samples."""
+        settings = self.settings
         every = settings.loss.perceptual_every
         augmentation = None
         if settings.gan.weight and settings.gan.diffaug:

@@ -1,6 +1,5 @@
 """The networks that a run starts from."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from latent_ae.config import ModelSettings, UserError
 from latent_ae.discriminators import PatchDiscriminator
 from latent_ae.models import build_autoencoder, factor_of, latent_channels_of, load_autoencoder
 
-from .checkpoint import misfits
+from .checkpoint import misfits, read_state
 from .config import TrainSettings
 from .finish import finished_results
 
@@ -48,8 +47,7 @@ def _place_of_weights(name: str) -> str:
     folder = checkpoint_at(place)
     if folder is None:
         return name
-    step = json.loads((folder / "state.json").read_text())["step"]
-    return str(place / "export" if finished_results(place, step) is not None else folder)
+    return str(place / "export" if finished_results(place, read_state(folder)["step"]) is not None else folder)
 
 
 def freeze_part(autoencoder: ModelMixin, settings: TrainSettings) -> None:

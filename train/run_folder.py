@@ -41,7 +41,14 @@ def changes_since(checkpoint: Checkpoint, settings: TrainSettings) -> dict[str, 
     Raises UserError naming the keys, and the way to a new phase, when the recipe differs.
     """
     state = checkpoint.state()
-    before = flatten(state["settings"])
+    batch_size, processes = settings.batch_size, state["num_processes"]
+    try:
+        before = flatten(state["settings"])
+        micro_batch = before["micro_batch_size"] or batch_size // processes
+        accumulation = batch_size // (processes * micro_batch)
+        trained = before["gan.weight"] and checkpoint.step > before["gan.start"]
+    except (KeyError, TypeError, ZeroDivisionError, RecursionError) as error:
+        raise UserError(f"{checkpoint.folder}/state.json does not hold the settings of a run: {error}") from error
     now = flatten(settings.model_dump(mode="json", by_alias=True))
     changed = [key for key in now if key in before and before[key] != now[key] and not _under(key, SILENT)]
     refused = [
@@ -55,14 +62,12 @@ def changes_since(checkpoint: Checkpoint, settings: TrainSettings) -> dict[str, 
         raise UserError(
             f"{run} holds a run with another recipe:\n{lines}\n"
             "Restore these settings to go on with it. Or start a new phase from its weights: give the same command "
-            f"with\n  {' '.join(_new_phase(run, checkpoint, before, settings, refused))}"
+            f"with\n  {' '.join(_new_phase(run, trained, settings, refused))}"
         )
-    batch_size, processes = settings.batch_size, state["num_processes"]
-    micro_batch = before["micro_batch_size"] or batch_size // processes
     split: dict[str, tuple[Any, Any]] = {
         "processes": (processes, settings.processes),
         "micro_batch_size": (micro_batch, settings.micro_batch),
-        "accumulation": (batch_size // (processes * micro_batch), settings.accumulation),
+        "accumulation": (accumulation, settings.accumulation),
     }
     installed = versions()
     split |= {f"version of {name}": (state["versions"].get(name), installed[name]) for name in installed}
@@ -71,15 +76,12 @@ def changes_since(checkpoint: Checkpoint, settings: TrainSettings) -> dict[str, 
     }
 
 
-def _new_phase(
-    run: Path, checkpoint: Checkpoint, before: dict[str, Any], settings: TrainSettings, refused: Sequence[str]
-) -> list[str]:
-    """The words that start another run from this one's weights, and from its discriminator where that fits."""
+def _new_phase(run: Path, trained: bool, settings: TrainSettings, refused: Sequence[str]) -> list[str]:
+    """The words that start another run from this one's weights, and from its `trained` discriminator where it fits."""
     folder = next(name for number in itertools.count(2) if not os.path.exists(name := f"{run}-{number}"))
     words = [f"output_dir={folder}", f"init_from={run}"]
     if any(key.startswith("model.") for key in refused):
         words.append("model={}")
-    trained = before["gan.weight"] and checkpoint.step > before["gan.start"]
     if trained and settings.gan.weight and not any(key in JUDGE for key in refused):
         words += [f"gan.init_from={run}", "gan.start=0"]
     return [shlex.quote(word) for word in words]

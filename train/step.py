@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from latent_ae.codebook import code_counts, codebook_loss
+from latent_ae.config import UserError
 from latent_ae.diffaug import NUMBERS, augment
 from latent_ae.losses import (
     alignment_loss,
@@ -32,7 +33,7 @@ from .config import TrainSettings
 from .ema import Ema
 from .micro_batch import MicroBatch, as_drawn
 from .revival import revive_codes
-from .schedule import GanPhase, gan_phase_at, kl_weight_at
+from .schedule import GanPhase, equivariance_at, gan_phase_at, kl_weight_at
 from .step_state import StepState
 from .update import Update
 
@@ -97,6 +98,46 @@ class TrainStep:
         if self.ema is not None:
             self.ema.update(self.bare_reconstructor.autoencoder, step)
         return means | norms
+
+    def try_passes(self, batch: MicroBatch) -> None:
+        """One micro-batch as the run's last steps have it, beside the optimizers' state; leaves everything as it was.
+
+        Waits for no other process. Raises UserError when the device has not enough memory.
+        """
+        settings = self.settings
+        phase = gan_phase_at(settings.steps - 1, settings.gan)
+        if phase.discriminator:  # its dearest step
+            phase = phase._replace(r1=settings.gan.r1 * settings.gan.r1_every)
+        side, image_px = batch.noise.shape[-1], batch.images.shape[-1]
+        # one at full size, where there is any
+        sizes = (equivariance_at(step, settings, side, image_px // side) for step in range(100))
+        step = next((step for step, drawn in enumerate(sizes) if drawn is None), 0)
+        buffers = [buffer for network in self.networks for buffer in network.buffers()]
+        before = [buffer.clone() for buffer in buffers]
+        wrapped = self.reconstructor, self.discriminator
+        # those that are wrapped would wait for the others' buffers
+        self.reconstructor, self.discriminator = self.bare_reconstructor, self.bare_discriminator
+        if self.bare_discriminator is not None:
+            self.bare_discriminator.train()
+        self.fresh_codes = None
+        try:
+            room = self.update.room()
+            self._accumulate(batch, step, phase)
+            if self.accelerator.device.type == "cuda":
+                torch.cuda.synchronize()
+            del room
+        except torch.OutOfMemoryError as error:
+            raise UserError(
+                f"a micro-batch of {len(batch.images)} images of {image_px} px does not fit into the memory of "
+                f"{self.accelerator.device} as the last steps will have it: lower micro_batch_size, or set "
+                f"gradient_checkpointing=true or precision=bf16 ({' '.join(str(error).split())[:200]})"
+            ) from error
+        finally:
+            self.reconstructor, self.discriminator = wrapped
+            for network in self.networks:
+                network.zero_grad(set_to_none=True)
+            for buffer, value in zip(buffers, before, strict=True):
+                buffer.copy_(value)
 
     def _accumulate(self, batch: MicroBatch, step: int, phase: GanPhase) -> dict[str, Tensor]:
         """Adds this micro-batch's gradients of both networks; returns what to average over micro-batches."""

@@ -87,6 +87,19 @@ class Update:
                 optimizer.zero_grad(set_to_none=True)
         return norms, bad
 
+    def room(self) -> list[Tensor]:
+        """Memory as large as what the optimizers will hold after their first step, and gradients that wait."""
+        optimizers = (self.optimizer, self.muon, self.discriminator_optimizer)
+        copies = 1 if self.settings.accumulation > 1 else 0
+        return [
+            torch.empty_like(parameter)
+            for optimizer in optimizers
+            if optimizer is not None
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+            for _ in range(copies + (0 if optimizer.state else 1 if optimizer is self.muon else 2))
+        ]
+
     def skipped_steps(self) -> tuple[list[int], int]:
         """Steps since the last call that were skipped, and how many of the newest ones in a row; reads the device."""
         steps, flags = [step for step, _ in self.bad_steps], [flag for _, flag in self.bad_steps]

@@ -12,13 +12,24 @@
 
 RUN=$SCRATCH/runs/first-stage
 
-# SLURM signals this script; the training processes are told to save and stop, the launcher is left alone
-stop() { pkill -USR1 -f -- '-u -m latent_ae train'; }
-trap stop USR1 TERM
+newest() { ls -d "$RUN"/checkpoints/step-* 2>/dev/null | grep -E '/step-[0-9]+$' | sort -V | tail -n 1; }
+before=$(newest)
 
 accelerate launch --num_processes 8 -m latent_ae train sd-vae data.source=/data/photos output_dir="$RUN" &
-wait $!   # returns as soon as the signal comes
-wait      # and this when the run has saved
+launcher=$!
 
-# a finished run has results.json; anything else goes on where its newest checkpoint is
-[ -f "$RUN/results.json" ] || scontrol requeue "$SLURM_JOB_ID"
+# SLURM signals this script; this job's training processes are told to save and stop, the launcher is left alone
+stop() { pkill -USR1 -P "$launcher" -f -- '-m latent_ae train'; }
+trap stop USR1 TERM
+wait "$launcher"   # returns as soon as the signal comes
+wait "$launcher"   # and this when the run has saved
+
+# a finished run has results.json; one that got no further has met what another try would meet again
+if [ -f "$RUN/results.json" ]; then
+    echo "finished"
+elif [ "$(newest)" = "$before" ]; then
+    echo "no new checkpoint: not requeued. The reason is in the lines above; mend it and submit the job again" >&2
+    exit 1
+else
+    scontrol requeue "$SLURM_JOB_ID"
+fi
