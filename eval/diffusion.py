@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -29,11 +29,11 @@ from latent_ae.encode import encode_images
 from latent_ae.first_stages import FirstStage, open_first_stage
 from latent_ae.frechet import RELIABLE_IMAGES
 from latent_ae.held_out import Framing, HeldOutImages
-from latent_ae.images import picture_grid, to_uint8
+from latent_ae.images import ImageError, picture_grid, to_uint8
 from latent_ae.latent_cache import LatentCache, open_latents
 from latent_ae.perceptual import TRUNKS
 from latent_ae.processes import processes
-from latent_ae.sources import StoredImages, StreamSource
+from latent_ae.sources import StoredImages, StreamSource, digest_of
 
 from .config import DiffusionSettings
 from .diffusion_page import write_diffusion_page
@@ -211,7 +211,24 @@ class _Job:
         framing = self.settings.encoding(part).framing()
         if made["framing"] != framing:
             raise UserError(f"{key}: {folder} holds latents of images framed as {made['framing']}, not {framing}")
+        if given and not self._holds_images_of(cache, part):
+            raise UserError(
+                f"{key}: {folder} holds latents of other images ({made['data']['location']}) than {self.data}"
+            )
         return cache
+
+    def _holds_images_of(self, cache: LatentCache, part: Part) -> bool:
+        """Whether there are as many files, and most of a few of DATA's are among those encoded, by their content."""
+        source = self._source(part)
+        if len(source) != cache.manifest["data"]["num_files"]:
+            return False
+        encoded = set(cache.dataset.data.column("digest").to_pylist())
+        drawn = [int(row) for row in some_of(len(source), COMPARED)]
+        found = 0
+        for row in drawn:
+            with suppress(ImageError):
+                found += digest_of(source.read(row)) in encoded
+        return 2 * found > len(drawn)
 
     def _check_latents(self, train: LatentCache, held_out: LatentCache) -> None:
         patch = self.settings.chosen("patch_size")
@@ -297,6 +314,8 @@ class _Job:
         return tqdm(total=total, desc=what, unit="image", disable=not self.progress, mininterval=interval)
 
 
+COMPARED = 16
+"""Files of DATA that are looked for among given latents."""
 LOSSES = ("loss", "relative_loss", "loss_by_time", "relative_loss_by_time")
 
 

@@ -216,6 +216,12 @@ def _manifest(
     """All that is known before the first image is read."""
     assert stage.module is not None
     config, side = stage.module.config, settings.resolution // stage.factor
+    if config.get("scaling_factor") in (None, 1.0) and config.get("latents_std") is None:
+        print(
+            "the model's config has no measured scaling_factor, so `scaled` will leave the latents as they are; "
+            "`latent-ae export` measures it",
+            file=sys.stderr,
+        )
     split = SPLIT_NAMES.get(settings.split, "train") if settings.part != "held_out" else "validation"
     return {
         "format": FORMAT,
@@ -227,6 +233,8 @@ def _manifest(
             "stored": settings.stored,
             "scaling_factor": config.get("scaling_factor") or 1.0,
             "shift_factor": config.get("shift_factor") or 0.0,
+            "mean": config.get("latents_mean"),
+            "std": config.get("latents_std"),
         },
         "framing": settings.framing(),
         "flips": settings.flips,

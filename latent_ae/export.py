@@ -105,7 +105,7 @@ def export_autoencoder(
         per_channel = {"latents_mean": statistics.channel_mean, "latents_std": statistics.channel_std}
         exported.register_to_config(**per_channel, scaling_factor=1.0, shift_factor=0.0)
     if pipeline is not None:
-        refuse_misfit(pipeline, exported.config)
+        refuse_misfit(pipeline, exported.config, type(exported).__name__)
     precision = _tried(exported, check_images, autoencoder.device)
     if precision is not None:
         exported.register_to_config(force_upcast=precision["force_upcast"])

@@ -133,12 +133,26 @@ class LatentCache:
         return mean + torch.exp(0.5 * self._values("logvar", rows, mirrored)) * noise
 
     def scaled(self, latents: Tensor) -> Tensor:
-        """(z - shift_factor) * scaling_factor: what a diffusion model is fed."""
-        return (latents - self.shift_factor) * self.scaling_factor
+        """(z - shift_factor) * scaling_factor: what a diffusion model is fed.
+
+        Of a model whose config has latents_mean and latents_std, (z - latents_mean) * scaling_factor / latents_std, as
+        SDXL's pipelines do.
+        """
+        mean, std = self._normalisation
+        return (latents - mean) * (self.scaling_factor / std)
 
     def unscaled(self, latents: Tensor) -> Tensor:
         """The inverse of `scaled`: what is decoded."""
-        return latents / self.scaling_factor + self.shift_factor
+        mean, std = self._normalisation
+        return latents * (std / self.scaling_factor) + mean
+
+    @cached_property
+    def _normalisation(self) -> tuple[Tensor, Tensor]:
+        """What is subtracted, and what is divided by besides the scaling_factor: numbers, or one for each channel."""
+        latent = self.manifest["latent"]
+        if latent.get("mean") is None or latent.get("std") is None:
+            return torch.tensor(self.shift_factor), torch.ones(())
+        return torch.tensor(latent["mean"])[:, None, None], torch.tensor(latent["std"])[:, None, None]
 
     def _values(self, name: str, rows: np.ndarray, mirrored: np.ndarray) -> Tensor:
         values = np.empty((len(rows), *self.shape), dtype=np.float32)

@@ -4,6 +4,7 @@ Read from the source of diffusers 0.42; a test holds `reads` against the source 
 the same as a table. Nothing heavy is imported here.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
@@ -30,13 +31,15 @@ class Pipeline(NamedTuple):
     """Of scaling_factor, shift_factor, latents_mean, latents_std and force_upcast, those that it reads."""
     patch: int
     """Latents are cut to a multiple of so many px: packed (Flux) or embedded (SD3, DiT) as patches of that side."""
+    multiple_px: int = 1
+    """Sides that it accepts besides, whatever the factor."""
 
 
 SCALE = frozenset({"scaling_factor"})
 SHIFT = SCALE | {"shift_factor"}
 PIPELINES: Mapping[str, Pipeline] = {
     "sd": Pipeline(
-        "Stable Diffusion 1 and 2", ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline"), 4, SCALE, 1
+        "Stable Diffusion 1 and 2", ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline"), 4, SCALE, 1, 8
     ),
     "sdxl": Pipeline(
         "Stable Diffusion XL",
@@ -44,6 +47,7 @@ PIPELINES: Mapping[str, Pipeline] = {
         4,
         SCALE | {"latents_mean", "latents_std", "force_upcast"},
         1,
+        8,
     ),
     "sd3": Pipeline(
         "Stable Diffusion 3", ("StableDiffusion3Pipeline", "StableDiffusion3Img2ImgPipeline"), 16, SHIFT, 2
@@ -88,8 +92,10 @@ def misfits(name: str, config: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def refuse_misfit(name: str, config: Mapping[str, Any]) -> None:
-    """Raises UserError with all `misfits`."""
+def refuse_misfit(name: str, config: Mapping[str, Any], kind: str = "AutoencoderKL") -> None:
+    """Raises UserError with all `misfits`, or for another class of first stage, which is not known here."""
+    if kind != "AutoencoderKL":
+        raise UserError(f"whether a {kind} fits {name}'s pipelines is not known here, only of AutoencoderKL: name none")
     if found := misfits(name, config):
         classes = " and ".join(PIPELINES[name].classes)
         raise UserError(f"this first stage does not fit {name} ({classes}):\n  " + "\n  ".join(found))
@@ -120,10 +126,10 @@ def remarks(name: str, config: Mapping[str, Any], mean: float, std: float) -> li
             "force_upcast is true and there is no post_quant_conv, whose dtype this pipeline asks for in float16: it "
             "fails there; load the first stage in float32 or bfloat16"
         )
-    size = config.get("sample_size")
-    if isinstance(size, int) and size % (factor * pipeline.patch):
+    size, multiple = config.get("sample_size"), math.lcm(factor * pipeline.patch, pipeline.multiple_px)
+    if isinstance(size, int) and size % multiple:
         found.append(
-            f"sample_size {size} is no multiple of {factor * pipeline.patch}, the factor times the pipeline's patch of "
-            f"{pipeline.patch}: images of that size are cut"
+            f"sample_size {size} is no multiple of {multiple}, which the pipeline needs with this factor: images of "
+            "that size are cut or refused"
         )
     return found

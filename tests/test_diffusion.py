@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -326,10 +327,10 @@ def test_other_first_stages_work(name, images, tmp_path, lpips_vgg):
 
 
 def test_mistakes_end_with_a_message(model, images, latents, tmp_path, capsys, monkeypatch, lpips_vgg):
-    def message(first_stage, *changes: str) -> str:
+    def message(first_stage, *changes: str, data=images) -> str:
         words = [*(f"{key}={value}" for key, value in SMALL.items()), *changes, "--out", str(tmp_path / "out")]
         with pytest.raises(UserError) as caught:
-            main(["diffusion", str(first_stage), str(images), *words])
+            main(["diffusion", str(first_stage), str(data), *words])
         return str(caught.value)
 
     assert "width" in message(model, "width=100")
@@ -338,6 +339,10 @@ def test_mistakes_end_with_a_message(model, images, latents, tmp_path, capsys, m
     tiny("AutoencoderKLFlux2").save_pretrained(tmp_path / "flux2")
     assert "scaling_factor" in message(tmp_path / "flux2")
     tiny("AutoencoderKL").save_pretrained(tmp_path / "other")
+    others = shutil.copytree(images, tmp_path / "others")
+    for path in sorted(others.rglob("*.png")):
+        Image.fromarray(255 - np.asarray(Image.open(path))).save(path)
+    assert "of other images" in message(model, f"latents={latents.folder}", data=others)
     assert "another model" in message(tmp_path / "other", f"latents={latents.folder}")
     assert "framed" in message(model, f"latents={latents.folder}", "resolution=32")
     assert "80 of its 80 images" in message(model, f"latents={latents.folder}", f"held_out_latents={latents.folder}")

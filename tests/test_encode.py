@@ -27,7 +27,7 @@ from latent_ae.config import UserError
 from latent_ae.encode import encode_images
 from latent_ae.encode_settings import EncodeSettings
 from latent_ae.first_stages import FAMILIES
-from latent_ae.latent_cache import open_latents
+from latent_ae.latent_cache import LatentCache, open_latents
 from latent_ae.latent_files import LOCK
 
 from .launch import ROOT, launch_module
@@ -145,6 +145,12 @@ def test_batches_are_means_samples_and_flips_as_asked(cache):
     assert plain.dtype == torch.float32 and torch.equal(pickle.loads(pickle.dumps(latents)).batch(range(7)), plain)
     torch.testing.assert_close(latents.scaled(plain), (plain - 0.25) * 0.5)
     torch.testing.assert_close(latents.unscaled(latents.scaled(plain)), plain)
+    # as SDXL's pipelines do with latents_mean and latents_std
+    latents.manifest["latent"] |= {"mean": [0.0, 1.0, 2.0, 3.0], "std": [1.0, 2.0, 4.0, 8.0]}
+    again = LatentCache(latents.folder, latents.manifest, latents.dataset)
+    expected = torch.stack([(plain[:, c] - c) * 0.5 / 2**c for c in range(4)], dim=1)
+    torch.testing.assert_close(again.scaled(plain), expected)
+    torch.testing.assert_close(again.unscaled(again.scaled(plain)), plain)
     for mistake in ({"numbers": [7]}, {"numbers": [-1]}, {"numbers": [0, 1], "flips": [True]}):
         with pytest.raises(ValueError):
             latents.batch(**mistake)

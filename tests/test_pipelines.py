@@ -14,7 +14,7 @@ from diffusers import AutoencoderKL
 from latent_ae.config import UserError
 from latent_ae.export import CardFacts, export_autoencoder
 from latent_ae.latents import LatentStatistics
-from latent_ae.pipelines import PIPELINES, misfits, remarks
+from latent_ae.pipelines import PIPELINES, misfits, refuse_misfit, remarks
 
 from .tiny_pipelines import LATENT_PX, hardly_noise, pipeline
 
@@ -215,3 +215,17 @@ def test_what_is_not_ideal_is_a_remark():
     assert "post_quant_conv" in missing
     (odd,) = remarks("flux", config | {"sample_size": 72}, 0.0, 1.0)
     assert "16" in odd and remarks("sd", config | {"sample_size": 72}, 0.0, 1.0) == []
+    # these two check their sides against 8, whatever the factor is
+    of_factor_4 = config | {"block_out_channels": (8, 8, 8), "sample_size": 36}
+    for name in ("sd", "sdxl"):
+        assert "multiple of 8" in remarks(name, of_factor_4, 0.0, 1.0)[-1]
+        assert len(remarks(name, of_factor_4 | {"sample_size": 40}, 0.0, 1.0)) == 1
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 3, "up_block_types": ("UpDecoderBlock2D",) * 3}
+    small = AutoencoderKL(block_out_channels=(8,) * 3, norm_num_groups=4, **blocks)
+    with pytest.raises(ValueError, match="divisible by 8"):
+        pipeline("sd", small)("a", height=36, width=36, num_inference_steps=1)
+
+
+def test_other_classes_than_autoencoderkl_are_refused():
+    with pytest.raises(UserError, match="whether a VQModel fits flux"):
+        refuse_misfit("flux", {"latent_channels": 16, "in_channels": 3, "out_channels": 3}, "VQModel")

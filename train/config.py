@@ -257,6 +257,8 @@ class TrainSettings(Settings):
                 "loss.perceptual",
                 f"LPIPS sees 1 or 3 channels, model.in_channels is {self.model.in_channels}: set loss.perceptual to 0",
             )
+        if self.export_for is not None and self.model.kind != "AutoencoderKL":
+            yield Problem("export_for", f"knows AutoencoderKL only, not {self.model.kind}: leave it out")
         if self.export_for is not None and self.knows_shape:
             for line in misfits(self.export_for, {key: getattr(self.model, key) for key in SHAPE}):
                 yield Problem("export_for", f"{self.export_for}: {line}")

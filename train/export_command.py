@@ -94,9 +94,9 @@ def export(
         )
     pipeline = pipeline or settings.export_for
     if pipeline is not None:  # before anything is measured
-        shape = {key: autoencoder.config[key] for key in SHAPE}
-        ones = dict.fromkeys(("latents_mean", "latents_std"), [1.0] * shape["latent_channels"])
-        refuse_misfit(pipeline, shape | (ones if latents_mean_std else {}))
+        shape = {key: autoencoder.config.get(key) for key in SHAPE}
+        ones = dict.fromkeys(("latents_mean", "latents_std"), [1.0] * int(shape["latent_channels"] or 0))
+        refuse_misfit(pipeline, shape | (ones if latents_mean_std else {}), type(autoencoder).__name__)
     statistics = measure_latents(Reconstructor(autoencoder), settings, accelerator, open_images(settings.data, "train"))
     held_out = open_images(settings.data, "held_out")
     channels, factor = int(autoencoder.config.in_channels), factor_of(autoencoder)

@@ -80,7 +80,8 @@ def train(settings: TrainSettings) -> dict[str, Any]:
         held_out = open_images(settings.data, "held_out")
         autoencoder = starting_autoencoder(settings)
         if settings.export_for is not None:  # of init_from, whose shape the settings do not know
-            refuse_misfit(settings.export_for, {key: autoencoder.config[key] for key in SHAPE})
+            shape = {key: autoencoder.config.get(key) for key in SHAPE}
+            refuse_misfit(settings.export_for, shape, type(autoencoder).__name__)
         factor, channels = factor_of(autoencoder), int(autoencoder.config.in_channels)
         perceptual = None
         if settings.loss.perceptual:  # one process of a machine fetches the weights, the others wait and find them
