@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from latent_ae.checkpoints import checkpoint_at
 from latent_ae.config import UserError, looks_like_path
 
 Dtype = Literal["fp32", "bf16", "fp16"]
@@ -216,9 +217,8 @@ def load_first_stage(
     """
     folder = Path(location).expanduser()
     if folder.exists():
-        checkpoint = folder if _is_checkpoint(folder) else _newest_checkpoint(folder)
         exported = (folder / "export/config.json").is_file()
-        if checkpoint is not None and (checkpoint == folder or ema is not None or not exported):
+        if (ema is not None or not exported) and (checkpoint := checkpoint_at(folder)) is not None:
             return _load_checkpoint(checkpoint, location, ema, dtype)
         if exported and not (folder / "config.json").is_file():
             folder = folder / "export"
@@ -308,15 +308,6 @@ def _subfolder_on_hub(repository: str, revision: str | None) -> str | None:
             f"asked ({reason}). Give a folder, or download it on a machine with a network and set HF_HOME to its cache"
         ) from error
     raise UserError(f"{repository}: neither a config.json nor one in {', '.join(PIPELINE_FOLDERS)}: no first stage")
-
-
-def _is_checkpoint(folder: Path) -> bool:
-    return (folder / "manifest.json").is_file() and (folder / "autoencoder.safetensors").is_file()
-
-
-def _newest_checkpoint(run: Path) -> Path | None:
-    found = sorted((run / "checkpoints").glob("step-*/manifest.json"))
-    return found[-1].parent if found else None
 
 
 def _load_checkpoint(folder: Path, location: str, ema: bool | None, dtype: Dtype) -> FirstStage:

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import torch
 
+from latent_ae.checkpoints import find_damage
 from latent_ae_train.checkpoint import (
     complete_checkpoints,
-    find_damage,
     load_checkpoint,
     newest_checkpoint,
     prune_checkpoints,

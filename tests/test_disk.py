@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 
 from latent_ae.__main__ import main
+from latent_ae.checkpoints import find_damage
 from latent_ae.config import UserError
-from latent_ae_train.checkpoint import complete_checkpoints, find_damage
+from latent_ae_train.checkpoint import complete_checkpoints
 from latent_ae_train.report import read_log
 from latent_ae_train.step import TrainStep
 

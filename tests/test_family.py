@@ -49,7 +49,9 @@ def family_words(pictures: Path, run: Path, kind: str, *more: str) -> list[str]:
 
 
 @pytest.mark.parametrize("kind", SHAPES)
-def test_every_class_trains_and_its_export_is_stock(pictures: Path, tmp_path: Path, kind: str) -> None:
+def test_every_class_trains_and_its_export_is_stock(
+    pictures: Path, tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = tmp_path / "run"
     assert main(family_words(pictures, run, kind)) == 0
     before, after = (load_file(run / f"checkpoints/step-0000000{n}/autoencoder.safetensors") for n in (2, 6))
@@ -68,6 +70,10 @@ def test_every_class_trains_and_its_export_is_stock(pictures: Path, tmp_path: Pa
     assert load_first_stage(str(run / "checkpoints/step-00000006")).name == kind
     further = [word for word in words(pictures, tmp_path / "further") if not word.startswith("model.")]
     assert main([*further, "model={}", f"init_from={run / 'export'}", "steps=1"]) == 0
+    same = family_words(pictures, tmp_path / "same", kind, f"init_from={run / 'export'}", "steps=1", "gan.weight=0")
+    assert main(same) == 0
+    assert main(words(pictures, tmp_path / "other", f"init_from={run / 'export'}")) == 2
+    assert "model.kind: AutoencoderKL, and init_from brings" in capsys.readouterr().err
 
 
 def test_flux2_latents_are_normalised_by_its_batch_norm(pictures: Path, tmp_path: Path) -> None:

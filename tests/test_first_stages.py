@@ -1,6 +1,7 @@
 """Every class of first stage against diffusers itself, on tiny real instances."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -17,6 +18,8 @@ from safetensors.torch import save_file
 
 from latent_ae.config import UserError
 from latent_ae.first_stages import FAMILIES, first_stage, load_first_stage
+
+from .tiny import reseal
 
 TWO = {
     "block_out_channels": (8, 16),
@@ -128,9 +131,11 @@ def test_the_model_is_found_in_a_pipeline_a_run_or_a_checkpoint(tmp_path):
         folder = run / f"checkpoints/step-{step:08d}"
         folder.mkdir(parents=True)
         raw.save_config(folder)
-        (folder / "manifest.json").write_text("{}")
+        for name in ("state.json", "optimizer.pt"):
+            (folder / name).write_text("{}")
         for name, model in (("autoencoder", raw), ("ema", averaged)):
             save_file({k: v.contiguous() + step for k, v in model.state_dict().items()}, folder / f"{name}.safetensors")
+        reseal(folder)
 
     def weight(*words, **options):
         stage = load_first_stage(*map(str, words), **options)
@@ -148,12 +153,37 @@ def test_the_model_is_found_in_a_pipeline_a_run_or_a_checkpoint(tmp_path):
     assert weight(run) == ("as stored", pytest.approx(first[exported]))
     assert weight(run, ema=True) == ("averaged, step-00000020", pytest.approx(first[averaged] + 20))
     (newest / "ema.safetensors").unlink()
+    reseal(newest)
     assert weight(newest)[0] == "raw, step-00000020"
     with pytest.raises(UserError, match=r"ema: .*step-00000020 was trained without an average"):
         load_first_stage(str(newest), ema=True)
     (newest / "autoencoder.safetensors").write_bytes(b"cut")
+    reseal(newest)
     with pytest.raises(UserError, match=r"cannot load .*autoencoder.safetensors"):
         load_first_stage(str(run), ema=False)
+
+
+def test_no_broken_checkpoint_is_taken_for_the_newest(tmp_path, capsys):
+    """One with a flipped bit, and what saving, pruning and setting aside leave when they are killed."""
+    model = tiny("AutoencoderKL")
+    for step in ("step-00000009", "step-00000010"):
+        folder = tmp_path / "checkpoints" / step
+        folder.mkdir(parents=True)
+        model.save_config(folder)
+        for name in ("state.json", "optimizer.pt"):
+            (folder / name).write_text("{}")
+        save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder / "autoencoder.safetensors")
+        reseal(folder)
+    for kind in ("tmp", "old", "damaged"):
+        shutil.copytree(folder, folder.with_name(f"step-00000011.{kind}"))
+    assert load_first_stage(str(tmp_path)).weights == "raw, step-00000010"
+    content = bytearray((folder / "autoencoder.safetensors").read_bytes())
+    content[-3] ^= 4
+    (folder / "autoencoder.safetensors").write_bytes(content)
+    assert load_first_stage(str(tmp_path)).weights == "raw, step-00000009"
+    assert "step-00000010 is damaged (autoencoder.safetensors has another checksum)" in capsys.readouterr().err
+    with pytest.raises(UserError, match="step-00000010 is damaged"):
+        load_first_stage(str(folder))
 
 
 def test_averaged_and_raw_weights_of_diffusers_folders(tmp_path):

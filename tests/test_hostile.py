@@ -2,7 +2,6 @@
 but give a clear message."""
 
 import contextlib
-import hashlib
 import io
 import json
 import os
@@ -34,12 +33,13 @@ from latent_ae.images import ImageError, decode
 from latent_ae.model_card import CardFacts, model_card
 from latent_ae.text import printable
 from latent_ae.weight_files import Unusable, read_any
-from latent_ae_train.checkpoint import MANIFEST, newest_checkpoint
+from latent_ae_train.checkpoint import newest_checkpoint
 from latent_ae_train.config import TrainSettings
 
 from .test_eval_recon import tiny_autoencoder
 from .test_train import no_finish, pictures, words
 from .test_weights import world
+from .tiny import reseal
 
 __all__ = ["no_finish", "pictures", "world"]  # fixtures
 NAME = "<img src=x onerror=alert(1)>\x1b[2J\n`*](javascript:1)\u202e.png"
@@ -76,16 +76,6 @@ def torch_bomb(mark: Path) -> bytes:
     assert mark.exists()
     mark.unlink()
     return stream.getvalue()
-
-
-def reseal(folder: Path) -> None:
-    """Makes the manifest fit what lies in the checkpoint now."""
-    files = {
-        path.name: {"bytes": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
-        for path in folder.iterdir()
-        if path.name != MANIFEST
-    }
-    (folder / MANIFEST).write_text(json.dumps({"files": files}))
 
 
 # Pickles

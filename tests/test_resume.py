@@ -469,7 +469,8 @@ def test_a_signal_in_a_step_with_a_validation(
     assert main(long_words(pictures, run)) == code
     assert [checkpoint.step for checkpoint in complete_checkpoints(run)] == saved
     lines = [(event["event"], event["step"]) for event in events_of(run)]
-    assert lines[-1] == ("validate", step) and lines.count(("validate", step)) == 1
+    # the checkpoint comes before a validation, which may take longer than a scheduler waits
+    assert lines[-1] == (("train", step) if code else ("validate", step))
     if code:
         monkeypatch.setattr(TrainStep, "__call__", original)
         assert main(long_words(pictures, run)) == 0

@@ -1,12 +1,16 @@
 """A training step on networks small enough for a test, but real ones."""
 
+import hashlib
+import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import nn
 
+from latent_ae.checkpoints import MANIFEST
 from latent_ae.diffaug import NUMBERS
 from latent_ae.models import Reconstructor
 from latent_ae.order import augmentation_numbers
@@ -94,3 +98,13 @@ def weights(module: nn.Module | None) -> dict[str, torch.Tensor]:
 def moved(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> set[str]:
     """Names of the parameters that differ."""
     return {name for name in before if not torch.equal(before[name], after[name])}
+
+
+def reseal(folder: Path) -> None:
+    """Makes the manifest fit what lies in the checkpoint now."""
+    files = {
+        path.name: {"bytes": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+        for path in folder.iterdir()
+        if path.name != MANIFEST
+    }
+    (folder / MANIFEST).write_text(json.dumps({"files": files}))

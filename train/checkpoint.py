@@ -14,12 +14,10 @@
 Random states are not saved: order, crops and noise are functions of (seed, sample number).
 """
 
-import hashlib
 import json
 import os
 import platform
 import shutil
-import sys
 from collections.abc import Container, Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -33,15 +31,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from latent_ae import __version__
+from latent_ae.checkpoints import MANIFEST, PREFIX, finished_checkpoints, newest_whole, sha256_of
 from latent_ae.config import UserError
 from latent_ae.disk import disk_trouble
 from latent_ae.first_stages import untrained
 
 from .step import TrainStep
 
-PREFIX = "step-"
-MANIFEST = "manifest.json"
-ALWAYS = ("autoencoder.safetensors", "config.json", "optimizer.pt", "state.json")
 PLACE = ("epoch", "file", "row", "block", "offset")
 """Where a stream stood."""
 
@@ -193,22 +189,9 @@ def _restore(checkpoint: Checkpoint, train_step: TrainStep) -> None:
 
 
 def newest_checkpoint(run: Path) -> Checkpoint | None:
-    """The newest checkpoint whose files match its manifest; a damaged one is named on stderr and passed over.
-
-    Raises UserError when all are damaged: starting from the beginning would overwrite what can perhaps be saved.
-    """
-    checkpoints = complete_checkpoints(run)
-    for checkpoint in reversed(checkpoints):
-        damage = find_damage(checkpoint.folder)
-        if damage is None:
-            return checkpoint
-        print(f"checkpoint {checkpoint.folder} is damaged ({damage}) and passed over", file=sys.stderr)
-    if checkpoints:
-        raise UserError(
-            f"every checkpoint in {run / 'checkpoints'} is damaged: put a whole one there, or choose another "
-            "output_dir to start from the beginning"
-        )
-    return None
+    """As `newest_whole`."""
+    folder = newest_whole(run)
+    return Checkpoint(folder, int(folder.name.removeprefix(PREFIX))) if folder is not None else None
 
 
 def set_damaged_aside(run: Path, newest: int) -> None:
@@ -225,54 +208,12 @@ def set_damaged_aside(run: Path, newest: int) -> None:
 
 def complete_checkpoints(run: Path) -> list[Checkpoint]:
     """Checkpoints that were finished, oldest first. Their content is not checked."""
-    found = [
-        Checkpoint(path, int(path.name.removeprefix(PREFIX)))
-        for path in (run / "checkpoints").glob(f"{PREFIX}*")
-        if path.name.removeprefix(PREFIX).isdigit()
-    ]
-    return sorted(found, key=lambda checkpoint: checkpoint.step)
+    return [Checkpoint(folder, step) for step, folder in finished_checkpoints(run).items()]
 
 
 def checkpoint_folder(run: Path, step: int) -> Path:
     """The folder of a step's checkpoint."""
     return run / "checkpoints" / f"{PREFIX}{step:08d}"
-
-
-def find_damage(folder: Path) -> str | None:
-    """What differs from the manifest, or None."""
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-        if missing := [name for name in ALWAYS if name not in manifest["files"]]:
-            return f"{MANIFEST} does not name {', '.join(missing)}"
-        # a file by the name of a network would be loaded; hidden ones are the system's
-        names = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
-        if strange := sorted(names - manifest["files"].keys() - {MANIFEST}):
-            return f"{strange[0]} is not in {MANIFEST}"
-        for name, expected in manifest["files"].items():
-            path = folder / name
-            if not path.is_file():
-                return f"{name} is missing"
-            if path.stat().st_size != expected["bytes"]:
-                return f"{name} has {path.stat().st_size} bytes instead of {expected['bytes']}"
-            if _sha256(path) != expected["sha256"]:
-                return f"{name} has another checksum"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        return f"{MANIFEST}: {error}"
-    return None
-
-
-def checkpoint_at(place: Path) -> Path | None:
-    """The checkpoint that `place` is, or of a run the newest whole one; None: it is neither.
-
-    Raises UserError when there are only damaged ones.
-    """
-    if (place / MANIFEST).is_file():
-        damage = find_damage(place)
-        if damage is not None:
-            raise UserError(f"checkpoint {place} is damaged: {damage}")
-        return place
-    checkpoint = newest_checkpoint(place)
-    return checkpoint.folder if checkpoint is not None else None
 
 
 def load_weights(folder: Path) -> ModelMixin:
@@ -336,7 +277,7 @@ def _seal(folder: Path) -> None:
     files = {}
     for path in sorted(folder.iterdir()):
         _sync(path)
-        files[path.name] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+        files[path.name] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
     (folder / MANIFEST).write_text(json.dumps({"files": files}, indent=2))
     _sync(folder / MANIFEST)
     _sync(folder)
@@ -348,11 +289,3 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

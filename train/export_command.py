@@ -64,11 +64,12 @@ def export(
     import torch
     from accelerate import Accelerator
 
+    from latent_ae.checkpoints import checkpoint_at
     from latent_ae.data import open_images
     from latent_ae.export import export_autoencoder
     from latent_ae.models import Reconstructor, factor_of
 
-    from .checkpoint import checkpoint_at, load_weights
+    from .checkpoint import load_weights
     from .finish import CHECK_IMAGES, card_facts, keeps_scaling, measure_latents
     from .report import read_log
     from .validate import Validator

@@ -196,16 +196,15 @@ def train(settings: TrainSettings) -> dict[str, Any]:
                     saves = False
                 if saves:
                     save(done)
+                if (name := stop.wanted()) and done < settings.steps:
+                    if not saves and not log.skipped(done, train_step):
+                        save(done)
+                    raise Stopped(name)  # a validation and pruning that are due are made up for when it goes on
                 if validation_due(done):
                     validate(done)
                     log.restart_clock(done)
                 if saves:
                     prune()
-                if (name := stop.wanted()) and done < settings.steps:
-                    if not saves and not log.skipped(done, train_step):
-                        save(done)
-                        prune()
-                    raise Stopped(name)
         progress.close()
         results = finish_run(run, settings, accelerator, averaged, source, validator)
     except BaseException:

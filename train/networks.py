@@ -12,11 +12,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from latent_ae.checkpoints import checkpoint_at
 from latent_ae.config import ModelSettings, UserError
 from latent_ae.discriminators import PatchDiscriminator
 from latent_ae.models import build_autoencoder, factor_of, latent_channels_of, load_autoencoder
 
-from .checkpoint import checkpoint_at, misfits, read_state
+from .checkpoint import misfits, read_state
 from .config import TrainSettings
 from .finish import finished_results
 
@@ -98,7 +99,13 @@ def _refuse_misfit(autoencoder: ModelMixin, name: str, settings: TrainSettings) 
     if settings.init_from is not None and settings.model != ModelSettings():
         with torch.device("meta"):
             asked = build_autoencoder(settings.model.model_copy(update={"init": "default"}), sample_size=1).config
-        keys = ModelSettings.model_fields.keys() - {"init"}  # how fresh weights begin
+        if settings.model.kind != type(autoencoder).__name__:
+            raise UserError(
+                f"model.kind: {settings.model.kind}, and init_from brings {type(autoencoder).__name__}: its class "
+                "stays, so give model={}, or remove init_from"
+            )
+        own = ModelSettings.model_fields.keys() - {"init", "kind", "config"}  # init: how fresh weights begin
+        keys = own if settings.model.kind == "AutoencoderKL" else settings.model.config.keys()
         for key in sorted(key for key in keys if _plain(asked[key]) != _plain(autoencoder.config[key])):
             raise UserError(
                 f"model.{key}: {_plain(asked[key])}, and init_from brings {_plain(autoencoder.config[key])}: its shape "

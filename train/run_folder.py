@@ -23,7 +23,7 @@ RECIPE = (
 """Keys that a run cannot change under way: the weights or the sample order would no longer fit."""
 FREE = ("data.num_workers", "data.max_bad_fraction")
 """Keys under RECIPE that may change all the same."""
-SWITCHES = ("gan.weight", "ema.decay", "loss.kl_target", "alignment.model")
+SWITCHES = ("gan.weight", "ema.decay", "loss.kl_target", "alignment.model", "alignment.adaptive")
 """Keys whose value may change, but not to or from nothing: a checkpoint holds what goes with it or it does not."""
 SILENT = (
     *("output_dir", "report_to", "push_to_hub", "micro_batch_size", "checkpoint", "log"),
@@ -104,7 +104,7 @@ def cut_back(run: Path, step: int) -> None:
     """
     set_damaged_aside(run, step)
     log, kept, later = run / "log.jsonl", "", ""
-    for line in log.read_text(encoding="utf-8").splitlines(keepends=True) if log.is_file() else []:
+    for line in log.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True) if log.is_file() else []:
         at = _step_of(line)
         if at is None or at > step:
             later += line.rstrip("\n") + "\n"
@@ -117,7 +117,8 @@ def cut_back(run: Path, step: int) -> None:
         with replacing(log) as part:
             part.write_text(kept, encoding="utf-8")
     for picture in (run / "previews").glob("step-*.png"):
-        if int(picture.stem.removeprefix("step-")) > step:
+        number = picture.stem.removeprefix("step-")
+        if number.isdigit() and int(number) > step:
             picture.unlink()
     if (results := run / "results.json").is_file():
         results.replace(run / "results.previous.json")

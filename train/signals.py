@@ -23,6 +23,7 @@ class StopSignals:
 
     def __init__(self, accelerator: Accelerator):
         self.received = 0
+        self.interrupted = False
         self.before: dict[int, Any] = {}
         # hosts agree among themselves: nobody waits for a GPU
         self.group = torch.distributed.new_group(backend="gloo") if accelerator.num_processes > 1 else None
@@ -40,8 +41,9 @@ class StopSignals:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT:
-            if self.received == signal.SIGINT:
+            if self.interrupted:
                 raise KeyboardInterrupt
+            self.interrupted = True
             print("\nstopping after this step; once more stops at once", file=sys.stderr, flush=True)
         self.received = number
 

@@ -86,8 +86,11 @@ class TrainStep:
                 for name, value in self._accumulate(next(micro_batches), step, phase).items():
                     sums[name] = sums[name] + value if name in sums else value
         means = {name: value / settings.accumulation for name, value in sums.items()}
+        before = [number.clone() for number in self.state.buffers()]
         reduced = self.state.remember(means, phase, settings, self.accelerator)
         norms, bad = self.update(step, phase)
+        for number, old in zip(self.state.buffers(), before, strict=True):
+            number.copy_(torch.where(bad, old, number))
         if settings.loss.kl_target and "kl_per_dimension" in reduced:
             self.state.hold_rate(reduced["kl_per_dimension"], settings.loss.kl_target, bad)
         if "code_counts" in reduced and settings.loss.revive_after:

@@ -100,7 +100,8 @@ class StepState(nn.Module):
             means["codebook_perplexity"] = perplexity(reduced["code_counts"])
             means["codebook_used"] = (reduced["code_counts"] > 0).float().mean()
         if "logvar_gradient" in reduced:
-            self.logvar.grad = reduced["logvar_gradient"].detach().clone()
+            # it has no upper norm of its own, and one that is far off would still the optimizer for long
+            self.logvar.grad = reduced["logvar_gradient"].detach().clamp(-1.0, 1.0)
             del means["logvar_gradient"]
             means["logvar"] = self.logvar.detach().clone()
         if phase.discriminator and gan.lecam:

@@ -1,0 +1,92 @@
+"""Which checkpoint of a training run can be trusted: finished, and as its manifest says."""
+
+import errno
+import hashlib
+import json
+import sys
+from pathlib import Path
+
+from latent_ae.config import UserError
+
+PREFIX = "step-"
+MANIFEST = "manifest.json"
+ALWAYS = ("autoencoder.safetensors", "config.json", "optimizer.pt", "state.json")
+DAMAGE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EIO)
+"""What reading a damaged checkpoint may end in; anything else can be mended, and the checkpoint is whole."""
+
+
+def finished_checkpoints(run: Path) -> dict[int, Path]:
+    """Folders of the checkpoints of a run that were finished, by step, oldest first. Their content is not checked."""
+    names = {path.name.removeprefix(PREFIX): path for path in (run / "checkpoints").glob(f"{PREFIX}*")}
+    return dict(sorted((int(name), path) for name, path in names.items() if name.isdigit()))
+
+
+def newest_whole(run: Path) -> Path | None:
+    """The newest checkpoint whose files match its manifest; a damaged one is named on stderr and passed over.
+
+    None where there are none. Raises UserError when all are damaged (starting from the beginning would overwrite what
+    can perhaps be saved), or one cannot be read.
+    """
+    folders = finished_checkpoints(run)
+    for folder in reversed(folders.values()):
+        damage = find_damage(folder)
+        if damage is None:
+            return folder
+        print(f"checkpoint {folder} is damaged ({damage}) and passed over", file=sys.stderr)
+    if folders:
+        raise UserError(
+            f"every checkpoint in {run / 'checkpoints'} is damaged: put a whole one there, or choose another "
+            "output_dir to start from the beginning"
+        )
+    return None
+
+
+def checkpoint_at(place: Path) -> Path | None:
+    """The checkpoint that `place` is, or of a run the newest whole one; None: it is neither.
+
+    Raises UserError when there are only damaged ones, or one cannot be read.
+    """
+    if (place / MANIFEST).is_file() and (place / ALWAYS[0]).is_file():
+        damage = find_damage(place)
+        if damage is not None:
+            raise UserError(f"checkpoint {place} is damaged: {damage}")
+        return place
+    return newest_whole(place)
+
+
+def find_damage(folder: Path) -> str | None:
+    """What differs from the manifest, or None. Raises UserError when the disk does not let it be read."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        if missing := [name for name in ALWAYS if name not in manifest["files"]]:
+            return f"{MANIFEST} does not name {', '.join(missing)}"
+        # a file by the name of a network would be loaded; hidden ones are the system's
+        names = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
+        if strange := sorted(names - manifest["files"].keys() - {MANIFEST}):
+            return f"{strange[0]} is not in {MANIFEST}"
+        for name, expected in manifest["files"].items():
+            path = folder / name
+            if not path.is_file():
+                return f"{name} is missing"
+            if path.stat().st_size != expected["bytes"]:
+                return f"{name} has {path.stat().st_size} bytes instead of {expected['bytes']}"
+            if sha256_of(path) != expected["sha256"]:
+                return f"{name} has another checksum"
+    except OSError as error:
+        if error.errno not in DAMAGE:
+            raise UserError(
+                f"checkpoint {folder} cannot be read: {error.strerror or error}. Mend that and run it again, or remove "
+                "the checkpoint to go on from an earlier one"
+            ) from error
+        return f"{error.filename}: {error.strerror}"
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        return f"{MANIFEST}: {error}"
+    return None
+
+
+def sha256_of(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
