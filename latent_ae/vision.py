@@ -46,7 +46,7 @@ class VisionModel(nn.Module):
             raise UserError(f"alignment.model: transformers cannot load {folder}: {_reason(error)}") from error
         self.model = self.model.float().eval().requires_grad_(False)
         patch = getattr(self.model.config, "patch_size", None)
-        if self.model.main_input_name != "pixel_values" or not isinstance(patch, int) or patch < 1:
+        if self.model.main_input_name != "pixel_values" or not isinstance(patch, int):
             kind = type(self.model).__name__
             raise UserError(f"alignment.model: {folder} holds a {kind}; a vision transformer is needed, such as DINOv2")
         self.patch_px: int = patch
