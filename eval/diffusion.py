@@ -211,10 +211,6 @@ class _Job:
         framing = self.settings.encoding(part).framing()
         if made["framing"] != framing:
             raise UserError(f"{key}: {folder} holds latents of images framed as {made['framing']}, not {framing}")
-        if given and not self._holds_images_of(cache, part):
-            raise UserError(
-                f"{key}: {folder} holds latents of other images ({made['data']['location']}) than {self.data}"
-            )
         return cache
 
     def _holds_images_of(self, cache: LatentCache, part: Part) -> bool:
@@ -241,6 +237,14 @@ class _Job:
                 f"held_out_latents: {shared} of its {len(held_out)} images are among those trained on; encode with "
                 "part=train and part=held_out"
             )
+        parts: tuple[tuple[str, LatentCache, Part], ...] = (
+            ("latents", train, "train"),
+            ("held_out_latents", held_out, "held_out"),
+        )
+        for key, cache, part in parts:
+            if getattr(self.settings, key) and not self._holds_images_of(cache, part):
+                location = cache.manifest["data"]["location"]
+                raise UserError(f"{key}: {cache.folder} holds latents of other images ({location}) than {self.data}")
         if train.num_classes > NULL_CLASS:
             raise UserError(
                 f"{self.data} has {train.num_classes} classes, DiTPipeline knows {NULL_CLASS}; set label_column=null"

@@ -339,14 +339,14 @@ def test_mistakes_end_with_a_message(model, images, latents, tmp_path, capsys, m
     tiny("AutoencoderKLFlux2").save_pretrained(tmp_path / "flux2")
     assert "scaling_factor" in message(tmp_path / "flux2")
     tiny("AutoencoderKL").save_pretrained(tmp_path / "other")
-    others = shutil.copytree(images, tmp_path / "others")
-    for path in sorted(others.rglob("*.png")):
-        Image.fromarray(255 - np.asarray(Image.open(path))).save(path)
-    assert "of other images" in message(model, f"latents={latents.folder}", data=others)
     assert "another model" in message(tmp_path / "other", f"latents={latents.folder}")
     assert "framed" in message(model, f"latents={latents.folder}", "resolution=32")
     assert "80 of its 80 images" in message(model, f"latents={latents.folder}", f"held_out_latents={latents.folder}")
     assert "patch_size" in message(model, "patch_size=3")
     assert "too small" in message(model, "resolution=8")
+    others = shutil.copytree(images, tmp_path / "others")
+    for path in sorted(others.rglob("*.png")):
+        Image.fromarray(255 - np.asarray(Image.open(path))).save(path)
+    assert "of other images" in message(model, f"latents={latents.folder}", data=others)
     monkeypatch.setattr("latent_ae_eval.diffusion.processes", lambda device: (SimpleNamespace(num_processes=2), device))
     assert "one process" in message(model)
