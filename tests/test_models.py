@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, AutoencoderTiny
+from diffusers import AutoencoderKL, UNet2DModel
 from PIL import Image
 
 from latent_ae.config import DataSettings, ModelSettings, UserError
@@ -212,11 +212,10 @@ def test_what_is_no_autoencoder_is_refused(tmp_path: Path) -> None:
         load_autoencoder(str(tmp_path / "absent"))
     with pytest.raises(UserError, match=r"no config\.json"):
         load_autoencoder(str(tmp_path))
-    AutoencoderTiny(encoder_block_out_channels=(8,) * 4, decoder_block_out_channels=(8,) * 4).save_pretrained(
-        tmp_path / "tiny"
-    )
-    with pytest.raises(UserError, match="holds a AutoencoderTiny"):
-        load_autoencoder(str(tmp_path / "tiny"))
+    blocks = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",), "norm_num_groups": 4}
+    UNet2DModel(sample_size=8, block_out_channels=(8,), **blocks).save_pretrained(tmp_path / "unet")
+    with pytest.raises(UserError, match="holds a UNet2DModel, which is not a first stage"):
+        load_autoencoder(str(tmp_path / "unet"))
     autoencoder = build_autoencoder(ModelSettings.model_validate(MODEL), sample_size=16)
     autoencoder.save_pretrained(tmp_path / "cut")
     weights = tmp_path / "cut/diffusion_pytorch_model.safetensors"
