@@ -19,6 +19,8 @@ FP16_MAX = torch.finfo(torch.float16).max
 HEADROOM = 2
 """Other images than those tried may reach higher: half precision is trusted up to a half of what it can hold."""
 LARGEST = 5
+NAMED = 20
+"""Layers with values that are not finite, the first of which are named: often all that follow one."""
 MOST_DB = 100.0
 """PSNR of equal images."""
 TILED_SIDE = 1.5
@@ -64,10 +66,11 @@ def probe_precision(
     """Reconstructs `images` (NCHW in [-1, 1], at the posterior's mode) in fp32, bf16 and fp16; JSON-ready.
 
     `peaks`: the layers with the largest absolute outputs in fp32. For bf16 and fp16: PSNR (dB) against the fp32
-    reconstruction (None if that holds no finite numbers only), how many of its values are not finite, and the first
-    layer that gave such. A type that the device lacks is emulated by rounding each layer's output to it, which
-    `emulated` says. `force_upcast`, as diffusers means it (fp32 even in an fp16 pipeline): something was not finite in
-    fp16, or a layer came within a factor of two of 65504. The model is left as it is; `device` None: where it is.
+    reconstruction (None if that holds no finite numbers only), how many of its values are not finite, the first layer
+    that gave such, how many layers did, and how many values each of the first twenty gave, over all images. A type
+    that the device lacks is emulated by rounding each layer's output to it, which `emulated` says. `force_upcast`, as
+    diffusers means it (fp32 even in an fp16 pipeline): something was not finite in fp16, or a layer came within a
+    factor of two of 65504. The model is left as it is; `device` None: where it is.
     """
     place = torch.device(device or autoencoder.device)
     watch = _Watch()
@@ -112,11 +115,17 @@ def _in_type(
             tensor.copy_(tensor.to(dtype))
         made = _reconstruct(rounded, images, watch)
     not_finite = int((~made.isfinite()).sum())
+    by_layer: dict[str, int] = {}
+    for name, count in watch.bad:
+        if count:
+            by_layer[name] = by_layer.get(name, 0) + int(count)
     return {
         "emulated": watch.round_to is not None,
         "psnr": None if not_finite else round(_psnr(made, expected), 2),
         "not_finite": not_finite,
-        "first_not_finite": next((name for name, count in watch.bad if count), None),
+        "first_not_finite": next(iter(by_layer), None),
+        "layers_not_finite": len(by_layer),
+        "not_finite_by_layer": dict(list(by_layer.items())[:NAMED]),
     }
 
 

@@ -82,6 +82,9 @@ def test_figures_are_those_of_diffusers_and_numpy(photos):
     assert health["kl_nats_per_image"] == pytest.approx(float(kl.sum() / 21), rel=1e-4)
     assert health["effective_rank"] == pytest.approx(effective_rank(np.cov(means)), rel=1e-4)
     assert health["posterior_std"] == pytest.approx(float(posterior.var.mean().sqrt()), rel=1e-4)
+    assert health["noise_share"] == pytest.approx(float(posterior.var.double().mean()) / samples.var(), rel=1e-4)
+    for name, values in (("latents", posterior.mean + posterior.std * noise), ("images", batch_of(photos))):
+        assert health["spectrum"][name]["high_share"] == pytest.approx(high_share(values.numpy()), rel=1e-4), name
     for row, own in zip(health["channels"], samples, strict=True):
         assert row["std"] == pytest.approx(own.std(), rel=1e-4) and not row["dead"]
         distance = np.abs(own - own.mean()) / own.std()
@@ -91,6 +94,16 @@ def test_figures_are_those_of_diffusers_and_numpy(photos):
     mean, covariance = scaled.mean(1), np.cov(scaled, bias=True)
     roots = np.sqrt(np.linalg.eigvalsh(covariance))
     assert health["frechet_to_normal"] == pytest.approx((mean**2).sum() + ((roots - 1) ** 2).sum(), rel=1e-4)
+
+
+def high_share(values: np.ndarray) -> float:
+    """Of the power up to Nyquist's frequency, above half of it; each channel windowed and freed of its mean."""
+    side = values.shape[-1]
+    window = np.outer(*[np.sin(np.pi * np.arange(side) / side) ** 2] * 2)
+    centred = values - (values * window).sum((2, 3), keepdims=True) / window.sum()
+    power = (np.abs(np.fft.fft2(centred * window)) ** 2).sum((0, 1))
+    frequency = 2 * np.hypot(*np.meshgrid(np.fft.fftfreq(side), np.fft.fftfreq(side)))
+    return power[(frequency > 0.5) & (frequency <= 1)].sum() / power[(frequency > 0) & (frequency <= 1)].sum()
 
 
 def test_decoding_changed_latents(photos):
@@ -118,6 +131,20 @@ def test_decoding_changed_latents(photos):
             noised = latents + row["sigma"] * result["latents"]["std"] * noise
             assert row["psnr"] == pytest.approx(decibels(images, model.decode(noised).sample), abs=0.01)
     assert [row["sigma"] for row in result["health"]["noise"]] == [0.0, 0.1, 0.5]
+
+
+def test_lpips_is_that_of_noised_images(photos, lpips_vgg):
+    model = linear()
+    result = evaluate_latents(model, photos, settings_with(lpips="vgg", num_decoded=1, noise=(0.0, 0.5)))
+    image, found = batch_of(photos)[:1], []
+    with torch.no_grad():
+        latents = model.encode(image).latent_dist.mode()
+        noise = posterior_noise(2**32, range(1), latents.shape[1:])
+        for row in result["health"]["noise"]:
+            made = model.decode(latents + row["sigma"] * result["latents"]["std"] * noise).sample.clamp(-1, 1)
+            found.append(row["lpips_vgg"])
+            assert found[-1] == pytest.approx(float(lpips_vgg(image, made)), rel=1e-3)
+    assert found[1] > found[0] + 0.05
 
 
 def shifted(convolution: torch.nn.Conv2d, by: int = 1) -> None:

@@ -100,6 +100,31 @@ def test_a_layer_that_overflows_is_named_and_upcast(layer):
     assert verdict(found).startswith(f"fp16 is not safe: values are not finite from {layer} on; the largest activation")
 
 
+@pytest.mark.parametrize("layer", ["encoder.conv_in", "decoder.up_blocks.1.resnets.1.conv1"])
+def test_values_that_are_not_finite_are_counted_by_layer(layer):
+    vae, images = tiny_autoencoder(), torch.cat([0 * IMAGES, IMAGES])
+    with torch.no_grad():
+        vae.get_submodule(layer).weight *= 1e6
+    half, expected, before = copy.deepcopy(vae).half().eval(), {}, [torch.empty(0)]
+
+    def count(name, output):
+        if isinstance(output, torch.Tensor) and output.data_ptr() != before[0].data_ptr():  # else only handed on
+            before[0] = output
+            if number := int(output.isinf().sum() + output.isnan().sum()):
+                expected[name] = expected.get(name, 0) + number
+
+    for name, module in half.named_modules():
+        module.register_forward_hook(lambda m, i, out, name=name: count(name, out))
+    with torch.no_grad():
+        for image in images:
+            half.decode(half.encode(image[None].half()).latent_dist.mode())
+    found = probe_precision(vae, images)
+    assert found["fp16"]["layers_not_finite"] == len(expected) and next(iter(expected)) == layer
+    assert list(found["fp16"]["not_finite_by_layer"].items()) == list(expected.items())[:20]
+    assert (len(expected) > 20) == (layer == "encoder.conv_in")
+    assert found["bf16"]["layers_not_finite"] == 0 and found["bf16"]["not_finite_by_layer"] == {}
+
+
 def test_near_the_limit_is_not_safe_either():
     vae = tiny_autoencoder()
     peak = probe_precision(vae, IMAGES)
