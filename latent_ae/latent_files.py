@@ -41,6 +41,8 @@ class _Checked(pydantic.BaseModel):
         shape: tuple[pydantic.PositiveInt, pydantic.PositiveInt, pydantic.PositiveInt]
         scaling_factor: pydantic.FiniteFloat
         shift_factor: pydantic.FiniteFloat
+        mean: list[pydantic.FiniteFloat] | None = None
+        std: list[pydantic.PositiveFloat] | None = None
 
     class Data(pydantic.BaseModel):
         num_files: pydantic.NonNegativeInt
@@ -71,6 +73,9 @@ class _Checked(pydantic.BaseModel):
             raise ValueError("it says complete, and tells of no latents")
         if not self.latent.scaling_factor:
             raise ValueError("scaling_factor is 0")
+        for values in (self.latent.mean, self.latent.std):
+            if values is not None and len(values) != self.latent.shape[0]:
+                raise ValueError("mean and std are not one number for each channel")
         return self
 
 
