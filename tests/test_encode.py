@@ -349,8 +349,8 @@ def test_a_foreign_manifest_ends_in_a_message(model, photos, cache, tmp_path, ca
     for key in good.keys() & {"format", "complete", "model", "latent", "data", "labels", "made_from", "files"}:
         for value in ([], "x", -1, {}):
             refused(json.dumps(good | {key: value}))
-    for key, value in (("shape", [4, 8]), ("shape", [4, 8, 0]), ("scaling_factor", 0), ("shift_factor", None), ("std", [1.0]),
-                       ("mean", ["x"] * 4)):  # fmt: skip
+    wrong = [("shape", [4, 8]), ("shape", [4, 8, 0]), ("scaling_factor", 0), ("shift_factor", None)]
+    for key, value in [*wrong, ("std", [1.0]), ("mean", ["x"] * 4)]:
         refused(json.dumps(good | {"latent": good["latent"] | {key: value}}))
     # one that is well made, of other files
     shutil.rmtree(out)
