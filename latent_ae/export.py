@@ -16,8 +16,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from latent_ae.config import UserError
-from latent_ae.disk import writing
+from latent_ae.disk import write_json, writing
+from latent_ae.first_stages import module_of
 from latent_ae.latents import LatentStatistics
+from latent_ae.likelihoods import FILE, Likelihood
 from latent_ae.model_card import CardFacts, loading_lines, model_card
 from latent_ae.models import Reconstructor, count_parameters
 from latent_ae.pipelines import PipelineName, refuse_misfit, remarks
@@ -30,14 +32,15 @@ TOLERANCE = 1e-5
 
 # The fresh process knows nothing of this project: it is what a user of the folder has.
 FRESH_PROCESS = """
+import importlib
 import sys
-import diffusers
 import torch
 from safetensors.torch import load_file, save_file
 
-folder, kind, images, result, threads = sys.argv[1:]
+folder, module, kind, images, result, threads = sys.argv[1:]
 torch.set_num_threads(int(threads))
-autoencoder = getattr(diffusers, kind).from_pretrained(folder, torch_dtype=torch.float32, local_files_only=True).eval()
+kind = getattr(importlib.import_module(module), kind)
+autoencoder = kind.from_pretrained(folder, torch_dtype=torch.float32, local_files_only=True).eval()
 def latent(image):
     encoded = autoencoder.encode(image[None])
     if hasattr(encoded, "latent_dist"):
@@ -48,7 +51,8 @@ def latent(image):
 with torch.no_grad():
     rows = [autoencoder.decode(latent(image)).sample for image in load_file(images)["images"]]
 save_file({"images": torch.cat(rows)}, result)
-assert not any(name.startswith("latent_ae") for name in sys.modules), "the check must not see this project"
+if module == "diffusers":
+    assert not any(name.startswith("latent_ae") for name in sys.modules), "the check must not see this project"
 """
 
 
@@ -63,8 +67,11 @@ def export_autoencoder(
     keep_scaling: bool = False,
     pipeline: PipelineName | None = None,
     latents_mean_std: bool = False,
+    likelihood: Likelihood | None = None,
 ) -> dict[str, Any]:
     """Writes `folder`: config.json, diffusion_pytorch_model.safetensors (float32) and README.md.
+
+    And likelihood.json, where it was trained with a `likelihood`.
 
     The config carries scaling_factor and shift_factor measured by `statistics`, sample_size (px), and force_upcast from
     a trial of `check_images` in half precision. `keep_scaling` leaves the scaling of the autoencoder's own config:
@@ -132,6 +139,8 @@ def export_autoencoder(
             difference = verify_export(fresh, autoencoder, check_images)
             facts["max_abs_difference"] = difference
             model_card(exported, card, statistics, folder.name, difference, precision).save(fresh / "README.md")
+            if likelihood is not None:
+                write_json(fresh / FILE, likelihood._asdict())
             _take_place(fresh, folder, Path(scratch) / "previous")
     return facts
 
@@ -261,7 +270,7 @@ def _reconstruct_in_fresh_process(folder: Path, kind: str, images: Tensor) -> Te
     with tempfile.TemporaryDirectory() as scratch:
         given, result = Path(scratch) / "images.safetensors", Path(scratch) / "result.safetensors"
         save_file({"images": images}, given)
-        words = [str(folder.resolve()), kind, str(given), str(result), str(torch.get_num_threads())]
+        words = [str(folder.resolve()), module_of(kind), kind, str(given), str(result), str(torch.get_num_threads())]
         # on the CPU, where arithmetic is the same on both sides; offline, because the folder must be enough
         environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
         done = subprocess.run(

@@ -20,6 +20,8 @@ from torch import Tensor, nn
 
 from latent_ae.checkpoints import checkpoint_at
 from latent_ae.config import UserError, looks_like_path
+from latent_ae.likelihoods import Likelihood, read_likelihood
+from latent_ae.posterior import draw, moments_of
 
 Dtype = Literal["fp32", "bf16", "fp16"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -61,20 +63,28 @@ FAMILIES = {
 }
 
 
+OWN: dict[str, type[nn.Module]] = {}
+"""Classes that diffusers has not, saved and loaded as its are. FAMILIES has them, too."""
+
+
+def class_of(name: str) -> Any:
+    """The class of one of FAMILIES."""
+    return OWN[name] if name in OWN else getattr(diffusers, name)
+
+
+def module_of(name: str) -> str:
+    """From which the class can be imported."""
+    return OWN[name].__module__ if name in OWN else "diffusers"
+
+
+def family_name(module: object) -> str | None:
+    """Which of FAMILIES this is an instance of."""
+    return next((cls.__name__ for cls in type(module).__mro__ if cls.__name__ in FAMILIES), None)
+
+
 def family_of(module: nn.Module) -> Family:
     """Of an instance of one of FAMILIES."""
-    return next(family for name, family in FAMILIES.items() if isinstance(module, getattr(diffusers, name)))
-
-
-def moments_of(module: nn.Module, images: Tensor) -> tuple[Tensor, Tensor | None]:
-    """What a latent is drawn from, float32: the posterior's mean and log-variance, or the latent and None.
-
-    `module` is an instance of one of FAMILIES; of a VQModel it is the latent before quantisation.
-    """
-    encoded = module.encode(images)
-    if hasattr(encoded, "latent_dist"):
-        return encoded.latent_dist.mean.float(), encoded.latent_dist.logvar.float()
-    return (encoded.latents if hasattr(encoded, "latents") else encoded.latent).float(), None
+    return FAMILIES[str(family_name(module))]
 
 
 class Encoded(NamedTuple):
@@ -104,6 +114,8 @@ class FirstStage:
     weights: str = "as stored"
     sha256: str | None = None
     """Over the class, the config, and the names, shapes and bytes of all tensors, as they were loaded."""
+    likelihood: Likelihood | None = None
+    """That it was trained with, where it was and the folder says so."""
 
     def moments(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         """What a latent is drawn from, float32: the posterior's mean and log-variance, or the latent and None.
@@ -136,8 +148,8 @@ class FirstStage:
             return made.float()
         height, width = images.shape[-2:]
         padded = nn.functional.pad(images, (0, -width % self.factor, 0, -height % self.factor), mode="replicate")
-        mean, std = self.encode(padded)
-        made = self.decode(mean if noise is None or std is None else mean + std * noise)
+        assert self.module is not None
+        made = self.decode(draw(self.module, padded.to(self.dtype), noise).latent)
         return made[..., :height, :width]
 
     @property
@@ -162,14 +174,19 @@ class FirstStage:
 
 
 def first_stage(
-    model: nn.Module | ImageFunction, *, location: str | None = None, weights: str = "as stored", dtype: Dtype = "fp32"
+    model: nn.Module | ImageFunction,
+    *,
+    location: str | None = None,
+    weights: str = "as stored",
+    dtype: Dtype = "fp32",
+    likelihood: Likelihood | None = None,
 ) -> FirstStage:
     """Wraps an instance of one of FAMILIES (put into evaluation mode), or a function of NCHW images in [-1, 1].
 
     Raises UserError for a model whose output has other channels than its input, ValueError for what is neither.
     """
     original = getattr(model, "_orig_mod", model)  # of torch.compile
-    name = next((name for name in FAMILIES if isinstance(original, getattr(diffusers, name))), type(original).__name__)
+    name = family_name(original) or type(original).__name__
     if name not in FAMILIES:
         if not callable(model) or isinstance(original, diffusers.ModelMixin):
             raise ValueError(f"a first stage of diffusers or a function is needed, not {name}")
@@ -196,6 +213,7 @@ def first_stage(
         location=location,
         weights=weights,
         sha256=sha256,
+        likelihood=likelihood,
     )
 
 
@@ -236,7 +254,9 @@ def load_first_stage(
         variant = variant or ("non_ema" if ema is False else None)
     model = _from_pretrained(resolved, location, subfolder, revision, variant)
     words = [text for text in (variant and f"variant {variant}", subfolder and f"subfolder {subfolder}") if text]
-    return first_stage(model, location=location, weights=", ".join(words) or "as stored", dtype=dtype)
+    likelihood = read_likelihood(Path(resolved) / (subfolder or "")) if folder.exists() else None
+    weights = ", ".join(words) or "as stored"
+    return first_stage(model, location=location, weights=weights, dtype=dtype, likelihood=likelihood)
 
 
 def open_first_stage(model: Any, *, device: torch.device, dtype: Dtype, **where: Any) -> FirstStage:
@@ -278,7 +298,7 @@ def _from_pretrained(
         name = base.load_config(resolved, subfolder=subfolder, revision=revision).get("_class_name", "AutoencoderKL")
         if name not in FAMILIES:
             raise UserError(f"{location} holds a {name}, which is not a first stage known here: {', '.join(FAMILIES)}")
-        return getattr(diffusers, name).from_pretrained(
+        return class_of(name).from_pretrained(
             resolved, subfolder=subfolder, revision=revision, variant=variant, torch_dtype=torch.float32
         )
     except UserError:
@@ -323,7 +343,8 @@ def _load_checkpoint(folder: Path, location: str, ema: bool | None, dtype: Dtype
     except Exception as error:  # diffusers and safetensors raise many kinds for a damaged or foreign file
         raise UserError(f"cannot load {path}: {' '.join(str(error).split())[:400]}") from error
     which = "averaged" if averaged else "raw"
-    return first_stage(model, location=location, weights=f"{which}, {folder.name}", dtype=dtype)
+    weights = f"{which}, {folder.name}"
+    return first_stage(model, location=location, weights=weights, dtype=dtype, likelihood=read_likelihood(folder))
 
 
 def untrained(config: dict[str, Any]) -> nn.Module:
@@ -331,7 +352,7 @@ def untrained(config: dict[str, Any]) -> nn.Module:
     name = config.get("_class_name", "AutoencoderKL")
     if name not in FAMILIES:
         raise ValueError(f"{name} is not a first stage known here: {', '.join(FAMILIES)}")
-    model: nn.Module = getattr(diffusers, name).from_config(config)
+    model: nn.Module = class_of(name).from_config(config)
     return model
 
 

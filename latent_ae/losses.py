@@ -1,5 +1,6 @@
 """Losses as pure functions of float32 tensors. Every name or docstring says how the result is normalised."""
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -26,25 +27,30 @@ def kl_per_dimension(mean: Tensor, logvar: Tensor) -> Tensor:
     return 0.5 * (mean.square() + logvar.exp() - 1.0 - logvar)
 
 
-def kl_loss(mean: Tensor, logvar: Tensor, image_elements: int) -> Tensor:
+def kl_loss(rates: Sequence[Tensor], image_elements: int) -> Tensor:
     """KL in nats summed over a sample's latent, divided by its C x H x W image elements, averaged over samples.
 
+    `rates` holds the KL of each latent dimension, N x c x h x w, for each level of the latent.
     Latent diffusion sums the pixel loss and the KL over a sample and weighs the KL with 1e-6. Dividing both sums by
     the image's elements leaves that ratio, so with a per-element pixel loss the weight 1e-6 means the same here.
     """
-    return kl_per_dimension(mean, logvar).sum() / (mean.shape[0] * image_elements)
+    return torch.stack([rate.sum() for rate in rates]).sum() / (rates[0].shape[0] * image_elements)
 
 
-def free_bits_loss(mean: Tensor, logvar: Tensor, image_elements: int, floor: float) -> tuple[Tensor, Tensor]:
+def free_bits_loss(rates: Sequence[Tensor], image_elements: int, floor: float) -> tuple[Tensor, Tensor]:
     """`kl_loss` in which a channel below `floor` nats per latent dimension counts as `floor`, and the share of those.
 
     Free bits of Kingma et al. 2016 (section 3 and appendix C.8): sum over channels of max(floor, KL), so a channel has
     no gradient while it tells less. KL is a sample's mean over the channel's positions; the paper's mean over the
     minibatch as well would make the gradient depend on how a batch is split over passes and processes.
     """
-    channels = kl_per_dimension(mean, logvar).mean((2, 3))
-    loss = channels.clamp(min=floor).sum() * (mean[0, 0].numel() / (mean.shape[0] * image_elements))
-    return loss, (channels.detach() < floor).float().mean()
+    channels = [rate.mean((2, 3)) for rate in rates]
+    elements = rates[0].shape[0] * image_elements
+    terms = [
+        means.clamp(min=floor).sum() * (rate[0, 0].numel() / elements)
+        for means, rate in zip(channels, rates, strict=True)
+    ]
+    return torch.stack(terms).sum(), (torch.cat(channels, 1).detach() < floor).float().mean()
 
 
 def alignment_loss(

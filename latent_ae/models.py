@@ -3,16 +3,16 @@
 import inspect
 from typing import NamedTuple
 
-import diffusers
 import torch
 from diffusers import AutoencoderKL, ModelMixin, VQModel
 from torch import Tensor, nn
 
 from latent_ae.codebook import Codes, quantised
 from latent_ae.config import ModelSettings, UserError
-from latent_ae.first_stages import family_of, load_first_stage, moments_of
+from latent_ae.first_stages import class_of, family_of, load_first_stage
 from latent_ae.latent_changes import LatentChange, changed
 from latent_ae.linear_start import linear_start_
+from latent_ae.posterior import draw
 
 
 class Reconstruction(NamedTuple):
@@ -32,6 +32,8 @@ class Reconstruction(NamedTuple):
     """The latent as features of a vision model, N x features x H/f x W/f, where there is a projection."""
     codes: Codes | None = None
     """What the latent was quantised to, where there is a codebook."""
+    rates: tuple[Tensor, ...] = ()
+    """KL of each latent dimension in nats, level by level (`posterior.Drawn`); empty without a posterior."""
 
 
 class Reconstructor(nn.Module):
@@ -54,8 +56,7 @@ class Reconstructor(nn.Module):
         `noise` (standard normal, shaped like the latent) samples the posterior; None takes its mode. `change` is
         made to the latent before it is decoded; a scaled or turned latent gives an image of that size and turn.
         """
-        mean, logvar = moments_of(self.autoencoder, images)
-        latent = mean if noise is None or logvar is None else mean + torch.exp(0.5 * logvar) * noise
+        latent, mean, logvar, rates, _ = draw(self.autoencoder, images, noise)
         codes, how = None, {}
         if isinstance(self.autoencoder, VQModel):
             latent, codes = quantised(mean, self.codebook)
@@ -66,7 +67,7 @@ class Reconstructor(nn.Module):
             to_decode = latent.view_as(latent)  # a node of its own, so that the two gradients can be told apart
         decoded = to_decode if change is None else changed(to_decode, change)
         image = self.autoencoder.decode(decoded, **how).sample.float()
-        return Reconstruction(image, mean, logvar, latent, to_decode, projected, codes)
+        return Reconstruction(image, mean, logvar, latent, to_decode, projected, codes, rates)
 
     @property
     def codebook(self) -> Tensor:
@@ -128,7 +129,7 @@ def build_autoencoder(settings: ModelSettings, *, sample_size: int, seed: int = 
 
 
 def _of_another_class(settings: ModelSettings, sample_size: int, seed: int) -> ModelMixin:
-    kind = getattr(diffusers, settings.kind)
+    kind = class_of(settings.kind)
     known = inspect.signature(kind.__init__).parameters.keys() - {"self"}
     if unknown := sorted(settings.config.keys() - known):
         raise UserError(

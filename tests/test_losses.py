@@ -33,7 +33,7 @@ def test_kl_equals_torch_distributions() -> None:
     mean, logvar = torch.randn(3, 4, 5, 5), torch.randn(3, 4, 5, 5)
     expected = kl_divergence(Normal(mean, (0.5 * logvar).exp()), Normal(0.0, 1.0))
     torch.testing.assert_close(kl_per_dimension(mean, logvar), expected)
-    torch.testing.assert_close(kl_loss(mean, logvar, 300), expected.sum((1, 2, 3)).mean() / 300)
+    torch.testing.assert_close(kl_loss([kl_per_dimension(mean, logvar)], 300), expected.sum((1, 2, 3)).mean() / 300)
 
 
 def test_the_kl_weight_means_what_it_means_in_latent_diffusion() -> None:
@@ -42,7 +42,7 @@ def test_the_kl_weight_means_what_it_means_in_latent_diffusion() -> None:
     mean, logvar = torch.randn(2, 4, 4, 4), torch.randn(2, 4, 4, 4)
     kl = 0.5 * (mean.pow(2) + logvar.exp() - 1.0 - logvar).sum((1, 2, 3))
     theirs = (image - target).abs().sum() / 2 + 1e-6 * kl.sum() / 2
-    ours = pixel_loss("l1", image, target) + 1e-6 * kl_loss(mean, logvar, 3 * 8 * 8)
+    ours = pixel_loss("l1", image, target) + 1e-6 * kl_loss([kl_per_dimension(mean, logvar)], 3 * 8 * 8)
     torch.testing.assert_close(ours, theirs / (3 * 8 * 8))
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from latent_ae.config import UserError, load_settings
-from latent_ae.losses import free_bits_loss, kl_loss
+from latent_ae.losses import free_bits_loss, kl_loss, kl_per_dimension
 from latent_ae_train.config import LossSettings, TrainSettings
 from latent_ae_train.schedule import kl_weight_at
 from latent_ae_train.step import TrainStep
@@ -67,13 +67,15 @@ def test_free_bits_are_a_floor_for_each_channel_of_each_sample() -> None:
     divergence = torch.distributions.kl_divergence(posterior, torch.distributions.Normal(0.0, 1.0))
     channels = [[divergence[n, c].mean() for c in range(4)] for n in range(3)]
     expected = sum(torch.clamp_min(value, floor) * 25 for row in channels for value in row) / (3 * elements)
-    loss, free = free_bits_loss(mean, logvar, elements, floor)
+    loss, free = free_bits_loss([kl_per_dimension(mean, logvar)], elements, floor)
     torch.testing.assert_close(loss, expected)
     below = torch.tensor([[bool(value < floor) for value in row] for row in channels])
     assert 0 < int(below.sum()) < 12, "some channels are below the floor and some are not"
     assert float(free) == pytest.approx(below.float().mean().item())
     slopes = torch.autograd.grad(loss, (mean, logvar))
-    for slope, whole in zip(slopes, torch.autograd.grad(kl_loss(mean, logvar, elements), (mean, logvar)), strict=True):
+    for slope, whole in zip(
+        slopes, torch.autograd.grad(kl_loss([kl_per_dimension(mean, logvar)], elements), (mean, logvar)), strict=True
+    ):
         assert bool((slope[below] == 0).all()) and torch.allclose(slope[~below], whole[~below])
 
 

@@ -8,10 +8,9 @@ import torch.nn.functional as F
 
 from latent_ae.config import UserError, load_settings
 from latent_ae.latent_changes import LatentChange, changed
-from latent_ae.losses import kl_loss
+from latent_ae.losses import kl_loss, kl_per_dimension
 from latent_ae.models import Reconstructor
-from latent_ae_train import micro_batch
-from latent_ae_train import step as step_module
+from latent_ae_train import micro_batch, terms
 from latent_ae_train.config import TrainSettings
 from latent_ae_train.micro_batch import latent_change
 from latent_ae_train.schedule import equivariance_at
@@ -150,7 +149,8 @@ def test_the_whole_gradient_is_the_textbook_one() -> None:
     ((reference.decode(latent).sample - target).abs().mean() + 1e-2 * floored).backward()
     for name, parameter in reference.named_parameters():
         torch.testing.assert_close(gradients[f"autoencoder.{name}"], parameter.grad, rtol=1e-4, atol=1e-7, msg=name)
-    assert float(means["kl"]) == pytest.approx(kl_loss(posterior.mean, posterior.logvar, 3 * SIDE * SIDE).item())
+    rates = [kl_per_dimension(posterior.mean, posterior.logvar)]
+    assert float(means["kl"]) == pytest.approx(kl_loss(rates, 3 * SIDE * SIDE).item())
     assert float(means["kept_channels"]) == change.kept_channels.float().mean()
     assert float(means["noise_level"]) == pytest.approx(float(change.noise_level.mean()))
 
@@ -158,7 +158,7 @@ def test_the_whole_gradient_is_the_textbook_one() -> None:
 def test_off_costs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     used: list[str] = []
     for name in ("scaled_and_turned", "equivariance_at", "latent_noise", "kept_channels", "free_bits_loss"):
-        module = step_module if name == "free_bits_loss" else micro_batch
+        module = terms if name == "free_bits_loss" else micro_batch
         original = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *a, _n=name, _f=original, **k: (used.append(_n), _f(*a, **k))[1])
     monkeypatch.setattr("latent_ae.models.changed", lambda *a: used.append("changed"))

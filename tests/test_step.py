@@ -10,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from latent_ae.diffaug import NUMBERS, augment
-from latent_ae.losses import generator_loss, kl_loss
+from latent_ae.losses import generator_loss, kl_loss, kl_per_dimension
 from latent_ae.perceptual import LPIPS
 from latent_ae_train.config import TrainSettings
 from latent_ae_train.step import TrainStep
@@ -114,11 +114,13 @@ def test_one_pass_of_each_network_per_micro_batch(accumulation: int, lpips_vgg: 
 
 def test_nothing_is_computed_for_a_zero_weight(monkeypatch: pytest.MonkeyPatch, lpips_vgg: LPIPS) -> None:
     from latent_ae_train import step, step_state
+    from latent_ae_train import terms as step_terms
 
     used: list[str] = []
     terms = ("kl_loss", "free_bits_loss", "pixel_loss", "generator_loss", "discriminator_loss", "lecam_loss")
     for name in (*terms, "r1_penalty", "augment", "adaptive_ratio"):
-        module = step_state if name == "adaptive_ratio" else step
+        in_terms = name in ("kl_loss", "free_bits_loss", "pixel_loss")
+        module = step_state if name == "adaptive_ratio" else step_terms if in_terms else step
         original = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *a, _n=name, _f=original, **k: (used.append(_n), _f(*a, **k))[1])
     lpips_calls = count_calls(lpips_vgg)
@@ -158,7 +160,11 @@ def test_the_combined_gradient_is_the_textbook_one(lpips_vgg: LPIPS) -> None:
     (nll_layer,) = torch.autograd.grad(reconstruction, model.last_layer, retain_graph=True)
     (gan_layer,) = torch.autograd.grad(adversarial, model.last_layer, retain_graph=True)
     weight = nll_layer.norm() / (gan_layer.norm() + 1e-6)
-    total = reconstruction + 0.5 * weight * adversarial + 1e-2 * kl_loss(result.mean, result.logvar, 3 * 16 * 16)
+    total = (
+        reconstruction
+        + 0.5 * weight * adversarial
+        + 1e-2 * kl_loss([kl_per_dimension(result.mean, result.logvar)], 3 * 16 * 16)
+    )
     total.backward()
     torch.testing.assert_close(step.state.adaptive_weight, weight, rtol=1e-5, atol=0)
     for name, parameter in model.named_parameters():

@@ -67,6 +67,7 @@ def export(
     from latent_ae.checkpoints import checkpoint_at
     from latent_ae.data import open_images
     from latent_ae.export import export_autoencoder
+    from latent_ae.likelihoods import read_likelihood
     from latent_ae.models import Reconstructor, factor_of
 
     from .checkpoint import load_weights
@@ -113,6 +114,7 @@ def export(
         keep_scaling=keeps_scaling(settings),
         pipeline=pipeline,
         latents_mean_std=latents_mean_std,
+        likelihood=read_likelihood(folder),
     )
 
 

@@ -14,9 +14,10 @@ from latent_ae.config import UserError, to_yaml
 from latent_ae.data import ImageSource, posterior_noise, training_batches
 from latent_ae.disk import write_json
 from latent_ae.export import CardFacts, export_autoencoder, loading_lines, push_to_hub
-from latent_ae.first_stages import moments_of
 from latent_ae.latents import LatentStatistics
+from latent_ae.likelihoods import Likelihood
 from latent_ae.models import Reconstructor, factor_of, latent_channels_of
+from latent_ae.posterior import draw
 from latent_ae.precision import verdict
 
 from .agreement import Agreed
@@ -38,6 +39,7 @@ def finish_run(
     averaged: Reconstructor,
     source: ImageSource,
     validator: Validator,
+    likelihood: Likelihood | None,
 ) -> dict[str, Any]:
     """Exports the averaged weights, writes results.json and report.html, prints the table. Every process calls this."""
     statistics = measure_latents(averaged, settings, accelerator, source)
@@ -64,6 +66,7 @@ def finish_run(
                 check_images=images,
                 keep_scaling=keeps_scaling(settings),
                 pipeline=settings.export_for,
+                likelihood=likelihood,
             )
             for remark in results["export"].get("remarks", ()):
                 print(f"{settings.export_for}: {remark}", file=sys.stderr)
@@ -120,16 +123,14 @@ def measure_latents(
             except UserError as error:  # the others wait below
                 failure = str(error)
                 break
-            mean, logvar = moments_of(autoencoder, batch.images.to(accelerator.device))
             noise = posterior_noise(settings.seed, batch.numbers, shape).to(accelerator.device)
+            drawn = draw(autoencoder, batch.images.to(accelerator.device), noise)
             # the same crops however the batch is split
             rows = [row for row, number in enumerate(batch.numbers) if number < STATISTICS_CROPS]
-            if rows:
-                if logvar is None:
-                    statistics.update(mean[rows])
-                else:
-                    sample = mean + torch.exp(0.5 * logvar) * noise
-                    statistics.update(sample[rows], mean[rows], logvar[rows])
+            if rows and drawn.logvar is None:
+                statistics.update(drawn.latent[rows])
+            elif rows and drawn.logvar is not None:
+                statistics.update(drawn.latent[rows], drawn.mean[rows], drawn.logvar[rows])
     failures = [told for told in gather_object([failure]) if told]
     if failures:
         raise UserError(failures[0])

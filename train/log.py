@@ -28,6 +28,9 @@ from .schedule import lr_scale_at
 from .step import TrainStep
 from .verdict import verdict
 
+SHOWN = ("l1", "l2", "charbonnier", "bits_per_dimension", "lpips", "discriminator")
+"""Beside the progress bar."""
+
 
 class Log:
     """log.jsonl always, trackers when asked for, notes on stderr; all from the main process."""
@@ -152,7 +155,7 @@ class Log:
             values["images_per_second"] = (done - before) * self.settings.batch_size / (now - then)
         self.last = now, done
         values["lr"] = self.settings.optim.lr * lr_scale_at(done - 1, self.settings.steps, self.settings.optim)
-        shown = [name for name in ("l1", "l2", "charbonnier", "lpips", "discriminator") if name in values]
+        shown = [name for name in SHOWN if name in values]
         progress.set_description(f"step {done:,}/{self.settings.steps:,}")
         progress.set_postfix({name: f"{values[name]:.3f}" for name in shown}, refresh=False)
         if "logits_real" in values:

@@ -145,12 +145,14 @@ def train(settings: TrainSettings) -> dict[str, Any]:
     step = first_step
 
     def save(done: int) -> None:
+        likelihood = train_step.state.likelihood(settings.loss)
         state = {
             "step": done,
             "num_images_seen": done * settings.batch_size,
             "num_processes": accelerator.num_processes,
             "stream_states": gather_object([feed.stream_state]),
             "settings": settings.model_dump(mode="json", by_alias=True),
+            "likelihood": likelihood and likelihood._asdict(),
         }
         with Agreed(accelerator):
             if accelerator.is_main_process:
@@ -207,7 +209,8 @@ def train(settings: TrainSettings) -> dict[str, Any]:
                 if saves:
                     prune()
         progress.close()
-        results = finish_run(run, settings, accelerator, averaged, source, validator)
+        likelihood = train_step.state.likelihood(settings.loss)
+        results = finish_run(run, settings, accelerator, averaged, source, validator, likelihood)
     except BaseException:
         progress.close()
         _say_how_to_go_on(run, step, accelerator)

@@ -19,15 +19,20 @@ def scaled_sides(side_px: int, factor: int, smallest_px: int) -> range:
 class LossSettings(Settings):
     """All terms are means: per image element (pixel, kl) or per sample (perceptual). See docs/losses.md."""
 
-    pixel: Literal["l1", "l2", "charbonnier"] = "l1"
+    pixel: Literal["l1", "l2", "charbonnier", "bernoulli", "gaussian", "logistic"] = "l1"
+    """A distance, or the negative logarithm of a likelihood in nats: with kl=1 and perceptual=0 the loss is minus the
+    evidence lower bound."""
     pixel_weight: Weight = 1.0
+    scale: Annotated[float, Field(gt=0)] = 0.1
+    """Of a likelihood: standard deviation (gaussian) or scale (logistic), in [-1, 1] units."""
     perceptual: Weight = 1.0
     """Weight of LPIPS; 0 neither loads nor computes it."""
     perceptual_net: Literal["vgg", "alex"] = "vgg"
     perceptual_every: Positive = 1
     """LPIPS on every n-th sample only (weighted so that its mean stays the same): cheaper steps on small machines."""
     learned_logvar: bool = False
-    """Learn the log-variance s of the reconstruction's likelihood: loss / exp(s) + s."""
+    """Learn the log-variance s of the reconstruction's likelihood: loss / exp(s) + s. With pixel=gaussian or logistic s
+    is that of the pixels alone, and begins at the logarithm of `scale` squared."""
     kl: Weight = 1e-6
     """Weight of the KL divergence, summed per sample and divided by the image's elements."""
     kl_warmup: NonNegative = 0
@@ -45,6 +50,11 @@ class LossSettings(Settings):
     """Of a codebook: steps without use after which a code starts again as a latent of the day; 0: never."""
 
     def problems(self) -> Iterator[Problem]:
+        scaled = self.pixel in ("gaussian", "logistic")
+        if self.scale != type(self).model_fields["scale"].default and not scaled:
+            yield Problem("scale", f"pixel: {self.pixel} has none; it is for gaussian and logistic")
+        if self.learned_logvar and self.pixel == "bernoulli":
+            yield Problem("learned_logvar", "bernoulli has no variance to learn: set it to false")
         rate = [key for key in ("kl_warmup", "kl_cycles", "kl_target", "free_bits") if getattr(self, key)]
         if rate and not self.kl:
             yield Problem("kl", f"0 takes the KL term away, which {', '.join(rate)} would shape: give it a weight")

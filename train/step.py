@@ -16,16 +16,8 @@ from torch import Tensor, nn
 from latent_ae.codebook import code_counts, codebook_loss
 from latent_ae.config import UserError
 from latent_ae.diffaug import NUMBERS, augment
-from latent_ae.losses import (
-    alignment_loss,
-    discriminator_loss,
-    free_bits_loss,
-    generator_loss,
-    kl_loss,
-    lecam_loss,
-    pixel_loss,
-    r1_penalty,
-)
+from latent_ae.likelihoods import LIKELIHOODS, bits_per_dimension
+from latent_ae.losses import discriminator_loss, generator_loss, lecam_loss, r1_penalty
 from latent_ae.models import Reconstruction
 from latent_ae.vision import VisionModel
 
@@ -35,6 +27,7 @@ from .micro_batch import MicroBatch, as_drawn
 from .revival import revive_codes
 from .schedule import GanPhase, equivariance_at, gan_phase_at, kl_weight_at
 from .step_state import StepState
+from .terms import aligning_gradient, image_losses, rate_loss
 from .update import Update
 
 
@@ -147,12 +140,16 @@ class TrainStep:
             result: Reconstruction = self.reconstructor(images, batch.noise, batch.change)
         image = result.image.detach().requires_grad_()
 
-        logs, objective = self._reconstruction_losses(image, batch)
+        logvar = self.state.logvar if settings.loss.learned_logvar else None
+        logs, objective = image_losses(settings.loss, self.perceptual, image, batch, logvar, self._autocast())
         means |= logs
-        (gradient,) = torch.autograd.grad(objective, image)
-        if settings.loss.learned_logvar:
+        if logvar is not None and settings.loss.pixel in LIKELIHOODS:
+            gradient, means["logvar_gradient"] = torch.autograd.grad(objective, (image, logvar))
+        else:
+            (gradient,) = torch.autograd.grad(objective, image)
+        if logvar is not None and settings.loss.pixel not in LIKELIHOODS:
             # d/dr and d/ds of objective / exp(s) + s; s has no graph: its gradient is one number
-            precision = torch.exp(-self.state.logvar.detach())
+            precision = torch.exp(-logvar.detach())
             gradient = gradient * precision
             means["logvar_gradient"] = 1.0 - objective.detach() * precision
 
@@ -179,14 +176,24 @@ class TrainStep:
             if self.fresh_codes is None:  # of the step's first sample, which is the same however the batch is split
                 self.fresh_codes = result.mean.detach()[0].flatten(1).T
         # not when the encoder is fixed, or there is no posterior
-        if settings.loss.kl and result.logvar is not None and result.mean.requires_grad:
-            objective, kl_weight, logs = self._rate(result, step, image_elements=images[0].numel())
-            means |= logs
+        if settings.loss.kl and any(rate.requires_grad for rate in result.rates):
+            weight = (
+                self.state.kl_weight if settings.loss.kl_target else kl_weight_at(step, settings.loss, settings.steps)
+            )
+            objective, logs = rate_loss(settings.loss, result.rates, image_elements=images[0].numel())
+            means |= logs | {"kl_weight": torch.ones_like(objective.detach()) * weight}
+            if settings.loss.pixel in LIKELIHOODS and settings.loss.pixel in means:
+                nats = means[settings.loss.pixel] + means["kl"]
+                means["bits_per_dimension"] = bits_per_dimension(nats, settings.loss.pixel)
             outputs.append(objective)
-            gradients.append(torch.ones_like(objective) * (kl_weight * share))
+            gradients.append(torch.ones_like(objective) * (weight * share))
         layers: list[Tensor] = []
         if result.projected is not None:
-            aligning, logs = self._aligning(result, images, layers)
+            assert self.vision is not None
+            with self._autocast():
+                features = self.vision(images, result.latent.shape[-1])
+            layer = self.bare_reconstructor.encoder_last_layer
+            aligning, logs = aligning_gradient(settings.alignment, self.state, result, features, layer, layers)
             means |= logs
             outputs.append(result.projected)
             gradients.append(aligning * share)
@@ -195,72 +202,6 @@ class TrainStep:
             means["encoder_image"] = layers[0] * settings.accumulation
         means["latent_std"] = result.latent.detach().std()
         return means
-
-    def _reconstruction_losses(self, image: Tensor, batch: MicroBatch) -> tuple[dict[str, Tensor], Tensor]:
-        """The weighted sum of the pixel and perceptual losses, and both apart."""
-        loss = self.settings.loss
-        means: dict[str, Tensor] = {}
-        terms: list[Tensor] = []
-        if loss.pixel_weight:
-            pixel = pixel_loss(loss.pixel, image, batch.images)
-            means[loss.pixel] = pixel.detach()
-            terms.append(loss.pixel_weight * pixel)
-        if loss.perceptual and self.perceptual is not None:
-            rows = batch.perceptual_rows
-            # a sum over the chosen rows, scaled as if every row had been looked at: the mean over the global
-            # batch is then the same however it is split
-            perceptual = image.new_zeros(())
-            if range(*rows.indices(len(image))):
-                with self._autocast():
-                    distances = self.perceptual(image[rows], batch.images[rows])
-                perceptual = distances.sum() * (loss.perceptual_every / len(image))
-                terms.append(loss.perceptual * perceptual)
-            means["lpips"] = perceptual.detach()
-        return means, torch.stack(terms).sum() if terms else (image * 0.0).sum()
-
-    def _rate(
-        self, result: Reconstruction, step: int, image_elements: int
-    ) -> tuple[Tensor, Tensor | float, dict[str, Tensor]]:
-        """The KL term, its weight in this step, and what to log."""
-        loss = self.settings.loss
-        assert result.logvar is not None
-        objective = kl = kl_loss(result.mean, result.logvar, image_elements)
-        means = {"kl": kl.detach(), "kl_per_dimension": kl.detach() * (image_elements / result.mean[0].numel())}
-        if loss.free_bits:
-            objective, means["kl_free"] = free_bits_loss(result.mean, result.logvar, image_elements, loss.free_bits)
-        weight = self.state.kl_weight if loss.kl_target else kl_weight_at(step, loss, self.settings.steps)
-        return objective, weight, means | {"kl_weight": torch.ones_like(means["kl"]) * weight}
-
-    def _aligning(
-        self, result: Reconstruction, images: Tensor, layers: list[Tensor]
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The weighted gradient of the alignment at the projected latent, and what to log.
-
-        For the adaptive weight, the backward pass will put the image losses' gradient at the encoder's last layer into
-        `layers` when it comes by the latent: the cost is that of one convolution's weight gradient.
-        """
-        assert self.vision is not None and result.projected is not None
-        alignment = self.settings.alignment
-        with self._autocast():
-            features = self.vision(images, result.latent.shape[-1])
-        projected = result.projected.detach().requires_grad_()
-        cosine, distance, similarity = alignment_loss(
-            projected, features, alignment.cosine_margin, alignment.distance_margin
-        )
-        (gradient,) = torch.autograd.grad(cosine + distance, projected)
-        means = {
-            "alignment_cosine": cosine.detach(),
-            "alignment_distance": distance.detach(),
-            "alignment_similarity": similarity,
-        }
-        if not alignment.adaptive:
-            return alignment.weight * gradient, means
-        layer, latent = self.bare_reconstructor.encoder_last_layer, result.latent
-        (means["encoder_alignment"],) = torch.autograd.grad(result.projected, layer, gradient, retain_graph=True)
-        result.to_decode.register_hook(
-            lambda slope: layers.extend(torch.autograd.grad(latent, layer, slope, retain_graph=True))
-        )
-        return alignment.weight * self.state.alignment_weight * gradient, means
 
     def _adversarial(
         self, batch: MicroBatch, image: Tensor, phase: GanPhase

@@ -11,9 +11,10 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from latent_ae.codebook import perplexity
+from latent_ae.likelihoods import LIKELIHOODS, Likelihood
 from latent_ae.losses import adaptive_ratio
 
-from .config import TrainSettings
+from .config import LossSettings, TrainSettings
 from .schedule import GanPhase
 
 LECAM_DECAY = 0.99
@@ -40,7 +41,9 @@ class StepState(nn.Module):
         # 0 until the first measurement, so the first step with an adversarial term only measures
         self.register_buffer("adaptive_weight", torch.zeros(()))
         self.register_buffer("lecam_averages", torch.zeros(2))
-        self.logvar = nn.Parameter(torch.zeros(()))
+        # of the likelihood: twice the logarithm of its scale
+        scale = settings.loss.scale if settings.loss.pixel in ("gaussian", "logistic") else 1.0
+        self.logvar = nn.Parameter(torch.tensor(2.0 * math.log(scale)))
         if settings.loss.kl_target:
             # the logarithm of the KL weight, and the last error
             self.register_buffer("kl_control", torch.tensor([math.log(settings.loss.kl), 0.0]))
@@ -50,6 +53,13 @@ class StepState(nn.Module):
         if num_codes:
             # steps since each code was last taken; at the start all wait for a latent to begin as
             self.register_buffer("code_age", torch.full((num_codes,), float(settings.loss.revive_after)))
+
+    def likelihood(self, loss: LossSettings) -> Likelihood | None:
+        """What the pixel loss is the negative logarithm of; reads the device."""
+        if loss.pixel not in LIKELIHOODS:
+            return None
+        learned = math.exp(0.5 * self.logvar.item()) if loss.learned_logvar else loss.scale
+        return Likelihood(loss.pixel, None if loss.pixel == "bernoulli" else learned)
 
     @property
     def kl_weight(self) -> Tensor:
