@@ -1,4 +1,4 @@
-"""Two first stages that differ in the KL weight alone, judged by the diffusion model that each allows.
+"""First stages that differ in one setting, judged by the diffusion model that each allows.
 
 python -m benchmarks.diffusion --data /data/cifar10 --scratch /tmp/scratch
 Killed, it goes on when started again with the same scratch folder.
@@ -13,8 +13,12 @@ from typing import Any
 
 from benchmarks.machine import save
 
-CHANGES = {"width": 128, "depth": 4, "steps": 1000, "samples": 1000}
-"""Apart from preset=cpu: smaller and shorter."""
+STAGES = {
+    "as it is": [],
+    "KL weight 1": ["loss.kl=1"],
+    "equivariance 0.5": ["latents.equivariance=0.5"],
+}
+"""What sets a first stage apart from the recipe below."""
 BATCH = 32
 COMMON = (
     f"batch_size={BATCH} seed=0 data.resolution=32 validate.crop_px=32 validate.images=500 validate.every=1000 "
@@ -26,16 +30,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder with CIFAR-10 as train.parquet, test.parquet")
     parser.add_argument("--scratch", type=Path, required=True)
-    parser.add_argument("--kl", nargs="+", default=["1e-6", "1e-1"])
-    parser.add_argument("--steps", type=int, default=200, help="of each first stage")
+    parser.add_argument("--stages", nargs="+", default=list(STAGES), choices=STAGES)
+    parser.add_argument("--steps", type=int, default=500, help="of each first stage")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     words = parser.parse_args()
     rows: dict[str, Any] = {}
     recipe: dict[str, Any] = {}
-    for kl in words.kl:
-        run = words.scratch / f"kl-{kl}"
+    for name in words.stages:
+        run = words.scratch / name.replace(" ", "-")
         sources = [f"data.source={words.data / 'train.parquet'}", f"data.eval_source={words.data / 'test.parquet'}"]
-        changes = [f"output_dir={run}", f"steps={words.steps}", f"loss.kl={kl}", *sources, *COMMON]
+        changes = [f"output_dir={run}", f"steps={words.steps}", *sources, *COMMON, *STAGES[name]]
         if not (run / "results.json").exists():
             _run("train", "quickstart", *changes)
         log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
@@ -50,8 +54,9 @@ def main() -> None:
             first = run / f"diffusion-{words.seeds[0]}" / "latents"
             given = [f"latents={first / 'train'}", f"held_out_latents={first / 'held_out'}"] if row["samples"] else []
             if not (out / "result.json").exists():
-                settings = [f"{key}={value}" for key, value in CHANGES.items()] + [f"seed={seed}", *given]
-                _run("eval", "diffusion", str(run / "export"), str(words.data), *settings, "--out", str(out))
+                _run(
+                    "eval", "diffusion", str(run / "export"), str(words.data), f"seed={seed}", *given, "--out", str(out)
+                )
             result = json.loads((out / "result.json").read_text())
             metrics, intervals = result["metrics"], result["intervals"]
             row["samples"].append([metrics["samples"]["frechet_vgg16"], intervals["samples"]["frechet_vgg16"]])
@@ -62,7 +67,7 @@ def main() -> None:
             row["latents"] = result["latents"]
             row["processor_seconds"] = result["processor_seconds"]
             recipe = result["recipe"]
-        rows[f"KL weight {kl}"] = row
+        rows[name] = row
     result = {
         "data": "CIFAR-10, 20,000 images to train on and 4,000 held out",
         "first_stage_steps": words.steps,
