@@ -1,0 +1,166 @@
+"""Every class of first stage by one recipe, its export measured on held-out images.
+
+python -m benchmarks.family --data /data/cifar10 --photos /data/bsds500 --scratch /tmp/scratch
+Killed, it goes on when started again with the same scratch folder.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from benchmarks.machine import save
+from latent_ae.codebook import code_counts, perplexity, quantised
+from latent_ae.config import DataSettings, load_settings
+from latent_ae.data import open_images
+from latent_ae.first_stages import FirstStage, load_first_stage
+from latent_ae.held_out import held_out_images
+from latent_ae.models import Reconstructor
+from latent_ae.perceptual import LPIPS
+from latent_ae_train.config import TrainSettings
+from latent_ae_train.ema import Ema
+from latent_ae_train.micro_batch import MicroBatch
+from latent_ae_train.networks import starting_autoencoder
+from latent_ae_train.step import TrainStep
+
+
+class Member(NamedTuple):
+    recipe: str
+    words: str = ""
+    photos: bool = False
+    """Crops of photographs, 64 px, in place of CIFAR-10: at 32 px a factor of 32 leaves one place."""
+
+
+F32 = "model.block_out_channels=[16,32,64,64,128,128] model.latent_channels=128"
+MEMBERS = {
+    "AutoencoderKL": Member("quickstart", "model.init=default"),
+    "VQModel": Member("vqgan"),
+    "AutoencoderTiny": Member("tiny"),
+    "AsymmetricAutoencoderKL": Member("asymmetric"),
+    "AutoencoderKLFlux2": Member("flux2"),
+    "AutoencoderDC": Member("dc-ae", photos=True),
+    "AutoencoderKL, factor 32": Member("quickstart", f"model.init=default {F32}", photos=True),
+}
+COMMON = (
+    "seed=0 loss.perceptual_every=4 gan.weight=0 ema.decay=0.99 optim.lr=1e-3 optim.warmup=50 validate.every=100000 "
+    "validate.images=500 checkpoint.every=100000 log.every=50"
+)
+SIZES = {False: {"px": 32, "batch": 32}, True: {"px": 64, "batch": 8}}
+"""By `Member.photos`; as many pixels in a batch of either."""
+ROUNDS = 5
+"""Of what is timed."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder with CIFAR-10 as train.parquet, test.parquet")
+    parser.add_argument("--photos", type=Path, required=True, help="folder with BSDS500's folders train, test")
+    parser.add_argument("--scratch", type=Path, required=True)
+    parser.add_argument("--members", nargs="+", default=list(MEMBERS), choices=MEMBERS)
+    parser.add_argument("--steps", type=int, default=300)
+    words = parser.parse_args()
+    torch.set_num_threads(1)
+    for name in words.members:
+        run = words.scratch / name.replace(",", "").replace(" ", "-")
+        if not (run / "measured.json").exists():
+            measured = measure(MEMBERS[name], run, words.data, words.photos, words.steps)
+            (run / "measured.json").write_text(json.dumps(measured, indent=2))
+    rows = {
+        name: json.loads((words.scratch / name.replace(",", "").replace(" ", "-") / "measured.json").read_text())
+        for name in words.members
+    }
+    save("family", {"steps": words.steps, "recipe": COMMON, "sizes": [SIZES[False], SIZES[True]], "members": rows})
+
+
+def measure(member: Member, run: Path, data: Path, photos: Path, steps: int) -> dict[str, Any]:
+    """Trains one, and what is to be known of it."""
+    size = SIZES[member.photos]
+    parts = ("train", "test") if member.photos else ("train.parquet", "test.parquet")
+    training, tests = (str((photos if member.photos else data) / part) for part in parts)
+    changes = [f"data.source={training}", f"data.eval_source={tests}", f"data.resolution={size['px']}"]
+    changes += [f"validate.crop_px={size['px']}", f"batch_size={size['batch']}", f"steps={steps}"]
+    changes += [*COMMON.split(), *member.words.split()]
+    if not (run / "results.json").exists():
+        _run("train", member.recipe, f"output_dir={run}", *changes)
+    judged = [f"crop_px={size['px']}", "limit=2000", "frechet=[vgg16]", "latents=[mode]", "batch_size=32"]
+    _run("eval", "recon", str(run / "export"), tests, *judged, "--out", str(run / "recon"))
+    result = json.loads((run / "recon/result.json").read_text())
+    log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    stage = load_first_stage(str(run / "export"))
+    images = held_out(tests, size["px"])
+    with torch.no_grad():
+        latents = torch.cat([stage.encode(part).mean for part in images.split(32)])
+    measured = {
+        "parameters": stage.describe()["parameters"],
+        "factor": stage.factor,
+        "latent_shape": list(latents.shape[1:]),
+        "images": result["data"]["num_images"],
+        "metrics": result["metrics"],
+        "kl_per_dimension": [event for event in log if event["event"] == "train"][-1].get("kl_per_dimension"),
+        "speed": speed(load_settings(TrainSettings, member.recipe, changes), stage, images, latents),
+    }
+    if stage.name == "VQModel":
+        assert stage.module is not None
+        codebook = stage.module.quantize.embedding.weight.detach()
+        counts = code_counts(quantised(latents, codebook)[1].indices, len(codebook))
+        measured["codebook"] = {
+            "codes": len(codebook),
+            "used": int((counts > 0).sum()),
+            "perplexity": float(perplexity(counts)),
+        }
+    return measured
+
+
+def held_out(tests: str, crop_px: int, count: int = 1000) -> Tensor:
+    """The first of them, N x 3 x crop_px x crop_px in [-1, 1]."""
+    data = DataSettings(eval_source=tests, num_workers=0)
+    crops = held_out_images(open_images(data, "held_out"), data, channels=3, crop_px=crop_px)
+    return torch.stack([image for _, _, image in islice(crops, count)])
+
+
+def speed(settings: TrainSettings, stage: FirstStage, images: Tensor, latents: Tensor) -> dict[str, float]:
+    """Images per second of processor time."""
+    autoencoder = starting_autoencoder(settings)
+    step = TrainStep(
+        settings,
+        Accelerator(cpu=True),
+        Reconstructor(autoencoder).to(memory_format=torch.channels_last),
+        None,
+        LPIPS(settings.loss.perceptual_net),
+        Ema(autoencoder, settings.ema.decay),
+    )
+    part = images[: settings.batch_size].to(memory_format=torch.channels_last)
+    noise = torch.randn(latents[: settings.batch_size].shape, generator=torch.Generator().manual_seed(0))
+    batch = MicroBatch(part, noise, slice(0, None, settings.loss.perceptual_every))
+    step(0, iter([batch]))
+    times = {"training": [0.0], "decoding": [0.0]}
+    assert stage.module is not None
+    stage.module.to(memory_format=torch.channels_last)
+    with torch.no_grad():
+        stage.decode(latents[: settings.batch_size])
+    for number in range(1, ROUNDS + 1):
+        begun = time.process_time()
+        step(number, iter([batch]))
+        times["training"].append(time.process_time() - begun)
+        begun = time.process_time()
+        with torch.no_grad():
+            stage.decode(latents[: settings.batch_size])
+        times["decoding"].append(time.process_time() - begun)
+    return {name: settings.batch_size * ROUNDS / sum(seconds) for name, seconds in times.items()}
+
+
+def _run(*words: str) -> None:
+    print("latent-ae", *words, file=sys.stderr)
+    subprocess.run([sys.executable, "-m", "latent_ae", *words], check=True, stdout=subprocess.DEVNULL)
+
+
+if __name__ == "__main__":
+    main()
