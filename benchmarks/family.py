@@ -53,7 +53,7 @@ COMMON = (
     "seed=0 loss.perceptual_every=4 gan.weight=0 ema.decay=0.99 optim.lr=1e-3 optim.warmup=50 validate.every=100000 "
     "validate.images=500 checkpoint.every=100000 log.every=50"
 )
-SIZES = {False: {"px": 32, "batch": 32}, True: {"px": 64, "batch": 8}}
+SIZES = {False: {"px": 32, "batch": 16}, True: {"px": 64, "batch": 4}}
 """By `Member.photos`; as many pixels in a batch of either."""
 ROUNDS = 5
 """Of what is timed."""
@@ -90,7 +90,7 @@ def measure(member: Member, run: Path, data: Path, photos: Path, steps: int) -> 
     changes += [*COMMON.split(), *member.words.split()]
     if not (run / "results.json").exists():
         _run("train", member.recipe, f"output_dir={run}", *changes)
-    judged = [f"crop_px={size['px']}", "limit=2000", "frechet=[vgg16]", "latents=[mode]", "batch_size=32"]
+    judged = [f"crop_px={size['px']}", "limit=1000", "frechet=[vgg16]", "latents=[mode]", "batch_size=32"]
     _run("eval", "recon", str(run / "export"), tests, *judged, "--out", str(run / "recon"))
     result = json.loads((run / "recon/result.json").read_text())
     log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]

@@ -27,7 +27,7 @@ class Reconstruction(NamedTuple):
     latent: Tensor
     """mean + exp(logvar / 2) * noise, the mean, or its nearest codes; decoded, after a change if there is one."""
     to_decode: Tensor
-    """The latent on its way to the decoder, before a change; its gradient is that of the image alone."""
+    """The latent, or one given, on its way to the decoder, before a change; its gradient is that of the image alone."""
     projected: Tensor | None = None
     """The latent as features of a vision model, N x features x H/f x W/f, where there is a projection."""
     codes: Codes | None = None
@@ -49,19 +49,24 @@ class Reconstructor(nn.Module):
         self.autoencoder, self.projection = autoencoder, projection
 
     def forward(
-        self, images: Tensor, noise: Tensor | None = None, change: LatentChange | None = None
+        self,
+        images: Tensor,
+        noise: Tensor | None = None,
+        change: LatentChange | None = None,
+        given: Tensor | None = None,
     ) -> Reconstruction:
         """Reconstructs NCHW images in [-1, 1] whose sides are multiples of the factor.
 
         `noise` (standard normal, shaped like the latent) samples the posterior; None takes its mode. `change` is
-        made to the latent before it is decoded; a scaled or turned latent gives an image of that size and turn.
+        made to the latent before it is decoded; a scaled or turned latent gives an image of that size and turn. `given`
+        is a latent that is decoded in place of the images' own.
         """
         latent, mean, logvar, rates, _ = draw(self.autoencoder, images, noise)
         codes, how = None, {}
         if isinstance(self.autoencoder, VQModel):
             latent, codes = quantised(mean, self.codebook)
             how = {"force_not_quantize": True}  # it is
-        projected, to_decode = None, latent
+        projected, to_decode = None, latent if given is None else given
         if self.projection is not None:
             projected = self.projection(latent).float()
             to_decode = latent.view_as(latent)  # a node of its own, so that the two gradients can be told apart

@@ -16,6 +16,7 @@ from latent_ae.models import Reconstructor
 from latent_ae.order import augmentation_numbers
 from latent_ae.vision import VisionModel
 from latent_ae_train.config import TrainSettings
+from latent_ae_train.distillation import Teacher
 from latent_ae_train.ema import Ema
 from latent_ae_train.micro_batch import MicroBatch, latent_change
 from latent_ae_train.networks import compile_networks, starting_autoencoder, starting_discriminator, starting_projection
@@ -66,7 +67,8 @@ def build_step(settings: TrainSettings, perceptual: nn.Module | None = None) -> 
         vision = VisionModel(settings.alignment.model, LATENT[1])
         projection = starting_projection(settings, LATENT[0], vision.num_features)
     reconstructor = accelerator.prepare_model(Reconstructor(autoencoder, projection))
-    return TrainStep(settings, accelerator, reconstructor, discriminator, perceptual, ema, vision)
+    teacher = Teacher(settings, autoencoder) if settings.distillation.teacher is not None else None
+    return TrainStep(settings, accelerator, reconstructor, discriminator, perceptual, ema, vision, teacher)
 
 
 def global_batch(step: int, settings: TrainSettings) -> tuple[torch.Tensor, torch.Tensor]:

@@ -21,7 +21,7 @@ from latent_ae.config import (
 )
 from latent_ae.pipelines import SHAPE, PipelineName, misfits
 
-from .loss_config import AlignmentSettings, LatentSettings, LossSettings, scaled_sides
+from .loss_config import AlignmentSettings, DistillationSettings, LatentSettings, LossSettings, scaled_sides
 
 LPIPS_MIN_PX = {"vgg": 16, "alex": 31}
 """Smaller images have no features left at the trunk's last layer."""
@@ -163,6 +163,7 @@ class TrainSettings(Settings):
     loss: LossSettings = LossSettings()
     latents: LatentSettings = LatentSettings()
     alignment: AlignmentSettings = AlignmentSettings()
+    distillation: DistillationSettings = DistillationSettings()
     gan: GanSettings = GanSettings()
     optim: OptimSettings = OptimSettings()
     ema: EmaSettings = EmaSettings()
@@ -203,6 +204,7 @@ class TrainSettings(Settings):
         yield from self._path_problems()
         yield from self._gan_problems()
         yield from self._latent_problems()
+        yield from self._distillation_problems()
         for name in SHARDED:
             if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() == "true":
                 yield Problem(
@@ -312,6 +314,19 @@ class TrainSettings(Settings):
         for key in ("kl_warmup", "kl_cycles", "kl_target", "free_bits"):
             if getattr(self.loss, key):
                 yield Problem(f"loss.{key}", "shapes the posterior, which train: decoder leaves fixed: set it to 0")
+
+    def _distillation_problems(self) -> Iterator[Problem]:
+        if self.distillation.teacher is None:
+            return
+        if self.alignment.model is not None:
+            yield Problem("alignment.model", "shapes latents that distillation.teacher gives: keep one, null the other")
+        decode = self.distillation.decode
+        if self.train == "encoder" and decode == "teacher":
+            yield Problem(
+                "distillation.decode", "teacher moves the decoder, which train: encoder leaves fixed: use own"
+            )
+        if self.train == "decoder" and decode == "own":
+            yield Problem("distillation.decode", "own, and train: decoder leave nothing to the teacher: use teacher")
 
     def size_problems(self, factor: int) -> Iterator[Problem]:
         """Whether there is a size to scale latents of an autoencoder with this factor to."""

@@ -89,9 +89,9 @@ def export(
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="no")
     autoencoder = load_weights(folder).to(accelerator.device)
     if latents_mean_std and keeps_scaling(settings):
+        origin = settings.distillation.teacher or settings.init_from
         raise UserError(
-            f"--latents-mean-std: {source} was trained with train: decoder, so its latents and their scaling are those "
-            f"of {settings.init_from}; leave it out"
+            f"--latents-mean-std: the latents of {source} and their scaling are those of {origin}; leave it out"
         )
     pipeline = pipeline or settings.export_for
     if pipeline is not None:  # before anything is measured

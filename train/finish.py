@@ -139,8 +139,8 @@ def measure_latents(
 
 
 def keeps_scaling(settings: TrainSettings) -> bool:
-    """True where the latents are still those of init_from, so that its scaling is too."""
-    return settings.train == "decoder" and settings.init_from is not None
+    """True where the latents are those of init_from or of a teacher, so that their scaling is known."""
+    return settings.distillation.teacher is not None or (settings.train == "decoder" and settings.init_from is not None)
 
 
 def card_facts(

@@ -30,6 +30,7 @@ from .checkpoint import (
     save_checkpoint,
 )
 from .config import TrainSettings
+from .distillation import Teacher
 from .drift import stop_on_drift
 from .ema import Ema
 from .finish import finish_run, finished_results, push_export, show_results
@@ -91,6 +92,11 @@ def train(settings: TrainSettings) -> dict[str, Any]:
         if settings.alignment.model:
             vision = VisionModel(settings.alignment.model, settings.data.resolution // factor).to(accelerator.device)
             projection = starting_projection(settings, latent_channels_of(autoencoder), vision.num_features)
+        teacher = None
+        if settings.distillation.teacher is not None:
+            teacher = Teacher(settings, autoencoder).to(accelerator.device)
+            if checkpoint is not None:
+                teacher.refuse_another(checkpoint.state().get("teacher_sha256"))
         ema = Ema(autoencoder.to(accelerator.device), settings.ema.decay) if settings.ema.decay else None
         discriminator = starting_discriminator(settings, channels) if settings.gan.weight else None
     if settings.compile:
@@ -103,6 +109,7 @@ def train(settings: TrainSettings) -> dict[str, Any]:
         perceptual,
         ema,
         vision,
+        teacher,
     )
     averaged = Reconstructor(ema.module if ema is not None else autoencoder).to(memory_format=torch.channels_last)
     validator = Validator(settings, accelerator, held_out, channels, factor, perceptual)
@@ -153,6 +160,7 @@ def train(settings: TrainSettings) -> dict[str, Any]:
             "stream_states": gather_object([feed.stream_state]),
             "settings": settings.model_dump(mode="json", by_alias=True),
             "likelihood": likelihood and likelihood._asdict(),
+            **({"teacher_sha256": teacher.sha256} if teacher is not None else {}),
         }
         with Agreed(accelerator):
             if accelerator.is_main_process:

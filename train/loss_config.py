@@ -80,6 +80,17 @@ class LatentSettings(Settings):
     """Least number of a sample's first channels that are kept, the rest is masked (DC-AE 1.5: an eighth of them)."""
 
 
+class DistillationSettings(Settings):
+    """Draws the latents to those of a larger first stage, as TAESD's are to Stable Diffusion's. See docs/family.md."""
+
+    teacher: str | None = None
+    """Folder, run or hub id of that first stage; null: off."""
+    latents: Annotated[float, Field(gt=0)] = 1.0
+    """Weight of the mean squared error between the student's latents and the teacher's scaled ones."""
+    decode: Literal["teacher", "own"] = "teacher"
+    """What the decoder learns on: samples of the teacher's scaled latents, or the student's own."""
+
+
 class AlignmentSettings(Settings):
     """Draws the latents to the features of a frozen vision model, as VA-VAE does; its published values."""
 

@@ -19,6 +19,7 @@ from latent_ae.models import build_autoencoder, factor_of, latent_channels_of, l
 
 from .checkpoint import misfits, read_state
 from .config import TrainSettings
+from .distillation import take_its_scale
 from .finish import finished_results
 
 
@@ -35,6 +36,8 @@ def starting_autoencoder(settings: TrainSettings) -> ModelMixin:
     else:
         autoencoder = load_autoencoder(_place_of_weights(name))
         _refuse_misfit(autoencoder, name, settings)
+    if settings.distillation.teacher is not None:
+        take_its_scale(autoencoder)
     freeze_part(autoencoder.train(), settings)
     if settings.gradient_checkpointing:
         autoencoder.enable_gradient_checkpointing()

@@ -54,6 +54,7 @@ def describe_plan(settings: TrainSettings) -> str:
         f"mixed with noise of standard deviation {latents.noise:g}": latents.noise,
         f"{latents.min_channels} channels or more kept": latents.min_channels,
         f"aligned to {settings.alignment.model}": settings.alignment.model,
+        f"drawn to those of {settings.distillation.teacher}": settings.distillation.teacher,
     }
     learns = loss.kl and settings.train != "decoder"
     lines = {

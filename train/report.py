@@ -23,6 +23,7 @@ CHARTS = {
     "KL divergence per latent dimension (nats)": ("kl_per_dimension",),
     "KL weight": ("kl_weight",),
     "Alignment to the vision model": ("alignment_similarity", "alignment_cosine", "alignment_distance"),
+    "Squared distance to the teacher's latents": ("distillation",),
     "Latent standard deviation": ("latent_std",),
     "Gradient norms": ("grad_norm", "grad_norm_discriminator"),
     "Images per second": ("images_per_second",),

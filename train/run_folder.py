@@ -23,7 +23,14 @@ RECIPE = (
 """Keys that a run cannot change under way: the weights or the sample order would no longer fit."""
 FREE = ("data.num_workers", "data.max_bad_fraction")
 """Keys under RECIPE that may change all the same."""
-SWITCHES = ("gan.weight", "ema.decay", "loss.kl_target", "alignment.model", "alignment.adaptive")
+SWITCHES = (
+    "gan.weight",
+    "ema.decay",
+    "loss.kl_target",
+    "alignment.model",
+    "alignment.adaptive",
+    "distillation.teacher",
+)
 """Keys whose value may change, but not to or from nothing: a checkpoint holds what goes with it or it does not."""
 SILENT = (
     *("output_dir", "report_to", "push_to_hub", "micro_batch_size", "checkpoint", "log"),

@@ -22,6 +22,7 @@ from latent_ae.models import Reconstruction
 from latent_ae.vision import VisionModel
 
 from .config import TrainSettings
+from .distillation import Teacher, latent_distance
 from .ema import Ema
 from .micro_batch import MicroBatch, as_drawn
 from .revival import revive_codes
@@ -43,13 +44,14 @@ class TrainStep:
         perceptual: nn.Module | None,
         ema: Ema | None,
         vision: VisionModel | None = None,
+        teacher: Teacher | None = None,
     ):
         self.settings, self.accelerator = settings, accelerator
         # the wrapped networks are called, the bare ones own parameters and state
         self.reconstructor, self.discriminator = reconstructor, discriminator
         self.bare_reconstructor = accelerator.unwrap_model(reconstructor)
         self.bare_discriminator = accelerator.unwrap_model(discriminator) if discriminator is not None else None
-        self.perceptual, self.ema, self.vision = perceptual, ema, vision
+        self.perceptual, self.ema, self.vision, self.teacher = perceptual, ema, vision, teacher
         self.state = StepState(settings, self.bare_reconstructor.num_codes).to(accelerator.device)
         self.update = Update(settings, self.bare_reconstructor, self.bare_discriminator, self.state.logvar)
         self.optimizer, self.muon = self.update.optimizer, self.update.muon
@@ -137,7 +139,9 @@ class TrainStep:
         settings, share = self.settings, 1.0 / self.settings.accumulation
         batch, images, means = as_drawn(batch, step, settings)
         with self._autocast():
-            result: Reconstruction = self.reconstructor(images, batch.noise, batch.change)
+            taught = self.teacher(images, batch.noise) if self.teacher is not None else None
+            given = taught.latent if taught is not None and settings.distillation.decode == "teacher" else None
+            result: Reconstruction = self.reconstructor(images, batch.noise, batch.change, given)
         image = result.image.detach().requires_grad_()
 
         logvar = self.state.logvar if settings.loss.learned_logvar else None
@@ -187,6 +191,11 @@ class TrainStep:
                 means["bits_per_dimension"] = bits_per_dimension(nats, settings.loss.pixel)
             outputs.append(objective)
             gradients.append(torch.ones_like(objective) * (weight * share))
+        if taught is not None and result.mean.requires_grad:
+            objective = latent_distance(result.mean, taught.mean)
+            means["distillation"] = objective.detach()
+            outputs.append(objective)
+            gradients.append(torch.full_like(objective, settings.distillation.latents * share))
         layers: list[Tensor] = []
         if result.projected is not None:
             assert self.vision is not None
