@@ -23,9 +23,12 @@ from latent_ae.config import DataSettings, load_settings
 from latent_ae.data import open_images
 from latent_ae.first_stages import FirstStage, load_first_stage
 from latent_ae.held_out import held_out_images
+from latent_ae.images import to_uint8
+from latent_ae.metrics import psnr
 from latent_ae.models import Reconstructor
 from latent_ae.perceptual import LPIPS
 from latent_ae_train.config import TrainSettings
+from latent_ae_train.distillation import Teacher
 from latent_ae_train.ema import Ema
 from latent_ae_train.micro_batch import MicroBatch
 from latent_ae_train.networks import starting_autoencoder
@@ -37,13 +40,17 @@ class Member(NamedTuple):
     words: str = ""
     photos: bool = False
     """Crops of photographs, 64 px, in place of CIFAR-10: at 32 px a factor of 32 leaves one place."""
+    teacher: str = ""
+    """Another member, whose latents it learns or is set beside."""
+    learns: bool = False
 
 
 F32 = "model.block_out_channels=[16,32,64,64,128,128] model.latent_channels=128"
 MEMBERS = {
     "AutoencoderKL": Member("quickstart", "model.init=default"),
     "VQModel": Member("vqgan"),
-    "AutoencoderTiny": Member("tiny"),
+    "AutoencoderTiny": Member("tiny", teacher="AutoencoderKL"),
+    "AutoencoderTiny, distilled": Member("tiny-distilled", teacher="AutoencoderKL", learns=True),
     "AsymmetricAutoencoderKL": Member("asymmetric"),
     "AutoencoderKLFlux2": Member("flux2"),
     "AutoencoderDC": Member("dc-ae", photos=True),
@@ -65,22 +72,23 @@ def main() -> None:
     parser.add_argument("--photos", type=Path, required=True, help="folder with BSDS500's folders train, test")
     parser.add_argument("--scratch", type=Path, required=True)
     parser.add_argument("--members", nargs="+", default=list(MEMBERS), choices=MEMBERS)
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=200)
     words = parser.parse_args()
     torch.set_num_threads(1)
     for name in words.members:
-        run = words.scratch / name.replace(",", "").replace(" ", "-")
+        run, teacher = folder(words.scratch, name), folder(words.scratch, MEMBERS[name].teacher) / "export"
         if not (run / "measured.json").exists():
-            measured = measure(MEMBERS[name], run, words.data, words.photos, words.steps)
+            measured = measure(MEMBERS[name], run, teacher, words.data, words.photos, words.steps)
             (run / "measured.json").write_text(json.dumps(measured, indent=2))
-    rows = {
-        name: json.loads((words.scratch / name.replace(",", "").replace(" ", "-") / "measured.json").read_text())
-        for name in words.members
-    }
+    rows = {name: json.loads((folder(words.scratch, name) / "measured.json").read_text()) for name in words.members}
     save("family", {"steps": words.steps, "recipe": COMMON, "sizes": [SIZES[False], SIZES[True]], "members": rows})
 
 
-def measure(member: Member, run: Path, data: Path, photos: Path, steps: int) -> dict[str, Any]:
+def folder(scratch: Path, name: str) -> Path:
+    return scratch / name.replace(",", "").replace(" ", "-")
+
+
+def measure(member: Member, run: Path, teacher: Path, data: Path, photos: Path, steps: int) -> dict[str, Any]:
     """Trains one, and what is to be known of it."""
     size = SIZES[member.photos]
     parts = ("train", "test") if member.photos else ("train.parquet", "test.parquet")
@@ -88,6 +96,7 @@ def measure(member: Member, run: Path, data: Path, photos: Path, steps: int) -> 
     changes = [f"data.source={training}", f"data.eval_source={tests}", f"data.resolution={size['px']}"]
     changes += [f"validate.crop_px={size['px']}", f"batch_size={size['batch']}", f"steps={steps}"]
     changes += [*COMMON.split(), *member.words.split()]
+    changes += [f"distillation.teacher={teacher}"] if member.learns else []
     if not (run / "results.json").exists():
         _run("train", member.recipe, f"output_dir={run}", *changes)
     judged = [f"crop_px={size['px']}", "limit=1000", "frechet=[vgg16]", "latents=[mode]", "batch_size=32"]
@@ -107,6 +116,8 @@ def measure(member: Member, run: Path, data: Path, photos: Path, steps: int) -> 
         "kl_per_dimension": [event for event in log if event["event"] == "train"][-1].get("kl_per_dimension"),
         "speed": speed(load_settings(TrainSettings, member.recipe, changes), stage, images, latents),
     }
+    if member.teacher:
+        measured["beside_the_teacher"] = beside(stage, load_first_stage(str(teacher)), images, latents)
     if stage.name == "VQModel":
         assert stage.module is not None
         codebook = stage.module.quantize.embedding.weight.detach()
@@ -126,6 +137,28 @@ def held_out(tests: str, crop_px: int, count: int = 1000) -> Tensor:
     return torch.stack([image for _, _, image in islice(crops, count)])
 
 
+@torch.no_grad()
+def beside(stage: FirstStage, teacher: FirstStage, images: Tensor, latents: Tensor) -> dict[str, float]:
+    """How far its scaled latents are from the teacher's, and its images of the latter, decoded as a pipeline does."""
+    taught = scaled(teacher, torch.cat([teacher.encode(part).mean for part in images.split(32)]))
+    assert stage.module is not None
+    config, lpips = stage.module.config, LPIPS("vgg")
+    decoded = [stage.decode(part / config.scaling_factor + config.shift_factor) for part in taught.split(32)]
+    distances = [lpips(ours.clamp(-1, 1), image) for ours, image in zip(decoded, images.split(32), strict=True)]
+    pairs = zip(decoded, images.split(32), strict=True)
+    return {
+        "latent_mse": float((scaled(stage, latents) - taught).square().mean()),
+        "teacher_latent_variance": float(taught.var()),
+        "psnr": float(torch.cat([psnr(to_uint8(ours), to_uint8(image)) for ours, image in pairs]).mean()),
+        "lpips_vgg": float(torch.cat(distances).mean()),
+    }
+
+
+def scaled(stage: FirstStage, latents: Tensor) -> Tensor:
+    assert stage.module is not None
+    return (latents - stage.module.config.shift_factor) * stage.module.config.scaling_factor
+
+
 def speed(settings: TrainSettings, stage: FirstStage, images: Tensor, latents: Tensor) -> dict[str, float]:
     """Images per second of processor time."""
     autoencoder = starting_autoencoder(settings)
@@ -136,6 +169,7 @@ def speed(settings: TrainSettings, stage: FirstStage, images: Tensor, latents: T
         None,
         LPIPS(settings.loss.perceptual_net),
         Ema(autoencoder, settings.ema.decay),
+        teacher=Teacher(settings, autoencoder) if settings.distillation.teacher is not None else None,
     )
     part = images[: settings.batch_size].to(memory_format=torch.channels_last)
     noise = torch.randn(latents[: settings.batch_size].shape, generator=torch.Generator().manual_seed(0))
