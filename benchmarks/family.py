@@ -108,6 +108,7 @@ def measure(member: Member, run: Path, teacher: Path, data: Path, photos: Path, 
     with torch.no_grad():
         latents = torch.cat([stage.encode(part).mean for part in images.split(32)])
     measured = {
+        "photos": member.photos,
         "parameters": stage.describe()["parameters"],
         "factor": stage.factor,
         "latent_shape": list(latents.shape[1:]),

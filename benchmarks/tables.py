@@ -194,6 +194,48 @@ def diffusion_table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def family_table(result: dict[str, Any]) -> str:
+    kinds = ("CIFAR-10, 20,000 images to train on", "BSDS500's 200 photographs to train on")
+    parts: dict[int, dict[str, Any]] = {0: {}, 1: {}}
+    for name, row in result["members"].items():
+        parts[int(row["photos"])][name] = row
+    lines = [f"`{result['recipe']}`; {where(result)}."]
+    for number, members in parts.items():
+        size, images = result["sizes"][number], next(iter(members.values()))["images"]
+        lines += [
+            "",
+            f"{kinds[number]}, {result['steps']} steps of {size['batch']} at {size['px']} px; {images:,} held out:",
+            "",
+            "| | parameters (M) | latent | PSNR (dB) | SSIM | LPIPS (VGG) | Fréchet (VGG16) | training, images per "
+            "processor second | decoding |",
+            "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
+        ]
+        for name, row in members.items():
+            found, speed = row["metrics"]["mode"], row["speed"]
+            cells = [name, f"{row['parameters'] / 1e6:.2f}", " x ".join(map(str, row["latent_shape"]))]
+            cells += [f"{found['psnr']:.2f}", f"{found['ssim']:.3f}", f"{found['lpips_vgg']:.3f}"]
+            cells += [f"{found['frechet_vgg16']:.1f}", f"{speed['training']:.0f}", f"{speed['decoding']:.0f}"]
+            lines.append(f"| {' | '.join(cells)} |")
+    for name, row in result["members"].items():
+        if (codes := row.get("codebook")) is not None:
+            lines += [
+                "",
+                f"{name}: the held-out images use {codes['used']:,} of {codes['codes']:,} codes, perplexity "
+                f"{codes['perplexity']:.0f}.",
+            ]
+    lines += [
+        "",
+        "| beside the AutoencoderKL's scaled latents (variance {:.2f}) | squared distance of its own "
+        "| PSNR of its images of them (dB) | LPIPS (VGG) |",
+        "|---|---:|---:|---:|",
+    ]
+    for name, row in result["members"].items():
+        if (found := row.get("beside_the_teacher")) is not None:
+            lines[-2] = lines[-2].format(found["teacher_latent_variance"])
+            lines.append(f"| {name} | {found['latent_mse']:.3f} | {found['psnr']:.2f} | {found['lpips_vgg']:.3f} |")
+    return "\n".join(lines)
+
+
 def where(result: dict[str, Any]) -> str:
     machine = result["machine"]
     return (
@@ -216,6 +258,7 @@ MAKERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "evaluate": evaluate_table,
     "encode": encode_table,
     "tiling": tiling_table,
+    "family": family_table,
 }
 
 

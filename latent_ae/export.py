@@ -50,7 +50,7 @@ def latent(image):
 
 with torch.no_grad():
     rows = [autoencoder.decode(latent(image)).sample for image in load_file(images)["images"]]
-save_file({"images": torch.cat(rows)}, result)
+save_file({"images": torch.cat(rows).contiguous()}, result)  # AutoencoderDC gives channels-last
 if module == "diffusers":
     assert not any(name.startswith("latent_ae") for name in sys.modules), "the check must not see this project"
 """

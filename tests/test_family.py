@@ -28,10 +28,10 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
     "AutoencoderDC": {
         **{"latent_channels": 4, "attention_head_dim": 4},
-        **{"encoder_block_types": "ResBlock", "decoder_block_types": "ResBlock"},
+        **{key: ["ResBlock", "EfficientViTBlock"] for key in ("encoder_block_types", "decoder_block_types")},
         **{"encoder_block_out_channels": [8, 16], "decoder_block_out_channels": [8, 16]},
         **{"encoder_layers_per_block": [1, 1], "decoder_layers_per_block": [1, 1]},
-        **{"encoder_qkv_multiscales": [[], []], "decoder_qkv_multiscales": [[], []]},
+        **{"encoder_qkv_multiscales": [[], [5]], "decoder_qkv_multiscales": [[], [5]]},
     },
     "AsymmetricAutoencoderKL": {
         **BLOCKS,
