@@ -1,7 +1,6 @@
 """A larger first stage that a smaller one learns from, as TAESD does from Stable Diffusion's (docs/family.md)."""
 
 import torch
-import torch.nn.functional as F
 from diffusers import ModelMixin
 from torch import Tensor, nn
 
@@ -87,8 +86,3 @@ def take_its_scale(student: ModelMixin) -> None:
     """Its raw latents become those that a diffusion model knows, so its config scales by 1."""
     unit = {"scaling_factor": 1.0, "shift_factor": 0.0, "latents_mean": None, "latents_std": None}
     student.register_to_config(**{key: value for key, value in unit.items() if key in student.config})
-
-
-def latent_distance(mean: Tensor, teachers: Tensor) -> Tensor:
-    """Mean squared error over latent elements; both N x c x h x w."""
-    return F.mse_loss(mean, teachers)

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, nullcontext
 
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor, nn
 
@@ -22,7 +23,7 @@ from latent_ae.models import Reconstruction
 from latent_ae.vision import VisionModel
 
 from .config import TrainSettings
-from .distillation import Teacher, latent_distance
+from .distillation import Teacher
 from .ema import Ema
 from .micro_batch import MicroBatch, as_drawn
 from .revival import revive_codes
@@ -192,7 +193,7 @@ class TrainStep:
             outputs.append(objective)
             gradients.append(torch.ones_like(objective) * (weight * share))
         if taught is not None and result.mean.requires_grad:
-            objective = latent_distance(result.mean, taught.mean)
+            objective = F.mse_loss(result.mean, taught.mean)
             means["distillation"] = objective.detach()
             outputs.append(objective)
             gradients.append(torch.full_like(objective, settings.distillation.latents * share))
