@@ -201,6 +201,8 @@ def family_table(result: dict[str, Any]) -> str:
         parts[int(row["photos"])][name] = row
     lines = [f"`{result['recipe']}`; {where(result)}."]
     for number, members in parts.items():
+        if not members:
+            continue
         size, images = result["sizes"][number], next(iter(members.values()))["images"]
         lines += [
             "",
