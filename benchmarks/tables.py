@@ -12,7 +12,10 @@ from typing import Any
 from benchmarks.machine import RESULTS
 
 DOCS = Path(__file__).parent.parent / "docs"
-PAGES = [DOCS / f"{name}.md" for name in ("performance", "multi-gpu", "linear-start", "encode", "export", "diffusion")]
+PAGES = [
+    DOCS / f"{name}.md"
+    for name in ("performance", "multi-gpu", "linear-start", "encode", "export", "diffusion", "family")
+]
 
 
 def main() -> None:
