@@ -23,7 +23,10 @@ RUNS = {
     "logistic, default start": ["model.init=default"],
 }
 """What sets a run apart from the recipe `vae`."""
-COMMON = ["seed=0", "validate.images=200", "validate.every=1000", "checkpoint.every=1000"]
+STEPS, BATCH = 500, 32
+COMMON = (
+    f"seed=0 steps={STEPS} batch_size={BATCH} validate.images=200 validate.every=1000 checkpoint.every=1000".split()
+)
 
 
 def main() -> None:
@@ -55,11 +58,10 @@ def main() -> None:
             "latent_dimensions": result["latent_dimensions"],
             "parameters": result["model"]["parameters"],
             "psnr": [event["psnr"] for event in log if event["event"] == "validate"][-1],
-            "steps": log[-1].get("step") or [event["step"] for event in log if event["event"] == "train"][-1],
             "processor_seconds": json.loads((run / "processor_seconds.json").read_text()),
         }
-    data = {"data": "CIFAR-10, 20,000 images to train on", "images": words.images, "samples": words.samples}
-    save("likelihood", data | {"runs": rows})
+    about = {"data": "CIFAR-10, 20,000 images to train on", "steps": STEPS, "batch_size": BATCH}
+    save("likelihood", about | {"images": words.images, "samples": words.samples, "runs": rows})
 
 
 def _run(*words: str) -> float:

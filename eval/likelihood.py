@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from latent_ae.config import UserError
-from latent_ae.first_stages import FirstStage
+from latent_ae.first_stages import FAMILIES, FirstStage
 from latent_ae.held_out import HeldOutImage
 from latent_ae.likelihoods import Likelihood, bits_per_dimension
 from latent_ae.metrics import bootstrap_interval
@@ -69,7 +69,7 @@ def measure_likelihood(
         make_folder(Path(out))
     device = one_process("likelihood", settings)
     stage = latent_model("likelihood", model, settings, device)
-    if not stage.has_posterior:
+    if FAMILIES[stage.name].latent in ("deterministic", "codebook"):
         raise UserError(
             f"eval likelihood needs a posterior to draw from, and the latents of {stage.name} are not random; "
             "eval recon measures how near its reconstructions come"
