@@ -277,7 +277,7 @@ def _write(
     folder: Path, result: dict[str, Any], rows: list[dict[str, Any]], work: _Work, settings: LikelihoodSettings
 ) -> None:
     ranked = sorted(rows, key=lambda row: row["importance_bound_bits"])
-    count = settings.num_pictures
+    count = min(settings.num_pictures, -(-len(rows) // 2))
     groups = {"Most likely": ranked[:count], "Least likely": ranked[count:][::-1][:count]}
     try:
         write_json(folder / "result.json", result)
