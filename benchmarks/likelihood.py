@@ -23,7 +23,7 @@ RUNS = {
     "logistic, default start": ["model.init=default"],
 }
 """What sets a run apart from the recipe `vae`."""
-STEPS, BATCH = 300, 32
+STEPS, BATCH = 200, 32
 COMMON = (
     f"seed=0 steps={STEPS} batch_size={BATCH} validate.images=200 validate.every=1000 checkpoint.every=1000".split()
 )
@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder with CIFAR-10 as train.parquet, test.parquet")
     parser.add_argument("--scratch", type=Path, required=True)
     parser.add_argument("--runs", nargs="+", default=list(RUNS), choices=RUNS)
-    parser.add_argument("--images", type=int, default=400, help="of the test images, to measure")
+    parser.add_argument("--images", type=int, default=300, help="of the test images, to measure")
     parser.add_argument("--samples", type=int, default=32)
     words = parser.parse_args()
     rows: dict[str, Any] = {}
