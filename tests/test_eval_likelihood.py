@@ -247,7 +247,7 @@ def test_binary_draws() -> None:
 
 def test_noise_differs_between_draws_and_is_that_of_training_for_the_first() -> None:
     first = posterior_noise(1, [3, 4], (2, 3))
-    before = np.random.Generator(np.random.Philox(key=[1, 3], counter=[0, 0, 0, 1]))  # as ever
+    before = np.random.Generator(np.random.Philox(key=[1, 3], counter=[0, 0, 0, 1]))
     np.testing.assert_array_equal(first[0].numpy(), before.standard_normal((2, 3), dtype=np.float32))
     second = posterior_noise(1, [3, 4], (2, 3), 1)
     assert not torch.isclose(first, second).any()
