@@ -12,7 +12,8 @@ from typing import Any
 from benchmarks.machine import RESULTS
 
 DOCS = Path(__file__).parent.parent / "docs"
-PAGES = [DOCS / f"{name}.md" for name in ("performance", "multi-gpu", "linear-start", "encode", "export", "diffusion")]
+NAMES = ("performance", "multi-gpu", "linear-start", "encode", "export", "diffusion", "family")
+PAGES = [DOCS / f"{name}.md" for name in NAMES]
 
 
 def main() -> None:
@@ -194,6 +195,27 @@ def diffusion_table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def likelihood_table(result: dict[str, Any]) -> str:
+    lines = [
+        f"{result['data']}, {result['steps']} steps of {result['batch_size']}, {result['images']} test images, "
+        f"{result['samples']} samples; 95 % intervals over the images; {where(result)}.",
+        "",
+        "| | bits per dimension | ELBO | distortion | rate | nats per latent number | scale | PSNR (dB) "
+        "| processor time (s) |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for name, row in result["runs"].items():
+        bits = {key: values["bits_per_dimension"] for key, values in row["metrics"].items()}
+        low, high = bits["importance_bound"]["interval"]
+        cells = [f"{bits['importance_bound']['mean']:.3f} ({low:.2f} to {high:.2f})"]
+        cells += [f"{bits[key]['mean']:.3f}" for key in ("elbo", "distortion", "rate")]
+        cells.append(f"{row['metrics']['rate']['nats_per_image']['mean'] / row['latent_dimensions']:.2f}")
+        scale = row["likelihood"]["scale"]
+        cells += ["" if scale is None else f"{scale:.3f}", f"{row['psnr']:.2f}", f"{row['processor_seconds']:.0f}"]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def where(result: dict[str, Any]) -> str:
     machine = result["machine"]
     return (
@@ -212,6 +234,7 @@ MAKERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "time-to-quality": quality_table,
     "processes": processes_table,
     "diffusion": diffusion_table,
+    "likelihood": likelihood_table,
     "evaluate-memory": evaluate_memory_table,  # before the other, whose name it begins with
     "evaluate": evaluate_table,
     "encode": encode_table,

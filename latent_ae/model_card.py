@@ -190,14 +190,20 @@ def _precision_text(precision: Mapping[str, Any]) -> str:
         rows.append(f"| {name}{emulated} | {psnr} | {row['not_finite']:,} |")
     tiling, upcast = precision["tiling"], precision["force_upcast"]
     meaning = "fp16 pipelines run it in fp32" if upcast else "fp16 pipelines run it in fp16"
+    tiles = "Tiles of `sample_size` px are no multiple of 4 latent px, which diffusers cannot put together: do not "
+    tiles += "`enable_tiling`."
+    if tiling is not None:
+        tiles = (
+            f"An image of {tiling['side_px']} px decoded in tiles of {tiling['tile_px']} px (`enable_tiling`) is "
+            f"{tiling['psnr']:.1f} dB from the same decoded whole (largest difference {tiling['max_abs']:.3f})."
+        )
     return "\n".join(
         [
             f"## Precision and tiling\n\nReconstructions of {precision['images']} held-out images, against fp32:\n",
             "| | PSNR (dB) | values not finite |\n|---|---:|---:|",
             *rows,
             f"\n{verdict(dict(precision))}. So `force_upcast` is {str(upcast).lower()}: {meaning}.\n",
-            f"An image of {tiling['side_px']} px decoded in tiles of {tiling['tile_px']} px (`enable_tiling`) is "
-            f"{tiling['psnr']:.1f} dB from the same decoded whole (largest difference {tiling['max_abs']:.3f}).",
+            tiles,
         ]
     )
 

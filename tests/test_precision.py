@@ -180,6 +180,15 @@ def test_a_type_that_the_device_lacks_is_emulated_and_said_so(monkeypatch):
         probe_precision(vae, IMAGES)
 
 
+def test_tiles_that_diffusers_cannot_put_together_are_not_tried():
+    vae = tiny_autoencoder().eval()
+    factor = 2 ** (len(vae.config.block_out_channels) - 1)
+    for latent_px in (1, 2, 3, 4, 5, 6, 8, 9):
+        vae.register_to_config(sample_size=latent_px * factor)
+        found = probe_tiling(vae, IMAGES[0])
+        assert (found is not None) == (latent_px % 4 == 0)
+
+
 def test_tiled_decoding_is_compared_with_whole():
     vae = tiny_autoencoder().eval()
     found = probe_tiling(vae, IMAGES[0])
