@@ -241,6 +241,12 @@ class TrainSettings(Settings):
         if self.knows_shape and crop_px is not None and crop_px % factor:
             near = max(factor, crop_px // factor * factor)
             yield Problem("validate.crop_px", f"{crop_px} is not a multiple of the model's factor {factor}: use {near}")
+        if self.knows_shape and side == factor and self.model.block_out_channels[-1] == self.model.norm_num_groups:
+            yield Problem(
+                "model.norm_num_groups",
+                f"{self.model.norm_num_groups} groups of {self.model.block_out_channels[-1]} channels hold one number "
+                "each where the latent has no height and width, and normalise it away: use fewer groups",
+            )
         least = LPIPS_MIN_PX[self.loss.perceptual_net]
         if self.loss.perceptual and min(side, crop_px or side) < least:
             yield Problem(
