@@ -14,6 +14,7 @@ from latent_ae.config import UserError, to_yaml
 from latent_ae.data import ImageSource, posterior_noise, training_batches
 from latent_ae.disk import write_json
 from latent_ae.export import CardFacts, export_autoencoder, loading_lines, push_to_hub
+from latent_ae.first_stages import family_of
 from latent_ae.latents import LatentStatistics
 from latent_ae.likelihoods import Likelihood
 from latent_ae.models import Reconstructor, factor_of, latent_channels_of
@@ -127,7 +128,10 @@ def measure_latents(
             drawn = draw(autoencoder, batch.images.to(accelerator.device), noise)
             # the same crops however the batch is split
             rows = [row for row, number in enumerate(batch.numbers) if number < STATISTICS_CROPS]
-            if rows and drawn.logvar is None:
+            if rows and family_of(autoencoder).latent == "hierarchy":
+                # thousands of channels of 1 x 1 would have a covariance of millions
+                statistics.update(drawn.latent[rows].movedim(1, 2))
+            elif rows and drawn.logvar is None:
                 statistics.update(drawn.latent[rows])
             elif rows and drawn.logvar is not None:
                 statistics.update(drawn.latent[rows], drawn.mean[rows], drawn.logvar[rows])
