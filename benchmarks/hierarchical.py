@@ -40,7 +40,7 @@ CONTESTANTS = {
 }
 BATCH, IMAGES = 32, 4000
 COMMON = (
-    f"batch_size={BATCH} seed=0 data.resolution=32 data.resize_px=null validate.images=500 loss.kl_warmup=200 "
+    f"batch_size={BATCH} seed=0 data.resolution=32 data.resize_px=null validate.images=500 loss.kl_warmup=150 "
     "validate.every=1000000 checkpoint.every=200"
 ).split()
 
@@ -50,7 +50,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder with CIFAR-10 as train.parquet, test.parquet")
     parser.add_argument("--scratch", type=Path, required=True)
     parser.add_argument("--only", nargs="+", default=list(CONTESTANTS), choices=CONTESTANTS, metavar="NAME")
-    parser.add_argument("--steps", type=int, default=800)
+    parser.add_argument("--steps", type=int, default=600)
     words = parser.parse_args()
     torch.set_num_threads(1)
     train, test = (words.data / f"{part}.parquet" for part in ("train", "test"))

@@ -53,9 +53,7 @@ class HierarchicalVAE(ModelMixin, ConfigMixin):
         super().__init__()
         sides, channels = list(level_sides), list(level_channels)
         if len(sides) != len(channels) or min([*sides, width, *(c + 1 for c in channels)]) < 1 or not any(channels):
-            raise ValueError(
-                f"level_sides {sides} and level_channels {channels} must name the same levels, some latents"
-            )
+            raise ValueError(f"level_sides {sides} and level_channels {channels} must be of the same levels, some > 0")
         if any(finer % coarser for coarser, finer in itertools.pairwise([*sides, sample_size])):
             raise ValueError(
                 f"each of level_sides {sides} must divide the next one, and the last one sample_size {sample_size}"
