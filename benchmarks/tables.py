@@ -12,7 +12,10 @@ from typing import Any
 from benchmarks.machine import RESULTS
 
 DOCS = Path(__file__).parent.parent / "docs"
-PAGES = [DOCS / f"{name}.md" for name in ("performance", "multi-gpu", "linear-start", "encode", "export", "diffusion")]
+PAGES = [
+    DOCS / f"{name}.md"
+    for name in ("performance", "multi-gpu", "linear-start", "encode", "export", "diffusion", "family")
+]
 
 
 def main() -> None:
@@ -194,6 +197,24 @@ def diffusion_table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def hierarchical_table(result: dict[str, Any]) -> str:
+    lines = [
+        f"{result['data']}; {result['steps']} steps of {result['batch']}; {where(result)}.",
+        "",
+        "| latents | parameters | processor time (s) | bits per dimension | reconstruction | KL, level by level |",
+        "|---|---:|---:|---:|---:|---|",
+    ]
+    for name, row in result["contestants"].items():
+        levels = ", ".join(
+            f"{side} px: {part:.3f}" for side, part in zip(row["level_sides"], row["levels"], strict=True)
+        )
+        bits = f"{row['bits_per_dimension']:.3f} ± {row['interval']:.3f}"
+        lines.append(
+            f"| {name} | {row['parameters']:,} | {row['cpu_s']:.0f} | {bits} | {row['reconstruction']:.3f} | {levels} |"
+        )
+    return "\n".join(lines)
+
+
 def where(result: dict[str, Any]) -> str:
     machine = result["machine"]
     return (
@@ -216,6 +237,7 @@ MAKERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "evaluate": evaluate_table,
     "encode": encode_table,
     "tiling": tiling_table,
+    "hierarchical": hierarchical_table,
 }
 
 

@@ -24,7 +24,7 @@ class HierarchicalVAE(ModelMixin, ConfigMixin):
 
     The prior of a level is a Gaussian given the levels above, p(z) = N(m, s^2); its posterior N(m + s a, (s b)^2) says
     how it differs, a and b being functions of the image and the levels above. So KL(q || p) = (a^2 + b^2 - log b^2 - 1)
-    / 2 (eq. 3 and section 3.2 there, with their shift in units of s), and 0 before training.
+    / 2 (section 3.2 there, with the shift in units of s), and 0 before training.
 
     A latent is the levels' packed into one tensor, the top one first: N x D x 1 x 1 for images of `sample_size`.
     """
