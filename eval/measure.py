@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from latent_ae.features import FEATURES, InceptionFeatures
-from latent_ae.first_stages import CPU_BATCH_PX, FAMILIES, FirstStage
+from latent_ae.first_stages import CPU_BATCH_PX, FirstStage
 from latent_ae.held_out import HeldOutImage
 from latent_ae.images import bicubic_down_up, to_uint8
 from latent_ae.metrics import compare, json_columns
@@ -41,7 +41,7 @@ class Measurer:
         nets = [net for net in TRUNKS if net in self.protocol.lpips or wanted[net]]
         self.lpips = {net: LPIPS(net).to(device) for net in nets}
         self.frechet_nets = [net for net in nets if wanted[net]]
-        drawn = stage.has_posterior or (stage.module is not None and FAMILIES[stage.name].latent == "hierarchy")
+        drawn = stage.has_posterior or hasattr(stage.module, "draw")
         self.kinds = self.protocol.latents if drawn else ("mode",)
 
     @torch.no_grad()
