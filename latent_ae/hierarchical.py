@@ -71,9 +71,11 @@ class HierarchicalVAE(ModelMixin, ConfigMixin):
         the latent and `logvar` None. Raises UserError for images of another size than `sample_size`.
         """
         size = self.config.sample_size
-        if tuple(images.shape[-2:]) != (size, size):
+        height, width = images.shape[-2:]
+        if (height, width) != (size, size):
             raise UserError(
-                f"this HierarchicalVAE takes images of {size} x {size} px, not {images.shape[-2]} x {images.shape[-1]}"
+                f"this HierarchicalVAE takes images of {size} x {size} px, not {height} x {width}: cut them to that "
+                f"(crop_px={size})"
             )
         features, noises = self.encoder(images), None if noise is None else iter(self.unpacked(noise))
         latents, shifts, logvars, rates = list[Tensor](), list[Tensor](), list[Tensor](), list[Tensor]()

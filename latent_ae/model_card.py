@@ -126,8 +126,8 @@ def _card_text(
     sides = "always" if family_of(autoencoder).latent == "hierarchy" else "multiples of"
     loader = "stock diffusers" if module_of(kind) == "diffusers" else module_of(kind)
     parts = [
-        f"# {_plain(facts.name)}\n\nAn `{kind}`: images of {config.in_channels} channels in [-1, 1] to latents "
-        f"of {latent_channels_of(autoencoder)} channels, each side divided by {factor}. "
+        f"# {_plain(facts.name)}\n\n{'An' if kind.startswith('A') else 'A'} `{kind}`: images of "
+        f"{config.in_channels} channels in [-1, 1] to latents of {latent_channels_of(autoencoder)} channels, each side divided by {factor}. "
         f"{count_parameters(autoencoder):,} parameters, float32. Trained {' '.join(trained)}.",
         f"""## Use
 
