@@ -127,8 +127,9 @@ def _card_text(
     loader = "stock diffusers" if module_of(kind) == "diffusers" else module_of(kind)
     parts = [
         f"# {_plain(facts.name)}\n\n{'An' if kind.startswith('A') else 'A'} `{kind}`: images of "
-        f"{config.in_channels} channels in [-1, 1] to latents of {latent_channels_of(autoencoder)} channels, each side divided by {factor}. "
-        f"{count_parameters(autoencoder):,} parameters, float32. Trained {' '.join(trained)}.",
+        f"{config.in_channels} channels in [-1, 1] to latents of {latent_channels_of(autoencoder)} channels, "
+        f"each side divided by {factor}. {count_parameters(autoencoder):,} parameters, float32. "
+        f"Trained {' '.join(trained)}.",
         f"""## Use
 
 ```python
