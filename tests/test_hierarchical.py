@@ -265,8 +265,9 @@ def test_a_run_resumes_and_splits_alike(pictures: Path, tmp_path: Path) -> None:
         ("latents.noise=1", "latents.noise: changes a latent"),
         ("latents.min_channels=2", "latents.min_channels: changes a latent"),
         ("latents.equivariance=0.5", "latents.equivariance: changes a latent"),
-        ("train=decoder", "train: decoder fixes the other part"),
-        ("validate.crop_px=32", "validate.crop_px: 32, and this HierarchicalVAE takes images of 16 px only"),
+        ("alignment.model=.", "alignment.model: needs latents on one grid"),
+        ("train=decoder", "train: decoder: a HierarchicalVAE's latents are made by both parts"),
+        ("validate.crop_px=32", "validate.crop_px: 32, and the HierarchicalVAE takes images of 16 px only"),
         ("model.config={level_sides: [4, 6], level_channels: [1, 1]}", "each of level_sides [4, 6] must divide"),
         ("model.config={level_sides: [4], level_channels: [0]}", "must be of the same levels, some > 0"),
         ("model.config={level_sides: [4, 8], level_channels: [1]}", "must be of the same levels"),
@@ -288,8 +289,13 @@ def test_images_of_another_size_are_refused(
         model.encode(torch.zeros(1, 3, 64, 32))
     model.save_pretrained(tmp_path / "model")
     further = [word for word in words(pictures, tmp_path / "run") if not word.startswith("model.")]
-    assert (
-        main([*further, "model={}", f"init_from={tmp_path / 'model'}", "data.resolution=64", "validate.crop_px=64"])
-        == 2
-    )
+    further += ["model={}", f"init_from={tmp_path / 'model'}"]
+    assert main([*further, "data.resolution=64", "validate.crop_px=64"]) == 2
     assert "takes images of 32 px only" in capsys.readouterr().err
+    assert main([*further, "data.resolution=32", "validate.crop_px=32", "latents.noise=1"]) == 2
+    assert "latents.noise: changes a latent" in capsys.readouterr().err
+
+
+def test_the_recipe_can_be_planned(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "hierarchical-vae", "--dry-run"]) == 0
+    assert "629,995 parameters, factor 32, latent 1792 x 1 x 1 for 32 px" in capsys.readouterr().out

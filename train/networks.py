@@ -117,9 +117,8 @@ def _refuse_misfit(autoencoder: ModelMixin, name: str, settings: TrainSettings) 
     for key, side in sides.items():
         if side is not None and side % factor:
             raise UserError(f"{key}: {side} is not a multiple of {name}'s factor {factor}")
-    if family_of(autoencoder).latent == "hierarchy":
-        _refuse_for_hierarchy(name, factor, sides, settings)
-    for problem in settings.size_problems(factor):
+    hierarchical = family_of(autoencoder).latent == "hierarchy"
+    for problem in [*settings.size_problems(factor), *(settings.hierarchy_problems(factor) if hierarchical else ())]:
         raise UserError(f"{problem.key}: {problem.message}")
     least, latent_channels = settings.latents.min_channels, latent_channels_of(autoencoder)
     if least and least >= latent_channels:
@@ -128,25 +127,6 @@ def _refuse_misfit(autoencoder: ModelMixin, name: str, settings: TrainSettings) 
         raise UserError(f"alignment.model: {name} has {channels} channels, vision models see 1 or 3: set it to null")
     if settings.loss.perceptual and channels not in (1, 3):
         raise UserError(f"loss.perceptual: {name} has {channels} channels, LPIPS sees 1 or 3: set it to 0")
-
-
-def _refuse_for_hierarchy(name: str, side_px: int, sides: dict[str, int | None], settings: TrainSettings) -> None:
-    """What levels packed into one latent of 1 x 1 cannot have."""
-    for key, side in sides.items():
-        if side not in (None, side_px):
-            raise UserError(f"{key}: {side}, and {name} takes images of {side_px} px only")
-    if settings.train != "all":
-        raise UserError(
-            f"train: {settings.train} fixes the other part, but the latents of {name} are made by both: set it to all"
-        )
-    for key in ("equivariance", "noise", "min_channels"):
-        if getattr(settings.latents, key):
-            raise UserError(
-                f"latents.{key}: changes a latent before it is decoded, and the finer levels of {name} rest on the "
-                "coarser ones as they were: leave it out"
-            )
-    if settings.alignment.model:
-        raise UserError(f"alignment.model: needs latents on one grid, and those of {name} are on several: leave it out")
 
 
 def _discriminator_weights(folder: Path, network: PatchDiscriminator) -> dict[str, Tensor]:
