@@ -40,7 +40,7 @@ CONTESTANTS = {
 }
 BATCH, IMAGES = 32, 4000
 COMMON = (
-    f"batch_size={BATCH} seed=0 data.resolution=32 data.resize_px=null validate.images=500 loss.kl_warmup=150 "
+    f"batch_size={BATCH} seed=0 data.resolution=32 data.resize_px=null validate.images=500 "
     "validate.every=1000000 checkpoint.every=200"
 ).split()
 
@@ -57,6 +57,7 @@ def main() -> None:
     for name in words.only:
         run = words.scratch / "".join(letter if letter.isalnum() else "-" for letter in name)
         changes = [f"output_dir={run}", f"steps={words.steps}", f"data.source={train}", f"data.eval_source={test}"]
+        changes.append(f"loss.kl_warmup={words.steps // 4}")
         if not (run / "results.json").exists():
             command = ["train", "hierarchical-vae", *changes, *COMMON, *CONTESTANTS[name]]
             print("latent-ae", *command, file=sys.stderr)

@@ -316,7 +316,7 @@ class TrainSettings(Settings):
                 yield Problem(f"loss.{key}", "shapes the posterior, which train: decoder leaves fixed: set it to 0")
 
     def hierarchy_problems(self, side_px: int) -> Iterator[Problem]:
-        """What a HierarchicalVAE for images of `side_px` cannot have: its levels are packed into one latent of 1 x 1."""
+        """What a HierarchicalVAE for images of `side_px` cannot have: levels are packed into one latent of 1 x 1."""
         for key, side in (("data.resolution", self.data.resolution), ("validate.crop_px", self.validation.crop_px)):
             if side not in (None, side_px):
                 yield Problem(key, f"{side}, and the HierarchicalVAE takes images of {side_px} px only")
