@@ -5,10 +5,12 @@
 All contestants have the recipe `hierarchical-vae` but for what their lines say: the same images, order, steps and
 learning rate, and parameters within 2 % of each other. Bits per dimension are minus the evidence lower bound, from one
 sample of the posterior of each held-out image, with the averaged weights. Killed, it goes on when started again with
-the same scratch folder; `--only` takes some of the contestants, and the file holds all that were measured.
+the same scratch folder. `--only` takes some of the contestants, `--steps` another length; the file holds all that were
+measured in that folder.
 """
 
 import argparse
+import itertools
 import json
 import math
 import resource
@@ -35,8 +37,6 @@ CONTESTANTS = {
     "three levels: 4, 8, 16 px": [THREE],
     "one level: 16 px": [SHAPE.format(54, [16], [8], 4)],
     "one level: 8 px": [SHAPE.format(54, [8, 16], [32, 0], 2)],
-    "three levels, no warm-up": [THREE, "loss.kl_warmup=0"],
-    "two levels: 8, 16 px": [SHAPE.format(58, [8, 16], [16, 4], 1)],
 }
 BATCH, IMAGES = 32, 4000
 COMMON = (
@@ -55,7 +55,7 @@ def main() -> None:
     torch.set_num_threads(1)
     train, test = (words.data / f"{part}.parquet" for part in ("train", "test"))
     for name in words.only:
-        run = words.scratch / "".join(letter if letter.isalnum() else "-" for letter in name)
+        run = place(words.scratch, words.steps, name)
         changes = [f"output_dir={run}", f"steps={words.steps}", f"data.source={train}", f"data.eval_source={test}"]
         changes.append(f"loss.kl_warmup={words.steps // 4}")
         if not (run / "results.json").exists():
@@ -63,17 +63,24 @@ def main() -> None:
             print("latent-ae", *command, file=sys.stderr)
             subprocess.run([sys.executable, "-m", "latent_ae", *command], check=True, stdout=subprocess.DEVNULL)
             used = resource.getrusage(resource.RUSAGE_CHILDREN)
-            (run / "cpu_s.json").write_text(json.dumps(round(used.ru_utime + used.ru_stime, 1)))
+            (run / "cost.json").write_text(json.dumps({"cpu_s": round(used.ru_utime + used.ru_stime, 1)}))
         if not (run / "bound.json").exists():
             (run / "bound.json").write_text(json.dumps(bound(run, DataSettings(source=str(test), resolution=32))))
-    rows = {}
-    for name, settings in CONTESTANTS.items():
-        run = words.scratch / "".join(letter if letter.isalnum() else "-" for letter in name)
+    rows = []
+    lengths = sorted(int(folder.name) for folder in words.scratch.iterdir() if folder.name.isdigit())
+    for steps, (name, settings) in itertools.product(lengths, CONTESTANTS.items()):
+        run = place(words.scratch, steps, name)
         if (run / "bound.json").exists():
-            rows[name] = {"settings": " ".join(settings)} | json.loads((run / "bound.json").read_text())
-            rows[name]["cpu_s"] = json.loads((run / "cpu_s.json").read_text())
+            row = {"name": name, "steps": steps, "settings": " ".join(settings)}
+            rows.append(
+                row | json.loads((run / "bound.json").read_text()) | json.loads((run / "cost.json").read_text())
+            )
     data = "CIFAR-10, 20,000 images to train on and 4,000 held out"
-    save("hierarchical", {"data": data, "steps": words.steps, "batch": BATCH, "contestants": rows})
+    save("hierarchical", {"data": data, "batch": BATCH, "contestants": rows})
+
+
+def place(scratch: Path, steps: int, name: str) -> Path:
+    return scratch / str(steps) / "".join(letter if letter.isalnum() else "-" for letter in name)
 
 
 @torch.no_grad()

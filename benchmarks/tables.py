@@ -199,19 +199,18 @@ def diffusion_table(result: dict[str, Any]) -> str:
 
 def hierarchical_table(result: dict[str, Any]) -> str:
     lines = [
-        f"{result['data']}; {result['steps']} steps of {result['batch']}; {where(result)}.",
+        f"{result['data']}; steps of {result['batch']} images; {where(result)}.",
         "",
-        "| latents | parameters | processor time (s) | bits per dimension | reconstruction | KL, level by level |",
-        "|---|---:|---:|---:|---:|---|",
+        "| steps | latents | parameters | processor time (s) | bits per dimension | reconstruction | KL by level |",
+        "|---:|---|---:|---:|---:|---:|---|",
     ]
-    for name, row in result["contestants"].items():
+    for row in result["contestants"]:
         levels = ", ".join(
             f"{side} px: {part:.3f}" for side, part in zip(row["level_sides"], row["levels"], strict=True)
         )
         bits = f"{row['bits_per_dimension']:.3f} ± {row['interval']:.3f}"
-        lines.append(
-            f"| {name} | {row['parameters']:,} | {row['cpu_s']:.0f} | {bits} | {row['reconstruction']:.3f} | {levels} |"
-        )
+        cells = [f"{row['steps']:,}", row["name"], f"{row['parameters']:,}", f"{row['cpu_s']:.0f}", bits]
+        lines.append(f"| {' | '.join(cells)} | {row['reconstruction']:.3f} | {levels} |")
     return "\n".join(lines)
 
 
