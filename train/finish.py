@@ -172,7 +172,7 @@ def show_results(run: Path, results: dict[str, Any]) -> None:
     print(text_table(result_rows(held_out)))
     factors = [f"{key} {export[key]:.4f}" for key in ("scaling_factor", "shift_factor") if export[key] is not None]
     print("   ".join([f"\nexport   {run / 'export'}", *factors]))
-    print(f"         stock diffusers reloads it with a largest difference of {export['max_abs_difference']:.1e}")
+    print(f"         a fresh process reloads it with a largest difference of {export['max_abs_difference']:.1e}")
     if export.get("precision"):  # other classes have none, nor results of an older version
         print(f"         {verdict(export['precision'])}")
     print(f"report   {run / 'report.html'}\n\nLoad it with\n")
