@@ -216,6 +216,23 @@ def likelihood_table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def hierarchical_table(result: dict[str, Any]) -> str:
+    lines = [
+        f"{result['data']}; steps of {result['batch']} images; {where(result)}.",
+        "",
+        "| steps | latents | parameters | processor time (s) | bits per dimension | reconstruction | KL by level |",
+        "|---:|---|---:|---:|---:|---:|---|",
+    ]
+    for row in result["contestants"]:
+        levels = ", ".join(
+            f"{side} px: {part:.3f}" for side, part in zip(row["level_sides"], row["levels"], strict=True)
+        )
+        bits = f"{row['bits_per_dimension']:.3f} ± {row['interval']:.3f}"
+        cells = [f"{row['steps']:,}", row["name"], f"{row['parameters']:,}", f"{row['cpu_s']:.0f}", bits]
+        lines.append(f"| {' | '.join(cells)} | {row['reconstruction']:.3f} | {levels} |")
+    return "\n".join(lines)
+
+
 def where(result: dict[str, Any]) -> str:
     machine = result["machine"]
     return (
@@ -239,6 +256,7 @@ MAKERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "evaluate": evaluate_table,
     "encode": encode_table,
     "tiling": tiling_table,
+    "hierarchical": hierarchical_table,
 }
 
 

@@ -34,6 +34,7 @@ PACKAGES = ("latent-ae", "torch", "diffusers", "numpy", "pillow")
 KIND_OF_LATENT = {
     "posterior": "moments of the posterior",
     "deterministic": "latents; there is no posterior",
+    "hierarchy": "modes of all levels given the modes above, packed, the top level first; raw",
     "codebook": "latents before quantisation; there is no posterior",
 }
 

@@ -228,7 +228,7 @@ def test_noise_uneven_channels_and_outliers_are_named(photos):
     assert finding(result, "Posterior noise")["state"] == finding(result, "Scale")["state"] == "fine"
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if family.latent != "hierarchy"])
 def test_every_class_of_first_stage_is_measured(name, photos, tmp_path):
     result = evaluate_latents(tiny(name), photos, settings_with(limit=3), out=tmp_path / "out")
     health = result["health"]
@@ -271,6 +271,8 @@ def test_two_processes_give_the_figures_of_one(photos, tmp_path):
 def test_mistakes_are_named(photos, tmp_path, capsys):
     with pytest.raises(UserError, match="has no latents"):
         evaluate_latents(lambda images: images, photos, SETTINGS)
+    with pytest.raises(UserError, match="levels on several grids"):
+        evaluate_latents(tiny("HierarchicalVAE"), photos, SETTINGS)
     with pytest.raises(UserError, match="crop_px: 33 is not a multiple"):
         evaluate_latents(linear(), photos, settings_with(crop_px=33))
     with pytest.raises(UserError, match="max_bad_fraction: 1 of the first 22"):

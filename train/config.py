@@ -203,6 +203,8 @@ class TrainSettings(Settings):
         yield from self._path_problems()
         yield from self._gan_problems()
         yield from self._latent_problems()
+        if self.model.kind == "HierarchicalVAE" and self.init_from is None:
+            yield from self.hierarchy_problems(self.model.config.get("sample_size", self.data.resolution))
         for name in SHARDED:
             if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() == "true":
                 yield Problem(
@@ -318,6 +320,25 @@ class TrainSettings(Settings):
         for key in ("kl_warmup", "kl_cycles", "kl_target", "free_bits"):
             if getattr(self.loss, key):
                 yield Problem(f"loss.{key}", "shapes the posterior, which train: decoder leaves fixed: set it to 0")
+
+    def hierarchy_problems(self, side_px: int) -> Iterator[Problem]:
+        """What a HierarchicalVAE for images of `side_px` cannot have: levels are packed into one latent of 1 x 1."""
+        for key, side in (("data.resolution", self.data.resolution), ("validate.crop_px", self.validation.crop_px)):
+            if side not in (None, side_px):
+                yield Problem(key, f"{side}, and the HierarchicalVAE takes images of {side_px} px only")
+        if self.train != "all":
+            yield Problem("train", f"{self.train}: a HierarchicalVAE's latents are made by both parts: set it to all")
+        for key in ("equivariance", "noise", "min_channels"):
+            if getattr(self.latents, key):
+                yield Problem(
+                    f"latents.{key}",
+                    "changes a latent before it is decoded, and the finer levels of a HierarchicalVAE rest on the "
+                    "coarser ones as they were: leave it out",
+                )
+        if self.alignment.model:
+            yield Problem(
+                "alignment.model", "needs latents on one grid; a HierarchicalVAE's are on several: leave it out"
+            )
 
     def size_problems(self, factor: int) -> Iterator[Problem]:
         """Whether there is a size to scale latents of an autoencoder with this factor to."""

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from latent_ae.checkpoints import checkpoint_at
 from latent_ae.config import ModelSettings, UserError
 from latent_ae.discriminators import PatchDiscriminator
+from latent_ae.first_stages import family_of
 from latent_ae.models import build_autoencoder, factor_of, latent_channels_of, load_autoencoder
 
 from .checkpoint import misfits, read_state
@@ -98,7 +99,8 @@ def _refuse_misfit(autoencoder: ModelMixin, name: str, settings: TrainSettings) 
     channels = int(autoencoder.config.in_channels)
     if settings.init_from is not None and settings.model != ModelSettings():
         with torch.device("meta"):
-            asked = build_autoencoder(settings.model.model_copy(update={"init": "default"}), sample_size=1).config
+            model = settings.model.model_copy(update={"init": "default"})
+            asked = build_autoencoder(model, sample_size=settings.data.resolution).config
         if settings.model.kind != type(autoencoder).__name__:
             raise UserError(
                 f"model.kind: {settings.model.kind}, and init_from brings {type(autoencoder).__name__}: its class "
@@ -115,7 +117,8 @@ def _refuse_misfit(autoencoder: ModelMixin, name: str, settings: TrainSettings) 
     for key, side in sides.items():
         if side is not None and side % factor:
             raise UserError(f"{key}: {side} is not a multiple of {name}'s factor {factor}")
-    for problem in settings.size_problems(factor):
+    hierarchical = family_of(autoencoder).latent == "hierarchy"
+    for problem in [*settings.size_problems(factor), *(settings.hierarchy_problems(factor) if hierarchical else ())]:
         raise UserError(f"{problem.key}: {problem.message}")
     least, latent_channels = settings.latents.min_channels, latent_channels_of(autoencoder)
     if least and least >= latent_channels:

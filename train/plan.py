@@ -16,7 +16,8 @@ def describe_plan(settings: TrainSettings) -> str:
     """Parameters, steps, batch and disk, as lines of text."""
     if settings.init_from is None:
         with torch.device("meta"):
-            autoencoder = build_autoencoder(settings.model.model_copy(update={"init": "default"}), sample_size=1)
+            model = settings.model.model_copy(update={"init": "default"})
+            autoencoder = build_autoencoder(model, sample_size=settings.data.resolution)
             freeze_part(autoencoder, settings)
     else:
         autoencoder = starting_autoencoder(settings)
