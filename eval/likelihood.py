@@ -136,18 +136,18 @@ def measure_likelihood(
 
 def _figures(rows: Sequence[dict[str, Any]], likelihood: Likelihood, settings: LikelihoodSettings) -> dict[str, Any]:
     """Adds each image's bits to its row; gives metrics, the curve and effective samples over the images."""
-    kind, discretised = likelihood.kind, settings.discretised
+    none = torch.zeros((), dtype=torch.float64)
+    level = float(bits_per_dimension(none, likelihood.kind, discretised=settings.discretised))
 
-    def bits(nats: float, row: dict[str, Any], *, whole: bool) -> float:
-        """Of a cost in nats: a whole negative log-likelihood, or the rate, in which no density counts."""
-        per_element = torch.tensor(nats / row["elements"], dtype=torch.float64)
-        return float(bits_per_dimension(per_element, kind if whole else "bernoulli", discretised=discretised))
+    def bits(nats: float, row: dict[str, Any], level: float = level) -> float:
+        """Of a cost in nats; `level` turns a density into a level's probability, and is 0 for the rate."""
+        return float(nats / row["elements"] / math.log(2.0) + level)
 
     for row in rows:
         row["elbo"], row["importance_bound"] = row["curve"][0], row["curve"][-1]
         for key in ("elbo", "importance_bound", "distortion"):
-            row[f"{key}_bits"] = bits(row[key] if key == "distortion" else -row[key], row, whole=True)
-        row["rate_bits"] = bits(row["rate"], row, whole=False)
+            row[f"{key}_bits"] = bits(row[key] if key == "distortion" else -row[key], row)
+        row["rate_bits"] = bits(row["rate"], row, 0.0)
 
     def over_images(values: Sequence[float]) -> dict[str, Any]:
         interval = bootstrap_interval(values, settings.seed) if len(values) >= FEWEST else None
@@ -164,14 +164,14 @@ def _figures(rows: Sequence[dict[str, Any]], likelihood: Likelihood, settings: L
     if levels > 1:
         metrics["rate_levels"] = [
             {
-                "bits_per_dimension": over_images([bits(row["rate_levels"][n], row, whole=False) for row in rows]),
+                "bits_per_dimension": over_images([bits(row["rate_levels"][n], row, 0.0) for row in rows]),
                 "nats_per_image": over_images([row["rate_levels"][n] for row in rows]),
             }
             for n in range(levels)
         ]
     curve = []
     for position, size in enumerate(curve_sizes(settings.samples)):
-        costs = [bits(-row["curve"][position], row, whole=True) for row in rows]
+        costs = [bits(-row["curve"][position], row) for row in rows]
         nats = [row["curve"][position] for row in rows]
         curve.append(
             {
