@@ -12,7 +12,8 @@ from typing import Any
 from benchmarks.machine import RESULTS
 
 DOCS = Path(__file__).parent.parent / "docs"
-PAGES = [DOCS / f"{name}.md" for name in ("performance", "multi-gpu", "linear-start", "encode", "export", "diffusion")]
+NAMES = ("performance", "multi-gpu", "linear-start", "encode", "export", "diffusion", "family")
+PAGES = [DOCS / f"{name}.md" for name in NAMES]
 
 
 def main() -> None:
