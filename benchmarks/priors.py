@@ -43,8 +43,14 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder with CIFAR-10 as train.parquet, test.parquet")
     parser.add_argument("--scratch", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=700, help="of each first stage")
+    parser.add_argument("--until", choices=("gaussian", "flow"), help="stop after this first stage")
     words = parser.parse_args()
     train(words.scratch / "gaussian", words.data, words.steps, NETWORK)
+    if words.until == "gaussian":
+        return
+    blocks = {"down_block_types": ["DownEncoderBlock2D"] * 3, "up_block_types": ["UpDecoderBlock2D"] * 3}
+    flow = {"kind": "FlowAutoencoderKL", "config": NETWORK | blocks}
+    train(words.scratch / "flow-posterior", words.data, words.steps, flow)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from latent_ae.checkpoints import checkpoint_at
 from latent_ae.config import UserError, looks_like_path
+from latent_ae.flow_posterior import FlowAutoencoderKL
 from latent_ae.likelihoods import Likelihood, read_likelihood
 from latent_ae.posterior import draw, moments_of
 
@@ -37,7 +38,8 @@ ImageFunction = Callable[[Tensor], Tensor]
 class Family(NamedTuple):
     """A class of diffusers' first stages."""
 
-    latent: Literal["posterior", "deterministic", "codebook"]
+    latent: Literal["posterior", "deterministic", "codebook", "flow"]
+    """posterior: one Gaussian. flow: one that is drawn, but has no moments to encode."""
     factor: Callable[[Any], int]
     """Of its config: image px per latent px along one side."""
     latent_channels: Callable[[Any], int]
@@ -60,10 +62,11 @@ FAMILIES = {
     "VQModel": Family(
         "codebook", lambda c: 2 ** (len(c.block_out_channels) - 1), lambda c: c.vq_embed_dim or c.latent_channels
     ),
+    "FlowAutoencoderKL": Family("flow", lambda c: 2 ** (len(c.block_out_channels) - 1), lambda c: c.latent_channels),
 }
 
 
-OWN: dict[str, type[nn.Module]] = {}
+OWN: dict[str, type[nn.Module]] = {"FlowAutoencoderKL": FlowAutoencoderKL}
 """Classes that diffusers has not, saved and loaded as its are. FAMILIES has them, too."""
 
 

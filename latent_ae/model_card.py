@@ -9,7 +9,7 @@ from typing import Any
 from diffusers import ModelMixin
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from latent_ae.first_stages import family_of
+from latent_ae.first_stages import family_of, module_of
 from latent_ae.latents import LatentStatistics
 from latent_ae.models import count_parameters, factor_of, latent_channels_of
 from latent_ae.precision import verdict
@@ -49,7 +49,7 @@ def loading_lines(folder: str | Path, kind: str = "AutoencoderKL") -> str:
     """The lines of Python that load an export of class `kind`."""
     return (
         "import torch\n"
-        f"from diffusers import {kind}\n"
+        f"from {module_of(kind)} import {kind}\n"
         f"vae = {kind}.from_pretrained({str(folder)!r}, torch_dtype=torch.float32).eval()"
     )
 
@@ -108,8 +108,8 @@ def _card_text(
         trained.append(f"for {facts.steps:,} steps")
     if facts.base_model:
         trained.append(f"from {_plain(facts.base_model)}")
-    latent = {"posterior": "latent_dist.sample()", "deterministic": "latent", "codebook": "latents"}
-    encoded = "latents" if kind == "AutoencoderTiny" else latent[family_of(autoencoder).latent]
+    latent = {"posterior": "latent_dist.sample()", "codebook": "latents"}
+    encoded = "latents" if kind == "AutoencoderTiny" else latent.get(family_of(autoencoder).latent, "latent")
     if "scaling_factor" not in config:
         given = "norm = vae.bn  # of patches of 2 x 2 latents: channel after channel, each with its four places\n"
         scaled, undone = "z", "z"
@@ -123,6 +123,7 @@ def _card_text(
             "mean, std = (torch.tensor(vae.config[key]).view(1, -1, 1, 1) for key in ('latents_mean', 'latents_std'))\n"
         )
         scaled, undone = "(z - mean) / std", "z * std + mean"
+    loader = "stock diffusers" if module_of(kind) == "diffusers" else module_of(kind)
     parts = [
         f"# {_plain(facts.name)}\n\nAn `{kind}`: images of {config.in_channels} channels in [-1, 1] to latents "
         f"of {latent_channels_of(autoencoder)} channels, each side divided by {factor}. "
@@ -140,7 +141,7 @@ def _card_text(
 H and W are multiples of {factor}. {_scaling_text(autoencoder, statistics)}
 {_pipeline_text(autoencoder)}""",
         _metric_text(facts, factor),
-        "## Check\n\nLoaded by stock diffusers in a fresh process, these weights reconstruct like the trained "
+        f"## Check\n\nLoaded by {loader} in a fresh process, these weights reconstruct like the trained "
         f"model: largest difference {difference:.1e} in [-1, 1].",
         _precision_text(precision) if precision else "",
     ]

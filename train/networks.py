@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from latent_ae.checkpoints import checkpoint_at
 from latent_ae.config import ModelSettings, UserError
 from latent_ae.discriminators import PatchDiscriminator
+from latent_ae.first_stages import family_of
 from latent_ae.models import build_autoencoder, factor_of, latent_channels_of, load_autoencoder
 
 from .checkpoint import misfits, read_state
@@ -52,7 +53,8 @@ def _place_of_weights(name: str) -> str:
 
 def freeze_part(autoencoder: ModelMixin, settings: TrainSettings) -> None:
     """Takes the gradient from what `train` leaves fixed."""
-    fixed = {"all": (), "decoder": ("encoder", "quant_conv", "quantize"), "encoder": ("decoder", "post_quant_conv")}
+    encoder = ("encoder", "quant_conv", "quantize", "flow")
+    fixed = {"all": (), "decoder": encoder, "encoder": ("decoder", "post_quant_conv")}
     for name in fixed[settings.train]:
         if (part := getattr(autoencoder, name, None)) is not None:  # not every model has all of them
             part.requires_grad_(False)
@@ -117,6 +119,11 @@ def _refuse_misfit(autoencoder: ModelMixin, name: str, settings: TrainSettings) 
             raise UserError(f"{key}: {side} is not a multiple of {name}'s factor {factor}")
     for problem in settings.size_problems(factor):
         raise UserError(f"{problem.key}: {problem.message}")
+    if settings.loss.free_bits and family_of(autoencoder).latent == "flow":
+        raise UserError(
+            f"loss.free_bits: the rates of {name} are of single samples and may be negative, so whether the KL of a "
+            "channel is below it is not known: set it to 0 (loss.kl_warmup and loss.kl_target work)"
+        )
     least, latent_channels = settings.latents.min_channels, latent_channels_of(autoencoder)
     if least and least >= latent_channels:
         raise UserError(f"latents.min_channels: {least} of {name}'s {latent_channels} channels masks none: use fewer")
