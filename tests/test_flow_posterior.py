@@ -37,7 +37,7 @@ def test_a_fresh_flow_is_the_autoencoder_bit_for_bit() -> None:
         expected, found = draw(plain, images, noise), draw(model, images, noise)
         assert torch.equal(found.latent, expected.latent) and torch.equal(found.log_ratio, expected.log_ratio)
         assert torch.equal(model.encode(images).latent, expected.mean)
-        torch.testing.assert_close(model(images).sample, plain(images).sample, atol=1e-6, rtol=0)
+        torch.testing.assert_close(model(images).sample, plain(images).sample, atol=1e-5, rtol=0)
     assert found.logvar is None and found.rates[0].shape == found.latent.shape
     # on average over noise, the KL
     with torch.no_grad():
