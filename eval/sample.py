@@ -6,6 +6,7 @@ print(result["metrics"]["samples"])
 """
 
 import json
+import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -82,7 +83,7 @@ class _Job(Generation):
             self.check_images(train, "train")
             about = {"latents": {"shape": list(train.shape), "train": len(train), "classes": 0}}
             about["fingerprints"] = [fingerprint(train)]
-            batches = self._decoded(self._gaussian(train), side, count)
+            batches = self._decoded(gaussian_prior(train, settings.seed), side, count)
             method = "a Gaussian with the mean and covariance of the latents"
         else:
             self.check_pipeline()
@@ -154,28 +155,6 @@ class _Job(Generation):
             "N(0, I) is far from what it decodes well; prior=flow fits a prior to its latents"
         ]
 
-    def _gaussian(self, train: LatentCache) -> Callable[[Tensor], Tensor]:
-        """Noise -> latents of a Gaussian with the mean and covariance of up to MOST_LATENTS samples of posteriors."""
-        values = int(torch.tensor(train.shape).prod())
-        if values > MOST_VALUES:
-            raise UserError(
-                f"prior: gaussian fits a full covariance to up to {MOST_VALUES:,} values, and these latents have "
-                f"{values:,}; take prior=flow"
-            )
-        rows = some_of(len(train), MOST_LATENTS)
-        numbers = range(STATISTICS, STATISTICS + len(rows))
-        drawn = flow_batch(train, self.settings.seed, numbers, rows, torch.zeros(len(rows))).x / train.scaling_factor
-        flat = drawn.flatten(1).double()
-        mean = flat.mean(0)
-        # the root of a covariance that may have no full rank
-        power, axes = torch.linalg.eigh(torch.cov(flat.T).reshape(values, values))
-        root = axes * power.clamp(min=0).sqrt()
-
-        def latents(noise: Tensor) -> Tensor:
-            return (mean + noise.flatten(1).double().cpu() @ root.T).float().view_as(noise).to(noise.device)
-
-        return latents
-
     def _fitted(self) -> tuple[DiTPipeline, dict[str, Any]]:
         with torch.enable_grad():
             flow = self.flow()
@@ -211,3 +190,26 @@ class _Job(Generation):
             raise UserError(f"resolution: {folder} was fitted at {fitted} px; set resolution={fitted}")
         assert self.stage.module is not None
         return stock_pipeline(transformer.to(self.device).eval(), self.stage.module), about
+
+
+def gaussian_prior(train: LatentCache, seed: int) -> Callable[[Tensor], Tensor]:
+    """Noise -> raw latents of a Gaussian with the mean and covariance of up to MOST_LATENTS samples of posteriors, both
+    (N, C, h, w). Raises UserError for latents of more than MOST_VALUES values."""
+    values = math.prod(train.shape)
+    if values > MOST_VALUES:
+        raise UserError(
+            f"prior: gaussian fits a full covariance to up to {MOST_VALUES:,} values, and these latents have "
+            f"{values:,}; take prior=flow"
+        )
+    rows = some_of(len(train), MOST_LATENTS)
+    numbers = range(STATISTICS, STATISTICS + len(rows))
+    flat = flow_batch(train, seed, numbers, rows, torch.zeros(len(rows))).x.flatten(1).double() / train.scaling_factor
+    mean = flat.mean(0)
+    # the root of a covariance that may have no full rank
+    power, axes = torch.linalg.eigh(torch.cov(flat.T).reshape(values, values))
+    root = axes * power.clamp(min=0).sqrt()
+
+    def latents(noise: Tensor) -> Tensor:
+        return (mean + noise.flatten(1).double().cpu() @ root.T).float().view_as(noise).to(noise.device)
+
+    return latents
