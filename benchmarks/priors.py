@@ -61,10 +61,11 @@ def main() -> None:
         if words.until == name:
             return
     exports = {name: words.scratch / name / "export" for name in MODELS}
+    where, latents = (exports["gaussian"], words.data), words.scratch / "flow" / "latents" / "train"
     drawn = {
-        "N(0, I)": sampled(exports["gaussian"], words.data, words.scratch / "normal"),
-        "Gaussian of the latents": sampled(exports["gaussian"], words.data, words.scratch / "fitted", "gaussian"),
-        "flow matching": sampled(exports["gaussian"], words.data, words.scratch / "flow", "flow"),
+        "N(0, I)": sampled(*where, words.scratch / "normal", "prior=normal"),
+        "flow matching": sampled(*where, words.scratch / "flow", "prior=flow"),
+        "Gaussian of the latents": sampled(*where, words.scratch / "fitted", "prior=gaussian", f"latents={latents}"),
     }
     if words.until == "samples":
         return
@@ -97,10 +98,10 @@ def train(run: Path, data: Path, steps: int, model: dict[str, Any]) -> None:
         latent_ae("train", "quickstart", *words)
 
 
-def sampled(export: Path, data: Path, out: Path, prior: str = "normal") -> dict[str, Any]:
+def sampled(export: Path, data: Path, out: Path, *more: str) -> dict[str, Any]:
     """What `eval sample` finds."""
     if not (out / "result.json").exists():
-        latent_ae("eval", "sample", str(export), str(data), f"prior={prior}", "--out", str(out))
+        latent_ae("eval", "sample", str(export), str(data), *more, "--out", str(out))
     result = json.loads((out / "result.json").read_text())
     return {key: result[key] for key in ("metrics", "intervals", "recipe", "processor_seconds") if key in result}
 
