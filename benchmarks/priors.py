@@ -45,7 +45,7 @@ COMMON = (
     "checkpoint.every=1000 loss.perceptual=0 loss.kl=1 loss.pixel=logistic loss.learned_logvar=true gan.weight=0 "
     "ema.decay=0.99 optim.lr=1e-3 optim.warmup=50 log.every=50"
 ).split()
-IMAGES, SAMPLES = 500, 16
+IMAGES, SAMPLES = 500, 8
 """Held out, and draws for each of them."""
 
 
