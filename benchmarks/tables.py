@@ -12,7 +12,10 @@ from typing import Any
 from benchmarks.machine import RESULTS
 
 DOCS = Path(__file__).parent.parent / "docs"
-PAGES = [DOCS / f"{name}.md" for name in ("performance", "multi-gpu", "linear-start", "encode", "export", "diffusion", "family")]
+PAGES = [
+    DOCS / f"{name}.md"
+    for name in ("performance", "multi-gpu", "linear-start", "encode", "export", "diffusion", "family")
+]
 
 
 def main() -> None:
@@ -221,8 +224,7 @@ def priors_table(result: dict[str, Any]) -> str:
         cells = [f"{row[key][0]:.3f}" for key in ("elbo", "rate", "importance_bound")]
         lines.append(f"| {name.replace('-', ' ')} | {result['parameters'][name]:,} | {' | '.join(cells)} |")
     cells = [
-        f"{value:+.3f} ({low:+.3f} to {high:+.3f})"
-        for value, low, high in (gained["elbo"], gained["importance_bound"])
+        f"{value:+.3f} ({low:+.3f} to {high:+.3f})" for value, low, high in (gained["elbo"], gained["importance_bound"])
     ]
     lines.append(f"| saved by the flow, 95 % interval over the images | | {cells[0]} | | {cells[1]} |")
     return "\n".join(lines)
