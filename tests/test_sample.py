@@ -158,8 +158,9 @@ def test_a_fitted_flow_finds_shifted_latents_and_is_sampled_again_bit_for_bit(
         assert plain["metrics"][kind] == fitted["metrics"][kind] == other["metrics"][kind], kind
 
     def message(*more: str, first_stage: Path = tmp_path / "shifted") -> str:
+        place = ["--out", str(tmp_path / "refused")]
         with pytest.raises(UserError) as caught:
-            main(["sample", str(first_stage), str(images), *(f"{k}={v}" for k, v in QUICK.items()), *more])
+            main(["sample", str(first_stage), str(images), *(f"{k}={v}" for k, v in QUICK.items()), *more, *place])
         return str(caught.value)
 
     assert "another model" in message(f"prior={tmp_path / 'flow'}", first_stage=model)
