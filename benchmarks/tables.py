@@ -233,6 +233,39 @@ def hierarchical_table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def priors_table(result: dict[str, Any]) -> str:
+    recipe = result["priors"]["flow matching"]["recipe"]
+    gained, count = result["gained_by_the_flow"], next(iter(result["priors"].values()))["metrics"]["samples"]["n"]
+    lines = [
+        f"{result['data']}, {result['steps']} steps of {result['batch']} for each first stage; the flow prior has "
+        f"{recipe['parameters'] / 1e6:.1f} M parameters and {recipe['steps']:,} steps of {recipe['batch_size']}; "
+        f"{where(result)}.",
+        "",
+        f"| Fréchet distance to images trained on, VGG16's features, {count:,} images | |",
+        "|---|---:|",
+    ]
+    for name, row in result["priors"].items():
+        value, (low, high) = (row[key]["samples"]["frechet_vgg16"] for key in ("metrics", "intervals"))
+        lines.append(f"| samples, {name} | {value:.1f} ({low:.1f} to {high:.1f}) |")
+    metrics = next(iter(result["priors"].values()))["metrics"]
+    lines += [
+        f"| reconstructions of held-out images | {metrics['reconstructions']['frechet_vgg16']:.1f} |",
+        f"| held-out images | {metrics['held_out']['frechet_vgg16']:.1f} |",
+        "",
+        f"| bits per dimension of {result['held_out_images']} held-out images | parameters | ELBO | of it the rate "
+        f"| bound of {result['draws']} draws |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for name, row in result["bits_per_dimension"].items():
+        cells = [f"{row[key][0]:.3f}" for key in ("elbo", "rate", "importance_bound")]
+        lines.append(f"| {name.replace('-', ' ')} | {result['parameters'][name]:,} | {' | '.join(cells)} |")
+    cells = [
+        f"{value:+.3f} ({low:+.3f} to {high:+.3f})" for value, low, high in (gained["elbo"], gained["importance_bound"])
+    ]
+    lines.append(f"| saved by the flow, 95 % interval over the images | | {cells[0]} | | {cells[1]} |")
+    return "\n".join(lines)
+
+
 def where(result: dict[str, Any]) -> str:
     machine = result["machine"]
     return (
@@ -257,6 +290,7 @@ MAKERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "encode": encode_table,
     "tiling": tiling_table,
     "hierarchical": hierarchical_table,
+    "priors": priors_table,
 }
 
 

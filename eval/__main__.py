@@ -11,6 +11,7 @@ COMMANDS = {
     "probe": "what simple classifiers read from latents when labels are few",
     "anomaly": "which images a first stage cannot reconstruct, and where",
     "likelihood": "how likely a variational autoencoder finds images: ELBO and a tighter bound, rate, distortion",
+    "sample": "what latents of a prior decode to: the model's own, a Gaussian, or a flow fitted to the latents",
     "diffusion": "how well a diffusion model learns the latents: loss curve, samples, their Frechet distance to data",
     "compare": "which of several measured first stages is better, beyond chance",
 }

@@ -127,7 +127,9 @@ def evaluate_latents(
     }
     if stage.name == "VQModel":
         notes.append("latents of a VQModel are those before quantisation, which decoding then quantises")
-    if not stage.has_posterior:
+    if hasattr(stage.module, "draw"):
+        notes.append(f"the posterior of a {stage.name} is not Gaussian: its mode is measured, without KL and spread")
+    elif not stage.has_posterior:
         notes.append(f"{stage.name} has no posterior, so there is no KL and no posterior's spread")
     if "half size/apart" not in decoded.counts and decoded.num_images:
         notes.append(

@@ -90,6 +90,7 @@ Kind = Literal[
     "AsymmetricAutoencoderKL",
     "AutoencoderKLFlux2",
     "HierarchicalVAE",
+    "FlowAutoencoderKL",
 ]
 """Of first stages: docs/family.md."""
 

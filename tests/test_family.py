@@ -42,6 +42,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         **{"width": 16, "level_sides": [4, 8, 8], "level_channels": [3, 2, 0]},
         **{"blocks": 1, "norm_num_groups": 4},
     },
+    "FlowAutoencoderKL": {**KL_LIKE, "latent_channels": 4, "flow_layers": 2, "flow_width": 8},
 }
 
 

@@ -53,7 +53,8 @@ def _place_of_weights(name: str) -> str:
 
 def freeze_part(autoencoder: ModelMixin, settings: TrainSettings) -> None:
     """Takes the gradient from what `train` leaves fixed."""
-    fixed = {"all": (), "decoder": ("encoder", "quant_conv", "quantize"), "encoder": ("decoder", "post_quant_conv")}
+    encoder = ("encoder", "quant_conv", "quantize", "flow")
+    fixed = {"all": (), "decoder": encoder, "encoder": ("decoder", "post_quant_conv")}
     for name in fixed[settings.train]:
         if (part := getattr(autoencoder, name, None)) is not None:  # not every model has all of them
             part.requires_grad_(False)
@@ -120,6 +121,11 @@ def _refuse_misfit(autoencoder: ModelMixin, name: str, settings: TrainSettings) 
     hierarchical = family_of(autoencoder).latent == "hierarchy"
     for problem in [*settings.size_problems(factor), *(settings.hierarchy_problems(factor) if hierarchical else ())]:
         raise UserError(f"{problem.key}: {problem.message}")
+    if settings.loss.free_bits and family_of(autoencoder).latent == "flow":
+        raise UserError(
+            f"loss.free_bits: the rates of {name} are of single samples and may be negative, so whether the KL of a "
+            "channel is below it is not known: set it to 0 (loss.kl_warmup and loss.kl_target work)"
+        )
     least, latent_channels = settings.latents.min_channels, latent_channels_of(autoencoder)
     if least and least >= latent_channels:
         raise UserError(f"latents.min_channels: {least} of {name}'s {latent_channels} channels masks none: use fewer")
