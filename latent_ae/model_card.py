@@ -189,6 +189,12 @@ def _precision_text(precision: Mapping[str, Any]) -> str:
         emulated = ", emulated" if row["emulated"] else ""
         rows.append(f"| {name}{emulated} | {psnr} | {row['not_finite']:,} |")
     tiling, upcast = precision["tiling"], precision["force_upcast"]
+    tiled = "`enable_tiling` does not work with it: a tile is one latent pixel, and diffusers cannot overlap those."
+    if tiling is not None:
+        tiled = (
+            f"An image of {tiling['side_px']} px decoded in tiles of {tiling['tile_px']} px (`enable_tiling`) is "
+            f"{tiling['psnr']:.1f} dB from the same decoded whole (largest difference {tiling['max_abs']:.3f})."
+        )
     meaning = "fp16 pipelines run it in fp32" if upcast else "fp16 pipelines run it in fp16"
     return "\n".join(
         [
@@ -196,8 +202,7 @@ def _precision_text(precision: Mapping[str, Any]) -> str:
             "| | PSNR (dB) | values not finite |\n|---|---:|---:|",
             *rows,
             f"\n{verdict(dict(precision))}. So `force_upcast` is {str(upcast).lower()}: {meaning}.\n",
-            f"An image of {tiling['side_px']} px decoded in tiles of {tiling['tile_px']} px (`enable_tiling`) is "
-            f"{tiling['psnr']:.1f} dB from the same decoded whole (largest difference {tiling['max_abs']:.3f}).",
+            tiled,
         ]
     )
 
