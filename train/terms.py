@@ -15,6 +15,9 @@ from .loss_config import AlignmentSettings, LossSettings
 from .micro_batch import MicroBatch
 from .step_state import StepState
 
+ACTIVE_NATS = 0.01
+"""KL per latent dimension from which on a channel says anything of the image."""
+
 
 def image_losses(
     loss: LossSettings,
@@ -57,8 +60,12 @@ def rate_loss(loss: LossSettings, rates: Sequence[Tensor], image_elements: int) 
     objective = kl = kl_loss(rates, image_elements)
     dimensions = sum(rate[0].numel() for rate in rates)
     means = {"kl": kl.detach(), "kl_per_dimension": kl.detach() * (image_elements / dimensions)}
+    # of the micro-batch; in the log they are averaged over passes and processes
+    active = [(rate.detach().mean((0, 2, 3)) >= ACTIVE_NATS).float() for rate in rates]
+    means["active_channels"] = torch.cat(active).mean()
     if len(rates) > 1:
         means |= {f"kl_level_{n}": kl_loss([rate.detach()], image_elements) for n, rate in enumerate(rates, start=1)}
+        means |= {f"active_level_{n}": part.mean() for n, part in enumerate(active, start=1)}
     if loss.free_bits:
         objective, means["kl_free"] = free_bits_loss(rates, image_elements, loss.free_bits)
     return objective, means
