@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import torch
 from PIL import Image
@@ -23,7 +24,7 @@ from latent_ae.held_out import HeldOutImage
 from latent_ae.images import picture_grid
 from latent_ae.order import posterior_noise
 from latent_ae.posterior import draw
-from latent_ae.sources import StoredImages, TableSource
+from latent_ae.sources import StoredImages, StreamSource, TableSource
 
 from .factors_measure import BINS, entropy, measured
 from .factors_page import write_factors_report
@@ -55,8 +56,8 @@ def factors(
     """Mutual information of latent dimensions and factors, and the mutual information gap; JSON-ready.
 
     With `out`, writes result.json, traversals.png and report.html there. Raises UserError for a model without a
-    posterior, data without columns of integers, images of several sizes, latents of more than `MOST_DIMENSIONS` numbers,
-    and several processes.
+    posterior, data without columns of integers, images of several sizes, latents of more than `MOST_DIMENSIONS`
+    numbers, and several processes.
     """
     settings = settings or FactorsSettings()
     if out is not None:
@@ -66,6 +67,7 @@ def factors(
     if not stage.has_posterior:
         raise UserError(f"eval factors needs latents with a posterior and a {stage.name} has none")
     source, _ = opened_data(str(data), settings)
+    assert not isinstance(source, StreamSource), "jobs do not open streams"
     names, labels = _factors(source, str(data), settings)
     if settings.traversed is not None and settings.traversed >= len(source):
         raise UserError(f"traversed: there is no image {settings.traversed}; {data} holds {len(source)}, from 0 on")
@@ -83,8 +85,8 @@ def factors(
     notes = []
     if chance[worst] > BIASED * entropies[worst]:
         notes.append(
-            f"{len(rows):,} images are few: by chance alone a dimension seems to tell about {chance[worst]:.2f} nats of "
-            f"{names[worst]} ({chance[worst] / entropies[worst]:.0%} of its entropy)"
+            f"{len(rows):,} images are few: by chance alone a dimension seems to tell about {chance[worst]:.2f} nats "
+            f"of {names[worst]} ({chance[worst] / entropies[worst]:.0%} of its entropy)"
         )
     result: dict[str, Any] = {
         "format": FORMAT,
@@ -132,7 +134,7 @@ def _factors(source: StoredImages, data: str, settings: FactorsSettings) -> tupl
     integers = [
         name
         for name, feature in columns.items()
-        if hasattr(feature, "names") or "int" in str(getattr(feature, "dtype", ""))
+        if isinstance(feature, datasets.ClassLabel) or (isinstance(feature, datasets.Value) and "int" in feature.dtype)
     ]
     names = list(settings.factors or integers)
     if not names:
@@ -154,8 +156,8 @@ def _numbered(labels: np.ndarray, names: Sequence[str], data: str) -> np.ndarray
         known, numbers = np.unique(column, return_inverse=True)
         if not 2 <= len(known) <= MOST_VALUES:
             raise UserError(
-                f"factors: {name} has {len(known):,} value(s) in {data}; a factor has from 2 to {MOST_VALUES:,} of them: "
-                "name the columns that are factors, as factors=[shape,scale]"
+                f"factors: {name} has {len(known):,} value(s) in {data}; a factor has from 2 to {MOST_VALUES:,} of "
+                "them: name the columns that are factors, as factors=[shape,scale]"
             )
         columns.append(numbers)
     return np.stack(columns, 1)
@@ -194,8 +196,8 @@ def _codes(
         shape = mean.shape[1:]
         if shape.numel() > MOST_DIMENSIONS:
             raise UserError(
-                f"the latent has {' x '.join(map(str, shape))} = {shape.numel():,} dimensions and eval factors takes at "
-                f"most {MOST_DIMENSIONS:,}: give smaller images (crop_px, resize_px) or a model with a smaller latent"
+                f"the latent has {' x '.join(map(str, shape))} = {shape.numel():,} dimensions, and eval factors takes "
+                f"at most {MOST_DIMENSIONS:,}: give smaller images (crop_px, resize_px) or a smaller latent"
             )
         numbers = [item.index for item in items]
         noise = posterior_noise(settings.seed, numbers, shape).to(device)

@@ -27,7 +27,6 @@ def binned(codes: np.ndarray, bins: int = BINS) -> np.ndarray:
 
 def mutual_information(codes: np.ndarray, factors: np.ndarray) -> np.ndarray:
     """(D, K) nats, of (N, D) and (N, K) non-negative integers: that of the N pairs' own frequencies."""
-    count = len(codes)
     found = np.empty((codes.shape[1], factors.shape[1]))
     for k, factor in enumerate(factors.T):
         values = int(factor.max()) + 1
@@ -35,7 +34,6 @@ def mutual_information(codes: np.ndarray, factors: np.ndarray) -> np.ndarray:
         for d, code in enumerate(codes.T):
             joint = np.bincount(code * values + factor)
             found[d, k] = entropy(np.bincount(code)) + marginal - entropy(joint)
-    assert count
     return np.maximum(found, 0.0)  # rounding
 
 
@@ -57,7 +55,10 @@ def gaps(information: np.ndarray, entropies: np.ndarray) -> list[Gap]:
 
 
 def measured(codes: np.ndarray, factors: np.ndarray, names: Sequence[str]) -> dict[str, Any]:
-    """The matrix, each factor's gap and their mean (MIG), JSON-ready; `codes` (N, D) float, `factors` (N, K) integers."""
+    """The matrix, each factor's gap and their mean (MIG), JSON-ready.
+
+    `codes` (N, D) float, `factors` (N, K) non-negative integers.
+    """
     information = mutual_information(binned(codes), factors)
     entropies = np.array([entropy(np.bincount(factor)) for factor in factors.T])
     found = gaps(information, entropies)

@@ -2,8 +2,8 @@
 
 python -m latent_ae.shapes shapes.parquet
 
-dSprites: Matthey, Higgins, Hassabis and Lerchner 2017. Every combination of the factors is there once, and no two images
-are the same: turns stay below a quarter, which is where a square comes back to itself.
+dSprites: Matthey, Higgins, Hassabis and Lerchner 2017. Every combination of the factors is there once, and no two
+images are the same: turns stay below a quarter, which is where a square comes back to itself.
 """
 
 import argparse
