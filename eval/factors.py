@@ -65,7 +65,7 @@ def factors(
     device = one_process("factors", settings)
     stage = latent_model("factors", model, settings, device)
     if not stage.has_posterior:
-        raise UserError(f"eval factors needs latents with a posterior and a {stage.name} has none")
+        raise UserError(f"eval factors needs a posterior, and {stage.name} has none")
     source, _ = opened_data(str(data), settings)
     assert not isinstance(source, StreamSource), "jobs do not open streams"
     names, labels = _factors(source, str(data), settings)

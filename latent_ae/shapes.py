@@ -28,8 +28,9 @@ SUBPIXELS = 4
 def draw_shape(values: Sequence[int], counts: Sequence[int] = tuple(FACTORS.values())) -> np.ndarray:
     """The image of one combination: (32, 32) uint8. `values` and `counts` are in the order of FACTORS.
 
-    The shape's half width goes from an eighth to a quarter of the side, its centre from a quarter to three quarters,
-    its turn from 0 to just below a quarter turn; values are evenly spaced.
+    The shape's half width (of the square 0.7 of it, so that its corners stay inside) goes from an eighth to a quarter
+    of the side, its centre from a quarter to three quarters, its turn from 0 to just below a quarter turn; values are
+    evenly spaced.
     """
     shape, scale, orientation, x, y = values
     spread = [value / max(1, count - 1) for value, count in zip(values, counts, strict=True)]
@@ -41,7 +42,7 @@ def draw_shape(values: Sequence[int], counts: Sequence[int] = tuple(FACTORS.valu
     u = np.cos(angle) * across + np.sin(angle) * down
     v = np.cos(angle) * down - np.sin(angle) * across
     inside = (
-        np.maximum(abs(u), abs(v)) < 0.8,
+        np.maximum(abs(u), abs(v)) < 0.7,
         u**2 + (2 * v) ** 2 < 1,
         # the heart curve, point downwards; v is measured downwards
         ((1.2 * u) ** 2 + (0.1 - 1.2 * v) ** 2 - 1) ** 3 < (1.2 * u) ** 2 * (0.1 - 1.2 * v) ** 3,
