@@ -102,6 +102,7 @@ def factors(
         "method": {
             "mig": "mean over factors of (largest - second largest mutual information) / entropy (Chen et al. 2018)",
             "bins": f"{BINS} of equal width for each dimension",
+            "total_correlation": "nats, of the Gaussian fitted to the codes: -ln det of their correlations / 2",
             "mean": "of the posterior",
             "sample": "of the posterior, one for each image",
             "active": f"variance of the posterior's mean over the images above {ACTIVE} (Burda et al. 2016)",

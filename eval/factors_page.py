@@ -30,6 +30,7 @@ def write_factors_report(path: Path, result: Mapping[str, Any], picture: Image.I
     facts = {
         "MIG of the mean": f"{mean['mig']:.3f}",
         "MIG of a sample": f"{sample['mig']:.3f}",
+        "total correlation of a sample": f"{sample['total_correlation']:.3f} nats",
         "images": f"{data['images']:,}",
         "latent": " x ".join(map(str, result["latent"])),
         "active dimensions": f"{len(result['active_dimensions'])} of {len(result['variances'])}",

@@ -16,7 +16,7 @@ from latent_ae.config import ModelSettings, UserError
 from latent_ae.models import build_autoencoder
 from latent_ae.shapes import FACTORS, draw_shape, write_shapes
 from latent_ae_eval.factors import factors
-from latent_ae_eval.factors_measure import binned, measured, mutual_information
+from latent_ae_eval.factors_measure import binned, gaussian_total_correlation, measured, mutual_information
 from latent_ae_eval.job_config import FactorsSettings
 
 COUNTS = (3, 2, 2, 3, 4)
@@ -78,6 +78,18 @@ def test_the_gap_of_codes_that_are_known() -> None:
 def test_a_dimension_that_stands_still_tells_nothing() -> None:
     still = measured(np.full((len(ALL), 2), 0.3), ALL, NAMES)
     assert still["mig"] == 0.0 and not np.any(still["mutual_information"])
+
+
+def test_the_total_correlation_is_that_of_gaussians() -> None:
+    """Three variables that share a part of variance r: (1 - r)^2 (1 + 2 r) is the determinant."""
+    rng = np.random.default_rng(0)
+    shared, r = rng.normal(size=(40_000, 1)), 0.5
+    codes = math.sqrt(r) * shared + math.sqrt(1 - r) * rng.normal(size=(40_000, 3))
+    codes = np.concatenate([codes * [1, 20, 0.01] + 3, np.ones((40_000, 1))], 1)  # one that never varies
+    expected = -0.5 * math.log((1 - r) ** 2 * (1 + 2 * r))
+    assert gaussian_total_correlation(codes) == pytest.approx(expected, abs=0.01)
+    assert gaussian_total_correlation(codes[:, :1]) == 0.0
+    assert 10 < gaussian_total_correlation(codes[:, [0, 1, 1]]) < math.inf
 
 
 def test_shapes_are_where_their_factors_say() -> None:
