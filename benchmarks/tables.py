@@ -5,14 +5,17 @@ python -m benchmarks.tables
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import RESULTS
 
 DOCS = Path(__file__).parent.parent / "docs"
-PAGES = [DOCS / f"{name}.md" for name in ("performance", "multi-gpu", "linear-start", "encode", "export", "diffusion")]
+PAGES = [
+    DOCS / f"{name}.md"
+    for name in ("performance", "multi-gpu", "linear-start", "encode", "export", "diffusion", "family")
+]
 
 
 def main() -> None:
@@ -194,6 +197,41 @@ def diffusion_table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def disentangle_table(result: dict[str, Any]) -> str:
+    lines = [
+        f"{result['data']}; seeds {', '.join(str(run['seed']) for run in next(iter(result['rows'].values()))['runs'])}; "
+        f"{where(result)}.",
+        "",
+        "| | MIG of samples, mean | each seed | MIG of means | active | PSNR (dB) | reconstruction (nats) | KL (nats) "
+        "| total correlation (nats): Gaussian, discriminator |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for name, row in result["rows"].items():
+        runs = row["runs"]
+
+        def mean(values: Sequence[float]) -> float:
+            return sum(values) / len(values)
+
+        def each(values: Sequence[float], digits: int) -> str:
+            return "; ".join(f"{value:.{digits}f}" for value in values)
+
+        samples = [run["mig"]["sample"] for run in runs]
+        estimates = [run["total_correlation"] for run in runs if run["total_correlation"] is not None]
+        total = f"{mean([run['gaussian_total_correlation'] for run in runs]):.2f}"
+        cells = [
+            f"**{mean(samples):.3f}**",
+            each(samples, 3),
+            each([run["mig"]["mean"] for run in runs], 3),
+            each([run["active_dimensions"] for run in runs], 0),
+            f"{mean([run['psnr'] for run in runs]):.2f}",
+            f"{mean([run['reconstruction_nats'] for run in runs]):.1f}",
+            f"{mean([run['kl_nats'] for run in runs]):.2f}",
+            f"{total}, {mean(estimates):.2f}" if estimates else total,
+        ]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def where(result: dict[str, Any]) -> str:
     machine = result["machine"]
     return (
@@ -216,6 +254,7 @@ MAKERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "evaluate": evaluate_table,
     "encode": encode_table,
     "tiling": tiling_table,
+    "disentangle": disentangle_table,
 }
 
 
