@@ -63,6 +63,8 @@ def main() -> None:
             rows[name] = {"settings": RUNS[name], "runs": [run for run in found if run is not None]}
     result = {
         "data": f"{' x '.join(map(str, FACTORS.values()))} shapes ({', '.join(FACTORS)}), {SIDE_PX} px",
+        "steps": STEPS,
+        "batch_size": BATCH,
         "common": COMMON,
         "rows": rows,
     }

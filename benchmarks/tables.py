@@ -199,8 +199,7 @@ def diffusion_table(result: dict[str, Any]) -> str:
 
 def disentangle_table(result: dict[str, Any]) -> str:
     lines = [
-        f"{result['data']}; seeds {', '.join(str(run['seed']) for run in next(iter(result['rows'].values()))['runs'])}; "
-        f"{where(result)}.",
+        f"{result['data']}; {result['steps']} steps of {result['batch_size']}; {where(result)}.",
         "",
         "| | MIG of samples, mean | each seed | MIG of means | active | PSNR (dB) | reconstruction (nats) | KL (nats) "
         "| total correlation (nats): Gaussian, discriminator |",
