@@ -16,12 +16,12 @@ from benchmarks.machine import save
 from latent_ae.shapes import FACTORS, write_shapes
 
 RUNS: dict[str, list[str]] = {
-    "beta 1": ["loss.kl=1", "loss.kl_warmup=100"],
-    "beta 2": ["loss.kl=2", "loss.kl_warmup=100"],
-    "beta 4": ["loss.kl=4", "loss.kl_warmup=100"],
-    "capacity 5": ["loss.kl=10", "loss.kl_capacity=5"],
+    "beta 1": ["loss.kl=1", "loss.kl_warmup=60"],
+    "beta 2": ["loss.kl=2", "loss.kl_warmup=60"],
+    "beta 4": ["loss.kl=4", "loss.kl_warmup=60"],
+    "capacity 6": ["loss.kl=10", "loss.kl_capacity=6"],
     "FactorVAE 10": [
-        *("loss.kl=1", "loss.kl_warmup=100", "loss.total_correlation=10", "loss.total_correlation_width=256"),
+        *("loss.kl=1", "loss.kl_warmup=60", "loss.total_correlation=10", "loss.total_correlation_width=256"),
         "optim.discriminator_lr=1e-3",
     ],
 }
@@ -30,16 +30,16 @@ SEEDS = (0, 1, 2)
 COUNTS = (1, 4, 1, 16, 16)
 """Of the factors: squares that do not turn, so that a minute on a processor is enough to learn them."""
 VARYING = [name for name, count in zip(FACTORS, COUNTS, strict=True) if count > 1]
-SIDE_PX, STEPS, BATCH = 16, 500, 32
+SIDE_PX, STEPS, BATCH = 32, 300, 32
 MODEL = (
-    "model={in_channels: 1, out_channels: 1, block_out_channels: [8, 16, 32, 64, 64], layers_per_block: 1, "
+    "model={in_channels: 1, out_channels: 1, block_out_channels: [8, 16, 32, 32, 64, 64], layers_per_block: 1, "
     "latent_channels: 6, norm_num_groups: 4, mid_block_add_attention: false}"
 )
 COMMON = [
     *(f"steps={STEPS}", f"batch_size={BATCH}", MODEL),
     *(f"data.resolution={SIDE_PX}", f"data.resize_px={SIDE_PX}", "data.flip=false", "data.num_workers=0"),
     *("loss.pixel=bernoulli", "loss.perceptual=0", "gan.weight=0", "ema.decay=0.99"),
-    *("optim.kind=muon", "optim.lr=4e-3", "optim.warmup=50"),
+    *("optim.kind=muon", "optim.lr=2e-3", "optim.warmup=50"),
     *("checkpoint.every=10000", "validate.every=10000", "log.every=10"),
     *(f"validate.crop_px={SIDE_PX}", "validate.images=256"),
 ]
