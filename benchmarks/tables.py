@@ -12,10 +12,7 @@ from typing import Any
 from benchmarks.machine import RESULTS
 
 DOCS = Path(__file__).parent.parent / "docs"
-PAGES = [
-    DOCS / f"{name}.md"
-    for name in ("performance", "multi-gpu", "linear-start", "encode", "export", "diffusion", "family")
-]
+PAGES = [DOCS / f"{name}.md" for name in ("performance", "multi-gpu", "linear-start", "encode", "export", "diffusion")]
 
 
 def main() -> None:
