@@ -60,7 +60,7 @@ def gaussian_total_correlation(codes: np.ndarray) -> float:
     As Locatello et al. 2019 measure it; what is not linear stays unseen. Dimensions that never vary are left out; where
     others are copies of each other it is infinite, and computed as far as float64 goes.
     """
-    varying = codes[:, codes.std(0) > 0].astype(np.float64)
+    varying = codes[:, np.ptp(codes, 0) > 0].astype(np.float64)
     if varying.shape[1] < 2:
         return 0.0
     values = np.linalg.eigvalsh(np.corrcoef(varying, rowvar=False))

@@ -189,7 +189,7 @@ def _precision_text(precision: Mapping[str, Any]) -> str:
         emulated = ", emulated" if row["emulated"] else ""
         rows.append(f"| {name}{emulated} | {psnr} | {row['not_finite']:,} |")
     tiling, upcast = precision["tiling"], precision["force_upcast"]
-    tiled = "`enable_tiling` does not work with it: a tile is one latent pixel, and diffusers cannot overlap those."
+    tiled = "`enable_tiling` does not work with it: a quarter of a tile is no whole latent pixel, so tiles do not meet."
     if tiling is not None:
         tiled = (
             f"An image of {tiling['side_px']} px decoded in tiles of {tiling['tile_px']} px (`enable_tiling`) is "

@@ -202,9 +202,12 @@ def test_tiled_decoding_is_compared_with_whole():
     assert vae.use_tiling and compare_tiled(vae, latents, 64)["psnr"] == precision.MOST_DB  # one tile
 
 
-def test_tiles_of_one_latent_pixel_are_left_out():
-    """diffusers steps through them by three quarters of a tile, which is nothing."""
+def test_tiles_that_do_not_meet_are_left_out():
+    """diffusers steps through the latent by three quarters of a tile, cut to whole latent pixels."""
     settings = ModelSettings(block_out_channels=(4,) * 6, layers_per_block=1, norm_num_groups=2)
     vae = build_autoencoder(settings, sample_size=32)
     assert probe_tiling(vae, IMAGES[0]) is None
-    assert probe_tiling(build_autoencoder(settings, sample_size=64), IMAGES[0])["tile_px"] == 64
+    with pytest.raises((RuntimeError, ValueError)):
+        compare_tiled(vae, torch.zeros(1, 4, 2, 2), 32)
+    assert probe_tiling(build_autoencoder(settings, sample_size=64), IMAGES[0]) is None
+    assert probe_tiling(build_autoencoder(settings, sample_size=128), IMAGES[0])["tile_px"] == 128
