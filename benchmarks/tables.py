@@ -5,7 +5,7 @@ python -m benchmarks.tables
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -266,6 +266,59 @@ def priors_table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def disentangle_table(result: dict[str, Any]) -> str:
+    lines = [
+        f"{result['data']}; {result['steps']} steps of {result['batch_size']}; {where(result)}.",
+        "",
+        "| | MIG of samples, mean | each seed | MIG of means | active | PSNR (dB) | reconstruction (nats) | KL (nats) "
+        "| total correlation (nats): Gaussian, discriminator |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for name, row in result["rows"].items():
+        runs = row["runs"]
+
+        def mean(values: Sequence[float]) -> float:
+            return sum(values) / len(values)
+
+        def each(values: Sequence[float], digits: int) -> str:
+            return "; ".join(f"{value:.{digits}f}" for value in values)
+
+        samples = [run["mig"]["sample"] for run in runs]
+        estimates = [run["total_correlation"] for run in runs if run["total_correlation"] is not None]
+        total = f"{mean([run['gaussian_total_correlation'] for run in runs]):.2f}"
+        cells = [
+            f"**{mean(samples):.3f}**",
+            each(samples, 3),
+            each([run["mig"]["mean"] for run in runs], 3),
+            each([run["active_dimensions"] for run in runs], 0),
+            f"{mean([run['psnr'] for run in runs]):.2f}",
+            f"{mean([run['reconstruction_nats'] for run in runs]):.1f}",
+            f"{mean([run['kl_nats'] for run in runs]):.2f}",
+            f"{total}, {mean(estimates):.2f}" if estimates else total,
+        ]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def collapse_table(result: dict[str, Any]) -> str:
+    lines = [
+        f"{result['data']}, {result['steps']} steps of {result['batch_size']}; {result['images']} held-out images; "
+        f"{where(result)}.",
+        "",
+        "| cure | settings | bits per dimension | KL (nats per image) | active channels at the end | PSNR (dB) |",
+        "|---|---|---:|---:|---:|---:|",
+    ]
+    for name, row in result["runs"].items():
+        bits, rate = row["bits_per_dimension"], row["rate_nats_per_image"]
+        settings = ", ".join(f"`{word}`" for word in row["settings"])
+        (low, high), active = bits["interval"], row["active_channels"][-1][1]
+        lines.append(
+            f"| {name} | {settings} | {bits['mean']:.3f} ({low:.3f} to {high:.3f}) | {rate['mean']:.2f} "
+            f"| {active:.0%} | {row['psnr']:.2f} |"
+        )
+    return "\n".join(lines)
+
+
 def where(result: dict[str, Any]) -> str:
     machine = result["machine"]
     return (
@@ -291,6 +344,8 @@ MAKERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "tiling": tiling_table,
     "hierarchical": hierarchical_table,
     "priors": priors_table,
+    "disentangle": disentangle_table,
+    "collapse": collapse_table,
 }
 
 

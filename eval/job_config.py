@@ -1,4 +1,4 @@
-"""Settings of the jobs that a first stage is asked to do: interpolate, probe, anomaly, likelihood."""
+"""Settings of the jobs that a first stage is asked to do: interpolate, probe, factors, anomaly, likelihood."""
 
 from collections.abc import Iterator
 from typing import Annotated, Literal
@@ -83,6 +83,22 @@ class ProbeSettings(JobSettings):
                 "revision": self.data_revision,
             }
         )
+
+
+class FactorsSettings(JobSettings):
+    """Which latent dimension stands for which known factor."""
+
+    factors: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
+    """Columns of integers or classes; null takes all that the table has."""
+    traversed: NonNegative | None = None
+    """Number of the image whose latent's dimensions are moved in the picture; null: the middle one."""
+    steps: Annotated[int, Field(ge=3)] = 9
+    """Points of each row of that picture."""
+
+    def problems(self) -> Iterator[Problem]:
+        yield from super().problems()
+        if self.factors is not None and len(set(self.factors)) < len(self.factors):
+            yield Problem("factors", "names one twice")
 
 
 Score = Literal["pixel_mean", "pixel_max", "lpips_mean", "lpips_max", "negative_elbo"]

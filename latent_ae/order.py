@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 # streams of random numbers that must never overlap: the highest word of Philox's counter
-CROP, NOISE, ORDER, BLOCK, AUGMENT, LATENT_NOISE, CHANNELS, EQUIVARIANCE, BINARY = range(9)
+CROP, NOISE, ORDER, BLOCK, AUGMENT, LATENT_NOISE, CHANNELS, EQUIVARIANCE, BINARY, PERMUTATION = range(10)
 
 
 def crop_rng(seed: int, number: int) -> np.random.Generator:
@@ -69,6 +69,12 @@ def binary_images(seed: int, numbers: Sequence[int], images: torch.Tensor) -> to
 def equivariance_numbers(seed: int, step: int) -> np.ndarray:
     """Four uniform numbers in [0, 1) that decide how a step's latents are scaled and turned."""
     return np.random.Generator(_philox(seed, step, EQUIVARIANCE)).random(4)
+
+
+def permutations(seed: int, step: int, count: int, dimensions: int) -> np.ndarray:
+    """For each latent dimension an order of a step's `count` samples: (count, dimensions) int64."""
+    words = _philox(seed, step, PERMUTATION).random_raw(count * dimensions).reshape(count, dimensions)
+    return np.argsort(words, axis=0, kind="stable")
 
 
 def _philox(seed: int, number: int, stream: int, reader: int = 0, block: int = 0) -> np.random.Philox:

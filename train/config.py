@@ -298,6 +298,8 @@ class TrainSettings(Settings):
         least, channels = self.latents.min_channels, self.model.latent_channels
         if least and self.knows_shape and least >= channels:
             yield Problem("latents.min_channels", f"{least} of {channels} latent channels masks none: use fewer")
+        if self.loss.total_correlation:
+            yield from self._total_correlation_problems()
         if self.latents.equivariance and self.compile:
             yield Problem(
                 "latents.equivariance",
@@ -317,7 +319,7 @@ class TrainSettings(Settings):
             return
         if self.alignment.model is not None:
             yield Problem("alignment.model", "moves the encoder, which train: decoder leaves fixed: set it to null")
-        for key in ("kl_warmup", "kl_cycles", "kl_target", "free_bits"):
+        for key in ("kl_warmup", "kl_cycles", "kl_target", "free_bits", "kl_capacity", "total_correlation"):
             if getattr(self.loss, key):
                 yield Problem(f"loss.{key}", "shapes the posterior, which train: decoder leaves fixed: set it to 0")
 
@@ -338,6 +340,23 @@ class TrainSettings(Settings):
         if self.alignment.model:
             yield Problem(
                 "alignment.model", "needs latents on one grid; a HierarchicalVAE's are on several: leave it out"
+            )
+
+    def _total_correlation_problems(self) -> Iterator[Problem]:
+        if self.micro_batch != self.batch_size:
+            yield Problem(
+                "loss.total_correlation",
+                f"permutes each latent dimension over the whole batch of {self.batch_size}, and a pass holds "
+                f"{self.micro_batch}: training would depend on the split. Use one process and micro_batch_size null",
+            )
+        if self.batch_size % 2 or self.batch_size < 4:
+            yield Problem(
+                "batch_size", f"{self.batch_size} has no two halves for loss.total_correlation: even, 4 or more"
+            )
+        if self.latents.equivariance:
+            yield Problem(
+                "latents.equivariance",
+                "changes the latent's size from step to step, and loss.total_correlation judges one size: set one to 0",
             )
 
     def size_problems(self, factor: int) -> Iterator[Problem]:

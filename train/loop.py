@@ -1,5 +1,6 @@
 """The training run, top to bottom."""
 
+import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -35,7 +36,13 @@ from .ema import Ema
 from .finish import finish_run, finished_results, push_export, show_results
 from .log import Log
 from .micro_batch import MicroBatch, latent_change
-from .networks import compile_networks, starting_autoencoder, starting_discriminator, starting_projection
+from .networks import (
+    compile_networks,
+    starting_autoencoder,
+    starting_discriminator,
+    starting_projection,
+    starting_total_correlation,
+)
 from .preflight import preflight
 from .report import held_out_distances
 from .retention import kept_steps
@@ -91,6 +98,10 @@ def train(settings: TrainSettings) -> dict[str, Any]:
         if settings.alignment.model:
             vision = VisionModel(settings.alignment.model, settings.data.resolution // factor).to(accelerator.device)
             projection = starting_projection(settings, latent_channels_of(autoencoder), vision.num_features)
+        latent_shape = (latent_channels_of(autoencoder), *(2 * [settings.data.resolution // factor]))
+        judge = None
+        if settings.loss.total_correlation:
+            judge = starting_total_correlation(settings, math.prod(latent_shape)).to(accelerator.device)
         ema = Ema(autoencoder.to(accelerator.device), settings.ema.decay) if settings.ema.decay else None
         discriminator = starting_discriminator(settings, channels) if settings.gan.weight else None
     if settings.compile:
@@ -103,6 +114,7 @@ def train(settings: TrainSettings) -> dict[str, Any]:
         perceptual,
         ema,
         vision,
+        judge,
     )
     averaged = Reconstructor(ema.module if ema is not None else autoencoder).to(memory_format=torch.channels_last)
     validator = Validator(settings, accelerator, held_out, channels, factor, perceptual)
@@ -127,7 +139,6 @@ def train(settings: TrainSettings) -> dict[str, Any]:
         first_batch=first_step,
         stream_state=stream_state_of(checkpoint, accelerator),
     )
-    latent_shape = (latent_channels_of(autoencoder), *(2 * [settings.data.resolution // factor]))
     bad_files = BadFiles(accelerator, settings.data, source, log)
     feed = Feed(batches, settings, latent_shape, accelerator.device, channels, bad_files)
     with Agreed(accelerator):

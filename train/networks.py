@@ -21,6 +21,7 @@ from latent_ae.models import build_autoencoder, factor_of, latent_channels_of, l
 from .checkpoint import misfits, read_state
 from .config import TrainSettings
 from .finish import finished_results
+from .total_correlation import LARGEST, TotalCorrelation
 
 
 def starting_autoencoder(settings: TrainSettings) -> ModelMixin:
@@ -76,6 +77,18 @@ def starting_projection(settings: TrainSettings, latent_channels: int, features:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed + 2)
         return nn.Conv2d(latent_channels, features, kernel_size=1, bias=False)
+
+
+def starting_total_correlation(settings: TrainSettings, dimensions: int) -> TotalCorrelation:
+    """A fresh discriminator of latents of so many numbers. Raises UserError for too many."""
+    if dimensions > LARGEST:
+        raise UserError(
+            f"loss.total_correlation: the latent has {dimensions:,} dimensions, and what tells them from permuted ones "
+            f"learns nothing of more than {LARGEST:,}: use fewer latent channels, a larger factor or smaller crops"
+        )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings.seed + 3)
+        return TotalCorrelation(dimensions, settings.loss.total_correlation_width, settings.seed)
 
 
 def compile_networks(autoencoder: ModelMixin, discriminator: PatchDiscriminator | None) -> None:

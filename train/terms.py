@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from latent_ae.likelihoods import LIKELIHOODS, log_likelihood
-from latent_ae.losses import PixelLoss, alignment_loss, free_bits_loss, kl_loss, pixel_loss
+from latent_ae.losses import PixelLoss, alignment_loss, capacity_loss, free_bits_loss, kl_loss, pixel_loss
 from latent_ae.models import Reconstruction
 
 from .loss_config import AlignmentSettings, LossSettings
@@ -55,8 +55,13 @@ def image_losses(
     return means, torch.stack(terms).sum() if terms else (image * 0.0).sum()
 
 
-def rate_loss(loss: LossSettings, rates: Sequence[Tensor], image_elements: int) -> tuple[Tensor, dict[str, Tensor]]:
-    """The KL term before its weight; `rates` is that of each level of the latent (`posterior.Drawn`)."""
+def rate_loss(
+    loss: LossSettings, rates: Sequence[Tensor], image_elements: int, capacity: float = 0.0
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The KL term before its weight; `rates` is that of each level of the latent (`posterior.Drawn`).
+
+    `capacity` is that of this step (loss.kl_capacity), in nats per image.
+    """
     objective = kl = kl_loss(rates, image_elements)
     dimensions = sum(rate[0].numel() for rate in rates)
     means = {"kl": kl.detach(), "kl_per_dimension": kl.detach() * (image_elements / dimensions)}
@@ -68,6 +73,9 @@ def rate_loss(loss: LossSettings, rates: Sequence[Tensor], image_elements: int) 
         means |= {f"active_level_{n}": part.mean() for n, part in enumerate(active, start=1)}
     if loss.free_bits:
         objective, means["kl_free"] = free_bits_loss(rates, image_elements, loss.free_bits)
+    if loss.kl_capacity:
+        objective = capacity_loss(rates, image_elements, capacity)
+        means["kl_capacity"] = torch.full_like(kl.detach(), capacity)
     return objective, means
 
 
