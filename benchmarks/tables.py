@@ -5,17 +5,15 @@ python -m benchmarks.tables
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import RESULTS
 
 DOCS = Path(__file__).parent.parent / "docs"
-PAGES = [
-    DOCS / f"{name}.md"
-    for name in ("performance", "multi-gpu", "linear-start", "encode", "export", "diffusion", "family")
-]
+NAMES = ("performance", "multi-gpu", "linear-start", "encode", "export", "diffusion", "family")
+PAGES = [DOCS / f"{name}.md" for name in NAMES]
 
 
 def main() -> None:
@@ -241,6 +239,130 @@ def family_table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def likelihood_table(result: dict[str, Any]) -> str:
+    lines = [
+        f"{result['data']}, {result['steps']} steps of {result['batch_size']}, {result['images']} test images, "
+        f"{result['samples']} samples; 95 % intervals over the images; {where(result)}.",
+        "",
+        "| | bits per dimension | ELBO | distortion | rate | nats per latent number | scale | PSNR (dB) "
+        "| processor time (s) |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for name, row in result["runs"].items():
+        bits = {key: values["bits_per_dimension"] for key, values in row["metrics"].items()}
+        low, high = bits["importance_bound"]["interval"]
+        cells = [f"{bits['importance_bound']['mean']:.3f} ({low:.2f} to {high:.2f})"]
+        cells += [f"{bits[key]['mean']:.3f}" for key in ("elbo", "distortion", "rate")]
+        cells.append(f"{row['metrics']['rate']['nats_per_image']['mean'] / row['latent_dimensions']:.2f}")
+        scale = row["likelihood"]["scale"]
+        cells += ["" if scale is None else f"{scale:.3f}", f"{row['psnr']:.2f}", f"{row['processor_seconds']:.0f}"]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def hierarchical_table(result: dict[str, Any]) -> str:
+    lines = [
+        f"{result['data']}; steps of {result['batch']} images; {where(result)}.",
+        "",
+        "| steps | latents | parameters | processor time (s) | bits per dimension | reconstruction | KL by level |",
+        "|---:|---|---:|---:|---:|---:|---|",
+    ]
+    for row in result["contestants"]:
+        levels = ", ".join(
+            f"{side} px: {part:.3f}" for side, part in zip(row["level_sides"], row["levels"], strict=True)
+        )
+        bits = f"{row['bits_per_dimension']:.3f} ± {row['interval']:.3f}"
+        cells = [f"{row['steps']:,}", row["name"], f"{row['parameters']:,}", f"{row['cpu_s']:.0f}", bits]
+        lines.append(f"| {' | '.join(cells)} | {row['reconstruction']:.3f} | {levels} |")
+    return "\n".join(lines)
+
+
+def priors_table(result: dict[str, Any]) -> str:
+    recipe = result["priors"]["flow matching"]["recipe"]
+    gained, count = result["gained_by_the_flow"], next(iter(result["priors"].values()))["metrics"]["samples"]["n"]
+    lines = [
+        f"{result['data']}, {result['steps']} steps of {result['batch']} for each first stage; the flow prior has "
+        f"{recipe['parameters'] / 1e6:.1f} M parameters and {recipe['steps']:,} steps of {recipe['batch_size']}; "
+        f"{where(result)}.",
+        "",
+        f"| Fréchet distance to images trained on, VGG16's features, {count:,} images | |",
+        "|---|---:|",
+    ]
+    for name, row in result["priors"].items():
+        value, (low, high) = (row[key]["samples"]["frechet_vgg16"] for key in ("metrics", "intervals"))
+        lines.append(f"| samples, {name} | {value:.1f} ({low:.1f} to {high:.1f}) |")
+    metrics = next(iter(result["priors"].values()))["metrics"]
+    lines += [
+        f"| reconstructions of held-out images | {metrics['reconstructions']['frechet_vgg16']:.1f} |",
+        f"| held-out images | {metrics['held_out']['frechet_vgg16']:.1f} |",
+        "",
+        f"| bits per dimension of {result['held_out_images']} held-out images | parameters | ELBO | of it the rate "
+        f"| bound of {result['draws']} draws |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for name, row in result["bits_per_dimension"].items():
+        cells = [f"{row[key][0]:.3f}" for key in ("elbo", "rate", "importance_bound")]
+        lines.append(f"| {name.replace('-', ' ')} | {result['parameters'][name]:,} | {' | '.join(cells)} |")
+    cells = [
+        f"{value:+.3f} ({low:+.3f} to {high:+.3f})" for value, low, high in (gained["elbo"], gained["importance_bound"])
+    ]
+    lines.append(f"| saved by the flow, 95 % interval over the images | | {cells[0]} | | {cells[1]} |")
+    return "\n".join(lines)
+
+
+def disentangle_table(result: dict[str, Any]) -> str:
+    lines = [
+        f"{result['data']}; {result['steps']} steps of {result['batch_size']}; {where(result)}.",
+        "",
+        "| | MIG of samples, mean | each seed | MIG of means | active | PSNR (dB) | reconstruction (nats) | KL (nats) "
+        "| total correlation (nats): Gaussian, discriminator |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for name, row in result["rows"].items():
+        runs = row["runs"]
+
+        def mean(values: Sequence[float]) -> float:
+            return sum(values) / len(values)
+
+        def each(values: Sequence[float], digits: int) -> str:
+            return "; ".join(f"{value:.{digits}f}" for value in values)
+
+        samples = [run["mig"]["sample"] for run in runs]
+        estimates = [run["total_correlation"] for run in runs if run["total_correlation"] is not None]
+        total = f"{mean([run['gaussian_total_correlation'] for run in runs]):.2f}"
+        cells = [
+            f"**{mean(samples):.3f}**",
+            each(samples, 3),
+            each([run["mig"]["mean"] for run in runs], 3),
+            each([run["active_dimensions"] for run in runs], 0),
+            f"{mean([run['psnr'] for run in runs]):.2f}",
+            f"{mean([run['reconstruction_nats'] for run in runs]):.1f}",
+            f"{mean([run['kl_nats'] for run in runs]):.2f}",
+            f"{total}, {mean(estimates):.2f}" if estimates else total,
+        ]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def collapse_table(result: dict[str, Any]) -> str:
+    lines = [
+        f"{result['data']}, {result['steps']} steps of {result['batch_size']}; {result['images']} held-out images; "
+        f"{where(result)}.",
+        "",
+        "| cure | settings | bits per dimension | KL (nats per image) | active channels at the end | PSNR (dB) |",
+        "|---|---|---:|---:|---:|---:|",
+    ]
+    for name, row in result["runs"].items():
+        bits, rate = row["bits_per_dimension"], row["rate_nats_per_image"]
+        settings = ", ".join(f"`{word}`" for word in row["settings"])
+        (low, high), active = bits["interval"], row["active_channels"][-1][1]
+        lines.append(
+            f"| {name} | {settings} | {bits['mean']:.3f} ({low:.3f} to {high:.3f}) | {rate['mean']:.2f} "
+            f"| {active:.0%} | {row['psnr']:.2f} |"
+        )
+    return "\n".join(lines)
+
+
 def where(result: dict[str, Any]) -> str:
     machine = result["machine"]
     return (
@@ -259,11 +381,16 @@ MAKERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "time-to-quality": quality_table,
     "processes": processes_table,
     "diffusion": diffusion_table,
+    "likelihood": likelihood_table,
     "evaluate-memory": evaluate_memory_table,  # before the other, whose name it begins with
     "evaluate": evaluate_table,
     "encode": encode_table,
     "tiling": tiling_table,
     "family": family_table,
+    "hierarchical": hierarchical_table,
+    "priors": priors_table,
+    "disentangle": disentangle_table,
+    "collapse": collapse_table,
 }
 
 

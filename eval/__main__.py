@@ -10,6 +10,9 @@ COMMANDS = {
     "interpolate": "what lies between images: paths through latent space beside a cross-fade",
     "probe": "what simple classifiers read from latents when labels are few",
     "anomaly": "which images a first stage cannot reconstruct, and where",
+    "likelihood": "how likely a variational autoencoder finds images: ELBO and a tighter bound, rate, distortion",
+    "sample": "what latents of a prior decode to: the model's own, a Gaussian, or a flow fitted to the latents",
+    "factors": "which latent dimension stands for which known factor, and for that one alone",
     "diffusion": "how well a diffusion model learns the latents: loss curve, samples, their Frechet distance to data",
     "compare": "which of several measured first stages is better, beyond chance",
 }

@@ -20,15 +20,25 @@ class Words(Generic[Kind]):
 
     model: str
     data: str
+    """Empty where there is none."""
     settings: Kind
     out: Path
     """Folder for files; made by whoever writes into it."""
 
 
 def read_words(
-    command: str, settings: type[Kind], argv: Sequence[str], *, description: str, examples: str
+    command: str,
+    settings: type[Kind],
+    argv: Sequence[str],
+    *,
+    description: str,
+    examples: str,
+    needs_data: bool = True,
 ) -> Words[Kind]:
-    """Reads `MODEL DATA [key=value ...] [--out DIR]`; exits or raises UserError when it makes no sense."""
+    """Reads `MODEL DATA [key=value ...] [--out DIR]`; exits or raises UserError when it makes no sense.
+
+    Without `needs_data`, DATA may be left out.
+    """
     parser = argparse.ArgumentParser(
         prog=f"latent-ae eval {command}",
         description=description,
@@ -36,13 +46,16 @@ def read_words(
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("model", help="folder or hub id of a first stage of diffusers, or a run or checkpoint")
-    parser.add_argument("data", help="photos, a folder of images, Parquet or WebDataset files, or a hub id")
+    where = "photos, a folder of images, Parquet or WebDataset files, or a hub id"
+    parser.add_argument("data", nargs=None if needs_data else "?", default="", help=where)
     names = ", ".join(settings.model_fields)
     parser.add_argument("override", nargs="*", metavar="key=value", help=f"changes a setting: {names}")
     parser.add_argument(
         "--out", metavar="DIR", type=Path, help=f"where files go; default: {command}-NAME in this folder"
     )
     words = parser.parse_intermixed_args(argv)
+    if not needs_data and words.data.partition("=")[0] in settings.model_fields:
+        words.data, words.override = "", [words.data, *words.override]
     chosen = load_settings(settings, None, words.override)
     return Words(words.model, words.data, chosen, words.out or default_folder(command, words.model))
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -184,6 +184,7 @@ DIFFUSION_PRESETS: dict[str, dict[str, Any]] = {
 class DiffusionSettings(Settings):
     """A diffusion model trained on a first stage's latents, and how it is judged; docs/diffusion.md says more."""
 
+    presets: ClassVar[dict[str, dict[str, Any]]] = DIFFUSION_PRESETS
     preset: Literal["cpu", "gpu"] = "cpu"
     """Small images on two CPU cores, or larger ones on a GPU; the next settings change single parts of it."""
     resolution: Positive | OfPreset = "preset"
@@ -193,7 +194,7 @@ class DiffusionSettings(Settings):
     depth: Positive | OfPreset = "preset"
     """Its blocks."""
     patch_size: Positive | OfPreset = "preset"
-    """Latent px along each side of a token."""
+    """Latent px along each side of a token; of `eval sample` as preset 2 where it divides the latent's side, else 1."""
     steps: Positive | OfPreset = "preset"
     batch_size: Positive | OfPreset = "preset"
     """Of a training step."""
@@ -254,14 +255,39 @@ class DiffusionSettings(Settings):
     def chosen(self, key: str) -> Any:
         """The value of a setting, or the preset's."""
         value = getattr(self, key)
-        return DIFFUSION_PRESETS[self.preset][key] if value == "preset" else value
+        return self.presets[self.preset][key] if value == "preset" else value
 
     def recipe(self) -> dict[str, Any]:
         """All values that the preset gives or that were set in their place."""
-        return {key: self.chosen(key) for key in DIFFUSION_PRESETS[self.preset]}
+        return {key: self.chosen(key) for key in self.presets[self.preset]}
 
     def encoding(self, part: Literal["train", "held_out"]) -> EncodeSettings:
         """How latents are encoded where none are given."""
         same = {key: getattr(self, key) for key in EncodeSettings.model_fields if key in type(self).model_fields}
         own = {"part": part, "resolution": self.chosen("resolution"), "batch_size": self.images_at_a_time}
         return EncodeSettings(**(same | own))
+
+
+PRIORS = ("normal", "gaussian", "flow")
+
+
+class SampleSettings(DiffusionSettings):
+    """Which prior is sampled from, how a flow is fitted, and how samples are judged; docs/jobs.md says more."""
+
+    presets: ClassVar[dict[str, dict[str, Any]]] = {
+        "cpu": DIFFUSION_PRESETS["cpu"]
+        | {"width": 128, "depth": 4, "patch_size": None, "steps": 1500, "samples": 1000, "validation_images": 500},
+        "gpu": DIFFUSION_PRESETS["gpu"] | {"patch_size": None},
+    }
+    prior: str = "normal"
+    """`normal`: N(0, I), or what a model has in its place; `gaussian` and `flow` are fitted to the latents of DATA; or
+    a folder that `prior=flow` wrote."""
+    label_column: str | None = None
+    """A prior knows no classes."""
+
+    def problems(self) -> Iterator[Problem]:
+        yield from super().problems()
+        if self.prior not in PRIORS and not Path(self.prior).expanduser().is_dir():
+            yield Problem("prior", f"neither one of {', '.join(PRIORS)} nor a folder: {self.prior} (from {Path.cwd()})")
+        if self.label_column is not None:
+            yield Problem("label_column", "a prior knows no classes; leave it null, or ask eval diffusion")

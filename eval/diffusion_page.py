@@ -39,14 +39,14 @@ def write_diffusion_page(path: Path, result: Mapping[str, Any], pictures: Mappin
         page.facts(facts) + page.notes(result["notes"]),
         page.section(
             "Fréchet distances",
-            page.table(_rows(result)),
+            distance_table(result),
             page.paragraph(
                 "Lower is better. Small: 95 % intervals over the images of both sets; another seed of the training "
                 "moves the samples' distance besides. What separates the first row from the second is the diffusion "
                 "model's, what separates the second from the third is the first stage's."
             ),
         ),
-        page.section("Pictures", _pictures(pictures)),
+        page.section("Pictures", pictures_beside(pictures, "images trained on, of the same classes")),
         page.section(
             "Validation loss",
             page.grid(
@@ -81,7 +81,8 @@ def write_diffusion_page(path: Path, result: Mapping[str, Any], pictures: Mappin
     page.write(path, page.page(title, sections, subtitle="A first stage, judged by latent-ae eval diffusion."))
 
 
-def _rows(result: Mapping[str, Any]) -> list[dict[str, Any]]:
+def distance_table(result: Mapping[str, Any]) -> str:
+    """A row for each of ROWS."""
     names = [key for key in result["metrics"]["samples"] if key not in ("n", "reference_images")]
     rows = []
     for kind, heading in ROWS.items():
@@ -91,13 +92,14 @@ def _rows(result: Mapping[str, Any]) -> list[dict[str, Any]]:
             title = "FID" if name == "fid" else label_of(name).name
             row[title] = page.estimate(rounded(name, values[name]), span(name, pair(intervals.get(name))))
         rows.append(row)
-    return rows
+    return page.table(rows)
 
 
-def _pictures(pictures: Mapping[str, Image.Image]) -> str:
+def pictures_beside(pictures: Mapping[str, Image.Image], reference: str = "images trained on") -> str:
+    """Of the four sets that are compared."""
     captions = {
         "samples": "samples",
-        "reference": "images trained on, of the same classes",
+        "reference": reference,
         "held_out": "held-out images",
         "reconstructions": "their reconstructions",
     }

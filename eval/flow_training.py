@@ -35,7 +35,7 @@ def new_transformer(shape: tuple[int, int, int], settings: DiffusionSettings) ->
             out_channels=channels,
             num_layers=settings.chosen("depth"),
             sample_size=side,
-            patch_size=settings.chosen("patch_size"),
+            patch_size=settings.chosen("patch_size") or 2 - side % 2,
             attention_bias=True,
             num_embeds_ada_norm=NULL_CLASS,
         )

@@ -1,4 +1,4 @@
-"""Settings of the jobs that a first stage is asked to do: interpolate, probe, anomaly."""
+"""Settings of the jobs that a first stage is asked to do: interpolate, probe, factors, anomaly, likelihood."""
 
 from collections.abc import Iterator
 from typing import Annotated, Literal
@@ -11,7 +11,7 @@ from .config import StageSettings
 
 
 class JobSettings(StageSettings):
-    """What all three read: images, the model, and where they meet."""
+    """What all of them read: images, the model, and where they meet."""
 
     resize_px: Positive | None = None
     """Shorter side that images are resized to; null keeps their size."""
@@ -85,6 +85,22 @@ class ProbeSettings(JobSettings):
         )
 
 
+class FactorsSettings(JobSettings):
+    """Which latent dimension stands for which known factor."""
+
+    factors: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
+    """Columns of integers or classes; null takes all that the table has."""
+    traversed: NonNegative | None = None
+    """Number of the image whose latent's dimensions are moved in the picture; null: the middle one."""
+    steps: Annotated[int, Field(ge=3)] = 9
+    """Points of each row of that picture."""
+
+    def problems(self) -> Iterator[Problem]:
+        yield from super().problems()
+        if self.factors is not None and len(set(self.factors)) < len(self.factors):
+            yield Problem("factors", "names one twice")
+
+
 Score = Literal["pixel_mean", "pixel_max", "lpips_mean", "lpips_max", "negative_elbo"]
 
 
@@ -120,3 +136,26 @@ class AnomalySettings(JobSettings):
             yield Problem("defects", "judges pasted defects and normal_class labels; give one of them")
         if self.normal_split is not None and self.normal is None:
             yield Problem("normal_split", "there is no normal to split; give normal=DATA")
+
+
+class LikelihoodSettings(JobSettings):
+    """Bounds on the likelihood that a variational autoencoder gives to images."""
+
+    likelihood: Literal["auto", "bernoulli", "gaussian", "logistic"] = "auto"
+    """Of the pixels given the latent; auto: that of the training, and gaussian where the model does not say."""
+    scale: Literal["auto", "fit"] | Annotated[float, Field(gt=0)] = "auto"
+    """Standard deviation (gaussian) or scale (logistic), in [-1, 1] units; fit: the most likely one of a fifth of the
+    images, which then do not count; auto: that of the training, and fit where the model does not say."""
+    discretised: bool = True
+    """gaussian: the probability of a pixel's level of 8 bits; false: the density, which training has as its loss."""
+    samples: Positive = 64
+    """Of each posterior; so many has the importance-weighted bound."""
+    num_pictures: NonNegative = 4
+    """Of the best and of the worst images in the report."""
+
+    def problems(self) -> Iterator[Problem]:
+        yield from super().problems()
+        if self.likelihood == "bernoulli" and self.scale != "auto":
+            yield Problem("scale", "bernoulli has none; leave it out, or take gaussian or logistic")
+        if not self.discretised and self.likelihood in ("bernoulli", "logistic"):
+            yield Problem("discretised", f"{self.likelihood} gives probabilities, never densities; leave it out")

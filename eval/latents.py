@@ -24,7 +24,7 @@ from torch import nn
 from tqdm import tqdm
 
 from latent_ae.config import UserError
-from latent_ae.first_stages import FirstStage
+from latent_ae.first_stages import FAMILIES, FirstStage
 from latent_ae.frechet import frechet_distance
 from latent_ae.health import (
     TRANSFORMS,
@@ -79,6 +79,11 @@ def evaluate_latents(
     stage = opened_model(model, settings, device)
     if stage.module is None:
         raise UserError(f"{stage.name} is a function, which has no latents; give a first stage of diffusers")
+    if FAMILIES[stage.name].latent == "hierarchy":
+        raise UserError(
+            f"the latents of a {stage.name} are levels on several grids, packed into one of 1 x 1: there is no grid to "
+            "measure. The training log has the KL of each level"
+        )
     shows = progress and state.is_main_process
     lpips, notes = None, []
     if settings.lpips is not None and settings.num_decoded:
@@ -122,7 +127,9 @@ def evaluate_latents(
     }
     if stage.name == "VQModel":
         notes.append("latents of a VQModel are those before quantisation, which decoding then quantises")
-    if not stage.has_posterior:
+    if hasattr(stage.module, "draw"):
+        notes.append(f"the posterior of a {stage.name} is not Gaussian: its mode is measured, without KL and spread")
+    elif not stage.has_posterior:
         notes.append(f"{stage.name} has no posterior, so there is no KL and no posterior's spread")
     if "half size/apart" not in decoded.counts and decoded.num_images:
         notes.append(

@@ -14,6 +14,7 @@ from latent_ae.images import bicubic_down_up, to_uint8
 from latent_ae.metrics import compare, json_columns
 from latent_ae.order import posterior_noise
 from latent_ae.perceptual import LPIPS, TRUNKS
+from latent_ae.posterior import draw
 
 from .config import ReconSettings
 from .shards import ReferenceCache, Shard
@@ -40,7 +41,8 @@ class Measurer:
         nets = [net for net in TRUNKS if net in self.protocol.lpips or wanted[net]]
         self.lpips = {net: LPIPS(net).to(device) for net in nets}
         self.frechet_nets = [net for net in nets if wanted[net]]
-        self.kinds = self.protocol.latents if stage.has_posterior else ("mode",)
+        drawn = stage.has_posterior or hasattr(stage.module, "draw")
+        self.kinds = self.protocol.latents if drawn else ("mode",)
 
     @torch.no_grad()
     def measure(self, items: Sequence[HeldOutImage]) -> Shard:
@@ -80,9 +82,13 @@ class Measurer:
         made: dict[str, Tensor] = {}
         for kind in self.kinds:
             latent = mean
-            if kind == "sample" and std is not None:
+            if kind == "sample":
                 numbers = [item.index for item in items]
-                latent = mean + std * posterior_noise(self.settings.seed, numbers, mean.shape[1:]).to(self.device)
+                noise = posterior_noise(self.settings.seed, numbers, mean.shape[1:]).to(self.device)
+                if std is not None:
+                    latent = mean + std * noise
+                elif self.stage.module is not None:
+                    latent = draw(self.stage.module, images.to(self.stage.dtype), noise).latent
             made[kind] = self.stage.decode(latent)
         return images, made
 

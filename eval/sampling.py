@@ -44,19 +44,22 @@ def stock_pipeline(transformer: DiTTransformer2DModel, vae: nn.Module) -> DiTPip
     return pipeline
 
 
+def generators(seed: int, numbers: Sequence[int]) -> list[torch.Generator]:
+    """One for the noise of each sample."""
+    # PyTorch's generator on a CPU heeds 32 bits of its seed
+    return [torch.Generator().manual_seed((seed * APART + number) % 2**32) for number in numbers]
+
+
 def samples(pipeline: DiTPipeline, classes: Sequence[int], settings: DiffusionSettings) -> Iterator[Tensor]:
     """Batches of samples without guidance, uint8 NCHW on the CPU; sample i depends on its class,
     the seed and i: its noise is that of torch.Generator().manual_seed(1,000,000 seed + i)."""
     size, steps = settings.images_at_a_time, settings.chosen("sampling_steps")
     for first in range(0, len(classes), size):
         numbers = range(first, min(first + size, len(classes)))
-        # PyTorch's generator on a CPU heeds 32 bits of its seed
-        seeds = [(settings.seed * APART + number) % 2**32 for number in numbers]
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         made = pipeline(
             [classes[number] for number in numbers],
             guidance_scale=1.0,
-            generator=generators,
+            generator=generators(settings.seed, numbers),
             num_inference_steps=steps,
             output_type="pt",
         ).images

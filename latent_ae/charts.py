@@ -94,6 +94,23 @@ def histogram(
     return _chart(draw, NARROW, title, x_label, y_label, legend=sum(map(bool, finite.values())) > 1)
 
 
+def heat_map(rows: Mapping[str, Sequence[float]], columns: Sequence[str], *, title: str = "", y_label: str = "") -> str:
+    """Numbers from 0 to 1 by row and column, each in percent and as the depth of a colour, as inline SVG."""
+
+    def draw(axes: Any) -> None:
+        for y, values in enumerate(rows.values()):
+            for x, value in enumerate(values):
+                area = {"color": COLOURS[0], "linewidth": 0, "alpha": min(1.0, max(0.0, value))}
+                axes.fill_between([x - 0.5, x + 0.5], y - 0.5, y + 0.5, **area)
+                axes.text(x, y, f"{100 * value:.0f}", ha="center", va="center", fontsize="small")
+        axes.set_xticks(range(len(columns)), [_label(name) for name in columns])
+        axes.set_yticks(range(len(rows)), [_label(name) for name in rows])
+        axes.set_xlim(-0.5, len(columns) - 0.5)
+        axes.set_ylim(len(rows) - 0.5, -0.5)
+
+    return _chart(draw, (4.8, 1.1 + 0.3 * len(rows)), title, "", y_label, legend=False)
+
+
 def interval_chart(
     series: Mapping[str, Mapping[str, tuple[float, float | None, float | None]]],
     *,

@@ -83,7 +83,14 @@ Byte = Annotated[int, Field(ge=0, le=255)]
 DownBlock = Literal["DownEncoderBlock2D", "AttnDownEncoderBlock2D"]
 UpBlock = Literal["UpDecoderBlock2D", "AttnUpDecoderBlock2D"]
 Kind = Literal[
-    "AutoencoderKL", "VQModel", "AutoencoderTiny", "AutoencoderDC", "AsymmetricAutoencoderKL", "AutoencoderKLFlux2"
+    "AutoencoderKL",
+    "VQModel",
+    "AutoencoderTiny",
+    "AutoencoderDC",
+    "AsymmetricAutoencoderKL",
+    "AutoencoderKLFlux2",
+    "HierarchicalVAE",
+    "FlowAutoencoderKL",
 ]
 """Of first stages: docs/family.md."""
 
@@ -133,7 +140,7 @@ class ModelSettings(Settings):
     """An AutoencoderKL by the key names of its diffusers config, and how its weights begin; or another class."""
 
     kind: Kind = "AutoencoderKL"
-    """Class of diffusers. Of the others, `config` gives the shape and the keys below it must be left alone."""
+    """Class of diffusers or ours. Of the others, `config` gives the shape and the keys below it must be left alone."""
     config: dict[str, Any] = {}
     """Of another kind: keys and values of its diffusers config."""
     in_channels: Positive = 3

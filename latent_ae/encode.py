@@ -34,6 +34,8 @@ PACKAGES = ("latent-ae", "torch", "diffusers", "numpy", "pillow")
 KIND_OF_LATENT = {
     "posterior": "moments of the posterior",
     "deterministic": "latents; there is no posterior",
+    "hierarchy": "modes of all levels given the modes above, packed, the top level first; raw",
+    "flow": "modes before the flow, sent through it; its posterior has no moments",
     "codebook": "latents before quantisation; there is no posterior",
 }
 

@@ -238,7 +238,7 @@ def _normalise_patches(autoencoder: AutoencoderKLFlux2, statistics: LatentStatis
 
 def _tried(autoencoder: ModelMixin, images: Tensor, device: torch.device) -> dict[str, Any] | None:
     """Half precision and tiling; None for another class than AutoencoderKL."""
-    if not isinstance(autoencoder, AutoencoderKL):
+    if type(autoencoder) is not AutoencoderKL:
         return None
     try:
         found = probe_precision(autoencoder, images, device)

@@ -20,6 +20,8 @@ from torch import Tensor, nn
 
 from latent_ae.checkpoints import checkpoint_at
 from latent_ae.config import UserError, looks_like_path
+from latent_ae.flow_posterior import FlowAutoencoderKL
+from latent_ae.hierarchical import HierarchicalVAE
 from latent_ae.likelihoods import Likelihood, read_likelihood
 from latent_ae.posterior import draw, moments_of
 
@@ -35,9 +37,10 @@ ImageFunction = Callable[[Tensor], Tensor]
 
 
 class Family(NamedTuple):
-    """A class of diffusers' first stages."""
+    """A class of first stages."""
 
-    latent: Literal["posterior", "deterministic", "codebook"]
+    latent: Literal["posterior", "deterministic", "codebook", "hierarchy", "flow"]
+    """posterior: one Gaussian. hierarchy, flow: drawn, but without moments to encode."""
     factor: Callable[[Any], int]
     """Of its config: image px per latent px along one side."""
     latent_channels: Callable[[Any], int]
@@ -60,10 +63,17 @@ FAMILIES = {
     "VQModel": Family(
         "codebook", lambda c: 2 ** (len(c.block_out_channels) - 1), lambda c: c.vq_embed_dim or c.latent_channels
     ),
+    # its levels' latents packed into one of 1 x 1
+    "HierarchicalVAE": Family(
+        "hierarchy",
+        lambda c: c.sample_size,
+        lambda c: sum(side**2 * count for side, count in zip(c.level_sides, c.level_channels, strict=True)),
+    ),
+    "FlowAutoencoderKL": Family("flow", lambda c: 2 ** (len(c.block_out_channels) - 1), lambda c: c.latent_channels),
 }
 
 
-OWN: dict[str, type[nn.Module]] = {}
+OWN: dict[str, type[nn.Module]] = {"FlowAutoencoderKL": FlowAutoencoderKL, "HierarchicalVAE": HierarchicalVAE}
 """Classes that diffusers has not, saved and loaded as its are. FAMILIES has them, too."""
 
 

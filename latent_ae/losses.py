@@ -53,6 +53,16 @@ def free_bits_loss(rates: Sequence[Tensor], image_elements: int, floor: float) -
     return torch.stack(terms).sum(), (torch.cat(channels, 1).detach() < floor).float().mean()
 
 
+def capacity_loss(rates: Sequence[Tensor], image_elements: int, capacity: float) -> Tensor:
+    """|KL - C| of each sample's whole latent, divided by the image's elements, averaged over samples; C in nats.
+
+    Burgess et al. 2018, eq. 8. Of each sample, as their equation has it, and not of the batch's mean: that would make
+    the gradient depend on how a batch is split over passes and processes.
+    """
+    totals = torch.stack([rate.flatten(1).sum(1) for rate in rates]).sum(0)
+    return (totals - capacity).abs().mean() / image_elements
+
+
 def alignment_loss(
     projected: Tensor, features: Tensor, cosine_margin: float, distance_margin: float
 ) -> tuple[Tensor, Tensor, Tensor]:

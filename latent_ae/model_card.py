@@ -9,7 +9,7 @@ from typing import Any
 from diffusers import ModelMixin
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from latent_ae.first_stages import family_of
+from latent_ae.first_stages import family_of, module_of
 from latent_ae.latents import LatentStatistics
 from latent_ae.models import count_parameters, factor_of, latent_channels_of
 from latent_ae.precision import verdict
@@ -49,7 +49,7 @@ def loading_lines(folder: str | Path, kind: str = "AutoencoderKL") -> str:
     """The lines of Python that load an export of class `kind`."""
     return (
         "import torch\n"
-        f"from diffusers import {kind}\n"
+        f"from {module_of(kind)} import {kind}\n"
         f"vae = {kind}.from_pretrained({str(folder)!r}, torch_dtype=torch.float32).eval()"
     )
 
@@ -108,8 +108,8 @@ def _card_text(
         trained.append(f"for {facts.steps:,} steps")
     if facts.base_model:
         trained.append(f"from {_plain(facts.base_model)}")
-    latent = {"posterior": "latent_dist.sample()", "deterministic": "latent", "codebook": "latents"}
-    encoded = "latents" if kind == "AutoencoderTiny" else latent[family_of(autoencoder).latent]
+    latent = {"posterior": "latent_dist.sample()", "codebook": "latents"}
+    encoded = "latents" if kind == "AutoencoderTiny" else latent.get(family_of(autoencoder).latent, "latent")
     if "scaling_factor" not in config:
         given = "norm = vae.bn  # of patches of 2 x 2 latents: channel after channel, each with its four places\n"
         scaled, undone = "z", "z"
@@ -123,10 +123,13 @@ def _card_text(
             "mean, std = (torch.tensor(vae.config[key]).view(1, -1, 1, 1) for key in ('latents_mean', 'latents_std'))\n"
         )
         scaled, undone = "(z - mean) / std", "z * std + mean"
+    sides = "always" if family_of(autoencoder).latent == "hierarchy" else "multiples of"
+    loader = "stock diffusers" if module_of(kind) == "diffusers" else module_of(kind)
     parts = [
-        f"# {_plain(facts.name)}\n\nAn `{kind}`: images of {config.in_channels} channels in [-1, 1] to latents "
-        f"of {latent_channels_of(autoencoder)} channels, each side divided by {factor}. "
-        f"{count_parameters(autoencoder):,} parameters, float32. Trained {' '.join(trained)}.",
+        f"# {_plain(facts.name)}\n\n{'An' if kind.startswith('A') else 'A'} `{kind}`: images of "
+        f"{config.in_channels} channels in [-1, 1] to latents of {latent_channels_of(autoencoder)} channels, "
+        f"each side divided by {factor}. {count_parameters(autoencoder):,} parameters, float32. "
+        f"Trained {' '.join(trained)}.",
         f"""## Use
 
 ```python
@@ -137,10 +140,10 @@ def _card_text(
     images = vae.decode({undone}).sample
 ```
 
-H and W are multiples of {factor}. {_scaling_text(autoencoder, statistics)}
+H and W are {sides} {factor}. {_scaling_text(autoencoder, statistics)}
 {_pipeline_text(autoencoder)}""",
         _metric_text(facts, factor),
-        "## Check\n\nLoaded by stock diffusers in a fresh process, these weights reconstruct like the trained "
+        f"## Check\n\nLoaded by {loader} in a fresh process, these weights reconstruct like the trained "
         f"model: largest difference {difference:.1e} in [-1, 1].",
         _precision_text(precision) if precision else "",
     ]
@@ -190,14 +193,20 @@ def _precision_text(precision: Mapping[str, Any]) -> str:
         rows.append(f"| {name}{emulated} | {psnr} | {row['not_finite']:,} |")
     tiling, upcast = precision["tiling"], precision["force_upcast"]
     meaning = "fp16 pipelines run it in fp32" if upcast else "fp16 pipelines run it in fp16"
+    tiles = "Tiles of `sample_size` px are no multiple of 4 latent px, which diffusers cannot put together: do not "
+    tiles += "`enable_tiling`."
+    if tiling is not None:
+        tiles = (
+            f"An image of {tiling['side_px']} px decoded in tiles of {tiling['tile_px']} px (`enable_tiling`) is "
+            f"{tiling['psnr']:.1f} dB from the same decoded whole (largest difference {tiling['max_abs']:.3f})."
+        )
     return "\n".join(
         [
             f"## Precision and tiling\n\nReconstructions of {precision['images']} held-out images, against fp32:\n",
             "| | PSNR (dB) | values not finite |\n|---|---:|---:|",
             *rows,
             f"\n{verdict(dict(precision))}. So `force_upcast` is {str(upcast).lower()}: {meaning}.\n",
-            f"An image of {tiling['side_px']} px decoded in tiles of {tiling['tile_px']} px (`enable_tiling`) is "
-            f"{tiling['psnr']:.1f} dB from the same decoded whole (largest difference {tiling['max_abs']:.3f}).",
+            tiles,
         ]
     )
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 # streams of random numbers that must never overlap: the highest word of Philox's counter
-CROP, NOISE, ORDER, BLOCK, AUGMENT, LATENT_NOISE, CHANNELS, EQUIVARIANCE = range(8)
+CROP, NOISE, ORDER, BLOCK, AUGMENT, LATENT_NOISE, CHANNELS, EQUIVARIANCE, BINARY, PERMUTATION = range(10)
 
 
 def crop_rng(seed: int, number: int) -> np.random.Generator:
@@ -29,9 +29,12 @@ def block_order(seed: int, epoch: int, reader: int, block: int, size: int) -> np
     return np.argsort(_philox(seed, epoch, BLOCK, reader, block).random_raw(size), kind="stable")
 
 
-def posterior_noise(seed: int, numbers: Sequence[int], shape: Sequence[int]) -> torch.Tensor:
-    """Standard normal noise of the samples `numbers`: (N, *shape) float32, independent of their crops."""
-    generators = (np.random.Generator(_philox(seed, number, NOISE)) for number in numbers)
+def posterior_noise(seed: int, numbers: Sequence[int], shape: Sequence[int], draw: int = 0) -> torch.Tensor:
+    """Standard normal noise of the samples `numbers`: (N, *shape) float32, independent of their crops.
+
+    `draw` counts several draws from the same posterior.
+    """
+    generators = (np.random.Generator(_philox(seed, number, NOISE, block=draw)) for number in numbers)
     noise = [generator.standard_normal(tuple(shape), dtype=np.float32) for generator in generators]
     return torch.from_numpy(np.stack(noise))
 
@@ -56,9 +59,22 @@ def kept_channels(seed: int, numbers: Sequence[int], least: int, channels: int) 
     return torch.tensor([least + int(value * (channels - least + 1)) for value in drawn])
 
 
+def binary_images(seed: int, numbers: Sequence[int], images: torch.Tensor) -> torch.Tensor:
+    """NCHW in [-1, 1] -> NCHW of -1 and 1, 1 with probability (x + 1) / 2; black and white stay as they are."""
+    generators = (np.random.Generator(_philox(seed, number, BINARY)) for number in numbers)
+    drawn = np.stack([generator.random(tuple(images.shape[1:]), dtype=np.float32) for generator in generators])
+    return torch.where(torch.from_numpy(drawn).to(images.device) < 0.5 * (images + 1.0), 1.0, -1.0)
+
+
 def equivariance_numbers(seed: int, step: int) -> np.ndarray:
     """Four uniform numbers in [0, 1) that decide how a step's latents are scaled and turned."""
     return np.random.Generator(_philox(seed, step, EQUIVARIANCE)).random(4)
+
+
+def permutations(seed: int, step: int, count: int, dimensions: int) -> np.ndarray:
+    """For each latent dimension an order of a step's `count` samples: (count, dimensions) int64."""
+    words = _philox(seed, step, PERMUTATION).random_raw(count * dimensions).reshape(count, dimensions)
+    return np.argsort(words, axis=0, kind="stable")
 
 
 def _philox(seed: int, number: int, stream: int, reader: int = 0, block: int = 0) -> np.random.Philox:

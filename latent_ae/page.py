@@ -17,6 +17,7 @@ from typing import Any
 from PIL import Image
 
 from latent_ae.charts import bar_chart as bar_chart
+from latent_ae.charts import heat_map as heat_map
 from latent_ae.charts import histogram as histogram
 from latent_ae.charts import interval_chart as interval_chart
 from latent_ae.charts import line_chart as line_chart

@@ -1,5 +1,6 @@
 """Images -> what their latents are drawn from, the draw, and what it costs."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -40,14 +41,27 @@ def draw(module: nn.Module, images: Tensor, noise: Tensor | None) -> Drawn:
 
     A class of ours whose posterior is more than one Gaussian has a method `draw` of the same meaning.
     """
+    return drawer(module, images)(noise)
+
+
+def drawer(module: nn.Module, images: Tensor) -> Callable[[Tensor | None], Drawn]:
+    """`draw` from the same images many times, which are encoded once where the class allows it."""
     if hasattr(module, "draw"):
-        drawn: Drawn = module.draw(images, noise)
-        return drawn
+
+        def own(noise: Tensor | None) -> Drawn:
+            drawn: Drawn = module.draw(images, noise)
+            return drawn
+
+        return own
     mean, logvar = moments_of(module, images)
-    if logvar is None:
-        return Drawn(mean, mean, None, (), mean.new_zeros(len(mean)))
-    latent = mean if noise is None else mean + torch.exp(0.5 * logvar) * noise
-    return Drawn(latent, mean, logvar, (kl_per_dimension(mean, logvar),), log_ratio(latent, logvar, noise))
+
+    def plain(noise: Tensor | None) -> Drawn:
+        if logvar is None:
+            return Drawn(mean, mean, None, (), mean.new_zeros(len(mean)))
+        latent = mean if noise is None else mean + torch.exp(0.5 * logvar) * noise
+        return Drawn(latent, mean, logvar, (kl_per_dimension(mean, logvar),), log_ratio(latent, logvar, noise))
+
+    return plain
 
 
 @torch.no_grad()

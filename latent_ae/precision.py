@@ -130,8 +130,11 @@ def _in_type(
 
 
 @torch.no_grad()
-def probe_tiling(autoencoder: AutoencoderKL, image: Tensor, device: torch.device | str | None = None) -> dict[str, Any]:
-    """How `enable_tiling` changes a decoded image; JSON-ready. The model is left as it is.
+def probe_tiling(
+    autoencoder: AutoencoderKL, image: Tensor, device: torch.device | str | None = None
+) -> dict[str, Any] | None:
+    """How `enable_tiling` changes a decoded image; JSON-ready. The model is left as it is. None where diffusers cannot
+    put tiles of that size together: a quarter of a tile, by which they overlap, must be whole latent px.
 
     `image`: CHW in [-1, 1]; mirrored over and over it makes a square of one and a half tiles, whose side is the
     config's `sample_size`, so that tiling sets in. Decoded from the same latents, whole and in tiles, float32: PSNR
@@ -139,6 +142,8 @@ def probe_tiling(autoencoder: AutoencoderKL, image: Tensor, device: torch.device
     """
     model = _copy(autoencoder, torch.device(device or autoencoder.device), torch.float32)
     factor, tile_px = factor_of(model), int(model.config.sample_size)
+    if tile_px // factor * model.tile_overlap_factor % 1:
+        return None
     side = math.ceil(TILED_SIDE * tile_px / factor) * factor
     latents = model.encode(_mirrored(image, side)[None].to(model.device)).latent_dist.mode()
     return {"side_px": side} | compare_tiled(model, latents, tile_px)

@@ -38,7 +38,7 @@ def message(*words: str, source: str | None = None) -> str:
         ("train=encoder", "gan.adaptive: measures gradients at the decoder's last layer"),
         ("compile=true gan.r1=1", "gan.r1: needs a second derivative"),
         ("gan.init_from=/nowhere", "gan.init_from: no such folder"),
-        ("loss.pixel=l3", "loss.pixel: input should be 'l1', 'l2' or 'charbonnier'"),
+        ("loss.pixel=l3", "loss.pixel: input should be 'l1', 'l2', 'charbonnier', 'bernoulli'"),
         ("report_to=[mlflow]", "report_to: input should be 'tensorboard', 'wandb' or 'trackio'"),
         ("steps", "steps: not understood; write key=value"),
         ("steps.x=3", "steps"),
@@ -50,6 +50,11 @@ def message(*words: str, source: str | None = None) -> str:
         ("weights_dir=/nowhere", "weights_dir: no such folder"),
         ("output_dir=README.md/x", "is a file; name a folder"),
         ("model.norm_num_groups=7", "model.norm_num_groups: 7 does not divide"),
+        (
+            "data.resolution=8 validate.crop_px=8 loss.perceptual=0 gan.weight=0 model.norm_num_groups=512 "
+            "model.block_out_channels=[512,512,512,512]",
+            "model.norm_num_groups: 512 groups of 512 channels hold one number each",
+        ),
         ("model.out_channels=1", "model.out_channels: 1, but model.in_channels is 3"),
         ("model.in_channels=4 model.out_channels=4", "loss.perceptual: LPIPS sees 1 or 3 channels"),
         ("loss.pixel_weight=0 loss.perceptual=0", "nothing would be reconstructed"),

@@ -348,5 +348,7 @@ def test_mistakes_end_with_a_message(model, images, latents, tmp_path, capsys, m
     for path in sorted(others.rglob("*.png")):
         Image.fromarray(255 - np.asarray(Image.open(path))).save(path)
     assert "of other images" in message(model, f"latents={latents.folder}", data=others)
-    monkeypatch.setattr("latent_ae_eval.diffusion.processes", lambda device: (SimpleNamespace(num_processes=2), device))
+    monkeypatch.setattr(
+        "latent_ae_eval.generation.processes", lambda device: (SimpleNamespace(num_processes=2), device)
+    )
     assert "one process" in message(model)

@@ -18,6 +18,8 @@ from safetensors.torch import save_file
 
 from latent_ae.config import UserError
 from latent_ae.first_stages import FAMILIES, first_stage, load_first_stage
+from latent_ae.flow_posterior import FlowAutoencoderKL
+from latent_ae.hierarchical import HierarchicalVAE
 
 from .tiny import reseal
 
@@ -67,6 +69,19 @@ def tiny(name: str, seed: int = 0) -> torch.nn.Module:
             downsample_block_type="Conv",
             upsample_block_type="interpolate",
         )
+    if name == "HierarchicalVAE":
+        model = HierarchicalVAE(
+            width=8, level_sides=(4, 8, 16), level_channels=(3, 0, 1), norm_num_groups=2, sample_size=32
+        )
+        for part in model.modules():  # whose branches and moments begin at 0
+            if isinstance(part, torch.nn.Conv2d):
+                part.reset_parameters()
+        return model
+    if name == "FlowAutoencoderKL":
+        flow = FlowAutoencoderKL(**TWO, latent_channels=4, flow_width=8)
+        for coupling in flow.flow:  # which begin as the identity
+            torch.nn.init.normal_(coupling.network[-1].weight)
+        return flow
     return VQModel(**TWO, latent_channels=4, num_vq_embeddings=16)
 
 

@@ -6,7 +6,8 @@ from PIL import Image
 
 from latent_ae_eval.anomaly import find_anomalies
 from latent_ae_eval.interpolate import interpolate
-from latent_ae_eval.job_config import AnomalySettings, InterpolateSettings, ProbeSettings
+from latent_ae_eval.job_config import AnomalySettings, InterpolateSettings, LikelihoodSettings, ProbeSettings
+from latent_ae_eval.likelihood import measure_likelihood
 from latent_ae_eval.probe import probe
 
 from .made_results import HOSTILE
@@ -30,7 +31,7 @@ def folder(tmp_path_factory) -> str:
     return str(root)
 
 
-@pytest.mark.parametrize("job", ["interpolate", "probe", "anomaly"])
+@pytest.mark.parametrize("job", ["interpolate", "probe", "anomaly", "likelihood"])
 def test_pages_fit_a_telephone_and_fetch_nothing(model, folder, tmp_path, job):
     common = {"num_workers": 0}
     if job == "interpolate":
@@ -38,6 +39,8 @@ def test_pages_fit_a_telephone_and_fetch_nothing(model, folder, tmp_path, job):
         interpolate(model, folder, settings, out=tmp_path)
     elif job == "probe":
         probe(model, folder, ProbeSettings(labels_per_class=(2,), draws=2, **common), out=tmp_path)
+    elif job == "likelihood":
+        measure_likelihood(model, folder, LikelihoodSettings(samples=3, num_pictures=1, **common), out=tmp_path)
     else:
         settings = AnomalySettings(normal=folder, normal_class="b" * 200, lpips=None, num_pictures=1, **common)
         find_anomalies(model, folder, settings, out=tmp_path)

@@ -10,6 +10,8 @@ import torch
 from diffusers import AutoencoderKL
 
 from latent_ae import precision
+from latent_ae.config import ModelSettings
+from latent_ae.models import build_autoencoder
 from latent_ae.precision import compare_tiled, probe_precision, probe_tiling, verdict
 
 
@@ -180,6 +182,15 @@ def test_a_type_that_the_device_lacks_is_emulated_and_said_so(monkeypatch):
         probe_precision(vae, IMAGES)
 
 
+def test_tiles_that_diffusers_cannot_put_together_are_not_tried():
+    vae = tiny_autoencoder().eval()
+    factor = 2 ** (len(vae.config.block_out_channels) - 1)
+    for latent_px in (1, 2, 3, 4, 5, 6, 8, 9):
+        vae.register_to_config(sample_size=latent_px * factor)
+        found = probe_tiling(vae, IMAGES[0])
+        assert (found is not None) == (latent_px % 4 == 0)
+
+
 def test_tiled_decoding_is_compared_with_whole():
     vae = tiny_autoencoder().eval()
     found = probe_tiling(vae, IMAGES[0])
@@ -198,3 +209,14 @@ def test_tiled_decoding_is_compared_with_whole():
     assert found["mean_abs_at_seams"] == pytest.approx(float(difference[..., seams].mean()), abs=1e-6)
     assert found["mean_abs_elsewhere"] == pytest.approx(float(difference[..., ~seams].mean()), abs=1e-6)
     assert vae.use_tiling and compare_tiled(vae, latents, 64)["psnr"] == precision.MOST_DB  # one tile
+
+
+def test_tiles_that_do_not_meet_are_left_out():
+    """diffusers steps through the latent by three quarters of a tile, cut to whole latent pixels."""
+    settings = ModelSettings(block_out_channels=(4,) * 6, layers_per_block=1, norm_num_groups=2)
+    vae = build_autoencoder(settings, sample_size=32)
+    assert probe_tiling(vae, IMAGES[0]) is None
+    with pytest.raises((RuntimeError, ValueError)):
+        compare_tiled(vae, torch.zeros(1, 4, 2, 2), 32)
+    assert probe_tiling(build_autoencoder(settings, sample_size=64), IMAGES[0]) is None
+    assert probe_tiling(build_autoencoder(settings, sample_size=128), IMAGES[0])["tile_px"] == 128

@@ -1,17 +1,25 @@
 """Control of the rate: what each setting does to the KL term, on formulas and on tiny real networks."""
 
+import json
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from latent_ae.__main__ import main
 from latent_ae.config import UserError, load_settings
 from latent_ae.losses import free_bits_loss, kl_loss, kl_per_dimension
 from latent_ae_train.config import LossSettings, TrainSettings
 from latent_ae_train.schedule import kl_weight_at
 from latent_ae_train.step import TrainStep
+from latent_ae_train.terms import rate_loss
 from tests.tiny import build_step, micro_batches, moved, settings_for, weights
+
+from .test_train import no_finish, pictures, words
+
+__all__ = ["no_finish", "pictures"]  # fixtures
 
 
 def trained(count: int, num_batches: int = 1000, **changes: Any) -> tuple[TrainStep, list[dict[str, float]]]:
@@ -151,3 +159,29 @@ def test_the_plan_tells_how_the_rate_is_shaped(capsys: pytest.CaptureFixture[str
     assert "KL:            weight 1e-06, rising 4 times, every 60 steps, 0.5 nats per dimension free" in (
         capsys.readouterr().out
     )
+
+
+def test_silent_channels_and_levels_are_counted() -> None:
+    """Channel means of 0.5, 0.009, 0.02 and of 0.02, 0.0 nats; the levels' KL add up to the whole."""
+    first = torch.tensor([[1.0, 0.018, 0.0], [0.0, 0.0, 0.04]])[:, :, None, None]
+    second = torch.tensor([0.02, 0.0]).view(1, 2, 1, 1).expand(2, 2, 4, 4)
+    _, one = rate_loss(LossSettings(), (first,), image_elements=30)
+    assert float(one["active_channels"]) == pytest.approx(2 / 3) and "active_level_1" not in one
+    _, both = rate_loss(LossSettings(), (first, second), image_elements=30)
+    assert float(both["active_channels"]) == pytest.approx(3 / 5)
+    assert [float(both[f"active_level_{n}"]) for n in (1, 2)] == pytest.approx([2 / 3, 1 / 2])
+    assert float(both["kl_level_1"] + both["kl_level_2"]) == pytest.approx(float(both["kl"]))
+    assert float(both["kl_level_2"]) == pytest.approx(2 * 16 * 0.02 / (2 * 30))
+    assert float(both["kl_per_dimension"]) == pytest.approx((1.058 / 2 + 0.32) / (3 + 32))
+
+
+@pytest.mark.usefixtures("no_finish")
+def test_a_collapse_is_named_while_it_trains(
+    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, more = tmp_path / "run", ("gan.weight=0", "optim.lr=1e-2", "steps=100", "log.every=10")
+    assert main(words(pictures, run, *more, "loss.kl=10", "validate.every=100", "checkpoint.every=100")) == 0
+    assert "posterior collapse: the latents say almost nothing of the image" in capsys.readouterr().err
+    trained_lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines() if '"train"' in line]
+    assert trained_lines[-1]["verdict"].startswith("posterior collapse:") and trained_lines[-1]["active_channels"] == 0
+    assert trained_lines[0]["active_channels"] > 0

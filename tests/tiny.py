@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,13 @@ from latent_ae_train.config import TrainSettings
 from latent_ae_train.distillation import Teacher
 from latent_ae_train.ema import Ema
 from latent_ae_train.micro_batch import MicroBatch, latent_change
-from latent_ae_train.networks import compile_networks, starting_autoencoder, starting_discriminator, starting_projection
+from latent_ae_train.networks import (
+    compile_networks,
+    starting_autoencoder,
+    starting_discriminator,
+    starting_projection,
+    starting_total_correlation,
+)
 from latent_ae_train.step import TrainStep
 
 SIDE, LATENT = 16, (4, 8, 8)
@@ -67,8 +74,9 @@ def build_step(settings: TrainSettings, perceptual: nn.Module | None = None) -> 
         vision = VisionModel(settings.alignment.model, LATENT[1])
         projection = starting_projection(settings, LATENT[0], vision.num_features)
     reconstructor = accelerator.prepare_model(Reconstructor(autoencoder, projection))
+    judge = starting_total_correlation(settings, math.prod(LATENT)) if settings.loss.total_correlation else None
     teacher = Teacher(settings, autoencoder) if settings.distillation.teacher is not None else None
-    return TrainStep(settings, accelerator, reconstructor, discriminator, perceptual, ema, vision, teacher)
+    return TrainStep(settings, accelerator, reconstructor, discriminator, perceptual, ema, vision, judge, teacher)
 
 
 def global_batch(step: int, settings: TrainSettings) -> tuple[torch.Tensor, torch.Tensor]:

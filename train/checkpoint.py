@@ -5,6 +5,7 @@
         ema.safetensors            their average, what validation and export use (only with ema.decay > 0)
         config.json                the autoencoder's diffusers config
         discriminator.safetensors  (only with a discriminator)
+        total_correlation.safetensors  the discriminator of latents (only with loss.total_correlation)
         projection.safetensors     from latents to a vision model's features (only with alignment.model)
         optimizer.pt               the optimizers' state
         step_state.safetensors     adaptive and controlled weights, LeCam averages
@@ -97,6 +98,8 @@ def save_checkpoint(run: Path, train_step: TrainStep, state: Mapping[str, Any]) 
             _save(train_step.ema.module, temporary / "ema.safetensors")
         if train_step.bare_discriminator is not None:
             _save(train_step.bare_discriminator, temporary / "discriminator.safetensors")
+        if train_step.total_correlation is not None:
+            _save(train_step.total_correlation, temporary / "total_correlation.safetensors")
         if train_step.bare_reconstructor.projection is not None:
             _save(train_step.bare_reconstructor.projection, temporary / "projection.safetensors")
         _save(train_step.state, temporary / "step_state.safetensors")
@@ -136,8 +139,8 @@ def prune_checkpoints(run: Path, kept: Container[int]) -> None:
 
 def refuse_bad_numbers(train_step: TrainStep, step: int) -> None:
     """Raises UserError when a weight is not finite, so that no such checkpoint replaces a good one."""
-    for network in (train_step.bare_reconstructor, train_step.bare_discriminator):
-        for name, parameter in network.named_parameters() if network is not None else ():
+    for network in train_step.networks:
+        for name, parameter in network.named_parameters():
             if not bool(torch.isfinite(parameter).all()):
                 raise UserError(
                     f"after step {step:,} the weight {name} is not finite: training has diverged. "
@@ -167,6 +170,7 @@ def _restore(checkpoint: Checkpoint, train_step: TrainStep) -> None:
         "autoencoder": train_step.bare_reconstructor.autoencoder,
         "ema": train_step.ema.module if train_step.ema is not None else None,
         "discriminator": train_step.bare_discriminator,
+        "total_correlation": train_step.total_correlation,
         "projection": train_step.bare_reconstructor.projection,
         "step_state": train_step.state,
     }
@@ -175,7 +179,8 @@ def _restore(checkpoint: Checkpoint, train_step: TrainStep) -> None:
         if (module is not None) != path.is_file():
             raise UserError(
                 f"{folder} was written {'with' if path.is_file() else 'without'} {name}, the settings say otherwise: "
-                "restore gan.weight, ema.decay and alignment.model, or choose another output_dir"
+                "restore gan.weight, ema.decay, loss.total_correlation and alignment.model, or choose another "
+                "output_dir"
             )
         if module is not None:
             _load(module, load_file(path), path)
@@ -238,6 +243,7 @@ def _optimizers(train_step: TrainStep) -> dict[str, torch.optim.Optimizer]:
         "autoencoder": train_step.optimizer,
         "muon": train_step.muon,
         "discriminator": train_step.discriminator_optimizer,
+        "total_correlation": train_step.total_correlation_optimizer,
     }
     return {name: optimizer for name, optimizer in pairs.items() if optimizer is not None}
 

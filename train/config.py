@@ -205,6 +205,8 @@ class TrainSettings(Settings):
         yield from self._gan_problems()
         yield from self._latent_problems()
         yield from self._distillation_problems()
+        if self.model.kind == "HierarchicalVAE" and self.init_from is None:
+            yield from self.hierarchy_problems(self.model.config.get("sample_size", self.data.resolution))
         for name in SHARDED:
             if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() == "true":
                 yield Problem(
@@ -243,6 +245,12 @@ class TrainSettings(Settings):
         if self.knows_shape and crop_px is not None and crop_px % factor:
             near = max(factor, crop_px // factor * factor)
             yield Problem("validate.crop_px", f"{crop_px} is not a multiple of the model's factor {factor}: use {near}")
+        if self.knows_shape and side == factor and self.model.block_out_channels[-1] == self.model.norm_num_groups:
+            yield Problem(
+                "model.norm_num_groups",
+                f"{self.model.norm_num_groups} groups of {self.model.block_out_channels[-1]} channels hold one number "
+                "each where the latent has no height and width, and normalise it away: use fewer groups",
+            )
         least = LPIPS_MIN_PX[self.loss.perceptual_net]
         if self.loss.perceptual and min(side, crop_px or side) < least:
             yield Problem(
@@ -292,6 +300,8 @@ class TrainSettings(Settings):
         least, channels = self.latents.min_channels, self.model.latent_channels
         if least and self.knows_shape and least >= channels:
             yield Problem("latents.min_channels", f"{least} of {channels} latent channels masks none: use fewer")
+        if self.loss.total_correlation:
+            yield from self._total_correlation_problems()
         if self.latents.equivariance and self.compile:
             yield Problem(
                 "latents.equivariance",
@@ -311,7 +321,7 @@ class TrainSettings(Settings):
             return
         if self.alignment.model is not None:
             yield Problem("alignment.model", "moves the encoder, which train: decoder leaves fixed: set it to null")
-        for key in ("kl_warmup", "kl_cycles", "kl_target", "free_bits"):
+        for key in ("kl_warmup", "kl_cycles", "kl_target", "free_bits", "kl_capacity", "total_correlation"):
             if getattr(self.loss, key):
                 yield Problem(f"loss.{key}", "shapes the posterior, which train: decoder leaves fixed: set it to 0")
 
@@ -327,6 +337,42 @@ class TrainSettings(Settings):
             )
         if self.train == "decoder" and decode == "own":
             yield Problem("distillation.decode", "own, and train: decoder leave nothing to the teacher: use teacher")
+
+    def hierarchy_problems(self, side_px: int) -> Iterator[Problem]:
+        """What a HierarchicalVAE for images of `side_px` cannot have: levels are packed into one latent of 1 x 1."""
+        for key, side in (("data.resolution", self.data.resolution), ("validate.crop_px", self.validation.crop_px)):
+            if side not in (None, side_px):
+                yield Problem(key, f"{side}, and the HierarchicalVAE takes images of {side_px} px only")
+        if self.train != "all":
+            yield Problem("train", f"{self.train}: a HierarchicalVAE's latents are made by both parts: set it to all")
+        for key in ("equivariance", "noise", "min_channels"):
+            if getattr(self.latents, key):
+                yield Problem(
+                    f"latents.{key}",
+                    "changes a latent before it is decoded, and the finer levels of a HierarchicalVAE rest on the "
+                    "coarser ones as they were: leave it out",
+                )
+        if self.alignment.model:
+            yield Problem(
+                "alignment.model", "needs latents on one grid; a HierarchicalVAE's are on several: leave it out"
+            )
+
+    def _total_correlation_problems(self) -> Iterator[Problem]:
+        if self.micro_batch != self.batch_size:
+            yield Problem(
+                "loss.total_correlation",
+                f"permutes each latent dimension over the whole batch of {self.batch_size}, and a pass holds "
+                f"{self.micro_batch}: training would depend on the split. Use one process and micro_batch_size null",
+            )
+        if self.batch_size % 2 or self.batch_size < 4:
+            yield Problem(
+                "batch_size", f"{self.batch_size} has no two halves for loss.total_correlation: even, 4 or more"
+            )
+        if self.latents.equivariance:
+            yield Problem(
+                "latents.equivariance",
+                "changes the latent's size from step to step, and loss.total_correlation judges one size: set one to 0",
+            )
 
     def size_problems(self, factor: int) -> Iterator[Problem]:
         """Whether there is a size to scale latents of an autoencoder with this factor to."""

@@ -1,5 +1,6 @@
 """The training run, top to bottom."""
 
+import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -36,7 +37,13 @@ from .ema import Ema
 from .finish import finish_run, finished_results, push_export, show_results
 from .log import Log
 from .micro_batch import MicroBatch, latent_change
-from .networks import compile_networks, starting_autoencoder, starting_discriminator, starting_projection
+from .networks import (
+    compile_networks,
+    starting_autoencoder,
+    starting_discriminator,
+    starting_projection,
+    starting_total_correlation,
+)
 from .preflight import preflight
 from .report import held_out_distances
 from .retention import kept_steps
@@ -92,6 +99,10 @@ def train(settings: TrainSettings) -> dict[str, Any]:
         if settings.alignment.model:
             vision = VisionModel(settings.alignment.model, settings.data.resolution // factor).to(accelerator.device)
             projection = starting_projection(settings, latent_channels_of(autoencoder), vision.num_features)
+        latent_shape = (latent_channels_of(autoencoder), *(2 * [settings.data.resolution // factor]))
+        judge = None
+        if settings.loss.total_correlation:
+            judge = starting_total_correlation(settings, math.prod(latent_shape)).to(accelerator.device)
         teacher = None
         if settings.distillation.teacher is not None:
             teacher = Teacher(settings, autoencoder).to(accelerator.device)
@@ -109,6 +120,7 @@ def train(settings: TrainSettings) -> dict[str, Any]:
         perceptual,
         ema,
         vision,
+        judge,
         teacher,
     )
     averaged = Reconstructor(ema.module if ema is not None else autoencoder).to(memory_format=torch.channels_last)
@@ -134,7 +146,6 @@ def train(settings: TrainSettings) -> dict[str, Any]:
         first_batch=first_step,
         stream_state=stream_state_of(checkpoint, accelerator),
     )
-    latent_shape = (latent_channels_of(autoencoder), *(2 * [settings.data.resolution // factor]))
     bad_files = BadFiles(accelerator, settings.data, source, log)
     feed = Feed(batches, settings, latent_shape, accelerator.device, channels, bad_files)
     with Agreed(accelerator):

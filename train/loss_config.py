@@ -44,6 +44,15 @@ class LossSettings(Settings):
     free_bits: Weight = 0.0
     """Nats per latent dimension below which a sample's channel is not drawn to the prior any further."""
 
+    kl_capacity: Weight = 0.0
+    """Nats per image that the KL term draws the rate to, from either side, at the end; 0: it draws it down to 0."""
+    kl_capacity_steps: Positive | None = None
+    """Steps over which that rises from 0; null: all of them."""
+    total_correlation: Weight = 0.0
+    """Weight (gamma) of the latent dimensions' dependence on each other, in nats per image as `kl`; FactorVAE."""
+    total_correlation_width: Positive = 1000
+    """Of the discriminator that estimates it: units in each of its five hidden layers."""
+
     commitment: Weight = 0.25
     """Of a codebook: weight of the term that draws latents to their codes; codes are drawn to them with weight 1."""
     revive_after: NonNegative = 100
@@ -55,12 +64,24 @@ class LossSettings(Settings):
             yield Problem("scale", f"pixel: {self.pixel} has none; it is for gaussian and logistic")
         if self.learned_logvar and self.pixel == "bernoulli":
             yield Problem("learned_logvar", "bernoulli has no variance to learn: set it to false")
-        rate = [key for key in ("kl_warmup", "kl_cycles", "kl_target", "free_bits") if getattr(self, key)]
+        rate = [
+            key for key in ("kl_warmup", "kl_cycles", "kl_target", "free_bits", "kl_capacity") if getattr(self, key)
+        ]
         if rate and not self.kl:
             yield Problem("kl", f"0 takes the KL term away, which {', '.join(rate)} would shape: give it a weight")
-        both = [key for key in rate if key != "free_bits"]
+        both = [key for key in rate if key not in ("free_bits", "kl_capacity")]
         if len(both) > 1:
             yield Problem(both[-1], f"{' and '.join(both)} all set the weight of the KL term: keep one of them")
+        shaping = [key for key in rate if key != "kl_capacity"]
+        if self.kl_capacity and shaping:
+            yield Problem(
+                "kl_capacity", f"draws the rate to a value of its own, and {', '.join(shaping)} would, too: keep one"
+            )
+        if self.kl_capacity_steps and not self.kl_capacity:
+            yield Problem("kl_capacity_steps", "there is no kl_capacity that would rise: give it or leave this out")
+        default = type(self).model_fields["total_correlation_width"].default
+        if self.total_correlation_width != default and not self.total_correlation:
+            yield Problem("total_correlation_width", "there is no discriminator without a total_correlation: give it")
         if self.kl_target and self.free_bits >= self.kl_target:
             yield Problem(
                 "free_bits",

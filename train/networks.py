@@ -15,12 +15,14 @@ from torch import Tensor, nn
 from latent_ae.checkpoints import checkpoint_at
 from latent_ae.config import ModelSettings, UserError
 from latent_ae.discriminators import PatchDiscriminator
+from latent_ae.first_stages import family_of
 from latent_ae.models import build_autoencoder, factor_of, latent_channels_of, load_autoencoder
 
 from .checkpoint import misfits, read_state
 from .config import TrainSettings
 from .distillation import take_its_scale
 from .finish import finished_results
+from .total_correlation import LARGEST, TotalCorrelation
 
 
 def starting_autoencoder(settings: TrainSettings) -> ModelMixin:
@@ -55,7 +57,8 @@ def _place_of_weights(name: str) -> str:
 
 def freeze_part(autoencoder: ModelMixin, settings: TrainSettings) -> None:
     """Takes the gradient from what `train` leaves fixed."""
-    fixed = {"all": (), "decoder": ("encoder", "quant_conv", "quantize"), "encoder": ("decoder", "post_quant_conv")}
+    encoder = ("encoder", "quant_conv", "quantize", "flow")
+    fixed = {"all": (), "decoder": encoder, "encoder": ("decoder", "post_quant_conv")}
     for name in fixed[settings.train]:
         if (part := getattr(autoencoder, name, None)) is not None:  # not every model has all of them
             part.requires_grad_(False)
@@ -77,6 +80,18 @@ def starting_projection(settings: TrainSettings, latent_channels: int, features:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed + 2)
         return nn.Conv2d(latent_channels, features, kernel_size=1, bias=False)
+
+
+def starting_total_correlation(settings: TrainSettings, dimensions: int) -> TotalCorrelation:
+    """A fresh discriminator of latents of so many numbers. Raises UserError for too many."""
+    if dimensions > LARGEST:
+        raise UserError(
+            f"loss.total_correlation: the latent has {dimensions:,} dimensions, and what tells them from permuted ones "
+            f"learns nothing of more than {LARGEST:,}: use fewer latent channels, a larger factor or smaller crops"
+        )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings.seed + 3)
+        return TotalCorrelation(dimensions, settings.loss.total_correlation_width, settings.seed)
 
 
 def compile_networks(autoencoder: ModelMixin, discriminator: PatchDiscriminator | None) -> None:
@@ -101,7 +116,8 @@ def _refuse_misfit(autoencoder: ModelMixin, name: str, settings: TrainSettings) 
     channels = int(autoencoder.config.in_channels)
     if settings.init_from is not None and settings.model != ModelSettings():
         with torch.device("meta"):
-            asked = build_autoencoder(settings.model.model_copy(update={"init": "default"}), sample_size=1).config
+            model = settings.model.model_copy(update={"init": "default"})
+            asked = build_autoencoder(model, sample_size=settings.data.resolution).config
         if settings.model.kind != type(autoencoder).__name__:
             raise UserError(
                 f"model.kind: {settings.model.kind}, and init_from brings {type(autoencoder).__name__}: its class "
@@ -118,8 +134,14 @@ def _refuse_misfit(autoencoder: ModelMixin, name: str, settings: TrainSettings) 
     for key, side in sides.items():
         if side is not None and side % factor:
             raise UserError(f"{key}: {side} is not a multiple of {name}'s factor {factor}")
-    for problem in settings.size_problems(factor):
+    hierarchical = family_of(autoencoder).latent == "hierarchy"
+    for problem in [*settings.size_problems(factor), *(settings.hierarchy_problems(factor) if hierarchical else ())]:
         raise UserError(f"{problem.key}: {problem.message}")
+    if settings.loss.free_bits and family_of(autoencoder).latent == "flow":
+        raise UserError(
+            f"loss.free_bits: the rates of {name} are of single samples and may be negative, so whether the KL of a "
+            "channel is below it is not known: set it to 0 (loss.kl_warmup and loss.kl_target work)"
+        )
     least, latent_channels = settings.latents.min_channels, latent_channels_of(autoencoder)
     if least and least >= latent_channels:
         raise UserError(f"latents.min_channels: {least} of {name}'s {latent_channels} channels masks none: use fewer")

@@ -16,7 +16,8 @@ def describe_plan(settings: TrainSettings) -> str:
     """Parameters, steps, batch and disk, as lines of text."""
     if settings.init_from is None:
         with torch.device("meta"):
-            autoencoder = build_autoencoder(settings.model.model_copy(update={"init": "default"}), sample_size=1)
+            model = settings.model.model_copy(update={"init": "default"})
+            autoencoder = build_autoencoder(model, sample_size=settings.data.resolution)
             freeze_part(autoencoder, settings)
     else:
         autoencoder = starting_autoencoder(settings)
@@ -47,12 +48,16 @@ def describe_plan(settings: TrainSettings) -> str:
         f"rising {loss.kl_cycles} times, every {settings.steps / (loss.kl_cycles or 1):,.0f} steps": loss.kl_cycles,
         f"weight from {loss.kl:g} on, controlled to {loss.kl_target:g} nats per dimension": loss.kl_target,
         f"{loss.free_bits:g} nats per dimension free": loss.free_bits,
+        f"drawn to {loss.kl_capacity:g} nats per image by step {loss.kl_capacity_steps or settings.steps:,}": (
+            loss.kl_capacity
+        ),
     }
     latents = settings.latents
     regularisers = {
         f"scaled and turned in {latents.equivariance:.0%} of the steps": latents.equivariance,
         f"mixed with noise of standard deviation {latents.noise:g}": latents.noise,
         f"{latents.min_channels} channels or more kept": latents.min_channels,
+        f"independent of each other with weight {loss.total_correlation:g}": loss.total_correlation,
         f"aligned to {settings.alignment.model}": settings.alignment.model,
         f"drawn to those of {settings.distillation.teacher}": settings.distillation.teacher,
     }

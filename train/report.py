@@ -22,6 +22,7 @@ CHARTS = {
     "Adversarial gradient at the last layer, relative to reconstruction": ("gradient_ratio",),
     "KL divergence per latent dimension (nats)": ("kl_per_dimension",),
     "KL weight": ("kl_weight",),
+    "Total correlation of the latents (nats)": ("total_correlation",),
     "Alignment to the vision model": ("alignment_similarity", "alignment_cosine", "alignment_distance"),
     "Squared distance to the teacher's latents": ("distillation",),
     "Latent standard deviation": ("latent_std",),

@@ -17,19 +17,15 @@ from .config import TrainSettings
 RECIPE = (
     *("seed", "batch_size", "precision", "init_from", "train", "model", "data"),
     *("validate.images", "validate.crop_px"),  # before and after must be measured alike
-    *("loss.perceptual_net", "loss.learned_logvar", "optim.kind"),
+    *("loss.perceptual_net", "loss.learned_logvar", "loss.total_correlation_width", "optim.kind"),
     *("gan.loss", "gan.norm", "gan.channels", "gan.layers", "gan.blur"),
 )
 """Keys that a run cannot change under way: the weights or the sample order would no longer fit."""
 FREE = ("data.num_workers", "data.max_bad_fraction")
 """Keys under RECIPE that may change all the same."""
 SWITCHES = (
-    "gan.weight",
-    "ema.decay",
-    "loss.kl_target",
-    "alignment.model",
-    "alignment.adaptive",
-    "distillation.teacher",
+    *("gan.weight", "ema.decay", "loss.kl_target", "loss.total_correlation"),
+    *("alignment.model", "alignment.adaptive", "distillation.teacher"),
 )
 """Keys whose value may change, but not to or from nothing: a checkpoint holds what goes with it or it does not."""
 SILENT = (

@@ -33,6 +33,11 @@ def kl_weight_at(step: int, loss: LossSettings, steps: int) -> float:
     return loss.kl * min(1.0, (step + 1) / (loss.kl_warmup + 1))
 
 
+def kl_capacity_at(step: int, loss: LossSettings, steps: int) -> float:
+    """Nats per image that the rate is drawn to in this step (0-based): from 0 up in a line, then constant."""
+    return loss.kl_capacity * min(1.0, step / (loss.kl_capacity_steps or steps))
+
+
 class GanPhase(NamedTuple):
     """What the adversarial part does in one step."""
 

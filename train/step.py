@@ -27,9 +27,10 @@ from .distillation import Teacher
 from .ema import Ema
 from .micro_batch import MicroBatch, as_drawn
 from .revival import revive_codes
-from .schedule import GanPhase, equivariance_at, gan_phase_at, kl_weight_at
+from .schedule import GanPhase, equivariance_at, gan_phase_at, kl_capacity_at, kl_weight_at
 from .step_state import StepState
 from .terms import aligning_gradient, image_losses, rate_loss
+from .total_correlation import TotalCorrelation
 from .update import Update
 
 
@@ -45,6 +46,7 @@ class TrainStep:
         perceptual: nn.Module | None,
         ema: Ema | None,
         vision: VisionModel | None = None,
+        total_correlation: TotalCorrelation | None = None,
         teacher: Teacher | None = None,
     ):
         self.settings, self.accelerator = settings, accelerator
@@ -53,16 +55,21 @@ class TrainStep:
         self.bare_reconstructor = accelerator.unwrap_model(reconstructor)
         self.bare_discriminator = accelerator.unwrap_model(discriminator) if discriminator is not None else None
         self.perceptual, self.ema, self.vision, self.teacher = perceptual, ema, vision, teacher
+        self.total_correlation = total_correlation
         self.state = StepState(settings, self.bare_reconstructor.num_codes).to(accelerator.device)
-        self.update = Update(settings, self.bare_reconstructor, self.bare_discriminator, self.state.logvar)
+        self.update = Update(
+            settings, self.bare_reconstructor, self.bare_discriminator, self.state.logvar, total_correlation
+        )
         self.optimizer, self.muon = self.update.optimizer, self.update.muon
         self.discriminator_optimizer = self.update.discriminator_optimizer
+        self.total_correlation_optimizer = self.update.total_correlation_optimizer
         self.skipped_steps = self.update.skipped_steps
 
     @property
     def networks(self) -> list[nn.Module]:
         """What trains, bare."""
-        return [net for net in (self.bare_reconstructor, self.bare_discriminator) if net is not None]
+        networks = (self.bare_reconstructor, self.bare_discriminator, self.total_correlation)
+        return [network for network in networks if network is not None]
 
     def __call__(self, step: int, micro_batches: Iterator[MicroBatch]) -> dict[str, Tensor]:
         """Update number `step` (0-based) from `settings.accumulation` micro-batches.
@@ -185,7 +192,8 @@ class TrainStep:
             weight = (
                 self.state.kl_weight if settings.loss.kl_target else kl_weight_at(step, settings.loss, settings.steps)
             )
-            objective, logs = rate_loss(settings.loss, result.rates, image_elements=images[0].numel())
+            capacity = kl_capacity_at(step, settings.loss, settings.steps)
+            objective, logs = rate_loss(settings.loss, result.rates, images[0].numel(), capacity)
             means |= logs | {"kl_weight": torch.ones_like(objective.detach()) * weight}
             if settings.loss.pixel in LIKELIHOODS and settings.loss.pixel in means:
                 nats = means[settings.loss.pixel] + means["kl"]
@@ -197,6 +205,11 @@ class TrainStep:
             means["distillation"] = objective.detach()
             outputs.append(objective)
             gradients.append(torch.full_like(objective, settings.distillation.latents * share))
+        if self.total_correlation is not None:
+            slope, logs = self.total_correlation.gradient(result, step)
+            means |= logs
+            outputs.append(result.latent)
+            gradients.append(slope * (settings.loss.total_correlation / images[0].numel()))
         layers: list[Tensor] = []
         if result.projected is not None:
             assert self.vision is not None

@@ -8,12 +8,15 @@ import torch
 from torch import Tensor, nn
 
 from latent_ae.likelihoods import LIKELIHOODS, log_likelihood
-from latent_ae.losses import PixelLoss, alignment_loss, free_bits_loss, kl_loss, pixel_loss
+from latent_ae.losses import PixelLoss, alignment_loss, capacity_loss, free_bits_loss, kl_loss, pixel_loss
 from latent_ae.models import Reconstruction
 
 from .loss_config import AlignmentSettings, LossSettings
 from .micro_batch import MicroBatch
 from .step_state import StepState
+
+ACTIVE_NATS = 0.01
+"""KL per latent dimension from which on a channel says anything of the image."""
 
 
 def image_losses(
@@ -52,15 +55,27 @@ def image_losses(
     return means, torch.stack(terms).sum() if terms else (image * 0.0).sum()
 
 
-def rate_loss(loss: LossSettings, rates: Sequence[Tensor], image_elements: int) -> tuple[Tensor, dict[str, Tensor]]:
-    """The KL term before its weight; `rates` is that of each level of the latent (`posterior.Drawn`)."""
+def rate_loss(
+    loss: LossSettings, rates: Sequence[Tensor], image_elements: int, capacity: float = 0.0
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The KL term before its weight; `rates` is that of each level of the latent (`posterior.Drawn`).
+
+    `capacity` is that of this step (loss.kl_capacity), in nats per image.
+    """
     objective = kl = kl_loss(rates, image_elements)
     dimensions = sum(rate[0].numel() for rate in rates)
     means = {"kl": kl.detach(), "kl_per_dimension": kl.detach() * (image_elements / dimensions)}
+    # of the micro-batch; in the log they are averaged over passes and processes
+    active = [(rate.detach().mean((0, 2, 3)) >= ACTIVE_NATS).float() for rate in rates]
+    means["active_channels"] = torch.cat(active).mean()
     if len(rates) > 1:
         means |= {f"kl_level_{n}": kl_loss([rate.detach()], image_elements) for n, rate in enumerate(rates, start=1)}
+        means |= {f"active_level_{n}": part.mean() for n, part in enumerate(active, start=1)}
     if loss.free_bits:
         objective, means["kl_free"] = free_bits_loss(rates, image_elements, loss.free_bits)
+    if loss.kl_capacity:
+        objective = capacity_loss(rates, image_elements, capacity)
+        means["kl_capacity"] = torch.full_like(kl.detach(), capacity)
     return objective, means
 
 

@@ -24,6 +24,7 @@ class Update:
         reconstructor: Reconstructor,
         discriminator: nn.Module | None,
         logvar: nn.Parameter,
+        total_correlation: nn.Module | None = None,
     ):
         self.settings, self.logvar = settings, logvar
         self.bad_steps: list[tuple[int, Tensor]] = []
@@ -44,16 +45,17 @@ class Update:
             fused=True,
         )
         self.discriminator_lr = optim.discriminator_lr or optim.lr
-        self.discriminator_optimizer = (
+        self.discriminator_optimizer, self.total_correlation_optimizer = (
             torch.optim.AdamW(
-                discriminator.parameters(),
+                network.parameters(),
                 lr=self.discriminator_lr,
                 betas=optim.discriminator_betas,
                 weight_decay=optim.weight_decay,
                 fused=True,
             )
-            if discriminator is not None
+            if network is not None
             else None
+            for network in (discriminator, total_correlation)
         )
 
     def __call__(self, step: int, phase: GanPhase) -> tuple[dict[str, Tensor], Tensor]:
@@ -68,6 +70,9 @@ class Update:
         families = {"grad_norm": ([self.optimizer, *([self.muon] if self.muon else [])], settings.optim.lr * scale)}
         if phase.discriminator and self.discriminator_optimizer is not None:
             families["grad_norm_discriminator"] = ([self.discriminator_optimizer], self.discriminator_lr * scale)
+        if self.total_correlation_optimizer is not None:
+            judge = [self.total_correlation_optimizer]
+            families["grad_norm_total_correlation"] = (judge, self.discriminator_lr * scale)
         limit = settings.optim.clip or float("inf")
         norms = {
             name: nn.utils.clip_grad_norm_(
@@ -89,7 +94,7 @@ class Update:
 
     def room(self) -> list[Tensor]:
         """Memory as large as what the optimizers will hold after their first step, and gradients that wait."""
-        optimizers = (self.optimizer, self.muon, self.discriminator_optimizer)
+        optimizers = (self.optimizer, self.muon, self.discriminator_optimizer, self.total_correlation_optimizer)
         copies = 1 if self.settings.accumulation > 1 else 0
         return [
             torch.empty_like(parameter)

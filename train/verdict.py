@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from .config import TrainSettings
+from .terms import ACTIVE_NATS
 
 RECENT = 5
 """Training lines that a verdict rests on: single steps are noise."""
@@ -11,8 +12,9 @@ SURE, BLIND = 0.97, 0.53
 """Discriminator accuracy above which it has won, and below which it sees nothing."""
 YOUNG_STEPS = 1000
 """Steps that a discriminator has before it is called blind."""
-COLLAPSED_NATS = 0.01
-"""KL per latent dimension below which a posterior tells next to nothing of its image."""
+CURES = "loss.kl_warmup, loss.free_bits or a weaker decoder (docs/family.md, posterior collapse)"
+SILENT = 0.05
+"""Share of active channels below which a level counts as collapsed; so many may be silent without a word."""
 OFF_TARGET = 0.1
 """Distance of the rate from its target, relative to that, which is worth a word."""
 DOMINANT = 2.0
@@ -31,11 +33,8 @@ def verdict(lines: Sequence[dict[str, Any]], settings: TrainSettings) -> str:
             f"the rate is not at loss.kl_target: {mean['kl_per_dimension']:.2g} nats per dimension, on the way to "
             f"{target:g} with a KL weight of {mean['kl_weight']:.1e}"
         )
-    elif mean.get("kl_per_dimension", 1.0) < COLLAPSED_NATS:
-        said.append(
-            f"latents collapse: {mean['kl_per_dimension']:.2g} nats per dimension say almost nothing of the image; "
-            f"lower loss.kl{', or set loss.free_bits' if not settings.loss.free_bits else ''}"
-        )
+    elif collapse := _collapse(mean):
+        said.append(collapse)
     elif (rise := _rise(lines, "kl_per_dimension")) > 1.25:
         expected = "the latents still take in detail"
         said.append(f"KL rising ({rise:.1f}x since step {lines[0]['step']:,}): expected while {expected}")
@@ -48,6 +47,26 @@ def verdict(lines: Sequence[dict[str, Any]], settings: TrainSettings) -> str:
     else:
         said.append(_adversarial(mean, step, settings))
     return "; ".join(said)
+
+
+def _collapse(mean: dict[str, float]) -> str:
+    """What part of the latent says nothing; empty where there is none. Averages of single passes, so a channel that is
+    silent for most of the time counts."""
+    levels = {key: share for key, share in mean.items() if key.startswith("active_level_") and share < SILENT}
+    if mean.get("active_channels", 1.0) < SILENT or mean.get("kl_per_dimension", 1.0) < ACTIVE_NATS:
+        return (
+            f"posterior collapse: the latents say almost nothing of the image ({mean['kl_per_dimension']:.2g} nats per "
+            f"dimension); lower loss.kl, or try {CURES}"
+        )
+    if levels:
+        names = ", ".join(key.removeprefix("active_level_") for key in levels)
+        return f"posterior collapse in part: level {names} of the latent says almost nothing of the image; try {CURES}"
+    if mean.get("active_channels", 1.0) < 1.0 - SILENT:
+        return (
+            f"posterior collapse in part: {1 - mean['active_channels']:.0%} of the latent's channels say almost "
+            f"nothing of the image; harmless where the latent is larger than needed, else try {CURES}"
+        )
+    return ""
 
 
 def _adversarial(mean: dict[str, float], step: int, settings: TrainSettings) -> str:

@@ -1,0 +1,26 @@
+"""latent-ae eval factors"""
+
+from collections.abc import Sequence
+
+from .command import print_result, read_words
+from .job_config import FactorsSettings
+
+DESCRIPTION = """\
+Measure how far each latent dimension stands for one known factor of the images: mutual information of every dimension
+and factor, and the mutual information gap. DATA needs a table with an integer column for each factor. JSON goes to
+stdout; result.json, traversals.png and report.html into a folder."""
+EXAMPLES = """\
+example: python -m latent_ae.shapes shapes.parquet
+         latent-ae eval factors runs/beta-vae shapes.parquet
+some factors only, another image to start from: latent-ae eval factors MODEL DATA factors=[x,y] traversed=100"""
+
+
+def main(argv: Sequence[str]) -> int:
+    words = read_words("factors", FactorsSettings, argv, description=DESCRIPTION, examples=EXAMPLES)
+
+    from .factors import factors
+
+    return print_result(
+        lambda: factors(words.model, words.data, words.settings, out=words.out, progress=True),
+        words.settings.batch_size,
+    )

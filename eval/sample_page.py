@@ -1,0 +1,46 @@
+"""report.html of samples: the pictures, and how far they are from images."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from latent_ae import page
+
+from .diffusion_page import PICTURE_BYTES, SHOWN_IN, distance_table, pictures_beside
+from .labels import short_name
+
+EXPLAINED = (
+    "Lower is better. Small: 95 % intervals over the images of both sets. What separates the first row from the second "
+    "is the prior's, what separates the second from the third is the first stage's."
+)
+
+
+def write_sample_report(path: Path, result: Mapping[str, Any], pictures: Mapping[str, Image.Image]) -> None:
+    """Writes one self-contained HTML file, atomically. `result` is what result.json holds. Raises OSError."""
+    model = short_name(result["model"].get("location"), str(result["model"].get("class")))
+    facts = {
+        "prior": result["prior"]["method"],
+        "latent": " x ".join(map(str, result["shape"])),
+        "samples": f"{result['metrics']['samples']['n']:,}",
+        "seed": result["seed"],
+    }
+    if "recipe" in result:
+        recipe, loss = result["recipe"], result["loss"]
+        facts |= {
+            "flow": f"{recipe['parameters'] / 1e6:.1f} M parameters",
+            "fitted in": f"{recipe['steps']:,} steps of {recipe['batch_size']}",
+            "its loss": f"{loss['relative_loss']:.3f} of the trivial predictor's",
+        }
+    sections = [page.facts(facts) + page.notes(result["notes"])]
+    if len(pictures) > 1:
+        sections.append(page.section("Fréchet distances", distance_table(result), page.paragraph(EXPLAINED)))
+        sections.append(page.section("Pictures", pictures_beside(pictures)))
+    else:
+        sections.append(page.section("Samples", page.figure(pictures["samples"], max_bytes=PICTURE_BYTES)))
+    manifest = {key: value for key, value in result.items() if key not in SHOWN_IN}
+    sections.append(page.section("How this was made", page.manifest(manifest)))
+    page.write(
+        path, page.page(f"{model}: samples", sections, subtitle="A first stage, shown by latent-ae eval sample.")
+    )

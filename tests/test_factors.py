@@ -1,0 +1,203 @@
+"""Mutual information against scipy and counting by hand; codes whose gap is known; a table of shapes, end to end."""
+
+import itertools
+import json
+import math
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+from PIL import Image
+from scipy.stats import entropy as scipy_entropy
+
+from latent_ae.__main__ import main
+from latent_ae.config import ModelSettings, UserError
+from latent_ae.models import build_autoencoder
+from latent_ae.shapes import FACTORS, draw_shape, write_shapes
+from latent_ae_eval.factors import factors
+from latent_ae_eval.factors_measure import binned, gaussian_total_correlation, measured, mutual_information
+from latent_ae_eval.job_config import FactorsSettings
+
+COUNTS = (3, 2, 2, 3, 4)
+ALL = np.array(list(itertools.product(*map(range, COUNTS))))
+NAMES = list(FACTORS)
+
+
+def test_a_contingency_table_counted_by_hand() -> None:
+    """Three of a=0 with b=0, one with b=1, and the other way round: ln 2 + (3 ln 3 - 4 ln 4) / 4 nats."""
+    a, b = np.array([0, 0, 0, 0, 1, 1, 1, 1]), np.array([0, 0, 0, 1, 1, 1, 1, 0])
+    expected = math.log(2) + (3 * math.log(3) - 4 * math.log(4)) / 4
+    assert mutual_information(a[:, None], b[:, None]) == pytest.approx(np.array([[expected]]))
+
+
+def test_mutual_information_is_that_of_scipys_divergence() -> None:
+    """KL(p(a, b) || p(a) p(b)) of the table of frequencies."""
+    rng = np.random.default_rng(0)
+    b = rng.integers(0, 5, (400, 2))
+    a = np.stack([(b[:, 0] + rng.integers(0, 2, 400)) % 7, b[:, 1] * (rng.random(400) < 0.5)], 1)
+    found = mutual_information(a, b)
+    for d, k in itertools.product(range(2), range(2)):
+        table = np.zeros((7, 5))
+        np.add.at(table, (a[:, d], b[:, k]), 1 / 400)
+        product = table.sum(1, keepdims=True) * table.sum(0, keepdims=True)
+        assert found[d, k] == pytest.approx(scipy_entropy(table.ravel(), product.ravel()), abs=1e-12)
+
+
+def test_bins_are_of_equal_width() -> None:
+    codes = np.array([[0.0, 3.0], [0.24, 3.0], [0.26, 3.0], [0.99, 3.0], [1.0, 3.0]])
+    assert binned(codes, 4).tolist() == [[0, 0], [0, 0], [1, 0], [3, 0], [3, 0]]
+    spread = binned(np.linspace(-7, 5, 2000)[:, None])
+    assert np.bincount(spread[:, 0]).tolist() == [100] * 20
+    edges = np.histogram_bin_edges([0.0, 1.0], 20)
+    normal = np.random.default_rng(0).random(500)
+    normal[:2] = 0, 1
+    assert binned(normal[:, None])[:, 0].tolist() == np.minimum(np.digitize(normal, edges) - 1, 19).tolist()
+
+
+def test_the_gap_of_codes_that_are_known() -> None:
+    rng = np.random.default_rng(0)
+    codes = -2.5 * ALL[:, [3, 0, 4, 1, 2]].astype(float)
+    own = measured(codes, ALL, NAMES)
+    assert own["mig"] == pytest.approx(1.0) and own["gaps"] == pytest.approx(dict.fromkeys(NAMES, 1.0))
+    assert own["dimensions"] == {"x": 0, "shape": 1, "y": 2, "scale": 3, "orientation": 4}
+    twice = measured(np.concatenate([codes, 3 - codes[:, ::-1]], 1), ALL, NAMES)
+    assert twice["mig"] == pytest.approx(0.0, abs=1e-12)
+    many = ALL[rng.integers(0, len(ALL), 20_000)]
+    noise = measured(rng.normal(size=(20_000, 5)), many, NAMES)
+    assert 0 <= noise["mig"] < 0.005
+    # half of the time another dimension holds the value, too: the gap is what is left of the entropy
+    mixed = np.stack([many[:, 4], np.where(rng.random(20_000) < 0.5, many[:, 4], 9)], 1).astype(float)
+    assert measured(mixed, many[:, 4:], ["y"])["mig"] == pytest.approx(0.5, abs=0.01)
+    # two factors in one dimension: each has its gap all the same
+    assert measured((3 * many[:, [0]] + many[:, [3]]).astype(float), many[:, [0, 3]], ["shape", "x"])[
+        "mig"
+    ] == pytest.approx(1)
+
+
+def test_a_dimension_that_stands_still_tells_nothing() -> None:
+    still = measured(np.full((len(ALL), 2), 0.3), ALL, NAMES)
+    assert still["mig"] == 0.0 and not np.any(still["mutual_information"])
+
+
+def test_the_total_correlation_is_that_of_gaussians() -> None:
+    """Three variables that share a part of variance r: (1 - r)^2 (1 + 2 r) is the determinant."""
+    rng = np.random.default_rng(0)
+    shared, r = rng.normal(size=(40_000, 1)), 0.5
+    codes = math.sqrt(r) * shared + math.sqrt(1 - r) * rng.normal(size=(40_000, 3))
+    codes = np.concatenate([codes * [1, 20, 0.01] + 3, np.ones((40_000, 1))], 1)  # one that never varies
+    expected = -0.5 * math.log((1 - r) ** 2 * (1 + 2 * r))
+    assert gaussian_total_correlation(codes) == pytest.approx(expected, abs=0.01)
+    assert gaussian_total_correlation(codes[:, :1]) == 0.0
+    assert 10 < gaussian_total_correlation(codes[:, [0, 1, 1]]) < math.inf
+
+
+def test_shapes_are_where_their_factors_say() -> None:
+    sides = [draw_shape((0, scale, 0, 0, 0)).astype(bool) for scale in range(4)]
+    widths = [np.flatnonzero(image.any(0)) for image in sides]
+    # half a width of 0.7 times an eighth to a quarter of 32 px, around a quarter of 32 px
+    assert [(columns[0], columns[-1]) for columns in widths] == [(5, 10), (4, 11), (3, 12), (2, 13)]
+    grid = np.arange(32) + 0.5
+    for x, y, shape in itertools.product((0, 3, 7), (0, 7), (0, 1)):
+        image = draw_shape((shape, 3, 5, x, y)) / 255
+        mass = image.sum()
+        centre = (image.sum(0) @ grid / mass, image.sum(1) @ grid / mass)
+        assert centre == pytest.approx((8 + 16 * x / 7, 8 + 16 * y / 7), abs=0.05)
+    areas = [(draw_shape((shape, 3, turn, 4, 4)) / 255).sum() for shape in (0, 1) for turn in range(8)]
+    assert areas[:8] == pytest.approx([11.2**2] * 8, rel=0.015)
+    assert areas[8:] == pytest.approx([math.pi * 8 * 4] * 8, rel=0.015)
+    ellipse = [draw_shape((1, 3, turn, 4, 4)) / 255 for turn in range(8)]
+    for turn, image in enumerate(ellipse):  # the direction of the largest moment
+        across, down = np.meshgrid(grid, grid)
+        moments = np.cov(across.ravel(), down.ravel(), aweights=image.ravel())
+        angle = 0.5 * np.arctan2(2 * moments[0, 1], moments[0, 0] - moments[1, 1])
+        assert angle == pytest.approx(turn * math.pi / 16, abs=0.02)
+    heart = draw_shape((2, 3, 0, 4, 4)) > 127
+    rows = heart.sum(1)[heart.any(1)]
+    assert (heart == heart.any(0)[None] * heart).all() and rows[-1] < rows[len(rows) // 2] > 10  # point downwards
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_shapes(tmp_path_factory.mktemp("shapes") / "shapes.parquet", COUNTS)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A vector of four latents, whose means vary."""
+    settings = ModelSettings(
+        in_channels=1,
+        out_channels=1,
+        block_out_channels=(4, 4, 4, 4, 4, 4),
+        layers_per_block=1,
+        norm_num_groups=2,
+        mid_block_add_attention=False,
+    )
+    folder = tmp_path_factory.mktemp("model") / "vae"
+    vae = build_autoencoder(settings, sample_size=32)
+    vae.quant_conv.weight.data[:4] *= 100
+    vae.save_pretrained(folder)
+    return str(folder)
+
+
+def test_the_table_is_every_combination_once(shapes: Path) -> None:
+    table = datasets.load_dataset("parquet", data_files=str(shapes), cache_dir=str(shapes.parent))["train"]
+    assert table.column_names == ["image", *FACTORS]
+    assert np.array_equal(np.stack([table[name] for name in FACTORS], 1), ALL)
+    images = [np.asarray(image) for image in table["image"]]
+    assert images[0].shape == (32, 32) and images[0].dtype == np.uint8 and len({im.tobytes() for im in images}) == 144
+    assert np.array_equal(images[77], draw_shape(ALL[77], COUNTS))
+
+
+def test_whole(model: str, shapes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    more = ["num_workers=0", "batch_size=50", "factors=[shape,y]", "traversed=17", "steps=3"]
+    assert main(["eval", "factors", model, str(shapes), *more, "--out", str(out)]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result == json.loads((out / "result.json").read_text())
+    assert result["latent"] == [4, 1, 1] and result["data"]["factors"] == {"shape": 3, "y": 4}
+    matrix = np.array(result["mean"]["mutual_information"])
+    assert matrix.shape == (4, 2) and (matrix <= [math.log(3) + 1e-9, math.log(4) + 1e-9]).all()
+    best = np.sort(matrix, 0)
+    assert result["mean"]["gaps"]["y"] == pytest.approx((best[-1, 1] - best[-2, 1]) / math.log(4))
+    assert result["mean"]["mig"] == pytest.approx(np.mean(list(result["mean"]["gaps"].values())))
+    assert result["sample"]["mutual_information"] != result["mean"]["mutual_information"]
+    assert "144 images are few" in result["notes"][0]
+    active = result["active_dimensions"]
+    assert active and active == [d for d, v in enumerate(result["variances"]) if v > 0.01]
+    assert result["traversed"]["image"] == 17 and sorted(result["traversed"]["dimensions"]) == active
+    picture = Image.open(out / "traversals.png")
+    assert picture.width > 3 * 128 and picture.height > len(active) * 128
+    page = (out / "report.html").read_text()
+    assert "MIG of the mean" in page and page.count("<svg") == 2 and "dimension" in page
+    # the means alone do not depend on the seed, nor either on the batch
+    again = factors(model, shapes, FactorsSettings(num_workers=0, batch_size=7, factors=("shape", "y"), seed=1))
+    assert np.allclose(again["mean"]["mutual_information"], matrix)
+    assert again["sample"]["mutual_information"] != result["sample"]["mutual_information"]
+    same = factors(model, shapes, FactorsSettings(num_workers=0, batch_size=144))
+    assert list(same["data"]["factors"]) == NAMES
+    assert same["sample"]["gaps"]["y"] == pytest.approx(result["sample"]["gaps"]["y"])
+
+
+def test_what_has_no_factors_is_refused(model: str, shapes: Path, tmp_path: Path) -> None:
+    def refused(data: Path, message: str, **changes: object) -> None:
+        with pytest.raises(UserError, match=message):
+            factors(model, data, FactorsSettings.model_validate({"num_workers": 0} | changes))
+
+    refused(shapes, "factors: colour is no column of integers or classes", factors=["colour"])
+    refused(shapes, "traversed: there is no image 144", traversed=144)
+    refused(shapes, r"factors: x has 1 value\(s\)", factors=["x"], limit=4)
+    Image.fromarray(draw_shape((0, 0, 0, 0, 0))).save(tmp_path / "one.png")
+    refused(tmp_path, "is not a table")
+    images = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
+    rows = [{"image": Image.fromarray(draw_shape((0, 0, 0, 0, 0))), "text": "a"}]
+    datasets.Dataset.from_list(rows, features=images).to_parquet(tmp_path / "text.parquet")
+    refused(tmp_path / "text.parquet", r"no column of integers or classes besides images \(text\)")
+    large = build_autoencoder(ModelSettings(block_out_channels=(32,), latent_channels=2), sample_size=32)
+    with pytest.raises(UserError, match="2 x 32 x 32 = 2,048 dimensions"):
+        factors(large, shapes, FactorsSettings(num_workers=0))
+    config = {"encoder_block_out_channels": [8, 8], "decoder_block_out_channels": [8, 8]}
+    config |= {"num_encoder_blocks": [1, 1], "num_decoder_blocks": [1, 1]}
+    tiny = build_autoencoder(ModelSettings(kind="AutoencoderTiny", config=config), sample_size=32)
+    with pytest.raises(UserError, match="AutoencoderTiny has none"):
+        factors(tiny, shapes, FactorsSettings(num_workers=0))
