@@ -100,7 +100,7 @@ def find_anomalies(
     else:
         notes.append("no thresholds and no ELBO: they need normal images that were not trained on (normal=DATA)")
     if not stage.has_posterior:
-        notes.append(f"no ELBO: {stage.name} has no Gaussian posterior")
+        notes.append(f"no ELBO: {stage.name} has no posterior that is one Gaussian")
 
     pixels: dict[str, PixelScores] = {}
     for scored, masks in work.scored(part, str(data)):

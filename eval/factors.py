@@ -157,8 +157,9 @@ def _numbered(labels: np.ndarray, names: Sequence[str], data: str) -> np.ndarray
         known, numbers = np.unique(column, return_inverse=True)
         if not 2 <= len(known) <= MOST_VALUES:
             raise UserError(
-                f"factors: {name} has {len(known):,} value(s) in {data}; a factor has from 2 to {MOST_VALUES:,} of "
-                "them: name the columns that are factors, as factors=[shape,scale]"
+                f"factors: {name} has {len(known):,} value(s) in the {len(labels):,} images of {data} that are "
+                f"measured; a factor has from 2 to {MOST_VALUES:,} of them: raise limit where it is set, or name the "
+                "columns that are factors, as factors=[shape,scale]"
             )
         columns.append(numbers)
     return np.stack(columns, 1)

@@ -69,7 +69,7 @@ def test_scores_thresholds_and_rates_of_a_known_first_stage(grays, tmp_path):
     # of 3 x 4 pairs: 200 beats three of four, 240 all, 145 two
     assert found["auroc"] == pytest.approx((3 + 4 + 2) / 12)
     assert set(result["scores"]) == {"pixel_mean", "pixel_max"}
-    assert any("no posterior" in note for note in result["notes"])
+    assert any("no posterior that is one Gaussian" in note for note in result["notes"])
     assert json.loads((tmp_path / "result.json").read_text()) == json.loads(json.dumps(result))
     page = (tmp_path / "report.html").read_text()
     assert "0.750" in page and len(pictures(page)) == 3 * 7 and (tmp_path / "pictures.png").is_file()

@@ -186,6 +186,9 @@ def test_training_resumes_and_refuses_what_it_cannot_do(
     assert differing_tensors(whole / last, parts / last) == []
     lines = [json.loads(line) for line in (whole / "log.jsonl").read_text().splitlines()]
     assert all("kl_per_dimension" in line for line in lines if line["event"] == "train")
+    words = ("loss.total_correlation=1", "micro_batch_size=4")
+    assert main(family_words(pictures, tmp_path / "tc", "FlowAutoencoderKL", *words)) == 2
+    assert "loss.total_correlation: needs a Gaussian posterior" in capsys.readouterr().err
     assert main(family_words(pictures, tmp_path / "free", "FlowAutoencoderKL", "loss.free_bits=0.1")) == 2
     assert "loss.free_bits: the rates of this FlowAutoencoderKL are of single samples" in capsys.readouterr().err
     assert main(family_words(pictures, tmp_path / "for", "FlowAutoencoderKL", "export_for=sd")) == 2

@@ -178,3 +178,14 @@ def test_an_export_knows_its_likelihood(pictures: Path, tmp_path: Path, capsys: 
     ):
         assert main(words(pictures, tmp_path / "wrong", *wrong)) == 2
         assert key in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("no_finish")
+def test_a_learned_scale_and_its_loss_stay(pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run, base = tmp_path / "run", ("loss.pixel=logistic", "loss.learned_logvar=true", "gan.weight=0")
+    assert main(words(pictures, run, *base, "steps=2")) == 0
+    for change in ("loss.scale=0.5", "loss.pixel=gaussian"):
+        assert main(words(pictures, run, *base, change, "steps=3")) == 2
+        assert change.partition("=")[0] in capsys.readouterr().err
+    assert main(words(pictures, run, *base, "loss.pixel_weight=0")) == 2
+    assert "loss.pixel_weight: 0 takes the likelihood away" in capsys.readouterr().err

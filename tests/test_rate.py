@@ -185,3 +185,10 @@ def test_a_collapse_is_named_while_it_trains(
     trained_lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines() if '"train"' in line]
     assert trained_lines[-1]["verdict"].startswith("posterior collapse:") and trained_lines[-1]["active_channels"] == 0
     assert trained_lines[0]["active_channels"] > 0
+
+
+def test_the_controller_bears_a_negative_estimate() -> None:
+    state = build_step(settings_for(loss={"kl": 1e-2, "kl_target": 0.3})).state
+    state.hold_rate(torch.tensor(-0.1), 0.3, bad=torch.tensor(False))
+    log_weight, error = state.kl_control.tolist()
+    assert error == -1.0 and log_weight == pytest.approx(math.log(1e-2) - 2.02)

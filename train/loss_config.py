@@ -62,6 +62,10 @@ class LossSettings(Settings):
         scaled = self.pixel in ("gaussian", "logistic")
         if self.scale != type(self).model_fields["scale"].default and not scaled:
             yield Problem("scale", f"pixel: {self.pixel} has none; it is for gaussian and logistic")
+        if self.pixel in ("bernoulli", "gaussian", "logistic") and not self.pixel_weight:
+            yield Problem(
+                "pixel_weight", f"0 takes the likelihood away that loss.pixel {self.pixel} names: give it a weight"
+            )
         if self.learned_logvar and self.pixel == "bernoulli":
             yield Problem("learned_logvar", "bernoulli has no variance to learn: set it to false")
         rate = [

@@ -142,6 +142,8 @@ def _refuse_misfit(autoencoder: ModelMixin, name: str, settings: TrainSettings) 
             f"loss.free_bits: the rates of {name} are of single samples and may be negative, so whether the KL of a "
             "channel is below it is not known: set it to 0 (loss.kl_warmup and loss.kl_target work)"
         )
+    if settings.loss.total_correlation and family_of(autoencoder).latent != "posterior":
+        raise UserError(f"loss.total_correlation: needs a Gaussian posterior, which {name} has not: set it to 0")
     least, latent_channels = settings.latents.min_channels, latent_channels_of(autoencoder)
     if least and least >= latent_channels:
         raise UserError(f"latents.min_channels: {least} of {name}'s {latent_channels} channels masks none: use fewer")

@@ -54,10 +54,12 @@ def changes_since(checkpoint: Checkpoint, settings: TrainSettings) -> dict[str, 
         raise UserError(f"{checkpoint.folder}/state.json does not hold the settings of a run: {error}") from error
     now = flatten(settings.model_dump(mode="json", by_alias=True))
     changed = [key for key in now if key in before and before[key] != now[key] and not _under(key, SILENT)]
+    # a learned scale is the checkpoint's, of the loss that it was learned with
+    recipe = (*RECIPE, "loss.pixel", "loss.scale") if settings.loss.learned_logvar else RECIPE
     refused = [
         key
         for key in changed
-        if (_under(key, RECIPE) and not _under(key, FREE)) or (key in SWITCHES and bool(before[key]) != bool(now[key]))
+        if (_under(key, recipe) and not _under(key, FREE)) or (key in SWITCHES and bool(before[key]) != bool(now[key]))
     ]
     run = checkpoint.folder.parent.parent
     if refused:

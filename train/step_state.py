@@ -127,7 +127,8 @@ class StepState(nn.Module):
         (Rezende and Viola 2018): a rate that is off by a factor moves the weight by a factor, whatever their sizes.
         Nothing moves in a step that was passed over (`bad`).
         """
-        error = torch.log(kl_per_dimension / target).clamp(-KL_LARGEST_ERROR, KL_LARGEST_ERROR)
+        # one sample's estimate of a rate (`FlowAutoencoderKL`) may be negative
+        error = torch.log((kl_per_dimension / target).clamp(min=1e-6)).clamp(-KL_LARGEST_ERROR, KL_LARGEST_ERROR)
         log_weight, before = self.kl_control
         log_weight = log_weight + KL_PROPORTIONAL * (error - before) + KL_INTEGRAL * error
         low, high = (math.log(weight) for weight in KL_WEIGHT_RANGE)

@@ -53,7 +53,10 @@ def _collapse(mean: dict[str, float]) -> str:
     """What part of the latent says nothing; empty where there is none. Averages of single passes, so a channel that is
     silent for most of the time counts."""
     levels = {key: share for key, share in mean.items() if key.startswith("active_level_") and share < SILENT}
-    if mean.get("active_channels", 1.0) < SILENT or mean.get("kl_per_dimension", 1.0) < ACTIVE_NATS:
+    # a rate that is not finite is not in the log
+    if "kl_per_dimension" not in mean:
+        return ""
+    if mean.get("active_channels", 1.0) < SILENT or mean["kl_per_dimension"] < ACTIVE_NATS:
         return (
             f"posterior collapse: the latents say almost nothing of the image ({mean['kl_per_dimension']:.2g} nats per "
             f"dimension); lower loss.kl, or try {CURES}"
