@@ -210,4 +210,7 @@ def test_models_without_fitting_latents_are_refused(
         f"model={{kind: AutoencoderTiny, config: {{{blocks}, num_encoder_blocks: [1, 1], num_decoder_blocks: [1, 1]}}}}"
     )
     assert main([word for word in words(pictures, tmp_path / "b", *judged) if "model." not in word] + [tiny]) == 2
-    assert "loss.total_correlation: needs a Gaussian posterior, which this AutoencoderTiny has not" in capsys.readouterr().err
+    assert (
+        "loss.total_correlation: needs a Gaussian posterior, which this AutoencoderTiny has not"
+        in capsys.readouterr().err
+    )
