@@ -1,7 +1,7 @@
 """Bounds on the log-likelihood of images, from samples of their posteriors; all in nats and float64."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +11,7 @@ from torch import Tensor
 from latent_ae.first_stages import FirstStage
 from latent_ae.likelihoods import LikelihoodKind, log_likelihood
 from latent_ae.order import binary_images, posterior_noise
-from latent_ae.posterior import drawer
+from latent_ae.posterior import Drawn, drawer
 
 FIT_VALUES = 2**21
 """So many pixel values at most fit a scale."""
@@ -91,7 +91,7 @@ class Estimator:
             chosen.append(one[:, torch.randperm(one.shape[1], generator=generator)[:count]])
         return torch.cat(chosen, 1)
 
-    def _draws(self, images: Tensor, numbers: Sequence[int], samples: int):  # type: ignore[no-untyped-def]
+    def _draws(self, images: Tensor, numbers: Sequence[int], samples: int) -> Iterator[tuple[Drawn, Tensor]]:
         stage = self.stage
         assert stage.module is not None
         draw = drawer(stage.module, images.to(stage.dtype))

@@ -4,7 +4,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from latent_ae.config import UserError
 from latent_ae.models import Reconstruction
 from latent_ae.order import permutations
 
@@ -43,8 +42,6 @@ class TotalCorrelation(nn.Module):
         discriminator learns from the first half as it is and from the second half with each dimension permuted over the
         samples (their Algorithm 2), so what it is to tell apart is independent.
         """
-        if result.logvar is None:
-            raise UserError("loss.total_correlation: this model's posterior is no Gaussian: set it to 0")
         latents = result.latent.detach().flatten(1).requires_grad_()
         half = len(latents) // 2
         logits = self(latents)
