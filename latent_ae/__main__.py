@@ -85,5 +85,18 @@ def _close_stdout() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+def _leave_the_others() -> None:
+    """Ends gloo's threads, wherever the command stopped: the interpreter's end aborts the process if they still run.
+
+    pytorch/pytorch#190489. NCCL's group is left as it is: to end it, processes wait for those that may be gone.
+    """
+    distributed = sys.modules.get("torch.distributed")
+    if distributed and distributed.is_available() and distributed.is_initialized():
+        if distributed.get_backend() == "gloo":
+            distributed.destroy_process_group()
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    _leave_the_others()
+    sys.exit(code)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 
 import latent_ae_train.loop
 from latent_ae.__main__ import main
@@ -57,3 +57,4 @@ code, _ = run("gradient", bad_gradient, "gan.weight=0", "steps=4")
 answers: dict[str, Any] = {"gradient": [code, skipped]}
 answers["weight"] = run("weight", bad_weight, "checkpoint.every=4")
 (out / f"rank{rank}").write_text(json.dumps(answers))
+PartialState().destroy_process_group()

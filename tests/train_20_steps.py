@@ -58,6 +58,7 @@ def main() -> None:
         assert bool((every == every[0]).all()), "the processes hold different tensors"
     if rank == 0:
         torch.save(tensors, sys.argv[2])
+    step.accelerator.end_training()
 
 
 if __name__ == "__main__":

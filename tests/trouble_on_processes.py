@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
+
 from latent_ae import perceptual
 from latent_ae.__main__ import main
 from tests.test_train import words
@@ -45,3 +47,4 @@ run("weights", "loss.perceptual=1", "data.resolution=32", "validate.crop_px=32")
 os.replace = over_quota  # only the first one writes
 run("quota")
 (out / f"rank{rank}").write_text("\n".join(answers) + "\n")
+PartialState().destroy_process_group()
