@@ -91,9 +91,9 @@ def _leave_the_others() -> None:
     pytorch/pytorch#190489. NCCL's group is left as it is: to end it, processes wait for those that may be gone.
     """
     distributed = sys.modules.get("torch.distributed")
-    if distributed and distributed.is_available() and distributed.is_initialized():
-        if distributed.get_backend() == "gloo":
-            distributed.destroy_process_group()
+    started = distributed is not None and distributed.is_available() and distributed.is_initialized()
+    if distributed is not None and started and distributed.get_backend() == "gloo":
+        distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
