@@ -8,8 +8,6 @@ Each model trains for a few minutes on one CPU core; bicubic resampling, which l
 
 import argparse
 import os
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from benchmarks.machine import save
+from benchmarks.runs import train
 
 CLASSES = {1: "automobile", 4: "deer"}
 """Of CIFAR-10; chosen before any result was seen."""
@@ -35,10 +34,9 @@ MODEL = [
 ]
 
 
-def train(data: Path, out: Path, steps: int, *words: str) -> Path:
+def trained(data: Path, out: Path, steps: int, *words: str) -> Path:
     """The export of a quickstart with a narrower latent: 8 numbers for 8 x 8 px."""
-    command = [sys.executable, "-m", "latent_ae", "train", "quickstart", f"data.source={data}", f"output_dir={out}"]
-    subprocess.run([*command, f"steps={steps}", *MODEL, *words], check=True, stdout=subprocess.DEVNULL)
+    train(out, "quickstart", f"data.source={data}", f"steps={steps}", *MODEL, *words)
     return out / "export"
 
 
@@ -65,7 +63,7 @@ def one_class_out(data: Path, scratch: Path, steps: int, limit: int) -> dict[str
         pq.write_table(own.slice(HELD_OUT), folder / "seen.parquet")
         pq.write_table(own.slice(0, HELD_OUT), folder / "normal.parquet")
         words = ("data.resolution=32", "batch_size=16")
-        model = train(folder / "seen.parquet", scratch / f"run-{name}", steps, *words)
+        model = trained(folder / "seen.parquet", scratch / f"run-{name}", steps, *words)
         normal = str(folder / "normal.parquet")
         settings = AnomalySettings(normal=normal, normal_class=number, limit=limit, batch_size=32)
         tests = str(data / "cifar10/test.parquet")
@@ -84,7 +82,7 @@ def pasted_defects(data: Path, scratch: Path, steps: int, limit: int) -> dict[st
     from latent_ae_eval.job_config import AnomalySettings
 
     photos = data / "bsds500"
-    model = train(photos / "train", scratch / "run-bsds500", steps, "data.resolution=64", "batch_size=8")
+    model = trained(photos / "train", scratch / "run-bsds500", steps, "data.resolution=64", "batch_size=8")
     settings = AnomalySettings(normal=str(photos / "val"), crop_px=96, limit=limit, defects=True)
     return {
         "first stage": figures(find_anomalies(model, photos / "test", settings, progress=True)),

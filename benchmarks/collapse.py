@@ -6,12 +6,11 @@ Killed, it goes on when started again with the same scratch folder.
 
 import argparse
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import save
+from benchmarks.runs import cifar10, evaluate, events, folder_name, train
 
 SIDE_PX, BATCH, STEPS = 32, 16, 240
 ENCODER = [8, 16, 16, 16, 32, 32]
@@ -49,28 +48,17 @@ def main() -> None:
     rows: dict[str, Any] = {}
     for name in [words.only] if words.only else RUNS:
         changes, shape = RUNS[name]
-        run = words.scratch / name.replace(" ", "-").replace(",", "")
-        if not (run / "results.json").exists():
-            model = ["model={}", "model.kind=AsymmetricAutoencoderKL", f"model.config={json.dumps(MODEL | shape)}"]
-            sources = [f"data.source={words.data / 'train.parquet'}", f"data.eval_source={words.data / 'test.parquet'}"]
-            command = ["train", "quickstart", f"output_dir={run}", *model, *sources, *COMMON, *changes]
-            print("latent-ae", *command, file=sys.stderr)
-            subprocess.run([sys.executable, "-m", "latent_ae", *command], check=True, stdout=subprocess.DEVNULL)
-        log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-        lines = [event for event in log if event["event"] == "train"]
-        out = run / "likelihood"
-        if not (out / "result.json").exists():
-            command = ["eval", "likelihood", str(run), str(words.data / "test.parquet"), "limit=500", "samples=1"]
-            subprocess.run(
-                [sys.executable, "-m", "latent_ae", *command, "--out", str(out)], check=True, stdout=subprocess.DEVNULL
-            )
-        measured = json.loads((out / "result.json").read_text())["metrics"]
+        run, tests = words.scratch / folder_name(name), words.data / "test.parquet"
+        model = ["model={}", "model.kind=AsymmetricAutoencoderKL", f"model.config={json.dumps(MODEL | shape)}"]
+        train(run, "quickstart", *model, *cifar10(words.data), *COMMON, *changes)
+        lines = events(run, "train")
+        measured = evaluate(run / "likelihood", "likelihood", run, tests, "limit=500", "samples=1")["metrics"]
         rows[name] = {
             "settings": changes + [f"model.config.{key}={value}" for key, value in shape.items()],
             "bits_per_dimension": measured["elbo"]["bits_per_dimension"],
             "rate_nats_per_image": measured["rate"]["nats_per_image"],
             "active_channels": [[line["step"], line["active_channels"]] for line in lines],
-            "psnr": [event["psnr"] for event in log if event["event"] == "validate"][-1],
+            "psnr": events(run, "validate")[-1]["psnr"],
             "verdict": lines[-1]["verdict"],
         }
     if not words.only:

@@ -5,13 +5,11 @@ Killed, it goes on when started again with the same scratch folder.
 """
 
 import argparse
-import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import save
+from benchmarks.runs import cifar10, evaluate, events, folder_name, train
 
 STAGES = {
     "as it is": [],
@@ -37,27 +35,19 @@ def main() -> None:
     rows: dict[str, Any] = {}
     recipe: dict[str, Any] = {}
     for name in words.stages:
-        run = words.scratch / name.replace(" ", "-")
-        sources = [f"data.source={words.data / 'train.parquet'}", f"data.eval_source={words.data / 'test.parquet'}"]
-        changes = [f"output_dir={run}", f"steps={words.steps}", *sources, *COMMON, *STAGES[name]]
-        if not (run / "results.json").exists():
-            _run("train", "quickstart", *changes)
-        log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+        run = words.scratch / folder_name(name)
+        train(run, "quickstart", f"steps={words.steps}", *cifar10(words.data), *COMMON, *STAGES[name])
         row: dict[str, Any] = {
-            "psnr": [event["psnr"] for event in log if event["event"] == "validate"][-1],
-            "kl": [event["kl_per_dimension"] for event in log if event["event"] == "train"][-1],
+            "psnr": events(run, "validate")[-1]["psnr"],
+            "kl": events(run, "train")[-1]["kl_per_dimension"],
             "samples": [],
             "relative_loss": [],
         }
         for seed in words.seeds:
-            out = run / f"diffusion-{seed}"
             first = run / f"diffusion-{words.seeds[0]}" / "latents"
             given = [f"latents={first / 'train'}", f"held_out_latents={first / 'held_out'}"] if row["samples"] else []
-            if not (out / "result.json").exists():
-                _run(
-                    "eval", "diffusion", str(run / "export"), str(words.data), f"seed={seed}", *given, "--out", str(out)
-                )
-            result = json.loads((out / "result.json").read_text())
+            out = run / f"diffusion-{seed}"
+            result = evaluate(out, "diffusion", run / "export", words.data, f"seed={seed}", *given)
             metrics, intervals = result["metrics"], result["intervals"]
             row["samples"].append([metrics["samples"]["frechet_vgg16"], intervals["samples"]["frechet_vgg16"]])
             row["relative_loss"].append(result["loss"]["relative_loss"])
@@ -77,11 +67,6 @@ def main() -> None:
         "first_stages": rows,
     }
     save("diffusion", result)
-
-
-def _run(*words: str) -> None:
-    print("latent-ae", *words, file=sys.stderr)
-    subprocess.run([sys.executable, "-m", "latent_ae", *words], check=True, stdout=subprocess.DEVNULL)
 
 
 if __name__ == "__main__":

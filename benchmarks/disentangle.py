@@ -7,13 +7,11 @@ of a processor.
 
 import argparse
 import json
-import resource
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import save
+from benchmarks.runs import evaluate, events, folder_name, seconds_of, train
 from latent_ae.shapes import FACTORS, write_shapes
 
 RUNS: dict[str, list[str]] = {
@@ -75,29 +73,20 @@ def main() -> None:
 
 def run_once(scratch: Path, table: Path, name: str, seed: int) -> None:
     """Trains and measures, unless that was done."""
-    folder = scratch / f"{name.replace(' ', '-')}-{seed}"
-    factors = folder / "factors"
-    if (factors / "result.json").exists():
-        return
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    changes = [f"output_dir={folder}", f"data.source={table}", f"data.eval_source={table}", f"seed={seed}"]
-    _run("train", "quickstart", *changes, *COMMON, *RUNS[name])
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    (folder / "seconds.json").write_text(
-        json.dumps(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
-    )
+    folder = scratch / folder_name(f"{name} {seed}")
+    sources = [f"data.source={table}", f"data.eval_source={table}", f"seed={seed}"]
+    train(folder, "quickstart", *sources, *COMMON, *RUNS[name])
     framed = [f"crop_px={SIDE_PX}", "batch_size=256", "num_workers=0"]
-    _run("eval", "factors", str(folder), str(table), *framed, "--out", str(factors))
+    evaluate(folder / "factors", "factors", folder, table, *framed)
 
 
 def measured(scratch: Path, name: str, seed: int) -> dict[str, Any] | None:
     """What a run came to; None where it was not made."""
-    folder = scratch / f"{name.replace(' ', '-')}-{seed}"
+    folder = scratch / folder_name(f"{name} {seed}")
     if not (folder / "factors/result.json").exists():
         return None
     factors = json.loads((folder / "factors/result.json").read_text())
-    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    lines = [event for event in log if event["event"] == "train"][-LAST:]
+    lines = events(folder, "train")[-LAST:]
     nats = {key: SIDE_PX**2 * sum(line[key] for line in lines) / len(lines) for key in ("bernoulli", "kl")}
     estimates = [line["total_correlation"] for line in lines if "total_correlation" in line]
     return {
@@ -105,17 +94,13 @@ def measured(scratch: Path, name: str, seed: int) -> dict[str, Any] | None:
         "mig": {kind: factors[kind]["mig"] for kind in ("mean", "sample")},
         "gaps": factors["sample"]["gaps"],
         "active_dimensions": len(factors["active_dimensions"]),
-        "psnr": [event["psnr"] for event in log if event["event"] == "validate"][-1],
+        "psnr": events(folder, "validate")[-1]["psnr"],
         "reconstruction_nats": nats["bernoulli"],
         "kl_nats": nats["kl"],
         "gaussian_total_correlation": factors["sample"]["total_correlation"],
         "total_correlation": sum(estimates) / len(estimates) if estimates else None,
-        "processor_seconds": json.loads((folder / "seconds.json").read_text()),
+        "processor_seconds": seconds_of(folder),
     }
-
-
-def _run(*words: str) -> None:
-    subprocess.run([sys.executable, "-m", "latent_ae", *words], check=True, stdout=subprocess.DEVNULL)
 
 
 if __name__ == "__main__":

@@ -6,8 +6,6 @@ Killed, it goes on when started again with the same scratch folder.
 
 import argparse
 import json
-import subprocess
-import sys
 import time
 from itertools import islice
 from pathlib import Path
@@ -18,6 +16,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from benchmarks.machine import save
+from benchmarks.runs import evaluate, events, folder_name, train
 from latent_ae.codebook import code_counts, perplexity, quantised
 from latent_ae.config import DataSettings, load_settings
 from latent_ae.data import open_images
@@ -76,16 +75,14 @@ def main() -> None:
     words = parser.parse_args()
     torch.set_num_threads(1)
     for name in words.members:
-        run, teacher = folder(words.scratch, name), folder(words.scratch, MEMBERS[name].teacher) / "export"
+        run, teacher = (words.scratch / folder_name(part) for part in (name, MEMBERS[name].teacher))
         if not (run / "measured.json").exists():
-            measured = measure(MEMBERS[name], run, teacher, words.data, words.photos, words.steps)
+            measured = measure(MEMBERS[name], run, teacher / "export", words.data, words.photos, words.steps)
             (run / "measured.json").write_text(json.dumps(measured, indent=2))
-    rows = {name: json.loads((folder(words.scratch, name) / "measured.json").read_text()) for name in words.members}
+    rows = {
+        name: json.loads((words.scratch / folder_name(name) / "measured.json").read_text()) for name in words.members
+    }
     save("family", {"steps": words.steps, "recipe": COMMON, "sizes": [SIZES[False], SIZES[True]], "members": rows})
-
-
-def folder(scratch: Path, name: str) -> Path:
-    return scratch / name.replace(",", "").replace(" ", "-")
 
 
 def measure(member: Member, run: Path, teacher: Path, data: Path, photos: Path, steps: int) -> dict[str, Any]:
@@ -97,12 +94,9 @@ def measure(member: Member, run: Path, teacher: Path, data: Path, photos: Path, 
     changes += [f"validate.crop_px={size['px']}", f"batch_size={size['batch']}", f"steps={steps}"]
     changes += [*COMMON.split(), *member.words.split()]
     changes += [f"distillation.teacher={teacher}"] if member.learns else []
-    if not (run / "results.json").exists():
-        _run("train", member.recipe, f"output_dir={run}", *changes)
+    train(run, member.recipe, *changes)
     judged = [f"crop_px={size['px']}", "limit=1000", "frechet=[vgg16]", "latents=[mode]", "batch_size=32"]
-    _run("eval", "recon", str(run / "export"), tests, *judged, "--out", str(run / "recon"))
-    result = json.loads((run / "recon/result.json").read_text())
-    log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    result = evaluate(run / "recon", "recon", run / "export", Path(tests), *judged)
     stage = load_first_stage(str(run / "export"))
     images = held_out(tests, size["px"])
     with torch.no_grad():
@@ -114,7 +108,7 @@ def measure(member: Member, run: Path, teacher: Path, data: Path, photos: Path, 
         "latent_shape": list(latents.shape[1:]),
         "images": result["data"]["num_images"],
         "metrics": result["metrics"],
-        "kl_per_dimension": [event for event in log if event["event"] == "train"][-1].get("kl_per_dimension"),
+        "kl_per_dimension": events(run, "train")[-1].get("kl_per_dimension"),
         "speed": speed(load_settings(TrainSettings, member.recipe, changes), stage, images, latents),
     }
     if member.teacher:
@@ -190,11 +184,6 @@ def speed(settings: TrainSettings, stage: FirstStage, images: Tensor, latents: T
             stage.decode(latents[: settings.batch_size])
         times["decoding"].append(time.process_time() - begun)
     return {name: settings.batch_size * ROUNDS / sum(seconds) for name, seconds in times.items()}
-
-
-def _run(*words: str) -> None:
-    print("latent-ae", *words, file=sys.stderr)
-    subprocess.run([sys.executable, "-m", "latent_ae", *words], check=True, stdout=subprocess.DEVNULL)
 
 
 if __name__ == "__main__":

@@ -5,14 +5,11 @@ Killed, it goes on when started again with the same scratch folder.
 """
 
 import argparse
-import json
-import resource
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import save
+from benchmarks.runs import cifar10, evaluate, events, folder_name, seconds_of, train
 
 RUNS = {
     "logistic, learned scale": [],
@@ -39,17 +36,10 @@ def main() -> None:
     words = parser.parse_args()
     rows: dict[str, Any] = {}
     for name in words.runs:
-        run = words.scratch / name.replace(",", "").replace(" ", "-")
-        out = run / "likelihood"
-        sources = [f"data.source={words.data / 'train.parquet'}", f"data.eval_source={words.data / 'test.parquet'}"]
-        if not (run / "processor_seconds.json").exists():
-            seconds = _run("train", "vae", f"output_dir={run}", *sources, *COMMON, *RUNS[name])
-            (run / "processor_seconds.json").write_text(json.dumps(seconds))
-        if not (out / "result.json").exists():
-            settings = [f"limit={words.images}", f"samples={words.samples}", "batch_size=64"]
-            _run("eval", "likelihood", str(run), str(words.data / "test.parquet"), *settings, "--out", str(out))
-        result = json.loads((out / "result.json").read_text())
-        log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+        run = words.scratch / folder_name(name)
+        train(run, "vae", *cifar10(words.data), *COMMON, *RUNS[name])
+        settings = [f"limit={words.images}", f"samples={words.samples}", "batch_size=64"]
+        result = evaluate(run / "likelihood", "likelihood", run, words.data / "test.parquet", *settings)
         rows[name] = {
             "likelihood": result["likelihood"],
             "metrics": result["metrics"],
@@ -57,20 +47,11 @@ def main() -> None:
             "effective_samples": result["effective_samples"],
             "latent_dimensions": result["latent_dimensions"],
             "parameters": result["model"]["parameters"],
-            "psnr": [event["psnr"] for event in log if event["event"] == "validate"][-1],
-            "processor_seconds": json.loads((run / "processor_seconds.json").read_text()),
+            "psnr": events(run, "validate")[-1]["psnr"],
+            "processor_seconds": seconds_of(run),
         }
     about = {"data": "CIFAR-10, 20,000 images to train on", "steps": STEPS, "batch_size": BATCH}
     save("likelihood", about | {"images": words.images, "samples": words.samples, "runs": rows})
-
-
-def _run(*words: str) -> float:
-    """Processor seconds."""
-    print("latent-ae", *words, file=sys.stderr)
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    subprocess.run([sys.executable, "-m", "latent_ae", *words], check=True, stdout=subprocess.DEVNULL)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return round(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, 1)
 
 
 if __name__ == "__main__":

@@ -7,23 +7,14 @@ Killed, it goes on when started again with the same scratch folder; `--until PAR
 import argparse
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
+import pyarrow.parquet as pq
 
 from benchmarks.machine import save
-from latent_ae.config import DataSettings
-from latent_ae.data import open_images
-from latent_ae.first_stages import load_first_stage
-from latent_ae.held_out import Framing, HeldOutImages
-from latent_ae.likelihoods import log_likelihood
-from latent_ae.order import posterior_noise
-from latent_ae.posterior import draw
-from latent_ae.sources import StreamSource
+from benchmarks.runs import cifar10, evaluate, train
 
 PARTS = ("gaussian", "flow-posterior", "samples", "bits")
 BATCH, SIDE = 32, 32
@@ -57,7 +48,8 @@ def main() -> None:
     parser.add_argument("--until", choices=PARTS, default=PARTS[-1])
     words = parser.parse_args()
     for name, model in MODELS.items():
-        train(words.scratch / name, words.data, words.steps, model)
+        settings = [f"steps={words.steps}", f"model={json.dumps(model)}", *cifar10(words.data), *COMMON]
+        train(words.scratch / name, "quickstart", *settings)
         if words.until == name:
             return
     exports = {name: words.scratch / name / "export" for name in MODELS}
@@ -70,85 +62,47 @@ def main() -> None:
     if words.until == "samples":
         return
     found = {name: bits(export, words.data / "test.parquet") for name, export in exports.items()}
-    better = found["gaussian"]["importance_bound"] - found["flow-posterior"]["importance_bound"]
-    gained = found["gaussian"]["elbo"] - found["flow-posterior"]["elbo"]
+    gaussian, flow = (found[name][1] for name in MODELS)
+    gained = {key: estimate(gaussian[key] - flow[key]) for key in ("elbo", "importance_bound")}
     save(
         "priors",
         {
             "data": "CIFAR-10, 20,000 images to train on",
             "steps": words.steps,
             "batch": BATCH,
-            "parameters": {name: found[name]["parameters"] for name in MODELS},
+            "parameters": {name: count for name, (count, _) in found.items()},
             "priors": drawn,
             "held_out_images": IMAGES,
             "draws": SAMPLES,
             "bits_per_dimension": {
                 name: {key: estimate(rows[key]) for key in ("elbo", "importance_bound", "rate")}
-                for name, rows in found.items()
+                for name, (_, rows) in found.items()
             },
-            "gained_by_the_flow": {"elbo": estimate(gained), "importance_bound": estimate(better)},
+            "gained_by_the_flow": gained,
         },
     )
 
 
-def train(run: Path, data: Path, steps: int, model: dict[str, Any]) -> None:
-    sources = [f"data.source={data / 'train.parquet'}", f"data.eval_source={data / 'test.parquet'}"]
-    if not (run / "results.json").exists():
-        words = [f"output_dir={run}", f"steps={steps}", f"model={json.dumps(model)}", *sources, *COMMON]
-        latent_ae("train", "quickstart", *words)
-
-
 def sampled(export: Path, data: Path, out: Path, *more: str) -> dict[str, Any]:
     """What `eval sample` finds."""
-    if not (out / "result.json").exists():
-        latent_ae("eval", "sample", str(export), str(data), *more, "--out", str(out))
-    result = json.loads((out / "result.json").read_text())
+    result = evaluate(out, "sample", export, data, *more)
     return {key: result[key] for key in ("metrics", "intervals", "recipe", "processor_seconds") if key in result}
 
 
-@torch.no_grad()
-def bits(export: Path, data: Path) -> dict[str, Any]:
-    """Of each held-out image, bits per dimension: minus the ELBO (mean over draws), its rate, and minus the bound of
-    all draws weighted by importance (Burda et al. 2016, eq. 8)."""
-    stage = load_first_stage(str(export))
-    assert stage.module is not None and stage.likelihood is not None and stage.likelihood.scale is not None
-    logvar, kind = torch.tensor(2.0 * math.log(stage.likelihood.scale)), stage.likelihood.kind
-    settings = DataSettings(eval_source=str(data), num_workers=0)
-    source = open_images(settings, "held_out")
-    assert not isinstance(source, StreamSource)
-    found = HeldOutImages(source.subset(np.arange(IMAGES)), settings, 3, Framing(SIDE, SIDE), stage.factor)
-    images = torch.stack([image for _, _, image in found])
-    nats = math.log(2.0) * images[0].numel()
-    elbos, rates, bounds = [], [], []
-    for first in range(0, IMAGES, 100):
-        batch = images[first : first + 100]
-        likelihoods, ratios, costs = [], [], []
-        for number in range(SAMPLES):
-            shape = (int(stage.latent_channels or 0), SIDE // stage.factor, SIDE // stage.factor)
-            noise = posterior_noise(number, range(first, first + len(batch)), shape)
-            drawn = draw(stage.module, batch, noise)
-            made = stage.decode(drawn.latent)
-            likelihoods.append(log_likelihood(kind, made, batch, logvar).flatten(1).double().sum(1))
-            ratios.append(drawn.log_ratio.double())
-            costs.append(sum(rate.flatten(1).double().sum(1) for rate in drawn.rates))
-        likelihood, ratio, rate = torch.stack(likelihoods), torch.stack(ratios), torch.stack(costs)
-        elbos.append((rate - likelihood).mean(0) / nats)
-        rates.append(rate.mean(0) / nats)
-        bounds.append((math.log(SAMPLES) - torch.logsumexp(likelihood + ratio, 0)) / nats)
-    values = {"elbo": elbos, "rate": rates, "importance_bound": bounds}
-    parameters = sum(parameter.numel() for parameter in stage.module.parameters())
-    return {key: torch.cat(parts).numpy() for key, parts in values.items()} | {"parameters": parameters}
+def bits(export: Path, tests: Path) -> tuple[int, dict[str, np.ndarray]]:
+    """Parameters; and of each held-out image, bits per dimension: minus the ELBO, its rate, minus the bound."""
+    out = export.parent / "likelihood"
+    settings = [f"limit={IMAGES}", f"samples={SAMPLES}", f"crop_px={SIDE}", "batch_size=100", "num_workers=0"]
+    result = evaluate(out, "likelihood", export, tests, *settings)
+    table = pq.read_table(out / "images.parquet")
+    columns = {key: table[f"{key}_bits"].to_numpy() for key in ("elbo", "rate", "importance_bound")}
+    return result["model"]["parameters"], columns
 
 
 def estimate(values: np.ndarray) -> list[float]:
     """Mean and its 95 % interval."""
     mean, half = float(values.mean()), 1.96 * float(values.std(ddof=1)) / math.sqrt(len(values))
     return [mean, mean - half, mean + half]
-
-
-def latent_ae(*words: str) -> None:
-    print("latent-ae", *words, file=sys.stderr)
-    subprocess.run([sys.executable, "-m", "latent_ae", *words], check=True, stdout=subprocess.DEVNULL)
 
 
 if __name__ == "__main__":

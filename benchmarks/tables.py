@@ -271,8 +271,10 @@ def hierarchical_table(result: dict[str, Any]) -> str:
         levels = ", ".join(
             f"{side} px: {part:.3f}" for side, part in zip(row["level_sides"], row["levels"], strict=True)
         )
-        bits = f"{row['bits_per_dimension']:.3f} ± {row['interval']:.3f}"
-        cells = [f"{row['steps']:,}", row["name"], f"{row['parameters']:,}", f"{row['cpu_s']:.0f}", bits]
+        low, high = row["bits"]["interval"]
+        bits = f"{row['bits']['mean']:.3f} ({low:.3f} to {high:.3f})"
+        seconds = row["processor_seconds"]
+        cells = [f"{row['steps']:,}", row["name"], f"{row['parameters']:,}", f"{seconds:.0f}", bits]
         lines.append(f"| {' | '.join(cells)} | {row['reconstruction']:.3f} | {levels} |")
     return "\n".join(lines)
 
