@@ -294,7 +294,9 @@ def test_levels_are_told_apart(images: Path, tmp_path: Path) -> None:
     for size, other in zip(found["curve"][1:], known["curve"][1:], strict=True):
         assert size["nats_per_image"] == pytest.approx(other["nats_per_image"], rel=1e-5)
     levels = [level["nats_per_image"]["mean"] for level in found["metrics"]["rate_levels"]]
-    assert sum(levels) == pytest.approx(found["metrics"]["rate"]["nats_per_image"]["mean"])
+    nats = {key: found["metrics"][key]["nats_per_image"]["mean"] for key in ("elbo", "distortion", "rate")}
+    assert sum(levels) == pytest.approx(nats["rate"])
+    assert nats["elbo"] == pytest.approx(-nats["distortion"] - nats["rate"], rel=1e-9)
     rates = draw(plain, read(images).float().view(-1, *IMAGE), None).rates[0].double()
     noise = torch.stack([posterior_noise(0, range(7), LATENT, number)[:, 0] for number in range(64)]).double()
     expected = rates[:, 0].sum((1, 2)).mean() + noise.sum((2, 3)).mean()
