@@ -16,6 +16,7 @@ from torch.distributions import Normal, kl_divergence
 from latent_ae.__main__ import main
 from latent_ae.config import UserError
 from latent_ae.defects import paste_defect
+from latent_ae.detection import auroc_interval
 from latent_ae.order import posterior_noise
 from latent_ae_eval.anomaly import FIT, find_anomalies
 from latent_ae_eval.anomaly_scores import blurred
@@ -171,6 +172,16 @@ def test_pasted_defects_are_found_where_they_are(tmp_path):
     assert len(maps) == 24 and maps[:2] == ["000000-defect-pixel_error.png", "000000-pixel_error.png"]
     with Image.open(tmp_path / "out/maps/000000-pixel_error.png") as picture:
         assert picture.size == (20, 16)
+
+
+def test_intervals_of_pasted_defects_are_of_pairs(grays, tmp_path):
+    result = find_anomalies(nothing, grays, QUICK.model_copy(update={"defects": True}), out=tmp_path)
+    rows = pq.read_table(tmp_path / "images.parquet").to_pylist()
+    without, with_defect = (
+        np.array([row["pixel_mean"] for row in rows if row["abnormal"] == kind]) for kind in (False, True)
+    )
+    paired, apart = (auroc_interval(without, with_defect, paired=paired) for paired in (True, False))
+    assert result["scores"]["pixel_mean"]["interval"] == pytest.approx(paired) != pytest.approx(apart)
 
 
 def test_lpips_is_scored_where_it_is_at_hand(grays, lpips_vgg, tmp_path):
