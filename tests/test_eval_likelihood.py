@@ -388,6 +388,7 @@ def test_mistakes_are_named(
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad/damaged.png").write_bytes(b"no image")
     assert "damaged.png" in complaint("likelihood=logistic", "scale=0.1", data=str(tmp_path / "bad"))
+    assert "holds one image, and scale=fit needs two" in complaint("scale=fit", "limit=1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert "runs on one process, and 2 were launched" in complaint()
 
