@@ -204,6 +204,7 @@ def test_lpips_is_scored_where_it_is_at_hand(grays, lpips_vgg, tmp_path):
         (["normal=nowhere/at/all"], "normal: DATA: no such file or folder: nowhere/at/all"),
         (["lpips=alex"], "needs sides of 31 px and bad/00.png has 20 x 16; set resize_px, lpips=vgg, or lpips=null"),
         (["lpips=null", "rank_by=lpips_max"], "lpips_max will not be measured; there are pixel_mean, pixel_max"),
+        (["lpips=null", "rank_by=negative_elbo"], "pixel_max; an ELBO needs normal=DATA and one Gaussian posterior"),
         (["false_positive_rate=0"], "false_positive_rate"),
     ],
 )
