@@ -266,6 +266,14 @@ def test_batches_change_nothing(model: str, photos: str, tmp_path: Path) -> None
         assert one["name"] == other["name"]
         for key in ("elbo", "importance_bound", "rate", "distortion", "effective_samples"):
             assert one[key] == pytest.approx(other[key], rel=1e-5)
+    reseeded = measure_likelihood(model, photos, settings.model_copy(update={"seed": 1}), out=tmp_path / "seed")
+    for one, other in zip(found[0], rows_of(tmp_path / "seed"), strict=True):
+        assert one["rate"] == pytest.approx(other["rate"]) and one["distortion"] != other["distortion"]
+    effective = [row["effective_samples"] for row in rows_of(tmp_path / "seed")]
+    assert max(effective) > reseeded["effective_samples"]["median"] == pytest.approx(np.median(effective))
+    titles = [finding["name"] for finding in reseeded["findings"]]
+    known = reseeded["metrics"]["importance_bound"]["bits_per_dimension"]["mean"]
+    assert ("No better than guessing" in titles) is (known >= 8)
 
 
 class TwoLevels(AutoencoderKL):

@@ -176,6 +176,9 @@ def test_whole(model: str, shapes: Path, tmp_path: Path, capsys: pytest.CaptureF
     with torch.no_grad():
         vae = AutoencoderKL.from_pretrained(model).eval()
         image = torch.from_numpy(draw_shape(ALL[17], COUNTS) / 127.5 - 1).float()[None, None]
+        everything = torch.from_numpy(np.stack([draw_shape(values, COUNTS) for values in ALL]) / 127.5 - 1).float()
+        means = vae.encode(everything[:, None]).latent_dist.mean.flatten(1).numpy()
+        assert result["variances"] == pytest.approx(means.var(0), rel=1e-3)
         latent, rows = vae.encode(image).latent_dist.mean.repeat(3, 1, 1, 1), []
         for d in shown:
             moved = latent.clone()

@@ -209,6 +209,8 @@ def test_folders_are_classes_and_part_of_them_is_tested_on(model, tmp_path):
             Image.fromarray(pixels).save(tmp_path / name / f"{number}.png")
     (tmp_path / "light" / "damaged.png").write_bytes(b"no image")
     settings = ProbeSettings(**QUICK | {"labels_per_class": (4,), "test_fraction": 0.4, "max_bad_fraction": 0.2})
+    few = probe(model, str(tmp_path), settings.model_copy(update={"limit": 3}))
+    assert few["data"]["test_images"] + len(few["data"]["skipped"]) == 3
     result = probe(model, str(tmp_path), settings)
     assert result["data"]["labels_from"] == "names of folders" and result["data"]["classes"] == ["dark", "light"]
     assert result["data"]["test_images"] == 9 and len(result["data"]["skipped"]) == 1
