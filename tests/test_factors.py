@@ -231,5 +231,5 @@ def test_what_has_no_factors_is_refused(model: str, shapes: Path, tmp_path: Path
     config = {"encoder_block_out_channels": [8, 8], "decoder_block_out_channels": [8, 8]}
     config |= {"num_encoder_blocks": [1, 1], "num_decoder_blocks": [1, 1]}
     tiny = build_autoencoder(ModelSettings(kind="AutoencoderTiny", config=config), sample_size=32)
-    with pytest.raises(UserError, match="AutoencoderTiny has none"):
+    with pytest.raises(UserError, match="a posterior that is one Gaussian, and AutoencoderTiny has none"):
         factors(tiny, shapes, FactorsSettings(num_workers=0))
