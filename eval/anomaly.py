@@ -69,7 +69,8 @@ def find_anomalies(
     scorer = Scorer(stage, lpips, blur_px=settings.blur_px, seed=settings.seed, elbo=normal is not None, device=device)
     rank_by = settings.rank_by or ("lpips_max" if "lpips_max" in scorer.names else "pixel_max")
     if rank_by not in scorer.names:
-        raise UserError(f"rank_by: {rank_by} will not be measured; there are {', '.join(scorer.names)}")
+        why = "; an ELBO needs normal=DATA and one Gaussian posterior" if rank_by == "negative_elbo" else ""
+        raise UserError(f"rank_by: {rank_by} will not be measured; there are {', '.join(scorer.names)}{why}")
     work = Work(stage, scorer, settings, progress)
     notes = [why_not] if why_not else []
 

@@ -49,7 +49,7 @@ def read_words(
     where = "photos, a folder of images, Parquet or WebDataset files, or a hub id"
     parser.add_argument("data", nargs=None if needs_data else "?", default="", help=where)
     names = ", ".join(settings.model_fields)
-    parser.add_argument("override", nargs="*", metavar="key=value", help=f"changes a setting: {names}")
+    parser.add_argument("override", nargs="*", default=[], metavar="key=value", help=f"changes a setting: {names}")
     parser.add_argument(
         "--out", metavar="DIR", type=Path, help=f"where files go; default: {command}-NAME in this folder"
     )
@@ -63,5 +63,6 @@ def read_words(
 def default_folder(command: str, model: str) -> Path:
     """`COMMAND-NAME` after the model; an export or a pipeline's vae is named by the folder that holds it."""
     path = Path(model.rstrip("/")) if not Path(model).exists() else Path(model).resolve()
-    name = path.parent.name if path.name in ("export", "vae") and path.parent.name else path.name
-    return Path(f"{command}-{name}")
+    # a run may be called vae, too
+    inside = path.name == "export" or (path.name == "vae" and (path.parent / "model_index.json").exists())
+    return Path(f"{command}-{path.parent.name if inside and path.parent.name else path.name}")

@@ -56,8 +56,8 @@ def factors(
     """Mutual information of latent dimensions and factors, and the mutual information gap; JSON-ready.
 
     With `out`, writes result.json, traversals.png and report.html there. Raises UserError for a model without a
-    posterior, data without columns of integers, images of several sizes, latents of more than `MOST_DIMENSIONS`
-    numbers, and several processes.
+    Gaussian posterior, data without columns of integers, images of several sizes, latents of more than
+    `MOST_DIMENSIONS` numbers, and several processes.
     """
     settings = settings or FactorsSettings()
     if out is not None:
@@ -65,7 +65,7 @@ def factors(
     device = one_process("factors", settings)
     stage = latent_model("factors", model, settings, device)
     if not stage.has_posterior:
-        raise UserError(f"eval factors needs a posterior, and {stage.name} has none")
+        raise UserError(f"eval factors needs a posterior that is one Gaussian, and {stage.name} has none")
     source, _ = opened_data(str(data), settings)
     assert not isinstance(source, StreamSource), "jobs do not open streams"
     names, labels = _factors(source, str(data), settings)

@@ -19,7 +19,7 @@ ABOUT = (
 )
 TRAVERSED = (
     "Each row moves one active dimension from -2 to 2 standard deviations of the prior and leaves the others as they "
-    "are in image {image}. Named is the factor of which the dimension tells most."
+    "are in image {image}. Named are the factors of which no other dimension tells more."
 )
 
 

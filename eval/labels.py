@@ -82,8 +82,9 @@ def pair(value: Any) -> tuple[float, float] | None:
 
 
 def short_name(location: Any, otherwise: str = "") -> str:
-    """The last part of a folder, file or hub id that says something."""
+    """The last part of a folder, file or hub id that says something; `vae`, which is a pipeline's or a run, with the
+    part before it."""
     parts = [part for part in str(location or "").replace("\\", "/").split("/") if part not in ("", ".", "..")]
-    while len(parts) > 1 and parts[-1] in ("export", "vae"):
+    while len(parts) > 1 and parts[-1] == "export":
         parts.pop()
-    return parts[-1] if parts else otherwise
+    return "/".join(parts[-2:] if parts[-1] == "vae" else parts[-1:]) if parts else otherwise

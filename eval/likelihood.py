@@ -91,6 +91,11 @@ def measure_likelihood(
         elif settings.scale == "auto" and known is not None and known.kind == kind:
             scale, scale_from = known.scale, "training"
         else:
+            if len(source) < 2:
+                raise UserError(
+                    f"scale: {data} holds one image, and scale=fit needs two: one in {FIT} fits the scale and does not "
+                    "count; give more images or a number"
+                )
             fit, measured = measured[::FIT], np.delete(measured, np.s_[::FIT])
             scale, scale_from = work.fitted(estimator, fit), "fitted"
             notes.append(

@@ -195,7 +195,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("action", choices=["check"])
     parser.add_argument("data", help="photos, a folder of images, Parquet or WebDataset files, or a hub id")
     parser.add_argument(
-        "override", nargs="*", metavar="key=value", help="changes a setting of data.*, e.g. num_workers=8"
+        "override", nargs="*", default=[], metavar="key=value", help="changes a setting of data.*, e.g. num_workers=8"
     )
     parser.add_argument("--channels", type=int, default=3, help="of the model's images (default 3)")
     words = parser.parse_intermixed_args(argv)

@@ -23,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("data", help="photos, a folder of images, Parquet or WebDataset files, or a hub id")
     parser.add_argument("out", help="the folder to write")
     names = ", ".join(EncodeSettings.model_fields)
-    parser.add_argument("override", nargs="*", metavar="key=value", help=f"changes a setting: {names}")
+    parser.add_argument("override", nargs="*", default=[], metavar="key=value", help=f"changes a setting: {names}")
     words = parser.parse_intermixed_args(argv)
     settings = load_settings(EncodeSettings, None, words.override)
 

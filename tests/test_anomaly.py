@@ -16,6 +16,7 @@ from torch.distributions import Normal, kl_divergence
 from latent_ae.__main__ import main
 from latent_ae.config import UserError
 from latent_ae.defects import paste_defect
+from latent_ae.detection import auroc_interval
 from latent_ae.order import posterior_noise
 from latent_ae_eval.anomaly import FIT, find_anomalies
 from latent_ae_eval.anomaly_scores import blurred
@@ -95,6 +96,40 @@ def test_the_pictures_are_those_of_the_scores(tmp_path):
     page = (tmp_path / "out/report.html").read_text()
     inputs = [picture.convert("RGB").getpixel((5, 5))[0] for picture in pictures(page)[::3]]
     assert inputs == [250, 130] and page.index("03.png") < page.index("01.png")
+    # the brightest of a heat map is the 95th percentile of the largest errors, 110 and 250 between 0.07 and 0.92
+    errors = [(level / 127.5 - 1) ** 2 for level in (110, 130, 140, 250, 100)]
+    assert f"the brightest is squared error {np.quantile(errors, 0.95):.3g} or more" in page
+
+
+def test_of_labelled_images_both_mistakes_are_shown(grays, tmp_path):
+    settings = QUICK.model_copy(update={"num_pictures": 1, "normal_class": "good"})
+    find_anomalies(nothing, grays / "test", settings, out=tmp_path)
+    page = (tmp_path / "report.html").read_text()
+    inputs = [picture.convert("RGB").getpixel((5, 5))[0] for picture in pictures(page)[::3]]
+    assert inputs == [240, 145, 220]  # most and least abnormal, and what is taken for abnormal
+
+
+def test_maps_are_smoothed_by_blur_px(tmp_path):
+    (tmp_path / "data").mkdir()
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 20, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "data/0.png")
+    squares = read(tmp_path / "data/0.png").square().mean(0).numpy()
+    for sigma, blur in ((None, 1.0), (2.5, 2.5)):
+        settings = QUICK.model_copy(update={"blur_px": sigma})
+        find_anomalies(nothing, tmp_path / "data", settings, out=tmp_path / "out")
+        (row,) = pq.read_table(tmp_path / "out/images.parquet").to_pylist()
+        expected = gaussian_filter(squares, blur, mode="nearest", truncate=3.0).max()
+        assert row["pixel_max"] == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_normal_images_have_their_own_split_and_no_limit(grays, tmp_path):
+    for split, levels in (("train", range(130, 140)), ("validation", range(140, 146))):
+        save(tmp_path / "normal" / split, list(levels))
+    settings = {"normal": str(tmp_path / "normal"), "limit": 3, "false_positive_rate": 0.2}
+    for split, count in ((None, 6), ("train", 10)):
+        chosen = QUICK.model_copy(update=settings | {"normal_split": split})
+        result = find_anomalies(nothing, grays / "test/bad", chosen)
+        assert result["normal"]["thresholds_from"] == count and result["data"]["num_images"] == 3
 
 
 def test_unreadable_images_are_skipped_up_to_a_fraction(grays, tmp_path):
@@ -173,6 +208,16 @@ def test_pasted_defects_are_found_where_they_are(tmp_path):
         assert picture.size == (20, 16)
 
 
+def test_intervals_of_pasted_defects_are_of_pairs(grays, tmp_path):
+    result = find_anomalies(nothing, grays, QUICK.model_copy(update={"defects": True}), out=tmp_path)
+    rows = pq.read_table(tmp_path / "images.parquet").to_pylist()
+    without, with_defect = (
+        np.array([row["pixel_mean"] for row in rows if row["abnormal"] == kind]) for kind in (False, True)
+    )
+    paired, apart = (auroc_interval(without, with_defect, paired=paired) for paired in (True, False))
+    assert result["scores"]["pixel_mean"]["interval"] == pytest.approx(paired) != pytest.approx(apart)
+
+
 def test_lpips_is_scored_where_it_is_at_hand(grays, lpips_vgg, tmp_path):
     settings = QUICK.model_copy(update={"lpips": "vgg", "defects": True})
     result = find_anomalies(nothing, grays / "normal", settings, out=tmp_path)
@@ -193,6 +238,7 @@ def test_lpips_is_scored_where_it_is_at_hand(grays, lpips_vgg, tmp_path):
         (["normal=nowhere/at/all"], "normal: DATA: no such file or folder: nowhere/at/all"),
         (["lpips=alex"], "needs sides of 31 px and bad/00.png has 20 x 16; set resize_px, lpips=vgg, or lpips=null"),
         (["lpips=null", "rank_by=lpips_max"], "lpips_max will not be measured; there are pixel_mean, pixel_max"),
+        (["lpips=null", "rank_by=negative_elbo"], "pixel_max; an ELBO needs normal=DATA and one Gaussian posterior"),
         (["false_positive_rate=0"], "false_positive_rate"),
     ],
 )

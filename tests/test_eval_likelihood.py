@@ -266,6 +266,14 @@ def test_batches_change_nothing(model: str, photos: str, tmp_path: Path) -> None
         assert one["name"] == other["name"]
         for key in ("elbo", "importance_bound", "rate", "distortion", "effective_samples"):
             assert one[key] == pytest.approx(other[key], rel=1e-5)
+    reseeded = measure_likelihood(model, photos, settings.model_copy(update={"seed": 1}), out=tmp_path / "seed")
+    for one, other in zip(found[0], rows_of(tmp_path / "seed"), strict=True):
+        assert one["rate"] == pytest.approx(other["rate"]) and one["distortion"] != other["distortion"]
+    effective = [row["effective_samples"] for row in rows_of(tmp_path / "seed")]
+    assert max(effective) > reseeded["effective_samples"]["median"] == pytest.approx(np.median(effective))
+    titles = [finding["name"] for finding in reseeded["findings"]]
+    known = reseeded["metrics"]["importance_bound"]["bits_per_dimension"]["mean"]
+    assert ("No better than guessing" in titles) is (known >= 8)
 
 
 class TwoLevels(AutoencoderKL):
@@ -294,7 +302,9 @@ def test_levels_are_told_apart(images: Path, tmp_path: Path) -> None:
     for size, other in zip(found["curve"][1:], known["curve"][1:], strict=True):
         assert size["nats_per_image"] == pytest.approx(other["nats_per_image"], rel=1e-5)
     levels = [level["nats_per_image"]["mean"] for level in found["metrics"]["rate_levels"]]
-    assert sum(levels) == pytest.approx(found["metrics"]["rate"]["nats_per_image"]["mean"])
+    nats = {key: found["metrics"][key]["nats_per_image"]["mean"] for key in ("elbo", "distortion", "rate")}
+    assert sum(levels) == pytest.approx(nats["rate"])
+    assert nats["elbo"] == pytest.approx(-nats["distortion"] - nats["rate"], rel=1e-9)
     rates = draw(plain, read(images).float().view(-1, *IMAGE), None).rates[0].double()
     noise = torch.stack([posterior_noise(0, range(7), LATENT, number)[:, 0] for number in range(64)]).double()
     expected = rates[:, 0].sum((1, 2)).mean() + noise.sum((2, 3)).mean()
@@ -386,6 +396,7 @@ def test_mistakes_are_named(
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad/damaged.png").write_bytes(b"no image")
     assert "damaged.png" in complaint("likelihood=logistic", "scale=0.1", data=str(tmp_path / "bad"))
+    assert "holds one image, and scale=fit needs two" in complaint("scale=fit", "limit=1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert "runs on one process, and 2 were launched" in complaint()
 

@@ -19,6 +19,7 @@ from latent_ae.config import UserError
 from latent_ae.perceptual import LPIPS
 from latent_ae_eval.command import default_folder
 from latent_ae_eval.config import ReconSettings
+from latent_ae_eval.labels import short_name
 from latent_ae_eval.recon import evaluate_reconstruction
 
 from .inception import random_inception
@@ -185,12 +186,31 @@ def test_the_command_prints_one_json_document_and_writes_files(model, photos, tm
 
 
 def test_files_go_into_a_folder_named_after_the_run_by_default(tmp_path):
+    (tmp_path / "pipeline").mkdir()
+    (tmp_path / "pipeline" / "model_index.json").touch()
     for location, name in (
         (str(tmp_path / "runs" / "mine" / "export"), "recon-mine"),
         ("user/some-vae", "recon-some-vae"),
         (f"{tmp_path}/model/", "recon-model"),
+        (str(tmp_path / "runs" / "vae"), "recon-vae"),
+        (str(tmp_path / "runs" / "vae" / "export"), "recon-vae"),
+        (str(tmp_path / "pipeline" / "vae"), "recon-pipeline"),
+        ("user/vae", "recon-vae"),
     ):
         assert default_folder("recon", location) == Path(name)
+
+
+def test_short_names_say_which_model():
+    for location, name in (
+        ("runs/mine/export", "mine"),
+        ("user/some-vae", "some-vae"),
+        ("./runs/vae", "runs/vae"),
+        ("runs/vae/export", "runs/vae"),
+        ("/models/sd15/vae/", "sd15/vae"),
+        ("vae", "vae"),
+        ("", "other"),
+    ):
+        assert short_name(location, "other") == name
 
 
 def test_an_unreadable_image_is_named_and_too_many_are_an_error(model, photos, tmp_path, capsys):

@@ -7,12 +7,17 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+import torch
+from diffusers import AutoencoderKL
 from PIL import Image
 from scipy.stats import entropy as scipy_entropy
 
 from latent_ae.__main__ import main
 from latent_ae.config import ModelSettings, UserError
+from latent_ae.images import picture_grid
 from latent_ae.models import build_autoencoder
 from latent_ae.shapes import FACTORS, draw_shape, write_shapes
 from latent_ae_eval.factors import factors
@@ -166,8 +171,23 @@ def test_whole(model: str, shapes: Path, tmp_path: Path, capsys: pytest.CaptureF
     active = result["active_dimensions"]
     assert active and active == [d for d, v in enumerate(result["variances"]) if v > 0.01]
     assert result["traversed"]["image"] == 17 and sorted(result["traversed"]["dimensions"]) == active
-    picture = Image.open(out / "traversals.png")
-    assert picture.width > 3 * 128 and picture.height > len(active) * 128
+    shown = result["traversed"]["dimensions"]
+    assert shown == sorted(active, key=lambda d: -result["variances"][d])
+    with torch.no_grad():
+        vae = AutoencoderKL.from_pretrained(model).eval()
+        image = torch.from_numpy(draw_shape(ALL[17], COUNTS) / 127.5 - 1).float()[None, None]
+        everything = torch.from_numpy(np.stack([draw_shape(values, COUNTS) for values in ALL]) / 127.5 - 1).float()
+        means = vae.encode(everything[:, None]).latent_dist.mean.flatten(1).numpy()
+        assert result["variances"] == pytest.approx(means.var(0), rel=1e-3)
+        latent, rows = vae.encode(image).latent_dist.mean.repeat(3, 1, 1, 1), []
+        for d in shown:
+            moved = latent.clone()
+            moved[:, d, 0, 0] = torch.tensor([-2.0, 0.0, 2.0])
+            rows.append(list(vae.decode(moved).sample.clamp(-1, 1)))
+    names = [", ".join(n for n, best in result["mean"]["dimensions"].items() if best == d) for d in shown]
+    labels = [f"{d}: {name}" if name else str(d) for d, name in zip(shown, names, strict=True)]
+    expected = picture_grid(rows, ["-2.0", "+0.0", "+2.0"], row_labels=labels, largest_px=128)
+    assert np.abs(np.asarray(Image.open(out / "traversals.png"), int) - np.asarray(expected, int)).max() <= 1
     page = (out / "report.html").read_text()
     assert "MIG of the mean" in page and page.count("<svg") == 2 and "dimension" in page
     # the means alone do not depend on the seed, nor either on the batch
@@ -177,6 +197,18 @@ def test_whole(model: str, shapes: Path, tmp_path: Path, capsys: pytest.CaptureF
     same = factors(model, shapes, FactorsSettings(num_workers=0, batch_size=144))
     assert list(same["data"]["factors"]) == NAMES
     assert same["sample"]["gaps"]["y"] == pytest.approx(result["sample"]["gaps"]["y"])
+
+
+def test_an_unreadable_image_takes_its_labels_with_it(model: str, shapes: Path, tmp_path: Path) -> None:
+    table = pq.read_table(shapes)
+    rows = table.to_pylist()
+    pq.write_table(pa.Table.from_pylist(rows[:3] + rows[4:], table.schema), tmp_path / "without.parquet")
+    rows[3]["image"]["bytes"] = b"no image"
+    pq.write_table(pa.Table.from_pylist(rows, table.schema), tmp_path / "damaged.parquet")
+    settings = FactorsSettings(num_workers=0, max_bad_fraction=0.1)
+    found, known = (factors(model, tmp_path / f"{name}.parquet", settings) for name in ("damaged", "without"))
+    assert len(found["data"]["skipped"]) == 1 and found["data"]["images"] == 143
+    assert found["mean"]["mutual_information"] == known["mean"]["mutual_information"]
 
 
 def test_what_has_no_factors_is_refused(model: str, shapes: Path, tmp_path: Path) -> None:
@@ -199,5 +231,5 @@ def test_what_has_no_factors_is_refused(model: str, shapes: Path, tmp_path: Path
     config = {"encoder_block_out_channels": [8, 8], "decoder_block_out_channels": [8, 8]}
     config |= {"num_encoder_blocks": [1, 1], "num_decoder_blocks": [1, 1]}
     tiny = build_autoencoder(ModelSettings(kind="AutoencoderTiny", config=config), sample_size=32)
-    with pytest.raises(UserError, match="AutoencoderTiny has none"):
+    with pytest.raises(UserError, match="a posterior that is one Gaussian, and AutoencoderTiny has none"):
         factors(tiny, shapes, FactorsSettings(num_workers=0))

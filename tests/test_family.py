@@ -13,6 +13,9 @@ from safetensors.torch import load_file
 from latent_ae.__main__ import main
 from latent_ae.codebook import code_counts, codebook_loss, perplexity, quantised
 from latent_ae.first_stages import class_of, load_first_stage, module_of
+from latent_ae_train.micro_batch import MicroBatch
+from latent_ae_train.revival import revive_codes
+from tests.tiny import build_step, micro_batches, settings_for
 
 from .launch import launch_module
 from .test_train import differing_tensors, largest_difference, no_finish, pictures, words
@@ -124,6 +127,31 @@ def test_reviving_puts_more_codes_to_use(pictures: Path, tmp_path: Path) -> None
         events = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
         used.append([event for event in events if event["event"] == "train"][-1]["codebook_used"])
     assert used[1] > 2 * used[0] and used[1] > 0.5
+
+
+def test_a_code_starts_again_after_so_many_steps_without_use() -> None:
+    settings = settings_for(model={"kind": "VQModel", "config": SHAPES["VQModel"]}, loss={"revive_after": 2})
+    step = build_step(settings)
+    images = next(micro_batches(0, settings)).images
+    step(0, iter([MicroBatch(images, torch.zeros(8, 3, 8, 8), slice(None), None)]))
+    codebook, moments = step.bare_reconstructor.codebook, step.optimizer.state[step.bare_reconstructor.codebook]
+    step.state.code_age.zero_()
+    moments["exp_avg"].fill_(1.0)
+    before = codebook.detach().clone()
+    good, bad = torch.tensor(False), torch.tensor(True)
+    always, once = torch.eye(32)[0], torch.eye(32)[:2].sum(0)
+    for number, counts in enumerate((always, once), start=1):
+        revive_codes(step, number, counts, good)
+        assert torch.equal(codebook, before)
+    revive_codes(step, 3, always, bad)
+    assert torch.equal(codebook, before) and step.state.code_age.tolist() == [0, 0] + [2] * 30
+    revive_codes(step, 3, always, good)
+    assert step.state.code_age.tolist() == [0, 1] + [0] * 30
+    assert torch.equal(codebook[:2], before[:2]) and (codebook[2:] != before[2:]).any(1).all()
+    assert step.fresh_codes is not None and step.fresh_codes.shape == (64, 3)
+    assert (codebook[2:, None] == step.fresh_codes).all(2).any(1).all(), "each is a latent of the step's first sample"
+    assert len(codebook[2:].unique(dim=0)) > 10
+    assert (moments["exp_avg"][:2] == 1).all() and not moments["exp_avg"][2:].any()
 
 
 def test_codes_are_those_of_diffusers() -> None:

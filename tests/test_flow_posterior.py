@@ -81,7 +81,7 @@ def test_layers_are_undone_by_their_own_networks(side: int) -> None:
     context = torch.cat([moments.mean, moments.logvar], 1)
     z0 = moments.mean + moments.std * noise_for(images)
     latent = model.draw(images, noise_for(images)).latent
-    touched = torch.zeros_like(z0[0])
+    touched, masks = torch.zeros_like(z0[0]), set[tuple[float, ...]]()
     for coupling in reversed(model.flow):
         kept = coupling.mask(latent)
         # of what is kept alone, so that the rest cannot have had a say
@@ -89,10 +89,12 @@ def test_layers_are_undone_by_their_own_networks(side: int) -> None:
         shift = moved - kept * latent
         latent = kept * latent + (1 - kept) * (latent - shift) * torch.exp(-log_scale)
         touched += 1 - kept
+        masks.add(tuple(kept.flatten().tolist()))
         assert 0 < kept.sum() < kept.numel() and not (kept * log_scale).any()
     assert not torch.allclose(latent, model.draw(images, noise_for(images)).latent, atol=1e-2)
     torch.testing.assert_close(latent, z0, atol=1e-4, rtol=1e-4)
     assert (touched == 2).all(), "of four layers each value is moved by two"
+    assert len(masks) == (2 if side == 2 else 4), "a single place has no checkerboard"
 
 
 def test_the_gradient_is_that_of_the_sampled_kl() -> None:

@@ -41,8 +41,9 @@ def test_parallel_opposite_and_zero_ends_are_joined_by_a_line(b):
     torch.testing.assert_close(linear(a, b, t), torch.stack([a + s * (b - a) for s in t]))
 
 
-def test_the_paths_are_those_of_the_centred_latents(model, photos, tmp_path):
-    settings = QUICK.model_copy(update={"images": (3, "größe <0>.png"), "crop_px": 32})
+@pytest.mark.parametrize("centred", ["channels", "none"])
+def test_the_paths_are_those_of_the_centred_latents(model, photos, tmp_path, centred):
+    settings = QUICK.model_copy(update={"images": (3, "größe <0>.png"), "crop_px": 32, "centre": centred})
     result = interpolate(model, photos, settings, out=tmp_path)
     assert result["data"]["images"] == ["größe <3>.png", "größe <0>.png"] and len(result["pairs"]) == 1
     autoencoder = tiny_autoencoder().eval()
@@ -55,7 +56,7 @@ def test_the_paths_are_those_of_the_centred_latents(model, photos, tmp_path):
         with torch.no_grad():
             ends.append(autoencoder.encode(pixels.permute(2, 0, 1)[None] / 127.5 - 1).latent_dist.mean[0].double())
     a, b = ends
-    centre = torch.stack(ends).mean((0, 2, 3)).view(-1, 1, 1)
+    centre = torch.stack(ends).mean((0, 2, 3)).view(-1, 1, 1) * (centred == "channels")
     a, b = a - centre, b - centre
     omega = math.acos(float((a * b).sum() / a.norm() / b.norm()))
     assert result["pairs"][0]["latents"]["angle_degrees"] == pytest.approx(math.degrees(omega), rel=1e-4)
@@ -84,6 +85,7 @@ def test_the_animation_goes_there_and_back(model, photos, tmp_path):
         return float((frames[i] - frames[j]).abs().mean())
 
     assert all(apart(3 - i, 5 + i) < 1.5 < apart(i, 4) for i in range(3))  # the way back shows the way there
+    assert 1.5 * apart(0, 1) < apart(1, 2), "slower near the images"
     assert (tmp_path / "report.html").read_text().count("data:image/webp") == 1
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -18,6 +19,8 @@ from latent_ae.classifiers import logistic_regression, nearest
 from latent_ae.config import UserError
 from latent_ae_eval.job_config import ProbeSettings
 from latent_ae_eval.probe import _draws, probe
+from latent_ae_eval.probe_features import add_components
+from latent_ae_eval.shards import FeatureFile
 
 from .test_eval_recon import model, tiny_autoencoder
 
@@ -141,6 +144,52 @@ def test_neighbours_of_latents_are_those_of_a_direct_computation(model, tables, 
                 assert near["draws"][draw] == pytest.approx(((votes > 0.5) == truth).mean(), abs=0.03)
 
 
+def test_l2_is_chosen_on_a_part_of_the_labels_and_all_are_fitted(model, tables):
+    settings = ProbeSettings(label_column="coin", **QUICK | {"l2": (1e-4, 1e-2, 1.0)})
+    found = probe(model, tables, settings)["features"]["pixels"]["logistic"]
+    parts = {}
+    for name in ("train", "test"):
+        rows = pq.read_table(f"{tables}/{name}.parquet").to_pylist()
+        images = np.stack([np.asarray(Image.open(io.BytesIO(row["image"]["bytes"]))) for row in rows])
+        parts[name] = images.reshape(len(rows), -1) / 127.5 - 1, np.array([row["coin"] for row in rows])
+    drawn = _draws(parts["train"][1], ["0", "1"], settings)
+    pool = parts["train"][0][np.unique(np.concatenate([rows for draw in drawn for rows in draw]))]
+    centre, scale = pool.mean(0), np.sqrt(np.square(pool - pool.mean(0)).sum(1).mean())
+
+    def fitted(rows: np.ndarray, l2: float, queries: np.ndarray) -> np.ndarray:
+        x, y = torch.from_numpy((parts["train"][0][rows] - centre) / scale), torch.from_numpy(parts["train"][1][rows])
+        weights = logistic_regression(x, y, 2, l2)
+        return (torch.from_numpy((queries - centre) / scale) @ weights[:-1] + weights[-1]).argmax(1).numpy()
+
+    for draw, chosen in enumerate(drawn):
+        for size, rows in zip((5, 15), chosen, strict=True):
+            held = np.arange(2 * size) % size < size // 5
+            accuracies = {
+                l2: (fitted(rows[~held], l2, parts["train"][0][rows[held]]) == parts["train"][1][rows[held]]).mean()
+                for l2 in settings.l2
+            }
+            best = max(settings.l2, key=lambda l2: (accuracies[l2], l2))
+            assert found[str(size)]["l2"][draw] == best
+            right = (fitted(rows, best, parts["test"][0]) == parts["test"][1]).mean()
+            assert found[str(size)]["draws"][draw] == pytest.approx(right, abs=0.02)
+
+
+@pytest.mark.parametrize("count, size", [(40, 12), (12, 40)])
+def test_components_are_those_of_numpys_svd(tmp_path, count, size):
+    rng = np.random.default_rng(0)
+    parts = [(rng.normal(size=(n, size)) * np.arange(1, size + 1) + 5).astype(np.float32) for n in (count, 9)]
+    files = [{name: FeatureFile(tmp_path / f"{n}{name}") for name in ("pixels", "latent")} for n in (0, 1)]
+    for part, file in zip(parts, files, strict=True):
+        file["pixels"].append(part)
+        file["latent"].append(part[:, :4])
+    add_components(tmp_path, files)
+    mean = parts[0].mean(0, dtype=np.float64)
+    directions = np.linalg.svd(parts[0] - mean)[2][:4]
+    for part, file in zip(parts, files, strict=True):
+        made = file["pixels_pca"].rows(np.arange(len(part)))[:, ::-1]
+        np.testing.assert_allclose(np.abs(made), np.abs((part - mean) @ directions.T), rtol=1e-4, atol=1e-3)
+
+
 def test_a_coin_cannot_be_read_and_the_same_seed_gives_the_same_figures(model, tables):
     settings = ProbeSettings(label_column="coin", **QUICK)
     first, second = probe(model, tables, settings), probe(model, tables, settings)
@@ -160,6 +209,8 @@ def test_folders_are_classes_and_part_of_them_is_tested_on(model, tmp_path):
             Image.fromarray(pixels).save(tmp_path / name / f"{number}.png")
     (tmp_path / "light" / "damaged.png").write_bytes(b"no image")
     settings = ProbeSettings(**QUICK | {"labels_per_class": (4,), "test_fraction": 0.4, "max_bad_fraction": 0.2})
+    few = probe(model, str(tmp_path), settings.model_copy(update={"limit": 3}))
+    assert few["data"]["test_images"] + len(few["data"]["skipped"]) == 3
     result = probe(model, str(tmp_path), settings)
     assert result["data"]["labels_from"] == "names of folders" and result["data"]["classes"] == ["dark", "light"]
     assert result["data"]["test_images"] == 9 and len(result["data"]["skipped"]) == 1

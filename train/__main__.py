@@ -17,7 +17,9 @@ def main(argv: list[str] | None = None) -> int:
         epilog="example: latent-ae train quickstart data.source=/my/photos output_dir=runs/mine steps=2000",
     )
     parser.add_argument("config", help=f"a YAML file, or a recipe: {', '.join(recipe_names())}")
-    parser.add_argument("override", nargs="*", metavar="key=value", help="changes a setting, e.g. optim.lr=1e-4")
+    parser.add_argument(
+        "override", nargs="*", default=[], metavar="key=value", help="changes a setting, e.g. optim.lr=1e-4"
+    )
     parser.add_argument("--dry-run", action="store_true", help="print the resolved settings and the plan, then stop")
     arguments = parser.parse_intermixed_args(argv)
     settings = load_settings(TrainSettings, arguments.config, arguments.override)
