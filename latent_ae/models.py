@@ -154,8 +154,6 @@ def _of_another_class(settings: ModelSettings, sample_size: int, seed: int) -> M
             raise UserError(
                 f"model.config: {settings.kind} refuses it: {' '.join(str(error).split())[:300]}"
             ) from error
-    if hasattr(autoencoder.decoder, "condition_encoder"):  # of masks, which a first stage is not given
-        autoencoder.decoder.condition_encoder.requires_grad_(False)
     return autoencoder
 
 

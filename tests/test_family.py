@@ -12,10 +12,14 @@ from safetensors.torch import load_file
 
 from latent_ae.__main__ import main
 from latent_ae.codebook import code_counts, codebook_loss, perplexity, quantised
+from latent_ae.config import ModelSettings
 from latent_ae.first_stages import class_of, load_first_stage, module_of
+from latent_ae.models import Reconstructor, build_autoencoder, factor_of, latent_channels_of
+from latent_ae_train.networks import starting_autoencoder
 
 from .launch import launch_module
 from .test_train import differing_tensors, largest_difference, no_finish, pictures, words
+from .tiny import SIDE, settings_for
 
 __all__ = ["no_finish", "pictures"]  # fixtures
 BLOCKS = {"down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2}
@@ -170,3 +174,22 @@ def test_mistakes_are_said(
 ) -> None:
     assert main(family_words(pictures, tmp_path / "run", "VQModel", word)) == 2
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", SHAPES)
+def test_what_init_from_brings_learns_as_a_fresh_one_does(tmp_path: Path, kind: str) -> None:
+    """Several processes wait for the gradient of every weight that asks for one."""
+    model = ModelSettings(kind=kind, config=SHAPES[kind])
+    build_autoencoder(model, sample_size=SIDE).save_pretrained(tmp_path)
+    fresh, brought = (
+        starting_autoencoder(settings_for(**change))
+        for change in ({"model": model.model_dump()}, {"model": ModelSettings().model_dump(), "init_from": str(tmp_path)})
+    )
+    learning = [name for name, weight in brought.named_parameters() if weight.requires_grad]
+    assert learning == [name for name, weight in fresh.named_parameters() if weight.requires_grad]
+    images = torch.rand(2, 3, SIDE, SIDE)
+    noise = torch.randn(2, latent_channels_of(brought), *2 * [SIDE // factor_of(brought)])
+    result = Reconstructor(brought)(images, noise)
+    codes = (result.codes.vectors.sum(),) if result.codes is not None else ()
+    torch.autograd.backward([result.image.sum(), *codes])
+    assert [name for name, weight in brought.named_parameters() if weight.grad is not None] == learning

@@ -56,7 +56,7 @@ def _place_of_weights(name: str) -> str:
 
 
 def freeze_part(autoencoder: ModelMixin, settings: TrainSettings) -> None:
-    """Takes the gradient from what `train` leaves fixed."""
+    """Takes the gradient from what `train` leaves fixed, and from what no image reaches."""
     encoder = ("encoder", "quant_conv", "quantize", "flow")
     fixed = {"all": (), "decoder": encoder, "encoder": ("decoder", "post_quant_conv")}
     for name in fixed[settings.train]:
@@ -64,6 +64,8 @@ def freeze_part(autoencoder: ModelMixin, settings: TrainSettings) -> None:
             part.requires_grad_(False)
 
 
+    if hasattr(autoencoder.decoder, "condition_encoder"):  # of masks, which a first stage is not given
+        autoencoder.decoder.condition_encoder.requires_grad_(False)
 def starting_discriminator(settings: TrainSettings, channels: int) -> PatchDiscriminator:
     """A fresh discriminator for images of `channels` channels, or the one of the checkpoint gan.init_from."""
     gan = settings.gan
