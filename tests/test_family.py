@@ -15,7 +15,7 @@ from latent_ae.codebook import code_counts, codebook_loss, perplexity, quantised
 from latent_ae.config import ModelSettings
 from latent_ae.first_stages import class_of, load_first_stage, module_of
 from latent_ae.models import Reconstructor, build_autoencoder, factor_of, latent_channels_of
-from latent_ae_train.networks import starting_autoencoder
+from latent_ae_train.networks import compile_networks, starting_autoencoder
 
 from .launch import launch_module
 from .test_train import differing_tensors, largest_difference, no_finish, pictures, words
@@ -193,3 +193,16 @@ def test_what_init_from_brings_learns_as_a_fresh_one_does(tmp_path: Path, kind: 
     codes = (result.codes.vectors.sum(),) if result.codes is not None else ()
     torch.autograd.backward([result.image.sum(), *codes])
     assert [name for name, weight in brought.named_parameters() if weight.grad is not None] == learning
+
+
+@pytest.mark.parametrize("kind", SHAPES)
+def test_every_class_has_blocks_that_compile(kind: str) -> None:
+    """Or `compile` would be a word without a meaning there."""
+    network = build_autoencoder(ModelSettings(kind=kind, config=SHAPES[kind]), sample_size=SIDE)
+    compile_networks(network, None)
+    for part in (network.encoder, network.decoder):
+        compiled = [module for module in part.modules() if module._compiled_call_impl is not None]
+        within = {id(weight) for module in compiled for weight in module.parameters()}
+        weights = [weight for weight in part.parameters() if weight.requires_grad]
+        inside = sum(weight.numel() for weight in weights if id(weight) in within)
+        assert inside > 0.5 * sum(weight.numel() for weight in weights)

@@ -8,6 +8,8 @@ import torch._dynamo
 import torch._functorch.config as functorch_config
 from diffusers import ModelMixin
 from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.autoencoders.autoencoder_dc import EfficientViTBlock, ResBlock
+from diffusers.models.autoencoders.vae import AutoencoderTinyBlock
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -26,6 +28,9 @@ from .total_correlation import LARGEST, TotalCorrelation
 
 
 def starting_autoencoder(settings: TrainSettings) -> ModelMixin:
+BLOCKS = (ResnetBlock2D, AutoencoderTinyBlock, ResBlock, EfficientViTBlock)
+"""Of which the autoencoders are made, and what `compile` compiles."""
+
     """A fresh autoencoder of model.*, or the one that init_from names; what does not learn is frozen.
 
     Raises UserError when the latter does not go with the other settings.
@@ -97,7 +102,7 @@ def starting_total_correlation(settings: TrainSettings, dimensions: int) -> Tota
 
 
 def compile_networks(autoencoder: ModelMixin, discriminator: PatchDiscriminator | None) -> None:
-    """Compiles the autoencoder's residual blocks and the discriminator in place; names of weights do not change.
+    """Compiles the autoencoder's blocks (BLOCKS) and the discriminator in place; names of weights do not change.
 
     Only blocks: the decoder's last layer stays outside, so that the adaptive weight's gradient of it alone does not run
     a compiled backward of the whole decoder, and equal blocks share their code.
@@ -107,7 +112,7 @@ def compile_networks(autoencoder: ModelMixin, discriminator: PatchDiscriminator 
     # one code object serves every block, and each shape of block is a variant of it
     torch._dynamo.config.recompile_limit = max(128, torch._dynamo.config.recompile_limit)
     for module in autoencoder.modules():
-        if isinstance(module, ResnetBlock2D):
+        if isinstance(module, BLOCKS):
             module.compile()
     if discriminator is not None:
         discriminator.compile()
