@@ -206,3 +206,35 @@ def test_every_class_has_blocks_that_compile(kind: str) -> None:
         weights = [weight for weight in part.parameters() if weight.requires_grad]
         inside = sum(weight.numel() for weight in weights if id(weight) in within)
         assert inside > 0.5 * sum(weight.numel() for weight in weights)
+
+
+IN_VAIN = [
+    ("AutoencoderTiny", "loss.kl_target=0.1", "loss.kl_target: shapes a KL term, and this AutoencoderTiny has no post"),
+    ("AutoencoderDC", "loss.kl_capacity=2", "loss.kl_capacity: shapes a KL term, and this AutoencoderDC has no"),
+    ("VQModel", "loss.free_bits=0.1", "loss.free_bits: shapes a KL term, and this VQModel has no posterior"),
+    ("VQModel", "gradient_checkpointing=true", "gradient_checkpointing: diffusers has none for this VQModel"),
+    ("AutoencoderDC", "gradient_checkpointing=true", "gradient_checkpointing: diffusers has none for this Auto"),
+    ("AsymmetricAutoencoderKL", "gradient_checkpointing=true", "gradient_checkpointing: diffusers has none for this As"),
+    ("FlowAutoencoderKL", "loss.kl_capacity=2", "loss.kl_capacity: the rates of this FlowAutoencoderKL are of single"),
+    ("HierarchicalVAE", "loss.commitment=1", "loss.commitment: is for a codebook, which this HierarchicalVAE has not"),
+    ("AutoencoderTiny", "loss.revive_after=5", "loss.revive_after: is for a codebook, which this AutoencoderTiny has"),
+    ("AutoencoderKLFlux2", "model.config={in_channels: 1}", "model.config: in_channels is 1 and out_channels 3"),
+]
+
+
+@pytest.mark.parametrize(("kind", "word", "said"), IN_VAIN)
+def test_what_means_nothing_to_a_class_is_refused_before_anything_is_written(
+    pictures: Path, tmp_path: Path, kind: str, word: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = family_words(pictures, tmp_path / "run", kind, word)
+    for more in ([], ["--dry-run"]):
+        assert main([*command, *more]) == 2
+        assert said in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_plan_of_a_class_without_a_posterior_has_no_kl_term(
+    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*family_words(pictures, tmp_path / "run", "AutoencoderTiny"), "--dry-run"]) == 0
+    assert "KL:            off" in capsys.readouterr().out
