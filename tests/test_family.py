@@ -183,7 +183,10 @@ def test_what_init_from_brings_learns_as_a_fresh_one_does(tmp_path: Path, kind: 
     build_autoencoder(model, sample_size=SIDE).save_pretrained(tmp_path)
     fresh, brought = (
         starting_autoencoder(settings_for(**change))
-        for change in ({"model": model.model_dump()}, {"model": ModelSettings().model_dump(), "init_from": str(tmp_path)})
+        for change in (
+            {"model": model.model_dump()},
+            {"model": ModelSettings().model_dump(), "init_from": str(tmp_path)},
+        )
     )
     learning = [name for name, weight in brought.named_parameters() if weight.requires_grad]
     assert learning == [name for name, weight in fresh.named_parameters() if weight.requires_grad]
@@ -214,7 +217,11 @@ IN_VAIN = [
     ("VQModel", "loss.free_bits=0.1", "loss.free_bits: shapes a KL term, and this VQModel has no posterior"),
     ("VQModel", "gradient_checkpointing=true", "gradient_checkpointing: diffusers has none for this VQModel"),
     ("AutoencoderDC", "gradient_checkpointing=true", "gradient_checkpointing: diffusers has none for this Auto"),
-    ("AsymmetricAutoencoderKL", "gradient_checkpointing=true", "gradient_checkpointing: diffusers has none for this As"),
+    (
+        "AsymmetricAutoencoderKL",
+        "gradient_checkpointing=true",
+        "gradient_checkpointing: diffusers has none for this As",
+    ),
     ("FlowAutoencoderKL", "loss.kl_capacity=2", "loss.kl_capacity: the rates of this FlowAutoencoderKL are of single"),
     ("HierarchicalVAE", "loss.commitment=1", "loss.commitment: is for a codebook, which this HierarchicalVAE has not"),
     ("AutoencoderTiny", "loss.revive_after=5", "loss.revive_after: is for a codebook, which this AutoencoderTiny has"),
