@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch._dynamo
 import torch._functorch.config as functorch_config
-from diffusers import ModelMixin
+from diffusers import AutoencoderTiny, ModelMixin
 from diffusers.models.autoencoders.autoencoder_dc import EfficientViTBlock, ResBlock
 from diffusers.models.autoencoders.vae import AutoencoderTinyBlock
 from diffusers.models.resnet import ResnetBlock2D
@@ -153,9 +153,12 @@ def refuse_misfit(autoencoder: ModelMixin, settings: TrainSettings) -> None:
     problems = settings.hierarchy_problems(factor) if latent == "hierarchy" else ()
     for problem in [*settings.size_problems(factor), *problems, *_misfits_of_latents(latent, name, settings)]:
         raise UserError(f"{problem.key}: {problem.message}")
-    if settings.gradient_checkpointing and not autoencoder._supports_gradient_checkpointing:
+    # AutoencoderTiny's encoder forgets to scale its images when it checkpoints (diffusers 0.42)
+    if settings.gradient_checkpointing and (
+        not autoencoder._supports_gradient_checkpointing or isinstance(autoencoder, AutoencoderTiny)
+    ):
         raise UserError(
-            f"gradient_checkpointing: diffusers has none for {name} ({kind}): set it to false; a smaller "
+            f"gradient_checkpointing: diffusers has none that is right for {name} ({kind}): set it to false; a smaller "
             "micro_batch_size saves memory, too"
         )
     least, latent_channels = settings.latents.min_channels, latent_channels_of(autoencoder)
