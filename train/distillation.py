@@ -73,7 +73,10 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor, noise: Tensor) -> Drawn:
-        """Its posterior's mean (behind a flow and in levels the mode) and a sample with `noise`, scaled, for NCHW images in [-1, 1]; float32."""
+        """The mean of its posterior (the mode, where that is no Gaussian) and a sample with `noise`, scaled; float32.
+
+        Of NCHW images in [-1, 1].
+        """
         drawn = draw(self.module, images, noise)
         # where the posterior is no Gaussian, the mode stands for its mean, and not one sample
         mode = draw(self.module, images, None).mean if drawn.rates and drawn.logvar is None else drawn.mean
