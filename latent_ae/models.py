@@ -87,18 +87,23 @@ class Reconstructor(nn.Module):
     @property
     def last_layer(self) -> Tensor:
         """The weight of the decoder's output convolution, where the adaptive GAN weight is measured."""
-        return _last_convolution(self.autoencoder.decoder)
+        weight: Tensor = end_layers(self.autoencoder.decoder)[-1].weight
+        return weight
 
     @property
     def encoder_last_layer(self) -> Tensor:
         """The weight of the encoder's output convolution, where the adaptive alignment weight is measured."""
-        return _last_convolution(self.autoencoder.encoder)
+        weight: Tensor = end_layers(self.autoencoder.encoder)[-1].weight
+        return weight
 
 
-def _last_convolution(part: nn.Module) -> Tensor:
-    layer = part.conv_out if hasattr(part, "conv_out") else part.layers[-1]  # AutoencoderTiny's
-    weight: Tensor = layer.weight
-    return weight
+def end_layers(part: nn.Module) -> list[nn.Module]:
+    """The first and the last convolution of an encoder or decoder, as far as it has them."""
+    if hasattr(part, "layers"):  # AutoencoderTiny's
+        return [part.layers[0], part.layers[-1]]
+    layers = [getattr(part, name) for name in ("conv_in", "conv_out") if hasattr(part, name)]
+    # AutoencoderDC's may change the size, too, and hold theirs
+    return [getattr(layer, "conv", layer) for layer in layers]
 
 
 def build_autoencoder(settings: ModelSettings, *, sample_size: int, seed: int = 0) -> ModelMixin:
@@ -149,8 +154,6 @@ def _of_another_class(settings: ModelSettings, sample_size: int, seed: int) -> M
             raise UserError(
                 f"model.config: {settings.kind} refuses it: {' '.join(str(error).split())[:300]}"
             ) from error
-    if hasattr(autoencoder.decoder, "condition_encoder"):  # of masks, which a first stage is not given
-        autoencoder.decoder.condition_encoder.requires_grad_(False)
     return autoencoder
 
 

@@ -10,7 +10,8 @@ from diffusers import AutoencoderKL, AutoencoderTiny
 from safetensors.torch import load_file
 
 from latent_ae.__main__ import main
-from latent_ae.config import UserError, load_settings
+from latent_ae.config import ModelSettings, UserError, load_settings
+from latent_ae.models import build_autoencoder
 from latent_ae_train.config import TrainSettings
 from latent_ae_train.distillation import Teacher
 from latent_ae_train.networks import starting_autoencoder
@@ -211,6 +212,20 @@ def test_it_resumes_and_splits_alike_and_another_teacher_is_refused(
         assert said in capsys.readouterr().err
 
 
+def test_a_teacher_behind_a_flow_gives_its_mode_whatever_the_noise(tmp_path: Path) -> None:
+    network = build_autoencoder(
+        ModelSettings(kind="FlowAutoencoderKL", config=SHAPES["FlowAutoencoderKL"]), sample_size=16
+    )
+    network.save_pretrained(tmp_path)
+    settings = student_settings(tmp_path)
+    teacher, images = Teacher(settings, starting_autoencoder(settings)), torch.rand(2, 3, 16, 16)
+    made = [teacher(images, torch.full((2, 4, 8, 8), value)) for value in (-1.0, 1.0)]
+    with torch.no_grad():
+        mode = network.eval().encode(images).latent
+    assert torch.equal(made[0].mean, made[1].mean) and torch.allclose(made[0].mean, mode, atol=1e-6)
+    assert not torch.allclose(made[0].latent, made[1].latent, atol=0.1)
+
+
 @pytest.mark.parametrize(
     ("config", "kind", "said"),
     [
@@ -226,6 +241,8 @@ def test_it_resumes_and_splits_alike_and_another_teacher_is_refused(
         ),
         ({"in_channels": 1, "out_channels": 1}, "AutoencoderTiny", r"sees 1 channels, this AutoencoderTiny 3"),
         ({}, "VQModel", "the latents of this VQModel are codes"),
+        ({}, "FlowAutoencoderKL", "the posterior of this FlowAutoencoderKL has no mean"),
+        ({}, "HierarchicalVAE", "the posterior of this HierarchicalVAE has no mean"),
         (
             {},
             "AutoencoderKLFlux2",

@@ -12,13 +12,16 @@ from safetensors.torch import load_file
 
 from latent_ae.__main__ import main
 from latent_ae.codebook import code_counts, codebook_loss, perplexity, quantised
+from latent_ae.config import ModelSettings
 from latent_ae.first_stages import class_of, load_first_stage, module_of
+from latent_ae.models import Reconstructor, build_autoencoder, factor_of, latent_channels_of
 from latent_ae_train.micro_batch import MicroBatch
+from latent_ae_train.networks import compile_networks, starting_autoencoder
 from latent_ae_train.revival import revive_codes
-from tests.tiny import build_step, micro_batches, settings_for
 
-from .launch import launch_module
+from .launch import launch, launch_module
 from .test_train import differing_tensors, largest_difference, no_finish, pictures, words
+from .tiny import SIDE, build_step, micro_batches, settings_for
 
 __all__ = ["no_finish", "pictures"]  # fixtures
 BLOCKS = {"down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2}
@@ -198,3 +201,142 @@ def test_mistakes_are_said(
 ) -> None:
     assert main(family_words(pictures, tmp_path / "run", "VQModel", word)) == 2
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", SHAPES)
+def test_what_init_from_brings_learns_as_a_fresh_one_does(tmp_path: Path, kind: str) -> None:
+    """Several processes wait for the gradient of every weight that asks for one."""
+    model = ModelSettings(kind=kind, config=SHAPES[kind])
+    build_autoencoder(model, sample_size=SIDE).save_pretrained(tmp_path)
+    fresh, brought = (
+        starting_autoencoder(settings_for(**change))
+        for change in (
+            {"model": model.model_dump()},
+            {"model": ModelSettings().model_dump(), "init_from": str(tmp_path)},
+        )
+    )
+    learning = [name for name, weight in brought.named_parameters() if weight.requires_grad]
+    assert learning == [name for name, weight in fresh.named_parameters() if weight.requires_grad]
+    images = torch.rand(2, 3, SIDE, SIDE)
+    noise = torch.randn(2, latent_channels_of(brought), *2 * [SIDE // factor_of(brought)])
+    result = Reconstructor(brought)(images, noise)
+    codes = (result.codes.vectors.sum(),) if result.codes is not None else ()
+    torch.autograd.backward([result.image.sum(), *codes])
+    assert [name for name, weight in brought.named_parameters() if weight.grad is not None] == learning
+
+
+@pytest.mark.parametrize("kind", SHAPES)
+def test_every_class_has_blocks_that_compile(kind: str) -> None:
+    """Or `compile` would be a word without a meaning there."""
+    network = build_autoencoder(ModelSettings(kind=kind, config=SHAPES[kind]), sample_size=SIDE)
+    compile_networks(network, None)
+    for part in (network.encoder, network.decoder):
+        compiled = [module for module in part.modules() if module._compiled_call_impl is not None]
+        within = {id(weight) for module in compiled for weight in module.parameters()}
+        weights = [weight for weight in part.parameters() if weight.requires_grad]
+        inside = sum(weight.numel() for weight in weights if id(weight) in within)
+        assert inside > 0.5 * sum(weight.numel() for weight in weights)
+
+
+CANNOT_CHECKPOINT = {"VQModel", "AutoencoderTiny", "AutoencoderDC", "AsymmetricAutoencoderKL"}
+IN_VAIN = [
+    ("AutoencoderTiny", "loss.kl_target=0.1", "loss.kl_target: shapes a KL term, and this AutoencoderTiny has no post"),
+    ("AutoencoderDC", "loss.kl_capacity=2", "loss.kl_capacity: shapes a KL term, and this AutoencoderDC has no"),
+    ("VQModel", "loss.free_bits=0.1", "loss.free_bits: shapes a KL term, and this VQModel has no posterior"),
+    *(
+        (
+            kind,
+            "gradient_checkpointing=true",
+            f"gradient_checkpointing: diffusers has none that is right for this {kind}",
+        )
+        for kind in sorted(CANNOT_CHECKPOINT)
+    ),
+    ("FlowAutoencoderKL", "loss.kl_capacity=2", "loss.kl_capacity: the rates of this FlowAutoencoderKL are of single"),
+    ("HierarchicalVAE", "loss.commitment=1", "loss.commitment: is for a codebook, which this HierarchicalVAE has not"),
+    ("AutoencoderTiny", "loss.revive_after=5", "loss.revive_after: is for a codebook, which this AutoencoderTiny has"),
+    ("AutoencoderKLFlux2", "model.config={in_channels: 1}", "model.config: in_channels is 1 and out_channels 3"),
+]
+
+
+@pytest.mark.parametrize(("kind", "word", "said"), IN_VAIN)
+def test_what_means_nothing_to_a_class_is_refused_before_anything_is_written(
+    pictures: Path, tmp_path: Path, kind: str, word: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = family_words(pictures, tmp_path / "run", kind, word)
+    for more in ([], ["--dry-run"]):
+        assert main([*command, *more]) == 2
+        assert said in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_plan_of_a_class_without_a_posterior_has_no_kl_term(
+    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*family_words(pictures, tmp_path / "run", "AutoencoderTiny"), "--dry-run"]) == 0
+    assert "KL:            off" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", sorted(SHAPES.keys() - CANNOT_CHECKPOINT))
+def test_checkpointed_gradients_are_the_same(kind: str) -> None:
+    gradients = []
+    for checkpointing in (False, True):
+        model = {"kind": kind, "config": SHAPES[kind]}
+        network = starting_autoencoder(settings_for(model=model, gradient_checkpointing=checkpointing))
+        torch.manual_seed(0)
+        images = torch.rand(2, 3, SIDE, SIDE)
+        noise = torch.randn(2, latent_channels_of(network), *2 * [SIDE // factor_of(network)])
+        Reconstructor(network)(images, noise).image.square().mean().backward()
+        gradients.append([parameter.grad for parameter in network.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True) if a is not None)
+
+
+ALL_KINDS: dict[str, tuple[str, ...]] = {kind: () for kind in SHAPES} | {
+    "AutoencoderKL, capacity": ("loss.pixel=logistic", "loss.learned_logvar=true", "loss.kl=1", "loss.kl_capacity=3"),
+    "HierarchicalVAE, controlled": ("loss.pixel=gaussian", "loss.kl_target=0.3"),
+    "VQModel, revived": ("loss.revive_after=1", "gan.weight=0"),
+    "AsymmetricAutoencoderKL, brought": ("gan.weight=0",),
+}
+"""FactorVAE is refused on several processes (test_total_correlation); for distillation see test_distillation."""
+
+
+@pytest.fixture(scope="module")
+def on_two_processes(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
+    """The commands of ALL_KINDS, which have run on two processes; their folders end in `-two`."""
+    place = tmp_path_factory.mktemp("two")
+    brought = ModelSettings(kind="AsymmetricAutoencoderKL", config=SHAPES["AsymmetricAutoencoderKL"])
+    build_autoencoder(brought, sample_size=SIDE).save_pretrained(place / "brought")
+    commands = {}
+    for name, more in ALL_KINDS.items():
+        kind, run = name.partition(",")[0], place / name.replace(", ", "-")
+        short = ("steps=3", "checkpoint.every=3", "validate.every=9", "log.every=9", "optim.schedule=constant", *more)
+        if name.endswith("brought"):
+            kept = [word for word in words(pictures, run, *short) if not word.startswith("model.")]
+            commands[name] = [*kept, f"init_from={place / 'brought'}", "model={}"]
+        elif kind == "AutoencoderKL":
+            commands[name] = words(pictures, run, "gan.weight=0", *short)
+        else:
+            commands[name] = family_words(pictures, run, kind, *short)
+    twice = [[f"{word}-two" if word.startswith("output_dir=") else word for word in c] for c in commands.values()]
+    result = launch(2, Path(__file__).with_name("kinds_on_processes.py"), json.dumps(twice))
+    assert result.returncode == 0, result.stderr[-3000:]
+    return commands
+
+
+@pytest.mark.usefixtures("no_finish")
+@pytest.mark.parametrize("name", ALL_KINDS)
+def test_processes_and_passes_train_every_class_alike(on_two_processes: dict[str, list[str]], name: str) -> None:
+    command = on_two_processes[name]
+    (run,) = (Path(word.partition("=")[2]) for word in command if word.startswith("output_dir="))
+    last = "checkpoints/step-00000003"
+    assert main(command) == 0
+    assert main([*command, f"output_dir={run}-passes", "micro_batch_size=1"]) == 0
+    assert differing_networks(run / last, Path(f"{run}-two") / last) < 1e-5
+    assert differing_networks(run / last, Path(f"{run}-passes") / last) < 1e-5
+
+
+def differing_networks(a: Path, b: Path) -> float:
+    """The largest difference of a network's weights, or of the step's state, relative to its norm."""
+    files = {path.name for path in a.glob("*.safetensors")}
+    assert files == {path.name for path in b.glob("*.safetensors")} and "autoencoder.safetensors" in files
+    pairs = [[torch.cat([x.flatten() for x in load_file(f / name).values()]) for f in (a, b)] for name in files]
+    return max(float((ours - theirs).norm() / (ours.norm() + 1e-12)) for ours, theirs in pairs)

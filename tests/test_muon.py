@@ -4,8 +4,11 @@ import pytest
 import torch
 from torch import nn
 
+from latent_ae.config import ModelSettings
+from latent_ae.models import build_autoencoder
 from latent_ae_train.muon import Muon, inner_weights, orthogonalised
-from tests.tiny import GAN, build_step, micro_batches, moved, settings_for, weights
+from tests.test_family import SHAPES
+from tests.tiny import GAN, SIDE, build_step, micro_batches, moved, settings_for, weights
 
 
 @pytest.mark.parametrize("shape", [(24, 60), (60, 24), (32, 32)])
@@ -49,7 +52,42 @@ def test_muon_takes_the_inner_weights_and_adamw_the_rest() -> None:
         step(number, micro_batches(number, step.settings))
     assert moved(before, weights(step.bare_reconstructor)) >= inner
     fixed = build_step(settings_for(train="decoder")).bare_reconstructor.autoencoder
-    assert not inner_weights(fixed.encoder) and inner_weights(fixed.decoder)
+    assert inner_weights(fixed)
+    assert not {id(weight) for weight in inner_weights(fixed)} & {id(weight) for weight in fixed.encoder.parameters()}
+
+
+ENDS = {f"{part}.{name}.weight" for part in ("encoder", "decoder") for name in ("conv_in", "conv_out")}
+OUTSIDE = {
+    "VQModel": ENDS | {"quantize.embedding.weight"},
+    "AutoencoderTiny": {f"{part}.layers.{end}.weight" for part in ("encoder", "decoder") for end in ("first", "last")},
+    "HierarchicalVAE": (ENDS | {"decoder.start"}) - {"encoder.conv_out.weight", "decoder.conv_in.weight"},
+}
+
+
+@pytest.mark.parametrize("kind", SHAPES)
+def test_of_every_class_it_takes_the_inner_weights(kind: str) -> None:
+    """Neither first and last layers nor what is no linear map."""
+    network = build_autoencoder(ModelSettings(kind=kind, config=SHAPES[kind]), sample_size=SIDE)
+    inner = {id(weight) for weight in inner_weights(network)}
+    left = {name for name, weight in network.named_parameters() if weight.ndim > 1 and id(weight) not in inner}
+    if kind == "AutoencoderTiny":
+        last = {part: len(getattr(network, part).layers) - 1 for part in ("encoder", "decoder")}
+        left = {name.replace(".0.", ".first.").replace(f".{last[name[:7]]}.", ".last.") for name in left}
+    masks = {name for name in left if "condition_encoder" in name}  # get no gradient
+    assert left - masks == OUTSIDE.get(kind, ENDS)
+
+
+def test_the_published_autoencoder_dc_changes_the_size_in_its_first_and_last_layer() -> None:
+    config = SHAPES["AutoencoderDC"] | {f"{part}_layers_per_block": [0, 1] for part in ("encoder", "decoder")}
+    settings = settings_for(model={"kind": "AutoencoderDC", "config": config}, gan=GAN, optim={"kind": "muon"})
+    step = build_step(settings)
+    for number in range(2):
+        means = step(number, micro_batches(number, settings))
+    assert means["adaptive_weight"] > 0
+    ends = {"encoder.conv_in.conv", "encoder.conv_out", "decoder.conv_in", "decoder.conv_out.conv"}
+    names = {id(p): name for name, p in step.bare_reconstructor.autoencoder.named_parameters() if p.ndim > 1}
+    rest = {id(p) for p in step.optimizer.param_groups[0]["params"]}
+    assert {names[key] for key in names.keys() & rest} == {f"{name}.weight" for name in ends}
 
 
 def test_clipping_looks_at_both_optimizers_gradients() -> None:

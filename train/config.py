@@ -148,7 +148,7 @@ class TrainSettings(Settings):
     train: Literal["all", "decoder", "encoder"] = "all"
     """What learns. decoder: latents stay bit-identical, and so does the scaling of init_from's config."""
     compile: bool = False
-    """torch.compile of the residual blocks and the discriminator: minutes at the start, then faster steps."""
+    """torch.compile of the blocks and the discriminator: minutes at the start, then faster steps."""
     gradient_checkpointing: bool = False
     """Recompute the autoencoder's blocks in the backward pass: less memory, about a third more time."""
     report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()

@@ -38,6 +38,11 @@ class Teacher(nn.Module):
             raise UserError(
                 f"distillation.teacher: the latents of {kinds[1]} are codes, the teacher's are not: use another class"
             )
+        if latent in ("flow", "hierarchy"):
+            raise UserError(
+                f"distillation.teacher: the posterior of {kinds[1]} has no mean that could be drawn to the teacher's: "
+                "use another class"
+            )
         if latent == "posterior" and settings.distillation.decode == "teacher":
             raise UserError(
                 f"distillation.decode: teacher leaves the posterior's width of {kinds[1]} to chance: use own"
@@ -68,9 +73,14 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor, noise: Tensor) -> Drawn:
-        """Its posterior's mean and a sample with `noise`, scaled, for NCHW images in [-1, 1]; float32."""
+        """The mean of its posterior (the mode, where that is no Gaussian) and a sample with `noise`, scaled; float32.
+
+        Of NCHW images in [-1, 1].
+        """
         drawn = draw(self.module, images, noise)
-        mean, latent = ((z - self.shift) * self.scale for z in (drawn.mean, drawn.latent))
+        # where the posterior is no Gaussian, the mode stands for its mean, and not one sample
+        mode = draw(self.module, images, None).mean if drawn.rates and drawn.logvar is None else drawn.mean
+        mean, latent = ((z - self.shift) * self.scale for z in (mode, drawn.latent))
         return drawn._replace(mean=mean, latent=latent)
 
     def refuse_another(self, sha256: str | None) -> None:

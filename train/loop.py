@@ -75,11 +75,9 @@ def train(settings: TrainSettings) -> dict[str, Any]:
     if first_step > settings.steps:
         raise UserError(f"steps: {run} is at step {first_step:,} already, past {settings.steps:,}: raise steps")
     accelerator.wait_for_everyone()
-    with Agreed(accelerator):
-        if accelerator.is_main_process:
-            write_config(run, settings)
     if first_step == settings.steps and (results := finished_results(run, settings.steps)) is not None:
         if accelerator.is_main_process:
+            write_config(run, settings)
             show_results(run, results)
             push_export(run, settings)
         return results
@@ -110,6 +108,8 @@ def train(settings: TrainSettings) -> dict[str, Any]:
                 teacher.refuse_another(checkpoint.state().get("teacher_sha256"))
         ema = Ema(autoencoder.to(accelerator.device), settings.ema.decay) if settings.ema.decay else None
         discriminator = starting_discriminator(settings, channels) if settings.gan.weight else None
+        if accelerator.is_main_process:  # now that nothing above has refused the settings
+            write_config(run, settings)
     if settings.compile:
         compile_networks(autoencoder, discriminator)
     train_step = TrainStep(

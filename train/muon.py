@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from latent_ae.models import end_layers
+
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 """Jordan's coefficients of the quintic iteration: five turns bring singular values to between about 0.7 and 1.2."""
 TURNS = 5
@@ -13,14 +15,14 @@ MOMENTUM = 0.95
 
 
 def inner_weights(network: nn.Module) -> list[nn.Parameter]:
-    """What Muon is for: matrices and convolutions, but for the first and last layer of encoder and decoder,
-    and the codes of a codebook, which are no linear map."""
+    """What Muon is for: matrices and convolutions, but for the first and last layer of encoder and decoder."""
+    ends = {id(layer.weight) for part in (network.encoder, network.decoder) for layer in end_layers(part)}
     return [
         parameter
         for name, parameter in network.named_parameters()
-        if parameter.ndim > 1
-        and parameter.requires_grad
-        and not name.endswith(("conv_in.weight", "conv_out.weight", "embedding.weight"))
+        # codes of a codebook and the start of a HierarchicalVAE are no linear maps
+        if name.endswith(".weight") and not name.endswith("embedding.weight")
+        if parameter.ndim > 1 and parameter.requires_grad and id(parameter) not in ends
     ]
 
 

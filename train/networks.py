@@ -1,19 +1,22 @@
 """The networks that a run starts from."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch._dynamo
 import torch._functorch.config as functorch_config
-from diffusers import ModelMixin
+from diffusers import AutoencoderTiny, ModelMixin
+from diffusers.models.autoencoders.autoencoder_dc import EfficientViTBlock, ResBlock
+from diffusers.models.autoencoders.vae import AutoencoderTinyBlock
 from diffusers.models.resnet import ResnetBlock2D
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from latent_ae.checkpoints import checkpoint_at
-from latent_ae.config import ModelSettings, UserError
+from latent_ae.config import ModelSettings, Problem, UserError
 from latent_ae.discriminators import PatchDiscriminator
 from latent_ae.first_stages import family_of
 from latent_ae.models import build_autoencoder, factor_of, latent_channels_of, load_autoencoder
@@ -22,7 +25,11 @@ from .checkpoint import misfits, read_state
 from .config import TrainSettings
 from .distillation import take_its_scale
 from .finish import finished_results
+from .loss_config import LossSettings
 from .total_correlation import LARGEST, TotalCorrelation
+
+BLOCKS = (ResnetBlock2D, AutoencoderTinyBlock, ResBlock, EfficientViTBlock)
+"""Of which the autoencoders are made, and what `compile` compiles."""
 
 
 def starting_autoencoder(settings: TrainSettings) -> ModelMixin:
@@ -33,11 +40,9 @@ def starting_autoencoder(settings: TrainSettings) -> ModelMixin:
     name, data = settings.init_from, settings.data
     if name is None:
         autoencoder = build_autoencoder(settings.model, sample_size=data.resolution, seed=settings.seed)
-        if settings.model.kind != "AutoencoderKL":  # whose shape the settings know
-            _refuse_misfit(autoencoder, f"this {settings.model.kind}", settings)
     else:
         autoencoder = load_autoencoder(_place_of_weights(name))
-        _refuse_misfit(autoencoder, name, settings)
+    refuse_misfit(autoencoder, settings)
     if settings.distillation.teacher is not None:
         take_its_scale(autoencoder)
     freeze_part(autoencoder.train(), settings)
@@ -56,9 +61,11 @@ def _place_of_weights(name: str) -> str:
 
 
 def freeze_part(autoencoder: ModelMixin, settings: TrainSettings) -> None:
-    """Takes the gradient from what `train` leaves fixed."""
+    """Takes the gradient from what `train` leaves fixed, and from what no image reaches."""
     encoder = ("encoder", "quant_conv", "quantize", "flow")
     fixed = {"all": (), "decoder": encoder, "encoder": ("decoder", "post_quant_conv")}
+    if hasattr(autoencoder.decoder, "condition_encoder"):  # of masks, which a first stage is not given
+        autoencoder.decoder.condition_encoder.requires_grad_(False)
     for name in fixed[settings.train]:
         if (part := getattr(autoencoder, name, None)) is not None:  # not every model has all of them
             part.requires_grad_(False)
@@ -95,7 +102,7 @@ def starting_total_correlation(settings: TrainSettings, dimensions: int) -> Tota
 
 
 def compile_networks(autoencoder: ModelMixin, discriminator: PatchDiscriminator | None) -> None:
-    """Compiles the autoencoder's residual blocks and the discriminator in place; names of weights do not change.
+    """Compiles the autoencoder's blocks (BLOCKS) and the discriminator in place; names of weights do not change.
 
     Only blocks: the decoder's last layer stays outside, so that the adaptive weight's gradient of it alone does not run
     a compiled backward of the whole decoder, and equal blocks share their code.
@@ -105,22 +112,30 @@ def compile_networks(autoencoder: ModelMixin, discriminator: PatchDiscriminator 
     # one code object serves every block, and each shape of block is a variant of it
     torch._dynamo.config.recompile_limit = max(128, torch._dynamo.config.recompile_limit)
     for module in autoencoder.modules():
-        if isinstance(module, ResnetBlock2D):
+        if isinstance(module, BLOCKS):
             module.compile()
     if discriminator is not None:
         discriminator.compile()
 
 
-def _refuse_misfit(autoencoder: ModelMixin, name: str, settings: TrainSettings) -> None:
+def refuse_misfit(autoencoder: ModelMixin, settings: TrainSettings) -> None:
+    """Raises UserError when an autoencoder, fresh or that of init_from, does not go with the other settings."""
+    kind = type(autoencoder).__name__
+    name = settings.init_from or f"this {kind}"
     factor = factor_of(autoencoder)
     channels = int(autoencoder.config.in_channels)
+    if (given := autoencoder.config.get("out_channels", channels)) != channels:
+        raise UserError(
+            f"model.config: in_channels is {channels} and out_channels {given}: the loss compares output with input, "
+            "so they must be equal"
+        )
     if settings.init_from is not None and settings.model != ModelSettings():
         with torch.device("meta"):
             model = settings.model.model_copy(update={"init": "default"})
             asked = build_autoencoder(model, sample_size=settings.data.resolution).config
-        if settings.model.kind != type(autoencoder).__name__:
+        if settings.model.kind != kind:
             raise UserError(
-                f"model.kind: {settings.model.kind}, and init_from brings {type(autoencoder).__name__}: its class "
+                f"model.kind: {settings.model.kind}, and init_from brings {kind}: its class "
                 "stays, so give model={}, or remove init_from"
             )
         own = ModelSettings.model_fields.keys() - {"init", "kind", "config"}  # init: how fresh weights begin
@@ -134,16 +149,18 @@ def _refuse_misfit(autoencoder: ModelMixin, name: str, settings: TrainSettings) 
     for key, side in sides.items():
         if side is not None and side % factor:
             raise UserError(f"{key}: {side} is not a multiple of {name}'s factor {factor}")
-    hierarchical = family_of(autoencoder).latent == "hierarchy"
-    for problem in [*settings.size_problems(factor), *(settings.hierarchy_problems(factor) if hierarchical else ())]:
+    latent = family_of(autoencoder).latent
+    problems = settings.hierarchy_problems(factor) if latent == "hierarchy" else ()
+    for problem in [*settings.size_problems(factor), *problems, *_misfits_of_latents(latent, name, settings)]:
         raise UserError(f"{problem.key}: {problem.message}")
-    if settings.loss.free_bits and family_of(autoencoder).latent == "flow":
+    # AutoencoderTiny's encoder forgets to scale its images when it checkpoints (diffusers 0.42)
+    if settings.gradient_checkpointing and (
+        not autoencoder._supports_gradient_checkpointing or isinstance(autoencoder, AutoencoderTiny)
+    ):
         raise UserError(
-            f"loss.free_bits: the rates of {name} are of single samples and may be negative, so whether the KL of a "
-            "channel is below it is not known: set it to 0 (loss.kl_warmup and loss.kl_target work)"
+            f"gradient_checkpointing: diffusers has none that is right for {name} ({kind}): set it to false; a smaller "
+            "micro_batch_size saves memory, too"
         )
-    if settings.loss.total_correlation and family_of(autoencoder).latent != "posterior":
-        raise UserError(f"loss.total_correlation: needs a Gaussian posterior, which {name} has not: set it to 0")
     least, latent_channels = settings.latents.min_channels, latent_channels_of(autoencoder)
     if least and least >= latent_channels:
         raise UserError(f"latents.min_channels: {least} of {name}'s {latent_channels} channels masks none: use fewer")
@@ -151,6 +168,26 @@ def _refuse_misfit(autoencoder: ModelMixin, name: str, settings: TrainSettings) 
         raise UserError(f"alignment.model: {name} has {channels} channels, vision models see 1 or 3: set it to null")
     if settings.loss.perceptual and channels not in (1, 3):
         raise UserError(f"loss.perceptual: {name} has {channels} channels, LPIPS sees 1 or 3: set it to 0")
+
+
+def _misfits_of_latents(latent: str, name: str, settings: TrainSettings) -> Iterator[Problem]:
+    """Settings of the loss that mean nothing to latents of this sort (`first_stages.Family`)."""
+    loss = settings.loss
+    of_rate = [key for key in ("kl_warmup", "kl_cycles", "kl_target", "free_bits", "kl_capacity") if getattr(loss, key)]
+    if of_rate and latent in ("deterministic", "codebook"):
+        yield Problem(f"loss.{of_rate[0]}", f"shapes a KL term, and {name} has no posterior: set it to 0")
+    of_codes = [key for key in ("commitment", "revive_after") if getattr(loss, key) != getattr(LossSettings(), key)]
+    if of_codes and latent != "codebook":
+        yield Problem(f"loss.{of_codes[0]}", f"is for a codebook, which {name} has not: leave it out")
+    of_each = [key for key in ("free_bits", "kl_capacity") if getattr(loss, key)]
+    if of_each and latent == "flow":
+        yield Problem(
+            f"loss.{of_each[0]}",
+            f"the rates of {name} are of single samples and may be negative, so whether the KL is below it is not "
+            "known: set it to 0 (loss.kl_warmup and loss.kl_target work)",
+        )
+    if loss.total_correlation and latent != "posterior":
+        yield Problem("loss.total_correlation", f"needs a Gaussian posterior, which {name} has not: set it to 0")
 
 
 def _discriminator_weights(folder: Path, network: PatchDiscriminator) -> dict[str, Tensor]:

@@ -3,10 +3,11 @@
 import torch
 
 from latent_ae.discriminators import PatchDiscriminator
+from latent_ae.first_stages import family_of
 from latent_ae.models import build_autoencoder, count_parameters, factor_of, latent_channels_of
 
 from .config import TrainSettings
-from .networks import freeze_part, starting_autoencoder
+from .networks import freeze_part, refuse_misfit, starting_autoencoder
 
 BYTES = 4
 """Per float32."""
@@ -18,6 +19,7 @@ def describe_plan(settings: TrainSettings) -> str:
         with torch.device("meta"):
             model = settings.model.model_copy(update={"init": "default"})
             autoencoder = build_autoencoder(model, sample_size=settings.data.resolution)
+            refuse_misfit(autoencoder, settings)
             freeze_part(autoencoder, settings)
     else:
         autoencoder = starting_autoencoder(settings)
@@ -61,7 +63,8 @@ def describe_plan(settings: TrainSettings) -> str:
         f"aligned to {settings.alignment.model}": settings.alignment.model,
         f"drawn to those of {settings.distillation.teacher}": settings.distillation.teacher,
     }
-    learns = loss.kl and settings.train != "decoder"
+    has_rate = family_of(autoencoder).latent not in ("deterministic", "codebook")
+    learns = loss.kl and has_rate and settings.train != "decoder"
     lines = {
         "autoencoder": f"{weights:,} parameters{part}, factor {factor}, latent {latent} for "
         f"{settings.data.resolution} px",
