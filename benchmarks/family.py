@@ -18,8 +18,9 @@ from torch import Tensor
 from benchmarks.machine import save
 from benchmarks.runs import evaluate, events, folder_name, train
 from latent_ae.codebook import code_counts, perplexity, quantised
-from latent_ae.config import DataSettings, load_settings
+from latent_ae.config import load_settings
 from latent_ae.data import open_images
+from latent_ae.data_settings import DataSettings
 from latent_ae.first_stages import FirstStage, load_first_stage
 from latent_ae.held_out import held_out_images
 from latent_ae.images import to_uint8

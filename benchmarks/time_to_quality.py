@@ -22,8 +22,9 @@ from accelerate import Accelerator
 
 from benchmarks.machine import save
 from benchmarks.rivals import Networks, latent_diffusion_step
-from latent_ae.config import DataSettings, load_settings
+from latent_ae.config import load_settings
 from latent_ae.data import open_images, posterior_noise, training_batches
+from latent_ae.data_settings import DataSettings
 from latent_ae.discriminators import PatchDiscriminator
 from latent_ae.held_out import held_out_images
 from latent_ae.images import bicubic_down_up

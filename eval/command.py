@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Generic, TypeVar
 
 from latent_ae.command_line import print_result
-from latent_ae.config import Settings, load_settings
+from latent_ae.config import Settings, load_settings, names_of
 
 __all__ = ["Words", "default_folder", "print_result", "read_words"]
 
@@ -48,7 +48,7 @@ def read_words(
     parser.add_argument("model", help="folder or hub id of a first stage of diffusers, or a run or checkpoint")
     where = "photos, a folder of images, Parquet or WebDataset files, or a hub id"
     parser.add_argument("data", nargs=None if needs_data else "?", default="", help=where)
-    names = ", ".join(settings.model_fields)
+    names = ", ".join(names_of(settings))
     parser.add_argument("override", nargs="*", default=[], metavar="key=value", help=f"changes a setting: {names}")
     parser.add_argument(
         "--out", metavar="DIR", type=Path, help=f"where files go; default: {command}-NAME in this folder"

@@ -6,64 +6,32 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from latent_ae.config import Byte, DataSettings, Fraction, NonNegative, Positive, Problem, Settings, Weight
+from latent_ae.config import NonNegative, Positive, Problem, Settings, Weight
+from latent_ae.data_settings import DataSettings
 from latent_ae.encode_settings import EncodeSettings
+from latent_ae.stage_settings import StageSettings
 
 from .protocols import PROTOCOLS, Extractor, Latent, Name, Net, Protocol, Resample, Rounding
 
 OfProtocol = Literal["protocol"]
 
 
-class StageSettings(Settings):
-    """What every question to a first stage about images needs to know."""
+class QuestionSettings(StageSettings):
+    """What every question to a first stage about held-out images needs to know."""
 
     split: str | None = None
     """Of the data; null takes its validation or test split, and all of it where it has neither."""
-    image_column: str = "image"
-    """Of tables and hub datasets."""
-    data_revision: str | None = None
-    """Commit or tag of a hub dataset."""
     limit: Positive | None = None
     """Only so many images, from the first on."""
-    background: tuple[Byte, Byte, Byte] = (255, 255, 255)
-    """Colour put behind transparent pixels."""
-    max_pixels: Positive = 200_000_000
-    """Larger images are skipped."""
-    max_bad_fraction: Fraction = 0.01
-    """More unreadable images than this are an error."""
-    num_workers: NonNegative = 2
-
-    subfolder: str | None = None
-    """Of the model; a pipeline's first stage is found without it."""
-    revision: str | None = None
-    """Commit or tag of a hub model."""
-    variant: str | None = None
-    """Of the model's weight files: fp16, non_ema, ..."""
-    ema: bool | None = None
-    """Averaged weights (true) or raw ones (false) where the model has both; null takes what it loads by default."""
-    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """That the model computes in; metrics are float32 or more."""
     seed: NonNegative = 0
     """Of whatever is drawn: the posterior's samples, choices of images."""
-    batch_size: Positive = 8
-    """At most so many images at a time on each device (on a CPU fewer large ones, which is faster); the results do not
-    depend on it, up to rounding."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
 
     def data(self, source: str) -> DataSettings:
         """What opens `source` as held-out images."""
-        return DataSettings(
-            eval_source=source,
-            eval_split=self.split,
-            image_column=self.image_column,
-            revision=self.data_revision,
-            background=self.background,
-            max_pixels=self.max_pixels,
-            num_workers=self.num_workers,
-        )
+        return self._data(eval_source=source, eval_split=self.split)
 
 
-class EvalSettings(StageSettings):
+class EvalSettings(QuestionSettings):
     """Of the measurements, whose images may come as a stream."""
 
     streaming: bool = False

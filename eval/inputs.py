@@ -17,7 +17,7 @@ from latent_ae.processes import processes as open_processes
 from latent_ae.sources import StreamSource
 from latent_ae.text import printable
 
-from .config import ReconSettings, StageSettings
+from .config import QuestionSettings, ReconSettings
 
 GENERATION_FILES = (".npz", ".pt", ".pkl")
 
@@ -31,12 +31,12 @@ def refuse_generation_files(data: str) -> None:
         )
 
 
-def processes(settings: StageSettings) -> tuple[PartialState, torch.device]:
+def processes(settings: QuestionSettings) -> tuple[PartialState, torch.device]:
     """The distributed state (of one process, when nothing launched several) and this process's device."""
     return open_processes(settings.device)
 
 
-def opened_model(model: Any, settings: StageSettings, device: torch.device) -> FirstStage:
+def opened_model(model: Any, settings: QuestionSettings, device: torch.device) -> FirstStage:
     return open_first_stage(
         model,
         device=device,
@@ -55,7 +55,7 @@ def checked_factor(stage: FirstStage, crop_px: int | None) -> int:
     return stage.factor
 
 
-def opened_data(data: str, settings: StageSettings) -> tuple[ImageSource, int | None]:
+def opened_data(data: str, settings: QuestionSettings) -> tuple[ImageSource, int | None]:
     """The images, cut to `limit`, and how many they are (None for a stream without limit)."""
     try:
         source = open_images(settings.data(data), "held_out")
@@ -72,7 +72,7 @@ def opened_data(data: str, settings: StageSettings) -> tuple[ImageSource, int | 
     return source, len(source)
 
 
-def report_skipped(skipped: list[str], num_read: int, settings: StageSettings, *, shows: bool = True) -> None:
+def report_skipped(skipped: list[str], num_read: int, settings: QuestionSettings, *, shows: bool = True) -> None:
     """Raises UserError when too many images were unreadable; otherwise says which, on stderr."""
     total = num_read + len(skipped)
     bound = settings.max_bad_fraction

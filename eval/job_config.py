@@ -5,12 +5,13 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from latent_ae.config import DataSettings, NonNegative, Positive, Problem
+from latent_ae.config import NonNegative, Positive, Problem
+from latent_ae.data_settings import DataSettings
 
-from .config import StageSettings
+from .config import QuestionSettings
 
 
-class JobSettings(StageSettings):
+class JobSettings(QuestionSettings):
     """What all of them read: images, the model, and where they meet."""
 
     resize_px: Positive | None = None

@@ -24,7 +24,8 @@ from torch import nn
 from tqdm import tqdm
 
 from latent_ae.config import UserError
-from latent_ae.first_stages import FAMILIES, FirstStage
+from latent_ae.families import FAMILIES
+from latent_ae.first_stages import FirstStage
 from latent_ae.frechet import frechet_distance
 from latent_ae.health import (
     TRANSFORMS,

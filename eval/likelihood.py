@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from latent_ae.config import UserError
-from latent_ae.first_stages import FAMILIES, FirstStage
+from latent_ae.families import FAMILIES
+from latent_ae.first_stages import FirstStage
 from latent_ae.held_out import HeldOutImage
 from latent_ae.likelihoods import Likelihood, bits_per_dimension
 from latent_ae.metrics import bootstrap_interval

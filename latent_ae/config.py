@@ -11,7 +11,7 @@ import typing
 from collections.abc import Iterator, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
@@ -74,135 +74,18 @@ def key_of(cls: type[Settings], name: str) -> str:
     return cls.model_fields[name].alias or name
 
 
+def names_of(cls: type[Settings]) -> list[str]:
+    """Fields, its own before those of the classes that it extends."""
+    bases = [base for base in cls.__mro__ if issubclass(base, Settings)]
+    return list(dict.fromkeys(name for base in bases for name in base.__annotations__ if name in cls.model_fields))
+
+
 S = TypeVar("S", bound=Settings)
 Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
 Weight = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Byte = Annotated[int, Field(ge=0, le=255)]
-DownBlock = Literal["DownEncoderBlock2D", "AttnDownEncoderBlock2D"]
-UpBlock = Literal["UpDecoderBlock2D", "AttnUpDecoderBlock2D"]
-Kind = Literal[
-    "AutoencoderKL",
-    "VQModel",
-    "AutoencoderTiny",
-    "AutoencoderDC",
-    "AsymmetricAutoencoderKL",
-    "AutoencoderKLFlux2",
-    "HierarchicalVAE",
-    "FlowAutoencoderKL",
-]
-"""Of first stages: docs/family.md."""
-
-
-class DataSettings(Settings):
-    """Where images come from and how a training sample is cut from them."""
-
-    source: str = "photos"
-    """`photos` (shipped with scikit-image), a folder, Parquet/Arrow files, or a hub id."""
-    split: str = "train"
-    eval_source: str | None = None
-    """Held-out images; null holds out `eval_fraction` of the source."""
-    eval_split: str | None = None
-    eval_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.05
-    image_column: str = "image"
-    revision: str | None = None
-    """Commit or tag of a hub id."""
-    streaming: bool = False
-    shuffle_buffer: Positive = 1000
-    """Streaming only: images held in memory to shuffle from."""
-    resolution: Positive = 256
-    """Side of a training crop, px."""
-    resize_px: Positive | None = None
-    """Shorter side that an image is resized to before the crop, px; null crops from the image as it is."""
-    flip: bool = True
-    background: tuple[Byte, Byte, Byte] = (255, 255, 255)
-    """Colour put behind transparent pixels."""
-    num_workers: NonNegative = 2
-    max_pixels: Positive = 200_000_000
-    """Larger images are skipped before they are decoded."""
-    max_bad_fraction: Fraction = 0.01
-    """The run stops when more than this fraction of the images read was unreadable."""
-
-    def problems(self) -> Iterator[Problem]:
-        if self.resize_px is not None and self.resize_px < self.resolution:
-            yield Problem(
-                "resize_px",
-                f"{self.resize_px} is smaller than data.resolution {self.resolution}; raise it or set null",
-            )
-        for key in ("source", "eval_source"):
-            location = getattr(self, key)
-            if location is not None and looks_like_path(location) and not Path(location).expanduser().exists():
-                yield Problem(key, f"no such file or folder: {location} (from {Path.cwd()})")
-
-
-class ModelSettings(Settings):
-    """An AutoencoderKL by the key names of its diffusers config, and how its weights begin; or another class."""
-
-    kind: Kind = "AutoencoderKL"
-    """Class of diffusers or ours. Of the others, `config` gives the shape and the keys below it must be left alone."""
-    config: dict[str, Any] = {}
-    """Of another kind: keys and values of its diffusers config."""
-    in_channels: Positive = 3
-    out_channels: Positive = 3
-    block_out_channels: Annotated[tuple[Positive, ...], Field(min_length=1)] = (128, 256, 512, 512)
-    """Width of each level; n levels downsample by 2 ** (n - 1)."""
-    layers_per_block: Positive = 2
-    latent_channels: Positive = 4
-    norm_num_groups: Positive = 32
-    mid_block_add_attention: bool = True
-    down_block_types: tuple[DownBlock, ...] | None = None
-    """One per level; null means DownEncoderBlock2D everywhere (attention only in the middle)."""
-    up_block_types: tuple[UpBlock, ...] | None = None
-    act_fn: Literal["silu"] = "silu"
-    use_quant_conv: bool = True
-    use_post_quant_conv: bool = True
-    init: Literal["default", "linear"] = "default"
-    """`linear`: the fresh network is a linear down- and upsampler (see docs/linear-start.md)."""
-
-    @property
-    def factor(self) -> int:
-        """Image px per latent px along one side."""
-        return int(2 ** (len(self.block_out_channels) - 1))
-
-    def problems(self) -> Iterator[Problem]:
-        if self.kind != "AutoencoderKL":
-            alone = ModelSettings(kind=self.kind, config=self.config)
-            for key in type(self).model_fields:
-                if getattr(self, key) != getattr(alone, key):
-                    yield Problem(key, f"is AutoencoderKL's; a {self.kind} takes its shape from model.config")
-            return
-        if self.config:
-            yield Problem("config", "is for other kinds; an AutoencoderKL has its keys under model itself")
-        levels = len(self.block_out_channels)
-        if self.in_channels != self.out_channels:
-            yield Problem(
-                "out_channels",
-                f"{self.out_channels}, but model.in_channels is {self.in_channels}: "
-                "the loss compares output with input, so they must be equal",
-            )
-        wrong = [width for width in self.block_out_channels if width % self.norm_num_groups]
-        if wrong:
-            yield Problem("norm_num_groups", f"{self.norm_num_groups} does not divide model.block_out_channels {wrong}")
-        for key in ("down_block_types", "up_block_types"):
-            blocks = getattr(self, key)
-            if blocks is not None and len(blocks) != levels:
-                yield Problem(key, f"has {len(blocks)} entries; model.block_out_channels has {levels}")
-        if self.init == "linear":
-            yield from self._linear_problems(wrong)
-
-    def _linear_problems(self, wrong: list[int]) -> Iterator[Problem]:
-        if self.in_channels not in (1, 3):
-            yield Problem("init", f"linear needs 1 or 3 image channels, not {self.in_channels}; set init: default")
-        elif self.latent_channels < self.in_channels:
-            yield Problem("init", f"linear needs model.latent_channels >= {self.in_channels}")
-        if not wrong and any((width // self.norm_num_groups) % 4 for width in self.block_out_channels):
-            yield Problem(
-                "init",
-                "linear needs a multiple of 4 channels per group: lower model.norm_num_groups or set init: default",
-            )
-        if min(self.block_out_channels) < 4 * self.in_channels:
-            yield Problem("init", f"linear needs at least {4 * self.in_channels} channels at every level")
 
 
 def looks_like_path(location: str) -> bool:

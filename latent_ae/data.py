@@ -18,8 +18,9 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from latent_ae.config import DataSettings, UserError
+from latent_ae.config import UserError
 from latent_ae.crops import random_crop
+from latent_ae.data_settings import DataSettings
 from latent_ae.images import ImageError, decode, reason_of, to_tensor
 from latent_ae.locations import open_images
 from latent_ae.order import Share, crop_rng, epoch_order, posterior_noise

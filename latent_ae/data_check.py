@@ -14,8 +14,9 @@ import numpy as np
 from torch.utils.data import IterableDataset
 from tqdm import tqdm
 
-from latent_ae.config import DataSettings, UserError, load_settings
+from latent_ae.config import UserError, load_settings
 from latent_ae.data import WorkerDied, decode_for, loaded, open_images, training_crop, worker_place
+from latent_ae.data_settings import DataSettings
 from latent_ae.images import ImageError, kind_of
 from latent_ae.sources import (
     Encoded,

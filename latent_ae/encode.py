@@ -23,7 +23,8 @@ from latent_ae.classes import Classes, find_classes
 from latent_ae.config import UserError
 from latent_ae.data import open_images
 from latent_ae.encode_settings import EncodeSettings
-from latent_ae.first_stages import CPU_BATCH_PX, FAMILIES, FirstStage, open_first_stage
+from latent_ae.families import FAMILIES
+from latent_ae.first_stages import CPU_BATCH_PX, FirstStage, open_first_stage
 from latent_ae.held_out import Framing, HeldOutImage, HeldOutImages, Part
 from latent_ae.latent_files import FORMAT, STORED, LatentFolder, features_of, read_manifest
 from latent_ae.locations import SPLIT_NAMES

@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Sequence
 
 from latent_ae.command_line import print_result
-from latent_ae.config import load_settings
+from latent_ae.config import load_settings, names_of
 from latent_ae.encode_settings import EncodeSettings
 
 
@@ -22,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("model", help="folder or hub id of a first stage of diffusers, or a run or checkpoint")
     parser.add_argument("data", help="photos, a folder of images, Parquet or WebDataset files, or a hub id")
     parser.add_argument("out", help="the folder to write")
-    names = ", ".join(EncodeSettings.model_fields)
+    names = ", ".join(names_of(EncodeSettings))
     parser.add_argument("override", nargs="*", default=[], metavar="key=value", help=f"changes a setting: {names}")
     words = parser.parse_intermixed_args(argv)
     settings = load_settings(EncodeSettings, None, words.override)

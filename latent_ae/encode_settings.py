@@ -5,13 +5,15 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from latent_ae.config import Byte, DataSettings, Fraction, NonNegative, Positive, Problem, Settings
+from latent_ae.config import Positive, Problem
+from latent_ae.data_settings import DataSettings
+from latent_ae.stage_settings import StageSettings
 
 WAYS = {"batch_size", "num_workers", "device", "max_bad_fraction", "subfolder", "revision", "variant", "ema"}
 """Settings that change how it goes, or where the model is found, but not what is stored of a model."""
 
 
-class EncodeSettings(Settings):
+class EncodeSettings(StageSettings):
     """What of which images is stored; docs/encode.md says more."""
 
     resolution: Positive = 256
@@ -30,36 +32,12 @@ class EncodeSettings(Settings):
     part: Literal["all", "train", "held_out"] = "all"
     """Of the data: the whole split, or what training with the same `split` and `eval_fraction` sees or holds out."""
     eval_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.05
-    image_column: str = "image"
-    """Of tables and hub datasets."""
     label_column: str | None = "auto"
     """Of classes: `auto` takes the column `label`, or the names of the folders that image files lie in; null none."""
-    data_revision: str | None = None
-    """Commit or tag of a hub dataset."""
-    background: tuple[Byte, Byte, Byte] = (255, 255, 255)
-    """Colour put behind transparent pixels."""
-    max_pixels: Positive = 200_000_000
-    """Larger images are skipped."""
-    max_bad_fraction: Fraction = 0.01
-    """More unreadable images than this are an error."""
-    num_workers: NonNegative = 2
-    """That decode images, for each process."""
-
-    subfolder: str | None = None
-    """Of the model; a pipeline's first stage is found without it."""
-    revision: str | None = None
-    """Commit or tag of a hub model."""
-    variant: str | None = None
-    """Of the model's weight files: fp16, non_ema, ..."""
-    ema: bool | None = None
-    """Averaged weights (true) or raw ones (false) where the model has both; null takes what it loads by default."""
-    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """That the model computes in."""
     shard_size: Positive = 512
     """Images per file, which are also what a process takes at a time and what a kill loses at most."""
     batch_size: Positive = 16
     """At most so many images at a time on each device (on a CPU fewer large ones)."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
 
     def problems(self) -> Iterator[Problem]:
         if isinstance(self.resize_px, int) and self.resize_px < self.resolution:
@@ -76,13 +54,4 @@ class EncodeSettings(Settings):
 
     def data(self, source: str) -> DataSettings:
         """What opens `source`."""
-        return DataSettings(
-            source=source,
-            split=self.split,
-            eval_fraction=self.eval_fraction,
-            image_column=self.image_column,
-            revision=self.data_revision,
-            background=self.background,
-            max_pixels=self.max_pixels,
-            num_workers=self.num_workers,
-        )
+        return self._data(source=source, split=self.split, eval_fraction=self.eval_fraction)

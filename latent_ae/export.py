@@ -17,7 +17,7 @@ from torch import Tensor
 
 from latent_ae.config import UserError
 from latent_ae.disk import write_json, writing
-from latent_ae.first_stages import module_of
+from latent_ae.families import module_of
 from latent_ae.latents import LatentStatistics
 from latent_ae.likelihoods import FILE, Likelihood
 from latent_ae.model_card import CardFacts, loading_lines, model_card

@@ -10,9 +10,10 @@ import numpy as np
 import torch
 from torch.utils.data import IterableDataset
 
-from latent_ae.config import DataSettings, UserError
+from latent_ae.config import UserError
 from latent_ae.crops import Resample, center_crop, resize_shorter
 from latent_ae.data import decode_for, loaded, worker_place
+from latent_ae.data_settings import DataSettings
 from latent_ae.images import ImageError, to_tensor
 from latent_ae.sources import Encoded, ImageSource, StreamSource, digest_of, encoded_image, stream_values
 from latent_ae.text import printable

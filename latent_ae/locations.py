@@ -12,7 +12,8 @@ from typing import Literal
 import datasets
 import numpy as np
 
-from latent_ae.config import DataSettings, UserError, looks_like_path
+from latent_ae.config import UserError, looks_like_path
+from latent_ae.data_settings import DataSettings
 from latent_ae.images import reason_of
 from latent_ae.sources import FolderSource, ImageSource, StreamSource, first_line, load_table
 

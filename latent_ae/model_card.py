@@ -9,7 +9,7 @@ from typing import Any
 from diffusers import ModelMixin
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from latent_ae.first_stages import family_of, module_of
+from latent_ae.families import family_of, module_of
 from latent_ae.latents import LatentStatistics
 from latent_ae.models import count_parameters, factor_of, latent_channels_of
 from latent_ae.precision import verdict

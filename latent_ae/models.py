@@ -8,10 +8,12 @@ from diffusers import AutoencoderKL, ModelMixin, VQModel
 from torch import Tensor, nn
 
 from latent_ae.codebook import Codes, quantised
-from latent_ae.config import ModelSettings, UserError
-from latent_ae.first_stages import class_of, family_of, load_first_stage
+from latent_ae.config import UserError
+from latent_ae.families import class_of, family_of
+from latent_ae.first_stages import load_first_stage
 from latent_ae.latent_changes import LatentChange, changed
 from latent_ae.linear_start import linear_start_
+from latent_ae.model_settings import ModelSettings
 from latent_ae.posterior import draw
 
 

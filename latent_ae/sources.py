@@ -13,7 +13,8 @@ from typing import Any, Protocol, TypeAlias
 import datasets
 import numpy as np
 
-from latent_ae.config import DataSettings, UserError
+from latent_ae.config import UserError
+from latent_ae.data_settings import DataSettings
 from latent_ae.images import ImageError, open_encoded, reason_of
 from latent_ae.order import block_order, epoch_order
 from latent_ae.text import printable

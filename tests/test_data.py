@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 
 from latent_ae import images, locations
-from latent_ae.config import DataSettings, UserError
+from latent_ae.config import UserError
 from latent_ae.crops import center_crop, random_crop, resize_shorter
 from latent_ae.data import (
     Batch,
@@ -31,6 +31,7 @@ from latent_ae.data import (
     stop_if_too_many_bad,
     training_batches,
 )
+from latent_ae.data_settings import DataSettings
 from latent_ae.held_out import Framing, HeldOutImages, held_out_images
 from latent_ae.order import block_order, crop_rng, epoch_order
 from latent_ae.sources import FolderSource, StreamSource, TableSource

@@ -8,8 +8,9 @@ import pytest
 from PIL import Image
 
 from latent_ae.__main__ import main
-from latent_ae.config import DataSettings, UserError
+from latent_ae.config import UserError
 from latent_ae.data_check import check
+from latent_ae.data_settings import DataSettings
 
 
 @pytest.fixture

@@ -15,10 +15,11 @@ from diffusers.models.autoencoders.vae import DecoderOutput
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from PIL import Image
 
-from latent_ae.config import ModelSettings, UserError
+from latent_ae.config import UserError
 from latent_ae.encode import encode_images
 from latent_ae.images import picture_grid
 from latent_ae.latent_cache import LatentCache, open_latents
+from latent_ae.model_settings import ModelSettings
 from latent_ae.models import build_autoencoder
 from latent_ae.order import posterior_noise
 from latent_ae_eval.__main__ import main

@@ -10,7 +10,8 @@ from diffusers import AutoencoderKL, AutoencoderTiny
 from safetensors.torch import load_file
 
 from latent_ae.__main__ import main
-from latent_ae.config import ModelSettings, UserError, load_settings
+from latent_ae.config import UserError, load_settings
+from latent_ae.model_settings import ModelSettings
 from latent_ae.models import build_autoencoder
 from latent_ae_train.config import TrainSettings
 from latent_ae_train.distillation import Teacher

@@ -26,7 +26,7 @@ from latent_ae.__main__ import main
 from latent_ae.config import UserError
 from latent_ae.encode import encode_images
 from latent_ae.encode_settings import EncodeSettings
-from latent_ae.first_stages import FAMILIES
+from latent_ae.families import FAMILIES
 from latent_ae.latent_cache import LatentCache, open_latents
 from latent_ae.latent_files import LOCK
 

@@ -11,10 +11,11 @@ import torch
 from PIL import Image
 
 from latent_ae.__main__ import main
-from latent_ae.config import ModelSettings, UserError
-from latent_ae.first_stages import FAMILIES
+from latent_ae.config import UserError
+from latent_ae.families import FAMILIES
 from latent_ae.health import effective_rank
 from latent_ae.images import to_tensor
+from latent_ae.model_settings import ModelSettings
 from latent_ae.models import build_autoencoder
 from latent_ae.order import posterior_noise
 from latent_ae_eval.config import LatentsSettings

@@ -18,8 +18,9 @@ from torch.distributions import MultivariateNormal, Normal, kl_divergence
 
 from latent_ae import linear_start
 from latent_ae.__main__ import main
-from latent_ae.config import ModelSettings, UserError
+from latent_ae.config import UserError
 from latent_ae.likelihoods import Likelihood
+from latent_ae.model_settings import ModelSettings
 from latent_ae.models import build_autoencoder
 from latent_ae.order import binary_images, posterior_noise
 from latent_ae.posterior import Drawn, draw

@@ -18,8 +18,8 @@ from PIL import Image
 
 from latent_ae.__main__ import main
 from latent_ae.config import UserError, load_settings
+from latent_ae.families import FAMILIES
 from latent_ae.features import InceptionFeatures
-from latent_ae.first_stages import FAMILIES
 from latent_ae_eval.config import ReconSettings
 from latent_ae_eval.protocols import PROTOCOLS
 from latent_ae_eval.recon import evaluate_reconstruction

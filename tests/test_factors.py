@@ -16,8 +16,9 @@ from PIL import Image
 from scipy.stats import entropy as scipy_entropy
 
 from latent_ae.__main__ import main
-from latent_ae.config import ModelSettings, UserError
+from latent_ae.config import UserError
 from latent_ae.images import picture_grid
+from latent_ae.model_settings import ModelSettings
 from latent_ae.models import build_autoencoder
 from latent_ae.shapes import FACTORS, draw_shape, write_shapes
 from latent_ae_eval.factors import factors

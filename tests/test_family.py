@@ -12,8 +12,9 @@ from safetensors.torch import load_file
 
 from latent_ae.__main__ import main
 from latent_ae.codebook import code_counts, codebook_loss, perplexity, quantised
-from latent_ae.config import ModelSettings
-from latent_ae.first_stages import class_of, load_first_stage, module_of
+from latent_ae.families import class_of, module_of
+from latent_ae.first_stages import load_first_stage
+from latent_ae.model_settings import ModelSettings
 from latent_ae.models import Reconstructor, build_autoencoder, factor_of, latent_channels_of
 from latent_ae_train.micro_batch import MicroBatch
 from latent_ae_train.networks import compile_networks, starting_autoencoder

@@ -17,7 +17,8 @@ from diffusers import (
 from safetensors.torch import save_file
 
 from latent_ae.config import UserError
-from latent_ae.first_stages import FAMILIES, first_stage, load_first_stage
+from latent_ae.families import FAMILIES
+from latent_ae.first_stages import first_stage, load_first_stage
 from latent_ae.flow_posterior import FlowAutoencoderKL
 from latent_ae.hierarchical import HierarchicalVAE
 

@@ -26,8 +26,9 @@ from PIL import Image
 
 from latent_ae import images, page
 from latent_ae.__main__ import main
-from latent_ae.config import DataSettings, UserError, load_settings
+from latent_ae.config import UserError, load_settings
 from latent_ae.data_check import check, summary
+from latent_ae.data_settings import DataSettings
 from latent_ae.first_stages import load_first_stage
 from latent_ae.images import ImageError, decode
 from latent_ae.model_card import CardFacts, model_card

@@ -10,9 +10,11 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL, UNet2DModel
 from PIL import Image
 
-from latent_ae.config import DataSettings, ModelSettings, UserError
+from latent_ae.config import UserError
 from latent_ae.data import open_images
+from latent_ae.data_settings import DataSettings
 from latent_ae.linear_start import DETAILS, SMOOTHING, SYNTHESIS, SYNTHESIS_F2
+from latent_ae.model_settings import ModelSettings
 from latent_ae.models import Reconstructor, build_autoencoder, factor_of, load_autoencoder
 from tests.tiny import MODEL
 

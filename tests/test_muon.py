@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from latent_ae.config import ModelSettings
+from latent_ae.model_settings import ModelSettings
 from latent_ae.models import build_autoencoder
 from latent_ae_train.muon import Muon, inner_weights, orthogonalised
 from tests.test_family import SHAPES

@@ -10,7 +10,7 @@ import torch
 from diffusers import AutoencoderKL
 
 from latent_ae import precision
-from latent_ae.config import ModelSettings
+from latent_ae.model_settings import ModelSettings
 from latent_ae.models import build_autoencoder
 from latent_ae.precision import compare_tiled, probe_precision, probe_tiling, verdict
 

@@ -6,8 +6,9 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from latent_ae.config import DataSettings, UserError
+from latent_ae.config import UserError
 from latent_ae.data import Batch, ImageSource, stop_if_too_many_bad
+from latent_ae.data_settings import DataSettings
 
 from .log import Log
 

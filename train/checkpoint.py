@@ -35,7 +35,7 @@ from latent_ae import __version__
 from latent_ae.checkpoints import MANIFEST, PREFIX, finished_checkpoints, newest_whole, sha256_of
 from latent_ae.config import UserError
 from latent_ae.disk import disk_trouble
-from latent_ae.first_stages import untrained
+from latent_ae.families import untrained
 
 from .step import TrainStep
 

@@ -8,17 +8,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from latent_ae.config import (
-    DataSettings,
-    Fraction,
-    ModelSettings,
-    NonNegative,
-    Positive,
-    Problem,
-    Settings,
-    Weight,
-    looks_like_path,
-)
+from latent_ae.config import Fraction, NonNegative, Positive, Problem, Settings, Weight, looks_like_path
+from latent_ae.data_settings import DataSettings
+from latent_ae.model_settings import ModelSettings
 from latent_ae.pipelines import SHAPE, PipelineName, misfits
 
 from .loss_config import AlignmentSettings, DistillationSettings, LatentSettings, LossSettings, scaled_sides

@@ -5,7 +5,8 @@ from diffusers import ModelMixin
 from torch import Tensor, nn
 
 from latent_ae.config import UserError
-from latent_ae.first_stages import family_of, load_first_stage
+from latent_ae.families import family_of
+from latent_ae.first_stages import load_first_stage
 from latent_ae.models import factor_of, latent_channels_of
 from latent_ae.posterior import Drawn, draw
 

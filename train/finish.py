@@ -14,7 +14,7 @@ from latent_ae.config import UserError, to_yaml
 from latent_ae.data import ImageSource, posterior_noise, training_batches
 from latent_ae.disk import write_json
 from latent_ae.export import CardFacts, export_autoencoder, loading_lines, push_to_hub
-from latent_ae.first_stages import family_of
+from latent_ae.families import family_of
 from latent_ae.latents import LatentStatistics
 from latent_ae.likelihoods import Likelihood
 from latent_ae.models import Reconstructor, factor_of, latent_channels_of

@@ -16,9 +16,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from latent_ae.checkpoints import checkpoint_at
-from latent_ae.config import ModelSettings, Problem, UserError
+from latent_ae.config import Problem, UserError
 from latent_ae.discriminators import PatchDiscriminator
-from latent_ae.first_stages import family_of
+from latent_ae.families import family_of
+from latent_ae.model_settings import ModelSettings
 from latent_ae.models import build_autoencoder, factor_of, latent_channels_of, load_autoencoder
 
 from .checkpoint import misfits, read_state

@@ -3,7 +3,7 @@
 import torch
 
 from latent_ae.discriminators import PatchDiscriminator
-from latent_ae.first_stages import family_of
+from latent_ae.families import family_of
 from latent_ae.models import build_autoencoder, count_parameters, factor_of, latent_channels_of
 
 from .config import TrainSettings

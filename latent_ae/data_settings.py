@@ -1,0 +1,50 @@
+"""The section `data` of a training's settings; light, so that a typo costs no waiting."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
+
+from latent_ae.config import Byte, Fraction, NonNegative, Positive, Problem, Settings, looks_like_path
+
+
+class DataSettings(Settings):
+    """Where images come from and how a training sample is cut from them."""
+
+    source: str = "photos"
+    """`photos` (shipped with scikit-image), a folder, Parquet/Arrow files, or a hub id."""
+    split: str = "train"
+    eval_source: str | None = None
+    """Held-out images; null holds out `eval_fraction` of the source."""
+    eval_split: str | None = None
+    eval_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.05
+    image_column: str = "image"
+    revision: str | None = None
+    """Commit or tag of a hub id."""
+    streaming: bool = False
+    shuffle_buffer: Positive = 1000
+    """Streaming only: images held in memory to shuffle from."""
+    resolution: Positive = 256
+    """Side of a training crop, px."""
+    resize_px: Positive | None = None
+    """Shorter side that an image is resized to before the crop, px; null crops from the image as it is."""
+    flip: bool = True
+    background: tuple[Byte, Byte, Byte] = (255, 255, 255)
+    """Colour put behind transparent pixels."""
+    num_workers: NonNegative = 2
+    max_pixels: Positive = 200_000_000
+    """Larger images are skipped before they are decoded."""
+    max_bad_fraction: Fraction = 0.01
+    """The run stops when more than this fraction of the images read was unreadable."""
+
+    def problems(self) -> Iterator[Problem]:
+        if self.resize_px is not None and self.resize_px < self.resolution:
+            yield Problem(
+                "resize_px",
+                f"{self.resize_px} is smaller than data.resolution {self.resolution}; raise it or set null",
+            )
+        for key in ("source", "eval_source"):
+            location = getattr(self, key)
+            if location is not None and looks_like_path(location) and not Path(location).expanduser().exists():
+                yield Problem(key, f"no such file or folder: {location} (from {Path.cwd()})")

@@ -1,0 +1,91 @@
+"""The section `model` of a training's settings; light, so that a typo costs no waiting."""
+
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from latent_ae.config import Positive, Problem, Settings
+
+DownBlock = Literal["DownEncoderBlock2D", "AttnDownEncoderBlock2D"]
+UpBlock = Literal["UpDecoderBlock2D", "AttnUpDecoderBlock2D"]
+Kind = Literal[
+    "AutoencoderKL",
+    "VQModel",
+    "AutoencoderTiny",
+    "AutoencoderDC",
+    "AsymmetricAutoencoderKL",
+    "AutoencoderKLFlux2",
+    "HierarchicalVAE",
+    "FlowAutoencoderKL",
+]
+"""Of first stages: docs/family.md."""
+
+
+class ModelSettings(Settings):
+    """An AutoencoderKL by the key names of its diffusers config, and how its weights begin; or another class."""
+
+    kind: Kind = "AutoencoderKL"
+    """Class of diffusers or ours. Of the others, `config` gives the shape and the keys below it must be left alone."""
+    config: dict[str, Any] = {}
+    """Of another kind: keys and values of its diffusers config."""
+    in_channels: Positive = 3
+    out_channels: Positive = 3
+    block_out_channels: Annotated[tuple[Positive, ...], Field(min_length=1)] = (128, 256, 512, 512)
+    """Width of each level; n levels downsample by 2 ** (n - 1)."""
+    layers_per_block: Positive = 2
+    latent_channels: Positive = 4
+    norm_num_groups: Positive = 32
+    mid_block_add_attention: bool = True
+    down_block_types: tuple[DownBlock, ...] | None = None
+    """One per level; null means DownEncoderBlock2D everywhere (attention only in the middle)."""
+    up_block_types: tuple[UpBlock, ...] | None = None
+    act_fn: Literal["silu"] = "silu"
+    use_quant_conv: bool = True
+    use_post_quant_conv: bool = True
+    init: Literal["default", "linear"] = "default"
+    """`linear`: the fresh network is a linear down- and upsampler (see docs/linear-start.md)."""
+
+    @property
+    def factor(self) -> int:
+        """Image px per latent px along one side."""
+        return int(2 ** (len(self.block_out_channels) - 1))
+
+    def problems(self) -> Iterator[Problem]:
+        if self.kind != "AutoencoderKL":
+            alone = ModelSettings(kind=self.kind, config=self.config)
+            for key in type(self).model_fields:
+                if getattr(self, key) != getattr(alone, key):
+                    yield Problem(key, f"is AutoencoderKL's; a {self.kind} takes its shape from model.config")
+            return
+        if self.config:
+            yield Problem("config", "is for other kinds; an AutoencoderKL has its keys under model itself")
+        levels = len(self.block_out_channels)
+        if self.in_channels != self.out_channels:
+            yield Problem(
+                "out_channels",
+                f"{self.out_channels}, but model.in_channels is {self.in_channels}: "
+                "the loss compares output with input, so they must be equal",
+            )
+        wrong = [width for width in self.block_out_channels if width % self.norm_num_groups]
+        if wrong:
+            yield Problem("norm_num_groups", f"{self.norm_num_groups} does not divide model.block_out_channels {wrong}")
+        for key in ("down_block_types", "up_block_types"):
+            blocks = getattr(self, key)
+            if blocks is not None and len(blocks) != levels:
+                yield Problem(key, f"has {len(blocks)} entries; model.block_out_channels has {levels}")
+        if self.init == "linear":
+            yield from self._linear_problems(wrong)
+
+    def _linear_problems(self, wrong: list[int]) -> Iterator[Problem]:
+        if self.in_channels not in (1, 3):
+            yield Problem("init", f"linear needs 1 or 3 image channels, not {self.in_channels}; set init: default")
+        elif self.latent_channels < self.in_channels:
+            yield Problem("init", f"linear needs model.latent_channels >= {self.in_channels}")
+        if not wrong and any((width // self.norm_num_groups) % 4 for width in self.block_out_channels):
+            yield Problem(
+                "init",
+                "linear needs a multiple of 4 channels per group: lower model.norm_num_groups or set init: default",
+            )
+        if min(self.block_out_channels) < 4 * self.in_channels:
+            yield Problem("init", f"linear needs at least {4 * self.in_channels} channels at every level")
