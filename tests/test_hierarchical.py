@@ -17,7 +17,7 @@ from latent_ae.hierarchical import HierarchicalVAE, packed
 from latent_ae.losses import free_bits_loss, kl_loss
 from latent_ae.models import Reconstructor
 from latent_ae.posterior import draw
-from latent_ae_train.config import LossSettings
+from latent_ae_train.loss_config import LossSettings
 from latent_ae_train.terms import rate_loss
 
 from .launch import launch_module

@@ -12,8 +12,9 @@ import pytest
 
 from latent_ae.__main__ import main
 from latent_ae_train.checkpoint import complete_checkpoints, newest_checkpoint
-from latent_ae_train.config import CheckpointSettings, GanSettings
+from latent_ae_train.loss_config import GanSettings
 from latent_ae_train.retention import before_gan, kept_steps
+from latent_ae_train.run_config import CheckpointSettings
 from latent_ae_train.step import MicroBatch, TrainStep
 
 from .launch import ROOT, launch

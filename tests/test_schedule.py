@@ -4,7 +4,8 @@ import math
 
 import pytest
 
-from latent_ae_train.config import GanSettings, OptimSettings
+from latent_ae_train.loss_config import GanSettings
+from latent_ae_train.run_config import OptimSettings
 from latent_ae_train.schedule import ema_decay_at, gan_phase_at, lr_scale_at
 
 

@@ -14,7 +14,8 @@ from latent_ae.config import UserError, load_settings
 from latent_ae.losses import capacity_loss, kl_per_dimension
 from latent_ae.models import Reconstruction
 from latent_ae.order import permutations
-from latent_ae_train.config import LossSettings, TrainSettings
+from latent_ae_train.config import TrainSettings
+from latent_ae_train.loss_config import LossSettings
 from latent_ae_train.schedule import kl_capacity_at
 from latent_ae_train.total_correlation import TotalCorrelation
 from tests.tiny import build_step, global_batch, micro_batches, moved, settings_for, weights

@@ -8,110 +8,25 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from latent_ae.config import Fraction, NonNegative, Positive, Problem, Settings, Weight, looks_like_path
+from latent_ae.config import Positive, Problem, Settings, looks_like_path
 from latent_ae.data_settings import DataSettings
 from latent_ae.model_settings import ModelSettings
 from latent_ae.pipelines import SHAPE, PipelineName, misfits
 
-from .loss_config import AlignmentSettings, DistillationSettings, LatentSettings, LossSettings, scaled_sides
+from .loss_config import (
+    AlignmentSettings,
+    DistillationSettings,
+    GanSettings,
+    LatentSettings,
+    LossSettings,
+    scaled_sides,
+)
+from .run_config import CheckpointSettings, EmaSettings, LogSettings, OptimSettings, ValidateSettings
 
 LPIPS_MIN_PX = {"vgg": 16, "alex": 31}
 """Smaller images have no features left at the trunk's last layer."""
 SHARDED = ("FSDP", "DEEPSPEED", "MEGATRON_LM")
 """What accelerate's launcher announces in the environment and the step cannot run on."""
-Rate = Annotated[float, Field(gt=0)]
-Decay = Annotated[float, Field(ge=0, lt=1)]
-
-
-class GanSettings(Settings):
-    """The adversarial term."""
-
-    weight: Weight = 0.5
-    """0 builds no discriminator."""
-    start: NonNegative = 50_000
-    """First step at which the discriminator trains."""
-    discriminator_warmup: NonNegative = 500
-    """Steps from `start` during which only the discriminator trains."""
-    warmup: NonNegative = 2000
-    """Steps over which the autoencoder's adversarial term then rises to its weight."""
-    loss: Literal["hinge", "vanilla", "non_saturating"] = "hinge"
-    init_from: str | None = None
-    """A checkpoint, or a run with one, whose discriminator to start with."""
-    channels: Positive = 64
-    layers: Positive = 3
-    norm: Literal["group", "spectral", "batch", "none"] = "group"
-    blur: bool = False
-    """Low-pass filter before the discriminator subsamples."""
-    diffaug: tuple[Literal["color", "translation", "cutout"], ...] = ()
-    """Differentiable augmentations of what the discriminator sees; they help on small data."""
-    adaptive: bool = True
-    """Scale the term by the ratio of gradient norms at the last layer; false uses the weight as it is."""
-    adaptive_cap: Annotated[float, Field(gt=0)] = 100.0
-    adaptive_smoothing: Decay = 0.9
-    lecam: Weight = 0.0
-    alarm: Annotated[float, Field(gt=1)] = 1.25
-    """Held-out LPIPS so many times that before the adversarial term is worth a warning."""
-    r1: Weight = 0.0
-    """Weight (gamma) of the discriminator's gradient penalty on real images."""
-    r1_every: Positive = 16
-    """The penalty is computed on every n-th step and weighs n times as much."""
-
-
-class OptimSettings(Settings):
-    """The learning rate is used as written: nothing scales it by the batch. The discriminator has AdamW."""
-
-    kind: Literal["adamw", "muon"] = "adamw"
-    """muon: Muon for the autoencoder's convolutions and matrices but the first and last, AdamW for the rest of it."""
-    lr: Rate = 1e-4
-    discriminator_lr: Rate | None = None
-    """null: the same as lr."""
-    betas: tuple[Decay, Decay] = (0.9, 0.95)
-    discriminator_betas: tuple[Decay, Decay] = (0.5, 0.9)
-    weight_decay: Weight = 0.0
-    warmup: NonNegative = 1000
-    """Steps over which the learning rate rises from 0."""
-    schedule: Literal["constant", "cosine"] = "cosine"
-    final_lr: Fraction = 0.1
-    """Learning rate at the end as a fraction of lr (cosine)."""
-    clip: Weight = 1.0
-    """Largest gradient norm of each network; 0 does not clip."""
-    max_skipped: Positive = 20
-    """So many steps in a row with gradients that are not finite stop the run; single ones are skipped and named."""
-
-
-class EmaSettings(Settings):
-    """Average of the autoencoder's weights; it is what validation and export use."""
-
-    decay: Decay = 0.9999
-    """0 keeps no average. Early on the decay is min(decay, (1 + step) / (10 + step))."""
-
-
-class CheckpointSettings(Settings):
-    """Checkpoints hold all that a resumed run needs to go on exactly."""
-
-    every: Positive = 5000
-    keep: Positive = 2
-    """How many of the newest stay. The best by held-out LPIPS and the last one before the GAN stay besides."""
-    keep_every: NonNegative = 0
-    """Checkpoints at multiples of this step stay for good; 0: none."""
-
-
-class ValidateSettings(Settings):
-    """Measures held-out images with the averaged weights."""
-
-    every: Positive = 5000
-    """Also before the first and after the last step."""
-    images: Positive = 500
-    """At most this many."""
-    crop_px: Positive | None = None
-    """Centre crop, px; null takes data.resolution."""
-    preview_images: Positive = 6
-
-
-class LogSettings(Settings):
-    """How often losses are read from the device: the only time that a step waits for it."""
-
-    every: Positive = 50
 
 
 def _refuse_fp16(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The settings of the losses and of what shapes the latents."""
+"""The settings of the losses, the adversarial one included, and of what shapes the latents."""
 
 from collections.abc import Iterator
 from typing import Annotated, Literal
@@ -6,6 +6,8 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from latent_ae.config import Fraction, NonNegative, Positive, Problem, Settings, Weight
+
+Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 def scaled_sides(side_px: int, factor: int, smallest_px: int) -> range:
@@ -127,3 +129,37 @@ class AlignmentSettings(Settings):
     """Scale the term by the ratio of gradient norms at the encoder's last layer; false uses the weight as it is."""
     cosine_margin: Fraction = 0.5
     distance_margin: Fraction = 0.25
+
+
+class GanSettings(Settings):
+    """The adversarial term."""
+
+    weight: Weight = 0.5
+    """0 builds no discriminator."""
+    start: NonNegative = 50_000
+    """First step at which the discriminator trains."""
+    discriminator_warmup: NonNegative = 500
+    """Steps from `start` during which only the discriminator trains."""
+    warmup: NonNegative = 2000
+    """Steps over which the autoencoder's adversarial term then rises to its weight."""
+    loss: Literal["hinge", "vanilla", "non_saturating"] = "hinge"
+    init_from: str | None = None
+    """A checkpoint, or a run with one, whose discriminator to start with."""
+    channels: Positive = 64
+    layers: Positive = 3
+    norm: Literal["group", "spectral", "batch", "none"] = "group"
+    blur: bool = False
+    """Low-pass filter before the discriminator subsamples."""
+    diffaug: tuple[Literal["color", "translation", "cutout"], ...] = ()
+    """Differentiable augmentations of what the discriminator sees; they help on small data."""
+    adaptive: bool = True
+    """Scale the term by the ratio of gradient norms at the last layer; false uses the weight as it is."""
+    adaptive_cap: Annotated[float, Field(gt=0)] = 100.0
+    adaptive_smoothing: Decay = 0.9
+    lecam: Weight = 0.0
+    alarm: Annotated[float, Field(gt=1)] = 1.25
+    """Held-out LPIPS so many times that before the adversarial term is worth a warning."""
+    r1: Weight = 0.0
+    """Weight (gamma) of the discriminator's gradient penalty on real images."""
+    r1_every: Positive = 16
+    """The penalty is computed on every n-th step and weighs n times as much."""

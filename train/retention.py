@@ -2,7 +2,8 @@
 
 from collections.abc import Iterable, Mapping
 
-from .config import CheckpointSettings, GanSettings
+from .loss_config import GanSettings
+from .run_config import CheckpointSettings
 
 
 def kept_steps(

@@ -5,8 +5,9 @@ from typing import NamedTuple
 
 from latent_ae.order import equivariance_numbers
 
-from .config import GanSettings, LossSettings, OptimSettings, TrainSettings
-from .loss_config import scaled_sides
+from .config import TrainSettings
+from .loss_config import GanSettings, LossSettings, scaled_sides
+from .run_config import OptimSettings
 
 
 def lr_scale_at(step: int, steps: int, optim: OptimSettings) -> float:

@@ -14,7 +14,8 @@ from latent_ae.codebook import perplexity
 from latent_ae.likelihoods import LIKELIHOODS, Likelihood
 from latent_ae.losses import adaptive_ratio
 
-from .config import LossSettings, TrainSettings
+from .config import TrainSettings
+from .loss_config import LossSettings
 from .schedule import GanPhase
 
 LECAM_DECAY = 0.99

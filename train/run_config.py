@@ -1,0 +1,68 @@
+"""The settings of how a run goes: optimizer, average, checkpoints, validation and log."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from latent_ae.config import Fraction, NonNegative, Positive, Settings, Weight
+
+from .loss_config import Decay
+
+Rate = Annotated[float, Field(gt=0)]
+
+
+class OptimSettings(Settings):
+    """The learning rate is used as written: nothing scales it by the batch. The discriminator has AdamW."""
+
+    kind: Literal["adamw", "muon"] = "adamw"
+    """muon: Muon for the autoencoder's convolutions and matrices but the first and last, AdamW for the rest of it."""
+    lr: Rate = 1e-4
+    discriminator_lr: Rate | None = None
+    """null: the same as lr."""
+    betas: tuple[Decay, Decay] = (0.9, 0.95)
+    discriminator_betas: tuple[Decay, Decay] = (0.5, 0.9)
+    weight_decay: Weight = 0.0
+    warmup: NonNegative = 1000
+    """Steps over which the learning rate rises from 0."""
+    schedule: Literal["constant", "cosine"] = "cosine"
+    final_lr: Fraction = 0.1
+    """Learning rate at the end as a fraction of lr (cosine)."""
+    clip: Weight = 1.0
+    """Largest gradient norm of each network; 0 does not clip."""
+    max_skipped: Positive = 20
+    """So many steps in a row with gradients that are not finite stop the run; single ones are skipped and named."""
+
+
+class EmaSettings(Settings):
+    """Average of the autoencoder's weights; it is what validation and export use."""
+
+    decay: Decay = 0.9999
+    """0 keeps no average. Early on the decay is min(decay, (1 + step) / (10 + step))."""
+
+
+class CheckpointSettings(Settings):
+    """Checkpoints hold all that a resumed run needs to go on exactly."""
+
+    every: Positive = 5000
+    keep: Positive = 2
+    """How many of the newest stay. The best by held-out LPIPS and the last one before the GAN stay besides."""
+    keep_every: NonNegative = 0
+    """Checkpoints at multiples of this step stay for good; 0: none."""
+
+
+class ValidateSettings(Settings):
+    """Measures held-out images with the averaged weights."""
+
+    every: Positive = 5000
+    """Also before the first and after the last step."""
+    images: Positive = 500
+    """At most this many."""
+    crop_px: Positive | None = None
+    """Centre crop, px; null takes data.resolution."""
+    preview_images: Positive = 6
+
+
+class LogSettings(Settings):
+    """How often losses are read from the device: the only time that a step waits for it."""
+
+    every: Positive = 50
