@@ -25,7 +25,7 @@ RUNS: dict[str, list[str]] = {
     ],
 }
 """What sets a run apart."""
-SEEDS = (0, 1, 2)
+SEEDS = (0, 1, 2, 3, 4)
 SIDE_PX, STEPS, BATCH = 32, 1500, 32
 MODEL = (
     "model={in_channels: 1, out_channels: 1, block_out_channels: [8, 16, 32, 32, 64, 64], layers_per_block: 1, "
