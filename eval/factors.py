@@ -6,7 +6,7 @@ print(result["mean"]["mig"], result["sample"]["mig"])
 """
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,10 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from latent_ae.classes import find_classes
 from latent_ae.config import UserError
 from latent_ae.first_stages import FirstStage
-from latent_ae.held_out import HeldOutImage
 from latent_ae.images import picture_grid
 from latent_ae.order import posterior_noise
 from latent_ae.posterior import draw
@@ -30,7 +28,7 @@ from .factors_measure import BINS, entropy, measured
 from .factors_page import write_factors_report
 from .inputs import opened_data, report_skipped
 from .job_config import FactorsSettings
-from .jobs import batches, cpu_batch, images_for, latent_model, make_folder, one_process, write_json
+from .jobs import batches, cpu_batch, images_for, latent_model, make_folder, one_process, watched, write_json
 from .manifest import versions
 
 FORMAT = "latent-ae factors 1"
@@ -169,28 +167,14 @@ def _codes(
     stage: FirstStage, source: StoredImages, settings: FactorsSettings, data: str, device: torch.device, progress: bool
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, torch.Size, list[str]]:
     """Means and samples (N, D) of the readable images, their numbers, the latent's shape and what was skipped."""
-    images, bad = images_for(stage, source, settings, data), list[str]()
-    bar = tqdm(
-        total=len(source),
-        desc="factors: latents",
-        unit="image",
-        disable=not progress,
-        mininterval=0.5 if sys.stderr.isatty() else 30,
-    )
-
-    def watched() -> Iterator[HeldOutImage]:
-        for item in images.items():
-            if item.image is None:
-                bad.append(f"{item.name}: {item.reason}")
-            bar.update()
-            yield item
-
+    bad: list[str] = []
+    seen = watched(images_for(stage, source, settings, data), len(source), "factors: latents", bad, progress)
     means: list[np.ndarray] = []
     samples: list[np.ndarray] = []
     rows: list[int] = []
     shape = torch.Size()
     assert stage.module is not None
-    for items, batch in batches(watched(), settings.batch_size, device):
+    for items, batch in batches(seen, settings.batch_size, device):
         batch = batch.to(device, stage.dtype)
         mean = draw(stage.module, batch, None).latent
         if shape and mean.shape[1:] != shape:
@@ -206,7 +190,6 @@ def _codes(
         means.append(mean.flatten(1).cpu().numpy())
         samples.append(draw(stage.module, batch, noise).latent.flatten(1).cpu().numpy())
         rows += numbers
-    bar.close()
     if not rows:
         return np.empty((0, 0)), np.empty((0, 0)), np.empty(0, np.int64), shape, bad
     return np.concatenate(means), np.concatenate(samples), np.array(rows), shape, bad

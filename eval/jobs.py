@@ -1,6 +1,7 @@
 """What the jobs have in common: one process, a model, images of one shape at a time, LPIPS where it can be had."""
 
 import json
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import torch
 from accelerate.utils import get_int_from_env
 from torch import Tensor
+from tqdm import tqdm
 
 from latent_ae.config import UserError
 from latent_ae.first_stages import CPU_BATCH_PX, FirstStage
@@ -46,6 +48,17 @@ def images_for(stage: FirstStage, source: ImageSource, settings: JobSettings, da
     factor = checked_factor(stage, settings.crop_px)
     framing = Framing(settings.resize_px, settings.crop_px)
     return HeldOutImages(source, settings.data(data), stage.channels or 3, framing, factor)
+
+
+def watched(images: HeldOutImages, total: int, task: str, bad: list[str], progress: bool) -> Iterator[HeldOutImage]:
+    """The images, with a bar on stderr; names of those that could not be read go into `bad`, with the reason."""
+    interval = 0.5 if sys.stderr.isatty() else 30
+    with tqdm(total=total, desc=task, unit="image", disable=not progress, mininterval=interval) as bar:
+        for item in images.items():
+            if item.image is None:
+                bad.append(f"{item.name}: {item.reason}")
+            bar.update()
+            yield item
 
 
 def cpu_batch(batch_size: int, image_px: int) -> int:

@@ -1,22 +1,19 @@
 """Features of images in files, scaled for classifiers: latents, pixels, and principal components of those."""
 
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from latent_ae.classifiers import BLOCK
 from latent_ae.config import UserError
 from latent_ae.first_stages import FirstStage
-from latent_ae.held_out import HeldOutImage
 from latent_ae.sources import StoredImages
 
 from .job_config import ProbeSettings
-from .jobs import batches, images_for
+from .jobs import batches, images_for, watched
 from .shards import FeatureFile
 
 FEATURES = ("latent", "latent_pooled", "pixels", "pixels_pca")
@@ -43,23 +40,10 @@ class ImageFeatures:
 
     def write(self, source: StoredImages, what: str) -> list[str]:
         """Returns what could not be read."""
-        images, bad = images_for(self.stage, source, self.settings, self.data), list[str]()
-        bar = tqdm(
-            total=len(source),
-            desc=f"probe: {what}",
-            unit="image",
-            disable=not self.progress,
-            mininterval=0.5 if sys.stderr.isatty() else 30,
-        )
-
-        def watched() -> Iterator[HeldOutImage]:
-            for item in images.items():
-                if item.image is None:
-                    bad.append(f"{item.name}: {item.reason}")
-                bar.update()
-                yield item
-
-        for items, batch in batches(watched(), self.settings.batch_size, self.device):
+        bad: list[str] = []
+        images = images_for(self.stage, source, self.settings, self.data)
+        seen = watched(images, len(source), f"probe: {what}", bad, self.progress)
+        for items, batch in batches(seen, self.settings.batch_size, self.device):
             if self.shape and self.shape != batch.shape[1:]:
                 raise UserError(several_sizes(self.shape, batch.shape[1:]))
             self.shape = batch.shape[1:]
@@ -68,7 +52,6 @@ class ImageFeatures:
             for kind, values in made.items():
                 self.files[kind].append(values.cpu().numpy())
             self.rows += [item.index for item in items]
-        bar.close()
         return bad
 
 
