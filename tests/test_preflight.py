@@ -2,6 +2,8 @@
 
 import http.server
 import json
+import runpy
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import distributed
 
 from latent_ae.__main__ import main
 from latent_ae.config import UserError
@@ -184,3 +187,18 @@ def test_a_trial_leaves_no_trace(pictures: Path, tmp_path: Path, monkeypatch: py
     for step in (2, 6):
         name = f"checkpoints/step-{step:08d}"
         assert not differing_tensors(tmp_path / "with" / name, tmp_path / "without" / name)
+
+
+@pytest.mark.filterwarnings("ignore:'latent_ae.__main__' found in sys.modules")
+def test_a_command_that_stops_leaves_its_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Left to the interpreter's end, gloo's threads abort the process now and then."""
+    store = distributed.HashStore()
+    distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        monkeypatch.setattr(sys, "argv", ["latent-ae", "train", "no-such-recipe"])
+        with pytest.raises(SystemExit) as stopped:
+            runpy.run_module("latent_ae", run_name="__main__")
+        assert stopped.value.code == 2 and not distributed.is_initialized()
+    finally:
+        if distributed.is_initialized():
+            distributed.destroy_process_group()
