@@ -391,7 +391,8 @@ MAKERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "family": family_table,
     "hierarchical": hierarchical_table,
     "priors": priors_table,
-    "disentangle": disentangle_table,
+    "disentangle-blobs": disentangle_table,
+    "disentangle-shapes": disentangle_table,
     "collapse": collapse_table,
 }
 

@@ -1,15 +1,21 @@
-"""A small set of images whose factors of variation are known: one white shape on black, after dSprites.
+"""Two small sets of images whose factors of variation are known: one white thing on black, one channel.
 
 python -m latent_ae.shapes shapes.parquet
+python -m latent_ae.shapes blobs.parquet --kind blobs
 
-dSprites: Matthey, Higgins, Hassabis and Lerchner 2017. Every combination of the factors is there once, and no two
-images are the same: turns stay below a quarter, which is where a square comes back to itself.
+shapes (32 px): a square, ellipse or heart with sharp edges, after dSprites (Matthey, Higgins, Hassabis and Lerchner 2017).
+Turns stay below a quarter, which is where a square comes back to itself.
+blobs (16 px): a Gaussian blob. What moves with soft edges changes an image nearly linearly, and what goes half as far changes
+it less: factors that a posterior with independent dimensions can tell apart, as it can the principal components of
+linear data.
+Every combination of the factors is there once, and no two images are the same.
 """
 
 import argparse
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import datasets
 import numpy as np
@@ -18,9 +24,11 @@ from PIL import Image
 from latent_ae.disk import replacing
 
 FACTORS = {"shape": 3, "scale": 4, "orientation": 8, "x": 8, "y": 8}
-"""Columns of the table and how many values each has."""
+"""Of the shapes: columns of the table and how many values each has."""
+BLOB_FACTORS = {"scale": 6, "x": 16, "y": 8}
+"""Of the blobs."""
 SHAPES = ("square", "ellipse", "heart")
-SIDE_PX = 32
+SIDE_PX, BLOB_SIDE_PX = 32, 16
 SUBPIXELS = 4
 """Along each side of a pixel, averaged."""
 
@@ -51,17 +59,45 @@ def draw_shape(values: Sequence[int], counts: Sequence[int] = tuple(FACTORS.valu
     return np.round(255 * covered).astype(np.uint8)
 
 
-def write_shapes(path: str | Path, counts: Sequence[int] = tuple(FACTORS.values())) -> Path:
+def draw_blob(values: Sequence[int], counts: Sequence[int] = tuple(BLOB_FACTORS.values())) -> np.ndarray:
+    """The image of one combination: (16, 16) uint8. `values` and `counts` are in the order of BLOB_FACTORS.
+
+    255 exp(-d^2 / (2 r^2)) at distance d from the centre. r goes from a tenth to a fifth of the side, the centre across
+    from 0.3 to 0.7 of it and down half as far, from 0.4 to 0.6; values are evenly spaced.
+    """
+    scale, x, y = (value / max(1, count - 1) for value, count in zip(values, counts, strict=True))
+    grid = (np.arange(BLOB_SIDE_PX) + 0.5) / BLOB_SIDE_PX
+    radius = 0.1 + 0.1 * scale
+    squared = (grid[None, :] - (0.3 + 0.4 * x)) ** 2 + (grid[:, None] - (0.4 + 0.2 * y)) ** 2
+    return np.round(255 * np.exp(-squared / (2 * radius**2))).astype(np.uint8)
+
+
+class Kind(NamedTuple):
+    """A set of images."""
+
+    factors: dict[str, int]
+    """Columns of the table and how many values each has."""
+    draw: Callable[[Sequence[int], Sequence[int]], np.ndarray]
+    """Of values and counts, in the order of `factors`."""
+
+
+KINDS = {"shapes": Kind(FACTORS, draw_shape), "blobs": Kind(BLOB_FACTORS, draw_blob)}
+
+
+def write_shapes(path: str | Path, counts: Sequence[int] | None = None, kind: str = "shapes") -> Path:
     """Writes every combination as a Parquet table: `image` (PNG, one channel) and an integer column for each factor.
 
-    `counts` are the numbers of values, in the order of FACTORS. Rows are in the order of itertools.product.
+    `kind` is one of KINDS, `counts` the numbers of values in the order of its factors (None: its own). Rows are in the
+    order of itertools.product.
     """
+    factors, draw = KINDS[kind]
+    counts = tuple(factors.values()) if counts is None else counts
 
     def rows() -> Iterator[dict[str, object]]:
         for values in itertools.product(*map(range, counts)):
-            yield {"image": Image.fromarray(draw_shape(values, counts))} | dict(zip(FACTORS, values, strict=True))
+            yield {"image": Image.fromarray(draw(values, counts))} | dict(zip(factors, values, strict=True))
 
-    features = datasets.Features({"image": datasets.Image()} | {name: datasets.Value("int64") for name in FACTORS})
+    features = datasets.Features({"image": datasets.Image()} | {name: datasets.Value("int64") for name in factors})
     table = datasets.Dataset.from_list(list(rows()), features=features)
     with replacing(Path(path)) as part:
         table.to_parquet(part)
@@ -71,8 +107,9 @@ def write_shapes(path: str | Path, counts: Sequence[int] = tuple(FACTORS.values(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("path", type=Path, metavar="OUT.parquet")
+    parser.add_argument("--kind", choices=KINDS, default="shapes", help="(default: shapes)")
     words = parser.parse_args()
-    write_shapes(words.path)
+    write_shapes(words.path, kind=words.kind)
     print(words.path)
 
 

@@ -20,7 +20,7 @@ from latent_ae.config import UserError
 from latent_ae.images import picture_grid
 from latent_ae.model_settings import ModelSettings
 from latent_ae.models import build_autoencoder
-from latent_ae.shapes import FACTORS, draw_shape, write_shapes
+from latent_ae.shapes import BLOB_FACTORS, FACTORS, draw_blob, draw_shape, write_shapes
 from latent_ae_eval.factors import factors
 from latent_ae_eval.factors_measure import binned, gaussian_total_correlation, measured, mutual_information
 from latent_ae_eval.job_config import FactorsSettings
@@ -121,6 +121,28 @@ def test_shapes_are_where_their_factors_say() -> None:
     heart = draw_shape((2, 3, 0, 4, 4)) > 127
     rows = heart.sum(1)[heart.any(1)]
     assert (heart == heart.any(0)[None] * heart).all() and rows[-1] < rows[len(rows) // 2] > 10  # point downwards
+
+
+def test_blobs_are_where_their_factors_say() -> None:
+    grid = np.arange(32) + 0.5
+    small = itertools.product((0, 1), (0, 5, 15), (0, 7))
+    for scale, x, y in [*small, (2, 5, 3), (5, 7, 3), (5, 8, 4)]:  # larger ones near the middle: little is cut off
+        image = draw_blob((scale, x, y)) / 255
+        mass, side = image.sum(), 32 * (0.1 + 0.1 * scale / 5)
+        centre = image.sum(0) @ grid / mass, image.sum(1) @ grid / mass
+        assert centre == pytest.approx((32 * (0.3 + 0.4 * x / 15), 32 * (0.4 + 0.2 * y / 7)), abs=0.1)
+        assert mass == pytest.approx(2 * math.pi * side**2, rel=0.03)
+        assert image.max() == pytest.approx(1, abs=0.05)
+
+
+def test_the_table_of_blobs(tmp_path: Path) -> None:
+    path = write_shapes(tmp_path / "blobs.parquet", kind="blobs")
+    table = datasets.load_dataset("parquet", data_files=str(path), cache_dir=str(tmp_path))["train"]
+    expected = list(itertools.product(*map(range, BLOB_FACTORS.values())))
+    assert [tuple(row.values()) for row in table.remove_columns("image")] == expected
+    images = [np.asarray(image) for image in table["image"]]
+    assert len({image.tobytes() for image in images}) == len(expected) == 768
+    assert np.array_equal(images[500], draw_blob(expected[500]))
 
 
 @pytest.fixture(scope="module")
