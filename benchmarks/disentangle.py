@@ -7,7 +7,6 @@ of a processor.
 
 import argparse
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from latent_ae import page
-from latent_ae.images import picture_grid, to_picture, to_tensor
+from latent_ae.images import to_tensor
+from latent_ae.pictures import picture_grid, to_picture
 
 from .labels import short_name
 

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from latent_ae.classes import find_classes
 from latent_ae.config import UserError
 from latent_ae.first_stages import FirstStage
-from latent_ae.images import picture_grid
 from latent_ae.order import posterior_noise
+from latent_ae.pictures import picture_grid
 from latent_ae.posterior import draw
 from latent_ae.sources import StoredImages, StreamSource, TableSource
 

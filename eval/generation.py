@@ -26,9 +26,10 @@ from latent_ae.encode import encode_images
 from latent_ae.first_stages import FirstStage, open_first_stage
 from latent_ae.frechet import RELIABLE_IMAGES
 from latent_ae.held_out import Framing, HeldOutImages
-from latent_ae.images import ImageError, picture_grid, to_uint8
+from latent_ae.images import ImageError, to_uint8
 from latent_ae.latent_cache import LatentCache, open_latents
 from latent_ae.perceptual import TRUNKS
+from latent_ae.pictures import picture_grid
 from latent_ae.processes import processes
 from latent_ae.sources import StoredImages, StreamSource, digest_of
 

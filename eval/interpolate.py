@@ -20,8 +20,9 @@ from tqdm import tqdm
 
 from latent_ae.config import UserError
 from latent_ae.first_stages import FirstStage
-from latent_ae.images import picture_grid, to_uint8
+from latent_ae.images import to_uint8
 from latent_ae.perceptual import LPIPS
+from latent_ae.pictures import picture_grid
 from latent_ae.sources import StoredImages, StreamSource
 
 from .inputs import opened_data

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from latent_ae import page
-from latent_ae.images import to_picture
+from latent_ae.pictures import to_picture
 
 from .labels import short_name
 from .latents_findings import Finding

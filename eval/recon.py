@@ -27,7 +27,7 @@ from tqdm import tqdm
 from latent_ae.config import UserError
 from latent_ae.disk import replacing, write_json, writing
 from latent_ae.held_out import Framing, HeldOutImages, Part
-from latent_ae.images import picture_grid
+from latent_ae.pictures import picture_grid
 from latent_ae.processes import on_main, together
 from latent_ae.sources import source_stamp
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from latent_ae import page
-from latent_ae.images import to_picture, to_uint8
+from latent_ae.images import to_uint8
+from latent_ae.pictures import to_picture
 
 from .labels import ARROWS, in_order, label_of, number, pair, rounded, short_name, span
 

@@ -3,11 +3,11 @@
 python -m latent_ae.shapes shapes.parquet
 python -m latent_ae.shapes blobs.parquet --kind blobs
 
-shapes (32 px): a square, ellipse or heart with sharp edges, after dSprites (Matthey, Higgins, Hassabis and Lerchner 2017).
-Turns stay below a quarter, which is where a square comes back to itself.
-blobs (16 px): a Gaussian blob. What moves with soft edges changes an image nearly linearly, and what goes half as far changes
-it less: factors that a posterior with independent dimensions can tell apart, as it can the principal components of
-linear data.
+shapes (32 px): a square, ellipse or heart with sharp edges, after dSprites (Matthey, Higgins, Hassabis and Lerchner
+2017). Turns stay below a quarter, which is where a square comes back to itself.
+blobs (16 px): a Gaussian blob. What has soft edges changes the image nearly linearly as it moves, and goes half as far
+down as across: factors that a posterior with independent dimensions can tell apart, as it can the principal components
+of linear data.
 Every combination of the factors is there once, and no two images are the same.
 """
 

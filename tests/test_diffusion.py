@@ -17,11 +17,11 @@ from PIL import Image
 
 from latent_ae.config import UserError
 from latent_ae.encode import encode_images
-from latent_ae.images import picture_grid
 from latent_ae.latent_cache import LatentCache, open_latents
 from latent_ae.model_settings import ModelSettings
 from latent_ae.models import build_autoencoder
 from latent_ae.order import posterior_noise
+from latent_ae.pictures import picture_grid
 from latent_ae_eval.__main__ import main
 from latent_ae_eval.config import DiffusionSettings
 from latent_ae_eval.diffusion import evaluate_diffusion

@@ -15,6 +15,7 @@ from torchvision.transforms import v2
 from latent_ae import crops, images
 from latent_ae.config import UserError
 from latent_ae.images import ImageError, decode
+from latent_ae.pictures import picture_grid
 
 
 def encode(picture: Image.Image, file_format: str, **options: object) -> bytes:
@@ -524,7 +525,7 @@ def test_bicubic_down_up() -> None:
 def test_picture_grid_places_images_and_labels() -> None:
     red = torch.tensor([1.0, -1.0, -1.0])[:, None, None].expand(3, 128, 128)
     gray = torch.zeros(1, 64, 64)
-    grid = images.picture_grid([[red, gray], [gray, red]], labels=["input", "a label that is far too long for it"])
+    grid = picture_grid([[red, gray], [gray, red]], labels=["input", "a label that is far too long for it"])
     assert grid.mode == "RGB" and grid.size == (2 * 128 + 3 * 6, 26 + 2 * (128 + 6))
     pixels = np.asarray(grid)
     assert (pixels[26:154, 6:134] == (255, 0, 0)).all()
@@ -535,7 +536,7 @@ def test_picture_grid_places_images_and_labels() -> None:
         assert (pixels[:26, left : left + 128] < 128).any()
     assert (pixels[:26, 134:140] == 255).all()
     # the cell of a small image is enlarged in whole steps; a huge one is bounded
-    assert images.picture_grid([[torch.zeros(3, 32, 32)]]).size == (128 + 12, 128 + 12)
-    assert images.picture_grid([[torch.zeros(2, 2000, 1000)]]).size == (256 + 12, 512 + 12)
+    assert picture_grid([[torch.zeros(3, 32, 32)]]).size == (128 + 12, 128 + 12)
+    assert picture_grid([[torch.zeros(2, 2000, 1000)]]).size == (256 + 12, 512 + 12)
     clear = torch.full((4, 128, 128), -1.0)
-    assert (np.asarray(images.picture_grid([[clear]])) == 255).all()
+    assert (np.asarray(picture_grid([[clear]])) == 255).all()

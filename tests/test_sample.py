@@ -13,9 +13,10 @@ from diffusers.models.autoencoders.vae import DecoderOutput
 from PIL import Image
 
 from latent_ae.config import UserError
-from latent_ae.images import picture_grid, to_uint8
+from latent_ae.images import to_uint8
 from latent_ae.latent_cache import open_latents
 from latent_ae.order import posterior_noise
+from latent_ae.pictures import picture_grid
 from latent_ae_eval.__main__ import main
 from latent_ae_eval.config import DiffusionSettings, SampleSettings
 from latent_ae_eval.diffusion import evaluate_diffusion

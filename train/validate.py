@@ -17,9 +17,10 @@ from latent_ae.config import UserError
 from latent_ae.data import ImageSource, stop_if_too_many_bad
 from latent_ae.disk import replacing, writing
 from latent_ae.held_out import HeldOutImages, held_out_images
-from latent_ae.images import bicubic_down_up, picture_grid
+from latent_ae.images import bicubic_down_up
 from latent_ae.metrics import ReconstructionMetrics
 from latent_ae.perceptual import LPIPS
+from latent_ae.pictures import picture_grid
 
 from .config import TrainSettings
 
