@@ -5,9 +5,8 @@ python -m latent_ae.shapes blobs.parquet --kind blobs
 
 shapes (32 px): a square, ellipse or heart with sharp edges, after dSprites (Matthey, Higgins, Hassabis and Lerchner
 2017). Turns stay below a quarter, which is where a square comes back to itself.
-blobs (16 px): a Gaussian blob. What has soft edges changes the image nearly linearly as it moves, and goes half as far
-down as across: factors that a posterior with independent dimensions can tell apart, as it can the principal components
-of linear data.
+blobs (16 px): a Gaussian blob. What has soft edges changes the image nearly linearly as it moves, so that one dimension
+is enough for a factor.
 Every combination of the factors is there once, and no two images are the same.
 """
 
@@ -25,7 +24,7 @@ from latent_ae.disk import replacing
 
 FACTORS = {"shape": 3, "scale": 4, "orientation": 8, "x": 8, "y": 8}
 """Of the shapes: columns of the table and how many values each has."""
-BLOB_FACTORS = {"scale": 6, "x": 16, "y": 8}
+BLOB_FACTORS = {"scale": 6, "x": 12, "y": 12}
 """Of the blobs."""
 SHAPES = ("square", "ellipse", "heart")
 SIDE_PX, BLOB_SIDE_PX = 32, 16
@@ -62,13 +61,13 @@ def draw_shape(values: Sequence[int], counts: Sequence[int] = tuple(FACTORS.valu
 def draw_blob(values: Sequence[int], counts: Sequence[int] = tuple(BLOB_FACTORS.values())) -> np.ndarray:
     """The image of one combination: (16, 16) uint8. `values` and `counts` are in the order of BLOB_FACTORS.
 
-    255 exp(-d^2 / (2 r^2)) at distance d from the centre. r goes from a tenth to a fifth of the side, the centre across
-    from 0.3 to 0.7 of it and down half as far, from 0.4 to 0.6; values are evenly spaced.
+    255 exp(-d^2 / (2 r^2)) at distance d from the centre. r goes from a tenth to a fifth of the side, the centre from
+    0.3 to 0.7 of it; values are evenly spaced.
     """
     scale, x, y = (value / max(1, count - 1) for value, count in zip(values, counts, strict=True))
     grid = (np.arange(BLOB_SIDE_PX) + 0.5) / BLOB_SIDE_PX
     radius = 0.1 + 0.1 * scale
-    squared = (grid[None, :] - (0.3 + 0.4 * x)) ** 2 + (grid[:, None] - (0.4 + 0.2 * y)) ** 2
+    squared = (grid[None, :] - (0.3 + 0.4 * x)) ** 2 + (grid[:, None] - (0.3 + 0.4 * y)) ** 2
     return np.round(255 * np.exp(-squared / (2 * radius**2))).astype(np.uint8)
 
 
