@@ -391,8 +391,7 @@ MAKERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "family": family_table,
     "hierarchical": hierarchical_table,
     "priors": priors_table,
-    "disentangle-blobs": disentangle_table,
-    "disentangle-shapes": disentangle_table,
+    "disentangle": disentangle_table,
     "collapse": collapse_table,
 }
 
