@@ -33,7 +33,6 @@ MODEL = (
     "model={{in_channels: 1, out_channels: 1, block_out_channels: {}, layers_per_block: 1, latent_channels: {}, "
     "norm_num_groups: 4, mid_block_add_attention: false, init: {}}}"
 )
-SIDE_PX = {"shapes": 32, "blobs": 16}
 BATCH = {"shapes": 32, "blobs": 64}
 OWN = {
     "shapes": [MODEL.format([8, 16, 32, 32, 64, 64], 6, "default"), "loss.pixel=bernoulli"],
@@ -67,7 +66,7 @@ def main() -> None:
     if not table.exists():
         scratch.mkdir(parents=True, exist_ok=True)
         write_shapes(table, kind=kind)
-    side = SIDE_PX[kind]
+    side = KINDS[kind].side_px
     common = [*COMMON, *OWN[kind], f"batch_size={BATCH[kind]}", f"data.resolution={side}", f"validate.crop_px={side}"]
     framed = [f"crop_px={side}", "batch_size=256", "num_workers=0"]
     for seed in words.seeds:

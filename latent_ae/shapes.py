@@ -78,9 +78,10 @@ class Kind(NamedTuple):
     """Columns of the table and how many values each has."""
     draw: Callable[[Sequence[int], Sequence[int]], np.ndarray]
     """Of values and counts, in the order of `factors`."""
+    side_px: int
 
 
-KINDS = {"shapes": Kind(FACTORS, draw_shape), "blobs": Kind(BLOB_FACTORS, draw_blob)}
+KINDS = {"shapes": Kind(FACTORS, draw_shape, SIDE_PX), "blobs": Kind(BLOB_FACTORS, draw_blob, BLOB_SIDE_PX)}
 
 
 def write_shapes(path: str | Path, counts: Sequence[int] | None = None, kind: str = "shapes") -> Path:
@@ -89,7 +90,7 @@ def write_shapes(path: str | Path, counts: Sequence[int] | None = None, kind: st
     `kind` is one of KINDS, `counts` the numbers of values in the order of its factors (None: its own). Rows are in the
     order of itertools.product.
     """
-    factors, draw = KINDS[kind]
+    factors, draw, _ = KINDS[kind]
     counts = tuple(factors.values()) if counts is None else counts
 
     def rows() -> Iterator[dict[str, object]]:
