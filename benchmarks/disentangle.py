@@ -14,13 +14,13 @@ from benchmarks.machine import save
 from benchmarks.runs import evaluate, events, folder_name, seconds_of, train
 from latent_ae.shapes import KINDS, write_shapes
 
-LATER = "loss.kl_warmup=300"
+WARMUP = "loss.kl_warmup=300"
 RUNS: dict[str, dict[str, list[str]]] = {
     "shapes": {
-        **{f"beta {beta}": [f"loss.kl={beta}", LATER] for beta in (1, 2, 4)},
+        **{f"beta {beta}": [f"loss.kl={beta}", WARMUP] for beta in (1, 2, 4)},
         "capacity 8": ["loss.kl=10", "loss.kl_capacity=8"],
         "FactorVAE 10": [
-            *("loss.kl=1", LATER, "loss.total_correlation=10", "loss.total_correlation_width=256"),
+            *("loss.kl=1", WARMUP, "loss.total_correlation=10", "loss.total_correlation_width=256"),
             "optim.discriminator_lr=1e-3",
         ],
     },

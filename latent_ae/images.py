@@ -1,4 +1,4 @@
-"""The only place where pixels change type, range, mode or size.
+"""The only place where pixels change type, range, mode or size, but for crops and for pictures to look at.
 
 Arrays are HWC: uint8, uint16 (the full range of either) or float32 in [0, 1].
 Tensors are float32 CHW or NCHW in [-1, 1].
