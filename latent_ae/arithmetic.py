@@ -1,0 +1,53 @@
+"""How exactly float32 tensors are computed with on a GPU, and which layers an autocast leaves in float32."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@contextmanager
+def float32_arithmetic(*, tf32: bool = False, repeatable: bool = False) -> Iterator[None]:
+    """While it is open, float32 convolutions and matrix products on CUDA devices round their inputs to TF32 or not.
+
+    PyTorch's own default is TF32 (10 bits of mantissa instead of 23) for convolutions and float32 for matrix products.
+    What held before holds again afterwards. A CPU has no TF32.
+
+    Args:
+        tf32: whether both kinds of operations may round to TF32.
+        repeatable: also let cuDNN choose only algorithms that give the same result every time.
+    """
+    cudnn, products = torch.backends.cudnn, torch.backends.cuda.matmul
+    precisions = [operation.fp32_precision for operation in _operations()]
+    try:
+        older = cudnn.allow_tf32, torch.get_float32_matmul_precision()
+    except RuntimeError:  # the caller has set fp32_precision to what the older flags cannot express
+        older = None
+    choice = cudnn.deterministic, cudnn.benchmark
+    # the older flags set fp32_precision of torch >= 2.9 as well, and torch.compile reads them
+    cudnn.allow_tf32 = products.allow_tf32 = tf32
+    if not tf32:  # "none", which the older flags leave, would follow torch.backends.fp32_precision
+        _set_precisions(["ieee"] * len(precisions))
+    if repeatable:
+        cudnn.deterministic, cudnn.benchmark = True, False
+    try:
+        yield
+    finally:
+        cudnn.deterministic, cudnn.benchmark = choice
+        if older is not None:
+            cudnn.allow_tf32 = older[0]
+            torch.set_float32_matmul_precision(older[1])
+        _set_precisions(precisions)
+
+
+def _set_precisions(precisions: list[str]) -> None:
+    for operation, precision in zip(_operations(), precisions, strict=True):
+        operation.fp32_precision = precision
+
+
+def _operations() -> list[Any]:
+    """What has an `fp32_precision` of its own; nothing before torch 2.9."""
+    cudnn = torch.backends.cudnn
+    return [cudnn.conv, cudnn.rnn, torch.backends.cuda.matmul] if hasattr(cudnn, "conv") else []
