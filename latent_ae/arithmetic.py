@@ -8,6 +8,23 @@ import torch
 from torch import Tensor, nn
 
 
+class WeightPrecisionConv2d(nn.Conv2d):
+    """A convolution that computes in its weight's precision under any autocast, and returns that precision."""
+
+    def forward(self, features: Tensor) -> Tensor:
+        with torch.autocast(features.device.type, enabled=False):
+            return super().forward(features.to(self.weight.dtype))
+
+
+class WeightPrecisionEntry(WeightPrecisionConv2d):
+    """The same, but under an autocast the result is rounded to that autocast's type, for the layers that follow."""
+
+    def forward(self, features: Tensor) -> Tensor:
+        device = features.device.type
+        hidden = super().forward(features)
+        return hidden.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else hidden
+
+
 @contextmanager
 def float32_arithmetic(*, tf32: bool = False, repeatable: bool = False) -> Iterator[None]:
     """While it is open, float32 convolutions and matrix products on CUDA devices round their inputs to TF32 or not.
@@ -49,5 +66,7 @@ def _set_precisions(precisions: list[str]) -> None:
 
 def _operations() -> list[Any]:
     """What has an `fp32_precision` of its own; nothing before torch 2.9."""
-    cudnn = torch.backends.cudnn
-    return [cudnn.conv, cudnn.rnn, torch.backends.cuda.matmul] if hasattr(cudnn, "conv") else []
+    backends: Any = torch.backends
+    if not hasattr(backends.cudnn, "conv"):
+        return []
+    return [backends.cudnn.conv, backends.cudnn.rnn, backends.cuda.matmul, backends.mkldnn.matmul]
