@@ -16,15 +16,6 @@ class WeightPrecisionConv2d(nn.Conv2d):
             return super().forward(features.to(self.weight.dtype))
 
 
-class WeightPrecisionEntry(WeightPrecisionConv2d):
-    """The same, but under an autocast the result is rounded to that autocast's type, for the layers that follow."""
-
-    def forward(self, features: Tensor) -> Tensor:
-        device = features.device.type
-        hidden = super().forward(features)
-        return hidden.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else hidden
-
-
 @contextmanager
 def float32_arithmetic(*, tf32: bool = False, repeatable: bool = False) -> Iterator[None]:
     """While it is open, float32 convolutions and matrix products on CUDA devices round their inputs to TF32 or not.
@@ -38,13 +29,14 @@ def float32_arithmetic(*, tf32: bool = False, repeatable: bool = False) -> Itera
     """
     cudnn, products = torch.backends.cudnn, torch.backends.cuda.matmul
     precisions = [operation.fp32_precision for operation in _operations()]
+    choice = cudnn.deterministic, cudnn.benchmark
     try:
         older = cudnn.allow_tf32, torch.get_float32_matmul_precision()
-    except RuntimeError:  # the caller has set fp32_precision to what the older flags cannot express
+    except RuntimeError:  # the caller has set fp32_precision to what the older flags cannot express, so they stay
         older = None
-    choice = cudnn.deterministic, cudnn.benchmark
-    # the older flags set fp32_precision of torch >= 2.9 as well, and torch.compile reads them
-    cudnn.allow_tf32 = products.allow_tf32 = tf32
+        _set_precisions(["tf32"] * 3 if tf32 else [])
+    else:  # these set fp32_precision of torch >= 2.9 as well, and torch.compile reads them
+        cudnn.allow_tf32 = products.allow_tf32 = tf32
     if not tf32:  # "none", which the older flags leave, would follow torch.backends.fp32_precision
         _set_precisions(["ieee"] * len(precisions))
     if repeatable:
@@ -60,7 +52,7 @@ def float32_arithmetic(*, tf32: bool = False, repeatable: bool = False) -> Itera
 
 
 def _set_precisions(precisions: list[str]) -> None:
-    for operation, precision in zip(_operations(), precisions, strict=True):
+    for operation, precision in zip(_operations(), precisions, strict=False):
         operation.fp32_precision = precision
 
 

@@ -8,7 +8,7 @@ import torch
 from diffusers import AutoencoderKL, ModelMixin, VQModel
 from torch import Tensor, nn
 
-from latent_ae.arithmetic import WeightPrecisionConv2d, WeightPrecisionEntry
+from latent_ae.arithmetic import WeightPrecisionConv2d
 from latent_ae.codebook import Codes, quantised
 from latent_ae.config import UserError
 from latent_ae.families import class_of, family_of
@@ -112,10 +112,9 @@ def keep_posterior_precise_(module: nn.Module) -> None:
     """
     if family_of(module).latent not in ("posterior", "flow"):
         return
-    for name in ("encoder.conv_out", "quant_conv", "post_quant_conv"):
-        if (layer := attrgetter(name)(module)) is not None:
+    for name in ("encoder.conv_out", "quant_conv", "post_quant_conv", "decoder.conv_in"):
+        if (layer := attrgetter(name)(module)) is not None:  # not every model has both quant convolutions
             layer.__class__ = WeightPrecisionConv2d
-    module.decoder.conv_in.__class__ = WeightPrecisionEntry
 
 
 def end_layers(part: nn.Module) -> list[nn.Module]:
