@@ -365,6 +365,46 @@ def collapse_table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def posterior_table(result: dict[str, Any]) -> str:
+    lines = [
+        f"{result['images']} crops of {result['crop_px']} px of {result['held_out']}; {where(result)}.",
+        "",
+        f"| under autocast | {' | '.join(str(number) for number in range(len(result['std'])))} | decoder's entry |",
+        "|---|" + "---:|" * (len(result["std"]) + 1),
+    ]
+    for name, errors in result["mean"].items():
+        entered = result["entered"].get(name)
+        cells = [*(f"{error:.2f}" for error in errors), "" if entered is None else f"{entered:.3f}"]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def eps_table(result: dict[str, Any]) -> str:
+    every = list(result["eps"])
+    lines = [
+        f"{result['held_out_images']} held-out crops of {result['data']}; `quickstart {' '.join(result['settings'])}`, "
+        f"seeds {', '.join(str(run['seed']) for run in result['eps'][every[0]])}; {where(result)}.",
+        "",
+        f"| eps | {' | '.join(f'below 10 x {eps}' for eps in every)} | an unused channel's step | PSNR (dB) | LPIPS "
+        "| `grad_norm` | steps clipped |",
+        "|---|" + "---:|" * (len(every) + 5),
+    ]
+    for eps, runs in result["eps"].items():
+        shares = [", ".join(f"{net[other]:.3%}" for net in runs[0]["share_below"].values()) for other in every]
+        low = min(run["grad_norm"][0] for run in runs)
+        high = max(run["grad_norm"][1] for run in runs)
+        cells = [
+            *shares,
+            f"{runs[0]['unused_channel']['step_over_lr']:.3f} lr",
+            ", ".join(f"{run['psnr']:.2f}" for run in runs),
+            ", ".join(f"{run['lpips']:.3f}" for run in runs),
+            f"{low:.0f} to {high:.0f}",
+            f"{sum(run['clipped'] for run in runs) / len(runs):.0%}",
+        ]
+        lines.append(f"| {eps} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def where(result: dict[str, Any]) -> str:
     machine = result["machine"]
     return (
@@ -393,6 +433,8 @@ MAKERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "priors": priors_table,
     "disentangle": disentangle_table,
     "collapse": collapse_table,
+    "bf16-posterior": posterior_table,
+    "adam-eps": eps_table,
 }
 
 

@@ -20,6 +20,7 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from latent_ae.arithmetic import float32_arithmetic
 from latent_ae.config import UserError
 from latent_ae.data import open_images
 from latent_ae.encode import encode_images
@@ -104,8 +105,7 @@ def begin(
     # encoded and sampled as the saved pipeline will be: convolutions round differently in another layout
     stage.module.to(memory_format=torch.contiguous_format)
     # TF32 convolutions would move the third digit of what is encoded and measured
-    flags = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
-    stack.enter_context(flags)
+    stack.enter_context(float32_arithmetic(repeatable=True))
     return kind(model, stage, data, settings, device, _taken(stack, out), progress)
 
 

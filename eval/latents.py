@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from torch import nn
 from tqdm import tqdm
 
+from latent_ae.arithmetic import float32_arithmetic
 from latent_ae.config import UserError
 from latent_ae.families import FAMILIES
 from latent_ae.first_stages import FirstStage
@@ -94,7 +94,7 @@ def evaluate_latents(
             notes.append(f"LPIPS of noised latents is missing: {error}")
     measurer = LatentsMeasurer(stage, device, seed=settings.seed, batch_size=settings.batch_size, lpips=lpips)
     # TF32 convolutions would move the third digit
-    with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
+    with float32_arithmetic(repeatable=True):
         images, count = _images(stage, data, settings, settings.limit)
         size = STREAM_BLOCK if count is None else max(SMALLEST_BLOCK, -(-count // MOST_BLOCKS))
         encoded = _over_blocks(images, measurer.encode, Encoded(), size, count, "encode", shows)

@@ -18,12 +18,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
-import torch
 from accelerate import PartialState
 from filelock import FileLock, Timeout
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from latent_ae.arithmetic import float32_arithmetic
 from latent_ae.config import UserError
 from latent_ae.disk import replacing, write_json, writing
 from latent_ae.held_out import Framing, HeldOutImages, Part
@@ -91,8 +91,7 @@ def evaluate_reconstruction(
     measurer = Measurer(stage, settings, device, inception, cache)
     with ExitStack() as stack:
         # TF32 convolutions would move the third digit
-        flags = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
-        stack.enter_context(flags)
+        stack.enter_context(float32_arithmetic(repeatable=True))
         size = shard_size(num_images, protocol.crop_px is None)
         key = None
         if stage.sha256 is not None and (stamp := source_stamp(source)) is not None:

@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from tqdm import tqdm
 
+from latent_ae.arithmetic import float32_arithmetic
 from latent_ae.config import UserError
 from latent_ae.data import Batch, open_images, posterior_noise, training_batches
 from latent_ae.diffaug import NUMBERS
@@ -55,6 +56,11 @@ from .validate import Validator
 
 def train(settings: TrainSettings) -> dict[str, Any]:
     """Trains (or goes on training) until `settings.steps`, then exports and reports. Returns the final results."""
+    with float32_arithmetic(tf32=settings.tf32):
+        return _train(settings)
+
+
+def _train(settings: TrainSettings) -> dict[str, Any]:
     run = Path(settings.output_dir).expanduser()
     accelerator = Accelerator(
         cpu=not torch.cuda.is_available(),

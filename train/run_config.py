@@ -21,6 +21,9 @@ class OptimSettings(Settings):
     """null: the same as lr."""
     betas: tuple[Decay, Decay] = (0.9, 0.95)
     discriminator_betas: tuple[Decay, Decay] = (0.5, 0.9)
+    eps: Rate = 1e-13
+    """Of Adam, all networks: what it adds to a gradient's root mean square. Losses are means here; the 1e-8 of trainers
+    that sum over an image's C x H x W elements is 1e-8 / (C x H x W), 5e-14 at 256 px."""
     weight_decay: Weight = 0.0
     warmup: NonNegative = 1000
     """Steps over which the learning rate rises from 0."""

@@ -249,8 +249,8 @@ class TrainStep:
         loss = discriminator_loss(gan.loss, real_logits, fake_logits)
         means["discriminator"] = loss.detach()
         if gan.lecam:
-            real_average, fake_average = self.state.lecam_averages
-            lecam = lecam_loss(real_logits, fake_logits, real_average, fake_average)
+            real_average, fake_average, known = self.state.lecam
+            lecam = known * lecam_loss(real_logits, fake_logits, real_average, fake_average)
             means["lecam"] = lecam.detach()
             loss = loss + gan.lecam * lecam
         if phase.r1:
