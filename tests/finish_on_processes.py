@@ -1,6 +1,6 @@
 """A run of two processes, OUT and PICTURES, whose collectives wait for three seconds only, while the first process
-takes four for each thing that it does alone. Started three times: the first time its preview is refused, the second time
-its export. What was seen is written to OUT.rankN.json."""
+takes four for each thing that it does alone. Started three times: the first time its preview is refused, the second
+time its export. What was seen is written to OUT.rankN.json."""
 
 import contextlib
 import io
