@@ -32,6 +32,7 @@ def main(argv: list[str] | None = None) -> int:
     import torch
     from torch._dynamo.exc import TorchDynamoException
 
+    from .agreement import lost_process
     from .loop import train
     from .signals import EXIT_CODE, Stopped
 
@@ -50,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
     except RuntimeError as error:
         if settings.processes == 1 or not re.search("closed by peer|reset by peer|Broken pipe", str(error)):
             raise
-        raise UserError("another process of this run has ended; what it said tells why") from error
+        raise UserError(lost_process()) from error
     return 0
 
 

@@ -38,6 +38,12 @@ def _refuse_fp16(value: Any) -> Any:
     return value
 
 
+def micro_batch_of(batch_size: int, processes: int, most: int | None) -> int:
+    """The largest number of samples per pass that divides a process's share of the batch and is not above `most`."""
+    share = batch_size // processes
+    return next((size for size in range(min(most or share, share), 0, -1) if share % size == 0), 1)
+
+
 class TrainSettings(Settings):
     """A training run."""
 
@@ -47,7 +53,7 @@ class TrainSettings(Settings):
     batch_size: Positive = 32
     """Global: over all processes and accumulation."""
     micro_batch_size: Positive | None = None
-    """Samples per process and pass; null takes the whole share of a process."""
+    """The most samples per process and pass; null takes the whole share of a process. See `micro_batch`."""
     precision: Annotated[Literal["fp32", "bf16"], BeforeValidator(_refuse_fp16)] = "fp32"
     """bf16: autocast; weights, losses and optimizer stay fp32."""
     tf32: bool = False
@@ -99,7 +105,7 @@ class TrainSettings(Settings):
     @property
     def micro_batch(self) -> int:
         """Samples per process and pass."""
-        return self.micro_batch_size or self.batch_size // self.processes
+        return micro_batch_of(self.batch_size, self.processes, self.micro_batch_size)
 
     @property
     def accumulation(self) -> int:
@@ -128,18 +134,13 @@ class TrainSettings(Settings):
                 yield Problem("report_to", f"{tracker} is not installed: pip install 'latent-ae[{tracker}]'")
 
     def _batch_problems(self) -> Iterator[Problem]:
-        per_pass = self.processes * (self.micro_batch_size or 1)
-        if self.batch_size % per_pass:
-            micro = f" x micro_batch_size {self.micro_batch_size}" if self.micro_batch_size else ""
-            below, above = (
-                self.batch_size // per_pass * per_pass,
-                (self.batch_size // per_pass + 1) * per_pass,
-            )
-            nearest = f"{below} or {above}" if below else str(above)
+        if self.batch_size % self.processes:
+            below = self.batch_size // self.processes * self.processes
+            nearest = f"{below} or {below + self.processes}" if below else str(self.processes)
             yield Problem(
                 "batch_size",
-                f"{self.batch_size} does not divide into {self.processes} process(es){micro}: "
-                f"set batch_size to {nearest}, or change micro_batch_size or the number of processes",
+                f"{self.batch_size} does not divide into {self.processes} processes: set batch_size to {nearest}, or "
+                "start another number of processes",
             )
 
     def _shape_problems(self) -> Iterator[Problem]:

@@ -12,7 +12,7 @@ from latent_ae.config import UserError, to_yaml
 from latent_ae.disk import replacing, writing
 
 from .checkpoint import Checkpoint, set_damaged_aside, versions
-from .config import TrainSettings
+from .config import TrainSettings, micro_batch_of
 
 RECIPE = (
     *("seed", "batch_size", "precision", "init_from", "train", "model", "data"),
@@ -47,7 +47,7 @@ def changes_since(checkpoint: Checkpoint, settings: TrainSettings) -> dict[str, 
     batch_size, processes = settings.batch_size, state["num_processes"]
     try:
         before = flatten(state["settings"])
-        micro_batch = before["micro_batch_size"] or batch_size // processes
+        micro_batch = micro_batch_of(batch_size, processes, before["micro_batch_size"])
         accumulation = batch_size // (processes * micro_batch)
         trained = before["gan.weight"] and checkpoint.step > before["gan.start"]
     except (KeyError, TypeError, ZeroDivisionError, RecursionError) as error:

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -22,6 +21,7 @@ from latent_ae.metrics import ReconstructionMetrics
 from latent_ae.perceptual import LPIPS
 from latent_ae.pictures import picture_grid
 
+from .agreement import Agreed, gathered
 from .config import TrainSettings
 
 BATCH_PIXELS = 1_000_000
@@ -86,12 +86,13 @@ class Validator:
         self._judge(crops.skipped, failure, crops.num_read)
         metrics.gather()
         summary = metrics.summary()
-        if preview is not None and rows and self.accelerator.is_main_process:
-            labels = ["input", f"reconstruction, {figures(summary)}", f"bicubic /{self.factor}"]
-            with writing(preview.parent):
-                preview.parent.mkdir(parents=True, exist_ok=True)
-            with replacing(preview) as part:
-                picture_grid(rows, labels=labels).save(part, format="PNG")
+        with Agreed(self.accelerator):
+            if preview is not None and rows and self.accelerator.is_main_process:
+                labels = ["input", f"reconstruction, {figures(summary)}", f"bicubic /{self.factor}"]
+                with writing(preview.parent):
+                    preview.parent.mkdir(parents=True, exist_ok=True)
+                with replacing(preview) as part:
+                    picture_grid(rows, labels=labels).save(part, format="PNG")
         if not summary["n"]:
             raise UserError(f"none of the held-out images of {self.settings.data.source} is readable")
         return summary
@@ -112,7 +113,7 @@ class Validator:
 
     def _judge(self, skipped: list[str], failure: str, num_read: int) -> None:
         """Names the unreadable images of all processes once; raises UserError on all of them for too many."""
-        told = gather_object([(skipped, failure, num_read)])
+        told = gathered((skipped, failure, num_read))
         lines = [line for skipped, _, _ in told for line in skipped]
         for line in lines:
             if line not in self.named:
