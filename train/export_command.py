@@ -3,7 +3,6 @@
 import argparse
 import json
 import sys
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +109,7 @@ def export(
         statistics=statistics,
         sample_size=settings.data.resolution,
         card=card_facts(run, settings, step, log.get(("validate", step), {}), log.get(("baseline", 0), {})),
-        check_images=torch.stack([image for _, _, image in islice(validator.crops(), CHECK_IMAGES)]),
+        check_images=validator.some(CHECK_IMAGES),
         keep_scaling=keeps_scaling(settings),
         pipeline=pipeline,
         latents_mean_std=latents_mean_std,

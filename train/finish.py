@@ -2,7 +2,6 @@
 
 import json
 import sys
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from latent_ae.precision import verdict
 
 from .agreement import Agreed
 from .config import TrainSettings
-from .report import read_log, result_rows, text_table, write_report
+from .report import read_log, remarks_on, result_rows, text_table, write_report
 from .validate import Validator
 
 STATISTICS_CROPS = 512
@@ -55,7 +54,6 @@ def finish_run(
                 "after": log.get(("validate", settings.steps), {}),
             }
             results["latents"] = statistics.summary()
-            images = torch.stack([image for _, _, image in islice(validator.crops(), CHECK_IMAGES)])
             results["export"] = export_autoencoder(
                 averaged.autoencoder,
                 run / "export",
@@ -64,7 +62,7 @@ def finish_run(
                 card=card_facts(
                     run, settings, settings.steps, results["held_out"]["after"], results["held_out"][baseline]
                 ),
-                check_images=images,
+                check_images=validator.some(CHECK_IMAGES),
                 keep_scaling=keeps_scaling(settings),
                 pipeline=settings.export_for,
                 likelihood=likelihood,
@@ -73,7 +71,7 @@ def finish_run(
                 print(f"{settings.export_for}: {remark}", file=sys.stderr)
             results["step"] = settings.steps
             rows = result_rows(results["held_out"])
-            write_report(run, settings, rows)
+            write_report(run, settings, rows, remarks_on(results["held_out"]))
             # last: it says that all of the above is there
             write_json(run / RESULTS, results)
             show_results(run, results)
@@ -170,6 +168,8 @@ def show_results(run: Path, results: dict[str, Any]) -> None:
     count = held_out["after"].get("n", 0)
     print(f"Held-out images ({count}), before and after training:\n")
     print(text_table(result_rows(held_out)))
+    for remark in remarks_on(held_out):
+        print(remark)
     factors = [f"{key} {export[key]:.4f}" for key in ("scaling_factor", "shift_factor") if export[key] is not None]
     print("   ".join([f"\nexport   {run / 'export'}", *factors]))
     print(f"         a fresh process reloads it with a largest difference of {export['max_abs_difference']:.1e}")

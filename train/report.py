@@ -1,7 +1,7 @@
 """The run's report: one self-contained page with the result, the curves, the pictures and the settings."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ from PIL import Image
 from latent_ae import page
 from latent_ae.config import to_yaml
 from latent_ae.model_card import METRIC_NAMES
+from latent_ae.order import choice_in_words
 
 from .config import TrainSettings
 
@@ -53,12 +54,14 @@ def held_out_distances(run: Path) -> dict[int, float]:
     return {step: distance for step, distance in found.items() if distance is not None}
 
 
-def write_report(run: Path, settings: TrainSettings, rows: Sequence[dict[str, Any]]) -> None:
-    """Writes report.html from the run folder's log and previews; `rows` is the final table."""
+def write_report(
+    run: Path, settings: TrainSettings, rows: Sequence[dict[str, Any]], remarks: Sequence[str] = ()
+) -> None:
+    """Writes report.html from the run folder's log and previews; `rows` is the final table, `remarks` are about it."""
     log = read_log(run)
     training = [event for event in log if event["event"] == "train"]
     held_out = [event for event in log if event["event"] == "validate"]
-    sections = [page.section("Held-out images, before and after", page.table(rows))]
+    sections = [page.section("Held-out images, before and after", page.table(rows), page.notes(remarks))]
     if training and training[-1].get("verdict"):
         sections.append(page.section("How training went", page.preformatted(training[-1]["verdict"])))
     previews = sorted((run / "previews").glob("*.png"))
@@ -88,6 +91,18 @@ def result_rows(results: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
         {"": name} | {METRIC_NAMES[key]: _rounded(key, summary.get(key)) for key in keys}
         for name, summary in results.items()
     ]
+
+
+def remarks_on(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """What a reader of the final table should know of the images that it is of; `results` as for `result_rows`."""
+    before, after = (results.get(name, {}).get("choice") for name in ("before", "after"))
+    remarks = [f"Measured were {choice_in_words(after)}."] if after and after["method"] != "all" else []
+    if results.get("before") and before != after:
+        remarks.append(
+            f"The rows are not of the same images: measured before training were {choice_in_words(before)}, and after "
+            f"it {choice_in_words(after)}."
+        )
+    return remarks
 
 
 def text_table(rows: Sequence[dict[str, Any]]) -> str:
