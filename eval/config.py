@@ -22,7 +22,7 @@ class QuestionSettings(StageSettings):
     split: str | None = None
     """Of the data; null takes its validation or test split, and all of it where it has neither."""
     limit: Positive | None = None
-    """Only so many images, from the first on."""
+    """Only so many images, spread over all of them by `seed`; of a stream the first ones."""
     seed: NonNegative = 0
     """Of whatever is drawn: the posterior's samples, choices of images."""
 
@@ -99,7 +99,7 @@ class LatentsSettings(EvalSettings):
     crop_px: Positive | None = 256
     """Side of the square cut from the middle; null takes the largest sides that twice the model's factor divides."""
     num_decoded: NonNegative = 64
-    """Of the first images, so many are also decoded: scaled, rotated and noised in latent space."""
+    """So many of the images, spread over them, are also decoded: scaled, rotated and noised in latent space."""
     noise: tuple[Weight, ...] = (0.0, 0.05, 0.1, 0.2, 0.4, 0.8)
     """Standard deviations of the noise added to latents, in the latents' own standard deviation."""
     lpips: Net | None = "vgg"

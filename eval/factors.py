@@ -64,7 +64,7 @@ def factors(
     stage = latent_model("factors", model, settings, device)
     if not stage.has_posterior:
         raise UserError(f"eval factors needs a posterior that is one Gaussian, and {stage.name} has none")
-    source, _ = opened_data(str(data), settings)
+    source, choice = opened_data(str(data), settings)
     assert not isinstance(source, StreamSource), "jobs do not open streams"
     names, labels = _factors(source, str(data), settings)
     if settings.traversed is not None and settings.traversed >= len(source):
@@ -92,6 +92,7 @@ def factors(
         "data": {
             "location": str(data),
             "images": len(rows),
+            "choice": choice,
             "factors": dict(zip(names, counts, strict=True)),
             "entropies": dict(zip(names, entropies, strict=True)),
             "skipped": skipped,

@@ -28,7 +28,8 @@ class InterpolateSettings(JobSettings):
     """Paths between images in latent space."""
 
     images: Annotated[tuple[NonNegative | str, ...], Field(min_length=2)] | None = None
-    """Numbers or file names of the images that the path visits; null takes the first `num_images`."""
+    """Numbers (over all of the data, from 0) or file names of the images that the path visits; null takes `num_images`,
+    spread over all."""
     num_images: Annotated[int, Field(ge=2)] = 4
     steps: Annotated[int, Field(ge=3)] = 9
     """Points of each path in the picture and in the measures, both ends counted; an odd number has a middle."""
@@ -46,6 +47,8 @@ class InterpolateSettings(JobSettings):
             yield Problem("steps", f"{self.steps} is even, so no point lies in the middle; use {self.steps + 1}")
         if self.images is not None and len(set(self.images)) < len(self.images):
             yield Problem("images", "names one twice")
+        if self.limit is not None:
+            yield Problem("limit", "a path visits num_images images, or those that images names; set one of these")
 
 
 class ProbeSettings(JobSettings):
@@ -92,7 +95,8 @@ class FactorsSettings(JobSettings):
     factors: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
     """Columns of integers or classes; null takes all that the table has."""
     traversed: NonNegative | None = None
-    """Number of the image whose latent's dimensions are moved in the picture; null: the middle one."""
+    """Number of the image whose latent's dimensions are moved in the picture, counted from 0 over those that `limit`
+    chooses; null: the middle one."""
     steps: Annotated[int, Field(ge=3)] = 9
     """Points of each row of that picture."""
 

@@ -40,6 +40,7 @@ from .inputs import (
     processes,
     refuse_generation_files,
     report_skipped,
+    stream_notes,
 )
 from .manifest import data_fingerprint, evaluation_key, protocol_manifest, reference_key, versions
 from .measure import BASELINE, Measurer
@@ -75,7 +76,8 @@ def evaluate_reconstruction(
         _make_folder(Path(out))
     state, device = processes(settings)
     stage = opened_model(model, settings, device)
-    source, num_images = opened_data(str(data), settings)
+    source, choice = opened_data(str(data), settings)
+    num_images = choice["number"]
     protocol = settings.resolved()
     images = HeldOutImages(
         source,
@@ -103,7 +105,7 @@ def evaluate_reconstruction(
         counts = together(lambda: _measure(replace(images, part=part), measurer, work, num_images, size, shows))
 
         def finish() -> dict[str, Any]:
-            result, table = _result(work, measurer, images, str(data), why_not)
+            result, table = _result(work, measurer, images, str(data), choice, why_not)
             result |= {"device": device.type, "processes": state.num_processes}
             seconds = time.perf_counter() - started
             result |= {"seconds": round(seconds, 1), "images_per_second": round(sum(counts) / seconds, 2)}
@@ -164,7 +166,7 @@ def _measure(
 
 
 def _result(
-    work: WorkFolder, measurer: Measurer, images: HeldOutImages, data: str, why_not: str
+    work: WorkFolder, measurer: Measurer, images: HeldOutImages, data: str, choice: dict[str, Any], why_not: str
 ) -> tuple[dict[str, Any], pa.Table]:
     """Everything but the time, and the row of every image."""
     settings, stage, inception = measurer.settings, measurer.stage, measurer.inception
@@ -174,7 +176,7 @@ def _result(
         reason = f"none of its {len(skipped)} images is readable; {skipped[0]}" if skipped else "it holds no images"
         raise UserError(f"{data}: {reason}")
     report_skipped(skipped, table.num_rows, settings)
-    notes = [why_not] if why_not else []
+    notes = [*([why_not] if why_not else []), *stream_notes(choice)]
     metrics: dict[str, dict[str, Any]] = {}
     intervals: dict[str, dict[str, Any]] = {}
     for kind in measurer.kinds:
@@ -201,6 +203,7 @@ def _result(
             "location": data,
             "split": settings.split,
             "num_images": table.num_rows,
+            "choice": choice,
             "fingerprint": data_fingerprint(table),
             "skipped": skipped,
         },

@@ -16,6 +16,7 @@ from huggingface_hub.utils import validate_repo_id
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from latent_ae.arithmetic import float32_arithmetic
 from latent_ae.config import UserError
 from latent_ae.disk import write_json, writing
 from latent_ae.families import module_of
@@ -24,7 +25,7 @@ from latent_ae.likelihoods import FILE, Likelihood
 from latent_ae.model_card import CardFacts, loading_lines, model_card
 from latent_ae.models import Reconstructor, count_parameters
 from latent_ae.pipelines import PipelineName, refuse_misfit, remarks
-from latent_ae.precision import exact_arithmetic, probe_precision, probe_tiling
+from latent_ae.precision import probe_precision, probe_tiling
 from latent_ae.progress import now
 
 __all__ = ["CardFacts", "export_autoencoder", "loading_lines", "push_to_hub", "verify_export"]
@@ -180,7 +181,7 @@ def verify_export(
 def _largest_difference(folder: Path, autoencoder: ModelMixin, images: Tensor, device: torch.device) -> float:
     images = images.detach().to("cpu", torch.float32).contiguous()
     trained = Reconstructor(_twin(autoencoder)).to(device)
-    with torch.no_grad(), torch.autocast(device.type, enabled=False), exact_arithmetic():
+    with torch.no_grad(), torch.autocast(device.type, enabled=False), float32_arithmetic(repeatable=True):
         expected = torch.cat([trained(image[None].to(device)).image.cpu() for image in images])
     if not expected.isfinite().all():
         raise RuntimeError("the trained model itself reconstructs images with NaN or infinity; export an earlier one")

@@ -6,7 +6,6 @@ vae.register_to_config(force_upcast=found["force_upcast"])
 
 import copy
 import math
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +14,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from latent_ae.arithmetic import float32_arithmetic
 from latent_ae.models import factor_of
 from latent_ae.progress import bar
 
@@ -70,14 +70,6 @@ def has_weights(module: nn.Module) -> bool:
     return any(True for _ in module.parameters(recurse=False))
 
 
-def exact_arithmetic() -> AbstractContextManager[None]:
-    """float32 convolutions in float32, not TF32, by the same kernels every time; on CUDA devices."""
-    exact: AbstractContextManager[None] = torch.backends.cudnn.flags(
-        enabled=True, benchmark=False, deterministic=True, allow_tf32=False
-    )
-    return exact
-
-
 @torch.no_grad()
 def probe_precision(
     autoencoder: AutoencoderKL, images: Tensor, device: torch.device | str | None = None
@@ -94,7 +86,10 @@ def probe_precision(
     """
     place = torch.device(device or autoencoder.device)
     layers = sum(map(has_weights, autoencoder.modules()))
-    with exact_arithmetic(), bar("trial in half precision", 3 * len(images) * layers, "layer") as progress:
+    with (
+        float32_arithmetic(repeatable=True),
+        bar("trial in half precision", 3 * len(images) * layers, "layer") as progress,
+    ):
         watch = _Watch(progress)
         expected = _reconstruct(_copy(autoencoder, place, torch.float32), images, watch)
         halves = {
@@ -179,7 +174,7 @@ def probe_tiling(
     if tile_px // factor * model.tile_overlap_factor % 1:
         return None
     side = math.ceil(TILED_SIDE * tile_px / factor) * factor
-    with exact_arithmetic():
+    with float32_arithmetic(repeatable=True):
         latents = model.encode(_mirrored(image, side)[None].to(model.device)).latent_dist.mode()
         return {"side_px": side} | compare_tiled(model, latents, tile_px)
 

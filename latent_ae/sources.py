@@ -16,7 +16,7 @@ import numpy as np
 from latent_ae.config import UserError
 from latent_ae.data_settings import DataSettings
 from latent_ae.images import ImageError, open_encoded, reason_of
-from latent_ae.order import block_order, epoch_order
+from latent_ae.order import block_order, choice_facts, epoch_order, spread
 from latent_ae.text import printable
 
 Encoded = bytes | Path
@@ -181,6 +181,19 @@ class StreamReader:
             rows = _readable(shard.skip(skipped).iter(batch_size=1), self.source.label)
             for row, batch in enumerate(rows, start=skipped):
                 yield (file, row), batch[self.source.column][0]
+
+
+def part_of(source: ImageSource, number: int | None, seed: int) -> tuple[ImageSource, dict[str, Any]]:
+    """At most `number` images of a source (None: all of them), and what a result says of the choice, JSON-ready.
+
+    They are spread over the source by `seed` (see order.spread). A stream has no numbers: it gives its first ones.
+    """
+    if isinstance(source, StreamSource):
+        if number is None:
+            return source, {"method": "all", "number": None, "of": None}
+        return replace(source, dataset=source.dataset.take(number)), {"method": "first", "number": number, "of": None}
+    chosen = spread(seed, len(source), len(source) if number is None else number)
+    return source.subset(chosen), choice_facts(chosen, len(source), seed)
 
 
 def stream_values(source: StreamSource) -> Iterator[tuple[str, Any]]:

@@ -2,7 +2,6 @@
 
 import json
 import sys
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from latent_ae.progress import bar, now
 
 from .agreement import Agreed, gathered
 from .config import TrainSettings
-from .report import read_log, result_rows, text_table, write_report
+from .report import read_log, remarks_on, result_rows, text_table, write_report
 from .validate import Validator
 
 STATISTICS_CROPS = 512
@@ -77,7 +76,7 @@ def finish_run(
             results["step"] = settings.steps
             rows = result_rows(results["held_out"])
             now("report")
-            write_report(run, settings, rows)
+            write_report(run, settings, rows, remarks_on(results["held_out"]))
             # last: it says that all of the above is there
             write_json(run / RESULTS, results)
             show_results(run, results)
@@ -86,7 +85,7 @@ def finish_run(
 
 def check_images(validator: Validator) -> Tensor:
     """The held-out images that an export is tried on, NCHW in [-1, 1]: on a CPU less of them, from their middles."""
-    images = torch.stack([image for _, _, image in islice(validator.crops(), CHECK_IMAGES)])
+    images = validator.some(CHECK_IMAGES)
     if validator.accelerator.device.type != "cpu":
         return images
     most = CPU_SIDE // validator.factor * validator.factor
@@ -192,6 +191,8 @@ def show_results(run: Path, results: dict[str, Any]) -> None:
     count = held_out["after"].get("n", 0)
     print(f"Held-out images ({count}), before and after training:\n")
     print(text_table(result_rows(held_out)))
+    for remark in remarks_on(held_out):
+        print(remark)
     factors = [f"{key} {export[key]:.4f}" for key in ("scaling_factor", "shift_factor") if export[key] is not None]
     print("   ".join([f"\nexport   {run / 'export'}", *factors]))
     print(f"         a fresh process reloads it with a largest difference of {export['max_abs_difference']:.1e}")

@@ -141,6 +141,11 @@ def _train(settings: TrainSettings) -> dict[str, Any]:
             preflight(run, settings, train_step)
             cut_back(run, first_step if checkpoint is not None else -1)
         log = Log(run, accelerator, settings)
+    if validator.chosen[1]["method"] == "first":
+        log.say(
+            f"held-out images come as a stream: its first {settings.validation.images:,} are measured, not a choice "
+            "spread over all of it"
+        )
     batches = training_batches(
         source,
         settings.data,

@@ -59,10 +59,11 @@ class ValidateSettings(Settings):
     every: Positive = 5000
     """Also before the first and after the last step."""
     images: Positive = 500
-    """At most this many."""
+    """At most this many, spread over all held-out images, the same ones every time; of a stream the first ones."""
     crop_px: Positive | None = None
     """Centre crop, px; null takes data.resolution."""
     preview_images: Positive = 6
+    """Of the measured images, spread over them."""
 
 
 class LogSettings(Settings):
