@@ -16,6 +16,10 @@ ROWS = {
     "held_out": "held-out images, to images trained on",
     "reconstructions_of_originals": "reconstructions, to their originals",
 }
+APART_BY_ROOTS = (
+    "These are squared distances, so one minus another is no part of it. Their roots obey the triangle inequality: the "
+    "distance between samples and reconstructions lies between the difference and the sum of the roots in their rows."
+)
 SHOWN_IN = "metrics", "intervals", "curve", "loss", "notes"
 PICTURE_BYTES = 3_000_000
 
@@ -42,8 +46,7 @@ def write_diffusion_page(path: Path, result: Mapping[str, Any], pictures: Mappin
             distance_table(result),
             page.paragraph(
                 "Lower is better. Small: 95 % intervals over the images of both sets; another seed of the training "
-                "moves the samples' distance besides. What separates the first row from the second is the diffusion "
-                "model's, what separates the second from the third is the first stage's."
+                f"moves the samples' distance besides. {APART_BY_ROOTS}"
             ),
         ),
         page.section("Pictures", pictures_beside(pictures, "images trained on, of the same classes")),

@@ -1,7 +1,7 @@
 """Which latent dimension stands for which known factor of the images, and how far for that one alone.
 
 from latent_ae_eval.factors import factors
-result = factors("runs/beta-vae", "shapes.parquet", out="factors")
+result = factors("runs/beta-vae", "blobs.parquet", out="factors")
 print(result["mean"]["mig"], result["sample"]["mig"])
 """
 

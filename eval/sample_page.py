@@ -8,13 +8,10 @@ from PIL import Image
 
 from latent_ae import page
 
-from .diffusion_page import PICTURE_BYTES, SHOWN_IN, distance_table, pictures_beside
+from .diffusion_page import APART_BY_ROOTS, PICTURE_BYTES, SHOWN_IN, distance_table, pictures_beside
 from .labels import short_name
 
-EXPLAINED = (
-    "Lower is better. Small: 95 % intervals over the images of both sets. What separates the first row from the second "
-    "is the prior's, what separates the second from the third is the first stage's."
-)
+EXPLAINED = f"Lower is better. Small: 95 % intervals over the images of both sets. {APART_BY_ROOTS}"
 
 
 def write_sample_report(path: Path, result: Mapping[str, Any], pictures: Mapping[str, Image.Image]) -> None:

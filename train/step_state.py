@@ -65,6 +65,10 @@ class StepState(nn.Module):
         learned = math.exp(0.5 * self.logvar.item()) if loss.learned_logvar else loss.scale
         return Likelihood(loss.pixel, None if loss.pixel == "bernoulli" else learned)
 
+    def adaptive_weight_of(self, area: float | Tensor, cap: float) -> Tensor:
+        """The adaptive weight where the reconstruction's losses count only `area` of what they do at full size."""
+        return (area * self.adaptive_weight).clamp(max=cap)
+
     @property
     def kl_weight(self) -> Tensor:
         """The controlled weight of the KL term."""
@@ -106,12 +110,15 @@ class StepState(nn.Module):
             means.pop(name, None)
         if "layer_adversarial" in reduced:
             # the share that the adversarial term has just had in the last layer's gradient
-            weight = phase.generator * (self.adaptive_weight if gan.adaptive else 1.0)
+            # of full size; latents.equivariance draws other sizes
+            area = means["scale"].square() if "scale" in means else 1.0
+            used = self.adaptive_weight_of(area, gan.adaptive_cap) if gan.adaptive else 1.0
+            weight = phase.generator * used
             norms = (reduced["layer_adversarial"].norm(), reduced["layer_reconstruction"].norm())
             means["gradient_ratio"] = (weight * norms[0] / (norms[1] + 1e-12)).nan_to_num(0.0)
             if gan.adaptive:
                 ratio = adaptive_ratio(reduced["layer_reconstruction"], reduced["layer_adversarial"], gan.adaptive_cap)
-                smooth_(self.adaptive_weight, ratio, gan.adaptive_smoothing)
+                smooth_(self.adaptive_weight, ratio / area, gan.adaptive_smoothing)
                 means["adaptive_weight"] = self.adaptive_weight.clone()
         if "encoder_alignment" in reduced:
             ratio = adaptive_ratio(reduced["encoder_image"], reduced["encoder_alignment"], ALIGNMENT_CAP)
