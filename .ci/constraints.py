@@ -1,6 +1,6 @@
-"""Checks constraints.txt against every Python that pyproject.toml names. Reads metadata from the index, installs nothing.
+"""Checks constraints.txt against every Python that pyproject.toml names, from the index's metadata; installs nothing.
 
-With the extras, each version must resolve to exactly one pin for every package, and no pin may be left over.
+With all extras, each version must resolve to exactly one pin for every package, and no pin may be left over.
 """
 
 import os
@@ -27,7 +27,8 @@ def pins_for(version: str) -> dict[str, str]:
     lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
     environment = {"python_version": version, "python_full_version": f"{version}.0"}
     pins = [(line, Requirement(line)) for line in lines]
-    return {canonicalize_name(pin.name): line for line, pin in pins if not pin.marker or pin.marker.evaluate(environment)}
+    holding = [(line, pin) for line, pin in pins if not pin.marker or pin.marker.evaluate(environment)]
+    return {canonicalize_name(pin.name): line for line, pin in holding}
 
 
 def main() -> None:
