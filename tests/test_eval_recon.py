@@ -106,7 +106,7 @@ def test_lpips_is_measured_on_the_rounded_pixels(model, photos):
     try:
         distance = LPIPS("alex")
     except UserError as error:
-        pytest.skip(f"no LPIPS weights can be had here: {str(error).splitlines()[0]}")
+        pytest.skip(f"{str(error).splitlines()[0]} docs/weights.md says how.")
     result = evaluate_reconstruction(model, photos, NO_LPIPS.model_copy(update={"lpips": ("alex",), "limit": 2}))
     for row, file in zip(result["images"], sorted(Path(photos).iterdir()), strict=False):
         given, made = (

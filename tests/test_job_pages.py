@@ -12,10 +12,10 @@ from latent_ae_eval.probe import probe
 
 from .made_results import HOSTILE
 from .test_eval_recon import model
-from .test_pages_in_browser import BROWSER, opened
+from .test_pages_in_browser import in_browser, opened
 
 __all__ = ["model"]  # a fixture
-pytestmark = pytest.mark.skipif(BROWSER is None, reason="no chromium or google-chrome on PATH")
+pytestmark = in_browser
 NAME = HOSTILE.replace("/", "")
 
 
