@@ -14,6 +14,7 @@ from latent_ae.images import to_tensor
 from latent_ae.pictures import picture_grid, to_picture
 
 from .labels import short_name
+from .table import Row, aligned
 
 NAMES = {
     "pixel_mean": "squared error, mean",
@@ -101,15 +102,39 @@ def write_anomaly_report(
     page.write(path, page.page(title, sections, subtitle="A first stage, asked by latent-ae eval anomaly."))
 
 
+def anomaly_text(result: Mapping[str, Any]) -> str:
+    """The figures as a table for a terminal."""
+    rows = [Row("images", f"{result['data']['num_images']:,}")]
+    for name, found in result["scores"].items():
+        label, threshold = NAMES[name], result["thresholds"].get(name)
+        if "auroc" in found:
+            rows.append(Row(label, f"{found['auroc']:.3f}", _ends(found["interval"]), "AUROC"))
+            rows += [Row(label, f"{area:.3f}", "", f"AUROC, {kind}") for kind, area in _by_defect(found).items()]
+        if threshold is not None:
+            rows.append(Row(label, f"{threshold:.4g}", "", "threshold"))
+        if "detection_rate" in found:
+            rows.append(Row(label, f"{100 * found['detection_rate']:.1f} %", "", "found"))
+            rows.append(Row(label, f"{100 * found['false_positive_rate']:.1f} %", "", "false alarms"))
+        elif found["flagged"] is not None:
+            rows.append(Row(label, f"{found['flagged']:,}", "", "flagged"))
+    return aligned(rows)
+
+
+def _ends(interval: Sequence[float] | None) -> str:
+    return f"{interval[0]:.3f} – {interval[1]:.3f}" if interval else ""
+
+
+def _by_defect(found: Mapping[str, Any]) -> Mapping[str, float]:
+    return found.get("auroc_by_defect") or {}
+
+
 def _figures(result: Mapping[str, Any]) -> str:
     lines = []
     for name, found in result["scores"].items():
         line: dict[str, Any] = {"score": NAMES[name]}
         if "auroc" in found:
-            interval = found["interval"]
-            small = f"{interval[0]:.3f} – {interval[1]:.3f}" if interval else ""
-            line["AUROC"] = page.estimate(f"{found['auroc']:.3f}", small)
-            line |= {kind: f"{area:.3f}" for kind, area in found.get("auroc_by_defect", {}).items()}
+            line["AUROC"] = page.estimate(f"{found['auroc']:.3f}", _ends(found["interval"]))
+            line |= {kind: f"{area:.3f}" for kind, area in _by_defect(found).items()}
         threshold = result["thresholds"].get(name)
         line["threshold"] = None if threshold is None else f"{threshold:.4g}"
         if "detection_rate" in found:

@@ -9,12 +9,19 @@ from PIL import Image
 from latent_ae import page
 
 from .labels import label_of, pair, rounded, short_name, span
+from .table import Row, aligned
 
 ROWS = {
     "samples": "samples, to images trained on",
     "reconstructions": "reconstructions of held-out images, to images trained on",
     "held_out": "held-out images, to images trained on",
     "reconstructions_of_originals": "reconstructions, to their originals",
+}
+SHORT = {
+    "samples": "samples",
+    "reconstructions": "reconstructions",
+    "held_out": "held-out images",
+    "reconstructions_of_originals": "reconstructions, to originals",
 }
 SHOWN_IN = "metrics", "intervals", "curve", "loss", "notes"
 PICTURE_BYTES = 3_000_000
@@ -81,16 +88,39 @@ def write_diffusion_page(path: Path, result: Mapping[str, Any], pictures: Mappin
     page.write(path, page.page(title, sections, subtitle="A first stage, judged by latent-ae eval diffusion."))
 
 
+def diffusion_text(result: Mapping[str, Any]) -> str:
+    """The distances as a table for a terminal."""
+    rows = [Row("loss, relative to the trivial predictor's", f"{result['loss']['relative_loss']:.3f}")]
+    return aligned(rows + distance_rows(result))
+
+
+def distance_rows(result: Mapping[str, Any]) -> list[Row]:
+    """A row for each distance and each of ROWS, for a terminal."""
+    rows = [Row("images", f"{result['metrics'][kind]['n']:,}", "", short) for kind, short in SHORT.items()]
+    for name in _distances(result):
+        title = _title(name)
+        for kind, short in SHORT.items():
+            interval = span(name, pair((result["intervals"].get(kind) or {}).get(name)))
+            rows.append(Row(f"{title} ↓", rounded(name, result["metrics"][kind][name]), interval, short))
+    return rows
+
+
+def _distances(result: Mapping[str, Any]) -> list[str]:
+    return [key for key in result["metrics"]["samples"] if key not in ("n", "reference_images")]
+
+
+def _title(name: str) -> str:
+    return "FID" if name == "fid" else label_of(name).name
+
+
 def distance_table(result: Mapping[str, Any]) -> str:
     """A row for each of ROWS."""
-    names = [key for key in result["metrics"]["samples"] if key not in ("n", "reference_images")]
     rows = []
     for kind, heading in ROWS.items():
         values, intervals = result["metrics"][kind], result["intervals"].get(kind) or {}
         row: dict[str, Any] = {"": heading, "images": f"{values['n']:,} to {values['reference_images']:,}"}
-        for name in names:
-            title = "FID" if name == "fid" else label_of(name).name
-            row[title] = page.estimate(rounded(name, values[name]), span(name, pair(intervals.get(name))))
+        for name in _distances(result):
+            row[_title(name)] = page.estimate(rounded(name, values[name]), span(name, pair(intervals.get(name))))
         rows.append(row)
     return page.table(rows)
 

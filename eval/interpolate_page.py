@@ -9,6 +9,7 @@ from PIL import Image
 from latent_ae import page
 
 from .labels import short_name
+from .table import Row, aligned
 
 ABOUT = (
     "Linear and spherical paths run through the latents, the cross-fade through the pixels of the two "
@@ -24,6 +25,15 @@ EXPLAINED = (
     "line in the features that LPIPS compares, and no path is shorter. Largest step: over the mean step; 1 is even. "
     "Middle: root mean squared difference from the cross-fade's middle, in levels of 255; 0 is a cross-fade."
 )
+
+
+def interpolation_text(result: Mapping[str, Any]) -> str:
+    """The means over the pairs as a table for a terminal."""
+    rows = [Row("images", f"{len(result['data']['images']):,}")]
+    for key, name in MEASURES.items():
+        known = {kind: values.get(key) for kind, values in result["means"].items()}
+        rows += [Row(name, f"{value:.2f}", "", kind) for kind, value in known.items() if value is not None]
+    return aligned(rows)
 
 
 def write_interpolation_report(

@@ -38,6 +38,7 @@ from latent_ae.held_out import Framing, HeldOutImages, Part
 from latent_ae.latents import LatentStatistics
 from latent_ae.perceptual import LPIPS
 from latent_ae.quantiles import QuantileSketch
+from latent_ae.weights import briefly
 
 from .config import LatentsSettings
 from .inputs import checked_factor, opened_data, opened_model, processes, report_skipped
@@ -91,7 +92,7 @@ def evaluate_latents(
         try:
             lpips = LPIPS(settings.lpips).to(device)
         except UserError as error:
-            notes.append(f"LPIPS of noised latents is missing: {error}")
+            notes.append(f"LPIPS of noised latents is missing: {briefly(error)}")
     measurer = LatentsMeasurer(stage, device, seed=settings.seed, batch_size=settings.batch_size, lpips=lpips)
     # TF32 convolutions would move the third digit
     with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):

@@ -7,6 +7,7 @@ from typing import Any
 from latent_ae import page
 
 from .labels import short_name
+from .table import Row, aligned
 
 NAMES = {
     "latent": "latent",
@@ -15,6 +16,21 @@ NAMES = {
     "pixels_pca": "pixels, principal components",
 }
 CLASSIFIERS = {"logistic": "Logistic regression", "nearest": "Nearest neighbours"}
+
+
+def probe_text(result: Mapping[str, Any]) -> str:
+    """The accuracies as a table for a terminal."""
+    rows = [
+        Row("test images", f"{result['data']['test_images']:,}"),
+        Row("largest class", f"{100 * result['chance']:.1f} %"),
+    ]
+    for kind, title in CLASSIFIERS.items():
+        for size in result["features"]["latent"][kind]:
+            for feature, found in result["features"].items():
+                values = found[kind][size]
+                mean, sd = f"{100 * values['mean']:.1f} %", f"± {100 * values['sd']:.1f}"
+                rows.append(Row(f"{title}, {size} labels", mean, sd, NAMES[feature]))
+    return aligned(rows, "deviation over the draws")
 
 
 def write_probe_report(path: Path, result: Mapping[str, Any]) -> None:

@@ -13,6 +13,7 @@ from latent_ae.images import to_uint8
 from latent_ae.pictures import to_picture
 
 from .labels import ARROWS, in_order, label_of, number, pair, rounded, short_name, span
+from .table import Row, aligned
 
 ERROR_GAIN = 4
 PICTURE_BYTES = 14_000_000
@@ -54,6 +55,19 @@ def write_recon_report(
     page.write(path, page.page(title, sections, subtitle="A first stage, measured by latent-ae eval recon."))
 
 
+def recon_text(result: Mapping[str, Any]) -> str:
+    """The figures as a table for a terminal."""
+    columns = _columns(result)
+    rows = [Row("images", f"{result['data']['num_images']:,}")]
+    for metric in _metrics(columns):
+        label = label_of(metric)
+        for kind, (values, intervals) in columns.items():
+            if (value := number(values.get(metric))) is not None:
+                ends = span(metric, pair(intervals.get(metric)))
+                rows.append(Row(f"{label.name}{label.arrow}", rounded(metric, value), ends, kind))
+    return aligned(rows)
+
+
 def _model_name(result: Mapping[str, Any]) -> str:
     model = result["model"]
     return short_name(model.get("location"), str(model.get("class") or "model"))
@@ -72,10 +86,7 @@ def _summary(result: Mapping[str, Any]) -> str:
         "seed": result.get("seed"),
     }
     columns = _columns(result)
-    metrics = in_order(
-        {metric for values, _ in columns.values() for metric in values if metric not in ("n", "notes")} | {"fid"}
-    )
-    lines = [{"": f"{label_of(key).name}{label_of(key).arrow}"} | _cells(key, columns) for key in metrics]
+    lines = [{"": f"{label_of(key).name}{label_of(key).arrow}"} | _cells(key, columns) for key in _metrics(columns)]
     remarks = [str(note) for note in result.get("notes") or []]
     has_fid = any(number(values.get("fid")) is not None for values, _ in columns.values())
     if not has_fid and not any("FID" in remark and "missing" in remark for remark in remarks):
@@ -99,6 +110,13 @@ def _columns(result: Mapping[str, Any]) -> dict[str, tuple[Mapping[str, Any], Ma
     if baseline := result.get("baseline"):
         columns[str(baseline.get("name"))] = baseline.get("metrics") or {}, baseline.get("intervals") or {}
     return columns
+
+
+def _metrics(columns: Mapping[str, tuple[Mapping[str, Any], Mapping[str, Any]]]) -> list[str]:
+    """What was measured, and FID, whose absence is to be seen."""
+    return in_order(
+        {metric for values, _ in columns.values() for metric in values if metric not in ("n", "notes")} | {"fid"}
+    )
 
 
 def _cells(metric: str, columns: Mapping[str, tuple[Mapping[str, Any], Mapping[str, Any]]]) -> dict[str, Any]:

@@ -8,13 +8,21 @@ from PIL import Image
 
 from latent_ae import page
 
-from .diffusion_page import PICTURE_BYTES, SHOWN_IN, distance_table, pictures_beside
+from .diffusion_page import PICTURE_BYTES, SHOWN_IN, distance_rows, distance_table, pictures_beside
 from .labels import short_name
+from .table import Row, aligned
 
 EXPLAINED = (
     "Lower is better. Small: 95 % intervals over the images of both sets. What separates the first row from the second "
     "is the prior's, what separates the second from the third is the first stage's."
 )
+
+
+def sample_text(result: Mapping[str, Any]) -> str:
+    """The prior and, where there are images to compare with, the distances as a table for a terminal."""
+    compared = "reconstructions" in result["metrics"]
+    rows = distance_rows(result) if compared else [Row("samples", f"{result['metrics']['samples']['n']:,}")]
+    return f"prior: {result['prior']['method']}\n\n{aligned(rows)}"
 
 
 def write_sample_report(path: Path, result: Mapping[str, Any], pictures: Mapping[str, Image.Image]) -> None:
