@@ -207,7 +207,7 @@ def _transforms(health: Mapping[str, Any]) -> Iterator[Finding]:
         text += f"The largest loss is {worst:.1f} dB. " + (
             "That is small for a first stage that was not trained for it."
             if state == "fine"
-            else "That is common without a regulariser of equivariance (EQ-VAE); with one, diffusion models train faster."
+            else "That is common; with a regulariser of equivariance (EQ-VAE) diffusion models train faster."
         )
         yield Finding("Scaling and rotating", state, text)
 
