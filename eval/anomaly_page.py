@@ -135,19 +135,21 @@ def _figures(result: Mapping[str, Any]) -> str:
         if "auroc" in found:
             line["AUROC"] = page.estimate(f"{found['auroc']:.3f}", _ends(found["interval"]))
             line |= {kind: f"{area:.3f}" for kind, area in _by_defect(found).items()}
-        threshold = result["thresholds"].get(name)
-        line["threshold"] = None if threshold is None else f"{threshold:.4g}"
+        if (threshold := result["thresholds"].get(name)) is not None:
+            line["threshold"] = f"{threshold:.4g}"
         if "detection_rate" in found:
             line["found"] = f"{100 * found['detection_rate']:.1f} %"
             line["false alarms"] = f"{100 * found['false_positive_rate']:.1f} %"
         elif found["flagged"] is not None:
             line["flagged"] = found["flagged"]
         lines.append(line)
-    text = (
-        "AUROC: the chance that an abnormal image scores above a normal one; 0.5 is guessing. Small: 95 % interval. "
-        "Found and false alarms: images above the threshold."
-    )
-    pieces = [page.table(lines), page.paragraph(text, soft=True)]
+    text = []
+    if "AUROC" in lines[0]:
+        text.append("AUROC: the chance that an abnormal image scores above a normal one; 0.5 is guessing. ")
+        text += ["Small: 95 % interval. "] if any(found["interval"] for found in result["scores"].values()) else []
+    if "threshold" in lines[0]:
+        text.append("Found, false alarms and flagged are images above the threshold.")
+    pieces = [page.table(lines), page.paragraph("".join(text), soft=True)]
     if result["pixel_auroc"]:
         known = {MAPS[name]: area for name, area in result["pixel_auroc"].items() if area is not None}
         areas = ", ".join(f"{name} {area:.3f}" for name, area in known.items())

@@ -7,7 +7,9 @@ from typing import Any
 from PIL import Image
 
 from latent_ae import page
+from latent_ae.weights import how_to_get
 
+from .config import DiffusionSettings
 from .labels import label_of, pair, rounded, short_name, span
 from .table import Row, aligned
 
@@ -43,15 +45,17 @@ def write_diffusion_page(path: Path, result: Mapping[str, Any], pictures: Mappin
     }
     curve = result["curve"]
     sections = [
-        page.facts(facts) + page.notes(result["notes"]),
+        page.facts(facts),
         page.section(
             "Fréchet distances",
             distance_table(result),
             page.paragraph(
                 "Lower is better. Small: 95 % intervals over the images of both sets; another seed of the training "
                 "moves the samples' distance besides. What separates the first row from the second is the diffusion "
-                "model's, what separates the second from the third is the first stage's."
+                "model's, what separates the second from the third is the first stage's.",
+                soft=True,
             ),
+            page.notes(result["notes"]),
         ),
         page.section("Pictures", pictures_beside(pictures, "images trained on, of the same classes")),
         page.section(
@@ -77,15 +81,26 @@ def write_diffusion_page(path: Path, result: Mapping[str, Any], pictures: Mappin
             page.paragraph(
                 "The trivial predictor knows mean and variance of each latent value and takes them for independent; "
                 "1 means that nothing was learned beyond that. It differs between first stages, and so does what is "
-                "left to learn: the judge is the Fréchet distance."
+                "left to learn: the judge is the Fréchet distance.",
+                soft=True,
             ),
         ),
-        page.section(
-            "How this was measured", page.manifest({key: v for key, v in result.items() if key not in SHOWN_IN})
-        ),
+        *how_measured("How this was measured", result, DiffusionSettings),
     ]
     title = f"{model}: a diffusion model of {data}"
     page.write(path, page.page(title, sections, subtitle="A first stage, judged by latent-ae eval diffusion."))
+
+
+def how_measured(heading: str, result: Mapping[str, Any], kind: type[DiffusionSettings]) -> list[str]:
+    """All that the page does not show above, with the preset's values, and how to get an FID that is missing."""
+    settings, used = result["settings"], result.get("recipe") or {}
+    preset = kind.presets[settings["preset"]]
+    settings = {key: used.get(key, preset[key]) if value == "preset" else value for key, value in settings.items()}
+    manifest = {key: value for key, value in (result | {"settings": settings}).items() if key not in SHOWN_IN}
+    pieces = [page.section(heading, page.manifest(manifest))]
+    if any(note.startswith("FID is missing") for note in result["notes"]):
+        pieces.append(page.details("How to get FID", how_to_get("inception")))
+    return pieces
 
 
 def diffusion_text(result: Mapping[str, Any]) -> str:

@@ -57,10 +57,10 @@ def write_factors_report(path: Path, result: Mapping[str, Any], picture: Image.I
             "factor": name,
             "values": count,
             "entropy (nats)": f"{data['entropies'][name]:.2f}",
-            "gap, mean": f"{mean['gaps'][name]:.3f}",
-            "dimension ": f"dimension {mean['dimensions'][name]}",
-            "gap, sample": f"{sample['gaps'][name]:.3f}",
-            "dimension": f"dimension {sample['dimensions'][name]}",
+            **{
+                f"gap, {kind}": page.estimate(f"{found['gaps'][name]:.3f}", f"dimension {found['dimensions'][name]}")
+                for kind, found in (("mean", mean), ("sample", sample))
+            },
         }
         for name, count in data["factors"].items()
     ]

@@ -59,7 +59,8 @@ def _information(health: Mapping[str, Any]) -> Iterator[Finding]:
         return
     per_dim, per_image = health["kl_nats_per_dim"], health["kl_nats_per_image"]
     bits = per_image / 0.6931471805599453
-    amount = f"{per_dim:.3g} nats per latent value, {per_image:,.0f} per image ({bits / 8192:,.1f} KiB at most)"
+    size = f"{bits / 8192:,.1f} KiB" if bits >= 8192 else f"{bits / 8:,.0f} bytes"
+    amount = f"{per_dim:.3g} nats per latent value, {per_image:,.0f} per image ({size} at most)"
     if not alive:
         yield Finding(
             COLLAPSE,

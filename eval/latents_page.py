@@ -119,9 +119,7 @@ def _spectrum(result: Mapping[str, Any]) -> str:
         "noise is a level line; photographs fall by about a hundredfold per decade.",
         soft=True,
     )
-    chart = page.line_chart(
-        series, x_label="frequency / Nyquist", y_label="relative power", log_x=True, log_y=True, wide=False
-    )
+    chart = page.line_chart(series, x_label="frequency / Nyquist", y_label="relative power", log_x=True, log_y=True)
     return words + page.grid(chart)
 
 
@@ -137,7 +135,6 @@ def _changes(result: Mapping[str, Any]) -> list[str]:
                 {label.name: points},
                 title=f"{label.name}{label.arrow} of noised latents",
                 x_label="noise / the latents' standard deviation",
-                wide=False,
             )
         )
     columns = {

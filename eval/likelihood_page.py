@@ -59,8 +59,8 @@ def findings(result: Mapping[str, Any]) -> Iterator[Finding]:
         gap = bits["elbo"] - bits["importance_bound"]
         last = curve[-2]["bits_per_dimension"] - curve[-1]["bits_per_dimension"]
         text = (
-            f"{samples:,} samples improve on the ELBO by {gap:.3g} bits per dimension, {curve[-2]['samples']:,} to "
-            f"{samples:,} of them by {last:.2g}. "
+            f"{samples:,} samples improve on the ELBO by {gap:.3g} bits per dimension, going from "
+            f"{curve[-2]['samples']:,} to {samples:,} of them by {last:.2g}. "
         )
         if effective < FEW_EFFECTIVE:
             text += (
@@ -103,7 +103,6 @@ def write_likelihood_report(
             title="bits per dimension; one sample is the ELBO",
             x_label="samples",
             log_x=True,
-            wide=False,
         ),
         page.histogram({"images": [row["importance_bound_bits"] for row in rows]}, title="bits per dimension"),
     )

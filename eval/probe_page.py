@@ -57,7 +57,7 @@ def write_probe_report(path: Path, result: Mapping[str, Any]) -> None:
                 f"{size} labels": page.estimate(f"{100 * v['mean']:.1f}", f"± {100 * v['sd']:.1f}")
                 for size, v in values.items()
             }
-            lines.append({title: NAMES[feature], "numbers": found["dimensions"]} | cells)
+            lines.append({title: NAMES[feature], "dimensions": found["dimensions"]} | cells)
         charts.append(page.line_chart(series, title=title, x_label="labels per class", y_label="accuracy, %"))
         tables.append(page.table(lines))
     about = page.paragraph(
@@ -66,7 +66,7 @@ def write_probe_report(path: Path, result: Mapping[str, Any]) -> None:
         soft=True,
     )
     sections.append(page.section("Accuracy", about, *tables))
-    sections.append(page.section("Against the number of labels", *charts))
+    sections.append(page.section("Against the number of labels", page.grid(*charts)))
     manifest = {key: value for key, value in result.items() if key != "features"}
     sections.append(page.section("How this was measured", page.manifest(manifest)))
     title = f"{model}: labels read from latents of {short_name(data['location'], 'images')}"

@@ -11,6 +11,7 @@ from torch import Tensor
 from latent_ae import page
 from latent_ae.images import to_uint8
 from latent_ae.pictures import to_picture
+from latent_ae.weights import how_to_get
 
 from .labels import ARROWS, in_order, label_of, number, pair, rounded, short_name, span
 from .table import Row, aligned
@@ -49,7 +50,8 @@ def write_recon_report(
         _summary(result),
         _spread(result, rows),
         *_pictures(result, shown),
-        page.section("How this was measured", page.manifest({k: v for k, v in result.items() if k not in SHOWN_IN})),
+        page.section("How this was measured", page.manifest(_manifest(result))),
+        page.details("How to get FID and KID", how_to_get("inception")) if _lacks_fid(result) else "",
     ]
     title = f"{model}: reconstructions of {data}"
     page.write(path, page.page(title, sections, subtitle="A first stage, measured by latent-ae eval recon."))
@@ -68,6 +70,18 @@ def recon_text(result: Mapping[str, Any]) -> str:
     return aligned(rows)
 
 
+def _manifest(result: Mapping[str, Any]) -> dict[str, Any]:
+    """What the page does not show above; settings that the protocol gives stand there only."""
+    rest = {key: value for key, value in result.items() if key not in SHOWN_IN}
+    settings = rest.get("settings") or {}
+    return rest | {"settings": {key: value for key, value in settings.items() if value != "protocol"}}
+
+
+def _lacks_fid(result: Mapping[str, Any]) -> bool:
+    """Whether it was to be measured and could not."""
+    return any("fid" in values and values["fid"] is None for values in result["metrics"].values() if values)
+
+
 def _model_name(result: Mapping[str, Any]) -> str:
     model = result["model"]
     return short_name(model.get("location"), str(model.get("class") or "model"))
@@ -81,7 +95,9 @@ def _summary(result: Mapping[str, Any]) -> str:
         "protocol": f"{protocol.get('name')}{' (changed)' if protocol.get('changed') else ''}",
         "model": model.get("class"),
         "latent": f"1/{factor:g} of each side, {channels:g} channels" if factor and channels else None,
-        "parameters": f"{parameters / 1e6:.1f} M" if parameters else None,
+        "parameters": (f"{parameters / 1e6:.1f} M" if parameters >= 1e5 else f"{parameters:,.0f}")
+        if parameters
+        else None,
         "weights": ", ".join(str(model[key]) for key in ("weights", "dtype") if model.get(key)),
         "seed": result.get("seed"),
     }
@@ -96,11 +112,9 @@ def _summary(result: Mapping[str, Any]) -> str:
     skipped = len(data.get("skipped") or [])
     if skipped:
         remarks.append(f"Unreadable images that were skipped: {skipped:,}. The list stands at the end of this page.")
-    return (
-        page.facts({name: value for name, value in facts.items() if value not in (None, "")})
-        + page.notes(remarks)
-        + page.section("Result", page.table(lines), page.paragraph(f"{ARROWS} Small: 95 % intervals over the images."))
-    )
+    below = page.paragraph(f"{ARROWS} Small: 95 % intervals over the images.", soft=True), page.notes(remarks)
+    known = {name: value for name, value in facts.items() if value not in (None, "")}
+    return page.facts(known) + page.section("Result", page.table(lines), *below)
 
 
 def _columns(result: Mapping[str, Any]) -> dict[str, tuple[Mapping[str, Any], Mapping[str, Any]]]:
