@@ -95,9 +95,7 @@ def _summary(result: Mapping[str, Any]) -> str:
         "protocol": f"{protocol.get('name')}{' (changed)' if protocol.get('changed') else ''}",
         "model": model.get("class"),
         "latent": f"1/{factor:g} of each side, {channels:g} channels" if factor and channels else None,
-        "parameters": (f"{parameters / 1e6:.1f} M" if parameters >= 1e5 else f"{parameters:,.0f}")
-        if parameters
-        else None,
+        "parameters": None if parameters is None else _count(parameters),
         "weights": ", ".join(str(model[key]) for key in ("weights", "dtype") if model.get(key)),
         "seed": result.get("seed"),
     }
@@ -115,6 +113,10 @@ def _summary(result: Mapping[str, Any]) -> str:
     below = page.paragraph(f"{ARROWS} Small: 95 % intervals over the images.", soft=True), page.notes(remarks)
     known = {name: value for name, value in facts.items() if value not in (None, "")}
     return page.facts(known) + page.section("Result", page.table(lines), *below)
+
+
+def _count(parameters: float) -> str:
+    return f"{parameters / 1e6:.1f} M" if parameters >= 1e5 else f"{parameters:,.0f}"
 
 
 def _columns(result: Mapping[str, Any]) -> dict[str, tuple[Mapping[str, Any], Mapping[str, Any]]]:

@@ -134,8 +134,8 @@ def test_a_missing_fid_is_one_line_where_the_figures_are(jobs: Jobs) -> None:
 @pytest.mark.parametrize("name", [name for name in COMMANDS if name not in (*DOWNLOADS, "recon-other", "compare")])
 def test_what_is_refused_leaves_nothing_behind(jobs: Jobs, tmp_path, monkeypatch, name: str) -> None:
     monkeypatch.chdir(tmp_path)
-    words = [word.replace(jobs.places["data"], "missing") for word in jobs.words(name)]
-    words = [word.replace(jobs.places["table"], "missing") for word in words]
+    words = [word.replace(jobs.places["data"], str(tmp_path / "missing")) for word in jobs.words(name)]
+    words = [word.replace(jobs.places["table"], str(tmp_path / "missing")) for word in words]
     words += ["prior=gaussian"] if name == "sample" else []
     code, out, err = on_a_terminal(*words, "--out", "a/b")
     assert code == 2 and not out and err.startswith("latent-ae eval: "), err
