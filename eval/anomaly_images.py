@@ -86,18 +86,18 @@ class Work:
             disable=not self.progress,
             mininterval=0.5 if sys.stderr.isatty() else 30,
         )
-        for items, scored, defects in self._batches(part, location, range(len(part.source)), bar):
-            for i, item in enumerate(items):
-                defect = defects[i]
-                row: dict[str, Any] = {"index": item.index, "name": printable(item.name), "defect": None}
-                row["abnormal"] = None if part.abnormal is None else bool(part.abnormal[item.index])
-                if self.settings.defects and part.name == "data":
-                    row |= {"abnormal": defect is not None, "defect": defect.kind if defect else None}
-                row |= {name: float(values[i]) for name, values in (scored.scores | scored.parts).items()}
-                row["numbers"] = scored.reconstruction[i].numel()
-                part.rows.append(row)
-            yield scored, [defect.mask if defect else None for defect in defects]
-        bar.close()
+        with bar:  # which an image that is refused closes, too
+            for items, scored, defects in self._batches(part, location, range(len(part.source)), bar):
+                for i, item in enumerate(items):
+                    defect = defects[i]
+                    row: dict[str, Any] = {"index": item.index, "name": printable(item.name), "defect": None}
+                    row["abnormal"] = None if part.abnormal is None else bool(part.abnormal[item.index])
+                    if self.settings.defects and part.name == "data":
+                        row |= {"abnormal": defect is not None, "defect": defect.kind if defect else None}
+                    row |= {name: float(values[i]) for name, values in (scored.scores | scored.parts).items()}
+                    row["numbers"] = scored.reconstruction[i].numel()
+                    part.rows.append(row)
+                yield scored, [defect.mask if defect else None for defect in defects]
         report_skipped(part.skipped, len({row["index"] for row in part.rows}), self.settings)
 
     def findings(self, part: Part, location: str, rows: Sequence[dict[str, Any]]) -> Iterator[Finding]:

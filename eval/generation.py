@@ -340,6 +340,8 @@ class Generation:
                 (folder / "unfinished").rmdir()
         except OSError as error:
             raise UserError(f"--out: cannot write into {folder}: {error.strerror or error}") from error
+        if self.progress:
+            print(f"wrote result.json, samples.png and {page} into {folder}", file=sys.stderr)
 
     def save(self, pipeline: DiTPipeline) -> None:
         """For `DiTPipeline.from_pretrained`."""

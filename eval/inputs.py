@@ -15,6 +15,7 @@ from latent_ae.first_stages import FirstStage, open_first_stage
 from latent_ae.processes import processes as open_processes
 from latent_ae.sources import part_of
 from latent_ae.text import printable
+from latent_ae.weights import briefly
 
 from .config import QuestionSettings, ReconSettings
 
@@ -100,5 +101,5 @@ def inception_network(settings: ReconSettings, device: torch.device) -> tuple[In
     except UserError as error:
         if settings.inception_weights is not None:
             raise
-        return None, "FID and KID are missing: " + str(error)
+        return None, f"FID and KID are missing: {briefly(error)}"
     return network.to(device, memory_format=torch.channels_last), ""

@@ -167,7 +167,9 @@ def interpolate(
             moving = None
             if frames:
                 moving = _frames(walk, legs, ends, settings.frames)
-            _write(Path(out), result, grids, moving, settings)
+            written = _write(Path(out), result, grids, moving, settings)
+    if out is not None:  # below the bar, which is closed by now
+        print(f"wrote {', '.join(written)} into {out}", file=sys.stderr)
     return result
 
 
@@ -282,7 +284,8 @@ def _write(
     grids: Sequence[Image.Image],
     frames: Iterator[Image.Image] | None,
     settings: InterpolateSettings,
-) -> None:
+) -> list[str]:
+    """The names of the files."""
     names, kind = ["result.json", "grid.png", "report.html"], settings.animation or "webp"
     file = folder / f"animation.{kind}"
     try:
@@ -302,4 +305,4 @@ def _write(
         write_interpolation_report(folder / "report.html", result, grids, file if frames is not None else None)
     except OSError as error:
         raise UserError(f"--out: cannot write into {folder}: {error.strerror or error}") from error
-    print(f"wrote {', '.join(names)} into {folder}", file=sys.stderr)
+    return names

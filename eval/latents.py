@@ -39,6 +39,7 @@ from latent_ae.latents import LatentStatistics
 from latent_ae.perceptual import LPIPS
 from latent_ae.quantiles import QuantileSketch
 from latent_ae.sources import ImageSource, part_of
+from latent_ae.weights import briefly
 
 from .config import LatentsSettings
 from .inputs import checked_factor, opened_data, opened_model, processes, report_skipped, stream_notes
@@ -92,7 +93,7 @@ def evaluate_latents(
         try:
             lpips = LPIPS(settings.lpips).to(device)
         except UserError as error:
-            notes.append(f"LPIPS of noised latents is missing: {error}")
+            notes.append(f"LPIPS of noised latents is missing: {briefly(error)}")
     measurer = LatentsMeasurer(stage, device, seed=settings.seed, batch_size=settings.batch_size, lpips=lpips)
     # TF32 convolutions would move the third digit
     with float32_arithmetic(repeatable=True):

@@ -102,12 +102,12 @@ def probe(
             mininterval=0.5 if sys.stderr.isatty() else 30,
         )
         features = {}
-        for kind in FEATURES:
-            scaled = Scaled(files[0][kind], files[1][kind], settings.scale, device)
-            features[kind] = {"dimensions": files[0][kind].dimensions} | _accuracies(
-                scaled, train.labels[pool], pool, drawn, labels, len(names), settings, bar
-            )
-        bar.close()
+        with bar:
+            for kind in FEATURES:
+                scaled = Scaled(files[0][kind], files[1][kind], settings.scale, device)
+                features[kind] = {"dimensions": files[0][kind].dimensions} | _accuracies(
+                    scaled, train.labels[pool], pool, drawn, labels, len(names), settings, bar
+                )
     result = {
         "format": FORMAT,
         "model": stage.describe(),

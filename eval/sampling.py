@@ -14,6 +14,7 @@ from latent_ae.frechet import GROUPS, Gaussian, frechet_distance, frechet_of_fea
 from latent_ae.images import to_uint8
 from latent_ae.order import spread
 from latent_ae.perceptual import LPIPS
+from latent_ae.weights import briefly
 
 from .config import DiffusionSettings
 
@@ -83,7 +84,7 @@ def feature_networks(settings: DiffusionSettings, device: torch.device) -> tuple
             network = InceptionFeatures().to(device, memory_format=torch.channels_last)
             found["fid"] = lambda images: network(images.to(device)).cpu()
         except UserError as error:
-            notes.append(f"FID is missing: {error}")
+            notes.append(f"FID is missing: {briefly(error)}")
             if not found:
                 raise
     return found, notes

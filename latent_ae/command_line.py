@@ -7,10 +7,16 @@ from typing import Any
 from latent_ae.config import UserError
 
 
-def print_result(compute: Callable[[], dict[str, Any]], batch_size: int) -> int:
-    """Prints the result of `compute` as JSON from the main process; returns the exit code.
+def as_json(result: dict[str, Any]) -> str:
+    return json.dumps(result, indent=2)
 
-    Raises UserError when the device's memory is too small for `batch_size`.
+
+def print_result(
+    compute: Callable[[], dict[str, Any]], batch_size: int, as_text: Callable[[dict[str, Any]], str] = as_json
+) -> int:
+    """Prints the result of `compute`, as the text that `as_text` makes of it, from the main process.
+
+    Returns the exit code. Raises UserError when the device's memory is too small for `batch_size`.
     """
     import torch
     from accelerate import PartialState
@@ -23,6 +29,6 @@ def print_result(compute: Callable[[], dict[str, Any]], batch_size: int) -> int:
             f"out of memory with batch_size {batch_size}: lower batch_size or the images' size ({first_line})"
         ) from error
     if PartialState().is_main_process:
-        print(json.dumps(result, indent=2))
+        print(as_text(result))
     PartialState().destroy_process_group()
     return 0

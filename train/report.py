@@ -65,7 +65,7 @@ def write_report(
     framed = (page.paragraph(line, soft=True) for line in framing(run, settings))
     sections = [page.section("Held-out images, before and after", page.table(rows), page.notes(remarks), *framed)]
     if training and training[-1].get("verdict"):
-        sections.append(page.section("How training went", page.preformatted(training[-1]["verdict"])))
+        sections.append(page.section("How training went", page.paragraph(training[-1]["verdict"])))
     previews = sorted((run / "previews").glob("*.png"))
     shown = {"Before training": previews[:1], "After training": previews[-1:]}
     for heading, preview in ((heading, paths[0]) for heading, paths in reversed(shown.items()) if paths):
@@ -80,7 +80,7 @@ def write_report(
     charts += [
         page.line_chart(series, title=title) for title, keys in CHARTS.items() if (series := _series(training, keys))
     ]
-    sections.append(page.section("Curves", *charts))
+    sections.append(page.section("Curves", page.grid(*charts)))
     sections.append(page.section("Settings", page.preformatted(to_yaml(settings))))
     subtitle = f"{settings.steps:,} steps of {settings.batch_size} crops of {settings.data.resolution} px"
     page.write(run / "report.html", page.page(f"Training report: {run.name}", sections, subtitle=subtitle))
