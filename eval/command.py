@@ -1,13 +1,12 @@
 """What the commands of `latent-ae eval MODEL DATA` have in common: their words, and how their result ends on stdout."""
 
-import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
 
-from latent_ae.command_line import print_result
-from latent_ae.config import Settings, load_settings, names_of
+from latent_ae.command_line import SettingsParser, print_result
+from latent_ae.config import Settings, load_settings, own_key
 
 __all__ = ["Words", "default_folder", "print_result", "read_words"]
 
@@ -39,22 +38,15 @@ def read_words(
 
     Without `needs_data`, DATA may be left out.
     """
-    parser = argparse.ArgumentParser(
-        prog=f"latent-ae eval {command}",
-        description=description,
-        epilog=examples,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = SettingsParser(settings, prog=f"latent-ae eval {command}", description=description, examples=examples)
     parser.add_argument("model", help="folder or hub id of a first stage of diffusers, or a run or checkpoint")
     where = "photos, a folder of images, Parquet or WebDataset files, or a hub id"
     parser.add_argument("data", nargs=None if needs_data else "?", default="", help=where)
-    names = ", ".join(names_of(settings))
-    parser.add_argument("override", nargs="*", default=[], metavar="key=value", help=f"changes a setting: {names}")
     parser.add_argument(
         "--out", metavar="DIR", type=Path, help=f"where files go; default: {command}-NAME in this folder"
     )
-    words = parser.parse_intermixed_args(argv)
-    if not needs_data and words.data.partition("=")[0] in settings.model_fields:
+    words = parser.read(argv)
+    if not needs_data and own_key(settings, words.data.partition("=")[0]) in settings.model_fields:
         words.data, words.override = "", [words.data, *words.override]
     chosen = load_settings(settings, None, words.override)
     return Words(words.model, words.data, chosen, words.out or default_folder(command, words.model))

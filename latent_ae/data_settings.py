@@ -1,5 +1,6 @@
 """The section `data` of a training's settings; light, so that a typo costs no waiting."""
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
@@ -20,6 +21,7 @@ class DataSettings(Settings):
     eval_split: str | None = None
     eval_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.05
     image_column: str = "image"
+    """Of tables and hub datasets. A table that has no such column, and one of images only, gives that."""
     revision: str | None = None
     """Commit or tag of a hub id."""
     streaming: bool = False
@@ -48,3 +50,19 @@ class DataSettings(Settings):
             location = getattr(self, key)
             if location is not None and looks_like_path(location) and not Path(location).expanduser().exists():
                 yield Problem(key, f"no such file or folder: {location} (from {Path.cwd()})")
+
+
+class CheckSettings(DataSettings):
+    """Those of the section `data` that `latent-ae data check` reads images by, and the model's channels."""
+
+    channels: Positive = 3
+    """Of the images that the model takes: model.in_channels in training."""
+
+
+WORDS = {"source": "DATA", "eval_source": "DATA", "eval_split": "split"}
+
+
+def without_section(text: str) -> str:
+    """A message of training's keys `data.*` with the words of the commands that have no sections."""
+    keys = "|".join(DataSettings.model_fields)
+    return re.sub(rf"\bdata\.({keys})\b", lambda match: WORDS.get(match[1], match[1]), text)

@@ -1,7 +1,7 @@
 """Every setting of a training run."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -103,6 +103,13 @@ class TrainSettings(Settings):
     def accumulation(self) -> int:
         """Passes per process and step."""
         return self.batch_size // (self.processes * self.micro_batch)
+
+    @classmethod
+    def settle(cls, values: dict[str, Any], given: Sequence[str]) -> None:
+        """Where words name an init_from and say nothing of the model, its shape replaces the file's."""
+        sections = {key.split(".")[0] for key in given}
+        if "init_from" in sections and "model" not in sections and values.get("init_from") is not None:
+            values.pop("model", None)
 
     def problems(self) -> Iterator[Problem]:
         yield from super().problems()

@@ -47,7 +47,7 @@ from .networks import (
 from .preflight import preflight
 from .report import held_out_distances
 from .retention import kept_steps
-from .run_folder import changes_since, cut_back, write_config
+from .run_folder import changes_since, cut_back, only_training_in, write_config
 from .signals import Stopped, StopSignals
 from .step import TrainStep
 from .validate import Validator
@@ -64,6 +64,11 @@ def train(settings: TrainSettings) -> dict[str, Any]:
         log_with=list(settings.report_to) or None,
         project_dir=run,
     )
+    with only_training_in(run, accelerator):
+        return _train(run, settings, accelerator)
+
+
+def _train(run: Path, settings: TrainSettings, accelerator: Accelerator) -> dict[str, Any]:
     # one process looks: on a shared disk others may see a newer or an older state
     found = None
     with Agreed(accelerator):
