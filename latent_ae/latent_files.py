@@ -21,6 +21,7 @@ import pydantic
 
 from latent_ae.config import UserError
 from latent_ae.data import stop_if_too_many_bad
+from latent_ae.disk import amount
 from latent_ae.only_writer import only_writer
 from latent_ae.sources import fingerprint
 
@@ -185,7 +186,7 @@ class LatentFolder:
         needed, free = self.manifest["data"]["num_files"] * each, shutil.disk_usage(self.out).free
         if free < needed:
             raise UserError(
-                f"OUT: {self.out} has {free / 1e9:.1f} GB free and the latents need {needed / 1e9:.1f} GB; free space"
+                f"OUT: {self.out} has {amount(free)} free and the latents need {amount(needed)}; free space"
             )
 
 

@@ -64,8 +64,8 @@ class ModelSettings(Settings):
         if self.in_channels != self.out_channels:
             yield Problem(
                 "out_channels",
-                f"{self.out_channels}, but model.in_channels is {self.in_channels}: "
-                "the loss compares output with input, so they must be equal",
+                f"{self.out_channels}, but model.in_channels is {self.in_channels}: the loss compares output with "
+                f"input, so they must be equal: set model.out_channels={self.in_channels}",
             )
         wrong = [width for width in self.block_out_channels if width % self.norm_num_groups]
         if wrong:
@@ -79,13 +79,14 @@ class ModelSettings(Settings):
 
     def _linear_problems(self, wrong: list[int]) -> Iterator[Problem]:
         if self.in_channels not in (1, 3):
-            yield Problem("init", f"linear needs 1 or 3 image channels, not {self.in_channels}; set init: default")
+            yield Problem("init", f"linear needs 1 or 3 image channels, not {self.in_channels}: set model.init=default")
         elif self.latent_channels < self.in_channels:
-            yield Problem("init", f"linear needs model.latent_channels >= {self.in_channels}")
+            yield Problem("init", f"linear needs model.latent_channels >= {self.in_channels}, or set model.init=default")
         if not wrong and any((width // self.norm_num_groups) % 4 for width in self.block_out_channels):
             yield Problem(
                 "init",
-                "linear needs a multiple of 4 channels per group: lower model.norm_num_groups or set init: default",
+                "linear needs a multiple of 4 channels per group: lower model.norm_num_groups or set model.init=default",
             )
         if min(self.block_out_channels) < 4 * self.in_channels:
-            yield Problem("init", f"linear needs at least {4 * self.in_channels} channels at every level")
+            least = 4 * self.in_channels
+            yield Problem("init", f"linear needs at least {least} channels at every level, or set model.init=default")

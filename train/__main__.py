@@ -1,5 +1,6 @@
 """latent-ae train: settings, plan, then the loop."""
 
+import os
 import re
 import sys
 
@@ -27,6 +28,9 @@ def main(argv: list[str] | None = None) -> int:
         print(to_yaml(settings))
         print(describe_plan(settings))
         return 0
+    if os.environ.get("RANK", "0") == "0":
+        for warning in settings.warnings():
+            print(f"warning: {warning}", file=sys.stderr)
     import torch
     from torch._dynamo.exc import TorchDynamoException
 

@@ -51,7 +51,7 @@ class TrainSettings(Settings):
     precision: Annotated[Literal["fp32", "bf16"], BeforeValidator(_refuse_fp16)] = "fp32"
     """bf16: autocast; weights, losses and optimizer stay fp32."""
     init_from: str | None = None
-    """A run, checkpoint, diffusers folder or hub id whose weights to start with; its shape replaces model={}."""
+    """A run, checkpoint, diffusers folder or hub id whose weights to start with; its shape replaces a recipe's."""
     train: Literal["all", "decoder", "encoder"] = "all"
     """What learns. decoder: latents stay bit-identical, and so does the scaling of init_from's config."""
     compile: bool = False
@@ -132,6 +132,16 @@ class TrainSettings(Settings):
             if find_spec(tracker) is None:
                 yield Problem("report_to", f"{tracker} is not installed: pip install 'latent-ae[{tracker}]'")
 
+    def warnings(self) -> Iterator[str]:
+        """What these settings do that is seldom meant."""
+        if self.init_from is None and self.train != "all":
+            fixed = {"decoder": "encoder", "encoder": "decoder"}[self.train]
+            start = "linear" if self.model.init == "linear" else "random"
+            yield (
+                f"train={self.train} without init_from: the {fixed} stays at its {start} start. To train the "
+                f"{self.train} of an existing first stage, give init_from"
+            )
+
     def _batch_problems(self) -> Iterator[Problem]:
         per_pass = self.processes * (self.micro_batch_size or 1)
         if self.batch_size % per_pass:
@@ -179,7 +189,7 @@ class TrainSettings(Settings):
         if self.loss.perceptual and self.model.in_channels not in (1, 3):
             yield Problem(
                 "loss.perceptual",
-                f"LPIPS sees 1 or 3 channels, model.in_channels is {self.model.in_channels}: set loss.perceptual to 0",
+                f"LPIPS sees 1 or 3 channels, model.in_channels is {self.model.in_channels}: set loss.perceptual=0",
             )
         if self.export_for is not None and self.model.kind != "AutoencoderKL":
             yield Problem("export_for", f"knows AutoencoderKL only, not {self.model.kind}: leave it out")

@@ -30,6 +30,8 @@ CHARTS = {
     "Images per second": ("images_per_second",),
 }
 
+HIGHER_IS_BETTER = ("psnr", "ssim", "ms_ssim")
+
 
 def read_log(run: Path) -> list[dict[str, Any]]:
     """The lines of log.jsonl, one per event and step: a resumed run overwrites what it repeats."""
@@ -58,7 +60,9 @@ def write_report(run: Path, settings: TrainSettings, rows: Sequence[dict[str, An
     log = read_log(run)
     training = [event for event in log if event["event"] == "train"]
     held_out = [event for event in log if event["event"] == "validate"]
-    sections = [page.section("Held-out images, before and after", page.table(rows))]
+    remark = decline(rows)
+    below = [page.paragraph(remark)] if remark else []
+    sections = [page.section("Held-out images, before and after", page.table(rows), *below)]
     if training and training[-1].get("verdict"):
         sections.append(page.section("How training went", page.preformatted(training[-1]["verdict"])))
     previews = sorted((run / "previews").glob("*.png"))
@@ -88,6 +92,20 @@ def result_rows(results: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
         {"": name} | {METRIC_NAMES[key]: _rounded(key, summary.get(key)) for key in keys}
         for name, summary in results.items()
     ]
+
+
+def decline(rows: Sequence[dict[str, Any]]) -> str | None:
+    """One sentence on what the final table shows to be worse than before training; None where nothing is."""
+    named = {row[""]: row for row in rows}
+    before, after = named.get("before", {}), named.get("after", {})
+    worse = []
+    for key, name in METRIC_NAMES.items():
+        if before.get(name) is None or after.get(name) is None:
+            continue
+        change = float(after[name]) - float(before[name])
+        if change < 0 if key in HIGHER_IS_BETTER else change > 0:
+            worse.append(f"{name} {after[name]} (before: {before[name]})")
+    return f"The run ended below its start on the held-out images: {', '.join(worse)}." if worse else None
 
 
 def text_table(rows: Sequence[dict[str, Any]]) -> str:
