@@ -144,14 +144,13 @@ def _wrapped(text: str, indent: int) -> list[str]:
 
 @functools.cache
 def meanings(kind: type[Settings]) -> dict[str, str]:
-    """What stands under each field in the source of `kind` and of the classes that it extends."""
+    """What stands under each field in the source of `kind`, or else of a class that it extends."""
     found: dict[str, str] = {}
     for base in reversed([base for base in kind.__mro__ if issubclass(base, Settings)]):
         (definition,) = ast.parse(textwrap.dedent(inspect.getsource(base))).body
         assert isinstance(definition, ast.ClassDef)
         for field, text in pairwise(definition.body):
             if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
-                found.pop(field.target.id, None)
                 if isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
                     found[field.target.id] = " ".join(str(text.value.value).split())
     return found

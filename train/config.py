@@ -42,8 +42,11 @@ class TrainSettings(Settings):
     """A training run."""
 
     output_dir: str = "runs/first-stage"
+    """The run folder: checkpoints, log, previews, export and report go there."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """Of first weights, order, crops, flips and noise."""
     steps: Positive = 100_000
+    """Updates of the weights."""
     batch_size: Positive = 32
     """Global: over all processes and accumulation."""
     micro_batch_size: Positive | None = None
@@ -59,6 +62,7 @@ class TrainSettings(Settings):
     gradient_checkpointing: bool = False
     """Recompute the autoencoder's blocks in the backward pass: less memory, about a third more time."""
     report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
+    """Trackers that losses go to besides log.jsonl."""
     export_for: PipelineName | None = None
     """Family of diffusers' pipelines that the export must fit; a model that cannot is refused before the first step."""
     push_to_hub: str | None = None
