@@ -15,7 +15,6 @@ from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from diffusers import DiTPipeline
-from filelock import FileLock, Timeout
 from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -29,6 +28,7 @@ from latent_ae.frechet import RELIABLE_IMAGES
 from latent_ae.held_out import Framing, HeldOutImages
 from latent_ae.images import ImageError, to_uint8
 from latent_ae.latent_cache import LatentCache, open_latents
+from latent_ae.only_writer import only_writer
 from latent_ae.order import spread
 from latent_ae.perceptual import TRUNKS
 from latent_ae.pictures import picture_grid
@@ -118,13 +118,10 @@ def _taken(stack: ExitStack, out: str | Path | None) -> Path:
     folder = Path(out).expanduser()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        stack.enter_context(FileLock(folder / ".evaluation.lock", timeout=0))
-    except Timeout:
-        raise UserError(
-            f"--out: another evaluation is writing into {folder}; wait for it, or give another folder"
-        ) from None
     except OSError as error:
         raise UserError(f"--out: cannot write into {folder}: {error.strerror or error}") from error
+    refusal = f"--out: another evaluation is writing into {folder}; wait for it, or give another folder"
+    stack.enter_context(only_writer(folder / ".evaluation.lock", refusal))
     return folder
 
 

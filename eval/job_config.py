@@ -31,6 +31,7 @@ class InterpolateSettings(JobSettings):
     """Numbers (over all of the data, from 0) or file names of the images that the path visits; null takes `num_images`,
     spread over all."""
     num_images: Annotated[int, Field(ge=2)] = 4
+    """That the path visits where `images` names none."""
     steps: Annotated[int, Field(ge=3)] = 9
     """Points of each path in the picture and in the measures, both ends counted; an odd number has a middle."""
     centre: Literal["channels", "none"] = "channels"
@@ -38,6 +39,7 @@ class InterpolateSettings(JobSettings):
     lpips: Literal["vgg", "alex"] | None = "alex"
     """Network that the measures of a path's perceptual length use."""
     animation: Literal["webp", "gif"] | None = "webp"
+    """Format of the animated path; null writes none."""
     frames: Positive = 16
     """Of the animation, from an image to the next."""
 
@@ -61,6 +63,7 @@ class ProbeSettings(JobSettings):
     test_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.3
     """Tested on, where the data has no validation or test split."""
     labels_per_class: Annotated[tuple[Annotated[int, Field(ge=2)], ...], Field(min_length=1)] = (10, 50, 100)
+    """So many labels the classifiers learn from, in turn."""
     draws: Annotated[int, Field(ge=2)] = 5
     """Random choices of those labels."""
     scale: Literal["global", "feature"] = "global"
@@ -126,6 +129,7 @@ class AnomalySettings(JobSettings):
     defects: bool = False
     """Judge DATA, taken as normal, against copies with pasted defects."""
     lpips: Literal["vgg", "alex"] | None = "alex"
+    """Network of the LPIPS scores; null leaves them out."""
     blur_px: Annotated[float, Field(gt=0)] | None = None
     """Standard deviation by which maps of squared error are smoothed; null: 1/64 of the shorter side, at least 1."""
     rank_by: Score | None = None

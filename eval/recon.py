@@ -19,7 +19,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 from accelerate import PartialState
-from filelock import FileLock, Timeout
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -27,6 +26,7 @@ from latent_ae.arithmetic import float32_arithmetic
 from latent_ae.config import UserError
 from latent_ae.disk import replacing, write_json, writing
 from latent_ae.held_out import Framing, HeldOutImages, Part
+from latent_ae.only_writer import only_writer
 from latent_ae.pictures import picture_grid
 from latent_ae.processes import on_main, together
 from latent_ae.sources import source_stamp
@@ -129,15 +129,12 @@ def _begin(
             if out is None:
                 work = WorkFolder(Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="latent-ae-"))), key)
             else:
-                stack.enter_context(FileLock(Path(out) / ".evaluation.lock", timeout=0))
+                refusal = f"--out: another evaluation is writing into {out}; wait for it, or give another folder"
+                stack.enter_context(only_writer(Path(out) / ".evaluation.lock", refusal))
                 work = WorkFolder(Path(out) / "unfinished", key)
             if found := work.begin():
                 print(f"going on from {found} finished parts in {work.folder}", file=sys.stderr)
             return work, work.done()
-        except Timeout:
-            raise UserError(
-                f"--out: another evaluation is writing into {out}; wait for it, or give another folder"
-            ) from None
         except OSError as error:
             raise UserError(f"--out: cannot write into {out}: {error}") from error
 

@@ -23,7 +23,7 @@ from latent_ae.progress import bar, now
 
 from .agreement import Agreed, gathered
 from .config import TrainSettings
-from .report import read_log, remarks_on, result_rows, text_table, write_report
+from .report import decline, read_log, remarks_on, result_rows, text_table, write_report
 from .validate import Validator
 
 STATISTICS_CROPS = 512
@@ -75,6 +75,7 @@ def finish_run(
                 print(f"{settings.export_for}: {remark}", file=sys.stderr)
             results["step"] = settings.steps
             rows = result_rows(results["held_out"])
+            results["below_its_start"] = decline(rows)
             now("report")
             write_report(run, settings, rows, remarks_on(results["held_out"]))
             # last: it says that all of the above is there
@@ -190,9 +191,11 @@ def show_results(run: Path, results: dict[str, Any]) -> None:
     held_out, export = results["held_out"], results["export"]
     count = held_out["after"].get("n", 0)
     print(f"Held-out images ({count}), before and after training:\n")
-    print(text_table(result_rows(held_out)))
-    for remark in remarks_on(held_out):
-        print(remark)
+    rows = result_rows(held_out)
+    print(text_table(rows))
+    for remark in (*remarks_on(held_out), decline(rows)):
+        if remark:
+            print(f"\n{remark}")
     factors = [f"{key} {export[key]:.4f}" for key in ("scaling_factor", "shift_factor") if export[key] is not None]
     print("   ".join([f"\nexport   {run / 'export'}", *factors]))
     print(f"         a fresh process reloads it with a largest difference of {export['max_abs_difference']:.1e}")

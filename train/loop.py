@@ -48,7 +48,7 @@ from .networks import (
 from .preflight import preflight
 from .report import held_out_distances
 from .retention import kept_steps
-from .run_folder import changes_since, cut_back, write_config
+from .run_folder import changes_since, cut_back, only_training_in, write_config
 from .signals import Stopped, StopSignals
 from .step import TrainStep
 from .validate import Validator
@@ -56,11 +56,6 @@ from .validate import Validator
 
 def train(settings: TrainSettings) -> dict[str, Any]:
     """Trains (or goes on training) until `settings.steps`, then exports and reports. Returns the final results."""
-    with float32_arithmetic(tf32=settings.tf32):
-        return _train(settings)
-
-
-def _train(settings: TrainSettings) -> dict[str, Any]:
     run = Path(settings.output_dir).expanduser()
     accelerator = Accelerator(
         cpu=not torch.cuda.is_available(),
@@ -73,6 +68,11 @@ def _train(settings: TrainSettings) -> dict[str, Any]:
         kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
     )
     hosts()  # while all processes are here
+    with float32_arithmetic(tf32=settings.tf32), only_training_in(run, accelerator):
+        return _train(run, settings, accelerator)
+
+
+def _train(run: Path, settings: TrainSettings, accelerator: Accelerator) -> dict[str, Any]:
     # one process looks: on a shared disk others may see a newer or an older state
     checkpoint = on_main(accelerator, lambda: newest_checkpoint(run))
     first_step = checkpoint.step if checkpoint is not None else 0

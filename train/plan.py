@@ -81,4 +81,5 @@ def describe_plan(settings: TrainSettings) -> str:
         f"the newest {settings.checkpoint.keep} kept",
         "output": settings.output_dir,
     }
-    return "\n".join(f"{name + ':':<15}{text}" for name, text in lines.items())
+    told = [*lines.items(), *(("warning", text) for text in settings.warnings())]
+    return "\n".join(f"{name + ':':<15}{text}" for name, text in told)

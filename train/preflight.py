@@ -11,7 +11,7 @@ import torch
 from diffusers import ModelMixin
 
 from latent_ae.config import UserError
-from latent_ae.disk import writing
+from latent_ae.disk import amount, writing
 from latent_ae.export import check_upload, refuse_foreign
 from latent_ae.models import count_parameters
 
@@ -48,8 +48,8 @@ def preflight(run: Path, settings: TrainSettings, train_step: TrainStep) -> None
     needed, free = count * each + 2 * weights - there, shutil.disk_usage(run).free
     if free < needed:
         raise UserError(
-            f"output_dir: {run} has {free / 1e9:.1f} GB free, and up to {count} checkpoints of {each / 1e9:.1f} GB and "
-            f"the export need {needed / 1e9:.1f} GB: free space, choose another output_dir, or lower checkpoint.keep"
+            f"output_dir: {run} has {amount(free)} free, and up to {count} checkpoints of {amount(each)} and "
+            f"the export need {amount(needed)}: free space, choose another output_dir, or lower checkpoint.keep"
         )
     with writing(run), tempfile.TemporaryDirectory(prefix=".preflight-", dir=run) as folder:
         autoencoder.save_pretrained(folder)

@@ -32,6 +32,8 @@ CHARTS = {
     "Images per second": ("images_per_second",),
 }
 
+HIGHER_IS_BETTER = ("psnr", "ssim", "ms_ssim")
+
 
 def read_log(run: Path) -> list[dict[str, Any]]:
     """The lines of log.jsonl, one per event and step: a resumed run overwrites what it repeats."""
@@ -63,7 +65,8 @@ def write_report(
     training = [event for event in log if event["event"] == "train"]
     held_out = [event for event in log if event["event"] == "validate"]
     framed = (page.paragraph(line, soft=True) for line in framing(run, settings))
-    sections = [page.section("Held-out images, before and after", page.table(rows), page.notes(remarks), *framed)]
+    said = page.notes([*remarks, *filter(None, [decline(rows)])])
+    sections = [page.section("Held-out images, before and after", page.table(rows), said, *framed)]
     if training and training[-1].get("verdict"):
         sections.append(page.section("How training went", page.paragraph(training[-1]["verdict"])))
     previews = sorted((run / "previews").glob("*.png"))
@@ -123,6 +126,20 @@ def framing(run: Path, settings: TrainSettings) -> list[str]:
     if data.eval_source is None and data.eval_split is None and data.source != "photos":
         lines.append("Where images were held out by data.eval_fraction, that command measures those trained on, too.")
     return lines
+
+
+def decline(rows: Sequence[dict[str, Any]]) -> str | None:
+    """One sentence on what the final table shows to be worse than before training; None where nothing is."""
+    named = {row[""]: row for row in rows}
+    before, after = named.get("before", {}), named.get("after", {})
+    worse = []
+    for key, name in METRIC_NAMES.items():
+        if before.get(name) is None or after.get(name) is None:
+            continue
+        change = float(after[name]) - float(before[name])
+        if change < 0 if key in HIGHER_IS_BETTER else change > 0:
+            worse.append(f"{name} {after[name]} (before: {before[name]})")
+    return f"The run ended below its start on the held-out images: {', '.join(worse)}." if worse else None
 
 
 def text_table(rows: Sequence[dict[str, Any]]) -> str:
