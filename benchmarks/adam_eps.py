@@ -6,6 +6,7 @@ Trains the quickstart's model for each eps and seed, with a GAN from half of the
 
 import argparse
 import sys
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from benchmarks.time_to_quality import DEVICE, Batches, data_name, measure, step
 from latent_ae.config import load_settings
 from latent_ae.data import open_images
 from latent_ae.held_out import held_out_images
+from latent_ae.models import Reconstructor
 from latent_ae.perceptual import LPIPS
 from latent_ae_train.config import TrainSettings
 from latent_ae_train.step import TrainStep
@@ -54,7 +56,7 @@ def main() -> None:
             step, averaged = step_and_average(settings, perceptual)
             batches = Batches(settings)
             norms = [float(step(number, batches)["grad_norm"]) for number in range(settings.steps)]
-            row |= measure(lambda batch, averaged=averaged: averaged(batch).image, images, perceptual)
+            row |= measure(partial(image_of, averaged), images, perceptual)
             row |= {"share_below": shares_below(step, arguments.eps)}
             row |= {"grad_norm": [round(min(norms), 2), round(max(norms), 2)]}
             row |= {"clipped": sum(norm > settings.optim.clip for norm in norms) / len(norms)}
@@ -64,6 +66,10 @@ def main() -> None:
                 averaged.autoencoder.save_pretrained(arguments.save)
         result["eps"][f"{eps:g}"] = runs
     save("adam-eps", result)
+
+
+def image_of(network: Reconstructor, batch: torch.Tensor) -> torch.Tensor:
+    return network(batch).image
 
 
 def unused_channel(settings: TrainSettings, perceptual: LPIPS) -> dict[str, float]:

@@ -99,7 +99,7 @@ def how_measured(heading: str, result: Mapping[str, Any], kind: type[DiffusionSe
     settings, used = result["settings"], result.get("recipe") or {}
     preset = kind.presets[settings["preset"]]
     settings = {key: used.get(key, preset[key]) if value == "preset" else value for key, value in settings.items()}
-    manifest = {key: value for key, value in (result | {"settings": settings}).items() if key not in SHOWN_IN}
+    manifest = {key: value for key, value in {**result, "settings": settings}.items() if key not in SHOWN_IN}
     pieces = [page.section(heading, page.manifest(manifest))]
     if any(note.startswith("FID is missing") for note in result["notes"]):
         pieces.append(page.details("How to get FID", how_to_get("inception")))

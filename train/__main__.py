@@ -44,8 +44,8 @@ def main(argv: list[str] | None = None) -> int:
         return EXIT_CODE
     except torch.OutOfMemoryError as error:
         raise UserError(
-            f"out of memory with micro_batch_size {settings.micro_batch}: halve micro_batch_size; the result stays the "
-            f"same, the batch is then accumulated ({str(error).splitlines()[0]})"
+            f"out of memory with micro_batch_size {settings.micro_batch}: halve micro_batch_size; the batch stays the "
+            f"same, it is then accumulated ({str(error).splitlines()[0]})"
         ) from error
     except TorchDynamoException as error:  # no C++ compiler, say
         reason = " ".join(str(error).split())[:300]

@@ -116,7 +116,7 @@ class Validator:
         metrics.gather()
         summary = metrics.summary() | {"choice": choice}
         if number:
-            pictures = {index: row for part in gathered([pictures]) for index, row in part.items()}
+            pictures = {index: row for part in gathered(pictures) for index, row in part.items()}
         with Agreed(self.accelerator):
             if preview is not None and pictures and self.accelerator.is_main_process:
                 rows = [pictures[index] for index in sorted(pictures)]
