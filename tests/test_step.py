@@ -172,7 +172,8 @@ def test_the_combined_gradient_is_the_textbook_one(lpips_vgg: LPIPS) -> None:
 def test_master_weights_and_optimizer_stay_fp32_under_bf16() -> None:
     step = build_step(settings_for(precision="bf16", gan=GAN, ema={"decay": 0.9}, batch_size=2))
     seen: list[torch.dtype] = []
-    step.bare_reconstructor.autoencoder.decoder.conv_in.register_forward_hook(lambda *a: seen.append(a[2].dtype))
+    inner = step.bare_reconstructor.autoencoder.decoder.mid_block.resnets[0].conv1  # next to the latent it is fp32
+    inner.register_forward_hook(lambda *a: seen.append(a[2].dtype))
     means = run(step)
     assert seen == [torch.bfloat16]
     tensors = [*step.bare_reconstructor.parameters(), *step.bare_discriminator.parameters()]
