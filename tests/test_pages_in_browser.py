@@ -59,7 +59,7 @@ PROBE = """<script>addEventListener("load", () => {
 NARROW = """<!doctype html><meta charset="utf-8"><body style="margin:0"><pre id="found"></pre><script>
 const all = [];
 addEventListener("message", event => {
-  all[[...frames].indexOf(event.source)] = JSON.parse(event.data);
+  all[Array.from(frames).indexOf(event.source)] = JSON.parse(event.data);
   if (Object.keys(all).length == frames.length) document.getElementById("found").textContent = JSON.stringify(all);
 });
 </script>%s</body>"""
