@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from latent_ae.config import UserError
 from latent_ae.detection import FEWEST_SCORES, PixelScores, auroc, auroc_interval, conformal_threshold
+from latent_ae.order import spread
 
 from .anomaly_images import Part, Work, opened_part
 from .anomaly_page import Finding, write_anomaly_report, write_maps, write_pictures
@@ -29,8 +30,8 @@ from .manifest import versions
 
 FORMAT = "latent-ae anomaly 1"
 FIT = 5
-"""One normal image in so many fits the ELBO's variance and gives no threshold: the scores of the others then stay
-exchangeable with those of new images."""
+"""One normal image in so many, drawn evenly, fits the ELBO's variance and gives no threshold: the scores of the others
+then stay exchangeable with those of new images."""
 SCORES = {
     "pixel_mean": "mean squared error, of values in [-1, 1]",
     "pixel_max": "largest value of the smoothed map of squared errors",
@@ -84,7 +85,9 @@ def find_anomalies(
         if scorer.elbo:
             if len(normal.rows) < 2:
                 raise UserError(f"normal: {settings.normal} gives one image; two are the fewest")
-            fitted, calibration = normal.rows[::FIT], [r for i, r in enumerate(normal.rows) if i % FIT]
+            fits = set(spread(settings.seed, len(normal.rows), -(-len(normal.rows) // FIT)).tolist())
+            fitted = [normal.rows[i] for i in sorted(fits)]
+            calibration = [row for i, row in enumerate(normal.rows) if i not in fits]
             variance = sum(r["squares"] for r in fitted) / sum(r["numbers"] for r in fitted)
             variance = max(variance, 1e-12)  # of a model that reconstructs exactly
             _add_elbo(calibration, variance)
@@ -121,6 +124,7 @@ def find_anomalies(
         "data": {
             "location": str(data),
             "num_images": len({row["index"] for row in part.rows}),
+            "choice": part.choice,
             "skipped": part.skipped,
         },
         "normal": None

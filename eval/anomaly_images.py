@@ -30,6 +30,7 @@ class Part:
 
     name: str
     source: StoredImages
+    choice: dict[str, Any]
     abnormal: np.ndarray | None
     """(N,) bool; None without labels."""
     rows: list[dict[str, Any]]
@@ -39,23 +40,23 @@ class Part:
 def opened_part(key: str, location: str, settings: AnomalySettings) -> Part:
     """A source and which of its images are abnormal, by their classes."""
     try:
-        source, _ = opened_data(location, settings)
+        source, choice = opened_data(location, settings)
     except UserError as error:
         raise UserError(f"{key}: {error}" if key == "normal" else str(error)) from error
     assert not isinstance(source, StreamSource), "jobs do not open streams"
     wanted = settings.normal_class
     if wanted is None:
-        return Part(key, source, None, [], [])
+        return Part(key, source, choice, None, [], [])
     classes = find_classes(source, source, settings.label_column)
     if classes is None:
         if key == "normal":
-            return Part(key, source, None, [], [])
+            return Part(key, source, choice, None, [], [])
         raise UserError(
             f"normal_class: {location} has no labels; give tables with a column of classes or integers "
             "(label_column=NAME), or a folder of images with a folder for each class"
         )
     number = _class_number(wanted, classes, key)
-    return Part(key, source, classes.labels != number, [], [])
+    return Part(key, source, choice, classes.labels != number, [], [])
 
 
 def _class_number(wanted: str | int, classes: Classes, key: str) -> int:

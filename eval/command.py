@@ -9,14 +9,12 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from latent_ae import command_line
-from latent_ae.config import Settings, load_settings, names_of
+from latent_ae.config import Settings, load_settings, own_key
 from latent_ae.text import printable
 
 from .labels import short_name
 
 Kind = TypeVar("Kind", bound=Settings)
-LOCK = ".evaluation.lock"
-"""In a folder that one evaluation at a time writes into."""
 Shown = Callable[[Mapping[str, Any]], str]
 """A result -> what a terminal shows of it."""
 
@@ -48,23 +46,18 @@ def read_words(
 
     Without `needs_data`, DATA may be left out.
     """
-    parser = argparse.ArgumentParser(
-        prog=f"latent-ae eval {command}",
-        description=description,
-        epilog=examples,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = command_line.SettingsParser(
+        settings, prog=f"latent-ae eval {command}", description=description, examples=examples
     )
     parser.add_argument("model", help="folder or hub id of a first stage of diffusers, or a run or checkpoint")
     where = "photos, a folder of images, Parquet or WebDataset files, or a hub id"
     parser.add_argument("data", nargs=None if needs_data else "?", default="", help=where)
-    names = ", ".join(names_of(settings))
-    parser.add_argument("override", nargs="*", default=[], metavar="key=value", help=f"changes a setting: {names}")
     parser.add_argument(
         "--out", metavar="DIR", type=Path, help=f"where files go; default: {command}-NAME in this folder"
     )
     add_json(parser)
-    words = parser.parse_intermixed_args(argv)
-    if not needs_data and words.data.partition("=")[0] in settings.model_fields:
+    words = parser.read(argv)
+    if not needs_data and own_key(settings, words.data.partition("=")[0]) in settings.model_fields:
         words.data, words.override = "", [words.data, *words.override]
     chosen = load_settings(settings, None, words.override)
     return Words(words.model, words.data, chosen, words.out or default_folder(command, words.model), words.json)
@@ -110,8 +103,6 @@ def print_result(words: Words[Any], compute: Callable[[], dict[str, Any]], batch
     except BaseException:
         with suppress(OSError):  # what holds anything stays
             for folder in made:
-                if [path.name for path in folder.iterdir()] == [LOCK]:
-                    (folder / LOCK).unlink()
                 folder.rmdir()
         raise
 

@@ -19,6 +19,10 @@ ROWS = {
     "held_out": "held-out images, to images trained on",
     "reconstructions_of_originals": "reconstructions, to their originals",
 }
+APART_BY_ROOTS = (
+    "These are squared distances, so one minus another is no part of it. Their roots obey the triangle inequality: the "
+    "distance between samples and reconstructions lies between the difference and the sum of the roots in their rows."
+)
 SHORT = {
     "samples": "samples",
     "reconstructions": "reconstructions",
@@ -51,8 +55,7 @@ def write_diffusion_page(path: Path, result: Mapping[str, Any], pictures: Mappin
             distance_table(result),
             page.paragraph(
                 "Lower is better. Small: 95 % intervals over the images of both sets; another seed of the training "
-                "moves the samples' distance besides. What separates the first row from the second is the diffusion "
-                "model's, what separates the second from the third is the first stage's.",
+                f"moves the samples' distance besides. {APART_BY_ROOTS}",
                 soft=True,
             ),
             page.notes(result["notes"]),
@@ -96,7 +99,7 @@ def how_measured(heading: str, result: Mapping[str, Any], kind: type[DiffusionSe
     settings, used = result["settings"], result.get("recipe") or {}
     preset = kind.presets[settings["preset"]]
     settings = {key: used.get(key, preset[key]) if value == "preset" else value for key, value in settings.items()}
-    manifest = {key: value for key, value in (result | {"settings": settings}).items() if key not in SHOWN_IN}
+    manifest = {key: value for key, value in {**result, "settings": settings}.items() if key not in SHOWN_IN}
     pieces = [page.section(heading, page.manifest(manifest))]
     if any(note.startswith("FID is missing") for note in result["notes"]):
         pieces.append(page.details("How to get FID", how_to_get("inception")))

@@ -11,7 +11,7 @@ and factor, and the mutual information gap. DATA needs a table with an integer c
 a table, a pipe JSON; result.json, traversals.png and report.html go into a folder."""
 EXAMPLES = """\
 example: python -m latent_ae.shapes shapes.parquet
-         latent-ae eval factors runs/beta-vae shapes.parquet
+         latent-ae eval factors runs/beta-vae blobs.parquet
 some factors only, another image to start from: latent-ae eval factors MODEL DATA factors=[x,y] traversed=100"""
 
 

@@ -21,6 +21,7 @@ from tqdm import tqdm
 from latent_ae.config import UserError
 from latent_ae.first_stages import FirstStage
 from latent_ae.images import to_uint8
+from latent_ae.order import choice_facts, spread
 from latent_ae.perceptual import LPIPS
 from latent_ae.pictures import picture_grid
 from latent_ae.sources import StoredImages, StreamSource
@@ -94,7 +95,7 @@ def interpolate(
         make_folder(Path(out))
     device = one_process("interpolate", settings)
     stage = latent_model("interpolate", model, settings, device)
-    names, images = _chosen(stage, str(data), settings)
+    names, images, choice = _chosen(stage, str(data), settings)
     height, width = images.shape[-2:]
     lpips, why_not = lpips_or_reason(settings.lpips, images.shape[1], min(height, width), device)
     size = cpu_batch(settings.batch_size, height * width) if device.type == "cpu" else settings.batch_size
@@ -140,7 +141,13 @@ def interpolate(
         result: dict[str, Any] = {
             "format": FORMAT,
             "model": stage.describe(),
-            "data": {"location": str(data), "split": settings.split, "images": names, "size_px": [height, width]},
+            "data": {
+                "location": str(data),
+                "split": settings.split,
+                "images": names,
+                "choice": choice,
+                "size_px": [height, width],
+            },
             "latent": list(latents.shape[1:]),
             "method": {
                 "latents": "raw: the posterior's mean" if stage.has_posterior else "raw: deterministic",
@@ -166,11 +173,15 @@ def interpolate(
     return result
 
 
-def _chosen(stage: FirstStage, data: str, settings: InterpolateSettings) -> tuple[list[str], Tensor]:
-    """Names and images, NCHW on the CPU: of images of several sizes the largest square that all of them hold."""
+def _chosen(stage: FirstStage, data: str, settings: InterpolateSettings) -> tuple[list[str], Tensor, dict[str, Any]]:
+    """Names and images, NCHW on the CPU, and how they were chosen.
+
+    Images of several sizes are cut to the largest square that all of them hold.
+    """
     source, _ = opened_data(data, settings)
     assert not isinstance(source, StreamSource), "jobs do not open streams"
     rows = np.array(_rows(source, settings, data))
+    method = "spread" if settings.images is None else "named"
     found = []
     for item in images_for(stage, source.subset(rows), settings, data).items():
         if item.image is None:
@@ -179,7 +190,8 @@ def _chosen(stage: FirstStage, data: str, settings: InterpolateSettings) -> tupl
     if len({image.shape for image in found}) > 1:
         side = min(min(image.shape[-2:]) for image in found) // stage.factor * stage.factor
         found = [_middle(image, side) for image in found]
-    return [source.name(int(row)) for row in rows], torch.stack(found)
+    choice = choice_facts(rows, len(source), settings.seed, method)
+    return [source.name(int(row)) for row in rows], torch.stack(found), choice
 
 
 def _middle(image: Tensor, side: int) -> Tensor:
@@ -192,7 +204,7 @@ def _rows(source: StoredImages, settings: InterpolateSettings, data: str) -> lis
     if settings.images is None:
         if len(source) < 2:
             raise UserError(f"{data} holds one image; a path needs two")
-        return list(range(min(settings.num_images, len(source))))
+        return [int(row) for row in spread(settings.seed, len(source), settings.num_images)]
     rows, names = [], None
     for wanted in settings.images:
         if isinstance(wanted, int):

@@ -93,6 +93,7 @@ def _summary(result: Mapping[str, Any]) -> str:
     facts = {
         "images": f"{data['num_images']:,}",
         "protocol": f"{protocol.get('name')}{' (changed)' if protocol.get('changed') else ''}",
+        "framing": _framing(protocol),
         "model": model.get("class"),
         "latent": f"1/{factor:g} of each side, {channels:g} channels" if factor and channels else None,
         "parameters": None if parameters is None else _count(parameters),
@@ -117,6 +118,13 @@ def _summary(result: Mapping[str, Any]) -> str:
 
 def _count(parameters: float) -> str:
     return f"{parameters / 1e6:.1f} M" if parameters >= 1e5 else f"{parameters:,.0f}"
+
+
+def _framing(protocol: Mapping[str, Any]) -> str:
+    """How an image was cut; a protocol that lacks these keys is an older version's."""
+    resize_px, crop_px = protocol.get("resize_px"), protocol.get("crop_px")
+    cut = "whole" if crop_px is None else f"{crop_px} px from the middle"
+    return cut if resize_px is None else f"{cut}, shorter side resized to {resize_px} px"
 
 
 def _columns(result: Mapping[str, Any]) -> dict[str, tuple[Mapping[str, Any], Mapping[str, Any]]]:

@@ -9,14 +9,11 @@ from PIL import Image
 from latent_ae import page
 
 from .config import SampleSettings
-from .diffusion_page import PICTURE_BYTES, distance_rows, distance_table, how_measured, pictures_beside
+from .diffusion_page import APART_BY_ROOTS, PICTURE_BYTES, distance_rows, distance_table, how_measured, pictures_beside
 from .labels import short_name
 from .table import Row, aligned
 
-EXPLAINED = (
-    "Lower is better. Small: 95 % intervals over the images of both sets. What separates the first row from the second "
-    "is the prior's, what separates the second from the third is the first stage's."
-)
+EXPLAINED = f"Lower is better. Small: 95 % intervals over the images of both sets. {APART_BY_ROOTS}"
 
 
 def sample_text(result: Mapping[str, Any]) -> str:

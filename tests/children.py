@@ -9,6 +9,7 @@ import os
 import signal
 import socket
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,11 @@ def run(words: list[str], folder: Path, processes: int = 1, kill_at: int | None 
     `kill_at`: the first process dies before its so-manieth change of a file under the run's folder; what they are is in
     `folder/writes.json` after a run that was not killed.
     """
+    return call(processes, _train, words, folder, kill_at, folder=folder)
+
+
+def call(processes: int, function: Callable[..., None], *arguments: Any, folder: Path) -> tuple[int, str]:
+    """Calls function(rank, *arguments) on so many processes that talk through gloo; returns as `run` does."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -39,8 +45,7 @@ def run(words: list[str], folder: Path, processes: int = 1, kill_at: int | None 
         names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
         names |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         environment = {name: str(value) for name, value in names.items()} if processes > 1 else {}
-        arguments = (words, folder, environment, rank, kill_at)
-        children.append(context.Process(target=_child, args=arguments))
+        children.append(context.Process(target=_child, args=(function, arguments, folder, environment, rank)))
         children[-1].start()
     children[0].join(120)
     for child in children:
@@ -50,12 +55,18 @@ def run(words: list[str], folder: Path, processes: int = 1, kill_at: int | None 
     return children[0].exitcode, "".join(path.read_text() for path in sorted(folder.glob("stderr.*")))
 
 
-def _child(words: list[str], folder: Path, environment: dict[str, str], rank: int, kill_at: int | None) -> None:
+def _child(
+    function: Callable[..., None], arguments: tuple[Any, ...], folder: Path, environment: dict[str, str], rank: int
+) -> None:
     with open(folder / f"stderr.{rank}", "w") as stream:
         os.dup2(stream.fileno(), 2)
     os.environ |= environment | {"ACCELERATE_USE_CPU": "1"}
     torch.set_num_threads(1)
     multiprocessing.set_start_method("fork", force=True)  # of the loader's workers, as in any other run
+    function(rank, *arguments)
+
+
+def _train(rank: int, words: list[str], folder: Path, kill_at: int | None) -> None:
     latent_ae_train.loop.finish_run = lambda *_: {}  # it is long, and not what the tests are about
     _measure_a_distance()
     run = next(word.removeprefix("output_dir=") for word in words if word.startswith("output_dir="))

@@ -17,7 +17,7 @@ def lpips_vgg() -> LPIPS:
     try:
         return LPIPS("vgg")
     except UserError as error:
-        pytest.skip(f"no LPIPS weights can be had here: {str(error).splitlines()[0]}")
+        pytest.skip(f"{str(error).splitlines()[0]} docs/weights.md says how.")
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,6 @@ from latent_ae.losses import alignment_loss
 from latent_ae.vision import VisionModel
 from latent_ae_train.config import TrainSettings
 from latent_ae_train.micro_batch import as_drawn
-from tests.launch import launch
 from tests.test_train import differing_tensors, no_finish, pictures, words  # noqa: F401
 from tests.tiny import GAN, build_step, micro_batches, moved, settings_for, weights
 from tests.tiny_vision import MEAN, PATCH, STD, save_vision_model
@@ -160,31 +159,6 @@ def everything(folder: Path) -> dict[str, Any]:
         "ema": {"decay": 0.9},
         "optim": {"clip": 1.0},
     }
-
-
-@pytest.fixture(scope="module")
-def in_one_piece(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
-    return train_20_steps(tmp_path_factory.mktemp("one"), folder, 1, 8)
-
-
-def train_20_steps(tmp_path: Path, folder: Path, processes: int, micro: int) -> dict[str, torch.Tensor]:
-    out = tmp_path / f"{processes}-{micro}.pt"
-    settings = json.dumps({**everything(folder), "batch_size": 8, "micro_batch_size": micro})
-    result = launch(processes, Path(__file__).with_name("train_20_steps.py"), settings, str(out), "")
-    assert result.returncode == 0, result.stderr[-3000:]
-    return torch.load(out, weights_only=True)
-
-
-@pytest.mark.parametrize(("processes", "micro"), [(1, 2), (2, 2)])
-def test_any_split_gives_the_same_training(
-    tmp_path: Path, folder: Path, in_one_piece: dict[str, torch.Tensor], processes: int, micro: int
-) -> None:
-    other = train_20_steps(tmp_path, folder, processes, micro)
-    assert in_one_piece.keys() == other.keys() >= {"autoencoder.projection.weight", "state.alignment_weight"}
-    differences = {
-        name: float((tensor - other[name]).norm() / (tensor.norm() + 1e-12)) for name, tensor in in_one_piece.items()
-    }
-    assert max(differences.values()) < 1e-5, max(differences, key=lambda name: differences[name])
 
 
 @pytest.mark.usefixtures("no_finish")

@@ -8,9 +8,9 @@ from latent_ae_train.config import TrainSettings
 from latent_ae_train.report import write_report
 
 from .made_jobs import COMMANDS, DOWNLOADS, Jobs
-from .test_pages_in_browser import BROWSER, narrow
+from .test_pages_in_browser import in_browser, narrow
 
-pytestmark = pytest.mark.skipif(BROWSER is None, reason="no chromium or google-chrome on PATH")
+pytestmark = in_browser
 
 
 @pytest.fixture(scope="module")

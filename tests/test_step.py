@@ -1,6 +1,5 @@
 """The training step's properties, on tiny real networks."""
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,6 @@ from latent_ae.losses import generator_loss, kl_loss, kl_per_dimension
 from latent_ae.perceptual import LPIPS
 from latent_ae_train.config import TrainSettings
 from latent_ae_train.step import TrainStep
-from tests.launch import launch
 from tests.tiny import GAN, build_step, global_batch, micro_batches, moved, settings_for, weights
 from tests.tiny_vision import save_vision_model
 
@@ -159,7 +157,7 @@ def test_the_combined_gradient_is_the_textbook_one(lpips_vgg: LPIPS) -> None:
     adversarial = generator_loss("hinge", judge(result.image))
     (nll_layer,) = torch.autograd.grad(reconstruction, model.last_layer, retain_graph=True)
     (gan_layer,) = torch.autograd.grad(adversarial, model.last_layer, retain_graph=True)
-    weight = nll_layer.norm() / (gan_layer.norm() + 1e-6)
+    weight = nll_layer.norm() / (gan_layer.norm() + 1e-4)
     total = (
         reconstruction
         + 0.5 * weight * adversarial
@@ -399,68 +397,6 @@ def test_the_adaptive_weight_is_smoothed_and_lecam_averages_the_logits() -> None
         torch.testing.assert_close(smooth.state.lecam_averages, averages)
 
 
-BIG = {
-    "batch_size": 8,
-    "gan": {
-        **GAN,
-        "lecam": 0.1,
-        "discriminator_warmup": 2,
-        "warmup": 5,
-        "r1": 0.1,
-        "r1_every": 3,
-        "diffaug": ["color", "translation", "cutout"],
-    },
-    "loss": {"kl": 1e-4, "learned_logvar": True},
-    "ema": {"decay": 0.9},
-    "optim": {"clip": 1.0, "lr": 1e-3},
-}
-
-
-def train_20_steps(
-    tmp_path: Path, processes: int, micro: int, break_it: str = "", kind: str = "adamw"
-) -> dict[str, torch.Tensor]:
-    """Runs tests/train_20_steps.py on so many gloo processes; returns rank 0's tensors (all ranks are compared)."""
-    out = tmp_path / f"{processes}-{micro}-{break_it}.pt"
-    settings = json.dumps({**BIG, "micro_batch_size": micro, "optim": {**BIG["optim"], "kind": kind}})
-    result = launch(processes, Path(__file__).with_name("train_20_steps.py"), settings, str(out), break_it)
-    assert result.returncode == 0, result.stderr[-3000:]
-    return torch.load(out, weights_only=True)
-
-
-@pytest.fixture(scope="module")
-def one_process(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
-    return train_20_steps(tmp_path_factory.mktemp("one"), 1, 8)
-
-
-def largest_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
-    """Relative to each tensor's norm."""
-    assert a.keys() == b.keys()
-    return max(float((a[name] - b[name]).norm() / (a[name].norm() + 1e-12)) for name in a)
-
-
-@pytest.mark.parametrize(("processes", "micro"), [(1, 4), (1, 2), (2, 4), (2, 1)])
-def test_the_same_global_batch_gives_the_same_training(
-    tmp_path: Path, one_process: dict[str, torch.Tensor], processes: int, micro: int
-) -> None:
-    other = train_20_steps(tmp_path, processes, micro)
-    assert largest_difference(one_process, other) < 1e-5
-
-
-def test_the_same_training_with_muon(tmp_path: Path, one_process: dict[str, torch.Tensor]) -> None:
-    one = train_20_steps(tmp_path, 1, 8, kind="muon")
-    other = train_20_steps(tmp_path, 2, 2, kind="muon")
-    assert largest_difference(one, other) < 1e-5
-    assert largest_difference(one, one_process) > 1e-2
-
-
-@pytest.mark.parametrize(("break_it", "processes"), [("bypass", 2), ("local_weight", 2), ("unfrozen", 1)])
-def test_a_broken_step_is_noticed(
-    tmp_path: Path, one_process: dict[str, torch.Tensor], break_it: str, processes: int
-) -> None:
-    other = train_20_steps(tmp_path, processes, 8 // processes, break_it)
-    assert largest_difference(one_process, other) > 1e-4
-
-
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
 @pytest.mark.parametrize("what", ["image", "discriminator"])
 def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(what: str, kind: str) -> None:
@@ -498,6 +434,19 @@ def everything(step: TrainStep) -> dict[str, torch.Tensor]:
         for number, values in optimizer.state_dict()["state"].items():
             found |= {f"{name}.{number}.{key}": value for key, value in values.items()}
     return {key: tensor.detach().clone() for key, tensor in found.items()}
+
+
+def test_spectral_norm_takes_one_power_iteration_a_step() -> None:
+    """However the batch is split; the weights stay as they are."""
+    vectors = []
+    for micro in (8, 2):
+        gan = {**GAN, "norm": "spectral"}
+        step = build_step(settings_for(gan=gan, micro_batch_size=micro, optim={"lr": 1e-30}))
+        before = step.bare_discriminator.layers[2].parametrizations.weight[0]._u.clone()
+        run(step, 2)
+        vectors.append(step.bare_discriminator.layers[2].parametrizations.weight[0]._u)
+        assert not torch.allclose(before, vectors[-1])
+    torch.testing.assert_close(vectors[0], vectors[1])
 
 
 def test_skipped_steps_in_a_row_are_counted_across_readings() -> None:

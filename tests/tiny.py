@@ -3,7 +3,7 @@
 import hashlib
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,24 +79,28 @@ def build_step(settings: TrainSettings, perceptual: nn.Module | None = None) -> 
     return TrainStep(settings, accelerator, reconstructor, discriminator, perceptual, ema, vision, judge, teacher)
 
 
-def global_batch(step: int, settings: TrainSettings) -> tuple[torch.Tensor, torch.Tensor]:
+def global_batch(
+    step: int, settings: TrainSettings, latent: Sequence[int] = LATENT
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Images and noise of a step, a function of its number."""
     generator = torch.Generator().manual_seed(1000 + step)
     smooth = torch.randn(settings.batch_size, 3, SIDE // 4, SIDE // 4, generator=generator)
     images = nn.functional.interpolate(smooth, size=SIDE, mode="bicubic").clamp(-1, 1)
-    return images, torch.randn(settings.batch_size, *LATENT, generator=generator)
+    return images, torch.randn(settings.batch_size, *latent, generator=generator)
 
 
-def micro_batches(step: int, settings: TrainSettings, rank: int = 0) -> Iterator[MicroBatch]:
+def micro_batches(
+    step: int, settings: TrainSettings, rank: int = 0, latent: Sequence[int] = LATENT
+) -> Iterator[MicroBatch]:
     """This rank's share of the global batch, cut as the loader cuts it."""
-    images, noise = global_batch(step, settings)
+    images, noise = global_batch(step, settings, latent)
     size, every = settings.micro_batch, settings.loss.perceptual_every
     for index in range(settings.accumulation):
         first = (index * settings.processes + rank) * size
         rows = slice(-(step * settings.batch_size + first) % every, None, every)
         number = step * settings.batch_size + first
         augmentation = augmentation_numbers(0, range(number, number + size), 2 * NUMBERS)
-        change = latent_change(settings, range(number, number + size), LATENT, lambda tensor: tensor)
+        change = latent_change(settings, range(number, number + size), latent, lambda tensor: tensor)
         yield MicroBatch(images[first : first + size], noise[first : first + size], rows, augmentation, change)
 
 
