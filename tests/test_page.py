@@ -14,7 +14,7 @@ HOSTILE = "<script>alert('x')</script> & \"quotes\" größe_日本.png"
 
 
 class Reader(HTMLParser):
-    VOID = ("meta", "img", "input", "br")
+    VOID = ("meta", "img", "input", "br", "wbr")
 
     def __init__(self) -> None:
         super().__init__()

@@ -13,7 +13,7 @@ EXPECTED = {
     "recon": lambda r: [
         ("PSNR (dB) ↑", "mode", f"{r['metrics']['mode']['psnr']:.2f}"),
         ("", "bicubic /2", f"{r['baseline']['metrics']['psnr']:.2f}"),
-        ("SSIM ↑", "mode", f"{r['metrics']['mode']['ssim']:.4f}"),
+        ("SSIM ↑", "mode", f"{r['metrics']['mode']['ssim']:.4f}".replace("-", "−")),
     ],
     "latents": lambda r: [
         ("images", "16"),
