@@ -67,12 +67,17 @@ def _locked(path: Path, refusal: str) -> int:
     locks."""
     if fcntl is None:
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+    access = os.O_RDONLY  # a file that is open for writing would keep its disk from being remounted read-only
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        descriptor = os.open(path, access | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         try:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
+                if error.errno == errno.EBADF and access == os.O_RDONLY:  # NFS locks only what is open for writing
+                    access = os.O_RDWR
+                    os.close(descriptor)
+                    continue
                 if error.errno not in (errno.EACCES, errno.EAGAIN):
                     raise
                 holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip()
@@ -80,10 +85,8 @@ def _locked(path: Path, refusal: str) -> int:
             # a holder may have removed this file between the two calls above
             if os.fstat(descriptor).st_nlink:
                 started = datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
-                os.ftruncate(descriptor, 0)
                 with contextlib.suppress(OSError):  # a full disk; the lock holds all the same
-                    os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}, since {started}\n".encode())
-                    os.fsync(descriptor)
+                    path.write_text(f"process {os.getpid()} on {socket.gethostname()}, since {started}\n")
                 _held.add(descriptor)
                 return descriptor
         except BaseException:

@@ -571,11 +571,36 @@ def test_webdataset_tar(tmp_path: Path) -> None:
 
 def test_a_wrong_column_names_the_right_one(tmp_path: Path) -> None:
     path = write_parquet(tmp_path / "a.parquet", range(3), column="img")
-    with pytest.raises(UserError, match="no column 'image'; it has: img, label; set data.image_column=img"):
-        opened(settings_for(path), "train")
+    with pytest.raises(UserError, match="no column 'jpg'; it has: img, label; set data.image_column=img"):
+        opened(settings_for(path, image_column="jpg"), "train")
     with pytest.raises(UserError, match="'label' of .* holds Value.*not images"):
         opened(settings_for(path, image_column="label"), "train")
     assert len(opened(settings_for(path, image_column="img"), "all")) == 3
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_the_only_column_of_images_is_found(tmp_path: Path, streaming: bool) -> None:
+    """By its type, or where bytes have lost that by what they are; not where two could be meant."""
+    values = [1, 2, 3]
+    sound, text = [{"bytes": b"RIFF....WAVE", "path": "a.wav"}] * 3, [b"not a picture"] * 3
+    columns = {
+        "struct": {"a": [{"bytes": png(value), "path": None} for value in values], "sound": sound},
+        "bytes": {"text": text, "a": [png(value) for value in values], "n": values},
+        "late": {"a": [None, *(png(value) for value in values)], "text": [b"x"] * 4},
+        "two": {"a": [png(value) for value in values], "b": [png(value) for value in values]},
+        "none": {"text": text, "n": values},
+    }
+    for name, table in columns.items():
+        pq.write_table(pa.table(table), tmp_path / f"{name}.parquet")
+    write_parquet(tmp_path / "typed.parquet", values, column="a")
+    write_tar(tmp_path / "shard.tar", values)
+    for file in ("struct.parquet", "bytes.parquet", "late.parquet", "typed.parquet", "shard.tar"):
+        settings = settings_for(tmp_path / file, streaming=streaming, num_workers=0)
+        assert all_values(opened(settings, "all"), settings) == values, file
+    with pytest.raises(UserError, match="it has: a, b; set data.image_column=a or data.image_column=b"):
+        opened(settings_for(tmp_path / "two.parquet", streaming=streaming), "all")
+    with pytest.raises(UserError, match="no column 'image'; it has: text, n$"):
+        opened(settings_for(tmp_path / "none.parquet", streaming=streaming), "all")
 
 
 def test_rows_without_an_image_and_broken_tables(tmp_path: Path) -> None:

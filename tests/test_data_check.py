@@ -8,9 +8,10 @@ import pytest
 from PIL import Image
 
 from latent_ae.__main__ import main
-from latent_ae.config import UserError
+from latent_ae.config import UserError, load_settings
 from latent_ae.data_check import check
 from latent_ae.data_settings import DataSettings
+from latent_ae_train.config import TrainSettings
 
 
 @pytest.fixture
@@ -70,3 +71,22 @@ def test_what_channels_mean(folder: Path) -> None:
         check(str(folder / "x"), DataSettings())
     five = check(str(folder), DataSettings(num_workers=0), channels=5)
     assert five["num_readable"] == 1  # wrong.npy is the right one
+
+
+def test_arrays_of_other_channels_are_told_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for number in range(25):
+        np.save(tmp_path / f"{number}.npy", np.full((16, 16, 5), 0.5, dtype=np.float32))
+    words = ["data", "check", str(tmp_path), "num_workers=0", "resolution=16"]
+    assert main(words) == 2
+    out, error = capsys.readouterr()
+    assert error.count("expected") == 1 and "25 arrays have 5 channels and 3 are expected: give channels=5" in error
+    assert error.rstrip().endswith("training would stop at these files; give channels=5")
+    assert len(json.loads(out)["skipped"]) == 25
+    # what the line says works, here and in training
+    assert main([*words, "channels=5"]) == 0
+    advice = error.split("training then takes ")[1].splitlines()[0].split()
+    load_settings(TrainSettings, None, advice)
+    (tmp_path / "torn.png").write_bytes(b"not a picture")
+    assert main(words) == 2
+    error = capsys.readouterr().err
+    assert "  torn.png: " in error and "mend or remove them" in error

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import datasets
@@ -429,6 +430,8 @@ def test_the_example_of_the_documentation_trains(cache, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     os.symlink(cache, tmp_path / "latents", target_is_directory=True)
     names: dict = {}
-    exec(example, names)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "The given NumPy array is not writable")
+        exec(example, names)
     losses = names["losses"]
     assert len(losses) == 60 and np.mean(losses[-10:]) < 0.85 * np.mean(losses[:5])

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from latent_ae_train.config import TrainSettings
+from latent_ae_train.report import decline, result_rows
 from latent_ae_train.verdict import verdict
 
 SETTINGS = TrainSettings.model_validate({"steps": 5000, "gan": {"start": 100, "discriminator_warmup": 50}})
@@ -62,3 +63,19 @@ def test_a_rate_off_its_target_is_told(rate: float, said: bool) -> None:
     settings = SETTINGS.model_copy(update={"loss": SETTINGS.loss.model_copy(update={"kl_target": 1.0})})
     text = verdict(lines(kl_per_dimension=rate, kl_weight=3e-4), settings)
     assert text.startswith(f"the rate is not at loss.kl_target: {rate} nats per dimension, on the way to 1 ") == said
+
+
+def test_a_run_that_ends_below_its_start_says_in_what() -> None:
+    before = {"n": 3, "psnr": 29.73, "ssim": 0.875, "lpips_vgg": 0.189, "frechet_vgg16": 40.0}
+    bicubic = {"psnr": 60.0, "ssim": 1.0, "lpips_vgg": 0.0}
+
+    def told(**after: float) -> str | None:
+        return decline(result_rows({"bicubic /4": bicubic, "before": before, "after": before | after}))
+
+    assert told() is None and told(psnr=30.4, ssim=0.89, lpips_vgg=0.151, frechet_vgg16=20.0) is None
+    assert told(psnr=29.731, lpips_vgg=0.1892) is None  # what the table does not show
+    start = "The run ended below its start on the held-out images: "
+    assert told(psnr=26.91, lpips_vgg=0.151) == f"{start}PSNR (dB) 26.91 (before: 29.73)."
+    assert told(lpips_vgg=0.2) == f"{start}LPIPS (VGG) 0.200 (before: 0.189)."
+    assert told(frechet_vgg16=41.0) == f"{start}Fréchet (VGG16) 41.000 (before: 40.000)."
+    assert decline(result_rows({"bicubic /4": bicubic, "before": {}, "after": before})) is None  # it was not measured
