@@ -51,7 +51,9 @@ def cases(place: Path) -> dict[str, Case]:
                 "optim": {"kind": "muon"},
             },
         ),
-        "capacity": Case(3, {"loss": {"pixel": "logistic", "learned_logvar": True, "kl": 1.0, "kl_capacity": 3.0}}),
+        "capacity": Case(
+            3, {"loss": {"pixel": "logistic", "scale": 0.3, "learned_logvar": True, "kl": 1.0, "kl_capacity": 3.0}}
+        ),
         "AutoencoderTiny, taught": Case(
             3,
             {
