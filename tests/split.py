@@ -44,7 +44,7 @@ def cases(place: Path) -> dict[str, Case]:
         "latents": Case(
             20,
             {
-                "loss": {"kl": 1e-2, "kl_target": 0.3, "free_bits": 0.05},
+                "loss": {"kl": 1e-2, "kl_target": 0.06, "free_bits": 0.05},
                 "latents": {"equivariance": 0.6, "noise": 1.0, "min_channels": 2},
                 "alignment": {"model": str(place / "vision")},
                 "gan": {**FELT, "blur": True, "layers": 2},
