@@ -6,6 +6,16 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
+# one message instead of a resolver's for a Python that constraints.txt was not made for; any Python can read it
+define KNOWN_PYTHON
+import re, sys
+known = re.findall(r'Python :: (3\.\d+)', open('pyproject.toml').read())
+if '%d.%d' % sys.version_info[:2] not in known:
+    sys.exit('Python %s to %s is needed; $(PYTHON) is %s. Set PYTHON=python%s, for example.' % (
+        known[0], known[-1], sys.version.split()[0], known[-2]))
+endef
+export KNOWN_PYTHON
+
 .PHONY: quickstart test check format clean
 
 quickstart: $(VENV)/.installed
@@ -28,7 +38,7 @@ clean:
 	rm -rf $(VENV) build dist *.egg-info
 
 $(BIN)/python:
-	@$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed; this is " + sys.version.split()[0] + ". Set PYTHON=..." if sys.version_info < (3, 10) else 0)'
+	@$(PYTHON) -c "$$KNOWN_PYTHON"
 	$(PYTHON) -m venv --clear $(VENV) || { rm -rf $(VENV); exit 1; }
 
 # a stamp is newer than what it was made from: setting up again happens only when that changes

@@ -54,17 +54,21 @@ def synchronise(device: torch.device) -> None:
 def alternate(calls: dict[str, Callable[[], object]], rounds: int, device: torch.device) -> dict[str, dict[str, Any]]:
     """Median seconds and peak memory of each call, taken in turns so that a slow minute meets all of them.
 
-    Memory: allocated on a GPU; on a CPU the process's resident memory, which holds every contestant's weights.
+    On a CPU with one thread these are processor seconds, which other work on the machine hardly disturbs; otherwise
+    the clock's. Memory: allocated on a GPU; on a CPU the process's resident memory, which holds every contestant's
+    weights.
     """
+    alone = device.type == "cpu" and torch.get_num_threads() == 1
+    clock = time.process_time if alone else time.perf_counter
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     peaks = dict.fromkeys(calls, 0.0)
     for _ in range(rounds):
         for name, call in calls.items():
             with _Peak(device) as peak:
-                started = time.perf_counter()
+                started = clock()
                 call()
                 synchronise(device)
-                seconds[name].append(time.perf_counter() - started)
+                seconds[name].append(clock() - started)
             peaks[name] = max(peaks[name], peak.gigabytes)
             print(f"  {name:<45} {seconds[name][-1]:8.2f} s", file=sys.stderr)
     return {

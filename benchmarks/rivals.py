@@ -1,7 +1,7 @@
 """The schedules that others train with, re-created from their sources, for benchmarks only.
 
 Each makes one update of both networks with L1, LPIPS, KL, hinge PatchGAN and the adaptive weight; the networks are the
-same as ours. Where a checkout is given, latent-diffusion's own loss module runs instead.
+same as ours, or latent-diffusion's own loss module is around ours.
 """
 
 import sys
@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from latent_ae.losses import discriminator_loss
 
 KL_WEIGHT, GAN_WEIGHT = 1e-6, 0.5
+CLAMP = 1e4
+"""Of the adaptive weight, which is a ratio of gradients of sums over an image's elements."""
 
 
 class Networks:
@@ -28,26 +30,29 @@ class Networks:
         )
 
 
-def latent_diffusion_step(nets: Networks, images: Tensor, gan_factor: float = 1.0) -> None:
+def latent_diffusion_step(
+    nets: Networks, images: Tensor, discriminator_factor: float, gan_weight: float, every: int, rows: slice
+) -> None:
     """CompVis/latent-diffusion ldm/models/autoencoder.py training_step, once for each optimizer.
 
     As Lightning does, the parameters of the other optimizer need no gradient meanwhile. The discriminator's pass
-    repeats the autoencoder's forward pass and LPIPS, whose result it drops. `gan_factor` is 0 before the GAN starts,
-    and all of it is computed even so.
+    repeats the autoencoder's forward pass and LPIPS, whose result it drops. All of the adversarial part is computed
+    whatever its weights. `rows`, every `every`-th image, are those that LPIPS looks at, and count so many times.
     """
     for index, optimizer in enumerate((nets.optimizer, nets.discriminator_optimizer)):
         nets.autoencoder.requires_grad_(index == 0)
         nets.discriminator.requires_grad_(index == 1)
         posterior = nets.autoencoder.encode(images).latent_dist
         reconstruction = nets.autoencoder.decode(posterior.sample()).sample
-        distance = nets.perceptual(images, reconstruction).view(-1, 1, 1, 1)
-        nll = ((images - reconstruction).abs() + distance).sum() / len(images)
+        distances = nets.perceptual(images[rows], reconstruction[rows])
+        nll = (images - reconstruction).abs().sum() + every * images[0].numel() * distances.sum()
+        nll = nll / len(images)
         if index == 0:
             kl = posterior.kl().sum() / len(images)
-            loss = _generator_objective(nets, nll, kl, reconstruction, 1e4, gan_factor)
+            loss = _generator_objective(nets, nll, kl, reconstruction, gan_weight)
         else:
             logits = nets.discriminator(images), nets.discriminator(reconstruction.detach())
-            loss = gan_factor * discriminator_loss("hinge", *logits)
+            loss = discriminator_factor * discriminator_loss("hinge", *logits)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -68,7 +73,7 @@ def diffusers_example_step(nets: Networks, images: Tensor) -> None:
             with torch.no_grad():
                 distance = nets.perceptual(reconstruction, targets)
             nll = (pixel + distance.view(-1, 1, 1, 1)).sum() / len(images)
-            loss = _generator_objective(nets, nll, posterior.kl().sum() / len(images), reconstruction, 1e4)
+            loss = _generator_objective(nets, nll, posterior.kl().sum() / len(images), reconstruction, GAN_WEIGHT)
             loss.backward()
             nn.utils.clip_grad_norm_(nets.autoencoder.parameters(), 1.0)
             nets.optimizer.step()
@@ -83,19 +88,17 @@ def diffusers_example_step(nets: Networks, images: Tensor) -> None:
             nets.optimizer.zero_grad(set_to_none=True)
 
 
-def _generator_objective(
-    nets: Networks, nll: Tensor, kl: Tensor, reconstruction: Tensor, cap: float, gan_factor: float = 1.0
-) -> Tensor:
+def _generator_objective(nets: Networks, nll: Tensor, kl: Tensor, reconstruction: Tensor, gan_weight: float) -> Tensor:
     adversarial = -nets.discriminator(reconstruction).mean()
     last_layer = nets.autoencoder.decoder.conv_out.weight
     (nll_gradient,) = torch.autograd.grad(nll, last_layer, retain_graph=True)
     (gan_gradient,) = torch.autograd.grad(adversarial, last_layer, retain_graph=True)
-    weight = (nll_gradient.norm() / (gan_gradient.norm() + 1e-4)).clamp(0.0, cap).detach()
-    return nll + KL_WEIGHT * kl + GAN_WEIGHT * gan_factor * weight * adversarial
+    weight = (nll_gradient.norm() / (gan_gradient.norm() + 1e-4)).clamp(0.0, CLAMP).detach()
+    return nll + KL_WEIGHT * kl + gan_weight * weight * adversarial
 
 
 def latent_diffusion_checkout_step(
-    nets: Networks, latent_diffusion: Path, taming: Path
+    nets: Networks, latent_diffusion: Path, taming: Path, device: torch.device
 ) -> Callable[[Networks, Tensor], None]:
     """The same schedule around the checkout's own LPIPSWithDiscriminator (random LPIPS weights: only time counts).
 
@@ -111,7 +114,7 @@ def latent_diffusion_checkout_step(
     lpips.LPIPS.load_from_pretrained = lambda self, name="": None
     from ldm.modules.losses.contperceptual import LPIPSWithDiscriminator
 
-    loss = LPIPSWithDiscriminator(disc_start=0, kl_weight=KL_WEIGHT, disc_weight=GAN_WEIGHT)
+    loss = LPIPSWithDiscriminator(disc_start=0, kl_weight=KL_WEIGHT, disc_weight=GAN_WEIGHT).to(device)
     loss.perceptual_loss.requires_grad_(False)
     nets.discriminator = loss.discriminator
     nets.discriminator_optimizer = torch.optim.Adam(loss.discriminator.parameters(), lr=4.5e-6, betas=(0.5, 0.9))

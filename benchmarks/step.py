@@ -1,9 +1,11 @@
 """One update of both networks: the schedules of latent-diffusion and of the diffusers example against ours.
 
-    python -m benchmarks.step --shape small
-    python -m benchmarks.step --shape sd --batch 2 --rounds 3
+    python -m benchmarks.step --shape small --latent-diffusion CHECKOUT --taming CHECKOUT
+    python -m benchmarks.step --shape sd --batch 2 --rounds 3 --latent-diffusion CHECKOUT --taming CHECKOUT
 
-Same autoencoder, LPIPS and PatchGAN for all, in one process, in turns, medians. Writes benchmarks/results/step-*.json.
+The baseline is latent-diffusion's own loss module, from checkouts of CompVis/latent-diffusion and
+CompVis/taming-transformers, around the same autoencoder; all others share LPIPS and PatchGAN, too. In one process, in
+turns, medians. Writes benchmarks/results/step-*.json.
 """
 
 import argparse
@@ -21,7 +23,6 @@ from benchmarks.rivals import (
     Networks,
     diffusers_example_step,
     latent_diffusion_checkout_step,
-    latent_diffusion_step,
 )
 from latent_ae.discriminators import PatchDiscriminator
 from latent_ae.models import Reconstructor, build_autoencoder, count_parameters
@@ -49,8 +50,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, help="images per update; default: that of the shape")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--compile", action="store_true", help="ours also with torch.compile")
-    parser.add_argument("--latent-diffusion", type=Path, metavar="CHECKOUT", help="run its own loss module too")
-    parser.add_argument("--taming", type=Path, metavar="CHECKOUT", help="taming-transformers, which that one imports")
+    parser.add_argument("--latent-diffusion", type=Path, required=True, metavar="CHECKOUT", help="for its loss module")
+    parser.add_argument("--taming", type=Path, required=True, metavar="CHECKOUT", help="which that one imports")
     arguments = parser.parse_args()
     shape = SHAPES[arguments.shape]
     side, batch = arguments.side or shape.side_px, arguments.batch or shape.batch
@@ -61,17 +62,13 @@ def main() -> None:
     if bf16_is_fast:
         peaks["bf16"] = matmul_peak(torch.bfloat16, device)
     images = torch.rand(batch, 3, side, side, device=device) * 2 - 1
+    nets = rival_networks(shape, torch.float32, device)
+    step = latent_diffusion_checkout_step(nets, arguments.latent_diffusion, arguments.taming, device)
     calls: dict[str, Callable[[], object]] = {
-        "a  latent-diffusion's schedule, fp32": rival(shape, latent_diffusion_step, images, torch.float32),
+        "a  latent-diffusion's own loss, fp32": lambda: step(nets, images),
         "b  diffusers example, fp32": rival(shape, diffusers_example_step, images, torch.float32),
+        "c  ours, fp32": ours(shape, images, "fp32"),
     }
-    if arguments.latent_diffusion is not None and arguments.taming is not None:
-        nets = rival_networks(shape, torch.float32, device)
-        step = latent_diffusion_checkout_step(nets, arguments.latent_diffusion, arguments.taming)
-        for module in (nets.discriminator, nets.perceptual):
-            module.to(device)
-        calls["a' latent-diffusion's own loss, fp32"] = lambda: step(nets, images)
-    calls["c  ours, fp32"] = ours(shape, images, "fp32")
     if arguments.compile:
         calls["c  ours, fp32, compiled"] = ours(shape, images, "fp32", compiled=True)
     if bf16_is_fast:
@@ -89,11 +86,9 @@ def main() -> None:
         result["tflop"] = flops[name] / 1e12
         # compiled code is not seen by the counter: it does the work of the plain step
         result["share_of_matmul_peak"] = flops[name.replace(", compiled", "")] / result["median_s"] / peak
-    reference = measured["a  latent-diffusion's schedule, fp32"]["median_s"]
-    for result in measured.values():
-        result["speedup_over_a"] = reference / result["median_s"]
+    kind = torch.backends.cpu.get_cpu_capability().lower() if device.type == "cpu" else device.type
     save(
-        f"step-{arguments.shape}-{side}px-{device.type}",
+        f"step-{arguments.shape}-{side}px-{kind}",
         {
             "shape": {"widths": shape.widths, "layers": shape.layers, "side_px": side, "batch": batch},
             "parameters": count_parameters(autoencoder_of(shape)),

@@ -5,6 +5,7 @@ python -m benchmarks.tables
 
 import json
 import re
+import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,19 +35,20 @@ def render(page: str) -> str:
 
 
 def step_table(result: dict[str, Any]) -> str:
-    shape, peak = result["shape"], result["matmul_peak_gflops"]
+    shape, peak, rows = result["shape"], result["matmul_peak_gflops"], result["contestants"]
+    baseline = next(iter(rows))  # latent-diffusion's, where it was measured
     lines = [
         f"{result['parameters'] / 1e6:.1f} M parameters, {shape['side_px']} px, batch {shape['batch']}; "
         f"matrix-product peak {', '.join(f'{value:.0f} GFLOP/s {name}' for name, value in peak.items())}; "
-        f"{where(result)}.",
+        f"{result['machine']['cpu_capability']}, {where(result)}.",
         "",
-        "| | images/s | against (a) | TFLOP | share of peak | memory (GB) |",
+        f"| | images/s | against ({baseline[0]}), fp32 | TFLOP | share of peak | memory (GB) |",
         "|---|---:|---:|---:|---:|---:|",
     ]
-    for name, row in result["contestants"].items():
+    for name, row in rows.items():
         lines.append(
-            f"| {name} | {row['images_per_second']:.2f} | {row['speedup_over_a']:.2f}x | {row['tflop']:.2f} "
-            f"| {row['share_of_matmul_peak']:.0%} | {row['peak_memory_gb']:.1f} |"
+            f"| {name} | {row['images_per_second']:.3g} | {rows[baseline]['median_s'] / row['median_s']:.2f}x "
+            f"| {row['tflop']:.2f} | {row['share_of_matmul_peak']:.0%} | {row['peak_memory_gb']:.1f} |"
         )
     return "\n".join(lines)
 
@@ -57,19 +59,27 @@ def loader_table(result: dict[str, Any]) -> str:
 
 
 def quality_table(result: dict[str, Any]) -> str:
-    bicubic = result["bicubic"]
+    bicubic, seeds = result["bicubic"], list(next(iter(result["curves"].values())))
+    points = range(len(next(iter(result["curves"].values()))[seeds[0]]))
     lines = [
-        f"{result['held_out_images']} held-out images of {result['data']}, {result['crop_px']} px crops, batch "
-        f"{result['batch']}; bicubic /4: {bicubic['psnr']:.2f} dB, LPIPS {bicubic['lpips']:.3f}; {where(result)}.",
+        f"{result['held_out_images']} held-out crops of {result['held_out_px']} px of {result['data']}; trained on "
+        f"crops of {result['crop_px']} px, batch {result['batch']}, seeds {', '.join(seeds)}; bicubic /4: "
+        f"{bicubic['psnr']:.2f} dB, LPIPS {bicubic['lpips']:.3f}; {where(result)}.",
         "",
-        "| | " + " | ".join(f"{part}/8" for part in range(9)) + " |",
-        "|---" + "|---:" * 9 + "|",
+        f"| PSNR, LPIPS, means over the seeds | {' | '.join(f'{point}/{points[-1]}' for point in points)} "
+        "| end, raw weights | end, LPIPS of each seed |",
+        "|---" + "|---:" * (len(points) + 2) + "|",
     ]
-    for name, points in result["curves"].items():
-        cells = [f"{point['psnr']:.2f}, {point['lpips']:.3f}" for point in points]
-        lines.append(
-            f"| {name} ({points[-1]['seconds']:.0f} s, {points[-1]['images']:.0f} crops) | {' | '.join(cells)} |"
-        )
+    for name, runs in result["curves"].items():
+
+        def over_seeds(point: int, key: str, digits: int, runs: dict[str, Any] = runs) -> str:
+            return f"{statistics.mean(curve[point][key] for curve in runs.values()):.{digits}f}"
+
+        cells = [f"{over_seeds(point, 'psnr', 2)}, {over_seeds(point, 'lpips', 3)}" for point in points]
+        cells.append(f"{over_seeds(-1, 'psnr_raw', 2)}, {over_seeds(-1, 'lpips_raw', 3)}")
+        cells.append("; ".join(f"{curve[-1]['lpips']:.3f}" for curve in runs.values()))
+        used = f"{over_seeds(-1, 'seconds', 0)} s, {over_seeds(-1, 'images', 0)} crops"
+        lines.append(f"| {name} ({used}) | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -365,6 +375,46 @@ def collapse_table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def posterior_table(result: dict[str, Any]) -> str:
+    lines = [
+        f"{result['images']} crops of {result['crop_px']} px of {result['held_out']}; {where(result)}.",
+        "",
+        f"| under autocast | {' | '.join(str(number) for number in range(len(result['std'])))} | decoder's entry |",
+        "|---|" + "---:|" * (len(result["std"]) + 1),
+    ]
+    for name, errors in result["mean"].items():
+        entered = result["entered"].get(name)
+        cells = [*(f"{error:.2f}" for error in errors), "" if entered is None else f"{entered:.3f}"]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def eps_table(result: dict[str, Any]) -> str:
+    every = list(result["eps"])
+    lines = [
+        f"{result['held_out_images']} held-out crops of {result['data']}; `quickstart {' '.join(result['settings'])}`, "
+        f"seeds {', '.join(str(run['seed']) for run in result['eps'][every[0]])}; {where(result)}.",
+        "",
+        f"| eps | {' | '.join(f'below 10 x {eps}' for eps in every)} | an unused channel's step | PSNR (dB) | LPIPS "
+        "| `grad_norm` | steps clipped |",
+        "|---|" + "---:|" * (len(every) + 5),
+    ]
+    for eps, runs in result["eps"].items():
+        shares = [", ".join(f"{net[other]:.3%}" for net in runs[0]["share_below"].values()) for other in every]
+        low = min(run["grad_norm"][0] for run in runs)
+        high = max(run["grad_norm"][1] for run in runs)
+        cells = [
+            *shares,
+            f"{runs[0]['unused_channel']['step_over_lr']:.3f} lr",
+            ", ".join(f"{run['psnr']:.2f}" for run in runs),
+            ", ".join(f"{run['lpips']:.3f}" for run in runs),
+            f"{low:.0f} to {high:.0f}",
+            f"{sum(run['clipped'] for run in runs) / len(runs):.0%}",
+        ]
+        lines.append(f"| {eps} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def where(result: dict[str, Any]) -> str:
     machine = result["machine"]
     return (
@@ -393,6 +443,8 @@ MAKERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "priors": priors_table,
     "disentangle": disentangle_table,
     "collapse": collapse_table,
+    "bf16-posterior": posterior_table,
+    "adam-eps": eps_table,
 }
 
 

@@ -1,13 +1,13 @@
-"""Held-out quality against time: the classic recipe on the classic schedule, and ours.
+"""Held-out quality against time: latent-diffusion's step and optimizer, and ours, from both starts.
 
-    python -m benchmarks.time_to_quality --minutes 4 --data TRAIN_FOLDER --held-out TEST_FOLDER
+    python -m benchmarks.time_to_quality --minutes 0.7 --data TRAIN_FOLDER --held-out TEST_FOLDER
 
-Same model, data, crops (seed and order) and machine, one after the other. Measured beside the clock: PSNR and LPIPS of
-held-out centre crops. `classic`: latent-diffusion's two-pass step, Adam (.5, .9) at 4.5e-6 x batch, default
-initialisation, L1 + LPIPS + KL, adaptive hinge GAN from a quarter of the run on (published: 50,001 of about 200,000
-steps), no average. The published rate is meant for long runs, so the same with our learning rate runs too. `ours`: the
-recipe `quickstart` with its schedule stretched to the run. `ours, default start`: the same without the linear start.
-Writes benchmarks/results/time-to-quality.json.
+On both sides the same model, crops (order by seed), LPIPS on the same crops, averaged weights beside the raw ones, and
+one GAN: discriminator, first step, weight and warm-up as parts of the run by the recipe `quickstart`, and the clamp of
+the adaptive weight of latent-diffusion's code. `two passes`: latent-diffusion's step, which passes the autoencoder,
+LPIPS and the discriminator once for each network, with Adam (.5, .9), without clipping. `ours`: one pass, and the
+recipe's optimizer. Both follow the recipe's learning rate over the run. On one thread of a CPU, so that time is the
+processor's and other work on the machine does not count. Writes benchmarks/results/time-to-quality.json.
 """
 
 import argparse
@@ -15,32 +15,39 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
 
 from benchmarks.machine import save
-from benchmarks.rivals import Networks, latent_diffusion_step
+from benchmarks.rivals import CLAMP, Networks, latent_diffusion_step
 from latent_ae.config import load_settings
 from latent_ae.data import open_images, posterior_noise, training_batches
 from latent_ae.data_settings import DataSettings
-from latent_ae.discriminators import PatchDiscriminator
 from latent_ae.held_out import held_out_images
 from latent_ae.images import bicubic_down_up
 from latent_ae.metrics import ReconstructionMetrics
-from latent_ae.models import Reconstructor, build_autoencoder
+from latent_ae.models import Reconstructor
 from latent_ae.perceptual import LPIPS
 from latent_ae_train.config import TrainSettings
 from latent_ae_train.ema import Ema
 from latent_ae_train.networks import starting_autoencoder, starting_discriminator
+from latent_ae_train.schedule import gan_phase_at, lr_scale_at
 from latent_ae_train.step import MicroBatch, TrainStep
 
-POINTS = 8
-"""Measurements of each run, evenly in time."""
+POINTS = 2
+"""Measurements of each run, evenly in steps."""
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-Update = Callable[[int], None]
 Reconstruct = Callable[[torch.Tensor], torch.Tensor]
+
+
+class Contestant(NamedTuple):
+    """A run at its beginning."""
+
+    update: Callable[[int], object]
+    raw: Reconstruct
+    averaged: Reconstruct
 
 
 class Batches:
@@ -68,77 +75,96 @@ class Batches:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=4.0, help="of training, for each contestant")
+    parser.add_argument("--minutes", type=float, default=0.7, help="of training, for each contestant and seed")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--data", default="photos")
     parser.add_argument("--held-out", metavar="DATA", help="default: photographs held out of --data")
     parser.add_argument("--images", type=int, default=16, help="held-out images that are measured")
+    parser.add_argument("--side", type=int, default=128, help="of their centre crops, px")
+    parser.add_argument("--crop", type=int, default=32, help="side of the crops to train on, px")
     arguments = parser.parse_args()
-    words = [f"data.source={arguments.data}"]
+    torch.set_num_threads(1)
+    words = [f"data.source={arguments.data}", f"data.resolution={arguments.crop}"]
     words += [f"data.eval_source={arguments.held_out}"] if arguments.held_out else []
     recipe = load_settings(TrainSettings, "quickstart", words)
     perceptual = LPIPS("vgg").to(DEVICE)
     data = recipe.data
-    crops = held_out_images(open_images(data, "held_out"), data, channels=3, crop_px=256, multiple_of=4)
+    crops = held_out_images(open_images(data, "held_out"), data, channels=3, crop_px=arguments.side, multiple_of=4)
     held_out = [image for _, _, image in islice(crops, arguments.images)]
-    seconds = 60 * arguments.minutes
-    contestants: dict[str, Callable[[int], tuple[Update, Reconstruct]]] = {
-        "classic": lambda steps: classic(recipe, perceptual, steps, 4.5e-6 * recipe.batch_size),
-        "classic, our learning rate": lambda steps: classic(recipe, perceptual, steps, recipe.optim.lr),
-        "ours": lambda steps: ours(recipe, perceptual, steps, "linear"),
-        "ours, default start": lambda steps: ours(recipe, perceptual, steps, "default"),
-    }
-    curves = {
-        name: follow(name, start, seconds, recipe.batch_size, held_out, perceptual)
-        for name, start in contestants.items()
-    }
-    last = min((curves[name][-1] for name in curves if name.startswith("classic")), key=lambda point: point["lpips"])
-    passed = (p["seconds"] for p in curves["ours"] if p["lpips"] <= last["lpips"] and p["psnr"] >= last["psnr"])
-    save(
-        "time-to-quality",
-        {
+    sides = {"two passes": two_passes, "ours": ours}
+    trial = schedule_of(recipe, 0, "default", 1000)
+    steps = {side: steps_in(60 * arguments.minutes, trial, start(trial, perceptual)) for side, start in sides.items()}
+    curves: dict[str, dict[str, Any]] = {}
+    for seed in arguments.seeds:
+        for init in ("default", "linear"):
+            for side, start in sides.items():
+                settings = schedule_of(recipe, seed, init, steps[side])
+                curve = follow(settings, start(settings, perceptual), held_out, perceptual)
+                curves.setdefault(f"{side}, {init} start", {})[str(seed)] = curve
+                print(f"{side}, {init} start, seed {seed}: {curve[-1]}", file=sys.stderr)
+        result = {
             "data": data_name(data),
             "held_out_images": len(held_out),
+            "held_out_px": arguments.side,
             "batch": recipe.batch_size,
             "crop_px": data.resolution,
+            "gan_at_1000_steps": trial.gan.model_dump(mode="json"),
             "bicubic": measure(lambda images: bicubic_down_up(images, 4), held_out, perceptual),
-            "ours_passes_the_classic_end_after_s": next(passed, None),
-            "best_classic_end": last,
             "curves": curves,
-        },
-    )
+        }
+        save("time-to-quality", result)  # after each seed: a long run may be cut short
 
 
 def data_name(data: DataSettings) -> str:
     return "scikit-image's photographs" if data.source == "photos" else data.source.rstrip("/").split("/")[-2]
 
 
+def schedule_of(recipe: TrainSettings, seed: int, init: str, steps: int) -> TrainSettings:
+    """The recipe for so many steps: its GAN's at the same parts of the run, under latent-diffusion's clamp."""
+    scale, side = steps / recipe.steps, recipe.data.resolution
+    gan: dict[str, Any] = {
+        key: round(getattr(recipe.gan, key) * scale) for key in ("start", "discriminator_warmup", "warmup")
+    }
+    gan["adaptive_cap"] = CLAMP / (3 * side**2)  # theirs is of sums over the image, ours of means
+    values: dict[str, Any] = recipe.model_dump(mode="json", by_alias=True)
+    values |= {"steps": steps, "seed": seed, "gan": values["gan"] | gan, "model": values["model"] | {"init": init}}
+    return TrainSettings.model_validate(values)
+
+
+def clock() -> float:
+    """Seconds: the processor's on a CPU."""
+    return time.process_time() if DEVICE.type == "cpu" else time.perf_counter()
+
+
+def steps_in(seconds: float, settings: TrainSettings, contestant: Contestant) -> int:
+    """How many steps take so long, from a few without and with the GAN, of a copy that is thrown away."""
+    costs = []
+    for first in (0, settings.steps - 4):
+        contestant.update(first)
+        begun = clock()
+        for number in range(1, 4):
+            contestant.update(first + number)
+        costs.append((clock() - begun) / 3)
+    without = settings.gan.start / settings.steps
+    return max(POINTS, round(seconds / (without * costs[0] + (1 - without) * costs[1])))
+
+
 def follow(
-    name: str,
-    start: Callable[[int], tuple[Update, Reconstruct]],
-    seconds: float,
-    batch_size: int,
-    held_out: list[torch.Tensor],
-    perceptual: LPIPS,
+    settings: TrainSettings, contestant: Contestant, held_out: list[torch.Tensor], perceptual: LPIPS
 ) -> list[dict[str, float]]:
-    """Trains for about `seconds` and measures on the way; the time of measuring is not counted."""
-    update, _ = start(1000)
-    # rate from a few updates of a copy that is thrown away, so that the schedules end with the time
-    update(0)
-    begun = time.perf_counter()
-    for number in range(1, 6):
-        update(number)
-    steps = max(POINTS, int(seconds / ((time.perf_counter() - begun) / 5)))
-    update, reconstruct = start(steps)
-    points = [{"seconds": 0.0, "images": 0.0} | measure(reconstruct, held_out, perceptual)]
-    used, due = 0.0, [round(steps * (point + 1) / POINTS) for point in range(POINTS)]
-    for number in range(steps):
-        begun = time.perf_counter()
-        update(number)
-        used += time.perf_counter() - begun
-        if number + 1 in due:
-            point = {"seconds": round(used, 1), "images": float((number + 1) * batch_size)}
-            points.append(point | measure(reconstruct, held_out, perceptual))
-            print(f"{name:<22} {points[-1]}", file=sys.stderr)
+    """Trains and measures on the way; the time of measuring is not counted."""
+    points: list[dict[str, float]] = []
+    used, due = 0.0, [round(settings.steps * point / POINTS) for point in range(POINTS + 1)]
+    for done in range(settings.steps + 1):
+        if done in due:
+            point = {"seconds": round(used, 1), "images": float(done * settings.batch_size)}
+            point |= measure(contestant.averaged, held_out, perceptual)
+            raw = measure(contestant.raw, held_out, perceptual) if done else point
+            points.append(point | {"psnr_raw": raw["psnr"], "lpips_raw": raw["lpips"]})
+        if done < settings.steps:
+            begun = clock()
+            contestant.update(done)
+            used += clock() - begun
     return points
 
 
@@ -152,35 +178,31 @@ def measure(reconstruct: Reconstruct, held_out: list[torch.Tensor], perceptual: 
     return {"psnr": round(summary["psnr"], 3), "lpips": round(summary["lpips_vgg"], 4)}
 
 
-def classic(recipe: TrainSettings, perceptual: LPIPS, steps: int, lr: float) -> tuple[Update, Reconstruct]:
-    model = recipe.model.model_copy(update={"init": "default"})
-    autoencoder = build_autoencoder(model, sample_size=recipe.data.resolution, seed=recipe.seed).to(DEVICE)
-    torch.manual_seed(recipe.seed)
-    gan = recipe.gan
-    discriminator = PatchDiscriminator(3, gan.channels, gan.layers, "batch").to(DEVICE)
-    nets = Networks(autoencoder, discriminator, perceptual, lr)
-    batches, reconstructor = Batches(recipe), Reconstructor(autoencoder)
+def two_passes(settings: TrainSettings, perceptual: LPIPS) -> Contestant:
+    autoencoder = starting_autoencoder(settings).to(DEVICE)
+    nets = Networks(autoencoder, starting_discriminator(settings, 3).to(DEVICE), perceptual, settings.optim.lr)
+    average = Ema(autoencoder, settings.ema.decay)
+    torch.manual_seed(settings.seed)  # of the posterior's noise
+    batches, every = Batches(settings), settings.loss.perceptual_every
 
     def update(number: int) -> None:
-        images = next(batches).images.contiguous()
-        latent_diffusion_step(nets, images, gan_factor=float(number >= steps // 4))
+        batch, phase = next(batches), gan_phase_at(number, settings.gan)
+        for optimizer in (nets.optimizer, nets.discriminator_optimizer):
+            optimizer.param_groups[0]["lr"] = settings.optim.lr * lr_scale_at(number, settings.steps, settings.optim)
+        images, rows = batch.images.contiguous(), batch.perceptual_rows
+        latent_diffusion_step(nets, images, float(phase.discriminator), phase.generator, every, rows)
+        average.update(autoencoder, number)
 
-    return update, lambda images: reconstructor(images).image
+    raw, averaged = Reconstructor(autoencoder), Reconstructor(average.module)
+    return Contestant(update, lambda images: raw(images).image, lambda images: averaged(images).image)
 
 
-def ours(recipe: TrainSettings, perceptual: LPIPS, steps: int, init: str) -> tuple[Update, Reconstruct]:
-    scale = steps / recipe.steps
-    gan = {key: round(getattr(recipe.gan, key) * scale) for key in ("start", "discriminator_warmup", "warmup")}
-    values: dict[str, Any] = recipe.model_dump(mode="json", by_alias=True)
-    values |= {"steps": steps, "gan": values["gan"] | gan, "model": values["model"] | {"init": init}}
-    settings = TrainSettings.model_validate(values)
+def ours(settings: TrainSettings, perceptual: LPIPS) -> Contestant:
     step, averaged = step_and_average(settings, perceptual)
-    batches = Batches(settings)
-
-    def update(number: int) -> None:
-        step(number, batches)
-
-    return update, lambda images: averaged(images).image
+    batches, raw = Batches(settings), step.bare_reconstructor
+    return Contestant(
+        lambda number: step(number, batches), lambda images: raw(images).image, lambda images: averaged(images).image
+    )
 
 
 def step_and_average(settings: TrainSettings, perceptual: LPIPS) -> tuple[TrainStep, Reconstructor]:

@@ -4,6 +4,9 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+from latent_ae.config import close_word
+from latent_ae.text import printable
+
 COMMANDS = {
     "recon": "how near reconstructions come to their images: FID, KID, LPIPS, PSNR, SSIM, MS-SSIM",
     "latents": "how healthy latents are: information, dead channels, rank, outliers, spectrum, what changes cost",
@@ -40,7 +43,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(usage(), file=sys.stdout if words else sys.stderr)
         return 0 if words else 2
     if words[0] not in COMMANDS:
-        print(f"latent-ae eval: no such command: {words[0]}\n\n{usage()}", file=sys.stderr)
+        close = close_word(words[0], list(COMMANDS))
+        hint = f"; did you mean {close}?" if close else ""
+        print(f"latent-ae eval: no such command: {printable(words[0])}{hint}\n\n{usage()}", file=sys.stderr)
         return 2
     return int(importlib.import_module(f"{__package__}.{words[0]}_command").main(words[1:]))
 

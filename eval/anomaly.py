@@ -17,7 +17,8 @@ import pyarrow.parquet
 from torch import Tensor, nn
 
 from latent_ae.config import UserError
-from latent_ae.detection import PixelScores, auroc, auroc_interval, conformal_threshold
+from latent_ae.detection import FEWEST_SCORES, PixelScores, auroc, auroc_interval, conformal_threshold
+from latent_ae.order import spread
 
 from .anomaly_images import Part, Work, opened_part
 from .anomaly_page import Finding, write_anomaly_report, write_maps, write_pictures
@@ -29,8 +30,8 @@ from .manifest import versions
 
 FORMAT = "latent-ae anomaly 1"
 FIT = 5
-"""One normal image in so many fits the ELBO's variance and gives no threshold: the scores of the others then stay
-exchangeable with those of new images."""
+"""One normal image in so many, drawn evenly, fits the ELBO's variance and gives no threshold: the scores of the others
+then stay exchangeable with those of new images."""
 SCORES = {
     "pixel_mean": "mean squared error, of values in [-1, 1]",
     "pixel_max": "largest value of the smoothed map of squared errors",
@@ -84,7 +85,9 @@ def find_anomalies(
         if scorer.elbo:
             if len(normal.rows) < 2:
                 raise UserError(f"normal: {settings.normal} gives one image; two are the fewest")
-            fitted, calibration = normal.rows[::FIT], [r for i, r in enumerate(normal.rows) if i % FIT]
+            fits = set(spread(settings.seed, len(normal.rows), -(-len(normal.rows) // FIT)).tolist())
+            fitted = [normal.rows[i] for i in sorted(fits)]
+            calibration = [row for i, row in enumerate(normal.rows) if i not in fits]
             variance = sum(r["squares"] for r in fitted) / sum(r["numbers"] for r in fitted)
             variance = max(variance, 1e-12)  # of a model that reconstructs exactly
             _add_elbo(calibration, variance)
@@ -113,13 +116,15 @@ def find_anomalies(
         raise UserError(f"{data}: none of its {len(part.skipped)} images is readable; {(part.skipped or ['none'])[0]}")
     if variance is not None:
         _add_elbo(part.rows, variance)
-    names = scorer.names
+    scores = {name: _figures(part.rows, name, thresholds.get(name), paired=settings.defects) for name in scorer.names}
+    notes += _without_intervals(part.rows, scores)
     result: dict[str, Any] = {
         "format": FORMAT,
         "model": stage.describe(),
         "data": {
             "location": str(data),
             "num_images": len({row["index"] for row in part.rows}),
+            "choice": part.choice,
             "skipped": part.skipped,
         },
         "normal": None
@@ -132,13 +137,13 @@ def find_anomalies(
             "skipped": normal.skipped,
         },
         "method": {
-            "scores": {name: SCORES[name] for name in names},
+            "scores": {name: SCORES[name] for name in scorer.names},
             "threshold": "flagged is what lies above the ceil((n + 1)(1 - rate))-th smallest of n normal scores",
-            "interval": "DeLong" + (", paired by image" if settings.defects else ""),
+            "interval": "DeLong, on the logit's scale" + (", paired by image" if settings.defects else ""),
             "lpips": settings.lpips if lpips is not None else None,
         },
         "thresholds": thresholds,
-        "scores": {name: _figures(part.rows, name, thresholds.get(name), paired=settings.defects) for name in names},
+        "scores": scores,
         "pixel_auroc": {name: found.auroc() for name, found in pixels.items()} or None,
         "settings": settings.model_dump(mode="json"),
         "versions": versions(),
@@ -175,6 +180,21 @@ def _figures(rows: Sequence[dict[str, Any]], name: str, threshold: float | None,
         before, after = values[~abnormal], values[abnormal]
         figures["auroc_by_defect"] = {kind: auroc(before[of == kind], after[of == kind]) for kind in kinds}
     return figures
+
+
+def _without_intervals(rows: Sequence[dict[str, Any]], scores: dict[str, dict[str, Any]]) -> list[str]:
+    """Why areas have no interval, where some have none."""
+    lacking = [name for name, figures in scores.items() if "auroc" in figures and figures["interval"] is None]
+    if not lacking:
+        return []
+    abnormal = sum(row["abnormal"] for row in rows)
+    normal = len(rows) - abnormal
+    if min(normal, abnormal) < FEWEST_SCORES:
+        return [
+            f"AUROC without intervals: there are {normal:,} normal and {abnormal:,} abnormal images, and an interval "
+            f"needs {FEWEST_SCORES} of each"
+        ]
+    return [f"AUROC without intervals: {', '.join(lacking)} put no image out of order, which says nothing of the width"]
 
 
 def _write(folder: Path, result: dict[str, Any], part: Part, work: Work, rank_by: str) -> None:

@@ -7,8 +7,8 @@ from .job_config import AnomalySettings
 
 DESCRIPTION = """\
 Score images by what the first stage fails to reconstruct, with thresholds from normal images, heat maps, and AUROC
-where it is known what is normal. JSON goes to stdout; result.json, images.parquet, pictures.png and report.html into a
-folder."""
+where it is known what is normal. A terminal gets a table, a pipe JSON; result.json, images.parquet, pictures.png and
+report.html go into a folder."""
 EXAMPLES = """\
 example: latent-ae eval anomaly runs/bottles bottles/test normal=bottles/held-out
 by labels: latent-ae eval anomaly MODEL bottles/test normal=bottles/held-out normal_class=good
@@ -19,8 +19,11 @@ def main(argv: Sequence[str]) -> int:
     words = read_words("anomaly", AnomalySettings, argv, description=DESCRIPTION, examples=EXAMPLES)
 
     from .anomaly import find_anomalies
+    from .anomaly_page import anomaly_text
 
     return print_result(
+        words,
         lambda: find_anomalies(words.model, words.data, words.settings, out=words.out, progress=True),
         words.settings.batch_size,
+        anomaly_text,
     )

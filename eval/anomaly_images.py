@@ -30,6 +30,7 @@ class Part:
 
     name: str
     source: StoredImages
+    choice: dict[str, Any]
     abnormal: np.ndarray | None
     """(N,) bool; None without labels."""
     rows: list[dict[str, Any]]
@@ -39,23 +40,23 @@ class Part:
 def opened_part(key: str, location: str, settings: AnomalySettings) -> Part:
     """A source and which of its images are abnormal, by their classes."""
     try:
-        source, _ = opened_data(location, settings)
+        source, choice = opened_data(location, settings)
     except UserError as error:
         raise UserError(f"{key}: {error}" if key == "normal" else str(error)) from error
     assert not isinstance(source, StreamSource), "jobs do not open streams"
     wanted = settings.normal_class
     if wanted is None:
-        return Part(key, source, None, [], [])
+        return Part(key, source, choice, None, [], [])
     classes = find_classes(source, source, settings.label_column)
     if classes is None:
         if key == "normal":
-            return Part(key, source, None, [], [])
+            return Part(key, source, choice, None, [], [])
         raise UserError(
             f"normal_class: {location} has no labels; give tables with a column of classes or integers "
             "(label_column=NAME), or a folder of images with a folder for each class"
         )
     number = _class_number(wanted, classes, key)
-    return Part(key, source, classes.labels != number, [], [])
+    return Part(key, source, choice, classes.labels != number, [], [])
 
 
 def _class_number(wanted: str | int, classes: Classes, key: str) -> int:
@@ -85,18 +86,18 @@ class Work:
             disable=not self.progress,
             mininterval=0.5 if sys.stderr.isatty() else 30,
         )
-        for items, scored, defects in self._batches(part, location, range(len(part.source)), bar):
-            for i, item in enumerate(items):
-                defect = defects[i]
-                row: dict[str, Any] = {"index": item.index, "name": printable(item.name), "defect": None}
-                row["abnormal"] = None if part.abnormal is None else bool(part.abnormal[item.index])
-                if self.settings.defects and part.name == "data":
-                    row |= {"abnormal": defect is not None, "defect": defect.kind if defect else None}
-                row |= {name: float(values[i]) for name, values in (scored.scores | scored.parts).items()}
-                row["numbers"] = scored.reconstruction[i].numel()
-                part.rows.append(row)
-            yield scored, [defect.mask if defect else None for defect in defects]
-        bar.close()
+        with bar:  # which an image that is refused closes, too
+            for items, scored, defects in self._batches(part, location, range(len(part.source)), bar):
+                for i, item in enumerate(items):
+                    defect = defects[i]
+                    row: dict[str, Any] = {"index": item.index, "name": printable(item.name), "defect": None}
+                    row["abnormal"] = None if part.abnormal is None else bool(part.abnormal[item.index])
+                    if self.settings.defects and part.name == "data":
+                        row |= {"abnormal": defect is not None, "defect": defect.kind if defect else None}
+                    row |= {name: float(values[i]) for name, values in (scored.scores | scored.parts).items()}
+                    row["numbers"] = scored.reconstruction[i].numel()
+                    part.rows.append(row)
+                yield scored, [defect.mask if defect else None for defect in defects]
         report_skipped(part.skipped, len({row["index"] for row in part.rows}), self.settings)
 
     def findings(self, part: Part, location: str, rows: Sequence[dict[str, Any]]) -> Iterator[Finding]:

@@ -14,6 +14,7 @@ from latent_ae.images import to_tensor
 from latent_ae.pictures import picture_grid, to_picture
 
 from .labels import short_name
+from .table import Row, aligned
 
 NAMES = {
     "pixel_mean": "squared error, mean",
@@ -101,28 +102,54 @@ def write_anomaly_report(
     page.write(path, page.page(title, sections, subtitle="A first stage, asked by latent-ae eval anomaly."))
 
 
+def anomaly_text(result: Mapping[str, Any]) -> str:
+    """The figures as a table for a terminal."""
+    rows = [Row("images", f"{result['data']['num_images']:,}")]
+    for name, found in result["scores"].items():
+        label, threshold = NAMES[name], result["thresholds"].get(name)
+        if "auroc" in found:
+            rows.append(Row(label, f"{found['auroc']:.3f}", _ends(found["interval"]), "AUROC"))
+            rows += [Row(label, f"{area:.3f}", "", f"AUROC, {kind}") for kind, area in _by_defect(found).items()]
+        if threshold is not None:
+            rows.append(Row(label, f"{threshold:.4g}", "", "threshold"))
+        if "detection_rate" in found:
+            rows.append(Row(label, f"{100 * found['detection_rate']:.1f} %", "", "found"))
+            rows.append(Row(label, f"{100 * found['false_positive_rate']:.1f} %", "", "false alarms"))
+        elif found["flagged"] is not None:
+            rows.append(Row(label, f"{found['flagged']:,}", "", "flagged"))
+    return aligned(rows)
+
+
+def _ends(interval: Sequence[float] | None) -> str:
+    return f"{interval[0]:.3f} – {interval[1]:.3f}" if interval else ""
+
+
+def _by_defect(found: Mapping[str, Any]) -> Mapping[str, float]:
+    return found.get("auroc_by_defect") or {}
+
+
 def _figures(result: Mapping[str, Any]) -> str:
     lines = []
     for name, found in result["scores"].items():
         line: dict[str, Any] = {"score": NAMES[name]}
         if "auroc" in found:
-            interval = found["interval"]
-            small = f"{interval[0]:.3f} – {interval[1]:.3f}" if interval else ""
-            line["AUROC"] = page.estimate(f"{found['auroc']:.3f}", small)
-            line |= {kind: f"{area:.3f}" for kind, area in found.get("auroc_by_defect", {}).items()}
-        threshold = result["thresholds"].get(name)
-        line["threshold"] = None if threshold is None else f"{threshold:.4g}"
+            line["AUROC"] = page.estimate(f"{found['auroc']:.3f}", _ends(found["interval"]))
+            line |= {kind: f"{area:.3f}" for kind, area in _by_defect(found).items()}
+        if (threshold := result["thresholds"].get(name)) is not None:
+            line["threshold"] = f"{threshold:.4g}"
         if "detection_rate" in found:
             line["found"] = f"{100 * found['detection_rate']:.1f} %"
             line["false alarms"] = f"{100 * found['false_positive_rate']:.1f} %"
         elif found["flagged"] is not None:
             line["flagged"] = found["flagged"]
         lines.append(line)
-    text = (
-        "AUROC: the chance that an abnormal image scores above a normal one; 0.5 is guessing. Small: 95 % interval. "
-        "Found and false alarms: images above the threshold."
-    )
-    pieces = [page.table(lines), page.paragraph(text, soft=True)]
+    text = []
+    if "AUROC" in lines[0]:
+        text.append("AUROC: the chance that an abnormal image scores above a normal one; 0.5 is guessing. ")
+        text += ["Small: 95 % interval. "] if any(found["interval"] for found in result["scores"].values()) else []
+    if "threshold" in lines[0]:
+        text.append("Found, false alarms and flagged are images above the threshold.")
+    pieces = [page.table(lines), page.paragraph("".join(text), soft=True)]
     if result["pixel_auroc"]:
         known = {MAPS[name]: area for name, area in result["pixel_auroc"].items() if area is not None}
         areas = ", ".join(f"{name} {area:.3f}" for name, area in known.items())

@@ -6,9 +6,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from .command import add_json, for_stdout, shows_table
+
 DESCRIPTION = """\
 Compare results of `eval recon` with the first of them: differences, their 95 % intervals, and whether they are more
-than chance. JSON goes to stdout, a table to stderr; comparison.json and comparison.html go into a folder. Results of
+than chance. A terminal gets a table, a pipe JSON; comparison.json and comparison.html go into a folder. Results of
 different protocols, data, N or seeds are refused."""
 
 
@@ -24,13 +26,18 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--out", metavar="DIR", type=Path, default=Path("compare"), help="where files go; default: compare"
     )
+    add_json(parser)
     words = parser.parse_intermixed_args(argv)
 
     from .compare import compare
     from .compare_page import comparison_text
 
     comparison = compare(words.results, anyway=words.anyway, out=words.out)
-    print(comparison_text(comparison), file=sys.stderr)
     print(f"wrote {words.out / 'comparison.json'} and {words.out / 'comparison.html'}", file=sys.stderr)
-    print(json.dumps(comparison, indent=2))
+    text = for_stdout(comparison_text(comparison))
+    if shows_table(words.json):
+        print(text)
+    else:
+        print(text, file=sys.stderr)
+        print(json.dumps(comparison, indent=2))
     return 0

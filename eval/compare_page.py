@@ -9,6 +9,7 @@ from latent_ae import page
 from latent_ae.text import printable
 
 from .labels import ARROWS, difference, difference_span, in_order, label_of, number, pair, rounded, short_name, span
+from .table import Row, aligned
 
 EXPLANATION = (
     "A difference counts as one where its 95 % interval does not hold zero; of twenty comparisons of equal models, "
@@ -35,12 +36,13 @@ def comparison_page(comparison: Mapping[str, Any], per_image: Mapping[str, Mappi
         page.notes(notes),
         *(page.section(f"Latent: {kind}", page.table(_figures(comparison, kind, names))) for kind in kinds),
         page.paragraph(
-            f"{ARROWS} Small: 95 % intervals. Best is marked only where a value beats every other beyond chance."
+            f"{ARROWS} Small: 95 % intervals. Best is marked only where a value beats every other beyond chance.",
+            soft=True,
         ),
         page.section(
             f"Differences from {results[0]['name']}",
             *_difference_tables(comparison, names),
-            page.paragraph(EXPLANATION),
+            page.paragraph(EXPLANATION, soft=True),
         ),
         page.section("Values and their 95 % intervals", page.grid(*_interval_charts(comparison, names))),
     ]
@@ -111,10 +113,13 @@ def _difference_tables(comparison: Mapping[str, Any], names: Mapping[str, str]) 
         lines = _differences([row for row in comparison["differences"] if row["of"] == of])
         for line in lines:
             line[line.pop("")] = page.estimate(line.pop("difference"), line.pop("95 % interval"))
-        order = ["metric", "latent", *(key for key in (lines[0] if lines else ()) if "−" in key), "verdict", "how"]
+        order = ["metric", "latent", *(key for key in (lines[0] if lines else ()) if "−" in key), "verdict"]
+        how = {line["how"] for line in lines}
+        order += ["how"] if len(how) > 1 else []
         tables += [
             f"<h3>{page.escape(names[of])}</h3>",
             page.table([{key: line[key] for key in order} for line in lines]),
+            *([page.paragraph(f"All by the same way: {how.pop()}.", soft=True)] if len(how) == 1 else []),
         ]
     return tables
 
@@ -141,8 +146,12 @@ def comparison_text(comparison: Mapping[str, Any]) -> str:
     rows = _differences(comparison["differences"])
     if not rows:
         return printable("\n".join([*lines, "No figure that two of them have."]), lines=True)
-    cells = [list(rows[0])] + [[text or "–" for text in row.values()] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    table = ["  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip() for line in cells]
+    how = {row["how"] for row in rows}
+    shown = []
+    for row in rows:
+        remark = row["verdict"] if len(how) == 1 else f"{row['verdict']} ({row['how']})"
+        of = f"{row['latent']}, {row['']}"
+        shown.append(Row(row["metric"], row["difference"], row["95 % interval"], of, remark))
+    table = [aligned(shown), *([f"\nAll by the same way: {how.pop()}."] if len(how) == 1 else [])]
     notes = [f"note: {note}" for note in comparison["notes"]]
     return printable("\n".join([*lines, "", *table, "", *notes]).rstrip(), lines=True)

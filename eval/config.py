@@ -22,7 +22,7 @@ class QuestionSettings(StageSettings):
     split: str | None = None
     """Of the data; null takes its validation or test split, and all of it where it has neither."""
     limit: Positive | None = None
-    """Only so many images, from the first on."""
+    """Only so many images, spread over all of them by `seed`; of a stream the first ones."""
     seed: NonNegative = 0
     """Of whatever is drawn: the posterior's samples, choices of images."""
 
@@ -47,12 +47,19 @@ class ReconSettings(EvalSettings):
     protocol: Name = "default"
     """How others measured theirs; the next seven settings change single parts of it."""
     resize_px: Positive | OfProtocol | None = "protocol"
+    """Shorter side that an image is resized to before the crop, px; null keeps its size."""
     crop_px: Positive | OfProtocol | None = "protocol"
+    """Side of the square cut from the middle, px; null takes whole images, cut to a multiple of the factor."""
     resample: Resample | OfProtocol = "protocol"
+    """How an image is resized."""
     rounding: Rounding | OfProtocol = "protocol"
+    """How a float becomes one of 256 levels: to the nearest with halves up or to even, or cut off."""
     latents: tuple[Latent, ...] | OfProtocol = "protocol"
+    """What is decoded: the posterior's mean (mode) or a sample of it."""
     lpips: tuple[Net, ...] | OfProtocol = "protocol"
+    """Networks of LPIPS."""
     extractor: Extractor | OfProtocol = "protocol"
+    """Whose Inception: how it resizes to 299 px and normalises."""
     frechet: tuple[Literal["inception", "vgg16", "alexnet"], ...] = ("inception",)
     """Features whose Fréchet distance is measured: inception gives FID and KID; the others, at hand wherever LPIPS is,
     are named after themselves."""
@@ -99,7 +106,7 @@ class LatentsSettings(EvalSettings):
     crop_px: Positive | None = 256
     """Side of the square cut from the middle; null takes the largest sides that twice the model's factor divides."""
     num_decoded: NonNegative = 64
-    """Of the first images, so many are also decoded: scaled, rotated and noised in latent space."""
+    """So many of the images, spread over them, are also decoded: scaled, rotated and noised in latent space."""
     noise: tuple[Weight, ...] = (0.0, 0.05, 0.1, 0.2, 0.4, 0.8)
     """Standard deviations of the noise added to latents, in the latents' own standard deviation."""
     lpips: Net | None = "vgg"
@@ -164,9 +171,11 @@ class DiffusionSettings(Settings):
     patch_size: Positive | OfPreset = "preset"
     """Latent px along each side of a token; of `eval sample` as preset 2 where it divides the latent's side, else 1."""
     steps: Positive | OfPreset = "preset"
+    """Of training."""
     batch_size: Positive | OfPreset = "preset"
     """Of a training step."""
     lr: Annotated[float, Field(gt=0)] | OfPreset = "preset"
+    """Learning rate."""
     ema_decay: Annotated[float, Field(ge=0, lt=1)] | OfPreset = "preset"
     """Of the averaged weights, which are validated and sampled from."""
     precision: Literal["fp32", "bf16"] | OfPreset = "preset"
@@ -174,6 +183,7 @@ class DiffusionSettings(Settings):
     samples: Annotated[int, Field(ge=2)] | OfPreset = "preset"
     """Images to draw; as many of the data are compared with them."""
     sampling_steps: Annotated[int, Field(ge=2)] | OfPreset = "preset"
+    """Of the sampler, for each image."""
     validation_images: Positive | OfPreset = "preset"
     """Held-out latents of the loss curve."""
     frechet: tuple[Literal["inception", "vgg16"], ...] | OfPreset = "preset"
@@ -190,6 +200,7 @@ class DiffusionSettings(Settings):
     split: str = "train"
     """Of the data, where it has splits; its validation or test split is held out, else `eval_fraction` of it."""
     eval_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.05
+    """Part of the data that is held out where it has no validation or test split."""
     image_column: str = "image"
     """Of tables and hub datasets."""
     label_column: str | None = "auto"
@@ -207,6 +218,7 @@ class DiffusionSettings(Settings):
     ema: bool | None = None
     """Averaged weights (true) or raw ones (false) where the model has both; null takes what it loads by default."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where everything computes; auto takes a GPU where there is one."""
     images_at_a_time: Positive = 50
     """To encode, sample, decode and measure; changes the results by rounding only."""
 

@@ -11,9 +11,11 @@ from typing import Any
 
 from torch import nn
 
+from latent_ae.order import spread
+
 from .config import DiffusionSettings
 from .diffusion_page import write_diffusion_page
-from .flow import classes_of, some_of
+from .flow import CHOICE_SEED, classes_of
 from .generation import FAR_STD, LARGE_MEAN, Generation, begin, fingerprint
 from .sampling import feature_networks, samples, stock_pipeline
 
@@ -55,7 +57,7 @@ class _Job(Generation):
         pipeline = stock_pipeline(flow.trainer.average, stage.module)
         self.save(pipeline)
         count = min(settings.chosen("samples"), len(flow.train))
-        classes = classes_of(flow.train, some_of(len(flow.train), count)).tolist()
+        classes = classes_of(flow.train, spread(CHOICE_SEED, len(flow.train), count)).tolist()
         with self.timed("sample"):
             drawn = self.image_set(samples(pipeline, classes, settings), networks, count, "samples")
         sets, metrics, intervals = self.compared(drawn, networks, count)
@@ -66,6 +68,7 @@ class _Job(Generation):
             "data": {
                 "location": self.data,
                 "fingerprints": [fingerprint(part) for part in (flow.train, flow.held_out)],
+                "choices": self.choices,
             },
             **described,
             "metrics": metrics,

@@ -8,9 +8,10 @@ from .config import DiffusionSettings
 DESCRIPTION = """\
 Train a small diffusion transformer (DiT) by flow matching on the first stage's latents, on a fixed budget and seed,
 sample from it through a stock DiTPipeline, and measure the Frechet distance between samples and data, beside that of
-reconstructions and of held-out images. preset=cpu: 32 px images, under eight minutes on two cores. preset=gpu: 256 px.
-JSON goes to stdout; result.json, diffusion.html, samples.png, latents and the pipeline into a folder. A run that was
-killed goes on from its finished latents and a checkpoint every minute; samples are drawn anew. One process."""
+reconstructions and of held-out images. preset=cpu: 32 px images, under eight minutes on two cores. preset=gpu: 256
+px. A terminal gets a table, a pipe JSON; result.json, diffusion.html, samples.png, latents and the pipeline go into a
+folder. A run that was killed goes on from its finished latents and a checkpoint every minute; samples are drawn anew.
+One process."""
 EXAMPLES = """\
 example: latent-ae eval diffusion runs/mine/export /data/cifar10 --out mine
 with latents at hand: latent-ae encode MODEL DATA z/train part=train; latent-ae encode MODEL DATA z/val part=held_out
@@ -21,8 +22,11 @@ def main(argv: Sequence[str]) -> int:
     words = read_words("diffusion", DiffusionSettings, argv, description=DESCRIPTION, examples=EXAMPLES)
 
     from .diffusion import evaluate_diffusion
+    from .diffusion_page import diffusion_text
 
     return print_result(
+        words,
         lambda: evaluate_diffusion(words.model, words.data, words.settings, out=words.out, progress=True),
         words.settings.chosen("batch_size"),
+        diffusion_text,
     )

@@ -1,7 +1,7 @@
 """Which latent dimension stands for which known factor of the images, and how far for that one alone.
 
 from latent_ae_eval.factors import factors
-result = factors("runs/beta-vae", "shapes.parquet", out="factors")
+result = factors("runs/beta-vae", "blobs.parquet", out="factors")
 print(result["mean"]["mig"], result["sample"]["mig"])
 """
 
@@ -64,7 +64,7 @@ def factors(
     stage = latent_model("factors", model, settings, device)
     if not stage.has_posterior:
         raise UserError(f"eval factors needs a posterior that is one Gaussian, and {stage.name} has none")
-    source, _ = opened_data(str(data), settings)
+    source, choice = opened_data(str(data), settings)
     assert not isinstance(source, StreamSource), "jobs do not open streams"
     names, labels = _factors(source, str(data), settings)
     if settings.traversed is not None and settings.traversed >= len(source):
@@ -92,6 +92,7 @@ def factors(
         "data": {
             "location": str(data),
             "images": len(rows),
+            "choice": choice,
             "factors": dict(zip(names, counts, strict=True)),
             "entropies": dict(zip(names, entropies, strict=True)),
             "skipped": skipped,

@@ -9,6 +9,7 @@ from PIL import Image
 from latent_ae import page
 
 from .labels import short_name
+from .table import Row, aligned
 
 MOST_ROWS = 32
 ABOUT = (
@@ -21,6 +22,20 @@ TRAVERSED = (
     "Each row moves one active dimension from -2 to 2 standard deviations of the prior and leaves the others as they "
     "are in image {image}. Named are the factors of which no other dimension tells more."
 )
+
+
+def factors_text(result: Mapping[str, Any]) -> str:
+    """The gaps as a table for a terminal."""
+    kinds = {"mean": result["mean"], "sample": result["sample"]}
+    rows = [Row("images", f"{result['data']['images']:,}")]
+    rows += [Row("MIG", f"{found['mig']:.3f}", "", kind) for kind, found in kinds.items()]
+    for name in result["data"]["factors"]:
+        for kind, found in kinds.items():
+            teller = f"dimension {found['dimensions'][name]}"
+            rows.append(Row(f"gap of {name}", f"{found['gaps'][name]:.3f}", teller, kind))
+    rows.append(Row("total correlation (nats)", f"{result['sample']['total_correlation']:.3f}", "", "sample"))
+    rows.append(Row("active dimensions", f"{len(result['active_dimensions'])} of {len(result['variances'])}"))
+    return aligned(rows, "that tells most")
 
 
 def write_factors_report(path: Path, result: Mapping[str, Any], picture: Image.Image | None) -> None:
@@ -42,10 +57,10 @@ def write_factors_report(path: Path, result: Mapping[str, Any], picture: Image.I
             "factor": name,
             "values": count,
             "entropy (nats)": f"{data['entropies'][name]:.2f}",
-            "gap, mean": f"{mean['gaps'][name]:.3f}",
-            "dimension ": f"dimension {mean['dimensions'][name]}",
-            "gap, sample": f"{sample['gaps'][name]:.3f}",
-            "dimension": f"dimension {sample['dimensions'][name]}",
+            **{
+                f"gap, {kind}": page.estimate(f"{found['gaps'][name]:.3f}", f"dimension {found['dimensions'][name]}")
+                for kind, found in (("mean", mean), ("sample", sample))
+            },
         }
         for name, count in data["factors"].items()
     ]

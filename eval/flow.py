@@ -14,7 +14,7 @@ from diffusers import DiTTransformer2DModel
 from torch import Tensor
 
 from latent_ae.latent_cache import LatentCache
-from latent_ae.order import augmentation_numbers, epoch_order, posterior_noise
+from latent_ae.order import augmentation_numbers, choice_facts, epoch_order, posterior_noise, spread
 
 from .config import DiffusionSettings
 
@@ -24,6 +24,8 @@ CLASS_DROPOUT = 0.1
 TIMES = 1000
 """The model is given 1000 t, as a scheduler does."""
 BINS = 10
+CHOICE_SEED = 0
+"""Chooses the images that stand for all: the same for every seed of a run, so that runs differ by training only."""
 VALIDATION, STATISTICS = 2**61, 2**62
 """Where the numbers of samples that are not trained on begin."""
 
@@ -63,11 +65,6 @@ def flow_batch(
     return FlowBatch((1 - s) * x0 + s * noise, t, classes, noise - x0)
 
 
-def some_of(total: int, most: int) -> np.ndarray:
-    """Up to `most` of `total` rows, in order: drawn, because a regular step may meet the same class again and again."""
-    return np.sort(epoch_order(0, 0, total)[:most]).astype(np.int64)
-
-
 def classes_of(latents: LatentCache, rows: Sequence[int] | np.ndarray) -> Tensor:
     """(N,) int64: an image without a label has the null class; all have class 0 where there are no classes."""
     if latents.labels is None:
@@ -94,7 +91,7 @@ class Trivial(NamedTuple):
     @staticmethod
     def of(latents: LatentCache, seed: int, most: int = 10_000) -> "Trivial":
         """Measured on up to `most` images, spread over all."""
-        chosen = some_of(len(latents), most)
+        chosen = spread(CHOICE_SEED, len(latents), most)
         count = len(chosen)
         total = squares = torch.zeros(latents.shape, dtype=torch.float64)
         for first in range(0, count, 512):
@@ -121,7 +118,8 @@ class Validation:
     """
 
     def __init__(self, latents: LatentCache, trivial: Trivial, settings: DiffusionSettings):
-        chosen = some_of(len(latents), settings.chosen("validation_images"))
+        chosen = spread(CHOICE_SEED, len(latents), settings.chosen("validation_images"))
+        self.choice = choice_facts(chosen, len(latents), CHOICE_SEED)
         count = len(chosen)
         self.batches = []
         for first in range(0, count, settings.chosen("batch_size")):

@@ -115,7 +115,7 @@ def trained(trainer: Trainer, validation: Validation, path: Path, key: str, bar:
         trainer.load(found["trainer"])
         curve, total = found["curve"], found["total"]
         bar.update(trainer.step * size)
-        print(f"going on from step {trainer.step:,}", file=sys.stderr)
+        bar.write(f"going on from step {trainer.step:,}", file=sys.stderr)
     points = np.linspace(0, steps, min(trainer.settings.validations, steps + 1)).round().astype(int).tolist()
 
     def measure() -> None:

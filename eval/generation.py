@@ -15,11 +15,11 @@ from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from diffusers import DiTPipeline
-from filelock import FileLock, Timeout
 from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from latent_ae.arithmetic import float32_arithmetic
 from latent_ae.config import UserError
 from latent_ae.data import open_images
 from latent_ae.encode import encode_images
@@ -28,13 +28,15 @@ from latent_ae.frechet import RELIABLE_IMAGES
 from latent_ae.held_out import Framing, HeldOutImages
 from latent_ae.images import ImageError, to_uint8
 from latent_ae.latent_cache import LatentCache, open_latents
+from latent_ae.only_writer import only_writer
+from latent_ae.order import spread
 from latent_ae.perceptual import TRUNKS
 from latent_ae.pictures import picture_grid
 from latent_ae.processes import processes
-from latent_ae.sources import StoredImages, StreamSource, digest_of
+from latent_ae.sources import StoredImages, StreamSource, digest_of, part_of
 
 from .config import DiffusionSettings
-from .flow import NULL_CLASS, Trivial, Validation, some_of
+from .flow import CHOICE_SEED, NULL_CLASS, Trivial, Validation
 from .flow_training import Trainer, trained
 from .manifest import versions
 from .sampling import GRID, KINDS, Features, ImageSet, distances, image_set
@@ -75,6 +77,7 @@ class Flow(NamedTuple):
                 "shift_left_out": train.shift_factor * train.scaling_factor,
             },
             "recipe": settings.recipe() | own,
+            "validated_on": self.validation.choice,
             "loss": {"trivial": float(self.validation.trivial.mean())} | {key: self.curve[-1][key] for key in LOSSES},
             "curve": self.curve,
         }
@@ -104,8 +107,7 @@ def begin(
     # encoded and sampled as the saved pipeline will be: convolutions round differently in another layout
     stage.module.to(memory_format=torch.contiguous_format)
     # TF32 convolutions would move the third digit of what is encoded and measured
-    flags = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
-    stack.enter_context(flags)
+    stack.enter_context(float32_arithmetic(repeatable=True))
     return kind(model, stage, data, settings, device, _taken(stack, out), progress)
 
 
@@ -116,13 +118,10 @@ def _taken(stack: ExitStack, out: str | Path | None) -> Path:
     folder = Path(out).expanduser()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        stack.enter_context(FileLock(folder / ".evaluation.lock", timeout=0))
-    except Timeout:
-        raise UserError(
-            f"--out: another evaluation is writing into {folder}; wait for it, or give another folder"
-        ) from None
     except OSError as error:
         raise UserError(f"--out: cannot write into {folder}: {error.strerror or error}") from error
+    refusal = f"--out: another evaluation is writing into {folder}; wait for it, or give another folder"
+    stack.enter_context(only_writer(folder / ".evaluation.lock", refusal))
     return folder
 
 
@@ -140,6 +139,8 @@ class Generation:
     seconds: dict[str, float] = field(default_factory=dict)
     processor_seconds: dict[str, float] = field(default_factory=dict)
     """Of this process, not of those that decode images."""
+    choices: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Of the images that samples are compared with, by part of the data: see order.choice_facts."""
 
     def check_pipeline(self) -> None:
         """Raises UserError for a first stage that DiTPipeline cannot decode with."""
@@ -244,7 +245,7 @@ class Generation:
         if len(source) != cache.manifest["data"]["num_files"]:
             return False
         encoded = set(cache.dataset.data.column("digest").to_pylist())
-        drawn = [int(row) for row in some_of(len(source), COMPARED)]
+        drawn = [int(row) for row in spread(CHOICE_SEED, len(source), COMPARED)]
         found = 0
         for row in drawn:
             with suppress(ImageError):
@@ -280,9 +281,10 @@ class Generation:
 
     def _images(self, part: Part, count: int) -> Iterator[Tensor]:
         """Batches of `count` images, drawn once for all, framed as the latents' were: uint8 NCHW."""
-        encoding, source = self.settings.encoding(part), self.source(part)
+        encoding = self.settings.encoding(part)
+        source, self.choices[part] = part_of(self.source(part), count, CHOICE_SEED)
         images = HeldOutImages(
-            source.subset(some_of(len(source), count)),
+            source,
             encoding.data(self.data),
             self.stage.channels or 3,
             Framing(**encoding.framing()),
@@ -335,6 +337,8 @@ class Generation:
                 (folder / "unfinished").rmdir()
         except OSError as error:
             raise UserError(f"--out: cannot write into {folder}: {error.strerror or error}") from error
+        if self.progress:
+            print(f"wrote result.json, samples.png and {page} into {folder}", file=sys.stderr)
 
     def save(self, pipeline: DiTPipeline) -> None:
         """For `DiTPipeline.from_pretrained`."""

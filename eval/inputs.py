@@ -1,11 +1,10 @@
 """What an evaluation works on: processes, model, images and Inception, with errors that name the setting."""
 
 import sys
-from dataclasses import replace
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import PartialState
 
@@ -14,8 +13,9 @@ from latent_ae.data import ImageSource, open_images, stop_if_too_many_bad
 from latent_ae.features import InceptionFeatures
 from latent_ae.first_stages import FirstStage, open_first_stage
 from latent_ae.processes import processes as open_processes
-from latent_ae.sources import StreamSource
+from latent_ae.sources import part_of
 from latent_ae.text import printable
+from latent_ae.weights import briefly
 
 from .config import QuestionSettings, ReconSettings
 
@@ -55,21 +55,25 @@ def checked_factor(stage: FirstStage, crop_px: int | None) -> int:
     return stage.factor
 
 
-def opened_data(data: str, settings: QuestionSettings) -> tuple[ImageSource, int | None]:
-    """The images, cut to `limit`, and how many they are (None for a stream without limit)."""
+def opened_data(data: str, settings: QuestionSettings) -> tuple[ImageSource, dict[str, Any]]:
+    """The images, at most `limit` of them, and how these were chosen: see sources.part_of."""
     try:
         source = open_images(settings.data(data), "held_out")
     except UserError as error:
         # the settings have other names here than in training
         message = str(error).replace("data.eval_source", "DATA").replace("data.eval_split", "split")
         raise UserError(message.replace("data.", "")) from error
-    if isinstance(source, StreamSource):
-        if settings.limit is not None:
-            source = replace(source, dataset=source.dataset.take(settings.limit))
-        return source, settings.limit
-    if settings.limit is not None:
-        source = source.subset(np.arange(min(settings.limit, len(source))))
-    return source, len(source)
+    return part_of(source, settings.limit, settings.seed)
+
+
+def stream_notes(choice: Mapping[str, Any]) -> list[str]:
+    """What a reader should know of a limited stream."""
+    if choice["method"] != "first":
+        return []
+    return [
+        f"a stream is read from its start: these are its first {choice['number']:,} images, not spread over all of it; "
+        "where its rows are sorted, for example by class, set streaming=false"
+    ]
 
 
 def report_skipped(skipped: list[str], num_read: int, settings: QuestionSettings, *, shows: bool = True) -> None:
@@ -97,5 +101,5 @@ def inception_network(settings: ReconSettings, device: torch.device) -> tuple[In
     except UserError as error:
         if settings.inception_weights is not None:
             raise
-        return None, "FID and KID are missing: " + str(error)
+        return None, f"FID and KID are missing: {briefly(error)}"
     return network.to(device, memory_format=torch.channels_last), ""

@@ -21,6 +21,7 @@ from tqdm import tqdm
 from latent_ae.config import UserError
 from latent_ae.first_stages import FirstStage
 from latent_ae.images import to_uint8
+from latent_ae.order import choice_facts, spread
 from latent_ae.perceptual import LPIPS
 from latent_ae.pictures import picture_grid
 from latent_ae.sources import StoredImages, StreamSource
@@ -94,7 +95,7 @@ def interpolate(
         make_folder(Path(out))
     device = one_process("interpolate", settings)
     stage = latent_model("interpolate", model, settings, device)
-    names, images = _chosen(stage, str(data), settings)
+    names, images, choice = _chosen(stage, str(data), settings)
     height, width = images.shape[-2:]
     lpips, why_not = lpips_or_reason(settings.lpips, images.shape[1], min(height, width), device)
     size = cpu_batch(settings.batch_size, height * width) if device.type == "cpu" else settings.batch_size
@@ -140,7 +141,13 @@ def interpolate(
         result: dict[str, Any] = {
             "format": FORMAT,
             "model": stage.describe(),
-            "data": {"location": str(data), "split": settings.split, "images": names, "size_px": [height, width]},
+            "data": {
+                "location": str(data),
+                "split": settings.split,
+                "images": names,
+                "choice": choice,
+                "size_px": [height, width],
+            },
             "latent": list(latents.shape[1:]),
             "method": {
                 "latents": "raw: the posterior's mean" if stage.has_posterior else "raw: deterministic",
@@ -160,15 +167,21 @@ def interpolate(
             moving = None
             if frames:
                 moving = _frames(walk, legs, ends, settings.frames)
-            _write(Path(out), result, grids, moving, settings)
+            written = _write(Path(out), result, grids, moving, settings)
+    if out is not None:  # below the bar, which is closed by now
+        print(f"wrote {', '.join(written)} into {out}", file=sys.stderr)
     return result
 
 
-def _chosen(stage: FirstStage, data: str, settings: InterpolateSettings) -> tuple[list[str], Tensor]:
-    """Names and images, NCHW on the CPU: of images of several sizes the largest square that all of them hold."""
+def _chosen(stage: FirstStage, data: str, settings: InterpolateSettings) -> tuple[list[str], Tensor, dict[str, Any]]:
+    """Names and images, NCHW on the CPU, and how they were chosen.
+
+    Images of several sizes are cut to the largest square that all of them hold.
+    """
     source, _ = opened_data(data, settings)
     assert not isinstance(source, StreamSource), "jobs do not open streams"
     rows = np.array(_rows(source, settings, data))
+    method = "spread" if settings.images is None else "named"
     found = []
     for item in images_for(stage, source.subset(rows), settings, data).items():
         if item.image is None:
@@ -177,7 +190,8 @@ def _chosen(stage: FirstStage, data: str, settings: InterpolateSettings) -> tupl
     if len({image.shape for image in found}) > 1:
         side = min(min(image.shape[-2:]) for image in found) // stage.factor * stage.factor
         found = [_middle(image, side) for image in found]
-    return [source.name(int(row)) for row in rows], torch.stack(found)
+    choice = choice_facts(rows, len(source), settings.seed, method)
+    return [source.name(int(row)) for row in rows], torch.stack(found), choice
 
 
 def _middle(image: Tensor, side: int) -> Tensor:
@@ -190,7 +204,7 @@ def _rows(source: StoredImages, settings: InterpolateSettings, data: str) -> lis
     if settings.images is None:
         if len(source) < 2:
             raise UserError(f"{data} holds one image; a path needs two")
-        return list(range(min(settings.num_images, len(source))))
+        return [int(row) for row in spread(settings.seed, len(source), settings.num_images)]
     rows, names = [], None
     for wanted in settings.images:
         if isinstance(wanted, int):
@@ -270,7 +284,8 @@ def _write(
     grids: Sequence[Image.Image],
     frames: Iterator[Image.Image] | None,
     settings: InterpolateSettings,
-) -> None:
+) -> list[str]:
+    """The names of the files."""
     names, kind = ["result.json", "grid.png", "report.html"], settings.animation or "webp"
     file = folder / f"animation.{kind}"
     try:
@@ -290,4 +305,4 @@ def _write(
         write_interpolation_report(folder / "report.html", result, grids, file if frames is not None else None)
     except OSError as error:
         raise UserError(f"--out: cannot write into {folder}: {error.strerror or error}") from error
-    print(f"wrote {', '.join(names)} into {folder}", file=sys.stderr)
+    return names

@@ -6,8 +6,8 @@ from .command import print_result, read_words
 from .job_config import InterpolateSettings
 
 DESCRIPTION = """\
-Show what lies between images: linear and spherical paths through the latents beside a cross-fade of the pixels. JSON
-goes to stdout; result.json, grid.png, an animation and report.html into a folder."""
+Show what lies between images: linear and spherical paths through the latents beside a cross-fade of the pixels. A
+terminal gets a table, a pipe JSON; result.json, grid.png, an animation and report.html go into a folder."""
 EXAMPLES = """\
 example: latent-ae eval interpolate runs/quickstart/export photos
 chosen images, as a GIF: latent-ae eval interpolate MODEL DATA images=[cat.png,dog.png] animation=gif"""
@@ -17,8 +17,11 @@ def main(argv: Sequence[str]) -> int:
     words = read_words("interpolate", InterpolateSettings, argv, description=DESCRIPTION, examples=EXAMPLES)
 
     from .interpolate import interpolate
+    from .interpolate_page import interpolation_text
 
     return print_result(
+        words,
         lambda: interpolate(words.model, words.data, words.settings, out=words.out, progress=True),
         words.settings.batch_size,
+        interpolation_text,
     )

@@ -9,6 +9,7 @@ from PIL import Image
 from latent_ae import page
 
 from .labels import short_name
+from .table import Row, aligned
 
 ABOUT = (
     "Linear and spherical paths run through the latents, the cross-fade through the pixels of the two "
@@ -19,11 +20,21 @@ MEASURES = {
     "largest_step": "largest step",
     "middle_from_cross_fade": "middle from the cross-fade's, levels",
 }
+MIDDLE = "middle_from_cross_fade"
 EXPLAINED = (
     "Length: sum of the roots of LPIPS between neighbours over the root of LPIPS between the ends; 1 is a straight "
     "line in the features that LPIPS compares, and no path is shorter. Largest step: over the mean step; 1 is even. "
     "Middle: root mean squared difference from the cross-fade's middle, in levels of 255; 0 is a cross-fade."
 )
+
+
+def interpolation_text(result: Mapping[str, Any]) -> str:
+    """The means over the pairs as a table for a terminal."""
+    rows = [Row("images", f"{len(result['data']['images']):,}")]
+    for key, name in MEASURES.items():
+        known = {kind: values.get(key) for kind, values in result["means"].items()}
+        rows += [Row(name, f"{value:.2f}", "", kind) for kind, value in known.items() if value is not None]
+    return aligned(rows)
 
 
 def write_interpolation_report(
@@ -37,7 +48,7 @@ def write_interpolation_report(
         "size": " x ".join(map(str, reversed(data["size_px"]))) + " px",
         "latent": " x ".join(map(str, result["latent"])),
         "turns around": result["method"]["centre"],
-        "LPIPS": result["method"]["lpips"],
+        "LPIPS": result["method"]["lpips"] or "none",
     }
     sections = [page.facts(facts) + page.notes(result["notes"])]
     if animation is not None:
@@ -62,4 +73,6 @@ def write_interpolation_report(
 
 
 def _cells(values: Mapping[str, float | None]) -> dict[str, Any]:
-    return {name: None if (value := values.get(key)) is None else f"{value:.2f}" for key, name in MEASURES.items()}
+    """What a table shows of a path; without LPIPS there are no lengths."""
+    known = {key: name for key, name in MEASURES.items() if key == MIDDLE or values.get(key) is not None}
+    return {name: None if (value := values.get(key)) is None else f"{value:.2f}" for key, name in known.items()}

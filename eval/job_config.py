@@ -28,8 +28,10 @@ class InterpolateSettings(JobSettings):
     """Paths between images in latent space."""
 
     images: Annotated[tuple[NonNegative | str, ...], Field(min_length=2)] | None = None
-    """Numbers or file names of the images that the path visits; null takes the first `num_images`."""
+    """Numbers (over all of the data, from 0) or file names of the images that the path visits; null takes `num_images`,
+    spread over all."""
     num_images: Annotated[int, Field(ge=2)] = 4
+    """That the path visits where `images` names none."""
     steps: Annotated[int, Field(ge=3)] = 9
     """Points of each path in the picture and in the measures, both ends counted; an odd number has a middle."""
     centre: Literal["channels", "none"] = "channels"
@@ -37,6 +39,7 @@ class InterpolateSettings(JobSettings):
     lpips: Literal["vgg", "alex"] | None = "alex"
     """Network that the measures of a path's perceptual length use."""
     animation: Literal["webp", "gif"] | None = "webp"
+    """Format of the animated path; null writes none."""
     frames: Positive = 16
     """Of the animation, from an image to the next."""
 
@@ -46,6 +49,8 @@ class InterpolateSettings(JobSettings):
             yield Problem("steps", f"{self.steps} is even, so no point lies in the middle; use {self.steps + 1}")
         if self.images is not None and len(set(self.images)) < len(self.images):
             yield Problem("images", "names one twice")
+        if self.limit is not None:
+            yield Problem("limit", "a path visits num_images images, or those that images names; set one of these")
 
 
 class ProbeSettings(JobSettings):
@@ -58,6 +63,7 @@ class ProbeSettings(JobSettings):
     test_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.3
     """Tested on, where the data has no validation or test split."""
     labels_per_class: Annotated[tuple[Annotated[int, Field(ge=2)], ...], Field(min_length=1)] = (10, 50, 100)
+    """So many labels the classifiers learn from, in turn."""
     draws: Annotated[int, Field(ge=2)] = 5
     """Random choices of those labels."""
     scale: Literal["global", "feature"] = "global"
@@ -92,7 +98,8 @@ class FactorsSettings(JobSettings):
     factors: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
     """Columns of integers or classes; null takes all that the table has."""
     traversed: NonNegative | None = None
-    """Number of the image whose latent's dimensions are moved in the picture; null: the middle one."""
+    """Number of the image whose latent's dimensions are moved in the picture, counted from 0 over those that `limit`
+    chooses; null: the middle one."""
     steps: Annotated[int, Field(ge=3)] = 9
     """Points of each row of that picture."""
 
@@ -122,6 +129,7 @@ class AnomalySettings(JobSettings):
     defects: bool = False
     """Judge DATA, taken as normal, against copies with pasted defects."""
     lpips: Literal["vgg", "alex"] | None = "alex"
+    """Network of the LPIPS scores; null leaves them out."""
     blur_px: Annotated[float, Field(gt=0)] | None = None
     """Standard deviation by which maps of squared error are smoothed; null: 1/64 of the shorter side, at least 1."""
     rank_by: Score | None = None

@@ -16,6 +16,7 @@ from latent_ae.first_stages import CPU_BATCH_PX, FirstStage
 from latent_ae.held_out import Framing, HeldOutImage, HeldOutImages
 from latent_ae.perceptual import LPIPS, TRUNKS, Net
 from latent_ae.sources import ImageSource
+from latent_ae.weights import briefly
 
 from .inputs import checked_factor, opened_model, processes
 from .job_config import JobSettings
@@ -109,7 +110,7 @@ def lpips_or_reason(
     try:
         return LPIPS(net).to(device), ""
     except UserError as error:
-        return None, f"LPIPS is missing: {error}"
+        return None, f"LPIPS is missing: {briefly(error)}"
 
 
 def make_folder(folder: Path) -> None:

@@ -48,7 +48,7 @@ def in_order(metrics: Iterable[str]) -> list[str]:
 
 def rounded(metric: str, value: float) -> str:
     digits = label_of(metric).digits
-    return f"{value:.4g}" if digits is None else f"{value:.{digits}f}"
+    return (f"{value:.4g}" if digits is None else f"{value:.{digits}f}").replace("-", "−")
 
 
 def span(metric: str, interval: tuple[float, float] | None) -> str:

@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from torch import nn
 from tqdm import tqdm
 
+from latent_ae.arithmetic import float32_arithmetic
 from latent_ae.config import UserError
 from latent_ae.families import FAMILIES
 from latent_ae.first_stages import FirstStage
@@ -38,9 +38,11 @@ from latent_ae.held_out import Framing, HeldOutImages, Part
 from latent_ae.latents import LatentStatistics
 from latent_ae.perceptual import LPIPS
 from latent_ae.quantiles import QuantileSketch
+from latent_ae.sources import ImageSource, part_of
+from latent_ae.weights import briefly
 
 from .config import LatentsSettings
-from .inputs import checked_factor, opened_data, opened_model, processes, report_skipped
+from .inputs import checked_factor, opened_data, opened_model, processes, report_skipped, stream_notes
 from .latents_findings import findings
 from .latents_measure import Decoded, Encoded, LatentsMeasurer
 from .latents_page import write_latents_page
@@ -91,11 +93,12 @@ def evaluate_latents(
         try:
             lpips = LPIPS(settings.lpips).to(device)
         except UserError as error:
-            notes.append(f"LPIPS of noised latents is missing: {error}")
+            notes.append(f"LPIPS of noised latents is missing: {briefly(error)}")
     measurer = LatentsMeasurer(stage, device, seed=settings.seed, batch_size=settings.batch_size, lpips=lpips)
     # TF32 convolutions would move the third digit
-    with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
-        images, count = _images(stage, data, settings, settings.limit)
+    with float32_arithmetic(repeatable=True):
+        source, choice = opened_data(str(data), settings)
+        images, count = _images(stage, source, data, settings), choice["number"]
         size = STREAM_BLOCK if count is None else max(SMALLEST_BLOCK, -(-count // MOST_BLOCKS))
         encoded = _over_blocks(images, measurer.encode, Encoded(), size, count, "encode", shows)
         num_images, skipped = encoded.num_images, sorted(encoded.skipped)
@@ -106,21 +109,26 @@ def evaluate_latents(
         std = encoded.statistics.std
         decoded = Decoded()
         if settings.num_decoded:
-            first = min(settings.num_decoded, settings.limit or settings.num_decoded)
-            images, count = _images(stage, data, settings, first)
+            few, decoded_choice = part_of(source, settings.num_decoded, settings.seed)
             decoded = _over_blocks(
-                images,
+                _images(stage, few, data, settings),
                 lambda items: measurer.decode(items, settings.noise, std),
                 decoded,
                 DECODED_BLOCK,
-                count,
+                decoded_choice["number"],
                 "decode",
                 shows,
             )
     result: dict[str, Any] = {
         "format": FORMAT,
         "model": stage.describe() | {"subfolder": settings.subfolder, "revision": settings.revision},
-        "data": {"location": str(data), "split": settings.split, "num_images": num_images, "skipped": skipped},
+        "data": {
+            "location": str(data),
+            "split": settings.split,
+            "num_images": num_images,
+            "choice": choice,
+            "skipped": skipped,
+        },
         "latents": encoded.statistics.summary(),
         "health": _health(stage, encoded) | _changes(decoded, settings),
         "settings": settings.model_dump(mode="json"),
@@ -136,7 +144,7 @@ def evaluate_latents(
         notes.append(
             "half size was left out: the latents' sides are odd; choose a crop_px of a multiple of twice the factor"
         )
-    result["notes"] = notes
+    result["notes"] = notes + stream_notes(choice)
     result["findings"] = [finding._asdict() for finding in findings(result)]
     seconds = time.perf_counter() - started
     result |= {"device": device.type, "processes": state.num_processes, "seconds": round(seconds, 1)}
@@ -146,13 +154,10 @@ def evaluate_latents(
     return result
 
 
-def _images(
-    stage: FirstStage, data: str | Path, settings: LatentsSettings, limit: int | None
-) -> tuple[HeldOutImages, int | None]:
-    source, count = opened_data(str(data), settings.model_copy(update={"limit": limit}))
+def _images(stage: FirstStage, source: ImageSource, data: str | Path, settings: LatentsSettings) -> HeldOutImages:
     multiple_of = checked_factor(stage, settings.crop_px) * (1 if settings.crop_px is not None else 2)
     framing = Framing(settings.resize_px, settings.crop_px)
-    return HeldOutImages(source, settings.data(str(data)), stage.channels or 3, framing, multiple_of), count
+    return HeldOutImages(source, settings.data(str(data)), stage.channels or 3, framing, multiple_of)
 
 
 def _over_blocks(

@@ -8,7 +8,8 @@ from .config import LatentsSettings
 DESCRIPTION = """\
 Measure the latents: information and noise of each channel, dead channels, effective rank, outliers, distance from a
 Gaussian, power spectrum beside the images', and what scaling, rotating and noising latents does to the decoded image.
-JSON goes to stdout; result.json and latents.html, with a plain sentence on each finding, into a folder."""
+A terminal gets a table, a pipe JSON; result.json and latents.html, with a plain sentence on each finding, go into a
+folder."""
 EXAMPLES = """\
 example: latent-ae eval latents runs/quickstart/export photos
 quicker: latent-ae eval latents MODEL /my/photos limit=1000 num_decoded=16
@@ -19,8 +20,11 @@ def main(argv: Sequence[str]) -> int:
     words = read_words("latents", LatentsSettings, argv, description=DESCRIPTION, examples=EXAMPLES)
 
     from .latents import evaluate_latents
+    from .latents_page import latents_text
 
     return print_result(
+        words,
         lambda: evaluate_latents(words.model, words.data, words.settings, out=words.out, progress=True),
         words.settings.batch_size,
+        latents_text,
     )

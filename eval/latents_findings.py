@@ -36,10 +36,10 @@ def findings(result: Mapping[str, Any]) -> list[Finding]:
         found += [_scale(health, latents), _rank(health), _outliers(health), _shape(health)]
         found += [*_spectrum(health), *_transforms(health), *_noise(health)]
     if latents["count"] < FEW_VALUES or result["data"]["num_images"] < 50:
+        count = result["data"]["num_images"]
         text = (
-            f"{result['data']['num_images']:,} images gave {latents['count']:,} latent values: enough for a first "
-            f"look; "
-            "tails, covariance and rank need hundreds of images."
+            f"{f'{count:,} images' if count != 1 else 'One image'} gave {latents['count']:,} latent values: enough for "
+            "a first look; tails, covariance and rank need hundreds of images."
         )
         found.append(Finding("Sample", "look", text))
     return found
@@ -50,22 +50,24 @@ def _information(health: Mapping[str, Any]) -> Iterator[Finding]:
     alive = len(channels) - len(dead)
     if "kl_nats_per_dim" not in health:
         if dead:
-            text = f"{_named(dead)} constant over all images. They carry nothing; fewer latent channels would do."
+            text = (
+                f"{_named(dead)} constant over all images. What never varies carries nothing; fewer channels would do."
+            )
             yield Finding("Dead channels", "problem", text)
         else:
             yield Finding("Dead channels", "fine", f"None of {len(channels)}: every channel varies with the image.")
         return
     per_dim, per_image = health["kl_nats_per_dim"], health["kl_nats_per_image"]
     bits = per_image / 0.6931471805599453
-    amount = f"{per_dim:.3g} nats per latent value, {per_image:,.0f} per image ({bits / 8192:,.1f} KiB at most)"
+    size = f"{bits / 8192:,.1f} KiB" if bits >= 8192 else f"{bits / 8:,.0f} bytes"
+    amount = f"{per_dim:.3g} nats per latent value, {per_image:,.0f} per image ({size} at most)"
     if not alive:
         yield Finding(
             COLLAPSE,
             "problem",
             f"In every channel the posterior ignores the image ({per_dim:.2g} nats per value): latents are noise, and "
-            f"nothing can be "
-            "reconstructed or generated from them. Lower loss.kl, or warm it up, and train again from before the "
-            "collapse.",
+            "nothing can be reconstructed or generated from them. Lower loss.kl, or warm it up, and train again from "
+            "before the collapse.",
         )
         return
     yield Finding(
@@ -85,7 +87,7 @@ def _information(health: Mapping[str, Any]) -> Iterator[Finding]:
         yield Finding("Dead channels", "fine", f"None of {len(channels)}: every channel depends on the image.")
     share = health["noise_share"]
     spread = health["posterior_std"]
-    text = f"The posterior's standard deviation is {spread:.3g}, {100 * share:.2f} % of the latents' variance. "
+    text = f"The posterior's standard deviation is {spread:.3g}; its variance is {100 * share:.2f} % of the latents'. "
     if share < NOISY:
         yield Finding("Posterior noise", "fine", text + "Samples and means are nearly the same, as is usual.")
     else:
@@ -96,18 +98,20 @@ def _information(health: Mapping[str, Any]) -> Iterator[Finding]:
 
 def _scale(health: Mapping[str, Any], latents: Mapping[str, Any]) -> Finding:
     stds = [row["std"] for row in health["channels"]]
-    ratio = max(stds) / min(stds) if min(stds) > 0 else float("inf")
     text = (
         f"Overall mean {latents['mean']:.3g} and standard deviation {latents['std']:.3g}: scaling_factor "
-        f"{latents['scaling_factor']:.4g}, shift_factor {latents['shift_factor']:.3g}. The widest channel spreads "
-        f"{ratio:.3g} times as far as the narrowest"
+        f"{latents['scaling_factor']:.4g}, shift_factor {latents['shift_factor']:.3g}."
     )
+    if len(stds) == 1:
+        return Finding("Scale", "fine", text)
+    ratio = max(stds) / min(stds) if min(stds) > 0 else float("inf")
+    text += " The widest channel spreads "
+    text += f"{ratio:.3g} times as far as the narrowest" if ratio < float("inf") else "far, and another not at all"
     if ratio <= UNEVEN:
         return Finding("Scale", "fine", text + ", so one factor for all serves well.")
     text += (
-        ". With one factor for all the narrow ones lie below a diffusion model's noise most of the time; latents_mean "
-        "and "
-        "latents_std scale each by itself (latent-ae export --latents-mean-std, or your own loader)."
+        ". With one factor for all, the narrow ones lie below a diffusion model's noise most of the time; latents_mean "
+        "and latents_std scale each by itself (latent-ae export --latents-mean-std, or your own loader)."
     )
     return Finding("Scale", "look", text)
 
@@ -123,19 +127,22 @@ def _rank(health: Mapping[str, Any]) -> Finding:
 
 def _outliers(health: Mapping[str, Any]) -> Finding:
     worst = max(health["channels"], key=lambda row: row["outliers"])
-    share = health["outliers"]
     text = (
-        f"{f'One value in {1 / share:,.0f} lies' if share else 'No value lies'} beyond five standard deviations (of a "
-        f"Gaussian's one in 1,744,278); the farthest at {health['farthest_stds']:.1f}. "
+        f"{_one_in(health['outliers'])} more than five standard deviations from the mean of all values (of a Gaussian "
+        f"one in 1,744,278); the farthest lies {health['farthest_stds']:.1f} of them away. "
     )
     if worst["outliers"] <= MANY_OUTLIERS:
         return Finding("Outliers", "fine", text + "Nothing to do.")
     text += (
-        f"Most are in channel {worst['channel']}, one in {1 / worst['outliers']:,.0f}. Rare large values are hard for "
-        f"a "
-        "diffusion model and for half precision: look for flat or unusual images among the data, and train longer."
+        f"By its channel's own mean and standard deviation, {_one_in(worst['outliers']).lower()} so far off in channel "
+        f"{worst['channel']}, the most of all channels. Rare large values are hard for a diffusion model and for half "
+        "precision: look for flat or unusual images among the data, and train longer."
     )
     return Finding("Outliers", "look", text)
+
+
+def _one_in(share: float) -> str:
+    return f"One value in {1 / share:,.0f} lies" if share else "No value lies"
 
 
 def _shape(health: Mapping[str, Any]) -> Finding:
@@ -146,15 +153,14 @@ def _shape(health: Mapping[str, Any]) -> Finding:
     worst = max(known, key=lambda row: row["wasserstein_1"])
     text = (
         f"The values' 1-Wasserstein distance from a Gaussian of their mean and spread is {distance:.3f} of that "
-        f"spread over "
-        f"all, and {worst['wasserstein_1']:.3f} at most, in channel {worst['channel']} (a uniform's or a Laplace's is "
-        f"0.15). "
-        f"Scaled, the channels' mean and covariance are {health['frechet_to_normal']:.3g} from N(0, I) (Fréchet). "
+        f"spread over all channels together, and {worst['wasserstein_1']:.3f} at most, in channel {worst['channel']} "
+        "(a uniform's or a Laplace's is 0.15). Scaled, the channels' mean and covariance are "
+        f"{health['frechet_to_normal']:.3g} from N(0, I) (Fréchet). "
     )
     if worst["wasserstein_1"] <= GAUSSIAN:
         return Finding("Distance from a Gaussian", "fine", text + "Close to Gaussian.")
     if worst["wasserstein_1"] <= SKEWED:
-        text += "Not Gaussian, which is normal: only each posterior is, not their sum over images. Nothing to do."
+        text += "Not Gaussian, as is usual: each posterior may be, their mixture over images is not. Nothing to do."
         return Finding("Distance from a Gaussian", "fine", text)
     text += "Far from it, by separate peaks or heavy tails, which a diffusion model needs more capacity for."
     return Finding("Distance from a Gaussian", "look", text)
@@ -166,10 +172,9 @@ def _spectrum(health: Mapping[str, Any]) -> Iterator[Finding]:
         yield Finding("Spectrum", "look", "The latents' grid is too small for a spectrum; use a larger crop_px.")
         return
     text = (
-        f"Power falls with frequency to the power {latents['slope']:.2f} in latents and {images['slope']:.2f} in "
-        f"images; "
-        f"{100 * latents['high_share']:.1f} % and {100 * images['high_share']:.1f} % of it lie in the upper half "
-        f"(white noise: 75 %). "
+        f"Power goes as the frequency to the power {latents['slope']:.2f} in latents and {images['slope']:.2f} in "
+        f"images; {100 * latents['high_share']:.1f} % and {100 * images['high_share']:.1f} % of it lie in the upper "
+        "half of the frequencies (of white noise 75 %). "
     )
     if latents["slope"] <= images["slope"] + FLATTER:
         yield Finding("Spectrum", "fine", text + "Latents are as smooth as images, which diffusion models learn well.")
@@ -178,9 +183,8 @@ def _spectrum(health: Mapping[str, Any]) -> Iterator[Finding]:
             "Spectrum",
             "look",
             text + "Latents are rougher than images, as is common: much fine detail is packed into single values. A "
-            "diffusion "
-            "model finds that harder; fewer latent channels, or a regulariser of scale equivariance, make them "
-            "smoother.",
+            "diffusion model finds that harder; fewer latent channels, or a regulariser of scale equivariance, make "
+            "them smoother.",
         )
 
 
@@ -202,9 +206,9 @@ def _transforms(health: Mapping[str, Any]) -> Iterator[Finding]:
     else:
         state: State = "fine" if worst < LOOSE else "look"
         text += f"The largest loss is {worst:.1f} dB. " + (
-            "Small for a first stage that was not trained for it."
+            "That is small for a first stage that was not trained for it."
             if state == "fine"
-            else "Common without a regulariser of equivariance (EQ-VAE), with which diffusion models train faster."
+            else "That is common; with a regulariser of equivariance (EQ-VAE) diffusion models train faster."
         )
         yield Finding("Scaling and rotating", state, text)
 
@@ -213,11 +217,10 @@ def _noise(health: Mapping[str, Any]) -> Iterator[Finding]:
     rows = {row["sigma"]: row["psnr"] for row in health.get("noise", ()) if row["psnr"] is not None}
     if 0.0 not in rows or ROBUST_SIGMA not in rows:
         return
-    loss = rows[0.0] - rows[ROBUST_SIGMA]
+    loss = max(0.0, rows[0.0] - rows[ROBUST_SIGMA])
     text = (
         f"Noise of a tenth of the latents' standard deviation costs {loss:.1f} dB of {rows[0.0]:.1f} dB. A diffusion "
-        f"model's "
-        "latents are never exact, and this is what its errors cost. "
+        "model's latents are never exact, and this is what its errors cost. "
     )
     if loss <= ROBUST_DB:
         yield Finding("Noise on latents", "fine", text + "The decoder takes it well.")

@@ -7,6 +7,7 @@ from typing import Any
 from latent_ae import page
 
 from .labels import label_of, short_name
+from .table import Row, aligned, to_look_at
 
 MARKS = {"fine": "fine", "look": "look here", "problem": "problem"}
 ORDER = ("problem", "look", "fine")
@@ -33,13 +34,28 @@ def write_latents_page(path: Path, result: Mapping[str, Any]) -> None:
     page.write(path, page.page(title, sections, subtitle="A first stage, measured by latent-ae eval latents."))
 
 
+def latents_text(result: Mapping[str, Any]) -> str:
+    """The figures as a table for a terminal, and every finding that needs a look."""
+    rows = [Row(name, page.format_value(value)) for name, value in _values(result).items()]
+    told = to_look_at(_sorted(result), MARKS)
+    return "\n".join([aligned(rows), "", *(told or ["Nothing among the findings needs a look."])])
+
+
+def _sorted(result: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The findings, those first that need a look."""
+    return sorted(result["findings"], key=lambda one: ORDER.index(one["state"]))
+
+
 def _findings(result: Mapping[str, Any]) -> str:
-    """What needs a look first."""
-    lines = sorted(result["findings"], key=lambda one: ORDER.index(one["state"]))
-    return page.findings([(one["name"], one["state"], MARKS[one["state"]], one["text"]) for one in lines])
+    return page.findings([(one["name"], one["state"], MARKS[one["state"]], one["text"]) for one in _sorted(result)])
 
 
 def _facts(result: Mapping[str, Any]) -> str:
+    return page.facts(_values(result)) + page.notes(result["notes"])
+
+
+def _values(result: Mapping[str, Any]) -> dict[str, Any]:
+    """The few that sum the latents up, by name."""
     model, health, latents = result["model"], result["health"], result["latents"]
     channels = len(health["channels"])
     facts = {
@@ -53,7 +69,7 @@ def _facts(result: Mapping[str, Any]) -> str:
     }
     if "kl_nats_per_dim" in health:
         facts["KL per value"] = f"{health['kl_nats_per_dim']:.3g} nats"
-    return page.facts(facts) + page.notes(result["notes"])
+    return facts
 
 
 def _channel_charts(result: Mapping[str, Any]) -> list[str]:
@@ -103,9 +119,7 @@ def _spectrum(result: Mapping[str, Any]) -> str:
         "noise is a level line; photographs fall by about a hundredfold per decade.",
         soft=True,
     )
-    chart = page.line_chart(
-        series, x_label="frequency / Nyquist", y_label="relative power", log_x=True, log_y=True, wide=False
-    )
+    chart = page.line_chart(series, x_label="frequency / Nyquist", y_label="relative power", log_x=True, log_y=True)
     return words + page.grid(chart)
 
 
@@ -121,7 +135,6 @@ def _changes(result: Mapping[str, Any]) -> list[str]:
                 {label.name: points},
                 title=f"{label.name}{label.arrow} of noised latents",
                 x_label="noise / the latents' standard deviation",
-                wide=False,
             )
         )
     columns = {

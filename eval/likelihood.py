@@ -25,6 +25,7 @@ from latent_ae.first_stages import FirstStage
 from latent_ae.held_out import HeldOutImage
 from latent_ae.likelihoods import Likelihood, bits_per_dimension
 from latent_ae.metrics import bootstrap_interval
+from latent_ae.order import spread
 from latent_ae.sources import StoredImages, StreamSource
 from latent_ae.text import printable
 
@@ -38,7 +39,7 @@ from .summary import FEWEST
 
 FORMAT = "latent-ae likelihood 1"
 FIT = 5
-"""One image in so many fits the scale and is not measured."""
+"""One image in so many, spread over all, fits the scale and is not measured."""
 METHOD = {
     "elbo": "minus distortion and rate (Kingma and Welling 2014)",
     "importance_bound": "log of the mean weight of K posterior samples (Burda et al. 2016, eq. 8); "
@@ -75,7 +76,7 @@ def measure_likelihood(
             f"eval likelihood needs a posterior to draw from, and the latents of {stage.name} are not random; "
             "eval recon measures how near its reconstructions come"
         )
-    source, _ = opened_data(str(data), settings)
+    source, choice = opened_data(str(data), settings)
     assert not isinstance(source, StreamSource), "jobs do not open streams"
     known = stage.likelihood
     kind = (known.kind if known else "gaussian") if settings.likelihood == "auto" else settings.likelihood
@@ -97,7 +98,8 @@ def measure_likelihood(
                     f"scale: {data} holds one image, and scale=fit needs two: one in {FIT} fits the scale and does not "
                     "count; give more images or a number"
                 )
-            fit, measured = measured[::FIT], np.delete(measured, np.s_[::FIT])
+            fit = spread(settings.seed, len(source), -(-len(source) // FIT))
+            measured = np.delete(measured, fit)
             scale, scale_from = work.fitted(estimator, fit), "fitted"
             notes.append(
                 f"the scale {scale:.4g} was fitted to {len(fit):,} of the images, one in {FIT}, which do not count"
@@ -120,7 +122,13 @@ def measure_likelihood(
     result: dict[str, Any] = {
         "format": FORMAT,
         "model": stage.describe(),
-        "data": {"location": str(data), "split": settings.split, "num_images": len(finite), "skipped": work.skipped},
+        "data": {
+            "location": str(data),
+            "split": settings.split,
+            "num_images": len(finite),
+            "choice": choice,
+            "skipped": work.skipped,
+        },
         "likelihood": {
             "kind": kind,
             "scale": scale,

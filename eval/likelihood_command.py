@@ -7,8 +7,8 @@ from .job_config import LikelihoodSettings
 
 DESCRIPTION = """\
 Bound the likelihood that a variational autoencoder gives to images: the ELBO and an importance-weighted bound in bits
-per dimension and nats per image, rate and distortion apart. JSON goes to stdout; result.json, images.parquet and
-report.html into a folder."""
+per dimension and nats per image, rate and distortion apart. A terminal gets a table, a pipe JSON; result.json,
+images.parquet and report.html go into a folder."""
 EXAMPLES = """\
 example: latent-ae eval likelihood runs/vae /data/cifar10/test.parquet limit=1000 batch_size=64
 a tighter bound: latent-ae eval likelihood MODEL DATA samples=1024
@@ -19,8 +19,11 @@ def main(argv: Sequence[str]) -> int:
     words = read_words("likelihood", LikelihoodSettings, argv, description=DESCRIPTION, examples=EXAMPLES)
 
     from .likelihood import measure_likelihood
+    from .likelihood_page import likelihood_text
 
     return print_result(
+        words,
         lambda: measure_likelihood(words.model, words.data, words.settings, out=words.out, progress=True),
         words.settings.batch_size,
+        likelihood_text,
     )

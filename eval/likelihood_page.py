@@ -11,6 +11,7 @@ from latent_ae.pictures import to_picture
 
 from .labels import short_name
 from .latents_findings import Finding
+from .table import Row, aligned, to_look_at
 
 NAMES = {
     "importance_bound": "importance-weighted bound",
@@ -19,6 +20,8 @@ NAMES = {
     "rate": "rate",
 }
 MARKS = {"fine": "normal", "look": "worth a look", "problem": "a problem"}
+UNITS = {"bits per dimension": ("bits_per_dimension", ".4f"), "nats per image": ("nats_per_image", ",.1f")}
+"""Where a result holds them, and how they are written."""
 COLLAPSED = 0.01
 """Nats per latent dimension, as in training's log."""
 FEW_EFFECTIVE = 2.0
@@ -56,8 +59,8 @@ def findings(result: Mapping[str, Any]) -> Iterator[Finding]:
         gap = bits["elbo"] - bits["importance_bound"]
         last = curve[-2]["bits_per_dimension"] - curve[-1]["bits_per_dimension"]
         text = (
-            f"{samples:,} samples improve on the ELBO by {gap:.3g} bits per dimension, {curve[-2]['samples']:,} to "
-            f"{samples:,} of them by {last:.2g}. "
+            f"{samples:,} samples improve on the ELBO by {gap:.3g} bits per dimension, going from "
+            f"{curve[-2]['samples']:,} to {samples:,} of them by {last:.2g}. "
         )
         if effective < FEW_EFFECTIVE:
             text += (
@@ -100,7 +103,6 @@ def write_likelihood_report(
             title="bits per dimension; one sample is the ELBO",
             x_label="samples",
             log_x=True,
-            wide=False,
         ),
         page.histogram({"images": [row["importance_bound_bits"] for row in rows]}, title="bits per dimension"),
     )
@@ -118,21 +120,34 @@ def write_likelihood_report(
     page.write(path, page.page(title, sections, subtitle="A first stage, asked by latent-ae eval likelihood."))
 
 
-def _table(result: Mapping[str, Any]) -> str:
+def likelihood_text(result: Mapping[str, Any]) -> str:
+    """The figures as a table for a terminal, and every finding that needs a look."""
+    rows = [Row("images", f"{result['data']['num_images']:,}")]
+    for unit in UNITS:
+        rows += [Row(name, *_figure(values, unit), unit) for name, values in _named(result).items()]
+    told = to_look_at(result["findings"], MARKS)
+    return "\n".join([aligned(rows), *([""] if told else []), *told])
+
+
+def _named(result: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     metrics = result["metrics"]
     named = {NAMES[key]: metrics[key] for key in NAMES}
-    named |= {f"rate of level {n}": values for n, values in enumerate(metrics.get("rate_levels", ()), start=1)}
-    lines = []
-    for name, values in named.items():
-        line: dict[str, Any] = {"": name}
-        for key, title, digits in (
-            ("bits_per_dimension", "bits per dimension", ".4f"),
-            ("nats_per_image", "nats per image", ",.1f"),
-        ):
-            ends = values[key]["interval"]
-            small = " – ".join(format(end, digits) for end in ends) if ends else ""
-            line[title] = page.estimate(format(values[key]["mean"], digits).replace("-", "−"), small.replace("-", "−"))
-        lines.append(line)
+    return named | {f"rate of level {n}": values for n, values in enumerate(metrics.get("rate_levels", ()), start=1)}
+
+
+def _figure(values: Mapping[str, Any], unit: str) -> tuple[str, str]:
+    """A mean and its interval, as text."""
+    key, digits = UNITS[unit]
+    mean, ends = values[key]["mean"], values[key]["interval"]
+    small = " – ".join(format(end, digits) for end in ends) if ends else ""
+    return format(mean, digits).replace("-", "−"), small.replace("-", "−")
+
+
+def _table(result: Mapping[str, Any]) -> str:
+    lines = [
+        {"": name} | {unit: page.estimate(*_figure(values, unit)) for unit in UNITS}
+        for name, values in _named(result).items()
+    ]
     text = (
         "Bits are a cost, lower is better; nats of the two bounds are log-likelihoods, higher is better. ELBO = minus "
         "distortion and rate. Small: 95 % interval over the images."

@@ -22,6 +22,7 @@ from latent_ae.classes import Classes, find_classes
 from latent_ae.classifiers import BLOCK, logistic_regression, nearest
 from latent_ae.config import UserError
 from latent_ae.data import open_images
+from latent_ae.order import choice_facts, spread
 from latent_ae.sources import StoredImages, StreamSource
 
 from .inputs import report_skipped
@@ -74,6 +75,7 @@ def probe(
     device = one_process("probe", settings)
     stage = latent_model("probe", model, settings, device)
     train, test, names, column = _labelled(str(data), settings)
+    test, choice = _limited(test, settings)
     drawn = _draws(train.labels, names, settings)
     pool = np.unique(np.concatenate([rows for draw in drawn for rows in draw]))
     with tempfile.TemporaryDirectory(prefix="latent-ae-") as scratch:
@@ -100,12 +102,12 @@ def probe(
             mininterval=0.5 if sys.stderr.isatty() else 30,
         )
         features = {}
-        for kind in FEATURES:
-            scaled = Scaled(files[0][kind], files[1][kind], settings.scale, device)
-            features[kind] = {"dimensions": files[0][kind].dimensions} | _accuracies(
-                scaled, train.labels[pool], pool, drawn, labels, len(names), settings, bar
-            )
-        bar.close()
+        with bar:
+            for kind in FEATURES:
+                scaled = Scaled(files[0][kind], files[1][kind], settings.scale, device)
+                features[kind] = {"dimensions": files[0][kind].dimensions} | _accuracies(
+                    scaled, train.labels[pool], pool, drawn, labels, len(names), settings, bar
+                )
     result = {
         "format": FORMAT,
         "model": stage.describe(),
@@ -114,6 +116,7 @@ def probe(
             "labels_from": column,
             "classes": names,
             "test_images": len(labels),
+            "choice": choice,
             "training_images_drawn": len(pool),
             "size_px": list(read[0].shape[1:]),
             "skipped": skipped,
@@ -153,8 +156,6 @@ def _labelled(data: str, settings: ProbeSettings) -> tuple[Labelled, Labelled, l
             message = message.replace(theirs, ours)
         raise UserError(message.replace("data.", "")) from error
     assert not isinstance(train, StreamSource) and not isinstance(test, StreamSource)
-    if settings.limit is not None:
-        test = test.subset(np.arange(min(settings.limit, len(test))))
     found = find_classes(train, test, settings.label_column), find_classes(test, train, settings.label_column)
     if found[0] is None or found[1] is None:
         raise UserError(
@@ -176,6 +177,16 @@ def _with_labels(source: StoredImages, classes: Classes | None, numbers: np.ndar
     labels = numbers[classes.labels]
     kept = np.flatnonzero(labels >= 0)
     return Labelled(source.subset(kept), labels[kept])
+
+
+def _limited(test: Labelled, settings: ProbeSettings) -> tuple[Labelled, dict[str, Any]]:
+    """At most `limit` test images, of each class its share, and how they were chosen."""
+    by_class = np.argsort(test.labels, kind="stable")
+    size = len(by_class)
+    rows = np.sort(by_class[spread(settings.seed, size, settings.limit or size)])
+    return Labelled(test.source.subset(rows), test.labels[rows]), choice_facts(
+        rows, size, settings.seed, "spread over classes"
+    )
 
 
 def _draws(labels: np.ndarray, names: Sequence[str], settings: ProbeSettings) -> list[list[np.ndarray]]:

@@ -6,9 +6,9 @@ from .command import print_result, read_words
 from .job_config import ProbeSettings
 
 DESCRIPTION = """\
-Measure how well simple classifiers read classes from latents when labels are few, beside raw pixels and their principal
-components. DATA needs labels: a column of tables, or a folder for each class. JSON goes to stdout; result.json and
-report.html into a folder."""
+Measure how well simple classifiers read classes from latents when labels are few, beside raw pixels and their
+principal components. DATA needs labels: a column of tables, or a folder for each class. A terminal gets a table, a
+pipe JSON; result.json and report.html go into a folder."""
 EXAMPLES = """\
 example: latent-ae eval probe runs/cifar/export /data/cifar10
 fewer labels, another column: latent-ae eval probe MODEL DATA labels_per_class=[5,20] label_column=species"""
@@ -18,8 +18,11 @@ def main(argv: Sequence[str]) -> int:
     words = read_words("probe", ProbeSettings, argv, description=DESCRIPTION, examples=EXAMPLES)
 
     from .probe import probe
+    from .probe_page import probe_text
 
     return print_result(
+        words,
         lambda: probe(words.model, words.data, words.settings, out=words.out, progress=True),
         words.settings.batch_size,
+        probe_text,
     )

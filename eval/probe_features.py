@@ -10,6 +10,7 @@ from torch import Tensor
 from latent_ae.classifiers import BLOCK
 from latent_ae.config import UserError
 from latent_ae.first_stages import FirstStage
+from latent_ae.order import spread
 from latent_ae.sources import StoredImages
 
 from .job_config import ProbeSettings
@@ -58,7 +59,7 @@ class ImageFeatures:
 def add_components(scratch: Path, files: Sequence[dict[str, FeatureFile]]) -> None:
     """Principal components of the training images' pixels, for both parts."""
     train = files[0]["pixels"]
-    chosen = np.unique(np.linspace(0, train.count - 1, min(train.count, PCA_IMAGES)).astype(np.int64))
+    chosen = spread(0, train.count, PCA_IMAGES)
     x = torch.from_numpy(train.rows(chosen)).double()
     mean = x.mean(0)
     x -= mean

@@ -7,6 +7,7 @@ from typing import Any
 from latent_ae import page
 
 from .labels import short_name
+from .table import Row, aligned
 
 NAMES = {
     "latent": "latent",
@@ -15,6 +16,21 @@ NAMES = {
     "pixels_pca": "pixels, principal components",
 }
 CLASSIFIERS = {"logistic": "Logistic regression", "nearest": "Nearest neighbours"}
+
+
+def probe_text(result: Mapping[str, Any]) -> str:
+    """The accuracies as a table for a terminal."""
+    rows = [
+        Row("test images", f"{result['data']['test_images']:,}"),
+        Row("largest class", f"{100 * result['chance']:.1f} %"),
+    ]
+    for kind, title in CLASSIFIERS.items():
+        for size in result["features"]["latent"][kind]:
+            for feature, found in result["features"].items():
+                values = found[kind][size]
+                mean, sd = f"{100 * values['mean']:.1f} %", f"± {100 * values['sd']:.1f}"
+                rows.append(Row(f"{title}, {size} labels", mean, sd, NAMES[feature]))
+    return aligned(rows, "deviation over the draws")
 
 
 def write_probe_report(path: Path, result: Mapping[str, Any]) -> None:
@@ -41,7 +57,7 @@ def write_probe_report(path: Path, result: Mapping[str, Any]) -> None:
                 f"{size} labels": page.estimate(f"{100 * v['mean']:.1f}", f"± {100 * v['sd']:.1f}")
                 for size, v in values.items()
             }
-            lines.append({title: NAMES[feature], "numbers": found["dimensions"]} | cells)
+            lines.append({title: NAMES[feature], "dimensions": found["dimensions"]} | cells)
         charts.append(page.line_chart(series, title=title, x_label="labels per class", y_label="accuracy, %"))
         tables.append(page.table(lines))
     about = page.paragraph(
@@ -50,7 +66,7 @@ def write_probe_report(path: Path, result: Mapping[str, Any]) -> None:
         soft=True,
     )
     sections.append(page.section("Accuracy", about, *tables))
-    sections.append(page.section("Against the number of labels", *charts))
+    sections.append(page.section("Against the number of labels", page.grid(*charts)))
     manifest = {key: value for key, value in result.items() if key != "features"}
     sections.append(page.section("How this was measured", page.manifest(manifest)))
     title = f"{model}: labels read from latents of {short_name(data['location'], 'images')}"

@@ -18,15 +18,15 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
-import torch
 from accelerate import PartialState
-from filelock import FileLock, Timeout
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from latent_ae.arithmetic import float32_arithmetic
 from latent_ae.config import UserError
 from latent_ae.disk import replacing, write_json, writing
 from latent_ae.held_out import Framing, HeldOutImages, Part
+from latent_ae.only_writer import only_writer
 from latent_ae.pictures import picture_grid
 from latent_ae.processes import on_main, together
 from latent_ae.sources import source_stamp
@@ -40,6 +40,7 @@ from .inputs import (
     processes,
     refuse_generation_files,
     report_skipped,
+    stream_notes,
 )
 from .manifest import data_fingerprint, evaluation_key, protocol_manifest, reference_key, versions
 from .measure import BASELINE, Measurer
@@ -75,7 +76,8 @@ def evaluate_reconstruction(
         _make_folder(Path(out))
     state, device = processes(settings)
     stage = opened_model(model, settings, device)
-    source, num_images = opened_data(str(data), settings)
+    source, choice = opened_data(str(data), settings)
+    num_images = choice["number"]
     protocol = settings.resolved()
     images = HeldOutImages(
         source,
@@ -91,8 +93,7 @@ def evaluate_reconstruction(
     measurer = Measurer(stage, settings, device, inception, cache)
     with ExitStack() as stack:
         # TF32 convolutions would move the third digit
-        flags = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
-        stack.enter_context(flags)
+        stack.enter_context(float32_arithmetic(repeatable=True))
         size = shard_size(num_images, protocol.crop_px is None)
         key = None
         if stage.sha256 is not None and (stamp := source_stamp(source)) is not None:
@@ -104,7 +105,7 @@ def evaluate_reconstruction(
         counts = together(lambda: _measure(replace(images, part=part), measurer, work, num_images, size, shows))
 
         def finish() -> dict[str, Any]:
-            result, table = _result(work, measurer, images, str(data), why_not)
+            result, table = _result(work, measurer, images, str(data), choice, why_not)
             result |= {"device": device.type, "processes": state.num_processes}
             seconds = time.perf_counter() - started
             result |= {"seconds": round(seconds, 1), "images_per_second": round(sum(counts) / seconds, 2)}
@@ -128,15 +129,12 @@ def _begin(
             if out is None:
                 work = WorkFolder(Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="latent-ae-"))), key)
             else:
-                stack.enter_context(FileLock(Path(out) / ".evaluation.lock", timeout=0))
+                refusal = f"--out: another evaluation is writing into {out}; wait for it, or give another folder"
+                stack.enter_context(only_writer(Path(out) / ".evaluation.lock", refusal))
                 work = WorkFolder(Path(out) / "unfinished", key)
             if found := work.begin():
                 print(f"going on from {found} finished parts in {work.folder}", file=sys.stderr)
             return work, work.done()
-        except Timeout:
-            raise UserError(
-                f"--out: another evaluation is writing into {out}; wait for it, or give another folder"
-            ) from None
         except OSError as error:
             raise UserError(f"--out: cannot write into {out}: {error}") from error
 
@@ -165,7 +163,7 @@ def _measure(
 
 
 def _result(
-    work: WorkFolder, measurer: Measurer, images: HeldOutImages, data: str, why_not: str
+    work: WorkFolder, measurer: Measurer, images: HeldOutImages, data: str, choice: dict[str, Any], why_not: str
 ) -> tuple[dict[str, Any], pa.Table]:
     """Everything but the time, and the row of every image."""
     settings, stage, inception = measurer.settings, measurer.stage, measurer.inception
@@ -175,7 +173,7 @@ def _result(
         reason = f"none of its {len(skipped)} images is readable; {skipped[0]}" if skipped else "it holds no images"
         raise UserError(f"{data}: {reason}")
     report_skipped(skipped, table.num_rows, settings)
-    notes = [why_not] if why_not else []
+    notes = [*([why_not] if why_not else []), *stream_notes(choice)]
     metrics: dict[str, dict[str, Any]] = {}
     intervals: dict[str, dict[str, Any]] = {}
     for kind in measurer.kinds:
@@ -202,6 +200,7 @@ def _result(
             "location": data,
             "split": settings.split,
             "num_images": table.num_rows,
+            "choice": choice,
             "fingerprint": data_fingerprint(table),
             "skipped": skipped,
         },

@@ -7,8 +7,8 @@ from .config import ReconSettings
 
 DESCRIPTION = """\
 Measure reconstructions of the posterior's mean and of a sample, overall with intervals and per image, by a named
-protocol, beside bicubic resampling. JSON goes to stdout; result.json, images.parquet, report.html and pairs.png into a
-folder. A run that was killed goes on when started again."""
+protocol, beside bicubic resampling. A terminal gets a table, a pipe JSON; result.json, images.parquet, report.html
+and pairs.png go into a folder. A run that was killed goes on when started again."""
 EXAMPLES = """\
 example: latent-ae eval recon runs/quickstart/export photos
 as VA-VAE measures: latent-ae eval recon MODEL /data/imagenet/val protocol=vavae
@@ -19,10 +19,13 @@ def main(argv: Sequence[str]) -> int:
     words = read_words("recon", ReconSettings, argv, description=DESCRIPTION, examples=EXAMPLES)
 
     from .recon import evaluate_reconstruction
+    from .recon_page import recon_text
 
     return print_result(
+        words,
         lambda: evaluate_reconstruction(
             words.model, words.data, words.settings, out=words.out, progress=True, rows=False
         ),
         words.settings.batch_size,
+        recon_text,
     )

@@ -11,8 +11,10 @@ from torch import Tensor
 from latent_ae import page
 from latent_ae.images import to_uint8
 from latent_ae.pictures import to_picture
+from latent_ae.weights import how_to_get
 
 from .labels import ARROWS, in_order, label_of, number, pair, rounded, short_name, span
+from .table import Row, aligned
 
 ERROR_GAIN = 4
 PICTURE_BYTES = 14_000_000
@@ -48,10 +50,36 @@ def write_recon_report(
         _summary(result),
         _spread(result, rows),
         *_pictures(result, shown),
-        page.section("How this was measured", page.manifest({k: v for k, v in result.items() if k not in SHOWN_IN})),
+        page.section("How this was measured", page.manifest(_manifest(result))),
+        page.details("How to get FID and KID", how_to_get("inception")) if _lacks_fid(result) else "",
     ]
     title = f"{model}: reconstructions of {data}"
     page.write(path, page.page(title, sections, subtitle="A first stage, measured by latent-ae eval recon."))
+
+
+def recon_text(result: Mapping[str, Any]) -> str:
+    """The figures as a table for a terminal."""
+    columns = _columns(result)
+    rows = [Row("images", f"{result['data']['num_images']:,}")]
+    for metric in _metrics(columns):
+        label = label_of(metric)
+        for kind, (values, intervals) in columns.items():
+            if (value := number(values.get(metric))) is not None:
+                ends = span(metric, pair(intervals.get(metric)))
+                rows.append(Row(f"{label.name}{label.arrow}", rounded(metric, value), ends, kind))
+    return aligned(rows)
+
+
+def _manifest(result: Mapping[str, Any]) -> dict[str, Any]:
+    """What the page does not show above; settings that the protocol gives stand there only."""
+    rest = {key: value for key, value in result.items() if key not in SHOWN_IN}
+    settings = rest.get("settings") or {}
+    return rest | {"settings": {key: value for key, value in settings.items() if value != "protocol"}}
+
+
+def _lacks_fid(result: Mapping[str, Any]) -> bool:
+    """Whether it was to be measured and could not."""
+    return any("fid" in values and values["fid"] is None for values in result["metrics"].values() if values)
 
 
 def _model_name(result: Mapping[str, Any]) -> str:
@@ -65,17 +93,15 @@ def _summary(result: Mapping[str, Any]) -> str:
     facts = {
         "images": f"{data['num_images']:,}",
         "protocol": f"{protocol.get('name')}{' (changed)' if protocol.get('changed') else ''}",
+        "framing": _framing(protocol),
         "model": model.get("class"),
         "latent": f"1/{factor:g} of each side, {channels:g} channels" if factor and channels else None,
-        "parameters": f"{parameters / 1e6:.1f} M" if parameters else None,
+        "parameters": None if parameters is None else _count(parameters),
         "weights": ", ".join(str(model[key]) for key in ("weights", "dtype") if model.get(key)),
         "seed": result.get("seed"),
     }
     columns = _columns(result)
-    metrics = in_order(
-        {metric for values, _ in columns.values() for metric in values if metric not in ("n", "notes")} | {"fid"}
-    )
-    lines = [{"": f"{label_of(key).name}{label_of(key).arrow}"} | _cells(key, columns) for key in metrics]
+    lines = [{"": f"{label_of(key).name}{label_of(key).arrow}"} | _cells(key, columns) for key in _metrics(columns)]
     remarks = [str(note) for note in result.get("notes") or []]
     has_fid = any(number(values.get("fid")) is not None for values, _ in columns.values())
     if not has_fid and not any("FID" in remark and "missing" in remark for remark in remarks):
@@ -85,11 +111,20 @@ def _summary(result: Mapping[str, Any]) -> str:
     skipped = len(data.get("skipped") or [])
     if skipped:
         remarks.append(f"Unreadable images that were skipped: {skipped:,}. The list stands at the end of this page.")
-    return (
-        page.facts({name: value for name, value in facts.items() if value not in (None, "")})
-        + page.notes(remarks)
-        + page.section("Result", page.table(lines), page.paragraph(f"{ARROWS} Small: 95 % intervals over the images."))
-    )
+    below = page.paragraph(f"{ARROWS} Small: 95 % intervals over the images.", soft=True), page.notes(remarks)
+    known = {name: value for name, value in facts.items() if value not in (None, "")}
+    return page.facts(known) + page.section("Result", page.table(lines), *below)
+
+
+def _count(parameters: float) -> str:
+    return f"{parameters / 1e6:.1f} M" if parameters >= 1e5 else f"{parameters:,.0f}"
+
+
+def _framing(protocol: Mapping[str, Any]) -> str:
+    """How an image was cut; a protocol that lacks these keys is an older version's."""
+    resize_px, crop_px = protocol.get("resize_px"), protocol.get("crop_px")
+    cut = "whole" if crop_px is None else f"{crop_px} px from the middle"
+    return cut if resize_px is None else f"{cut}, shorter side resized to {resize_px} px"
 
 
 def _columns(result: Mapping[str, Any]) -> dict[str, tuple[Mapping[str, Any], Mapping[str, Any]]]:
@@ -99,6 +134,13 @@ def _columns(result: Mapping[str, Any]) -> dict[str, tuple[Mapping[str, Any], Ma
     if baseline := result.get("baseline"):
         columns[str(baseline.get("name"))] = baseline.get("metrics") or {}, baseline.get("intervals") or {}
     return columns
+
+
+def _metrics(columns: Mapping[str, tuple[Mapping[str, Any], Mapping[str, Any]]]) -> list[str]:
+    """What was measured, and FID, whose absence is to be seen."""
+    return in_order(
+        {metric for values, _ in columns.values() for metric in values if metric not in ("n", "notes")} | {"fid"}
+    )
 
 
 def _cells(metric: str, columns: Mapping[str, tuple[Mapping[str, Any], Mapping[str, Any]]]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from latent_ae.config import UserError
+from latent_ae.order import choice_in_words
 from latent_ae.page import flattened
 
 from .labels import number, pair, short_name
@@ -99,6 +100,13 @@ def differing(results: Sequence[Result]) -> list[str]:
     prints = [str(result.document["data"].get("fingerprint") or "") for result in results]
     if len(set(prints)) > 1 or not all(prints):  # what is not recorded may be anything
         found.append(_differing_line("data.fingerprint", results, [print_[:16] or None for print_ in prints]))
+        choices = [result.document["data"].get("choice") for result in results]
+        words = [choice_in_words(choice) if isinstance(choice, dict) else None for choice in choices]
+        if len(set(words)) > 1:
+            found.append(
+                _differing_line("images chosen from the data", results, words)
+                + "; where the data is the same, measure again with the same limit and seed"
+            )
     sampled = [result for result in results if result.document["metrics"].get("sample")]
     seeds = [str(result.document.get("seed")) for result in sampled]
     if len(set(seeds)) > 1:

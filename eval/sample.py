@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from latent_ae.config import UserError
 from latent_ae.images import to_uint8
 from latent_ae.latent_cache import LatentCache
+from latent_ae.order import spread
 
 from .config import PRIORS, SampleSettings
-from .flow import STATISTICS, flow_batch, some_of
+from .flow import CHOICE_SEED, STATISTICS, flow_batch
 from .generation import FAR_STD, Generation, begin, fingerprint
 from .sample_page import write_sample_report
 from .sampling import GRID, Features, feature_networks, generators, samples, stock_pipeline
@@ -100,7 +101,11 @@ class _Job(Generation):
         result = {
             "format": FORMAT,
             "model": stage.describe() | {"subfolder": settings.subfolder, "revision": settings.revision},
-            "data": {"location": self.data or None, "fingerprints": about.pop("fingerprints", [])},
+            "data": {
+                "location": self.data or None,
+                "fingerprints": about.pop("fingerprints", []),
+                "choices": self.choices,
+            },
             "prior": {"kind": settings.prior, "method": method},
             "shape": [stage.latent_channels, side, side],
             **about,
@@ -201,7 +206,7 @@ def gaussian_prior(train: LatentCache, seed: int) -> Callable[[Tensor], Tensor]:
             f"prior: gaussian fits a full covariance to up to {MOST_VALUES:,} values, and these latents have "
             f"{values:,}; take prior=flow"
         )
-    rows = some_of(len(train), MOST_LATENTS)
+    rows = spread(CHOICE_SEED, len(train), MOST_LATENTS)
     numbers = range(STATISTICS, STATISTICS + len(rows))
     flat = flow_batch(train, seed, numbers, rows, torch.zeros(len(rows))).x.flatten(1).double() / train.scaling_factor
     mean = flat.mean(0)

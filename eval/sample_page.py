@@ -8,13 +8,19 @@ from PIL import Image
 
 from latent_ae import page
 
-from .diffusion_page import PICTURE_BYTES, SHOWN_IN, distance_table, pictures_beside
+from .config import SampleSettings
+from .diffusion_page import APART_BY_ROOTS, PICTURE_BYTES, distance_rows, distance_table, how_measured, pictures_beside
 from .labels import short_name
+from .table import Row, aligned
 
-EXPLAINED = (
-    "Lower is better. Small: 95 % intervals over the images of both sets. What separates the first row from the second "
-    "is the prior's, what separates the second from the third is the first stage's."
-)
+EXPLAINED = f"Lower is better. Small: 95 % intervals over the images of both sets. {APART_BY_ROOTS}"
+
+
+def sample_text(result: Mapping[str, Any]) -> str:
+    """The prior and, where there are images to compare with, the distances as a table for a terminal."""
+    compared = "reconstructions" in result["metrics"]
+    rows = distance_rows(result) if compared else [Row("samples", f"{result['metrics']['samples']['n']:,}")]
+    return f"prior: {result['prior']['method']}\n\n{aligned(rows)}"
 
 
 def write_sample_report(path: Path, result: Mapping[str, Any], pictures: Mapping[str, Image.Image]) -> None:
@@ -33,14 +39,14 @@ def write_sample_report(path: Path, result: Mapping[str, Any], pictures: Mapping
             "fitted in": f"{recipe['steps']:,} steps of {recipe['batch_size']}",
             "its loss": f"{loss['relative_loss']:.3f} of the trivial predictor's",
         }
-    sections = [page.facts(facts) + page.notes(result["notes"])]
+    sections, remarks = [page.facts(facts)], page.notes(result["notes"])
     if len(pictures) > 1:
-        sections.append(page.section("Fréchet distances", distance_table(result), page.paragraph(EXPLAINED)))
+        explained = page.paragraph(EXPLAINED, soft=True)
+        sections.append(page.section("Fréchet distances", distance_table(result), explained, remarks))
         sections.append(page.section("Pictures", pictures_beside(pictures)))
     else:
-        sections.append(page.section("Samples", page.figure(pictures["samples"], max_bytes=PICTURE_BYTES)))
-    manifest = {key: value for key, value in result.items() if key not in SHOWN_IN}
-    sections.append(page.section("How this was made", page.manifest(manifest)))
+        sections.append(page.section("Samples", page.figure(pictures["samples"], max_bytes=PICTURE_BYTES), remarks))
+    sections += how_measured("How this was made", result, SampleSettings)
     page.write(
         path, page.page(f"{model}: samples", sections, subtitle="A first stage, shown by latent-ae eval sample.")
     )

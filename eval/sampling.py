@@ -12,7 +12,9 @@ from latent_ae.config import UserError
 from latent_ae.features import InceptionFeatures
 from latent_ae.frechet import GROUPS, Gaussian, frechet_distance, frechet_of_features, jackknife_interval
 from latent_ae.images import to_uint8
+from latent_ae.order import spread
 from latent_ae.perceptual import LPIPS
+from latent_ae.weights import briefly
 
 from .config import DiffusionSettings
 
@@ -82,7 +84,7 @@ def feature_networks(settings: DiffusionSettings, device: torch.device) -> tuple
             network = InceptionFeatures().to(device, memory_format=torch.channels_last)
             found["fid"] = lambda images: network(images.to(device)).cpu()
         except UserError as error:
-            notes.append(f"FID is missing: {error}")
+            notes.append(f"FID is missing: {briefly(error)}")
             if not found:
                 raise
     return found, notes
@@ -94,7 +96,7 @@ def image_set(
 ) -> ImageSet:
     """Sees each batch of uint8 NCHW images once; `size` of all are expected."""
     found: dict[str, list[Tensor]] = {name: [] for name in networks}
-    wanted = set(np.linspace(0, size - 1, min(GRID**2, size)).round().astype(int).tolist())
+    wanted = set(spread(0, size, GRID**2).tolist())
     shown: list[Tensor] = []
     seen = 0
     for images in batches:

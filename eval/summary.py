@@ -17,6 +17,7 @@ from latent_ae.frechet import (
     mmd_without_groups,
 )
 from latent_ae.metrics import METRICS, bootstrap_interval, missing_reason
+from latent_ae.order import spread
 
 from .shards import FeatureFile, WorkFolder
 
@@ -110,7 +111,7 @@ def kernel(a: FeatureFile, b: FeatureFile) -> tuple[float, list[float] | None]:
     value, _ = kernel_distance(a.rows, b.rows, a.count)
     if a.count < 5 * GROUPS:
         return value, None
-    rows = np.unique(np.linspace(0, a.count - 1, min(a.count, WHOLE_SET)).astype(np.int64))
+    rows = spread(0, a.count, WHOLE_SET)
     return value, jackknife_interval(value, mmd_without_groups(a.rows(rows), b.rows(rows), GROUPS))
 
 

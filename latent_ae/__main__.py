@@ -5,7 +5,8 @@ import os
 import sys
 from typing import NamedTuple
 
-from latent_ae.config import ToldElsewhere, UserError
+from latent_ae.config import ToldElsewhere, UserError, close_word
+from latent_ae.data_settings import without_section
 from latent_ae.disk import ADVICE, TROUBLE
 from latent_ae.text import printable
 
@@ -20,7 +21,7 @@ COMMANDS = {
     "export": Command("latent_ae_train.export_command", "write a run's weights as a diffusers folder"),
     "eval": Command("latent_ae_eval.__main__", "measure a finished first stage"),
     "encode": Command("latent_ae.encode_command", "write the latents of a data set into files, to train on them"),
-    "data": Command("latent_ae.data_check", "read every image of a source once and say what is wrong with it"),
+    "data": Command("latent_ae.data_command", "read every image of a source once and say what is wrong with it"),
     "weights": Command("latent_ae.weights", "fetch the pretrained weights that LPIPS and FID need"),
 }
 
@@ -51,7 +52,9 @@ def main(argv: list[str] | None = None) -> int:
         print(__version__)
         return 0
     if words[0] not in COMMANDS:
-        print(f"latent-ae: no such command: {printable(words[0])}\n\n{usage()}", file=sys.stderr)
+        close = close_word(words[0], list(COMMANDS))
+        hint = f"; did you mean {close}?" if close else ""
+        print(f"latent-ae: no such command: {printable(words[0])}{hint}\n\n{usage()}", file=sys.stderr)
         return 2
     try:
         code = importlib.import_module(COMMANDS[words[0]].module).main(words[1:])
@@ -59,7 +62,8 @@ def main(argv: list[str] | None = None) -> int:
     except ToldElsewhere:
         return 2
     except UserError as error:
-        print(f"latent-ae {words[0]}: {printable(str(error), lines=True)}", file=sys.stderr)
+        text = str(error) if words[0] in ("train", "export") else without_section(str(error))
+        print(f"latent-ae {words[0]}: {printable(text, lines=True)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"latent-ae {words[0]}: interrupted", file=sys.stderr)

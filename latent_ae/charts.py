@@ -2,17 +2,25 @@
 
 import io
 import math
+import textwrap
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from latent_ae.text import printable
 
+LETTERS = 46
+"""That fit beside each other."""
 INK = "#0a0b0c"
 """Stands for the page's own text colour while a chart is drawn."""
 COLOURS = ("#3f8fd2", "#e8833a", "#57a773", "#c65b7c", "#8a78c9", "#8c8f94")
 """Of a chart's series: to be told apart on white and on black."""
-WIDE, NARROW = (8, 3.2), (4.8, 2.7)
+WIDTH, HEIGHT = 4.4, 2.6
+"""Inches: a chart fits a telephone, and two stand beside each other on a screen."""
+LEGEND_LINE = 0.2
+"""Inches."""
+FONT_PT, SMALL_PT = 11, 10
+"""A telephone of 320 px shows a chart at 0.7 of its size."""
 
 
 def line_chart(
@@ -23,17 +31,13 @@ def line_chart(
     y_label: str = "",
     log_x: bool = False,
     log_y: bool = False,
-    wide: bool = True,
 ) -> str:
-    """Lines of (x, y) points by name, as inline SVG; not `wide`, it fits beside others and on a phone.
-
-    Points that are not finite are gaps.
-    """
+    """Lines of (x, y) points by name, as inline SVG. Points that are not finite are gaps."""
 
     def draw(axes: Any) -> None:
         for name, points in series.items():
             xs, ys = [x for x, _ in points], [y if math.isfinite(y) else math.nan for _, y in points]
-            axes.plot(xs, ys, label=_label(name))
+            axes.plot(xs, ys, marker="o" if len(xs) == 1 else None, label=_label(name))  # one point makes no line
         if log_y and any(y > 0 for points in series.values() for _, y in points):
             axes.set_yscale("log")
             _plain_ticks(axes.yaxis)
@@ -41,8 +45,7 @@ def line_chart(
             axes.set_xscale("log")
             _plain_ticks(axes.xaxis)
 
-    size = WIDE if wide else NARROW
-    return _chart(draw, size, title, x_label, y_label, legend=bool(series) if wide else len(series) > 1)
+    return _chart(draw, HEIGHT, title, x_label, y_label, legend=len(series) > 1)
 
 
 def bar_chart(values: Mapping[str, float], *, title: str = "", x_label: str = "") -> str:
@@ -55,7 +58,7 @@ def bar_chart(values: Mapping[str, float], *, title: str = "", x_label: str = ""
         axes.set_xticks(range(0, len(names), step or 1), [_label(name) for name in names[:: step or 1]])
         axes.margins(x=0.02)
 
-    return _chart(draw, NARROW, title, x_label, "", legend=False)
+    return _chart(draw, HEIGHT, title, x_label, "", legend=False)
 
 
 def histogram(
@@ -91,7 +94,7 @@ def histogram(
         if mark is not None:
             axes.axvline(mark, color=INK, linewidth=1, linestyle="--")
 
-    return _chart(draw, NARROW, title, x_label, y_label, legend=sum(map(bool, finite.values())) > 1)
+    return _chart(draw, HEIGHT, title, x_label, y_label, legend=sum(map(bool, finite.values())) > 1)
 
 
 def heat_map(rows: Mapping[str, Sequence[float]], columns: Sequence[str], *, title: str = "", y_label: str = "") -> str:
@@ -102,13 +105,13 @@ def heat_map(rows: Mapping[str, Sequence[float]], columns: Sequence[str], *, tit
             for x, value in enumerate(values):
                 area = {"color": COLOURS[0], "linewidth": 0, "alpha": min(1.0, max(0.0, value))}
                 axes.fill_between([x - 0.5, x + 0.5], y - 0.5, y + 0.5, **area)
-                axes.text(x, y, f"{100 * value:.0f}", ha="center", va="center", fontsize="small")
+                axes.text(x, y, f"{100 * value:.0f}", ha="center", va="center", fontsize=SMALL_PT)
         axes.set_xticks(range(len(columns)), [_label(name) for name in columns])
         axes.set_yticks(range(len(rows)), [_label(name) for name in rows])
         axes.set_xlim(-0.5, len(columns) - 0.5)
         axes.set_ylim(len(rows) - 0.5, -0.5)
 
-    return _chart(draw, (4.8, 1.1 + 0.3 * len(rows)), title, "", y_label, legend=False)
+    return _chart(draw, 1.2 + 0.3 * len(rows), title, "", y_label, legend=False)
 
 
 def interval_chart(
@@ -138,49 +141,53 @@ def interval_chart(
         axes.set_ylim(len(lines) - 0.4, -0.6)
         axes.margins(x=0.12)
 
-    return _chart(draw, (4.8, 1.1 + 0.42 * len(lines)), title, x_label, "", legend=len(series) > 1)
+    return _chart(draw, 1.2 + 0.42 * len(lines), title, x_label, "", legend=len(series) > 1)
 
 
 def _chart(
     draw: Callable[[Any], None],
-    size: tuple[float, float],
+    height: float,
     title: str,
     x_label: str,
     y_label: str,
     *,
     legend: bool,
-    names: bool = False,
 ) -> str:
-    """Axes that `draw` fills, as inline SVG in the page's own colours; `size` in inches."""
+    """Axes that `draw` fills, as inline SVG in the page's own colours; `height` in inches."""
     from cycler import cycler
     from matplotlib import rc_context
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     settings: dict[str, Any] = {
         # text as text can be searched and keeps the file small; with a fixed salt, equal charts are equal bytes
         "svg.fonttype": "none",
         "svg.hashsalt": "latent-ae",
         "font.family": "sans-serif",
+        "font.size": FONT_PT,
+        "xtick.labelsize": SMALL_PT,
+        "ytick.labelsize": SMALL_PT,
         "text.parse_math": False,
         "axes.prop_cycle": cycler(color=COLOURS),
     }
     inked = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color", "grid.color")
     with rc_context(settings | dict.fromkeys(inked, INK)):
-        drawing = Figure(figsize=size, layout="constrained", facecolor="none")
+        drawing = Figure(figsize=(WIDTH, height), layout="constrained", facecolor="none")
         axes = drawing.add_subplot(facecolor="none")
         draw(axes)
         axes.set_xlabel(_label(x_label))
         axes.set_ylabel(_label(y_label))
-        axes.set_title(_label(title), fontsize="medium")
+        axes.set_title("\n".join(textwrap.wrap(_label(title), LETTERS)), fontsize=FONT_PT)
         axes.grid(alpha=0.18)
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
-        if legend and size == WIDE:
-            axes.legend(frameon=False, fontsize="small")
-        elif legend:  # there is no room within
-            drawing.legend(loc="outside lower center", ncols=3, frameon=False, fontsize="small")
-            if axes.get_xscale() == "linear":
-                axes.locator_params(axis="x", nbins=6)
+        if isinstance(axes.xaxis.get_major_locator(), MaxNLocator):
+            axes.locator_params(axis="x", nbins=6)
+        if legend:  # there is no room within
+            labels = axes.get_legend_handles_labels()[1]
+            columns = max(1, min(3, LETTERS // (max(map(len, labels)) + 6)))
+            drawing.set_figheight(height + LEGEND_LINE * (-(-len(labels) // columns)))
+            drawing.legend(loc="outside lower center", ncols=columns, frameon=False, fontsize=SMALL_PT)
         text = io.StringIO()
         with warnings.catch_warnings():  # a browser has fonts that matplotlib lacks
             warnings.filterwarnings("ignore", "Glyph .* missing from")

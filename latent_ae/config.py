@@ -16,6 +16,8 @@ from typing import Annotated, Any, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
+from latent_ae.other_names import OTHER_NAMES
+
 
 class UserError(ValueError):
     """A mistake that the user can mend: the command line prints it without a traceback and exits with 2."""
@@ -60,6 +62,10 @@ class Settings(BaseModel):
                 raise ValueError(f"can be no path or name: {error}") from None
         return value
 
+    @classmethod
+    def settle(cls, values: dict[str, Any], given: Sequence[str]) -> None:
+        """Takes from a file's values what does not go with the keys that were `given` in words."""
+
     def problems(self) -> Iterator[Problem]:
         """What the types cannot say: relations between keys, files that must exist. Nested sections included."""
         for name in type(self).model_fields:
@@ -78,6 +84,11 @@ def names_of(cls: type[Settings]) -> list[str]:
     """Fields, its own before those of the classes that it extends."""
     bases = [base for base in cls.__mro__ if issubclass(base, Settings)]
     return list(dict.fromkeys(name for base in bases for name in base.__annotations__ if name in cls.model_fields))
+
+
+def close_word(word: str, words: Sequence[str]) -> str | None:
+    """The one of `words` that was probably meant."""
+    return next(iter(difflib.get_close_matches(word, words, n=1)), None)
 
 
 S = TypeVar("S", bound=Settings)
@@ -112,7 +123,8 @@ def load_settings(cls: type[S], source: str | None, overrides: Sequence[str] = (
     Raises UserError with every problem found, one line each.
     """
     values = _read_yaml(source) if source is not None else {}
-    problems = [problem for word in overrides for problem in _apply_override(values, word)]
+    problems = [problem for word in overrides for problem in _apply_override(cls, values, word)]
+    cls.settle(values, [word.partition("=")[0] for word in overrides])
     settings, invalid = _validate(cls, values)
     problems += invalid
     if settings is not None:
@@ -197,11 +209,11 @@ class _StrictLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _apply_override(values: dict[str, Any], word: str) -> list[Problem]:
+def _apply_override(cls: type[Settings], values: dict[str, Any], word: str) -> list[Problem]:
     key, equals, text = word.partition("=")
     if not equals or not key:
         return [Problem(word, "not understood; write key=value, for example optim.lr=1e-4")]
-    *sections, name = key.split(".")
+    *sections, name = own_key(cls, key).split(".")
     for section in sections:
         inner = values.setdefault(section, {})
         if not isinstance(inner, dict):
@@ -212,6 +224,14 @@ def _apply_override(values: dict[str, Any], word: str) -> list[Problem]:
     except Exception:  # PyYAML's reader raises other kinds, too
         values[name] = text
     return []
+
+
+def own_key(cls: type[Settings], key: str) -> str:
+    """The key as it is, or without training's `data.` where these settings have no such section."""
+    name = key.removeprefix("data.")
+    if name == key or "data" in cls.model_fields:
+        return key
+    return f"data_{name}" if f"data_{name}" in cls.model_fields else name
 
 
 def _validate(cls: type[S], values: dict[str, Any]) -> tuple[S | None, list[Problem]]:
@@ -254,8 +274,12 @@ def _drop(values: Any, path: list[str]) -> None:
 
 def _explain(cls: type[Settings], path: list[str], detail: Any) -> str:
     if detail["type"] == "extra_forbidden":
-        nearest = _nearest(cls, path)
-        return "no such setting" + (f"; did you mean {nearest}?" if nearest else "")
+        inner, path = detail["input"], list(path)
+        while isinstance(inner, dict) and len(inner) == 1:  # the last word of an unknown section says most
+            ((name, inner),) = inner.items()
+            path.append(str(name))
+        hint = hint_for(cls, path)
+        return "no such setting" + (f"; {hint}" if hint else "")
     if detail["type"] == "missing":
         return "has too few values"
     message = str(detail["msg"]).removeprefix("Value error, ")
@@ -264,7 +288,20 @@ def _explain(cls: type[Settings], path: list[str], detail: Any) -> str:
     return message[:1].lower() + message[1:] + shown
 
 
-def _nearest(cls: type[Settings], path: list[str]) -> str | None:
+def hint_for(cls: type[Settings], path: list[str]) -> str:
+    """What to write in place of an unknown key: by what other trainers call it, or the nearest; empty if unknown."""
+    targets, _, remark = OTHER_NAMES.get(path[-1], "").partition(": ")
+    known = {key for path_ in all_keys(cls) for key in (path_, path_.split(".")[0])}
+    target = next((key for key in targets.split() if key in known), None)
+    if target is not None:
+        return f"here it is {target}" + (f" ({remark})" if remark else "")
+    if remark and not targets:
+        return remark
+    nearest = nearest_key(cls, path)
+    return f"did you mean {nearest}?" if nearest else ""
+
+
+def nearest_key(cls: type[Settings], path: list[str]) -> str | None:
     """The key that was probably meant: alike in the same section, of the same name elsewhere, or alike in full."""
     keys, depth = list(all_keys(cls)), len(path)
     siblings = [".".join(parts[:depth]) for key in keys if (parts := key.split("."))[: depth - 1] == path[:-1]]

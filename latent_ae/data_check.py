@@ -1,8 +1,7 @@
 """latent-ae data check: reads every image once, as training would, and says what is there and what would be skipped."""
 
-import argparse
 import contextlib
-import json
+import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -14,7 +13,7 @@ import numpy as np
 from torch.utils.data import IterableDataset
 from tqdm import tqdm
 
-from latent_ae.config import UserError, load_settings
+from latent_ae.config import UserError
 from latent_ae.data import WorkerDied, decode_for, loaded, open_images, training_crop, worker_place
 from latent_ae.data_settings import DataSettings
 from latent_ae.images import ImageError, kind_of
@@ -31,6 +30,9 @@ from latent_ae.text import printable
 
 SHOWN = 20
 """Skipped files and groups of duplicates that are named on stderr; the JSON has all."""
+
+CHANNELS = re.compile(r"an array of shape \(\d+, \d+, (\d+)\) \(HWC\), but (\d+) channels are expected$")
+"""How images.decode refuses an array of other channels than the model's."""
 
 
 @dataclass(frozen=True)
@@ -153,6 +155,21 @@ def _spread(values: Sequence[int]) -> dict[str, int]:
     return {name: int(np.percentile(values, q)) for name, q in (("min", 0), ("median", 50), ("max", 100))}
 
 
+def wrong_channels(skipped: Sequence[str]) -> Counter[tuple[int, int]]:
+    """Of lines on skipped files, how many are arrays of other channels than the model's: {(has, expected): count}."""
+    matches = (CHANNELS.search(line) for line in skipped)
+    return Counter((int(match[1]), int(match[2])) for match in matches if match)
+
+
+def channel_lines(wrong: Counter[tuple[int, int]]) -> list[str]:
+    """What to do about arrays of other channels, one line for each number of them."""
+    return [
+        f"{count:,} arrays have {has} channels and {expected} are expected: give channels={has}; training then takes "
+        f"model.in_channels={has} model.out_channels={has}{' loss.perceptual=0' if has not in (1, 3) else ''}"
+        for (has, expected), count in wrong.most_common()
+    ]
+
+
 def summary(found: dict[str, Any]) -> str:
     """The findings for a person."""
     shorter, lines = found["shorter_side_px"], []
@@ -175,37 +192,12 @@ def summary(found: dict[str, Any]) -> str:
             f"{len(found['skipped']):,} would be skipped ({found['skipped_fraction']:.2%}, {verdict} than "
             f"data.max_bad_fraction allows):"
         )
-        lines += [f"  {line}" for line in found["skipped"][:SHOWN]]
+        wrong = wrong_channels(found["skipped"])
+        lines += [f"  {line}" for line in channel_lines(wrong)]
+        lines += [f"  {line}" for line in found["skipped"] if not CHANNELS.search(line)][:SHOWN]
     if found["duplicates"]:
         lines.append(f"{found['num_superfluous']:,} are the same as another, byte for byte:")
         lines += [
             f"  {' = '.join(group[:4])}{' ...' if len(group) > 4 else ''}" for group in found["duplicates"][:SHOWN]
         ]
     return "\n".join(lines)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """`latent-ae data check DATA`: JSON on stdout, a summary on stderr; exit code 2 when training would stop."""
-    parser = argparse.ArgumentParser(
-        prog="latent-ae data",
-        description="Reads every image once, in parallel, as training would: counts, sizes, kinds, duplicates, and\n"
-        "every file that would be skipped with the reason. Findings go to stdout as JSON, a summary to stderr.",
-        epilog="example: latent-ae data check /my/photos resolution=256 max_bad_fraction=0.001",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("action", choices=["check"])
-    parser.add_argument("data", help="photos, a folder of images, Parquet or WebDataset files, or a hub id")
-    parser.add_argument(
-        "override", nargs="*", default=[], metavar="key=value", help="changes a setting of data.*, e.g. num_workers=8"
-    )
-    parser.add_argument("--channels", type=int, default=3, help="of the model's images (default 3)")
-    words = parser.parse_intermixed_args(argv)
-    settings = load_settings(DataSettings, None, words.override)
-    found = check(words.data, settings, channels=words.channels, progress=True)
-    print(printable(summary(found), lines=True), file=sys.stderr)
-    print(json.dumps(found, indent=2))
-    if found["skipped_fraction"] > found["max_bad_fraction"] or not found["num_readable"]:
-        raise UserError(
-            f"{words.data}: training would stop at these files; mend or remove them, or raise max_bad_fraction"
-        )
-    return 0

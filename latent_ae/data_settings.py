@@ -1,5 +1,6 @@
 """The section `data` of a training's settings; light, so that a typo costs no waiting."""
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
@@ -15,14 +16,19 @@ class DataSettings(Settings):
     source: str = "photos"
     """`photos` (shipped with scikit-image), a folder, Parquet/Arrow files, or a hub id."""
     split: str = "train"
+    """Of the source, where it has splits."""
     eval_source: str | None = None
     """Held-out images; null holds out `eval_fraction` of the source."""
     eval_split: str | None = None
+    """Split of eval_source, or else of the source, that is held out; null takes its validation or test split."""
     eval_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.05
+    """Part of the source that is held out where there are neither of those."""
     image_column: str = "image"
+    """Of tables and hub datasets. A table that has no such column, and one of images only, gives that."""
     revision: str | None = None
     """Commit or tag of a hub id."""
     streaming: bool = False
+    """Read tables or a hub dataset from their start, without storing them first (docs/data.md)."""
     shuffle_buffer: Positive = 1000
     """Streaming only: images held in memory to shuffle from."""
     resolution: Positive = 256
@@ -30,9 +36,11 @@ class DataSettings(Settings):
     resize_px: Positive | None = None
     """Shorter side that an image is resized to before the crop, px; null crops from the image as it is."""
     flip: bool = True
+    """Mirror every second crop, on average."""
     background: tuple[Byte, Byte, Byte] = (255, 255, 255)
     """Colour put behind transparent pixels."""
     num_workers: NonNegative = 2
+    """Processes that decode images, for each training process; 0 decodes in that itself."""
     max_pixels: Positive = 200_000_000
     """Larger images are skipped before they are decoded."""
     max_bad_fraction: Fraction = 0.01
@@ -48,3 +56,19 @@ class DataSettings(Settings):
             location = getattr(self, key)
             if location is not None and looks_like_path(location) and not Path(location).expanduser().exists():
                 yield Problem(key, f"no such file or folder: {location} (from {Path.cwd()})")
+
+
+class CheckSettings(DataSettings):
+    """Those of the section `data` that `latent-ae data check` reads images by, and the model's channels."""
+
+    channels: Positive = 3
+    """Of the images that the model takes: model.in_channels in training."""
+
+
+WORDS = {"source": "DATA", "eval_source": "DATA", "eval_split": "split"}
+
+
+def without_section(text: str) -> str:
+    """A message of training's keys `data.*` with the words of the commands that have no sections."""
+    keys = "|".join(DataSettings.model_fields)
+    return re.sub(rf"\bdata\.({keys})\b", lambda match: WORDS.get(match[1], match[1]), text)

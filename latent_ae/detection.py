@@ -8,6 +8,8 @@ from torch import Tensor
 
 Z95 = 1.959964
 """Two-sided 95 % point of the standard normal distribution."""
+FEWEST_SCORES = 10
+"""Of each kind, under which no interval is given: it may have no width at all."""
 DROPPED_BITS = 12
 
 
@@ -17,13 +19,14 @@ def auroc(normal: np.ndarray, abnormal: np.ndarray) -> float:
 
 
 def auroc_interval(normal: np.ndarray, abnormal: np.ndarray, *, paired: bool = False) -> list[float] | None:
-    """95 % interval of the area (DeLong, DeLong, Clarke-Pearson 1988), cut to [0, 1].
+    """95 % interval of the area: DeLong's variance (DeLong, DeLong, Clarke-Pearson 1988) on the logit's scale (Pepe
+    2003), on which areas near 1 are less skewed and the interval stays within 0 and 1.
 
     `paired`: normal[i] and abnormal[i] come of the same image, so that both vary together (Obuchowski 1997, of
-    clusters of two). None with fewer than two scores of a kind, or where none is out of order: that says nothing of the
-    width.
+    clusters of two). None with fewer than `FEWEST_SCORES` of a kind, or where none is out of order: that says nothing
+    of the width.
     """
-    if min(len(normal), len(abnormal)) < 2:
+    if min(len(normal), len(abnormal)) < FEWEST_SCORES:
         return None
     above, below = _placements(abnormal, normal), 1 - _placements(normal, abnormal)
     area = float(above.mean())
@@ -33,8 +36,8 @@ def auroc_interval(normal: np.ndarray, abnormal: np.ndarray, *, paired: bool = F
         variance = (above + below).var(ddof=1) / len(above)
     else:
         variance = above.var(ddof=1) / len(above) + below.var(ddof=1) / len(below)
-    half = Z95 * math.sqrt(variance)
-    return [max(0.0, area - half), min(1.0, area + half)]
+    centre, half = math.log(area / (1 - area)), Z95 * math.sqrt(variance) / (area * (1 - area))
+    return [1 / (1 + math.exp(-end)) for end in (centre - half, centre + half)]
 
 
 def _placements(scores: np.ndarray, others: np.ndarray) -> np.ndarray:

@@ -64,6 +64,13 @@ def replacing(path: Path, advice: str = ADVICE) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+def amount(num_bytes: float) -> str:
+    """So many bytes in the unit that suits them."""
+    units = {"TB": 1e12, "GB": 1e9, "MB": 1e6}
+    unit = next((unit for unit, size in units.items() if num_bytes >= size), "kB")
+    return f"{num_bytes / units.get(unit, 1e3):.1f} {unit}"
+
+
 def write_json(path: Path, value: Any) -> None:
     """The value as indented JSON, whole or not at all. Raises UserError."""
     with replacing(path) as part:

@@ -19,6 +19,7 @@ from datasets import Array3D
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from latent_ae.arithmetic import float32_arithmetic
 from latent_ae.classes import Classes, find_classes
 from latent_ae.config import UserError
 from latent_ae.data import open_images
@@ -88,9 +89,7 @@ def encode_images(
     encoder = _Encoder(stage, settings, source, classes, folder, device)
     with ExitStack() as stack:
         # TF32 convolutions would move the third digit
-        stack.enter_context(
-            torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
-        )
+        stack.enter_context(float32_arithmetic(repeatable=True))
         done = on_main(state, lambda: folder.begin(stack))
         if done is not None:
             if not folder.unfinished.is_dir():

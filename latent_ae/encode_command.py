@@ -1,30 +1,27 @@
 """latent-ae encode: the latents of a data set in files, once, for training on them."""
 
-import argparse
 from collections.abc import Sequence
 
-from latent_ae.command_line import print_result
-from latent_ae.config import load_settings, names_of
+from latent_ae.command_line import SettingsParser, print_result
+from latent_ae.config import load_settings
 from latent_ae.encode_settings import EncodeSettings
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command `latent-ae encode`."""
-    parser = argparse.ArgumentParser(
+    parser = SettingsParser(
+        EncodeSettings,
         prog="latent-ae encode",
         description="Write the latents of every image and of its mirror image (mean and log-variance), labels and ids\n"
         "as Parquet files, which datasets and latent_ae.latent_cache read. The same command again goes on after a\n"
         "kill. The manifest goes to stdout as JSON.",
-        epilog="example: latent-ae encode runs/mine /my/photos latents/mine resolution=256\n"
+        examples="example: latent-ae encode runs/mine /my/photos latents/mine resolution=256\n"
         "on many GPUs: accelerate launch -m latent_ae encode MODEL DATA OUT dtype=bf16 batch_size=64",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("model", help="folder or hub id of a first stage of diffusers, or a run or checkpoint")
     parser.add_argument("data", help="photos, a folder of images, Parquet or WebDataset files, or a hub id")
     parser.add_argument("out", help="the folder to write")
-    names = ", ".join(names_of(EncodeSettings))
-    parser.add_argument("override", nargs="*", default=[], metavar="key=value", help=f"changes a setting: {names}")
-    words = parser.parse_intermixed_args(argv)
+    words = parser.read(argv)
     settings = load_settings(EncodeSettings, None, words.override)
 
     def encode() -> dict:

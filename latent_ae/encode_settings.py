@@ -32,6 +32,7 @@ class EncodeSettings(StageSettings):
     part: Literal["all", "train", "held_out"] = "all"
     """Of the data: the whole split, or what training with the same `split` and `eval_fraction` sees or holds out."""
     eval_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.05
+    """Part of the data that training holds out where it has no validation or test split."""
     label_column: str | None = "auto"
     """Of classes: `auto` takes the column `label`, or the names of the folders that image files lie in; null none."""
     shard_size: Positive = 512

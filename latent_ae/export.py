@@ -1,6 +1,7 @@
 """Writes the folder that stock diffusers loads, with measured latent statistics and a card, and proves it."""
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from huggingface_hub.utils import validate_repo_id
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from latent_ae.arithmetic import float32_arithmetic
 from latent_ae.config import UserError
 from latent_ae.disk import write_json, writing
 from latent_ae.families import module_of
@@ -24,11 +26,15 @@ from latent_ae.model_card import CardFacts, loading_lines, model_card
 from latent_ae.models import Reconstructor, count_parameters
 from latent_ae.pipelines import PipelineName, refuse_misfit, remarks
 from latent_ae.precision import probe_precision, probe_tiling
+from latent_ae.progress import now
 
 __all__ = ["CardFacts", "export_autoencoder", "loading_lines", "push_to_hub", "verify_export"]
 
 TOLERANCE = 1e-5
 """Largest difference, in [-1, 1], between the trained model's reconstruction and the exported one's."""
+
+TILES_ON_CPU_PX = 512
+"""A CPU tries no larger ones: decoding one and a half each way, whole, would take minutes and many gigabytes."""
 
 # The fresh process knows nothing of this project: it is what a user of the folder has.
 FRESH_PROCESS = """
@@ -37,12 +43,16 @@ import sys
 import torch
 from safetensors.torch import load_file, save_file
 
-folder, module, kind, images, result, threads = sys.argv[1:]
+folder, module, kind, images, result, threads, device = sys.argv[1:]
 torch.set_num_threads(int(threads))
+torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+torch.backends.cudnn.deterministic = True
 kind = getattr(importlib.import_module(module), kind)
-autoencoder = kind.from_pretrained(folder, torch_dtype=torch.float32, local_files_only=True).eval()
+autoencoder = kind.from_pretrained(folder, torch_dtype=torch.float32, local_files_only=True).eval().to(device)
+
+
 def latent(image):
-    encoded = autoencoder.encode(image[None])
+    encoded = autoencoder.encode(image[None].to(device))
     if hasattr(encoded, "latent_dist"):
         return encoded.latent_dist.mode()
     return encoded.latents if hasattr(encoded, "latents") else encoded.latent
@@ -50,7 +60,7 @@ def latent(image):
 
 with torch.no_grad():
     rows = [autoencoder.decode(latent(image)).sample for image in load_file(images)["images"]]
-save_file({"images": torch.cat(rows).contiguous()}, result)  # AutoencoderDC gives channels-last
+save_file({"images": torch.cat(rows).cpu().contiguous()}, result)  # AutoencoderDC gives channels-last
 if module == "diffusers":
     assert not any(name.startswith("latent_ae") for name in sys.modules), "the check must not see this project"
 """
@@ -136,7 +146,7 @@ def export_autoencoder(
             exported.save_pretrained(fresh, safe_serialization=True)
             for file in fresh.glob("*.safetensors"):
                 shutil.copymode(fresh / "config.json", file)  # safetensors writes for the owner's eyes only
-            difference = verify_export(fresh, autoencoder, check_images)
+            difference = verify_export(fresh, autoencoder, check_images, autoencoder.device)
             facts["max_abs_difference"] = difference
             model_card(exported, card, statistics, folder.name, difference, precision).save(fresh / "README.md")
             if likelihood is not None:
@@ -145,20 +155,37 @@ def export_autoencoder(
     return facts
 
 
-def verify_export(folder: str | Path, autoencoder: ModelMixin, images: Tensor) -> float:
-    """Loads `folder` with stock diffusers in a fresh process, on the CPU, and compares reconstructions.
+def verify_export(
+    folder: str | Path, autoencoder: ModelMixin, images: Tensor, device: torch.device | str = "cpu"
+) -> float:
+    """Loads `folder` with stock diffusers in a fresh process and compares reconstructions.
 
     `images`: NCHW in [-1, 1], sides multiples of the factor. Both sides take the posterior's mode, one image
-    at a time, in float32. Returns the largest absolute difference; raises RuntimeError when it is above 1e-5
-    or the folder does not load.
+    at a time, in float32 (not TF32) on `device`. Returns the largest absolute difference; raises RuntimeError when it
+    is above 1e-5 or the folder does not load. The CPU, where arithmetic is the same on both sides, has the last word:
+    another device may lack memory for two processes, or choose other kernels in the second one.
     """
+    place = torch.device(device)
+    now(f"check of the export in a fresh process, on {len(images)} images ({place})")
+    if place.type == "cpu":
+        return _largest_difference(Path(folder), autoencoder, images, place)
+    try:
+        if place.type == "cuda":
+            torch.cuda.empty_cache()  # the other process needs some, too
+        return _largest_difference(Path(folder), autoencoder, images, place)
+    except RuntimeError as error:
+        print(f"the check does not pass on {place}: {' '.join(str(error).split())[:300]}", file=sys.stderr)
+        return verify_export(folder, autoencoder, images)
+
+
+def _largest_difference(folder: Path, autoencoder: ModelMixin, images: Tensor, device: torch.device) -> float:
     images = images.detach().to("cpu", torch.float32).contiguous()
-    trained = Reconstructor(_twin(autoencoder))
-    with torch.no_grad(), torch.autocast("cpu", enabled=False):
-        expected = torch.cat([trained(image[None]).image for image in images])
+    trained = Reconstructor(_twin(autoencoder)).to(device)
+    with torch.no_grad(), torch.autocast(device.type, enabled=False), float32_arithmetic(repeatable=True):
+        expected = torch.cat([trained(image[None].to(device)).image.cpu() for image in images])
     if not expected.isfinite().all():
         raise RuntimeError("the trained model itself reconstructs images with NaN or infinity; export an earlier one")
-    actual = _reconstruct_in_fresh_process(Path(folder), type(autoencoder).__name__, images)
+    actual = _reconstruct_in_fresh_process(folder, type(autoencoder).__name__, images, device)
     if actual.shape != expected.shape:
         raise RuntimeError(
             f"the exported model in {folder} gives images of {tuple(actual.shape)}, "
@@ -187,7 +214,7 @@ def push_to_hub(folder: str | Path, repo_id: str, *, token: str | None = None, p
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         raise UserError(
             f"cannot upload {folder} to {repo_id}: {reason}. The export is complete on this machine; check the "
-            f"network, the token (`hf auth login`) and the name, then: hf upload {repo_id} {folder}"
+            f"network, the token (`hf auth login`) and the name, then: hf upload {repo_id} {shlex.quote(str(folder))}"
         ) from error
 
 
@@ -237,14 +264,21 @@ def _normalise_patches(autoencoder: AutoencoderKLFlux2, statistics: LatentStatis
 
 
 def _tried(autoencoder: ModelMixin, images: Tensor, device: torch.device) -> dict[str, Any] | None:
-    """Half precision and tiling; None for another class than AutoencoderKL."""
+    """Half precision, and tiling where there is the memory; None for another class than AutoencoderKL."""
     if type(autoencoder) is not AutoencoderKL:
         return None
     try:
         found = probe_precision(autoencoder, images, device)
-        return found | {"tiling": probe_tiling(autoencoder, images[0], device)}
     except torch.OutOfMemoryError:  # what trained it may still hold the memory
-        return _tried(autoencoder, images, torch.device("cpu"))
+        return _tried(autoencoder, images[:1], torch.device("cpu"))
+    if device.type == "cpu" and autoencoder.config.sample_size > TILES_ON_CPU_PX:
+        return found
+    now("trial in tiles")
+    try:
+        return found | {"tiling": probe_tiling(autoencoder, images[0], device)}
+    except torch.OutOfMemoryError as error:
+        print(f"decoding in tiles was not tried: {' '.join(str(error).split())[:200]}", file=sys.stderr)
+        return found
 
 
 def refuse_foreign(folder: Path) -> None:
@@ -266,13 +300,14 @@ def _take_place(fresh: Path, folder: Path, previous: Path) -> None:
         raise
 
 
-def _reconstruct_in_fresh_process(folder: Path, kind: str, images: Tensor) -> Tensor:
+def _reconstruct_in_fresh_process(folder: Path, kind: str, images: Tensor, device: torch.device) -> Tensor:
     with tempfile.TemporaryDirectory() as scratch:
         given, result = Path(scratch) / "images.safetensors", Path(scratch) / "result.safetensors"
         save_file({"images": images}, given)
         words = [str(folder.resolve()), module_of(kind), kind, str(given), str(result), str(torch.get_num_threads())]
-        # on the CPU, where arithmetic is the same on both sides; offline, because the folder must be enough
-        environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
+        words.append(str(device))
+        # offline, because the folder must be enough
+        environment = os.environ | {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
         done = subprocess.run(
             [sys.executable, "-c", FRESH_PROCESS, *words],
             cwd=scratch,

@@ -88,9 +88,10 @@ class FlowAutoencoderKL(AutoencoderKL):
         latent = mean if noise is None else mean + torch.exp(0.5 * logvar) * noise
         surprise = 0.5 * (logvar if noise is None else logvar + noise.square())
         context = torch.cat([mean, logvar], 1)
-        for coupling in self.flow:
-            latent, log_scale = coupling(latent, context)
-            surprise = surprise + log_scale
+        with torch.autocast(images.device.type, enabled=False):  # in bfloat16 it would round what it moves
+            for coupling in self.flow:
+                latent, log_scale = coupling(latent, context)
+                surprise = surprise + log_scale
         rates = 0.5 * latent.square() - surprise
         log_ratio = -rates.detach().flatten(1).sum(1, dtype=torch.float64).float()
         return Drawn(latent, latent, None, (rates,), log_ratio)

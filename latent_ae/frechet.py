@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 
@@ -11,8 +12,6 @@ GROUPS = 10
 """Parts of the images that are left out in turn to learn how far a Fréchet distance depends on the images."""
 KID_SUBSETS, KID_SUBSET_SIZE, KID_SEED = 100, 1000, 2020
 """torch-fidelity's defaults."""
-Z95 = 1.959964
-"""Half-width of a normal 95 % interval in standard errors."""
 
 
 @dataclass(frozen=True)
@@ -96,12 +95,23 @@ def jackknife_interval(value: float, without_one_group: Sequence[float]) -> list
     """95 % interval around `value` from its values with each of G groups left out (delete-a-group jackknife).
 
     A bootstrap would not do: it repeats images, and a Fréchet distance of repeated images is biased upwards by more
-    than the width that is sought.
+    than the width that is sought. G groups tell their spread with G - 1 degrees of freedom, hence Student's quantile.
     """
     left_out = np.asarray(without_one_group)
     groups = len(left_out)
-    half = Z95 * float(np.sqrt((groups - 1) / groups * np.square(left_out - left_out.mean()).sum()))
+    error = float(np.sqrt((groups - 1) / groups * np.square(left_out - left_out.mean()).sum()))
+    half = student_quantile(groups - 1) * error
     return [value - half, value + half]
+
+
+@cache
+def student_quantile(freedom: int) -> float:
+    """The t that |T| exceeds with probability 5 %, for Student's T with so many degrees of freedom (1 or more)."""
+    # with t = sqrt(freedom) tan(angle) the density is proportional to cos(angle)^(freedom - 1) on [0, pi / 2]
+    angles = np.linspace(0, np.pi / 2, 20_001)
+    density = np.cos(angles) ** (freedom - 1)
+    below = np.concatenate([[0.0], np.cumsum(density[1:] + density[:-1])])
+    return float(np.sqrt(freedom) * np.tan(np.interp(0.95 * below[-1], below, angles)))
 
 
 def kernel_distance(

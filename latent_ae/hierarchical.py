@@ -11,6 +11,7 @@ from diffusers.models.autoencoders.vae import DecoderOutput, EncoderOutput
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
+from latent_ae.arithmetic import WeightPrecisionConv2d
 from latent_ae.config import UserError
 from latent_ae.losses import kl_per_dimension
 from latent_ae.posterior import Drawn, log_ratio
@@ -165,7 +166,7 @@ class Level(nn.Module):
         if channels:
             self.prior = Moments(width, width, channels, groups)
             self.posterior = Moments(2 * width, width, channels, groups)
-            self.conv_latent = nn.Conv2d(channels, width, 1)
+            self.conv_latent = WeightPrecisionConv2d(channels, width, 1)
 
 
 class Decoder(nn.Module):
@@ -215,7 +216,7 @@ class Moments(nn.Module):
     def __init__(self, in_channels: int, width: int, channels: int, groups: int):
         super().__init__()
         self.block = Residual(in_channels, width, groups)
-        self.conv = nn.Conv2d(width, 2 * channels, 1)
+        self.conv = WeightPrecisionConv2d(width, 2 * channels, 1)
         nn.init.zeros_(self.conv.weight)
         nn.init.zeros_(self.conv.bias)
 

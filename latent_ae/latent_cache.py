@@ -92,7 +92,8 @@ class LatentCache:
         """(N,) int64, -1 where there is none; None for images without classes."""
         if "label" not in self.dataset.column_names:
             return None
-        return np.array(self.dataset.data.column("label"), dtype=np.int64)
+        # a copy: Arrow's memory cannot be written to, of which torch.from_numpy warns
+        return self.dataset.data.column("label").to_numpy().astype(np.int64)
 
     @property
     def class_names(self) -> list[str] | None:

@@ -18,10 +18,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import pydantic
-from filelock import FileLock, Timeout
 
 from latent_ae.config import UserError
 from latent_ae.data import stop_if_too_many_bad
+from latent_ae.disk import amount
+from latent_ae.only_writer import only_writer
 from latent_ae.sources import fingerprint
 
 FORMAT = 1
@@ -93,7 +94,8 @@ class LatentFolder:
         """
         try:
             self.out.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(FileLock(self.out / LOCK, timeout=0))
+            refusal = f"OUT: another process is encoding into {self.out}; wait for it"
+            stack.enter_context(only_writer(self.out / LOCK, refusal))
             found = read_manifest(self.out)
             if found is None:
                 others = [path.name for path in self.out.iterdir() if not path.name.startswith(".")]
@@ -115,8 +117,6 @@ class LatentFolder:
             if done:
                 print(f"going on from {len(done)} of {self.shards} finished files", file=sys.stderr)
             return done
-        except Timeout:
-            raise UserError(f"OUT: another process is encoding into {self.out}; wait for it") from None
         except OSError as error:
             raise UserError(f"OUT: cannot write into {self.out}: {error.strerror or error}") from error
 
@@ -186,7 +186,7 @@ class LatentFolder:
         needed, free = self.manifest["data"]["num_files"] * each, shutil.disk_usage(self.out).free
         if free < needed:
             raise UserError(
-                f"OUT: {self.out} has {free / 1e9:.1f} GB free and the latents need {needed / 1e9:.1f} GB; free space"
+                f"OUT: {self.out} has {amount(free)} free and the latents need {amount(needed)}; free space"
             )
 
 

@@ -1,16 +1,20 @@
 """Finds the images that settings speak of: demo photographs, a folder, table files or a hub id, and their splits."""
 
+import functools
 import glob
 import os
 import re
+import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
 import datasets
 import numpy as np
+from huggingface_hub.utils import logging as hub_logging
 
 from latent_ae.config import UserError, looks_like_path
 from latent_ae.data_settings import DataSettings
@@ -145,8 +149,10 @@ class _Hub(_Library):
 
     def __init__(self, key: str, location: str, settings: DataSettings):
         self.settings = settings
+        _say_that_the_hub_is_asked(location)
         try:
-            builder = datasets.load_dataset_builder(location, revision=settings.revision)
+            with _quiet_hub():
+                builder = datasets.load_dataset_builder(location, revision=settings.revision)
         except Exception as error:  # network, permission, a dataset that needs a script, ...
             raise UserError(
                 f"data.{key}: {location} is neither a file or folder here nor a hub dataset within reach "
@@ -158,6 +164,23 @@ class _Hub(_Library):
         split = split or (self.splits[0] if self.splits else "train")
         revision = self.settings.revision
         return load_table(self.key, self.location, self.settings, self.location, split=split, revision=revision)
+
+
+@functools.cache  # training and held-out images are often of the same place
+def _say_that_the_hub_is_asked(location: str) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        print(f"{location} is no file or folder here: asking the Hugging Face hub for it", file=sys.stderr)
+
+
+@contextmanager
+def _quiet_hub() -> Iterator[None]:
+    """Without the warnings of each try where there is no network: the error at the end says it once."""
+    before = hub_logging.get_verbosity()
+    hub_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        hub_logging.set_verbosity(before)
 
 
 def _library(settings: DataSettings, key: Literal["source", "eval_source"]) -> _Library:

@@ -64,7 +64,7 @@ def model_card(
 ) -> ModelCard:
     """A model card with a valid model-index; `autoencoder` carries the config that is exported.
 
-    `precision`: what `probe_precision` found, with that of `probe_tiling` as "tiling".
+    `precision`: what `probe_precision` found, with that of `probe_tiling` as "tiling", if it was asked.
     """
     measured = {key: facts.metrics[key] for key in METRIC_NAMES if facts.metrics.get(key) is not None}
     results = [
@@ -191,10 +191,12 @@ def _precision_text(precision: Mapping[str, Any]) -> str:
         psnr = "–" if row["psnr"] is None else f"{row['psnr']:.1f}"
         emulated = ", emulated" if row["emulated"] else ""
         rows.append(f"| {name}{emulated} | {psnr} | {row['not_finite']:,} |")
-    tiling, upcast = precision["tiling"], precision["force_upcast"]
+    tiling, upcast = precision.get("tiling"), precision["force_upcast"]
     meaning = "fp16 pipelines run it in fp32" if upcast else "fp16 pipelines run it in fp16"
     tiles = "Tiles of `sample_size` px are no multiple of 4 latent px, which diffusers cannot put together: do not "
     tiles += "`enable_tiling`."
+    if "tiling" not in precision:
+        tiles = "Decoding in tiles was not tried: they are large for the memory, or for a processor without a GPU."
     if tiling is not None:
         tiles = (
             f"An image of {tiling['side_px']} px decoded in tiles of {tiling['tile_px']} px (`enable_tiling`) is "

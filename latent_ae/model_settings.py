@@ -30,19 +30,29 @@ class ModelSettings(Settings):
     config: dict[str, Any] = {}
     """Of another kind: keys and values of its diffusers config."""
     in_channels: Positive = 3
+    """Of the images."""
     out_channels: Positive = 3
+    """Of the reconstructions: the same."""
     block_out_channels: Annotated[tuple[Positive, ...], Field(min_length=1)] = (128, 256, 512, 512)
     """Width of each level; n levels downsample by 2 ** (n - 1)."""
     layers_per_block: Positive = 2
+    """ResNet blocks of each level of the encoder; the decoder has one more."""
     latent_channels: Positive = 4
+    """Of the latents; at each position a mean and a log-variance for each."""
     norm_num_groups: Positive = 32
+    """Groups of each group normalisation; it divides every width."""
     mid_block_add_attention: bool = True
+    """Self-attention at the lowest resolution, in encoder and decoder."""
     down_block_types: tuple[DownBlock, ...] | None = None
     """One per level; null means DownEncoderBlock2D everywhere (attention only in the middle)."""
     up_block_types: tuple[UpBlock, ...] | None = None
+    """The same of the decoder, from the lowest resolution up; null means UpDecoderBlock2D everywhere."""
     act_fn: Literal["silu"] = "silu"
+    """Activation."""
     use_quant_conv: bool = True
+    """A 1 x 1 convolution after the encoder."""
     use_post_quant_conv: bool = True
+    """A 1 x 1 convolution before the decoder."""
     init: Literal["default", "linear"] = "default"
     """`linear`: the fresh network is a linear down- and upsampler (see docs/linear-start.md)."""
 
@@ -64,8 +74,8 @@ class ModelSettings(Settings):
         if self.in_channels != self.out_channels:
             yield Problem(
                 "out_channels",
-                f"{self.out_channels}, but model.in_channels is {self.in_channels}: "
-                "the loss compares output with input, so they must be equal",
+                f"{self.out_channels}, but model.in_channels is {self.in_channels}: the loss compares output with "
+                f"input, so they must be equal: set model.out_channels={self.in_channels}",
             )
         wrong = [width for width in self.block_out_channels if width % self.norm_num_groups]
         if wrong:
@@ -79,13 +89,17 @@ class ModelSettings(Settings):
 
     def _linear_problems(self, wrong: list[int]) -> Iterator[Problem]:
         if self.in_channels not in (1, 3):
-            yield Problem("init", f"linear needs 1 or 3 image channels, not {self.in_channels}; set init: default")
+            yield Problem("init", f"linear needs 1 or 3 image channels, not {self.in_channels}: set model.init=default")
         elif self.latent_channels < self.in_channels:
-            yield Problem("init", f"linear needs model.latent_channels >= {self.in_channels}")
+            yield Problem(
+                "init", f"linear needs model.latent_channels >= {self.in_channels}, or set model.init=default"
+            )
         if not wrong and any((width // self.norm_num_groups) % 4 for width in self.block_out_channels):
             yield Problem(
                 "init",
-                "linear needs a multiple of 4 channels per group: lower model.norm_num_groups or set init: default",
+                "linear needs a multiple of 4 channels per group: lower model.norm_num_groups, or set "
+                "model.init=default",
             )
         if min(self.block_out_channels) < 4 * self.in_channels:
-            yield Problem("init", f"linear needs at least {4 * self.in_channels} channels at every level")
+            least = 4 * self.in_channels
+            yield Problem("init", f"linear needs at least {least} channels at every level, or set model.init=default")

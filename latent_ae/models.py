@@ -1,12 +1,14 @@
 """Settings -> a diffusers autoencoder, and the one way through it."""
 
 import inspect
+from operator import attrgetter
 from typing import NamedTuple
 
 import torch
 from diffusers import AutoencoderKL, ModelMixin, VQModel
 from torch import Tensor, nn
 
+from latent_ae.arithmetic import WeightPrecisionConv2d
 from latent_ae.codebook import Codes, quantised
 from latent_ae.config import UserError
 from latent_ae.families import class_of, family_of
@@ -49,6 +51,7 @@ class Reconstructor(nn.Module):
         """`projection` maps latents to the features that they are aligned to; it is no part of the autoencoder."""
         super().__init__()
         self.autoencoder, self.projection = autoencoder, projection
+        keep_posterior_precise_(autoencoder)
 
     def forward(
         self,
@@ -97,6 +100,21 @@ class Reconstructor(nn.Module):
         """The weight of the encoder's output convolution, where the adaptive alignment weight is measured."""
         weight: Tensor = end_layers(self.autoencoder.encoder)[-1].weight
         return weight
+
+
+def keep_posterior_precise_(module: nn.Module) -> None:
+    """From now on an autocast leaves in float32 what a Gaussian posterior and a sample of it pass through.
+
+    That is the encoder's last convolution, `quant_conv`, `post_quant_conv` and the decoder's first convolution. In
+    bfloat16 each would round a latent to 8 bits, often more than the posterior's standard deviation, so that the KL
+    term charged for a precision that does not reach the decoder. Names and values of the weights stay. Where there
+    is no such posterior, nothing changes.
+    """
+    if family_of(module).latent not in ("posterior", "flow"):
+        return
+    for name in ("encoder.conv_out", "quant_conv", "post_quant_conv", "decoder.conv_in"):
+        if (layer := attrgetter(name)(module)) is not None:  # not every model has both quant convolutions
+            layer.__class__ = WeightPrecisionConv2d
 
 
 def end_layers(part: nn.Module) -> list[nn.Module]:

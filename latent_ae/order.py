@@ -1,14 +1,19 @@
-"""Which image, crop, flip and noise a sample has: pure functions of the seed and the sample's global number."""
+"""Which image, crop, flip and noise a sample has: pure functions of the seed and the sample's global number.
 
-from collections.abc import Sequence
+And which images stand for all of a source where only some are measured or shown: `spread`.
+"""
+
+import hashlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
 
 # streams of random numbers that must never overlap: the highest word of Philox's counter
-CROP, NOISE, ORDER, BLOCK, AUGMENT, LATENT_NOISE, CHANNELS, EQUIVARIANCE, BINARY, PERMUTATION = range(10)
+CROP, NOISE, ORDER, BLOCK, AUGMENT, LATENT_NOISE, CHANNELS, EQUIVARIANCE, BINARY, PERMUTATION, SPREAD = range(11)
 
 
 def crop_rng(seed: int, number: int) -> np.random.Generator:
@@ -27,6 +32,43 @@ def epoch_order(seed: int, epoch: int, num_images: int) -> np.ndarray:
 def block_order(seed: int, epoch: int, reader: int, block: int, size: int) -> np.ndarray:
     """The order of a block of `size` images that a stream's reader shuffles: (size,) integers."""
     return np.argsort(_philox(seed, epoch, BLOCK, reader, block).random_raw(size), kind="stable")
+
+
+def spread(seed: int, size: int, number: int) -> np.ndarray:
+    """The images that stand for a source of `size`: at most `number`, ascending, (min(size, number),) int64.
+
+    The source is cut into `number` stretches of equal length (to within one image), and one image is drawn from each.
+    So the choice is even over the source's order, and over class folders, which lie one after another in it; a regular
+    step could meet the same class again and again. No image is more than half again as likely as another.
+    """
+    if number >= size:
+        return np.arange(size)
+    if 2 * number > size:  # stretches of one and of two images would make some twice as likely: draw those to leave out
+        return np.delete(np.arange(size), spread(seed, size, size - number))
+    borders = np.arange(number + 1) * size // number
+    words = _philox(seed, size, SPREAD).random_raw(number)
+    return borders[:-1] + (words % np.diff(borders).astype(np.uint64)).astype(np.int64)
+
+
+def choice_facts(chosen: np.ndarray, size: int, seed: int, method: str = "spread") -> dict[str, Any]:
+    """What a result says of the images `chosen` from a source of `size`, JSON-ready."""
+    facts = {"method": "all" if len(chosen) == size else method, "number": len(chosen), "of": size}
+    if len(chosen) == size:
+        return facts
+    return facts | {"seed": seed, "fingerprint": hashlib.sha256(chosen.astype("<i8").tobytes()).hexdigest()}
+
+
+def choice_in_words(facts: Mapping[str, Any] | None) -> str:
+    """Which images were chosen, for a person; None is a choice that was not recorded."""
+    if not facts:
+        return "a choice that is not recorded"
+    number, size = facts["number"], facts["of"]
+    if facts["method"] == "first":
+        return f"the first {number:,} images of a stream"
+    if facts["method"] == "all":
+        return "all images" if size is None else f"all {size:,} images"
+    over = "every class" if facts["method"] == "spread over classes" else "all of them"
+    return f"{number:,} of {size:,} images, spread over {over} (seed {facts['seed']})"
 
 
 def posterior_noise(seed: int, numbers: Sequence[int], shape: Sequence[int], draw: int = 0) -> torch.Tensor:

@@ -38,7 +38,13 @@ h1 { font-size: 1.7rem; line-height: 1.2; margin: 0 0 .3rem } h2 { font-size: 1.
 h3 { font-size: 1rem; margin: 1.8rem 0 .4rem; overflow-wrap: anywhere } h3 small { font-weight: 400 }
 article p { font-size: .85rem; margin: .3rem 0; max-width: none; font-variant-numeric: tabular-nums }
 p { max-width: 46rem } .soft, figcaption, small { color: var(--soft) }
-.scroll { overflow-x: auto } table { border-collapse: collapse; font-variant-numeric: tabular-nums }
+.scroll { overflow-x: auto;
+          /* a shadow at a side says that there is more; it lies under a cover that moves with the table */
+          background: linear-gradient(to right, var(--paper) 1rem, transparent 2rem) local,
+                      linear-gradient(to left, var(--paper) 1rem, transparent 2rem) local,
+                      linear-gradient(to right, var(--line), transparent .6rem),
+                      linear-gradient(to left, var(--line), transparent .6rem) }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums }
 th, td { padding: .35rem .8rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top }
 th { color: var(--soft); font-weight: 600 } td.number, th.number { text-align: right }
 .estimate { white-space: nowrap } td b { font-weight: 600 }
@@ -58,7 +64,7 @@ th { color: var(--soft); font-weight: 600 } td.number, th.number { text-align: r
 .grid { grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)) }
 .beside figure, .grid figure { margin: 0 }
 figure { margin: 1rem 0; overflow-x: auto } figure img { outline: 1px solid var(--line) }
-figure img, figure svg { max-width: 100%; height: auto }
+figure img, figure svg { max-width: 100%; height: auto } details { margin-top: 2rem } summary { cursor: pointer }
 figcaption { font-size: .9rem; margin-top: .3rem }
 .zoom img { cursor: zoom-in; display: block } .zoom input { position: absolute; opacity: 0 }
 .zoom input:focus-visible + .frame img { outline: 2px solid var(--soft) } .enlarged { image-rendering: pixelated }
@@ -68,10 +74,13 @@ figcaption { font-size: .9rem; margin-top: .3rem }
   .zoom input:checked + .frame img { max-width: none; flex: none; margin: auto; cursor: zoom-out }
 }
 pre { background: var(--tint); border: 1px solid var(--line); border-radius: 6px; padding: .8rem 1rem;
-      overflow-x: auto; font: .85rem/1.5 ui-monospace, monospace }
+      white-space: pre-wrap; overflow-wrap: anywhere; font: .85rem/1.5 ui-monospace, monospace }
 @media (max-width: 40rem) {
   body { margin-top: 1.2rem; padding: 0 .9rem } h1 { font-size: 1.35rem } th, td { padding: .3rem .35rem }
   table { font-size: .82rem } .scroll td:first-child { min-width: 5rem } td small { display: block; margin: 0 }
+  .beside figcaption { font-size: .75rem }
+  .pairs tr, .pairs th, .pairs td { display: block; width: auto; border: 0; padding: 0 }
+  .pairs tr { border-bottom: 1px solid var(--line); padding: .3rem 0 }
 }
 @media print {
   :root { color-scheme: light; --ink: #000; --soft: #444; --paper: #fff; --line: #bbb; --tint: #fff; --mark: #000;
@@ -169,9 +178,19 @@ def findings(lines: Sequence[tuple[str, str, str, str]]) -> str:
 def manifest(values: Mapping[str, Any]) -> str:
     """Every value of a nested JSON object, in a table of two columns: its path (`data.location`) and itself."""
     rows = "\n".join(
-        f'<tr><th scope="row">{escape(path)}</th><td>{escape(text)}</td></tr>' for path, text in flattened(values)
+        f'<tr><th scope="row">{_breakable(path)}</th><td>{escape(text)}</td></tr>' for path, text in flattened(values)
     )
     return f'<table class="pairs"><tbody>\n{rows}\n</tbody></table>'
+
+
+def _breakable(path: str) -> str:
+    """A path that a narrow page breaks after its points and underscores, and within words only where it must."""
+    return escape(path).replace(".", ".<wbr>").replace("_", "_<wbr>")
+
+
+def details(summary: str, text: str) -> str:
+    """Text that is shown on a click, its line breaks kept."""
+    return f"<details><summary>{escape(summary)}</summary>{preformatted(text)}</details>"
 
 
 def flattened(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
@@ -190,8 +209,10 @@ def _as_text(value: Any) -> str:
 
 
 def beside(*pieces: str) -> str:
-    """Pieces side by side, whatever the width."""
-    columns = f"grid-template-columns: repeat({len(pieces)}, minmax(0, 1fr))"
+    """Pieces side by side; on a telephone three of them, of four two."""
+    count = len(pieces)
+    least = f"max({8 if count == 4 else 5.2}rem, (100% - {count - 1} * .8rem) / {count})"
+    columns = f"grid-template-columns: repeat(auto-fit, minmax({least}, 1fr))"
     return f'<div class="beside" style="{columns}">{"".join(pieces)}</div>'
 
 

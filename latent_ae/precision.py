@@ -12,8 +12,11 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
+from tqdm import tqdm
 
+from latent_ae.arithmetic import float32_arithmetic
 from latent_ae.models import factor_of
+from latent_ae.progress import bar
 
 FP16_MAX = torch.finfo(torch.float16).max
 HEADROOM = 2
@@ -31,6 +34,8 @@ TILED_SIDE = 1.5
 class _Watch:
     """What the outputs of a model's layers held, sums and other inner results of its blocks included."""
 
+    progress: tqdm
+    """Of passes through layers with weights."""
     round_to: torch.dtype | None = None
     """Rounds each output to it: arithmetic in that type, emulated."""
     peaks: dict[str, Tensor] = field(default_factory=dict)
@@ -46,6 +51,7 @@ class _Watch:
 
     def _look(self, name: str) -> Any:
         def look(module: nn.Module, inputs: Any, output: Any) -> Any:
+            self.progress.update(has_weights(module))
             # a block often hands on what its last layer gave: that is the layer's
             if not isinstance(output, Tensor) or output is self.last:
                 return None
@@ -59,6 +65,11 @@ class _Watch:
         return look
 
 
+def has_weights(module: nn.Module) -> bool:
+    """Whether the module itself holds some, not only the modules in it."""
+    return any(True for _ in module.parameters(recurse=False))
+
+
 @torch.no_grad()
 def probe_precision(
     autoencoder: AutoencoderKL, images: Tensor, device: torch.device | str | None = None
@@ -67,14 +78,24 @@ def probe_precision(
 
     `peaks`: the layers with the largest absolute outputs in fp32. For bf16 and fp16: PSNR (dB) against the fp32
     reconstruction (None if that holds no finite numbers only), how many of its values are not finite, the first layer
-    that gave such, how many layers did, and how many values each of the first twenty gave, over all images. A type
-    that the device lacks is emulated by rounding each layer's output to it, which `emulated` says. `force_upcast`, as
+    that gave such, how many layers did, and how many values each of the first twenty gave, over all images. On a CPU,
+    and on a device that lacks the type, it is emulated, which `emulated` says: weights, images and each layer's output
+    are rounded to it, and computed with in float32. Many CPUs take minutes where that takes seconds. `force_upcast`, as
     diffusers means it (fp32 even in an fp16 pipeline): something was not finite in fp16, or a layer came within a
     factor of two of 65504. The model is left as it is; `device` None: where it is.
     """
     place = torch.device(device or autoencoder.device)
-    watch = _Watch()
-    expected = _reconstruct(_copy(autoencoder, place, torch.float32), images, watch)
+    layers = sum(map(has_weights, autoencoder.modules()))
+    with (
+        float32_arithmetic(repeatable=True),
+        bar("trial in half precision", 3 * len(images) * layers, "layer") as progress,
+    ):
+        watch = _Watch(progress)
+        expected = _reconstruct(_copy(autoencoder, place, torch.float32), images, watch)
+        halves = {
+            name: _in_type(autoencoder, images, place, dtype, expected, progress)
+            for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16))
+        }
     peaks = {name: float(peak) for name, peak in watch.peaks.items()}
     ranked = sorted(peaks, key=lambda name: peaks[name], reverse=True)
     found: dict[str, Any] = {
@@ -82,8 +103,7 @@ def probe_precision(
         "device": place.type,
         "peaks": [{"layer": name, "max_abs": round(peaks[name], 3)} for name in ranked[:LARGEST]],
     }
-    for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
-        found[name] = _in_type(autoencoder, images, place, dtype, expected)
+    found |= halves
     fits = all(peak * HEADROOM <= FP16_MAX for peak in peaks.values())
     found["force_upcast"] = not fits or found["fp16"]["first_not_finite"] is not None
     return found
@@ -101,26 +121,35 @@ def verdict(found: dict[str, Any]) -> str:
 
 
 def _in_type(
-    autoencoder: AutoencoderKL, images: Tensor, device: torch.device, dtype: torch.dtype, expected: Tensor
+    autoencoder: AutoencoderKL,
+    images: Tensor,
+    device: torch.device,
+    dtype: torch.dtype,
+    expected: Tensor,
+    progress: tqdm,
+    emulated: bool | None = None,
 ) -> dict[str, Any]:
-    watch = _Watch()
+    """`emulated` None: on a CPU."""
+    emulated = device.type == "cpu" if emulated is None else emulated
+    watch = _Watch(progress, round_to=dtype if emulated else None)
     try:
-        made = _reconstruct(_copy(autoencoder, device, dtype), images, watch)
+        model = _copy(autoencoder, device, torch.float32 if emulated else dtype)
+        if emulated:
+            for tensor in model.state_dict().values():
+                tensor.copy_(tensor.to(dtype))
+            images = images.to(dtype)
+        made = _reconstruct(model, images, watch)
     except (RuntimeError, NotImplementedError) as error:
-        if "not implemented" not in str(error) and "not support" not in str(error):
+        if emulated or ("not implemented" not in str(error) and "not support" not in str(error)):
             raise
-        watch = _Watch(round_to=dtype)
-        rounded = _copy(autoencoder, device, torch.float32)
-        for tensor in rounded.state_dict().values():
-            tensor.copy_(tensor.to(dtype))
-        made = _reconstruct(rounded, images, watch)
+        return _in_type(autoencoder, images, device, dtype, expected, progress, emulated=True)
     not_finite = int((~made.isfinite()).sum())
     by_layer: dict[str, int] = {}
     for name, count in watch.bad:
         if count:
             by_layer[name] = by_layer.get(name, 0) + int(count)
     return {
-        "emulated": watch.round_to is not None,
+        "emulated": emulated,
         "psnr": None if not_finite else round(_psnr(made, expected), 2),
         "not_finite": not_finite,
         "first_not_finite": next(iter(by_layer), None),
@@ -145,8 +174,9 @@ def probe_tiling(
     if tile_px // factor * model.tile_overlap_factor % 1:
         return None
     side = math.ceil(TILED_SIDE * tile_px / factor) * factor
-    latents = model.encode(_mirrored(image, side)[None].to(model.device)).latent_dist.mode()
-    return {"side_px": side} | compare_tiled(model, latents, tile_px)
+    with float32_arithmetic(repeatable=True):
+        latents = model.encode(_mirrored(image, side)[None].to(model.device)).latent_dist.mode()
+        return {"side_px": side} | compare_tiled(model, latents, tile_px)
 
 
 @torch.no_grad()

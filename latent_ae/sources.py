@@ -15,11 +15,13 @@ import numpy as np
 
 from latent_ae.config import UserError
 from latent_ae.data_settings import DataSettings
-from latent_ae.images import ImageError, open_encoded, reason_of
-from latent_ae.order import block_order, epoch_order
+from latent_ae.images import ImageError, kind_of, open_encoded, reason_of
+from latent_ae.order import block_order, choice_facts, epoch_order, spread
 from latent_ae.text import printable
 
 Encoded = bytes | Path
+LOOKED_AT = 10
+"""Rows among which there is one that says what a column of bytes holds."""
 
 
 class StoredImages(Protocol):
@@ -183,6 +185,19 @@ class StreamReader:
                 yield (file, row), batch[self.source.column][0]
 
 
+def part_of(source: ImageSource, number: int | None, seed: int) -> tuple[ImageSource, dict[str, Any]]:
+    """At most `number` images of a source (None: all of them), and what a result says of the choice, JSON-ready.
+
+    They are spread over the source by `seed` (see order.spread). A stream has no numbers: it gives its first ones.
+    """
+    if isinstance(source, StreamSource):
+        if number is None:
+            return source, {"method": "all", "number": None, "of": None}
+        return replace(source, dataset=source.dataset.take(number)), {"method": "first", "number": number, "of": None}
+    chosen = spread(seed, len(source), len(source) if number is None else number)
+    return source.subset(chosen), choice_facts(chosen, len(source), seed)
+
+
 def stream_values(source: StreamSource) -> Iterator[tuple[str, Any]]:
     """(name, value of the image column) of every row, in order. Raises UserError."""
     for index, row in enumerate(_readable(source.dataset, source.label)):
@@ -253,23 +268,55 @@ def load_table(key: str, label: str, settings: DataSettings, path: str, **option
         dataset = datasets.load_dataset(path, streaming=settings.streaming, **options)
     except Exception as error:  # whatever datasets raises here is about the user's files
         raise UserError(f"data.{key}: {label} cannot be read as {path}: {first_line(error)}") from error
-    column = settings.image_column
     features = dataset.features or {}
-    if column not in features:
-        pictures = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
-        near = pictures or difflib.get_close_matches(column, list(features), n=1, cutoff=0.3)
-        hint = f"; set data.image_column={near[0]}" if near else ""
-        raise UserError(f"data.image_column: {label} has no column {column!r}; it has: {', '.join(features)}{hint}")
+    column = _image_column(dataset, settings.image_column, label)
     feature = features[column]
     if isinstance(feature, datasets.Image):
         # bytes stay as they are until images.decode sees them
         dataset = dataset.cast_column(column, datasets.Image(decode=False))
-    elif not ("binary" in getattr(feature, "dtype", "") or (isinstance(feature, dict) and "bytes" in feature)):
+    elif not _may_hold_images(feature):
         raise UserError(f"data.image_column: {column!r} of {label} holds {feature}, not images or their bytes")
     images = dataset.select_columns([column])
     if settings.streaming:
         return StreamSource(images, column, label)
     return TableSource(images, column, label, np.arange(len(images)), dataset.remove_columns(column))
+
+
+def _image_column(dataset: datasets.Dataset | datasets.IterableDataset, wanted: str, label: str) -> str:
+    """The column `wanted`; where that is the default and there is none, the table's only one with images.
+
+    Raises UserError naming the columns when neither is there.
+    """
+    features = dataset.features or {}
+    if wanted in features:
+        return wanted
+    pictures = [name for name, feature in features.items() if _holds_images(dataset, name, feature)]
+    if len(pictures) == 1 and wanted == DataSettings.model_fields["image_column"].default:
+        return pictures[0]
+    near = pictures or difflib.get_close_matches(wanted, list(features), n=1, cutoff=0.3)
+    hint = f"; set {' or '.join(f'data.image_column={name}' for name in near)}" if near else ""
+    raise UserError(f"data.image_column: {label} has no column {wanted!r}; it has: {', '.join(features)}{hint}")
+
+
+def _may_hold_images(feature: Any) -> bool:
+    """A type of bytes, or that of an image that has lost its name on the way."""
+    return "binary" in getattr(feature, "dtype", "") or (isinstance(feature, dict) and "bytes" in feature)
+
+
+def _holds_images(dataset: datasets.Dataset | datasets.IterableDataset, name: str, feature: Any) -> bool:
+    """A column of images by its type, or one of bytes whose first value is an image."""
+    if isinstance(feature, datasets.Image):
+        return True
+    if not _may_hold_images(feature):
+        return False
+    values = (row[name] for row in itertools.islice(dataset.select_columns([name]), LOOKED_AT))
+    try:
+        kind_of(encoded_image(next(value for value in values if value is not None)))
+    except (ImageError, StopIteration):
+        return False
+    except Exception as error:  # a damaged file
+        raise UserError(f"data.image_column: {name!r} cannot be read: {first_line(error)}") from error
+    return True
 
 
 def first_line(error: Exception) -> str:

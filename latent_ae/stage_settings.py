@@ -35,6 +35,7 @@ class StageSettings(Settings):
     """At most so many images at a time on each device (on a CPU fewer large ones, which is faster); the results do not
     depend on it, up to rounding."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the model computes; auto takes a GPU where there is one."""
 
     def _data(self, **where: Any) -> DataSettings:
         """What opens images, with these settings' names in training."""

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import urllib.parse
 import urllib.request
 import zlib
 from collections.abc import Callable, Sequence
@@ -161,12 +162,24 @@ def _from_elsewhere(name: str, trunk: Trunk) -> tuple[str, dict[str, torch.Tenso
         else:
             _note(f"weights of {name}: {source}")
             return source, tensors
-    raise UserError(
-        f"the weights of {name} could not be had. Tried:\n" + "\n".join(tried) + "\n"
-        f"Download {_url(trunk)}\non a machine that reaches it, put the file under its own name "
+    raise UserError(f"the weights of {name} could not be had. Tried:\n" + "\n".join(tried) + "\n" + how_to_get(name))
+
+
+def how_to_get(name: str) -> str:
+    """What a user does where no source has the weights, in lines of a terminal's width."""
+    return (
+        f"Download {_url(TRUNKS[name])}\non a machine that reaches it, put the file under its own name "
         "into a folder, and set LATENT_AE_WEIGHTS to\nthat folder. Or run `latent-ae weights fetch --folder "
         "DIR` on a machine with a network, copy DIR,\nand set LATENT_AE_WEIGHTS to it."
     )
+
+
+def briefly(error: UserError) -> str:
+    """Why a network cannot be had, on one line, for a result in which it is missing."""
+    first, *rest = str(error).splitlines()
+    if not rest:
+        return first
+    return f"{first.removesuffix(' Tried:').removesuffix('.')}; `latent-ae weights fetch` says why and what helps"
 
 
 def _existing_pth(path: Path, trunk: Trunk) -> dict[str, torch.Tensor]:
@@ -178,7 +191,7 @@ def _existing_pth(path: Path, trunk: Trunk) -> dict[str, torch.Tensor]:
 def _from_hub(trunk: Trunk, offline: bool) -> dict[str, torch.Tensor]:
     if offline:
         raise Unusable("not asked (LATENT_AE_OFFLINE or HF_HUB_OFFLINE is set)")
-    _note(f"trying {_url(trunk)}")
+    _note(f"trying {urllib.parse.urlsplit(_url(trunk)).netloc} for {trunk.hub_file}")
     # Of the trunks only the convolutions are kept: torchvision's files are up to nine times as large as they are.
     with tempfile.TemporaryDirectory(prefix="latent-ae-") as folder:
         path = Path(folder) / trunk.hub_file

@@ -6,6 +6,8 @@ import torch
 from latent_ae.config import UserError
 from latent_ae.perceptual import LPIPS
 
+from .made_jobs import Jobs
+
 torch.set_num_threads(1)
 
 
@@ -15,4 +17,10 @@ def lpips_vgg() -> LPIPS:
     try:
         return LPIPS("vgg")
     except UserError as error:
-        pytest.skip(f"no LPIPS weights can be had here: {str(error).splitlines()[0]}")
+        pytest.skip(f"{str(error).splitlines()[0]} docs/weights.md says how.")
+
+
+@pytest.fixture(scope="session")
+def jobs(tmp_path_factory: pytest.TempPathFactory) -> Jobs:
+    """Every command of `latent-ae eval`, each run once."""
+    return Jobs(tmp_path_factory.mktemp("jobs"))

@@ -16,10 +16,10 @@ def mounted(folder: Path, size: str) -> Iterator[Path]:
     """A tmpfs of `size` at `folder`; skips the test where mounting is not permitted."""
     folder.mkdir()
     if not sys.platform.startswith("linux") or os.geteuid():
-        pytest.skip("mounting a disk takes root on Linux")
+        pytest.skip("mounting a small disk takes root on Linux: run the tests as root")
     mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "none", str(folder)]
     if subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("mounting is not permitted here")
+        pytest.skip("mounting is not permitted here: run the tests as root outside a container")
     try:
         yield folder
     finally:

@@ -11,7 +11,7 @@ from latent_ae_eval.config import ReconSettings
 from latent_ae_eval.recon import evaluate_reconstruction
 
 model, inception, *words = sys.argv[1:]
-sizes = {"resize_px": None, "crop_px": 32, "batch_size": 2, "num_workers": 0, "max_bad_fraction": 1.0}
+sizes = {"resize_px": None, "crop_px": 32, "batch_size": 2, "num_workers": 0, "limit": 4, "max_bad_fraction": 1.0}
 settings = ReconSettings(lpips=(), frechet=("inception",), inception_weights=inception, **sizes)
 for data, out in zip(words[::2], words[1::2], strict=True):
     try:

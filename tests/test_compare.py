@@ -10,6 +10,7 @@ import scipy.stats
 
 from latent_ae.__main__ import main
 from latent_ae.config import UserError
+from latent_ae.frechet import jackknife_interval
 from latent_ae_eval import compare as module
 from latent_ae_eval.compare import CHANCE, DIFFERS, INDEPENDENT, PAIRED, UNKNOWN, compare, mean_intervals
 
@@ -58,6 +59,19 @@ def test_equal_models_differ_in_about_one_comparison_of_twenty():
     false_alarms = np.mean((low > 0) | (high < 0))
     # 0.05 +- 3.3 standard errors of 1,000 comparisons, and the bootstrap's own 0.005 at n = 100
     assert 0.03 < false_alarms < 0.08
+
+
+def test_equal_models_on_other_images_each_differ_in_one_comparison_of_twenty_or_fewer():
+    """Half-widths from ten groups each; where both are as wide, Student's quantile of one is a little too wide."""
+    values = np.random.default_rng(4).normal(size=(2, 5000, 10))
+    left_out = (values.sum(2)[..., None] - values) / 9
+    means = values.mean(2)
+    false_alarms = 0
+    for a, b, without_a, without_b in zip(*means, *left_out, strict=True):
+        pair = tuple(jackknife_interval(a, without_a)), tuple(jackknife_interval(b, without_b))
+        low, high = module._independent(b - a, *pair)
+        false_alarms += low > 0 or high < 0
+    assert 0.03 < false_alarms / 5000 < 0.05  # P(|T| > 2.262) with 18 degrees of freedom: 0.036
 
 
 def test_a_paired_difference_that_independent_intervals_miss(tmp_path):

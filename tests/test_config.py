@@ -1,11 +1,13 @@
 """Settings: every mistake at once, with the key's path, what is wrong and what to do."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from latent_ae.__main__ import main
 from latent_ae.config import UserError, load_settings, recipe_names, to_yaml
 from latent_ae_train.config import TrainSettings
 
@@ -42,7 +44,6 @@ def message(*words: str, source: str | None = None) -> str:
         ("report_to=[mlflow]", "report_to: input should be 'tensorboard', 'wandb' or 'trackio'"),
         ("steps", "steps: not understood; write key=value"),
         ("steps.x=3", "steps"),
-        ("batch_size=10 micro_batch_size=4", "batch_size: 10 does not divide into 1 process(es) x micro_batch_size 4"),
         ("data.resolution=100 model.block_out_channels=[32,32,32,32]", "data.resolution: 100 is not a multiple"),
         ("data.source=./no/such/folder", "data.source: no such file or folder: ./no/such/folder"),
         ("data.eval_source=/nowhere", "data.eval_source: no such file or folder"),
@@ -73,18 +74,57 @@ def test_each_mistake_has_its_message(word: str, expected: str, monkeypatch: pyt
 
 
 def test_all_mistakes_at_once() -> None:
-    text = message("stesp=1", "optim.lr=true", "batch_size=10", "micro_batch_size=4", "data.source=/nowhere/at/all")
-    assert text.startswith("4 problems")
-    for key in ("stesp:", "optim.lr:", "batch_size:", "data.source:"):
+    text = message("stesp=1", "optim.lr=true", "batch_size=0", "data.resize_px=8", "data.source=/nowhere/at/all")
+    assert text.startswith("5 problems")
+    for key in ("stesp:", "optim.lr:", "batch_size:", "data.resize_px:", "data.source:"):
         assert f"\n  {key}" in text
 
 
 def test_a_wrong_batch_split_depends_on_the_number_of_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     load_settings(TrainSettings, None, ["batch_size=9"])
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert "9 does not divide into 2 process(es): set batch_size to 8 or 10" in message("batch_size=9")
-    settings = load_settings(TrainSettings, None, ["batch_size=24", "micro_batch_size=3"])
-    assert (settings.micro_batch, settings.accumulation) == (3, 4)
+    assert "9 does not divide into 2 processes: set batch_size to 8 or 10" in message("batch_size=9")
+    monkeypatch.setenv("WORLD_SIZE", "16")
+    assert "9 does not divide into 16 processes: set batch_size to 16, or" in message("batch_size=9")
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "processes", "most", "expected"),
+    [
+        (24, 2, 3, (3, 4)),
+        (32, 16, 4, (2, 1)),
+        (10, 1, 4, (2, 5)),
+        (12, 1, 5, (4, 3)),
+        (14, 2, 4, (1, 7)),
+        (8, 2, None, (4, 1)),
+    ],
+)
+def test_a_pass_holds_the_largest_part_that_divides_the_share(
+    batch_size: int, processes: int, most: int | None, expected: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    words = [f"batch_size={batch_size}", f"micro_batch_size={most or 'null'}"]
+    settings = load_settings(TrainSettings, None, words)
+    assert (settings.micro_batch, settings.accumulation) == expected
+    assert processes * settings.micro_batch * settings.accumulation == batch_size
+
+
+def test_the_documented_command_for_two_machines_has_a_plan(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = (Path(__file__).parent.parent / "docs/multi-gpu.md").read_text().replace("\\\n", " ")
+    (line,) = [
+        line for line in page.splitlines() if line.startswith("accelerate launch") and "--num_machines 2" in line
+    ]
+    launcher, words = line.split(" -m latent_ae ")
+    (processes,) = re.findall(r"--num_processes (\d+)", launcher)
+    monkeypatch.setenv("WORLD_SIZE", processes)
+    places = words.replace("/shared/photos", str(tmp_path)).replace("/shared/runs", str(tmp_path))
+    assert main([*places.split(), "--dry-run"]) == 0
+    assert (
+        "32 = 16 process(es) x 2 micro-batch x 1 accumulation (micro_batch_size 4 is the most"
+        in capsys.readouterr().out
+    )
 
 
 @pytest.mark.parametrize("name", ["FSDP", "DEEPSPEED", "MEGATRON_LM"])

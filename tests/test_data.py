@@ -744,7 +744,10 @@ def test_streamed_tar_files(tmp_path: Path) -> None:
 
 # the real thing, where it is at hand
 
-real_data = pytest.mark.skipif("LATENT_AE_TEST_DATA" not in os.environ, reason="LATENT_AE_TEST_DATA is not set")
+real_data = pytest.mark.skipif(
+    "LATENT_AE_TEST_DATA" not in os.environ,
+    reason="set LATENT_AE_TEST_DATA to a folder that holds bsds500/ with train/, val/ and test/",
+)
 
 
 @real_data

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from scipy.stats import mannwhitneyu
+from scipy.special import logit
+from scipy.stats import mannwhitneyu, norm
 
 from latent_ae.detection import PixelScores, auroc, auroc_interval, conformal_threshold
 
@@ -23,8 +24,10 @@ def test_interval_is_delongs_by_its_definition():
     normal, abnormal = two_sets()
     psi = (abnormal[:, None] > normal) + 0.5 * (abnormal[:, None] == normal)
     variance = psi.mean(1).var(ddof=1) / 25 + psi.mean(0).var(ddof=1) / 40
-    half = 1.96 * variance**0.5
-    assert auroc_interval(normal, abnormal) == pytest.approx([psi.mean() - half, psi.mean() + half], abs=1e-4)
+    area, (low, high) = psi.mean(), auroc_interval(normal, abnormal)
+    assert (logit(low) + logit(high)) / 2 == pytest.approx(logit(area), abs=1e-9)
+    # the logit's slope is 1 / (A (1 - A))
+    assert (logit(high) - logit(low)) / 2 == pytest.approx(1.96 * variance**0.5 / (area * (1 - area)), rel=1e-4)
 
 
 @pytest.mark.parametrize("paired", [False, True])
@@ -40,9 +43,25 @@ def test_intervals_are_as_wide_as_areas_spread(paired):
     assert np.mean(widths) == pytest.approx(np.std(areas), rel=0.1)
 
 
-def test_no_interval_where_nothing_is_out_of_order():
-    assert auroc_interval(np.arange(5.0), np.arange(5.0, 9)) is None
-    assert auroc_interval(np.arange(5.0), np.array([2.0])) is None
+@pytest.mark.parametrize("paired", [False, True])
+def test_intervals_hold_the_area_as_often_as_they_say(paired):
+    """Few images and a high area, where an interval cut at 1 holds it 84 times in 100."""
+    rng = np.random.default_rng(0)
+    held = []
+    for _ in range(800):
+        shared = rng.normal(0, 0.7, 20) if paired else np.zeros(20)
+        own = 0.51**0.5 if paired else 1.0
+        normal, abnormal = shared + rng.normal(0, own, 20), shared + 2 + rng.normal(0, own, 20)
+        interval = auroc_interval(normal, abnormal, paired=paired)
+        held += [interval[0] <= norm.cdf(2**0.5) <= interval[1]] if interval else []
+    assert 0.93 < np.mean(held) < 0.98
+
+
+def test_no_interval_where_nothing_is_out_of_order_and_of_few_images():
+    assert auroc_interval(np.arange(15.0), np.arange(15.0, 30)) is None
+    assert auroc_interval(np.arange(15.0), np.arange(9.0)) is None
+    # three pairs in a row, whose areas leave no variance
+    assert auroc_interval(np.array([1.0, 3.0, 5.0]), np.array([2.0, 4.0, 6.0]), paired=True) is None
 
 
 @pytest.mark.parametrize("count, rate", [(19, 0.1), (19, 0.05), (30, 0.1), (7, 0.5)])

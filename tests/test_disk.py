@@ -239,7 +239,7 @@ def test_weights_that_cannot_be_kept(world: Any) -> None:
     world.check(weight_file("tiny"))
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="/dev/full is there on Linux only")
 def test_results_that_find_no_room(pictures: Path, tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
     with open("/dev/full", "w") as full:
         monkeypatch.setattr(sys, "stdout", full)

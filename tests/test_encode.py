@@ -419,7 +419,7 @@ def test_too_little_space_is_said_before_the_first_image(model, photos, tmp_path
         if fits:
             encode_images(model, photos, tmp_path / "out", SETTINGS)
         else:
-            with pytest.raises(UserError, match="0.0 GB free and the latents need"):
+            with pytest.raises(UserError, match="has 14.3 kB free and the latents need 14.3 kB"):
                 encode_images(model, photos, tmp_path / "out", SETTINGS)
 
 

@@ -255,8 +255,10 @@ def test_what_is_left_out_is_said(tmp_path, monkeypatch, capsys):
     result = evaluate_reconstruction(spoils_the_first, photos, settings_with(frechet=("inception",), batch_size=4))
     assert result["metrics"]["mode"] == {"n": 4, "psnr": 100.0, "ssim": 1.0, "fid": None, "kid": None}
     missing, left_out, second, enlarged = result["notes"]
-    assert missing.startswith("FID and KID are missing: the weights of inception could not be had.")
-    assert "weights-inception-2015-12-05-6726825d.pth" in missing and "LATENT_AE_WEIGHTS" in missing
+    assert missing == (
+        "FID and KID are missing: the weights of inception could not be had; `latent-ae weights fetch` says why and "
+        "what helps"
+    )
     assert left_out == "mode_psnr: 1 of 4 images left out, their reconstruction holds NaN or infinity"
     assert second.startswith("mode_ssim: 1 of 4") and enlarged.startswith("4 of 4 images are smaller than the crop")
     assert result["images"][0]["mode_psnr"] is None

@@ -132,7 +132,10 @@ def test_model_card_metadata_reads_back(exported):
     assert results == {"PSNR (dB)": ("psnr", 27.5), "SSIM": ("ssim", 0.8), "LPIPS (VGG)": ("lpips", 0.25)}
     assert {result.dataset_name for result in card.data.eval_results} == {"photos"}
     assert "| bicubic, 2x down and up | 24 | 0.7 | 0.4 |" in card.text and "1,200 steps" in card.text
-    assert f"| fp16 | {facts['precision']['fp16']['psnr']:.1f} | 0 |" in card.text and "fp16 is safe: " in card.text
+    assert (
+        f"| fp16, emulated | {facts['precision']['fp16']['psnr']:.1f} | 0 |" in card.text
+        and "fp16 is safe: " in card.text
+    )
     assert "An image of 48 px decoded in tiles of 32 px" in card.text
 
 
@@ -173,6 +176,30 @@ def test_the_check_sees_one_altered_weight_and_an_unloadable_folder(exported, tm
         verify_export(tmp_path, autoencoder, IMAGES)
 
 
+def test_the_check_runs_where_the_model_was_trained_and_else_on_the_cpu(exported, tmp_path, capsys, monkeypatch):
+    """The meta device stands for an accelerator: it is everywhere, and what ran on it has no numbers to give back."""
+    autoencoder, folder, _, _ = exported
+    meta = torch.device("meta")
+    with pytest.raises(RuntimeError, match="stock diffusers cannot load(.|\n)*meta"):
+        export._reconstruct_in_fresh_process(folder, "AutoencoderKL", IMAGES, meta)
+    assert 0 <= verify_export(folder, autoencoder, IMAGES, meta) <= 1e-5
+    error = capsys.readouterr().err
+    assert "on 2 images (meta)" in error and "does not pass on meta: " in error and "on 2 images (cpu)" in error
+    model = tiny_autoencoder()
+    monkeypatch.setattr(AutoencoderKL, "device", property(lambda self: meta))
+    with pytest.raises(RuntimeError, match="scalarType|meta"):  # the trial in half precision
+        write(model, tmp_path / "export")
+    monkeypatch.setattr(export, "_tried", lambda *_: None)
+    write(model, tmp_path / "export")
+    assert "on 2 images (meta)" in capsys.readouterr().err
+
+
+def test_tiles_that_are_large_for_a_cpu_are_not_tried(tmp_path):
+    facts = write(tiny_autoencoder(), tmp_path / "export", sample_size=1024)
+    assert "tiling" not in facts["precision"] and facts["precision"]["fp16"]["psnr"] > 40
+    assert "Decoding in tiles was not tried" in (tmp_path / "export/README.md").read_text()
+
+
 def snapshot(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
@@ -207,7 +234,10 @@ def test_a_model_that_overflows_in_half_precision_is_upcast(tmp_path):
     assert json.loads((tmp_path / "export" / "config.json").read_text())["force_upcast"] is True
     assert facts["precision"]["fp16"]["first_not_finite"] == "decoder.conv_in"
     text = (tmp_path / "export" / "README.md").read_text()
-    assert "fp16 is not safe: values are not finite from decoder.conv_in on" in text and "| fp16 | – | 2,304 |" in text
+    assert (
+        "fp16 is not safe: values are not finite from decoder.conv_in on" in text
+        and "| fp16, emulated | – | 2,304 |" in text
+    )
 
 
 def test_a_folder_of_something_else_is_not_replaced(tmp_path):

@@ -1,7 +1,9 @@
 """Every class of first stage against diffusers itself, on tiny real instances."""
 
 import json
+import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,7 +19,7 @@ from diffusers import (
 from safetensors.torch import save_file
 
 from latent_ae.config import UserError
-from latent_ae.families import FAMILIES
+from latent_ae.families import FAMILIES, OWN
 from latent_ae.first_stages import first_stage, load_first_stage
 from latent_ae.flow_posterior import FlowAutoencoderKL
 from latent_ae.hierarchical import HierarchicalVAE
@@ -242,3 +244,14 @@ def test_what_is_none_gets_a_message(tmp_path):
         first_stage(3)
     with pytest.raises(UserError, match="3 channels and gives 1"):
         first_stage(AutoencoderKL(in_channels=3, out_channels=1))
+
+
+def test_the_pages_name_the_classes_that_are_known():
+    root = Path(__file__).parent.parent
+    named = re.compile(r"\b\w*Autoencoder\w+|\bVQModel\b|\bHierarchicalVAE\b")
+    text = (root / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    sentence = text[text.index("MODEL is a first stage of a class") : text.index("any other is refused")]
+    assert sorted(named.findall(sentence)) == sorted(FAMILIES)
+    text = (root / "README.md").read_text(encoding="utf-8")
+    sentence = text[text.index("classes of diffusers (") : text.index("by named protocols")]
+    assert sorted(named.findall(sentence)) == sorted(set(FAMILIES) - set(OWN))

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 from torch_fidelity.metric_kid import kid_features_to_metric
@@ -13,6 +14,7 @@ from latent_ae.frechet import (
     jackknife_interval,
     kernel_distance,
     squared_mmd,
+    student_quantile,
 )
 
 
@@ -85,19 +87,33 @@ def test_squared_mmd_is_the_unbiased_sum_and_small_sets_are_taken_whole():
     assert kernel_distance(x.__getitem__, y.__getitem__, 5) == (pytest.approx(squared_mmd(x, y)), 0.0)
 
 
-def test_the_jackknife_covers_a_frechet_distance_about_as_often_as_it_says():
-    """Two normal sets in two dimensions whose distance for this N is known from many repetitions."""
-    rng, count, groups = np.random.default_rng(0), 400, 10
+@pytest.mark.parametrize("freedom", [1, 2, 3, 9, 18, 100])
+def test_students_quantile_is_scipys(freedom):
+    assert student_quantile(freedom) == pytest.approx(scipy.stats.t.ppf(0.975, freedom), rel=1e-5)
 
-    def draw():
-        return rng.normal(size=(count, 2)), rng.normal(size=(count, 2)) * 1.5 + 0.5
 
-    expected = np.mean([frechet_of_features(*draw()) for _ in range(400)])
-    covered = 0
-    for _ in range(200):
-        x, y = draw()
-        parts = [np.arange(group, count, groups) for group in range(groups)]
-        left_out = [frechet_of_features(np.delete(x, rows, 0), np.delete(y, rows, 0)) for rows in parts]
-        low, high = jackknife_interval(frechet_of_features(x, y), left_out)
-        covered += low <= expected <= high
-    assert 0.86 <= covered / 200 <= 0.99  # nine degrees of freedom and a normal quantile: a little under 95 %
+@pytest.mark.parametrize("groups", [3, 10])
+def test_the_jackknife_covers_the_mean_of_normals_in_95_of_100_cases(groups):
+    values = np.random.default_rng(0).normal(size=(10_000, groups, 4))
+    left_out = (values.sum((1, 2))[:, None] - values.sum(2)) / (4 * (groups - 1))
+    intervals = np.array([jackknife_interval(x.mean(), parts) for x, parts in zip(values, left_out, strict=True)])
+    covered = np.mean((intervals[:, 0] <= 0) & (intervals[:, 1] >= 0))
+    assert 0.94 < covered < 0.96  # 4.6 standard errors of 10,000 cases
+
+
+def test_the_jackknife_covers_a_frechet_distance_of_pairs_as_often_as_it_says():
+    """Images and reconstructions that resemble them, of one feature, where the distance is (a - b)^2 + (s - t)^2."""
+    rng, groups = np.random.default_rng(0), 10
+    x = rng.normal(size=(4000, groups, 20))
+    y = 1.5 * x + 0.5 + 0.2 * rng.normal(size=x.shape)
+
+    def distance(kept):
+        a, b = x[:, kept].reshape(len(x), -1), y[:, kept].reshape(len(y), -1)
+        return (a.mean(1) - b.mean(1)) ** 2 + (a.std(1, ddof=1) - b.std(1, ddof=1)) ** 2
+
+    values = distance(slice(None))
+    assert values[0] == pytest.approx(frechet_of_features(x[0].reshape(-1, 1), y[0].reshape(-1, 1)), rel=1e-9)
+    left_out = np.stack([distance(np.arange(groups) != group) for group in range(groups)], 1)
+    intervals = np.array([jackknife_interval(*case) for case in zip(values, left_out, strict=True)])
+    covered = np.mean((intervals[:, 0] <= values.mean()) & (values.mean() <= intervals[:, 1]))
+    assert 0.94 < covered < 0.96  # 2.9 standard errors; `values.mean()` is the distance for this N

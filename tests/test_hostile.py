@@ -336,7 +336,7 @@ def test_no_program_is_run_on_a_picture(tmp_path: Path, monkeypatch: pytest.Monk
     assert not mark.exists()
 
 
-@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes")
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="named pipes are there on Linux and macOS only")
 def test_a_pipe_and_a_device_among_pictures(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.png")
     (tmp_path / "zero.png").symlink_to("/dev/zero")

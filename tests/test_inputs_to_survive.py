@@ -603,7 +603,7 @@ def test_small_dev_shm(tmp_path: Path) -> None:
     """In mount namespaces of their own: one page is enough; none gives one message."""
     folder = good(tmp_path / "a", 6, side=200)
     if subprocess.run(["unshare", "-m", "mount", "-t", "tmpfs", "none", str(tmp_path)], capture_output=True).returncode:
-        pytest.skip("mount namespaces are not allowed here")
+        pytest.skip("mount namespaces are not allowed here: run the tests as root outside a container")
     check_it = f"{sys.executable} -m latent_ae data check {folder} num_workers=2 resolution=16"
     for fill, code in (("true", 0), ("dd if=/dev/zero of=/dev/shm/full bs=4k 2>/dev/null", 2)):
         shell = f"mount -t tmpfs -o size=64k none /dev/shm && ({fill}; {check_it})"

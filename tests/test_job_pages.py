@@ -1,50 +1,42 @@
-"""The jobs' pages in a real browser: nothing fetched, no complaint, no sideways scrolling, names shown as they are."""
+"""Every page in a real browser, as wide as a telephone: nothing fetched, no sideways scrolling, names as they are."""
 
-import numpy as np
+import json
+
 import pytest
-from PIL import Image
 
-from latent_ae_eval.anomaly import find_anomalies
-from latent_ae_eval.interpolate import interpolate
-from latent_ae_eval.job_config import AnomalySettings, InterpolateSettings, LikelihoodSettings, ProbeSettings
-from latent_ae_eval.likelihood import measure_likelihood
-from latent_ae_eval.probe import probe
+from latent_ae_train.config import TrainSettings
+from latent_ae_train.report import write_report
 
-from .made_results import HOSTILE
-from .test_eval_recon import model
-from .test_pages_in_browser import BROWSER, opened
+from .made_jobs import COMMANDS, DOWNLOADS, Jobs
+from .test_pages_in_browser import in_browser, narrow
 
-__all__ = ["model"]  # a fixture
-pytestmark = pytest.mark.skipif(BROWSER is None, reason="no chromium or google-chrome on PATH")
-NAME = HOSTILE.replace("/", "")
+pytestmark = in_browser
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> str:
-    root = tmp_path_factory.mktemp("data")
-    random = np.random.default_rng(0)
-    for name in (f"{NAME} a", "b" * 200):
-        (root / name).mkdir()
-        for number in range(8):
-            pixels = random.integers(0, 256, (16, 16, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(root / name / f"{number} {NAME}{'x' * 150}.png")
-    return str(root)
+def pages(jobs: Jobs, tmp_path_factory) -> dict[str, str]:
+    """The pages of all commands, and a training's, by name."""
+    made = {name: jobs(name).page for name in COMMANDS if name not in (*DOWNLOADS, "recon-other")}
+    for name, text in made.items():
+        assert "<script" not in text and "&lt;script&gt;" in text, name
+    run = tmp_path_factory.mktemp("run")
+    keys = ("l1", "lpips", "generator", "discriminator", "grad_norm", "grad_norm_discriminator")
+    lines = [{"event": "train", "step": step, "verdict": "balanced; " * 30} | dict.fromkeys(keys, 1) for step in (1, 2)]
+    (run / "log.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    rows = [{"": "after", "PSNR (dB)": "30.44", "SSIM": "0.892", "LPIPS (VGG)": "0.151", "LPIPS (Alex)": "0.151"}]
+    write_report(run, TrainSettings.model_validate({"steps": 2}), rows)
+    return made | {"training": (run / "report.html").read_text(encoding="utf-8")}
 
 
-@pytest.mark.parametrize("job", ["interpolate", "probe", "anomaly", "likelihood"])
-def test_pages_fit_a_telephone_and_fetch_nothing(model, folder, tmp_path, job):
-    common = {"num_workers": 0}
-    if job == "interpolate":
-        settings = InterpolateSettings(steps=3, frames=1, num_images=2, lpips=None, **common)
-        interpolate(model, folder, settings, out=tmp_path)
-    elif job == "probe":
-        probe(model, folder, ProbeSettings(labels_per_class=(2,), draws=2, **common), out=tmp_path)
-    elif job == "likelihood":
-        measure_likelihood(model, folder, LikelihoodSettings(samples=3, num_pictures=1, **common), out=tmp_path)
-    else:
-        settings = AnomalySettings(normal=folder, normal_class="b" * 200, lpips=None, num_pictures=1, **common)
-        find_anomalies(model, folder, settings, out=tmp_path)
-    text = (tmp_path / "report.html").read_text(encoding="utf-8")
-    assert "<script" not in text and "&lt;script&gt;" in text
-    found = opened(tmp_path, text, width_px=400)
-    assert found["width"] == 400 and found["overflow"] <= 0 and found["fetched"] == []
+@pytest.mark.parametrize("width_px, least_px", [(390, 11), (320, 9)])
+def test_pages_fit_a_telephone_and_fetch_nothing(pages, tmp_path, width_px, least_px):
+    for name, found in zip(pages, narrow(tmp_path, list(pages.values()), width_px), strict=True):
+        assert found["width"] == width_px and found["overflow"] <= 0 and found["fetched"] == [], name
+        assert (found["letters"] or least_px) >= least_px and not found["broken"], name
+
+
+def test_pages_of_generated_images_fit_a_telephone(jobs: Jobs, lpips_vgg, tmp_path):
+    texts = [jobs(name).page for name in ("sample-compared", "diffusion")]
+    assert all(found["overflow"] <= 0 and not found["broken"] for found in narrow(tmp_path, texts, 390))
+    settings = json.loads((jobs("diffusion").folder / "result.json").read_text())["settings"]
+    assert settings["lr"] == "preset" and all(">preset<" not in text for text in texts)

@@ -48,7 +48,7 @@ def measure(a: torch.Tensor, b: torch.Tensor, nets=(), order=None) -> Reconstruc
     try:
         metrics = ReconstructionMetrics("cpu", nets)
     except UserError as error:
-        pytest.skip(f"no LPIPS weights can be had here: {str(error).splitlines()[0]}")
+        pytest.skip(f"{str(error).splitlines()[0]} docs/weights.md says how.")
     for index in order or range(len(a)):
         metrics.update([index], [f"{index}.png"], a[index : index + 1], b[index : index + 1])
     return metrics

@@ -23,7 +23,7 @@ def test_the_update_is_nearly_orthogonal(shape: tuple[int, int]) -> None:
     torch.testing.assert_close(inner - torch.diag(values), torch.zeros_like(inner), atol=1e-9, rtol=0)
 
 
-@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch before 2.9 has none")
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch before 2.9 has no Muon, install a newer one")
 def test_steps_equal_those_of_torch() -> None:
     ours = nn.Parameter(torch.randn(16, 8, 3, 3).to(memory_format=torch.channels_last))
     theirs = nn.Parameter(ours.detach().flatten(1).clone())

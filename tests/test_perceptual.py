@@ -105,7 +105,7 @@ def test_real_trunk_on_photographs(net, reference):
     try:
         tensors = load_file(weight_file(NETS[net]))
     except UserError as error:
-        pytest.skip(f"no weights here: {error}")
+        pytest.skip(f"{str(error).splitlines()[0]} docs/weights.md says how.")
     x, y = photograph_pairs()
     with torch.no_grad():
         found = LPIPS(net)(x, y)

@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import re
 
 import pytest
 import skimage
@@ -13,6 +14,7 @@ from latent_ae import precision
 from latent_ae.model_settings import ModelSettings
 from latent_ae.models import build_autoencoder
 from latent_ae.precision import compare_tiled, probe_precision, probe_tiling, verdict
+from latent_ae.progress import bar
 
 
 def tiny_autoencoder() -> AutoencoderKL:
@@ -42,6 +44,21 @@ def reconstructed(vae: AutoencoderKL, dtype: torch.dtype) -> torch.Tensor:
         return vae(IMAGES.to(dtype), sample_posterior=False).sample.float()
 
 
+def rounded(vae: AutoencoderKL, dtype: torch.dtype) -> torch.Tensor:
+    """In float32, each parameter, the image and whatever a module gives rounded to `dtype`."""
+    vae = copy.deepcopy(vae).eval()
+
+    def hook(module, inputs, output):
+        return output.to(dtype).float() if isinstance(output, torch.Tensor) else None
+
+    for module in vae.modules():
+        module.register_forward_hook(hook)
+    with torch.no_grad():
+        for parameter in vae.parameters():
+            parameter.copy_(parameter.to(dtype))
+        return vae(IMAGES.to(dtype).float(), sample_posterior=False).sample
+
+
 def test_a_normal_model_fits_and_is_left_as_it_is():
     vae = tiny_autoencoder().train()
     before = copy.deepcopy(vae.state_dict()), dict(vae.config), torch.get_rng_state()
@@ -49,8 +66,9 @@ def test_a_normal_model_fits_and_is_left_as_it_is():
     assert found["force_upcast"] is False and found["images"] == 2
     exact = reconstructed(vae, torch.float32)
     for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
-        assert found[name]["psnr"] == pytest.approx(psnr(reconstructed(vae, dtype), exact), abs=0.02)
-        assert (found[name]["not_finite"], found[name]["first_not_finite"], found[name]["emulated"]) == (0, None, False)
+        assert found[name]["psnr"] == pytest.approx(psnr(rounded(vae, dtype), exact), abs=0.02)
+        assert found[name]["psnr"] == pytest.approx(psnr(reconstructed(vae, dtype), exact), abs=4)
+        assert (found[name]["not_finite"], found[name]["first_not_finite"], found[name]["emulated"]) == (0, None, True)
     # three bits less are 18 dB, where rounding is all there is
     assert 10 < found["fp16"]["psnr"] - found["bf16"]["psnr"] < 26
     assert vae.training and not vae.use_tiling and dict(vae.config) == before[1]
@@ -153,33 +171,61 @@ def reconstructed_once(vae: AutoencoderKL) -> None:
         vae.eval()(IMAGES, sample_posterior=False)
 
 
-def test_a_type_that_the_device_lacks_is_emulated_and_said_so(monkeypatch):
-    vae = tiny_autoencoder()
-    real = probe_precision(vae, IMAGES)
+def without_half(error: str):
+    """A convolution of a device that has no fp16."""
     forward = torch.nn.Conv2d.forward
 
-    def without_half(self, x):
+    def convolve(self, x):
         if x.dtype == torch.float16:
-            raise RuntimeError("\"slow_conv2d_cpu\" not implemented for 'Half'")
+            raise RuntimeError(error)
         return forward(self, x)
 
-    monkeypatch.setattr(torch.nn.Conv2d, "forward", without_half)
-    found = probe_precision(vae, IMAGES)
-    assert found["fp16"]["emulated"] and not found["bf16"]["emulated"]
-    assert found["fp16"]["psnr"] == pytest.approx(real["fp16"]["psnr"], abs=4) and found["fp16"]["psnr"] < 100
+    return convolve
+
+
+def test_a_cpu_does_not_compute_in_half_precision(monkeypatch):
+    def refused(self, x):
+        assert x.dtype == self.weight.dtype == torch.float32
+        return torch.nn.functional.conv2d(x, self.weight, self.bias, self.stride, self.padding)
+
+    monkeypatch.setattr(torch.nn.Conv2d, "forward", refused)
+    found = probe_precision(tiny_autoencoder(), IMAGES)
+    assert found["fp16"]["emulated"] and found["bf16"]["emulated"]
+
+
+def test_another_device_computes_or_is_emulated_and_said_so(monkeypatch):
+    """As on an accelerator, here on the CPU."""
+    vae = tiny_autoencoder()
+    exact = reconstructed(vae, torch.float32)
+
+    def tried(dtype):
+        with bar("", 1, "layer") as progress:
+            return precision._in_type(vae, IMAGES, torch.device("cpu"), dtype, exact, progress, emulated=False)
+
+    for dtype in (torch.bfloat16, torch.float16):
+        found = tried(dtype)
+        assert found["psnr"] == pytest.approx(psnr(reconstructed(vae, dtype), exact), abs=0.02)
+        assert not found["emulated"]
+    monkeypatch.setattr(torch.nn.Conv2d, "forward", without_half("\"slow_conv2d_cpu\" not implemented for 'Half'"))
+    found = tried(torch.float16)
+    assert found["emulated"] and not tried(torch.bfloat16)["emulated"]
+    assert found["psnr"] == pytest.approx(psnr(rounded(vae, torch.float16), exact), abs=0.02)
     with torch.no_grad():
         vae.decoder.conv_in.weight *= 1e6
-    found = probe_precision(vae, IMAGES)
-    assert found["force_upcast"] and found["fp16"]["first_not_finite"] == "decoder.conv_in"
-
-    def with_a_bug(self, x):
-        if x.dtype == torch.float16:
-            raise RuntimeError("another")
-        return forward(self, x)
-
-    monkeypatch.setattr(torch.nn.Conv2d, "forward", with_a_bug)
+    assert tried(torch.float16)["first_not_finite"] == "decoder.conv_in"
+    monkeypatch.setattr(torch.nn.Conv2d, "forward", without_half("another"))
     with pytest.raises(RuntimeError, match="another"):
-        probe_precision(vae, IMAGES)
+        tried(torch.float16)
+
+
+def test_the_trial_shows_how_far_it_is(capsys):
+    probe_precision(tiny_autoencoder(), IMAGES.repeat(2, 1, 1, 1))
+    error = capsys.readouterr().err
+    assert "trial in half precision: 100%" in error
+    done, total = re.findall(r"(\d+)/(\d+)", error)[-1]
+    # three types, two images, once through each convolution, group norm and linear layer
+    layers = (torch.nn.Conv2d, torch.nn.GroupNorm, torch.nn.Linear)
+    assert int(done) == int(total) == 6 * sum(isinstance(module, layers) for module in tiny_autoencoder().modules())
 
 
 def test_tiles_that_diffusers_cannot_put_together_are_not_tried():

@@ -134,7 +134,8 @@ def test_the_controller_against_its_recursion() -> None:
 
 
 def test_what_is_off_keeps_no_state() -> None:
-    assert set(build_step(settings_for()).state.state_dict()) == {"adaptive_weight", "lecam_averages", "logvar"}
+    always = {"adaptive_weight", "lecam_averages", "lecam_share", "logvar"}
+    assert set(build_step(settings_for()).state.state_dict()) == always
 
 
 @pytest.mark.parametrize(

@@ -110,6 +110,57 @@ def test_every_loss_sees_the_matching_image(of_latent: bool) -> None:
     assert float(means["scale"]) == drawn.side_px / LATENT[1]
 
 
+@pytest.mark.parametrize("kind", ["latent", "image", "none"])
+@pytest.mark.parametrize("clamp", [1e4, 2.0])
+def test_a_scaled_step_counts_as_much_as_in_eq_vaes_sums(kind: str, clamp: float) -> None:
+    """One step of each kind against the loss of EQ-VAE's code: sums over the image that is reconstructed and over the
+    posterior's latent, and the adaptive weight of the sums' gradient under a clamp that does not bind or does."""
+    wanted = {"latent": True, "image": False, "none": None}[kind]
+    elements = 3 * SIDE * SIDE
+    settings = settings_for(
+        loss={"kl": 1e-3},
+        latents={"equivariance": 0.5},
+        gan={**GAN, "adaptive_cap": clamp / elements},
+        optim={"lr": 1e-30},
+        batch_size=4,
+        micro_batch_size=2,
+    )
+    kinds = {step: equivariance_at(step, settings, LATENT[1], FACTOR) for step in range(100)}
+    number = next(step for step, one in kinds.items() if (one and one.of_latent) == wanted)
+    drawn = kinds[number]
+    step = build_step(settings)
+    gradients: dict[str, torch.Tensor] = {}
+    step.optimizer.register_step_pre_hook(
+        lambda *_: gradients.update({n: p.grad.clone() for n, p in step.bare_reconstructor.named_parameters()})
+    )
+    discriminator = build_step(settings).bare_discriminator
+    for _ in range(2):  # the first measures the adaptive weight, which lags by one step
+        step(number, micro_batches(number, settings))
+    reference, (images, noise) = build_step(settings).bare_reconstructor.autoencoder, global_batch(number, settings)
+    side, turns = (drawn.side_px, drawn.quarter_turns) if drawn else (LATENT[1], 0)
+
+    def transformed(x: torch.Tensor, factor: int) -> torch.Tensor:
+        small = F.interpolate(x, size=(side * factor,) * 2, mode="bilinear", align_corners=False)
+        return torch.rot90(small, turns, (-1, -2))
+
+    target = transformed(images, FACTOR)
+    posterior = reference.encode(images if kind == "latent" else target).latent_dist
+    latent = posterior.mean + posterior.std * noise[..., : posterior.mean.shape[-1], : posterior.mean.shape[-1]]
+    image = reference.decode(transformed(latent, 1) if kind == "latent" else latent).sample
+    nll = (image - target).abs().sum() / 4
+    kl = 0.5 * (posterior.mean**2 + posterior.var - 1 - posterior.logvar).sum() / 4
+    adversarial = -discriminator(image).mean()
+    last = reference.decoder.conv_out.weight
+    norms = [torch.autograd.grad(loss, last, retain_graph=True)[0].norm() for loss in (nll, adversarial)]
+    ratio = norms[0] / (norms[1] + 1e-4)
+    assert (ratio > clamp) == (clamp < 10)  # binds, does not
+    (nll + 1e-3 * kl + 0.5 * ratio.clamp(max=clamp).detach() * adversarial).backward()
+    for name, parameter in reference.named_parameters():
+        expected = parameter.grad / elements
+        error = (gradients[f"autoencoder.{name}"] - expected).norm()
+        assert float(error) <= 5e-3 * float(expected.norm()) + 1e-9, name
+
+
 def test_the_whole_gradient_is_the_textbook_one() -> None:
     """All changes at once, against one autograd pass over the loss written out."""
     settings = settings_for(
@@ -146,7 +197,8 @@ def test_the_whole_gradient_is_the_textbook_one() -> None:
     assert latent.shape[-2:] == size
     kl = 0.5 * (posterior.mean**2 + posterior.var - 1 - posterior.logvar)
     floored = kl.mean((2, 3)).clamp(min=0.1).sum(1).mean() * LATENT[1] * LATENT[2] / (3 * SIDE * SIDE)
-    ((reference.decode(latent).sample - target).abs().mean() + 1e-2 * floored).backward()
+    reconstruction = (reference.decode(latent).sample - target).abs().sum() / images.numel()
+    (reconstruction + 1e-2 * floored).backward()
     for name, parameter in reference.named_parameters():
         torch.testing.assert_close(gradients[f"autoencoder.{name}"], parameter.grad, rtol=1e-4, atol=1e-7, msg=name)
     rates = [kl_per_dimension(posterior.mean, posterior.logvar)]

@@ -157,7 +157,13 @@ def test_running_again_changes_nothing(finished: Path, pictures: Path, capsys: p
     assert "is at step 6 already" in capsys.readouterr().err
 
 
-def test_a_run_killed_before_its_results_gets_them(finished: Path, pictures: Path, tmp_path: Path) -> None:
+STAGES = ("latent statistics: 100%", "trial in half precision: 100%", "trial in tiles ...", "check of the export in a")
+"""What the end of a run and `latent-ae export` name on stderr, in this order."""
+
+
+def test_a_run_killed_before_its_results_gets_them(
+    finished: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = tmp_path / "copy"
     shutil.copytree(finished, run)
     shutil.rmtree(run / "export")
@@ -167,6 +173,9 @@ def test_a_run_killed_before_its_results_gets_them(finished: Path, pictures: Pat
     assert main(words(pictures, run)) == 0
     ours, theirs = (json.loads((folder / "results.json").read_text()) for folder in (run, finished))
     assert ours["held_out"]["after"] == theirs["held_out"]["after"]
+    error = capsys.readouterr().err
+    places = [error.index(name) for name in (*STAGES, "report ...")]
+    assert places == sorted(places)
 
 
 @pytest.mark.usefixtures("no_finish")
@@ -468,7 +477,10 @@ def test_export_command(finished: Path, tmp_path: Path, capsys: pytest.CaptureFi
     # a checkpoint is enough: it may lie anywhere, without its run
     shutil.copytree(finished / "checkpoints/step-00000006", tmp_path / "kept")
     assert main(["export", str(tmp_path / "kept"), str(tmp_path / "vae")]) == 0
-    facts = json.loads(capsys.readouterr().out)
+    printed = capsys.readouterr()
+    facts = json.loads(printed.out)
+    places = [printed.err.index(name) for name in STAGES]
+    assert places == sorted(places)
     ours, theirs = (AutoencoderKL.from_pretrained(folder) for folder in (tmp_path / "vae", finished / "export"))
     assert ours.config.scaling_factor == pytest.approx(facts["scaling_factor"])
     assert ours.config.scaling_factor == pytest.approx(theirs.config.scaling_factor, rel=1e-6)

@@ -10,18 +10,21 @@ from PIL import Image
 
 from latent_ae.images import bicubic_down_up, to_tensor
 from latent_ae.metrics import compare
+from latent_ae.order import spread
 from latent_ae_train.validate import figures
 
 from .launch import launch
 
 
 def test_two_processes_validate_like_one_and_like_the_evaluator(tmp_path, lpips_vgg):
-    (tmp_path / "photos").mkdir()
     photo, rng, arrays = skimage.data.astronaut(), np.random.default_rng(0), []
-    for number in range(51):  # odd, and enough for a Fréchet distance
+    for number in range(102):  # of three classes; half of them are measured: odd, and enough for a Fréchet distance
         y, x = rng.integers(0, 480, 2)
         arrays.append(photo[y : y + 32, x : x + 32])
-        Image.fromarray(arrays[-1]).save(tmp_path / f"photos/{number:02d}.png")
+        path = tmp_path / f"photos/{number // 34}/{number:03d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(arrays[-1]).save(path)
+    arrays = [arrays[index] for index in spread(0, 102, 51)]
     script, summaries = Path(__file__).parent / "validate_on_processes.py", []
     for processes in (1, 2):
         out = tmp_path / f"on{processes}"
@@ -30,9 +33,12 @@ def test_two_processes_validate_like_one_and_like_the_evaluator(tmp_path, lpips_
         summaries += [json.loads(Path(f"{out}.rank{rank}.json").read_text()) for rank in range(processes)]
         with Image.open(f"{out}.png") as preview:
             assert preview.height > preview.width  # six rows of three
+    choices = [summary.pop("choice") for summary in summaries]
+    assert choices[0] == choices[1] == choices[2] and choices[0]["of"] == 102
     alone, first, second = summaries
     assert first == second == pytest.approx(alone, rel=1e-6)
     assert alone["n"] == 51 and set(alone) == {"n", "psnr", "ssim", "lpips_vgg", "frechet_vgg16"}
+    assert (tmp_path / "on1.png").read_bytes() == (tmp_path / "on2.png").read_bytes()
     columns: dict[str, list[float]] = {}
     for array in arrays:
         image = to_tensor(array)[None]

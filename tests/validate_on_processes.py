@@ -15,9 +15,8 @@ from latent_ae_train.validate import Validator
 
 data, out = sys.argv[1:]
 torch.set_num_threads(1)
-settings = TrainSettings.model_validate(
-    {"data": {"source": data, "eval_source": data, "resolution": 32, "num_workers": 0}, "gan": {"weight": 0.0}}
-)
+values = {"source": data, "eval_source": data, "resolution": 32, "num_workers": 0}
+settings = TrainSettings.model_validate({"data": values, "gan": {"weight": 0.0}, "validate": {"images": 51}})
 accelerator = Accelerator(cpu=True)
 validator = Validator(settings, accelerator, open_images(settings.data, "held_out"), 3, 4, LPIPS("vgg"))
 summary = validator.measure(lambda images: bicubic_down_up(images, 4), Path(f"{out}.png"))

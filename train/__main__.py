@@ -1,9 +1,10 @@
 """latent-ae train: settings, plan, then the loop."""
 
-import argparse
+import os
 import re
 import sys
 
+from latent_ae.command_line import SettingsParser
 from latent_ae.config import UserError, load_settings, recipe_names, to_yaml
 
 from .config import TrainSettings
@@ -11,17 +12,15 @@ from .config import TrainSettings
 
 def main(argv: list[str] | None = None) -> int:
     """The command `latent-ae train`."""
-    parser = argparse.ArgumentParser(
+    parser = SettingsParser(
+        TrainSettings,
         prog="latent-ae train",
         description="Train a first stage. The same command again goes on from the last checkpoint.",
-        epilog="example: latent-ae train quickstart data.source=/my/photos output_dir=runs/mine steps=2000",
+        examples="example: latent-ae train quickstart data.source=/my/photos output_dir=runs/mine steps=2000",
     )
     parser.add_argument("config", help=f"a YAML file, or a recipe: {', '.join(recipe_names())}")
-    parser.add_argument(
-        "override", nargs="*", default=[], metavar="key=value", help="changes a setting, e.g. optim.lr=1e-4"
-    )
     parser.add_argument("--dry-run", action="store_true", help="print the resolved settings and the plan, then stop")
-    arguments = parser.parse_intermixed_args(argv)
+    arguments = parser.read(argv)
     settings = load_settings(TrainSettings, arguments.config, arguments.override)
     if arguments.dry_run:
         from .plan import describe_plan
@@ -29,9 +28,13 @@ def main(argv: list[str] | None = None) -> int:
         print(to_yaml(settings))
         print(describe_plan(settings))
         return 0
+    if os.environ.get("RANK", "0") == "0":
+        for warning in settings.warnings():
+            print(f"warning: {warning}", file=sys.stderr)
     import torch
     from torch._dynamo.exc import TorchDynamoException
 
+    from .agreement import lost_process
     from .loop import train
     from .signals import EXIT_CODE, Stopped
 
@@ -50,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
     except RuntimeError as error:
         if settings.processes == 1 or not re.search("closed by peer|reset by peer|Broken pipe", str(error)):
             raise
-        raise UserError("another process of this run has ended; what it said tells why") from error
+        raise UserError(lost_process()) from error
     return 0
 
 

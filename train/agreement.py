@@ -1,12 +1,73 @@
-"""What stops one process stops all of them, with the same message, told once."""
+"""What stops one process stops all of them, with the same message, told once.
 
+Processes wait for each other here through gloo, in a group of their own: NCCL ends a run whose processes come to a
+collective ten minutes apart, and one process alone may export, save or download for longer than that.
+"""
+
+import os
+import socket
+import time
+from collections.abc import Callable
 from types import TracebackType
+from typing import Any, NamedTuple, TypeVar
+from weakref import WeakKeyDictionary
 
+import psutil
+import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from torch.distributed import ProcessGroup
 
 from latent_ae.config import ToldElsewhere, UserError
 from latent_ae.disk import disk_trouble
+from latent_ae.processes import PATIENCE
+
+SECONDS_TO_DIE = 2.0
+"""How long a process may still be seen after its connections are gone."""
+T = TypeVar("T")
+
+
+class Hosts(NamedTuple):
+    """The processes of a run as the operating system knows them."""
+
+    group: ProcessGroup
+    """For collectives of tensors on the CPU, which wait for a process as long as PATIENCE."""
+    places: list[tuple[str, int]]
+    """Host name and process id of each rank."""
+
+
+_hosts: WeakKeyDictionary[ProcessGroup, Hosts] = WeakKeyDictionary()
+
+
+def hosts() -> Hosts | None:
+    """The hosts of all processes, which all call this the first time; None where there is one process."""
+    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+        return None
+    world = torch.distributed.group.WORLD
+    assert world is not None
+    if world not in _hosts:
+        group = torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
+        places: list[Any] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(places, (socket.gethostname(), os.getpid()), group=group)
+        _hosts[world] = Hosts(group, places)
+    return _hosts[world]
+
+
+def gathered(value: T) -> list[T]:
+    """The `value` of each process, in the order of their ranks. Every process calls this."""
+    if (among := hosts()) is None:
+        return [value]
+    values: list[Any] = [None] * len(among.places)
+    torch.distributed.all_gather_object(values, value, group=among.group)
+    return values
+
+
+def on_main(accelerator: Accelerator, work: Callable[[], T]) -> T:
+    """What `work` gives on the main process, on every process; a UserError of it is raised on all of them."""
+    value = None
+    with Agreed(accelerator):
+        if accelerator.is_main_process:
+            value = work()
+    return gathered(value)[0]  # type: ignore[return-value]
 
 
 class Agreed:
@@ -34,7 +95,7 @@ class Agreed:
         rank, processes = self.accelerator.process_index, self.accelerator.num_processes
         if processes == 1:
             return
-        reasons = gather_object([reason])
+        reasons = gathered(reason)
         failed = [number for number, text in enumerate(reasons) if text is not None]
         if not failed:
             return
@@ -42,3 +103,28 @@ class Agreed:
         alike = len(failed) == processes and len(set(reasons)) == 1
         message = reasons[failed[0]] if alike or failed[0] == 0 else f"process {failed[0]}: {reasons[failed[0]]}"
         raise (UserError if rank == 0 else ToldElsewhere)(message) from error
+
+
+def lost_process() -> str:
+    """Says which process has ended, as far as this machine knows, when the connection to it is gone."""
+    if (among := next(iter(_hosts.values()), None)) is None:  # it ended before they knew each other
+        return "another process of this run has ended: what it said tells why"
+    here, deadline = socket.gethostname(), time.monotonic() + SECONDS_TO_DIE
+    while True:
+        gone = [rank for rank, (host, pid) in enumerate(among.places) if host == here and not _lives(pid)]
+        if gone or time.monotonic() > deadline:
+            break
+        time.sleep(0.02)
+    others = sorted({host for host, _ in among.places} - {here})
+    if gone:
+        who = " and ".join(f"process {rank} (pid {among.places[rank][1]} on {here})" for rank in gone)
+    else:
+        who = f"a process on another machine ({', '.join(others)})" if others else "a process of this run"
+    return f"{who} has ended: what it said tells why. If it said nothing, it was killed, perhaps for want of memory"
+
+
+def _lives(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False

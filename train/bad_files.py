@@ -4,12 +4,12 @@ from collections.abc import Sized
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 
 from latent_ae.config import UserError
 from latent_ae.data import Batch, ImageSource, stop_if_too_many_bad
 from latent_ae.data_settings import DataSettings
 
+from .agreement import gathered, hosts
 from .log import Log
 
 
@@ -25,7 +25,7 @@ class BadFiles:
         self.new, self.new_bad = list[str](), 0
         self.failure: UserError | None = None
         # hosts agree among themselves: nobody waits for a GPU
-        self.group = torch.distributed.new_group(backend="gloo") if accelerator.num_processes > 1 else None
+        self.hosts = hosts()
 
     def note(self, batch: Batch) -> None:
         """Counts a micro-batch of this process."""
@@ -43,8 +43,8 @@ class BadFiles:
         Raises UserError, on every process, when one of them failed or too many of all their files were unreadable.
         """
         trouble = torch.tensor(bool(self.new or self.failure), dtype=torch.int)
-        if self.group is not None:
-            torch.distributed.all_reduce(trouble, torch.distributed.ReduceOp.MAX, group=self.group)
+        if self.hosts is not None:
+            torch.distributed.all_reduce(trouble, torch.distributed.ReduceOp.MAX, group=self.hosts.group)
         if trouble:
             self._tell(step)
         if self.num_bad:
@@ -57,7 +57,7 @@ class BadFiles:
             )
 
     def _tell(self, step: int) -> None:
-        told = gather_object([(self.new, self.new_bad, str(self.failure) if self.failure else "")])
+        told = gathered((self.new, self.new_bad, str(self.failure) if self.failure else ""))
         self.new, self.new_bad = [], 0
         lines = dict.fromkeys(line for skipped, _, _ in told for line in skipped if line not in self.named)
         self.num_bad += sum(num_bad for _, num_bad, _ in told)

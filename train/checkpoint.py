@@ -183,10 +183,13 @@ def _restore(checkpoint: Checkpoint, train_step: TrainStep) -> None:
                 "output_dir"
             )
         if module is not None:
-            _load(module, load_file(path), path)
+            tensors = load_file(path)
+            if name == "step_state" and "lecam_averages" in tensors:  # before 0.2 the averages were used as they stood
+                tensors.setdefault("lecam_share", tensors["lecam_averages"].any().float())
+            _load(module, tensors, path)
     optimizers = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
     for name, optimizer in _optimizers(train_step).items():
-        keys = optimizer.defaults.keys() & {"betas", "weight_decay"}
+        keys = optimizer.defaults.keys() & {"betas", "eps", "weight_decay"}
         settings = [{key: group[key] for key in keys} for group in optimizer.param_groups]
         optimizer.load_state_dict(optimizers[name])
         for group, now in zip(optimizer.param_groups, settings, strict=True):

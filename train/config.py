@@ -1,7 +1,7 @@
 """Every setting of a training run."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -38,20 +38,31 @@ def _refuse_fp16(value: Any) -> Any:
     return value
 
 
+def micro_batch_of(batch_size: int, processes: int, most: int | None) -> int:
+    """The largest number of samples per pass that divides a process's share of the batch and is not above `most`."""
+    share = batch_size // processes
+    return next((size for size in range(min(most or share, share), 0, -1) if share % size == 0), 1)
+
+
 class TrainSettings(Settings):
     """A training run."""
 
     output_dir: str = "runs/first-stage"
+    """The run folder: checkpoints, log, previews, export and report go there."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """Of first weights, order, crops, flips and noise."""
     steps: Positive = 100_000
+    """Updates of the weights."""
     batch_size: Positive = 32
     """Global: over all processes and accumulation."""
     micro_batch_size: Positive | None = None
-    """Samples per process and pass; null takes the whole share of a process."""
+    """The most samples per process and pass; null takes the whole share of a process. See `micro_batch`."""
     precision: Annotated[Literal["fp32", "bf16"], BeforeValidator(_refuse_fp16)] = "fp32"
     """bf16: autocast; weights, losses and optimizer stay fp32."""
+    tf32: bool = False
+    """Whether what is float32 may round its inputs to TF32 on NVIDIA GPUs: faster, with 10 bits instead of 23."""
     init_from: str | None = None
-    """A run, checkpoint, diffusers folder or hub id whose weights to start with; its shape replaces model={}."""
+    """A run, checkpoint, diffusers folder or hub id whose weights to start with; its shape replaces a recipe's."""
     train: Literal["all", "decoder", "encoder"] = "all"
     """What learns. decoder: latents stay bit-identical, and so does the scaling of init_from's config."""
     compile: bool = False
@@ -59,6 +70,7 @@ class TrainSettings(Settings):
     gradient_checkpointing: bool = False
     """Recompute the autoencoder's blocks in the backward pass: less memory, about a third more time."""
     report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
+    """Trackers that losses go to besides log.jsonl."""
     export_for: PipelineName | None = None
     """Family of diffusers' pipelines that the export must fit; a model that cannot is refused before the first step."""
     push_to_hub: str | None = None
@@ -97,12 +109,19 @@ class TrainSettings(Settings):
     @property
     def micro_batch(self) -> int:
         """Samples per process and pass."""
-        return self.micro_batch_size or self.batch_size // self.processes
+        return micro_batch_of(self.batch_size, self.processes, self.micro_batch_size)
 
     @property
     def accumulation(self) -> int:
         """Passes per process and step."""
         return self.batch_size // (self.processes * self.micro_batch)
+
+    @classmethod
+    def settle(cls, values: dict[str, Any], given: Sequence[str]) -> None:
+        """Where words name an init_from and say nothing of the model, its shape replaces the file's."""
+        sections = {key.split(".")[0] for key in given}
+        if "init_from" in sections and "model" not in sections and values.get("init_from") is not None:
+            values.pop("model", None)
 
     def problems(self) -> Iterator[Problem]:
         yield from super().problems()
@@ -125,19 +144,24 @@ class TrainSettings(Settings):
             if find_spec(tracker) is None:
                 yield Problem("report_to", f"{tracker} is not installed: pip install 'latent-ae[{tracker}]'")
 
-    def _batch_problems(self) -> Iterator[Problem]:
-        per_pass = self.processes * (self.micro_batch_size or 1)
-        if self.batch_size % per_pass:
-            micro = f" x micro_batch_size {self.micro_batch_size}" if self.micro_batch_size else ""
-            below, above = (
-                self.batch_size // per_pass * per_pass,
-                (self.batch_size // per_pass + 1) * per_pass,
+    def warnings(self) -> Iterator[str]:
+        """What these settings do that is seldom meant."""
+        if self.init_from is None and self.train != "all":
+            fixed = {"decoder": "encoder", "encoder": "decoder"}[self.train]
+            start = "linear" if self.model.init == "linear" else "random"
+            yield (
+                f"train={self.train} without init_from: the {fixed} stays at its {start} start. To train the "
+                f"{self.train} of an existing first stage, give init_from"
             )
-            nearest = f"{below} or {above}" if below else str(above)
+
+    def _batch_problems(self) -> Iterator[Problem]:
+        if self.batch_size % self.processes:
+            below = self.batch_size // self.processes * self.processes
+            nearest = f"{below} or {below + self.processes}" if below else str(self.processes)
             yield Problem(
                 "batch_size",
-                f"{self.batch_size} does not divide into {self.processes} process(es){micro}: "
-                f"set batch_size to {nearest}, or change micro_batch_size or the number of processes",
+                f"{self.batch_size} does not divide into {self.processes} processes: set batch_size to {nearest}, or "
+                "start another number of processes",
             )
 
     def _shape_problems(self) -> Iterator[Problem]:
@@ -172,7 +196,7 @@ class TrainSettings(Settings):
         if self.loss.perceptual and self.model.in_channels not in (1, 3):
             yield Problem(
                 "loss.perceptual",
-                f"LPIPS sees 1 or 3 channels, model.in_channels is {self.model.in_channels}: set loss.perceptual to 0",
+                f"LPIPS sees 1 or 3 channels, model.in_channels is {self.model.in_channels}: set loss.perceptual=0",
             )
         if self.export_for is not None and self.model.kind != "AutoencoderKL":
             yield Problem("export_for", f"knows AutoencoderKL only, not {self.model.kind}: leave it out")

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from latent_ae.config import UserError
 from latent_ae.families import family_of
 from latent_ae.first_stages import load_first_stage
-from latent_ae.models import factor_of, latent_channels_of
+from latent_ae.models import factor_of, keep_posterior_precise_, latent_channels_of
 from latent_ae.posterior import Drawn, draw
 
 from .config import TrainSettings
@@ -65,6 +65,7 @@ class Teacher(nn.Module):
             )
         self.sha256 = stage.sha256
         self.module = stage.module.requires_grad_(False).to(memory_format=torch.channels_last)
+        keep_posterior_precise_(self.module)
         per_channel = config.get("latents_mean") is not None and config.get("latents_std") is not None
         shift = config.get("latents_mean") if per_channel else [config.get("shift_factor") or 0.0]
         std = config.get("latents_std") if per_channel else [1.0]

@@ -3,12 +3,12 @@
 import argparse
 import json
 import sys
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from latent_ae.config import UserError
 from latent_ae.pipelines import PIPELINES, SHAPE, PipelineName, refuse_misfit
+from latent_ae.progress import now
 
 from .config import TrainSettings
 
@@ -49,6 +49,7 @@ def main(argv: list[str] | None = None) -> int:
     for remark in facts.get("remarks", ()):
         print(f"{facts['pipeline']}: {remark}", file=sys.stderr)
     if arguments.push_to_hub:
+        now(f"upload to {arguments.push_to_hub}")
         facts["hub"] = push_to_hub(arguments.out, arguments.push_to_hub)
     print(json.dumps(facts, indent=2))
     return 0
@@ -71,7 +72,7 @@ def export(
     from latent_ae.models import Reconstructor, factor_of
 
     from .checkpoint import load_weights
-    from .finish import CHECK_IMAGES, card_facts, keeps_scaling, measure_latents
+    from .finish import card_facts, check_images, keeps_scaling, measure_latents
     from .report import read_log
     from .validate import Validator
 
@@ -110,7 +111,7 @@ def export(
         statistics=statistics,
         sample_size=settings.data.resolution,
         card=card_facts(run, settings, step, log.get(("validate", step), {}), log.get(("baseline", 0), {})),
-        check_images=torch.stack([image for _, _, image in islice(validator.crops(), CHECK_IMAGES)]),
+        check_images=check_images(validator),
         keep_scaling=keeps_scaling(settings),
         pipeline=pipeline,
         latents_mean_std=latents_mean_std,

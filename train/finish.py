@@ -2,13 +2,12 @@
 
 import json
 import sys
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from torch import Tensor
 
 from latent_ae.config import UserError, to_yaml
 from latent_ae.data import ImageSource, posterior_noise, training_batches
@@ -20,16 +19,20 @@ from latent_ae.likelihoods import Likelihood
 from latent_ae.models import Reconstructor, factor_of, latent_channels_of
 from latent_ae.posterior import draw
 from latent_ae.precision import verdict
+from latent_ae.progress import bar, now
 
-from .agreement import Agreed
+from .agreement import Agreed, gathered
 from .config import TrainSettings
-from .report import read_log, result_rows, text_table, write_report
+from .report import decline, read_log, remarks_on, result_rows, text_table, write_report
 from .validate import Validator
 
 STATISTICS_CROPS = 512
 """Training crops whose latents give scaling_factor and shift_factor."""
 CHECK_IMAGES = 4
 """Held-out images on which an export is compared with the trained model, and tried in half precision."""
+CPU_SIDE, CPU_PIXELS = 512, 4 * 256**2
+"""The most of them on a CPU: side, and pixels in all. Each is reconstructed five times, by Stable Diffusion's first
+stage in about ten seconds per 256 x 256 pixels on one core."""
 RESULTS = "results.json"
 
 
@@ -55,7 +58,6 @@ def finish_run(
                 "after": log.get(("validate", settings.steps), {}),
             }
             results["latents"] = statistics.summary()
-            images = torch.stack([image for _, _, image in islice(validator.crops(), CHECK_IMAGES)])
             results["export"] = export_autoencoder(
                 averaged.autoencoder,
                 run / "export",
@@ -64,7 +66,7 @@ def finish_run(
                 card=card_facts(
                     run, settings, settings.steps, results["held_out"]["after"], results["held_out"][baseline]
                 ),
-                check_images=images,
+                check_images=check_images(validator),
                 keep_scaling=keeps_scaling(settings),
                 pipeline=settings.export_for,
                 likelihood=likelihood,
@@ -73,18 +75,36 @@ def finish_run(
                 print(f"{settings.export_for}: {remark}", file=sys.stderr)
             results["step"] = settings.steps
             rows = result_rows(results["held_out"])
-            write_report(run, settings, rows)
+            results["below_its_start"] = decline(rows)
+            now("report")
+            write_report(run, settings, rows, remarks_on(results["held_out"]))
             # last: it says that all of the above is there
             write_json(run / RESULTS, results)
             show_results(run, results)
-            push_export(run, settings)
     return results
 
 
+def check_images(validator: Validator) -> Tensor:
+    """The held-out images that an export is tried on, NCHW in [-1, 1]: on a CPU less of them, from their middles."""
+    images = validator.some(CHECK_IMAGES)
+    if validator.accelerator.device.type != "cpu":
+        return images
+    most = CPU_SIDE // validator.factor * validator.factor
+    height, width = (min(side, most) for side in images.shape[2:])
+    top, left = (images.shape[2] - height) // 2, (images.shape[3] - width) // 2
+    count = max(1, CPU_PIXELS // (height * width))
+    return images[:count, :, top : top + height, left : left + width]
+
+
 def push_export(run: Path, settings: TrainSettings) -> None:
-    """Uploads the export when the settings ask for it."""
-    if settings.push_to_hub is not None:
+    """Uploads the export when the settings ask for it. What fails there is said, and ends nothing."""
+    if settings.push_to_hub is None:
+        return
+    now(f"upload to {settings.push_to_hub}")
+    try:
         print(f"uploaded to {push_to_hub(run / 'export', settings.push_to_hub)}", file=sys.stderr)
+    except UserError as error:
+        print(f"push_to_hub: {error}", file=sys.stderr)
 
 
 def finished_results(run: Path, step: int) -> dict[str, Any] | None:
@@ -117,7 +137,8 @@ def measure_latents(
         world_size=processes,
     )
     statistics, failure = LatentStatistics(), ""
-    with torch.no_grad():
+    progress = bar("latent statistics", STATISTICS_CROPS, "img", disable=not accelerator.is_main_process)
+    with torch.no_grad(), progress:
         for _ in range(-(-STATISTICS_CROPS // (micro_batch * processes))):
             try:
                 batch = next(batches)
@@ -135,7 +156,8 @@ def measure_latents(
                 statistics.update(drawn.latent[rows])
             elif rows and drawn.logvar is not None:
                 statistics.update(drawn.latent[rows], drawn.mean[rows], drawn.logvar[rows])
-    failures = [told for told in gather_object([failure]) if told]
+            progress.update(min(micro_batch * processes, STATISTICS_CROPS - progress.n))
+    failures = [told for told in gathered(failure) if told]
     if failures:
         raise UserError(failures[0])
     statistics.gather()
@@ -169,7 +191,11 @@ def show_results(run: Path, results: dict[str, Any]) -> None:
     held_out, export = results["held_out"], results["export"]
     count = held_out["after"].get("n", 0)
     print(f"Held-out images ({count}), before and after training:\n")
-    print(text_table(result_rows(held_out)))
+    rows = result_rows(held_out)
+    print(text_table(rows))
+    for remark in (*remarks_on(held_out), decline(rows)):
+        if remark:
+            print(f"\n{remark}")
     factors = [f"{key} {export[key]:.4f}" for key in ("scaling_factor", "shift_factor") if export[key] is not None]
     print("   ".join([f"\nexport   {run / 'export'}", *factors]))
     print(f"         a fresh process reloads it with a largest difference of {export['max_abs_difference']:.1e}")

@@ -12,13 +12,13 @@ from typing import Any
 import psutil
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 from tqdm import tqdm
 
 from latent_ae.config import UserError
 from latent_ae.disk import writing
 from latent_ae.text import printable
 
+from .agreement import Agreed, on_main
 from .checkpoint import checkpoint_folder, complete_checkpoints
 from .config import TrainSettings
 from .report import held_out_distances, read_log
@@ -64,10 +64,14 @@ class Log:
             tqdm.write(printable(text, lines=True), file=sys.stderr)
 
     def write(self, event: str, step: int, values: dict[str, Any]) -> None:
-        """One line of log.jsonl; numbers go to the trackers too."""
-        if self.accelerator.is_main_process:
-            with writing(self.path), open(self.path, "a", encoding="utf-8") as stream:
-                stream.write(json.dumps({"event": event, "step": step} | values) + "\n")
+        """One line of log.jsonl; numbers go to the trackers too. Every process calls this."""
+        with Agreed(self.accelerator):
+            if self.accelerator.is_main_process:
+                with writing(self.path), open(self.path, "a", encoding="utf-8") as stream:
+                    stream.write(json.dumps({"event": event, "step": step} | values) + "\n")
+                self._track(event, step, values)
+
+    def _track(self, event: str, step: int, values: dict[str, Any]) -> None:
         numbers = {f"{event}/{name}": value for name, value in values.items() if isinstance(value, (int, float))}
         try:
             self.accelerator.log(numbers, step=step)
@@ -84,10 +88,11 @@ class Log:
 
     def has(self, event: str, step: int) -> bool:
         """Whether there is such a line; the same on all processes, which all call this."""
-        main = self.accelerator.is_main_process
-        lines = read_log(self.path.parent) if main else []
-        (found,) = broadcast_object_list([any((line["event"], line["step"]) == (event, step) for line in lines)])
-        return bool(found)
+        run = self.path.parent
+        return on_main(
+            self.accelerator,
+            lambda: any((line["event"], line["step"]) == (event, step) for line in read_log(run)),
+        )
 
     def resumed(self, step: int, changes: dict[str, list[Any]]) -> None:
         """Says that a run goes on, and with what: {name: [before, now]}."""
@@ -97,17 +102,16 @@ class Log:
         self.write("resume", step, {"changed": changes})
 
     def gan_alarm(self, done: int, run: Path) -> None:
-        """Warns when held-out images look worse than before the discriminator had a say, and names the way back."""
-        gan, distances = self.settings.gan, held_out_distances(run) if self.accelerator.is_main_process else {}
+        """Warns when held-out images look worse than before the discriminator had a say, and names the way back.
+
+        Every process calls this.
+        """
+        gan = self.settings.gan
+        distances = on_main(self.accelerator, lambda: held_out_distances(run))
         before = before_gan(distances, gan)
-        if (
-            self.has("alarm", done)
-            or before is None
-            or done <= gan.start + gan.discriminator_warmup
-            or done not in distances
-        ):
+        if before is None or done <= gan.start + gan.discriminator_warmup or done not in distances:
             return
-        if distances[done] > gan.alarm * distances[before]:
+        if distances[done] > gan.alarm * distances[before] and not self.has("alarm", done):
             checkpoint = before_gan((checkpoint.step for checkpoint in complete_checkpoints(run)), gan)
             place = checkpoint_folder(run, checkpoint) if checkpoint is not None else "none is left; checkpoint.every"
             self.write("alarm", done, {"lpips": distances[done], "lpips_before_gan": distances[before]})

@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import DistributedDataParallelKwargs
 from tqdm import tqdm
 
+from latent_ae.arithmetic import float32_arithmetic
 from latent_ae.config import UserError
 from latent_ae.data import Batch, open_images, posterior_noise, training_batches
 from latent_ae.diffaug import NUMBERS
@@ -20,7 +21,7 @@ from latent_ae.perceptual import LPIPS
 from latent_ae.pipelines import SHAPE, refuse_misfit
 from latent_ae.vision import VisionModel
 
-from .agreement import Agreed
+from .agreement import Agreed, gathered, hosts, on_main
 from .bad_files import BadFiles
 from .checkpoint import (
     Checkpoint,
@@ -47,7 +48,7 @@ from .networks import (
 from .preflight import preflight
 from .report import held_out_distances
 from .retention import kept_steps
-from .run_folder import changes_since, cut_back, write_config
+from .run_folder import changes_since, cut_back, only_training_in, write_config
 from .signals import Stopped, StopSignals
 from .step import TrainStep
 from .validate import Validator
@@ -63,24 +64,29 @@ def train(settings: TrainSettings) -> dict[str, Any]:
         dynamo_backend="no",  # `compile` compiles blocks; a launcher's would compile whole networks
         log_with=list(settings.report_to) or None,
         project_dir=run,
+        # the gradients lie where they are reduced: one copy less
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
     )
+    hosts()  # while all processes are here
+    with float32_arithmetic(tf32=settings.tf32), only_training_in(run, accelerator):
+        return _train(run, settings, accelerator)
+
+
+def _train(run: Path, settings: TrainSettings, accelerator: Accelerator) -> dict[str, Any]:
     # one process looks: on a shared disk others may see a newer or an older state
-    found = None
-    with Agreed(accelerator):
-        if accelerator.is_main_process:
-            found = newest_checkpoint(run)
-    (checkpoint,) = broadcast_object_list([found])
-    changes = changes_since(checkpoint, settings) if checkpoint is not None else {}
+    checkpoint = on_main(accelerator, lambda: newest_checkpoint(run))
     first_step = checkpoint.step if checkpoint is not None else 0
-    if first_step > settings.steps:
-        raise UserError(f"steps: {run} is at step {first_step:,} already, past {settings.steps:,}: raise steps")
-    accelerator.wait_for_everyone()
-    if first_step == settings.steps and (results := finished_results(run, settings.steps)) is not None:
-        if accelerator.is_main_process:
-            write_config(run, settings)
-            show_results(run, results)
-            push_export(run, settings)
-        return results
+    with Agreed(accelerator):
+        changes = changes_since(checkpoint, settings) if checkpoint is not None else {}
+        if first_step > settings.steps:
+            raise UserError(f"steps: {run} is at step {first_step:,} already, past {settings.steps:,}: raise steps")
+    results = on_main(accelerator, lambda: finished_results(run, settings.steps))
+    if first_step == settings.steps and results is not None:
+        with Agreed(accelerator):
+            if accelerator.is_main_process:
+                write_config(run, settings)
+                show_results(run, results)
+        return _ended(accelerator, run, settings, results)
     with Agreed(accelerator):
         source = open_images(settings.data, "train")
         held_out = open_images(settings.data, "held_out")
@@ -129,11 +135,17 @@ def train(settings: TrainSettings) -> dict[str, Any]:
     with Agreed(accelerator):
         if checkpoint is not None:
             load_checkpoint(checkpoint, train_step)
+        stream_state = stream_state_of(checkpoint, accelerator)
         validator.try_one_batch(averaged)
         if accelerator.is_main_process:
             preflight(run, settings, train_step)
             cut_back(run, first_step if checkpoint is not None else -1)
         log = Log(run, accelerator, settings)
+    if validator.chosen[1]["method"] == "first":
+        log.say(
+            f"held-out images come as a stream: its first {settings.validation.images:,} are measured, not a choice "
+            "spread over all of it"
+        )
     batches = training_batches(
         source,
         settings.data,
@@ -144,7 +156,7 @@ def train(settings: TrainSettings) -> dict[str, Any]:
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
         first_batch=first_step,
-        stream_state=stream_state_of(checkpoint, accelerator),
+        stream_state=stream_state,
     )
     bad_files = BadFiles(accelerator, settings.data, source, log)
     feed = Feed(batches, settings, latent_shape, accelerator.device, channels, bad_files)
@@ -168,7 +180,7 @@ def train(settings: TrainSettings) -> dict[str, Any]:
             "step": done,
             "num_images_seen": done * settings.batch_size,
             "num_processes": accelerator.num_processes,
-            "stream_states": gather_object([feed.stream_state]),
+            "stream_states": gathered(feed.stream_state),
             "settings": settings.model_dump(mode="json", by_alias=True),
             "likelihood": likelihood and likelihood._asdict(),
             **({"teacher_sha256": teacher.sha256} if teacher is not None else {}),
@@ -189,9 +201,10 @@ def train(settings: TrainSettings) -> dict[str, Any]:
 
     def prune() -> None:
         """Comes after the validation, which tells the best."""
-        if accelerator.is_main_process:
-            saved = [checkpoint.step for checkpoint in complete_checkpoints(run)]
-            prune_checkpoints(run, kept_steps(saved, settings.checkpoint, settings.gan, held_out_distances(run)))
+        with Agreed(accelerator):
+            if accelerator.is_main_process:
+                saved = [checkpoint.step for checkpoint in complete_checkpoints(run)]
+                prune_checkpoints(run, kept_steps(saved, settings.checkpoint, settings.gan, held_out_distances(run)))
 
     try:
         if checkpoint is None:
@@ -201,7 +214,7 @@ def train(settings: TrainSettings) -> dict[str, Any]:
         if validation_due(first_step):
             validate(first_step)
         prune()
-        with StopSignals(accelerator) as stop:
+        with StopSignals() as stop:
             for step in range(first_step, settings.steps):
                 means = train_step(step, feed)
                 done = step + 1
@@ -234,7 +247,14 @@ def train(settings: TrainSettings) -> dict[str, Any]:
         progress.close()
         _say_how_to_go_on(run, step, accelerator)
         raise
+    return _ended(accelerator, run, settings, results)
+
+
+def _ended(accelerator: Accelerator, run: Path, settings: TrainSettings, results: dict[str, Any]) -> dict[str, Any]:
+    """Lets the processes go, then uploads from one: nobody waits for that, and all it could lose is on the disk."""
     accelerator.end_training()
+    if accelerator.is_main_process:
+        push_export(run, settings)
     return results
 
 

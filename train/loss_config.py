@@ -25,11 +25,13 @@ class LossSettings(Settings):
     """A distance, or the negative logarithm of a likelihood in nats: with kl=1 and perceptual=0 the loss is minus the
     evidence lower bound."""
     pixel_weight: Weight = 1.0
+    """Weight of that term."""
     scale: Annotated[float, Field(gt=0)] = 0.1
     """Of a likelihood: standard deviation (gaussian) or scale (logistic), in [-1, 1] units."""
     perceptual: Weight = 1.0
     """Weight of LPIPS; 0 neither loads nor computes it."""
     perceptual_net: Literal["vgg", "alex"] = "vgg"
+    """Network of LPIPS."""
     perceptual_every: Positive = 1
     """LPIPS on every n-th sample only (weighted so that its mean stays the same): cheaper steps on small machines."""
     learned_logvar: bool = False
@@ -125,10 +127,13 @@ class AlignmentSettings(Settings):
     """Folder of a vision transformer that transformers loads (config.json, model.safetensors,
     preprocessor_config.json); null: off."""
     weight: Annotated[float, Field(gt=0)] = 0.1
+    """Weight of both terms."""
     adaptive: bool = True
     """Scale the term by the ratio of gradient norms at the encoder's last layer; false uses the weight as it is."""
     cosine_margin: Fraction = 0.5
+    """Below so much cosine distance of a latent to its feature nothing is drawn any further."""
     distance_margin: Fraction = 0.25
+    """The same of the difference between similarities of latents and those of features."""
 
 
 class GanSettings(Settings):
@@ -143,11 +148,15 @@ class GanSettings(Settings):
     warmup: NonNegative = 2000
     """Steps over which the autoencoder's adversarial term then rises to its weight."""
     loss: Literal["hinge", "vanilla", "non_saturating"] = "hinge"
+    """hinge, or cross-entropy in the discriminator with -D(fake) (vanilla) or softplus(-D(fake)) in the autoencoder."""
     init_from: str | None = None
     """A checkpoint, or a run with one, whose discriminator to start with."""
     channels: Positive = 64
+    """Width of the discriminator's first layer; the further ones have up to eight times as many."""
     layers: Positive = 3
+    """Layers of the discriminator that halve the resolution."""
     norm: Literal["group", "spectral", "batch", "none"] = "group"
+    """Normalisation in the discriminator."""
     blur: bool = False
     """Low-pass filter before the discriminator subsamples."""
     diffaug: tuple[Literal["color", "translation", "cutout"], ...] = ()
@@ -155,8 +164,12 @@ class GanSettings(Settings):
     adaptive: bool = True
     """Scale the term by the ratio of gradient norms at the last layer; false uses the weight as it is."""
     adaptive_cap: Annotated[float, Field(gt=0)] = 100.0
+    """Largest such ratio, in per-element means as all losses are. Latent diffusion's clamp, 1e4 of its sums, is
+    1e4 / (C x H x W) here (0.0509 at 256 px, 0.81 at 64 px); taming's VQ loss takes means, and 1e4 is 1e4."""
     adaptive_smoothing: Decay = 0.9
+    """Share of the former value that the ratio keeps in each step; 0: every step has the ratio of the one before."""
     lecam: Weight = 0.0
+    """Weight of LeCam's regularisation of the discriminator."""
     alarm: Annotated[float, Field(gt=1)] = 1.25
     """Held-out LPIPS so many times that before the adversarial term is worth a warning."""
     r1: Weight = 0.0

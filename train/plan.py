@@ -65,13 +65,15 @@ def describe_plan(settings: TrainSettings) -> str:
     }
     has_rate = family_of(autoencoder).latent not in ("deterministic", "codebook")
     learns = loss.kl and has_rate and settings.train != "decoder"
+    most, micro_batch = settings.micro_batch_size, settings.micro_batch
+    fewer = f" (micro_batch_size {most} is the most; {micro_batch} divides)" if most and most > micro_batch else ""
     lines = {
         "autoencoder": f"{weights:,} parameters{part}, factor {factor}, latent {latent} for "
         f"{settings.data.resolution} px",
         "discriminator": f"{judge:,} parameters",
         "steps": f"{settings.steps:,}, {settings.steps * settings.batch_size:,} crops",
-        "global batch": f"{settings.batch_size} = {settings.processes} process(es) x {settings.micro_batch} "
-        f"micro-batch x {settings.accumulation} accumulation",
+        "global batch": f"{settings.batch_size} = {settings.processes} process(es) x {micro_batch} "
+        f"micro-batch x {settings.accumulation} accumulation{fewer}",
         "adversarial": gan_lines,
         "KL": ", ".join(text for text, on in shaping.items() if on) if learns else "off",
         "latents": ", ".join(text for text, on in regularisers.items() if on) or "as they are",
@@ -79,4 +81,5 @@ def describe_plan(settings: TrainSettings) -> str:
         f"the newest {settings.checkpoint.keep} kept",
         "output": settings.output_dir,
     }
-    return "\n".join(f"{name + ':':<15}{text}" for name, text in lines.items())
+    told = [*lines.items(), *(("warning", text) for text in settings.warnings())]
+    return "\n".join(f"{name + ':':<15}{text}" for name, text in told)

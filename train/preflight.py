@@ -3,6 +3,7 @@
 import errno
 import os
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import torch
 from diffusers import ModelMixin
 
 from latent_ae.config import UserError
-from latent_ae.disk import writing
+from latent_ae.disk import amount, writing
 from latent_ae.export import check_upload, refuse_foreign
 from latent_ae.models import count_parameters
 
@@ -31,6 +32,7 @@ def preflight(run: Path, settings: TrainSettings, train_step: TrainStep) -> None
     if settings.push_to_hub is not None:
         check_upload(settings.push_to_hub)
     _check_places(run)
+    _warn_of_slow_bf16(settings, train_step.accelerator.device)
     autoencoder: ModelMixin = train_step.bare_reconstructor.autoencoder
     weights = count_parameters(autoencoder) * BYTES
     learning = BYTES * sum(p.numel() for p in autoencoder.parameters() if p.requires_grad)
@@ -46,8 +48,8 @@ def preflight(run: Path, settings: TrainSettings, train_step: TrainStep) -> None
     needed, free = count * each + 2 * weights - there, shutil.disk_usage(run).free
     if free < needed:
         raise UserError(
-            f"output_dir: {run} has {free / 1e9:.1f} GB free, and up to {count} checkpoints of {each / 1e9:.1f} GB and "
-            f"the export need {needed / 1e9:.1f} GB: free space, choose another output_dir, or lower checkpoint.keep"
+            f"output_dir: {run} has {amount(free)} free, and up to {count} checkpoints of {amount(each)} and "
+            f"the export need {amount(needed)}: free space, choose another output_dir, or lower checkpoint.keep"
         )
     with writing(run), tempfile.TemporaryDirectory(prefix=".preflight-", dir=run) as folder:
         autoencoder.save_pretrained(folder)
@@ -60,6 +62,17 @@ def preflight(run: Path, settings: TrainSettings, train_step: TrainStep) -> None
     ]
     if differing:
         raise RuntimeError(f"stock diffusers would load other weights than these: {differing[0]}")
+
+
+def _warn_of_slow_bf16(settings: TrainSettings, device: torch.device) -> None:
+    if settings.precision != "bf16" or device.type != "cuda":
+        return
+    if not torch.cuda.is_bf16_supported(including_emulation=False):
+        print(
+            f"precision: {torch.cuda.get_device_name(device)} has no bf16 arithmetic and emulates it: fp32 is faster "
+            "there and more exact",
+            file=sys.stderr,
+        )
 
 
 def _check_places(run: Path) -> None:

@@ -1,7 +1,8 @@
 """The run's report: one self-contained page with the result, the curves, the pictures and the settings."""
 
 import json
-from collections.abc import Sequence
+import shlex
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from PIL import Image
 from latent_ae import page
 from latent_ae.config import to_yaml
 from latent_ae.model_card import METRIC_NAMES
+from latent_ae.order import choice_in_words
 
 from .config import TrainSettings
 
@@ -29,6 +31,8 @@ CHARTS = {
     "Gradient norms": ("grad_norm", "grad_norm_discriminator"),
     "Images per second": ("images_per_second",),
 }
+
+HIGHER_IS_BETTER = ("psnr", "ssim", "ms_ssim")
 
 
 def read_log(run: Path) -> list[dict[str, Any]]:
@@ -53,14 +57,18 @@ def held_out_distances(run: Path) -> dict[int, float]:
     return {step: distance for step, distance in found.items() if distance is not None}
 
 
-def write_report(run: Path, settings: TrainSettings, rows: Sequence[dict[str, Any]]) -> None:
-    """Writes report.html from the run folder's log and previews; `rows` is the final table."""
+def write_report(
+    run: Path, settings: TrainSettings, rows: Sequence[dict[str, Any]], remarks: Sequence[str] = ()
+) -> None:
+    """Writes report.html from the run folder's log and previews; `rows` is the final table, `remarks` are about it."""
     log = read_log(run)
     training = [event for event in log if event["event"] == "train"]
     held_out = [event for event in log if event["event"] == "validate"]
-    sections = [page.section("Held-out images, before and after", page.table(rows))]
+    framed = (page.paragraph(line, soft=True) for line in framing(run, settings))
+    said = page.notes([*remarks, *filter(None, [decline(rows)])])
+    sections = [page.section("Held-out images, before and after", page.table(rows), said, *framed)]
     if training and training[-1].get("verdict"):
-        sections.append(page.section("How training went", page.preformatted(training[-1]["verdict"])))
+        sections.append(page.section("How training went", page.paragraph(training[-1]["verdict"])))
     previews = sorted((run / "previews").glob("*.png"))
     shown = {"Before training": previews[:1], "After training": previews[-1:]}
     for heading, preview in ((heading, paths[0]) for heading, paths in reversed(shown.items()) if paths):
@@ -75,7 +83,7 @@ def write_report(run: Path, settings: TrainSettings, rows: Sequence[dict[str, An
     charts += [
         page.line_chart(series, title=title) for title, keys in CHARTS.items() if (series := _series(training, keys))
     ]
-    sections.append(page.section("Curves", *charts))
+    sections.append(page.section("Curves", page.grid(*charts)))
     sections.append(page.section("Settings", page.preformatted(to_yaml(settings))))
     subtitle = f"{settings.steps:,} steps of {settings.batch_size} crops of {settings.data.resolution} px"
     page.write(run / "report.html", page.page(f"Training report: {run.name}", sections, subtitle=subtitle))
@@ -88,6 +96,50 @@ def result_rows(results: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
         {"": name} | {METRIC_NAMES[key]: _rounded(key, summary.get(key)) for key in keys}
         for name, summary in results.items()
     ]
+
+
+def remarks_on(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """What a reader of the final table should know of the images that it is of; `results` as for `result_rows`."""
+    before, after = (results.get(name, {}).get("choice") for name in ("before", "after"))
+    remarks = [f"Measured were {choice_in_words(after)}."] if after and after["method"] != "all" else []
+    if results.get("before") and before != after:
+        remarks.append(
+            f"The rows are not of the same images: measured before training were {choice_in_words(before)}, and after "
+            f"it {choice_in_words(after)}."
+        )
+    return remarks
+
+
+def framing(run: Path, settings: TrainSettings) -> list[str]:
+    """How held-out images were framed, and the command of `latent-ae eval recon` that frames them so."""
+    data, crop_px = settings.data, settings.validation.crop_px or settings.data.resolution
+    before = "" if data.resize_px is None else f", after its shorter side was resized to {data.resize_px} px"
+    words = ["latent-ae", "eval", "recon", str(run / "export"), data.eval_source or data.source]
+    words += [f"split={data.eval_split}"] if data.eval_split else []
+    words += [f"image_column={data.image_column}"] if data.image_column != "image" else []
+    words += [f"resize_px={'null' if data.resize_px is None else data.resize_px}", f"crop_px={crop_px}"]
+    words += [f"limit={settings.validation.images}"]
+    lines = [
+        f"Each held-out image is a square of {crop_px} px from its middle{before}. By default `latent-ae eval recon` "
+        f"resizes to 256 px first, so its figures are others; the same ones come from: {shlex.join(words)}"
+    ]
+    if data.eval_source is None and data.eval_split is None and data.source != "photos":
+        lines.append("Where images were held out by data.eval_fraction, that command measures those trained on, too.")
+    return lines
+
+
+def decline(rows: Sequence[dict[str, Any]]) -> str | None:
+    """One sentence on what the final table shows to be worse than before training; None where nothing is."""
+    named = {row[""]: row for row in rows}
+    before, after = named.get("before", {}), named.get("after", {})
+    worse = []
+    for key, name in METRIC_NAMES.items():
+        if before.get(name) is None or after.get(name) is None:
+            continue
+        change = float(after[name]) - float(before[name])
+        if change < 0 if key in HIGHER_IS_BETTER else change > 0:
+            worse.append(f"{name} {after[name]} (before: {before[name]})")
+    return f"The run ended below its start on the held-out images: {', '.join(worse)}." if worse else None
 
 
 def text_table(rows: Sequence[dict[str, Any]]) -> str:

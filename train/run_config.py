@@ -17,14 +17,22 @@ class OptimSettings(Settings):
     kind: Literal["adamw", "muon"] = "adamw"
     """muon: Muon for the autoencoder's convolutions and matrices but the first and last, AdamW for the rest of it."""
     lr: Rate = 1e-4
+    """Learning rate of the autoencoder, used as written."""
     discriminator_lr: Rate | None = None
     """null: the same as lr."""
     betas: tuple[Decay, Decay] = (0.9, 0.95)
+    """Of Adam, for the autoencoder."""
     discriminator_betas: tuple[Decay, Decay] = (0.5, 0.9)
+    """Of Adam, for the discriminator."""
+    eps: Rate = 1e-13
+    """Of Adam, all networks: what it adds to a gradient's root mean square. Losses are means here; the 1e-8 of trainers
+    that sum over an image's C x H x W elements is 1e-8 / (C x H x W), 5e-14 at 256 px."""
     weight_decay: Weight = 0.0
+    """Decoupled, as in AdamW, of both networks."""
     warmup: NonNegative = 1000
     """Steps over which the learning rate rises from 0."""
     schedule: Literal["constant", "cosine"] = "cosine"
+    """What follows the warm-up: cosine falls to final_lr at the last step."""
     final_lr: Fraction = 0.1
     """Learning rate at the end as a fraction of lr (cosine)."""
     clip: Weight = 1.0
@@ -44,6 +52,7 @@ class CheckpointSettings(Settings):
     """Checkpoints hold all that a resumed run needs to go on exactly."""
 
     every: Positive = 5000
+    """Steps from one to the next; the last step has one, too."""
     keep: Positive = 2
     """How many of the newest stay. The best by held-out LPIPS and the last one before the GAN stay besides."""
     keep_every: NonNegative = 0
@@ -56,13 +65,15 @@ class ValidateSettings(Settings):
     every: Positive = 5000
     """Also before the first and after the last step."""
     images: Positive = 500
-    """At most this many."""
+    """At most this many, spread over all held-out images, the same ones every time; of a stream the first ones."""
     crop_px: Positive | None = None
     """Centre crop, px; null takes data.resolution."""
     preview_images: Positive = 6
+    """Of the measured images, spread over them."""
 
 
 class LogSettings(Settings):
     """How often losses are read from the device: the only time that a step waits for it."""
 
     every: Positive = 50
+    """Steps from one line of the log to the next."""

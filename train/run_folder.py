@@ -1,18 +1,23 @@
-"""The run folder when a run goes on: what has changed since its checkpoint, and a log cut back to it."""
+"""The run folder: one training at a time in it, what has changed since its checkpoint, and a log cut back to that."""
 
 import itertools
 import json
 import os
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+from accelerate import Accelerator
+
 from latent_ae.config import UserError, to_yaml
 from latent_ae.disk import replacing, writing
+from latent_ae.only_writer import only_writer
 
+from .agreement import Agreed
 from .checkpoint import Checkpoint, set_damaged_aside, versions
-from .config import TrainSettings
+from .config import TrainSettings, micro_batch_of
 
 RECIPE = (
     *("seed", "batch_size", "precision", "init_from", "train", "model", "data"),
@@ -38,6 +43,22 @@ JUDGE = ("gan.norm", "gan.channels", "gan.layers", "gan.blur")
 """Keys that decide whether a discriminator's weights fit."""
 
 
+@contextmanager
+def only_training_in(run: Path, accelerator: Accelerator) -> Iterator[None]:
+    """Keeps other trainings out of the run folder during the block. Every process calls this.
+
+    Raises UserError on all of them when another training is in it.
+    """
+    with ExitStack() as stack:
+        with Agreed(accelerator):
+            if accelerator.is_main_process:
+                refusal = (
+                    f"output_dir: another training is writing into {run}; wait for it, end it, or give another folder"
+                )
+                stack.enter_context(only_writer(run / ".lock", refusal))
+        yield
+
+
 def changes_since(checkpoint: Checkpoint, settings: TrainSettings) -> dict[str, list[Any]]:
     """Holds the settings, processes and versions against those that wrote the checkpoint: {name: [before, now]}.
 
@@ -47,7 +68,7 @@ def changes_since(checkpoint: Checkpoint, settings: TrainSettings) -> dict[str, 
     batch_size, processes = settings.batch_size, state["num_processes"]
     try:
         before = flatten(state["settings"])
-        micro_batch = before["micro_batch_size"] or batch_size // processes
+        micro_batch = micro_batch_of(batch_size, processes, before["micro_batch_size"])
         accumulation = batch_size // (processes * micro_batch)
         trained = before["gan.weight"] and checkpoint.step > before["gan.start"]
     except (KeyError, TypeError, ZeroDivisionError, RecursionError) as error:

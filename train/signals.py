@@ -7,7 +7,8 @@ from types import FrameType, TracebackType
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+
+from .agreement import hosts
 
 EXIT_CODE = 75
 """EX_TEMPFAIL of sysexits.h: not done, the same command goes on."""
@@ -21,12 +22,12 @@ class Stopped(Exception):
 class StopSignals:
     """While entered, the signals are noted instead of ending the process; a second SIGINT stops at once."""
 
-    def __init__(self, accelerator: Accelerator):
+    def __init__(self) -> None:
         self.received = 0
         self.interrupted = False
         self.before: dict[int, Any] = {}
         # hosts agree among themselves: nobody waits for a GPU
-        self.group = torch.distributed.new_group(backend="gloo") if accelerator.num_processes > 1 else None
+        self.hosts = hosts()
 
     def __enter__(self) -> "StopSignals":
         if threading.current_thread() is threading.main_thread():  # Python allows no other to set handlers
@@ -50,8 +51,8 @@ class StopSignals:
     def wanted(self) -> str | None:
         """Name of the signal that any process has received; the same on all of them, which all call this."""
         number = self.received
-        if self.group is not None:
+        if self.hosts is not None:
             highest = torch.tensor([number])
-            torch.distributed.all_reduce(highest, torch.distributed.ReduceOp.MAX, group=self.group)
+            torch.distributed.all_reduce(highest, torch.distributed.ReduceOp.MAX, group=self.hosts.group)
             number = int(highest)
         return signal.Signals(number).name if number else None

@@ -145,7 +145,10 @@ class TrainStep:
     def _accumulate(self, batch: MicroBatch, step: int, phase: GanPhase) -> dict[str, Tensor]:
         """Adds this micro-batch's gradients of both networks; returns what to average over micro-batches."""
         settings, share = self.settings, 1.0 / self.settings.accumulation
+        full_size = batch.images[0].numel()
         batch, images, means = as_drawn(batch, step, settings)
+        # of the image to reconstruct and of that to encode: sums over a sample weigh them so, as EQ-VAE's losses are
+        area, encoded_area = batch.images[0].numel() / full_size, images[0].numel() / full_size
         with self._autocast():
             taught = self.teacher(images, batch.noise) if self.teacher is not None else None
             given = taught.latent if taught is not None and settings.distillation.decode == "teacher" else None
@@ -154,7 +157,7 @@ class TrainStep:
 
         logvar = self.state.logvar if settings.loss.learned_logvar else None
         logs, objective = image_losses(settings.loss, self.perceptual, image, batch, logvar, self._autocast())
-        means |= logs
+        objective, means = area * objective, means | logs
         if logvar is not None and settings.loss.pixel in LIKELIHOODS:
             gradient, means["logvar_gradient"] = torch.autograd.grad(objective, (image, logvar))
         else:
@@ -163,7 +166,7 @@ class TrainStep:
             # d/dr and d/ds of objective / exp(s) + s; s has no graph: its gradient is one number
             precision = torch.exp(-logvar.detach())
             gradient = gradient * precision
-            means["logvar_gradient"] = 1.0 - objective.detach() * precision
+            means["logvar_gradient"] = area - objective.detach() * precision
 
         if phase.discriminator:
             adversarial, logs = self._adversarial(batch, image, phase)
@@ -174,7 +177,7 @@ class TrainStep:
                     means["layer_reconstruction"] = self._at_last_layer(result.image, gradient)
                     means["layer_adversarial"] = self._at_last_layer(result.image, adversarial)
                 if settings.gan.adaptive:
-                    weight = phase.generator * self.state.adaptive_weight
+                    weight = phase.generator * self.state.adaptive_weight_of(area, settings.gan.adaptive_cap)
                 gradient = torch.add(gradient, adversarial * weight)
 
         outputs, gradients = [result.image], [gradient * share]
@@ -199,7 +202,7 @@ class TrainStep:
                 nats = means[settings.loss.pixel] + means["kl"]
                 means["bits_per_dimension"] = bits_per_dimension(nats, settings.loss.pixel)
             outputs.append(objective)
-            gradients.append(torch.ones_like(objective) * (weight * share))
+            gradients.append(torch.ones_like(objective) * (weight * share * encoded_area))
         if taught is not None and result.mean.requires_grad:
             objective = F.mse_loss(result.mean, taught.mean)
             means["distillation"] = objective.detach()
@@ -249,8 +252,8 @@ class TrainStep:
         loss = discriminator_loss(gan.loss, real_logits, fake_logits)
         means["discriminator"] = loss.detach()
         if gan.lecam:
-            real_average, fake_average = self.state.lecam_averages
-            lecam = lecam_loss(real_logits, fake_logits, real_average, fake_average)
+            real_average, fake_average, known = self.state.lecam
+            lecam = known * lecam_loss(real_logits, fake_logits, real_average, fake_average)
             means["lecam"] = lecam.detach()
             loss = loss + gan.lecam * lecam
         if phase.r1:

@@ -33,6 +33,7 @@ class StepState(nn.Module):
 
     adaptive_weight: Tensor
     lecam_averages: Tensor
+    lecam_share: Tensor
     kl_control: Tensor
     alignment_weight: Tensor
     code_age: Tensor
@@ -41,7 +42,9 @@ class StepState(nn.Module):
         super().__init__()
         # 0 until the first measurement, so the first step with an adversarial term only measures
         self.register_buffer("adaptive_weight", torch.zeros(()))
+        # of the logits of real and of reconstructed images, both begun at 0; and the share that is not that beginning
         self.register_buffer("lecam_averages", torch.zeros(2))
+        self.register_buffer("lecam_share", torch.zeros(()))
         # of the likelihood: twice the logarithm of its scale
         scale = settings.loss.scale if settings.loss.pixel in ("gaussian", "logistic") else 1.0
         self.logvar = nn.Parameter(torch.tensor(2.0 * math.log(scale)))
@@ -62,10 +65,24 @@ class StepState(nn.Module):
         learned = math.exp(0.5 * self.logvar.item()) if loss.learned_logvar else loss.scale
         return Likelihood(loss.pixel, None if loss.pixel == "bernoulli" else learned)
 
+    def adaptive_weight_of(self, area: float | Tensor, cap: float) -> Tensor:
+        """The adaptive weight where the reconstruction's losses count only `area` of what they do at full size."""
+        return (area * self.adaptive_weight).clamp(max=cap)
+
     @property
     def kl_weight(self) -> Tensor:
         """The controlled weight of the KL term."""
         return self.kl_control[0].exp()
+
+    @property
+    def lecam(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Running averages of the logits of real and of reconstructed images; whether there are any yet, 0 or 1.
+
+        Divided by the share of the weights that real steps have, as `zero_debias` of TensorFlow's moving averages
+        does in the authors' code (google/lecam-gan, stylegan2/lecam_loss.py): after t steps 1 - decay^t.
+        """
+        real, fake = self.lecam_averages / self.lecam_share.clamp(min=1e-6)
+        return real, fake, (self.lecam_share > 0).float()
 
     def remember(
         self, means: dict[str, Tensor], phase: GanPhase, settings: TrainSettings, accelerator: Accelerator
@@ -93,12 +110,15 @@ class StepState(nn.Module):
             means.pop(name, None)
         if "layer_adversarial" in reduced:
             # the share that the adversarial term has just had in the last layer's gradient
-            weight = phase.generator * (self.adaptive_weight if gan.adaptive else 1.0)
+            # of full size; latents.equivariance draws other sizes
+            area = means["scale"].square() if "scale" in means else 1.0
+            used = self.adaptive_weight_of(area, gan.adaptive_cap) if gan.adaptive else 1.0
+            weight = phase.generator * used
             norms = (reduced["layer_adversarial"].norm(), reduced["layer_reconstruction"].norm())
             means["gradient_ratio"] = (weight * norms[0] / (norms[1] + 1e-12)).nan_to_num(0.0)
             if gan.adaptive:
                 ratio = adaptive_ratio(reduced["layer_reconstruction"], reduced["layer_adversarial"], gan.adaptive_cap)
-                smooth_(self.adaptive_weight, ratio, gan.adaptive_smoothing)
+                smooth_(self.adaptive_weight, ratio / area, gan.adaptive_smoothing)
                 means["adaptive_weight"] = self.adaptive_weight.clone()
         if "encoder_alignment" in reduced:
             ratio = adaptive_ratio(reduced["encoder_image"], reduced["encoder_alignment"], ALIGNMENT_CAP)
@@ -117,8 +137,8 @@ class StepState(nn.Module):
             means["logvar"] = self.logvar.detach().clone()
         if phase.discriminator and gan.lecam:
             averages = torch.stack([reduced["logits_real"], reduced["logits_fake"]])
-            averages = torch.where(averages.isfinite().all(), averages, self.lecam_averages)
-            self.lecam_averages.lerp_(averages, 1.0 - LECAM_DECAY)
+            for old, new in ((self.lecam_averages, averages), (self.lecam_share, torch.ones_like(self.lecam_share))):
+                old.copy_(torch.where(averages.isfinite().all(), torch.lerp(old, new, 1.0 - LECAM_DECAY), old))
         return reduced
 
     def hold_rate(self, kl_per_dimension: Tensor, target: float, bad: Tensor) -> None:

@@ -41,6 +41,7 @@ class Update:
             groups,
             lr=optim.lr,
             betas=optim.betas,
+            eps=optim.eps,
             weight_decay=optim.weight_decay,
             fused=True,
         )
@@ -50,6 +51,7 @@ class Update:
                 network.parameters(),
                 lr=self.discriminator_lr,
                 betas=optim.discriminator_betas,
+                eps=optim.eps,
                 weight_decay=optim.weight_decay,
                 fused=True,
             )

@@ -1,4 +1,8 @@
-"""Measures held-out images with the averaged weights."""
+"""Measures held-out images with the averaged weights.
+
+Where there are more of them than `validate.images`, the measured ones are spread over all; the same ones at every step,
+on any number of processes and for every seed of a run, so that runs can be compared.
+"""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -7,9 +11,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -19,15 +23,20 @@ from latent_ae.disk import replacing, writing
 from latent_ae.held_out import HeldOutImages, held_out_images
 from latent_ae.images import bicubic_down_up
 from latent_ae.metrics import ReconstructionMetrics
+from latent_ae.order import spread
 from latent_ae.perceptual import LPIPS
 from latent_ae.pictures import picture_grid
+from latent_ae.sources import StreamSource, part_of
 
+from .agreement import Agreed, gathered
 from .config import TrainSettings
 
 BATCH_PIXELS = 1_000_000
 """Pixels measured at once, against memory."""
 FRECHET_FROM = 50
 """Fewer held-out images say nothing by a Fréchet distance."""
+CHOICE_SEED = 0
+"""That of `latent-ae eval recon`, too: with `limit` it then measures the same images."""
 
 
 def figures(summary: dict[str, Any]) -> str:
@@ -50,11 +59,27 @@ class Validator:
     named: list[str] = field(default_factory=list)
     """Unreadable files that were reported, once each."""
 
+    @property
+    def chosen(self) -> tuple[ImageSource, dict[str, Any]]:
+        """The images that are measured, and what the results say of the choice."""
+        return part_of(self.source, self.settings.validation.images, CHOICE_SEED)
+
+    def some(self, number: int) -> Tensor:
+        """`number` of the measured images that can be read, spread over them: NCHW in [-1, 1]."""
+        source, _ = self.chosen
+        if not isinstance(source, StreamSource):  # the others come after them and stand in for unreadable ones
+            first = spread(CHOICE_SEED, len(source), number)
+            source = source.subset(np.concatenate([first, np.delete(np.arange(len(source)), first)]))
+        return torch.stack([image for _, _, image in islice(self._crops(source), number)])
+
     def crops(self, rank: int = 0, world_size: int = 1) -> HeldOutImages:
-        """(index, name, CHW image in [-1, 1]) of this rank's held-out images."""
+        """(index, name, CHW image in [-1, 1]) of this rank's part of the measured images."""
+        return self._crops(self.chosen[0], rank, world_size)
+
+    def _crops(self, source: ImageSource, rank: int = 0, world_size: int = 1) -> HeldOutImages:
         crop_px = self.settings.validation.crop_px or self.settings.data.resolution
         return held_out_images(
-            self.source,
+            source,
             self.settings.data,
             channels=self.channels,
             crop_px=crop_px,
@@ -64,34 +89,42 @@ class Validator:
         )
 
     def measure(self, reconstruct: Callable[[Tensor], Tensor], preview: Path | None = None) -> dict[str, Any]:
-        """Mean metrics of `reconstruct` (NCHW in [-1, 1] -> the same); every process calls this.
+        """Mean metrics of `reconstruct` (NCHW in [-1, 1] -> the same), and the choice of images that they are of.
 
-        `preview` is where the main process saves its first images: input | reconstruction | bicubic.
+        Every process calls this. `preview` is where the main process saves `validate.preview_images` of them, spread
+        over all: input | reconstruction | bicubic.
         """
         perceptual = {self.settings.loss.perceptual_net: self.perceptual} if self.perceptual is not None else {}
         metrics = ReconstructionMetrics(self.accelerator.device, lpips=perceptual, frechet_from=FRECHET_FROM)
-        rows: list[list[Tensor]] = []
+        choice, pictures = self.chosen[1], dict[int, list[Tensor]]()
+        number = self.settings.validation.preview_images if preview is not None else 0
+        shown = range(number) if choice["of"] is None else spread(CHOICE_SEED, choice["number"], number)
         rank, world_size = self.accelerator.process_index, self.accelerator.num_processes
         crops, failure = self.crops(rank, world_size), ""
         try:
             for indices, names, images in self._batches(crops):
                 reconstructions = reconstruct(images)
                 metrics.update(indices, names, images, reconstructions)
-                wanted = self.settings.validation.preview_images - len(rows)
-                if preview is not None and wanted > 0:
-                    shown = (images, reconstructions, bicubic_down_up(images, self.factor))
-                    rows += [list(row) for row in zip(*(part[:wanted].cpu() for part in shown), strict=True)]
+                for position, index in enumerate(indices):
+                    if index in shown:
+                        image = images[position]
+                        low = bicubic_down_up(image[None], self.factor)[0]
+                        pictures[index] = [part.cpu() for part in (image, reconstructions[position], low)]
         except UserError as error:  # a reader that died on one process must not leave the others waiting
             failure = str(error)
         self._judge(crops.skipped, failure, crops.num_read)
         metrics.gather()
-        summary = metrics.summary()
-        if preview is not None and rows and self.accelerator.is_main_process:
-            labels = ["input", f"reconstruction, {figures(summary)}", f"bicubic /{self.factor}"]
-            with writing(preview.parent):
-                preview.parent.mkdir(parents=True, exist_ok=True)
-            with replacing(preview) as part:
-                picture_grid(rows, labels=labels).save(part, format="PNG")
+        summary = metrics.summary() | {"choice": choice}
+        if number:
+            pictures = {index: row for part in gathered(pictures) for index, row in part.items()}
+        with Agreed(self.accelerator):
+            if preview is not None and pictures and self.accelerator.is_main_process:
+                rows = [pictures[index] for index in sorted(pictures)]
+                labels = ["input", f"reconstruction, {figures(summary)}", f"bicubic /{self.factor}"]
+                with writing(preview.parent):
+                    preview.parent.mkdir(parents=True, exist_ok=True)
+                with replacing(preview) as part:
+                    picture_grid(rows, labels=labels).save(part, format="PNG")
         if not summary["n"]:
             raise UserError(f"none of the held-out images of {self.settings.data.source} is readable")
         return summary
@@ -112,7 +145,7 @@ class Validator:
 
     def _judge(self, skipped: list[str], failure: str, num_read: int) -> None:
         """Names the unreadable images of all processes once; raises UserError on all of them for too many."""
-        told = gather_object([(skipped, failure, num_read)])
+        told = gathered((skipped, failure, num_read))
         lines = [line for skipped, _, _ in told for line in skipped]
         for line in lines:
             if line not in self.named:
@@ -131,12 +164,9 @@ class Validator:
 
     def _batches(self, crops: HeldOutImages) -> Iterator[tuple[list[int], list[str], Tensor]]:
         """This rank's images in batches of one shape, on the device."""
-        rank, world_size = self.accelerator.process_index, self.accelerator.num_processes
-        # every rank has its part of the first `validate.images`
-        share = len(range(rank, self.settings.validation.images, world_size))
         size = max(1, BATCH_PIXELS // (self.settings.validation.crop_px or self.settings.data.resolution) ** 2)
         waiting: list[tuple[int, str, Tensor]] = []
-        for item in islice(crops, share):
+        for item in crops:
             if waiting and (len(waiting) == size or waiting[0][2].shape != item[2].shape):
                 yield self._stack(waiting)
                 waiting = []

@@ -1,0 +1,64 @@
+"""How exactly float32 tensors are computed with on a GPU, and which layers an autocast leaves in float32."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class WeightPrecisionConv2d(nn.Conv2d):
+    """A convolution that computes in its weight's precision under any autocast, and returns that precision."""
+
+    def forward(self, features: Tensor) -> Tensor:
+        with torch.autocast(features.device.type, enabled=False):
+            return super().forward(features.to(self.weight.dtype))
+
+
+@contextmanager
+def float32_arithmetic(*, tf32: bool = False, repeatable: bool = False) -> Iterator[None]:
+    """While it is open, float32 convolutions and matrix products on CUDA devices round their inputs to TF32 or not.
+
+    PyTorch's own default is TF32 (10 bits of mantissa instead of 23) for convolutions and float32 for matrix products.
+    What held before holds again afterwards. A CPU has no TF32.
+
+    Args:
+        tf32: whether both kinds of operations may round to TF32.
+        repeatable: also let cuDNN choose only algorithms that give the same result every time.
+    """
+    cudnn, products = torch.backends.cudnn, torch.backends.cuda.matmul
+    precisions = [operation.fp32_precision for operation in _operations()]
+    choice = cudnn.deterministic, cudnn.benchmark
+    try:
+        older = cudnn.allow_tf32, torch.get_float32_matmul_precision()
+    except RuntimeError:  # the caller has set fp32_precision to what the older flags cannot express, so they stay
+        older = None
+        _set_precisions(["tf32"] * 3 if tf32 else [])
+    else:  # these set fp32_precision of torch >= 2.9 as well, and torch.compile reads them
+        cudnn.allow_tf32 = products.allow_tf32 = tf32
+    if not tf32:  # "none", which the older flags leave, would follow torch.backends.fp32_precision
+        _set_precisions(["ieee"] * len(precisions))
+    if repeatable:
+        cudnn.deterministic, cudnn.benchmark = True, False
+    try:
+        yield
+    finally:
+        cudnn.deterministic, cudnn.benchmark = choice
+        if older is not None:
+            cudnn.allow_tf32 = older[0]
+            torch.set_float32_matmul_precision(older[1])
+        _set_precisions(precisions)
+
+
+def _set_precisions(precisions: list[str]) -> None:
+    for operation, precision in zip(_operations(), precisions, strict=False):
+        operation.fp32_precision = precision
+
+
+def _operations() -> list[Any]:
+    """What has an `fp32_precision` of its own; nothing before torch 2.9."""
+    backends: Any = torch.backends
+    if not hasattr(backends.cudnn, "conv"):
+        return []
+    return [backends.cudnn.conv, backends.cudnn.rnn, backends.cuda.matmul, backends.mkldnn.matmul]

@@ -1,0 +1,22 @@
+"""What a long job says on stderr while it works."""
+
+import sys
+
+from tqdm import tqdm
+
+
+def bar(what: str, total: int, unit: str, *, disable: bool = False) -> tqdm:
+    """A progress bar named `what` over `total` units; where stderr is a file it grows by a line every 15 seconds."""
+    return tqdm(
+        total=total,
+        desc=what,
+        unit=unit,
+        disable=disable,
+        mininterval=0.5 if sys.stderr.isatty() else 15,
+        dynamic_ncols=True,
+    )
+
+
+def now(what: str) -> None:
+    """Names what begins now and takes seconds."""
+    print(f"{what} ...", file=sys.stderr, flush=True)
