@@ -30,7 +30,7 @@ class PatchDiscriminator(nn.Module):
             narrow, width = width, channels * min(2**layer, 8)
             stride = 1 if layer == layers else 2
             if blur and stride == 2:
-                modules.append(Blur(narrow))
+                modules.append(Blur())
             modules.append(_convolution(narrow, width, stride=stride, norm=norm))
             if norm == "group":
                 modules.append(nn.GroupNorm(_groups(width), width))
@@ -53,14 +53,15 @@ class Blur(nn.Module):
 
     kernel: Tensor
 
-    def __init__(self, channels: int):
+    def __init__(self) -> None:
         super().__init__()
         taps = torch.tensor([1.0, 3.0, 3.0, 1.0]) / 8
-        self.register_buffer("kernel", (taps[:, None] * taps).expand(channels, 1, 4, 4).clone(), persistent=False)
+        # without the channels: DDP cannot broadcast a lone channels-last buffer of one channel a group (torch 2.15)
+        self.register_buffer("kernel", taps[:, None] * taps, persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
-        padded = F.pad(images, (1, 2, 1, 2), mode="reflect")
-        return F.conv2d(padded, self.kernel.to(images.dtype), groups=len(self.kernel))
+        padded, channels = F.pad(images, (1, 2, 1, 2), mode="reflect"), images.shape[1]
+        return F.conv2d(padded, self.kernel.to(images.dtype).expand(channels, 1, 4, 4), groups=channels)
 
 
 def _groups(width: int) -> int:

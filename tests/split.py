@@ -44,14 +44,16 @@ def cases(place: Path) -> dict[str, Case]:
         "latents": Case(
             20,
             {
-                "loss": {"kl": 1e-2, "kl_target": 0.3, "free_bits": 0.05},
+                "loss": {"kl": 1e-2, "kl_target": 0.06, "free_bits": 0.05},
                 "latents": {"equivariance": 0.6, "noise": 1.0, "min_channels": 2},
                 "alignment": {"model": str(place / "vision")},
                 "gan": {**FELT, "blur": True, "layers": 2},
                 "optim": {"kind": "muon"},
             },
         ),
-        "capacity": Case(3, {"loss": {"pixel": "logistic", "learned_logvar": True, "kl": 1.0, "kl_capacity": 3.0}}),
+        "capacity": Case(
+            3, {"loss": {"pixel": "logistic", "scale": 0.3, "learned_logvar": True, "kl": 1.0, "kl_capacity": 3.0}}
+        ),
         "AutoencoderTiny, taught": Case(
             3,
             {

@@ -137,7 +137,7 @@ def test_batch_norm_looks_at_the_whole_batch() -> None:
 
 
 def test_blur_keeps_constants_and_removes_the_finest_stripes() -> None:
-    blur = Blur(2)
+    blur = Blur()
     constant = torch.full((1, 2, 8, 8), 0.7)
     torch.testing.assert_close(blur(constant), constant)
     stripes = torch.tensor([1.0, -1.0]).repeat(4).expand(1, 2, 8, 8)

@@ -64,7 +64,7 @@ def test_what_is_compared_is_there(references: dict[str, Reference], name: str) 
         "VQModel": {"code_age", "revived codes"},
     }
     for key in expected | more.get(name, set()):
-        assert all(bool(one[key].any()) for one in seen[-2:]), key
+        assert sum(bool(one[key].any()) for one in seen) > 1, key
         assert len({float(one[key].double().norm()) for one in seen}) > 1, key
 
 
