@@ -17,7 +17,7 @@ from latent_ae.__main__ import main
 from latent_ae.config import UserError
 from latent_ae.defects import paste_defect
 from latent_ae.detection import auroc_interval
-from latent_ae.order import posterior_noise
+from latent_ae.order import posterior_noise, spread
 from latent_ae_eval.anomaly import FIT, find_anomalies
 from latent_ae_eval.anomaly_scores import blurred
 from latent_ae_eval.job_config import AnomalySettings
@@ -169,7 +169,7 @@ def test_scores_and_elbo_equal_a_direct_computation(model, tmp_path):
         kl = kl_divergence(Normal(posterior.mean.double(), posterior.std.double()), Normal(0.0, 1.0)).sum()
         return float((x - plain).square().mean()), float(kl), made.double(), x.double()
 
-    fitted = [parts(folders[0] / f"{i}.png", i) for i in range(0, 6, FIT)]
+    fitted = [parts(folders[0] / f"{i}.png", i) for i in spread(3, 6, -(-6 // FIT)).tolist()]
     variance = float(torch.cat([(made - x).square().flatten() for _, _, made, x in fitted]).mean())
     assert result["normal"]["variance"] == pytest.approx(variance, rel=1e-4)
     assert (result["normal"]["variance_from"], result["normal"]["thresholds_from"]) == (2, 4)

@@ -17,7 +17,7 @@ from latent_ae.health import effective_rank
 from latent_ae.images import to_tensor
 from latent_ae.model_settings import ModelSettings
 from latent_ae.models import build_autoencoder
-from latent_ae.order import posterior_noise
+from latent_ae.order import posterior_noise, spread
 from latent_ae_eval.config import LatentsSettings
 from latent_ae_eval.latents import evaluate_latents
 
@@ -112,7 +112,9 @@ def test_decoding_changed_latents(photos):
     shifted(model.encoder.conv_out)  # so that nothing is equal by symmetry
     shifted(model.decoder.conv_in)
     result = evaluate_latents(model, photos, SETTINGS)
-    images = batch_of(photos)[:6]
+    chosen = spread(0, 22, 6)
+    readable = chosen != 21
+    images = batch_of(photos)[chosen[readable]]
 
     def decibels(a, b):
         a, b = (((x.clamp(-1, 1) + 1) * 127.5).round().double() for x in (a, b))
@@ -127,7 +129,7 @@ def test_decoding_changed_latents(photos):
         assert row["psnr_in_images"] == pytest.approx(decibels(turned, model(turned).sample), abs=0.01)
         plain = torch.rot90(model.decode(latents).sample, 1, (2, 3))
         assert row["psnr_apart"] == pytest.approx(decibels(plain, made), abs=0.01)
-        noise = posterior_noise(2**32, range(6), latents.shape[1:])
+        noise = posterior_noise(2**32, np.flatnonzero(readable).tolist(), latents.shape[1:])
         for row in result["health"]["noise"]:
             noised = latents + row["sigma"] * result["latents"]["std"] * noise
             assert row["psnr"] == pytest.approx(decibels(images, model.decode(noised).sample), abs=0.01)
@@ -137,7 +139,7 @@ def test_decoding_changed_latents(photos):
 def test_lpips_is_that_of_noised_images(photos, lpips_vgg):
     model = linear()
     result = evaluate_latents(model, photos, settings_with(lpips="vgg", num_decoded=1, noise=(0.0, 0.5)))
-    image, found = batch_of(photos)[:1], []
+    image, found = batch_of(photos)[spread(0, 22, 1)], []
     with torch.no_grad():
         latents = model.encode(image).latent_dist.mode()
         noise = posterior_noise(2**32, range(1), latents.shape[1:])
@@ -156,7 +158,7 @@ def shifted(convolution: torch.nn.Conv2d, by: int = 1) -> None:
 
 def test_a_model_of_local_means_follows_every_change(photos):
     """Latents that are local means, decoded by symmetric kernels: the answer is known without measuring."""
-    settings = settings_with(num_decoded=4)
+    settings = settings_with(num_decoded=22)
     model = linear(channels=3)
     result = evaluate_latents(model, photos, settings)
     for row in result["health"]["transforms"]:

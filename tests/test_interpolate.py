@@ -73,7 +73,7 @@ def test_the_paths_are_those_of_the_centred_latents(model, photos, tmp_path, cen
 
 
 def test_the_animation_goes_there_and_back(model, photos, tmp_path):
-    interpolate(model, photos, QUICK.model_copy(update={"num_images": 2, "frames": 4}), out=tmp_path)
+    interpolate(model, photos, QUICK.model_copy(update={"images": (0, 1), "frames": 4}), out=tmp_path)
     with Image.open(tmp_path / "animation.webp") as picture:
         assert picture.n_frames == 8 and picture.info["loop"] == 0
         frames = []
@@ -90,7 +90,7 @@ def test_the_animation_goes_there_and_back(model, photos, tmp_path):
 
 
 def test_a_path_in_lpips_is_never_shorter_than_the_direct_one(model, photos, lpips_vgg):
-    result = interpolate(model, photos, QUICK.model_copy(update={"lpips": "vgg", "num_images": 3}))
+    result = interpolate(model, photos, QUICK.model_copy(update={"lpips": "vgg", "images": (0, 1, 2)}))
     assert [(pair["from"][7], pair["to"][7]) for pair in result["pairs"]] == [("0", "1"), ("1", "2"), ("2", "0")]
     assert result["data"]["size_px"] == [32, 32]  # the largest square of all, and of the factor
     for pair in result["pairs"]:
