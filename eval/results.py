@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from latent_ae.config import UserError
-from latent_ae.order import choice_in_words
 from latent_ae.page import flattened
+from latent_ae.text import choice_in_words
 
 from .labels import number, pair, short_name
 

@@ -4,7 +4,7 @@ And which images stand for all of a source where only some are measured or shown
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -41,8 +41,8 @@ def spread(seed: int, size: int, number: int) -> np.ndarray:
     So the choice is even over the source's order, and over class folders, which lie one after another in it; a regular
     step could meet the same class again and again. No image is more than half again as likely as another.
     """
-    if number >= size:
-        return np.arange(size)
+    if number >= size or not number:
+        return np.arange(min(size, number))
     if 2 * number > size:  # stretches of one and of two images would make some twice as likely: draw those to leave out
         return np.delete(np.arange(size), spread(seed, size, size - number))
     borders = np.arange(number + 1) * size // number
@@ -56,19 +56,6 @@ def choice_facts(chosen: np.ndarray, size: int, seed: int, method: str = "spread
     if len(chosen) == size:
         return facts
     return facts | {"seed": seed, "fingerprint": hashlib.sha256(chosen.astype("<i8").tobytes()).hexdigest()}
-
-
-def choice_in_words(facts: Mapping[str, Any] | None) -> str:
-    """Which images were chosen, for a person; None is a choice that was not recorded."""
-    if not facts:
-        return "a choice that is not recorded"
-    number, size = facts["number"], facts["of"]
-    if facts["method"] == "first":
-        return f"the first {number:,} images of a stream"
-    if facts["method"] == "all":
-        return "all images" if size is None else f"all {size:,} images"
-    over = "every class" if facts["method"] == "spread over classes" else "all of them"
-    return f"{number:,} of {size:,} images, spread over {over} (seed {facts['seed']})"
 
 
 def posterior_noise(seed: int, numbers: Sequence[int], shape: Sequence[int], draw: int = 0) -> torch.Tensor:

@@ -112,28 +112,29 @@ def test_the_adaptive_weight_and_the_whole_gradient_are_those_of_va_vae(folder: 
         lambda *_: gradients.update({n: p.grad.clone() for n, p in step.bare_reconstructor.named_parameters()})
     )
 
-    def losses(number: int, model: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Image, alignment and KL terms over the global batch in one pass."""
+    def losses(number: int, model: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, float]:
+        """Image, alignment and KL terms over the global batch in one pass, and the area that is reconstructed."""
         whole = settings.model_copy(update={"micro_batch_size": None})
         (batch,) = micro_batches(number, whole)
         drawn, images, _ = as_drawn(batch, number, whole)
         result = model(images, drawn.noise, drawn.change)
         terms = alignment_loss(result.projected, step.vision(images, result.latent.shape[-1]), 0.5, 0.25)
         kl = 0.5 * (result.mean**2 + result.logvar.exp() - 1 - result.logvar).sum() / images.numel()
-        return (result.image - drawn.images).abs().mean(), terms[0] + terms[1], kl
+        area = drawn.images[0].numel() / batch.images[0].numel()  # sums over a sample count by it
+        return area * (result.image - drawn.images).abs().mean(), terms[0] + terms[1], kl, area
 
     model = build_step(settings).bare_reconstructor
     first = step(0, micro_batches(0, settings))
-    image, alignment, _ = losses(0, model)
+    image, alignment, _, area = losses(0, model)
     layer = model.autoencoder.encoder.conv_out.weight
     norms = [torch.autograd.grad(term, layer, retain_graph=True)[0].norm() for term in (image, alignment)]
-    expected = float(norms[0] / norms[1])
+    expected = float(norms[0] / (norms[1] + 1e-4)) / area  # at full size; 1e-4 as in the authors' code
     assert float(step.state.alignment_weight) == pytest.approx(expected, rel=1e-4)
     assert float(first["alignment_weight"]) == pytest.approx(0.1 * expected, rel=1e-4)
     assert not gradients["projection.weight"].any(), "the first step only measures"
     step(1, micro_batches(1, settings))
-    image, alignment, kl = losses(1, model)
-    (image + 0.1 * expected * alignment + 1e-2 * kl).backward()
+    image, alignment, kl, area = losses(1, model)
+    (image + 0.1 * area * expected * alignment + 1e-2 * kl).backward()
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-3, atol=1e-6, msg=name)
 

@@ -611,7 +611,7 @@ def test_small_dev_shm(tmp_path: Path) -> None:
         assert done.returncode == code, done.stderr
         assert "Traceback" not in done.stderr
         if code:
-            assert "data.num_workers: 2 reading processes cannot be started: No space left on device" in done.stderr
+            assert "num_workers: 2 reading processes cannot be started: No space left on device" in done.stderr
             assert "--shm-size" in done.stderr
         else:
             assert json.loads(done.stdout)["num_readable"] == 6

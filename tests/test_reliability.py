@@ -94,7 +94,7 @@ def test_too_little_room_is_said_before_the_first_step(
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage._replace(free=10**5))
     assert main(words(pictures, tmp_path / "run")) == 2
     error = capsys.readouterr().err
-    assert "GB free" in error and "checkpoint.keep" in error and "step 2/" not in error
+    assert "has 100.0 kB free" in error and "checkpoint.keep" in error and "step 2/" not in error
     monkeypatch.undo()
     assert main(words(pictures, tmp_path / "run", "steps=1")) == 0
     assert not list((tmp_path / "run").glob(".preflight*"))

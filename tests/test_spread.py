@@ -19,7 +19,8 @@ from latent_ae.__main__ import main
 from latent_ae.config import UserError
 from latent_ae.data import open_images
 from latent_ae.data_settings import DataSettings
-from latent_ae.order import choice_in_words, spread
+from latent_ae.order import spread
+from latent_ae.text import choice_in_words
 from latent_ae_eval.anomaly import find_anomalies
 from latent_ae_eval.compare import compare
 from latent_ae_eval.config import LatentsSettings, ReconSettings

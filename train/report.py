@@ -11,7 +11,7 @@ from PIL import Image
 from latent_ae import page
 from latent_ae.config import to_yaml
 from latent_ae.model_card import METRIC_NAMES
-from latent_ae.order import choice_in_words
+from latent_ae.text import choice_in_words
 
 from .config import TrainSettings
 

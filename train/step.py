@@ -219,7 +219,7 @@ class TrainStep:
             with self._autocast():
                 features = self.vision(images, result.latent.shape[-1])
             layer = self.bare_reconstructor.encoder_last_layer
-            aligning, logs = aligning_gradient(settings.alignment, self.state, result, features, layer, layers)
+            aligning, logs = aligning_gradient(settings.alignment, self.state, area, result, features, layer, layers)
             means |= logs
             outputs.append(result.projected)
             gradients.append(aligning * share)

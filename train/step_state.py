@@ -108,10 +108,10 @@ class StepState(nn.Module):
         reduced = dict(zip(names, values, strict=True))
         for name in ("layer_reconstruction", "layer_adversarial", "encoder_image", "encoder_alignment"):
             means.pop(name, None)
+        # of full size; latents.equivariance draws other sizes, by whose area the reconstruction's losses count
+        area = means["scale"].square() if "scale" in means else 1.0
         if "layer_adversarial" in reduced:
             # the share that the adversarial term has just had in the last layer's gradient
-            # of full size; latents.equivariance draws other sizes
-            area = means["scale"].square() if "scale" in means else 1.0
             used = self.adaptive_weight_of(area, gan.adaptive_cap) if gan.adaptive else 1.0
             weight = phase.generator * used
             norms = (reduced["layer_adversarial"].norm(), reduced["layer_reconstruction"].norm())
@@ -124,7 +124,7 @@ class StepState(nn.Module):
             ratio = adaptive_ratio(reduced["encoder_image"], reduced["encoder_alignment"], ALIGNMENT_CAP)
             # within both margins there is no gradient, and no ratio
             ratio = torch.where(reduced["encoder_alignment"].norm() > 0, ratio, torch.nan)
-            smooth_(self.alignment_weight, ratio, ALIGNMENT_SMOOTHING)
+            smooth_(self.alignment_weight, ratio / area, ALIGNMENT_SMOOTHING)
             means["alignment_weight"] = settings.alignment.weight * self.alignment_weight
         if "code_counts" in reduced:
             del means["code_counts"]

@@ -82,12 +82,15 @@ def rate_loss(
 def aligning_gradient(
     alignment: AlignmentSettings,
     state: StepState,
+    area: float,
     result: Reconstruction,
     features: Tensor,
     layer: Tensor,
     layers: list[Tensor],
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The weighted gradient of the alignment at the projected latent, and what to log.
+
+    `area`: what the image losses of this step count for, of full size; the adaptive weight follows them.
 
     For the adaptive weight, the backward pass will put the image losses' gradient at `layer`, the encoder's last, into
     `layers` when it comes by the latent: the cost is that of one convolution's weight gradient.
@@ -110,4 +113,4 @@ def aligning_gradient(
     result.to_decode.register_hook(
         lambda slope: layers.extend(torch.autograd.grad(latent, layer, slope, retain_graph=True))
     )
-    return alignment.weight * state.alignment_weight * gradient, means
+    return alignment.weight * area * state.alignment_weight * gradient, means
