@@ -1,14 +1,20 @@
 """What several test files need: the real LPIPS trunk, and one thread, so that small tests do not fight for cores."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
+import latent_ae.export
 from latent_ae.config import UserError
 from latent_ae.perceptual import LPIPS
 
+from . import warm
 from .made_jobs import Jobs
 
 torch.set_num_threads(1)
+# but for one test of the check itself, which has a process that starts as a user's does
+latent_ae.export.subprocess = SimpleNamespace(run=warm.run)  # type: ignore[assignment]
 
 
 @pytest.fixture(scope="session")

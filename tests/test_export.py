@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -162,8 +163,11 @@ def test_the_lines_and_the_snippet_of_the_card_run(exported):
     torch.testing.assert_close(names["images"], expected, atol=1e-5, rtol=0)
 
 
-def test_the_check_sees_one_altered_weight_and_an_unloadable_folder(exported, tmp_path):
-    autoencoder, folder, _, _ = exported
+def test_the_check_sees_one_altered_weight_and_an_unloadable_folder(exported, tmp_path, monkeypatch):
+    autoencoder, folder, facts, _ = exported
+    with monkeypatch.context() as patch:
+        patch.setattr(export, "subprocess", subprocess)  # as users have it: see tests/warm.py
+        assert verify_export(folder, autoencoder, IMAGES) == facts["max_abs_difference"]
     for name in ("config.json", "diffusion_pytorch_model.safetensors"):
         (tmp_path / name).write_bytes((folder / name).read_bytes())
     weights = load_file(tmp_path / "diffusion_pytorch_model.safetensors")
