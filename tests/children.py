@@ -6,6 +6,7 @@ So a run costs no start-up, may have several processes, and can be killed with S
 import json
 import multiprocessing
 import os
+import runpy
 import signal
 import socket
 import sys
@@ -21,7 +22,7 @@ from latent_ae_train.validate import Validator
 
 WRITES = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree")
 context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload([__name__])
+context.set_forkserver_preload([__name__, "latent_ae_eval.recon", "latent_ae_eval.latents"])
 
 
 def run(words: list[str], folder: Path, processes: int = 1, kill_at: int | None = None) -> tuple[int, str]:
@@ -35,6 +36,12 @@ def run(words: list[str], folder: Path, processes: int = 1, kill_at: int | None 
 
 def call(processes: int, function: Callable[..., None], *arguments: Any, folder: Path) -> tuple[int, str]:
     """Calls function(rank, *arguments) on so many processes that talk through gloo; returns as `run` does."""
+    codes = call_all(processes, function, *arguments, folder=folder)
+    return codes[0], "".join(path.read_text() for path in sorted(folder.glob("stderr.*")))
+
+
+def call_all(processes: int, function: Callable[..., None], *arguments: Any, folder: Path) -> list[int]:
+    """As `call`; returns the exit code of each process."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -52,7 +59,18 @@ def call(processes: int, function: Callable[..., None], *arguments: Any, folder:
         if children[0].exitcode == -signal.SIGKILL:
             child.kill()  # as the launcher does
         child.join(20)
-    return children[0].exitcode, "".join(path.read_text() for path in sorted(folder.glob("stderr.*")))
+        if child.exitcode is None:
+            child.kill()
+            child.join()
+    return [child.exitcode for child in children]
+
+
+def run_script(rank: int, script: str, arguments: tuple[str, ...], folder: str) -> None:
+    """Runs a file as `python SCRIPT ARGUMENTS` does; what it prints goes into `folder`/stdout.RANK."""
+    with open(f"{folder}/stdout.{rank}", "w") as stream:
+        os.dup2(stream.fileno(), 1)
+    sys.argv = [script, *arguments]
+    runpy.run_path(script, run_name="__main__")
 
 
 def _child(
