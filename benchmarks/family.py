@@ -17,6 +17,7 @@ from torch import Tensor
 
 from benchmarks.machine import save
 from benchmarks.runs import evaluate, events, folder_name, train
+from latent_ae.arithmetic import training_memory_format
 from latent_ae.codebook import code_counts, perplexity, quantised
 from latent_ae.config import load_settings
 from latent_ae.data import open_images
@@ -157,17 +158,17 @@ def scaled(stage: FirstStage, latents: Tensor) -> Tensor:
 
 def speed(settings: TrainSettings, stage: FirstStage, images: Tensor, latents: Tensor) -> dict[str, float]:
     """Images per second of processor time."""
-    autoencoder = starting_autoencoder(settings)
+    autoencoder, layout = starting_autoencoder(settings), training_memory_format(torch.device("cpu"))
     step = TrainStep(
         settings,
         Accelerator(cpu=True),
-        Reconstructor(autoencoder).to(memory_format=torch.channels_last),
+        Reconstructor(autoencoder).to(memory_format=layout),
         None,
         LPIPS(settings.loss.perceptual_net),
         Ema(autoencoder, settings.ema.decay),
         teacher=Teacher(settings, autoencoder) if settings.distillation.teacher is not None else None,
     )
-    part = images[: settings.batch_size].to(memory_format=torch.channels_last)
+    part = images[: settings.batch_size].to(memory_format=layout)
     noise = torch.randn(latents[: settings.batch_size].shape, generator=torch.Generator().manual_seed(0))
     batch = MicroBatch(part, noise, slice(0, None, settings.loss.perceptual_every))
     step(0, iter([batch]))

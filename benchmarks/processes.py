@@ -19,6 +19,7 @@ import torch
 from accelerate import Accelerator
 
 from benchmarks.machine import save
+from latent_ae.arithmetic import training_memory_format
 from latent_ae.models import Reconstructor, count_parameters
 from latent_ae_train.config import TrainSettings
 from latent_ae_train.ema import Ema
@@ -92,16 +93,17 @@ def work(updates: int) -> None:
     settings = settings_of(int(os.environ["BENCHMARK_MICRO_BATCH"]))
     accelerator = Accelerator(cpu=True, mixed_precision="no")
     autoencoder = starting_autoencoder(settings)
+    layout = training_memory_format(accelerator.device)
     step = TrainStep(
         settings,
         accelerator,
-        accelerator.prepare_model(Reconstructor(autoencoder).to(memory_format=torch.channels_last)),
-        accelerator.prepare_model(starting_discriminator(settings, 3)),
+        accelerator.prepare_model(Reconstructor(autoencoder).to(memory_format=layout)),
+        accelerator.prepare_model(starting_discriminator(settings, 3).to(memory_format=layout)),
         None,
         Ema(autoencoder, settings.ema.decay),
     )
     size, side = settings.micro_batch, SIDE_PX // settings.model.factor
-    images = (torch.rand(size, 3, SIDE_PX, SIDE_PX) * 2 - 1).to(memory_format=torch.channels_last)
+    images = (torch.rand(size, 3, SIDE_PX, SIDE_PX) * 2 - 1).to(memory_format=layout)
     micro_batch = MicroBatch(images, torch.randn(size, 4, side, side), slice(None))
     seconds = []
     for number in range(updates + 2):

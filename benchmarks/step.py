@@ -24,6 +24,7 @@ from benchmarks.rivals import (
     diffusers_example_step,
     latent_diffusion_checkout_step,
 )
+from latent_ae.arithmetic import training_memory_format
 from latent_ae.discriminators import PatchDiscriminator
 from latent_ae.models import Reconstructor, build_autoencoder, count_parameters
 from latent_ae.perceptual import LPIPS
@@ -148,20 +149,21 @@ def ours(shape: Shape, images: torch.Tensor, precision: str, *, compiled: bool =
     settings = settings_of(shape, precision=precision, batch_size=batch, compile=compiled)
     accelerator = Accelerator(cpu=images.device.type == "cpu", mixed_precision="no")
     autoencoder = starting_autoencoder(settings).to(images.device)
-    discriminator = starting_discriminator(settings, 3).to(images.device)
+    layout = training_memory_format(images.device)
+    discriminator = starting_discriminator(settings, 3).to(images.device, memory_format=layout)
     ema = Ema(autoencoder, settings.ema.decay)
     if compiled:
         compile_networks(autoencoder, discriminator)
     step = TrainStep(
         settings,
         accelerator,
-        Reconstructor(autoencoder).to(memory_format=torch.channels_last),
+        Reconstructor(autoencoder).to(memory_format=layout),
         discriminator,
         LPIPS("vgg").to(images.device),
         ema,
     )
     latent = torch.randn(batch, 4, *(2 * [images.shape[-1] // settings.model.factor]), device=images.device)
-    micro_batch = MicroBatch(images.to(memory_format=torch.channels_last), latent, slice(None))
+    micro_batch = MicroBatch(images.to(memory_format=layout), latent, slice(None))
     numbers = iter(range(1_000_000))
     return lambda: step(next(numbers), iter([micro_batch]))
 

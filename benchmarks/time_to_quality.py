@@ -22,6 +22,7 @@ from accelerate import Accelerator
 
 from benchmarks.machine import save
 from benchmarks.rivals import CLAMP, Networks, latent_diffusion_step
+from latent_ae.arithmetic import training_memory_format
 from latent_ae.config import load_settings
 from latent_ae.data import open_images, posterior_noise, training_batches
 from latent_ae.data_settings import DataSettings
@@ -39,6 +40,7 @@ from latent_ae_train.step import MicroBatch, TrainStep
 POINTS = 2
 """Measurements of each run, evenly in steps."""
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+LAYOUT = training_memory_format(DEVICE)
 Reconstruct = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -67,7 +69,7 @@ class Batches:
         noise = posterior_noise(settings.seed, batch.numbers, (settings.model.latent_channels, side, side))
         every = settings.loss.perceptual_every
         rows = slice(-batch.numbers[0] % every, None, every)
-        return MicroBatch(batch.images.to(DEVICE, memory_format=torch.channels_last), noise.to(DEVICE), rows)
+        return MicroBatch(batch.images.to(DEVICE, memory_format=LAYOUT), noise.to(DEVICE), rows)
 
     def __iter__(self) -> Iterator[MicroBatch]:
         return self
@@ -212,8 +214,8 @@ def step_and_average(settings: TrainSettings, perceptual: LPIPS) -> tuple[TrainS
     step = TrainStep(
         settings,
         Accelerator(cpu=DEVICE.type == "cpu", mixed_precision="no"),
-        Reconstructor(autoencoder).to(memory_format=torch.channels_last),
-        starting_discriminator(settings, 3).to(DEVICE) if settings.gan.weight else None,
+        Reconstructor(autoencoder).to(memory_format=LAYOUT),
+        starting_discriminator(settings, 3).to(DEVICE, memory_format=LAYOUT) if settings.gan.weight else None,
         perceptual,
         ema,
     )

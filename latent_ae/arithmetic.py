@@ -16,6 +16,16 @@ class WeightPrecisionConv2d(nn.Conv2d):
             return super().forward(features.to(self.weight.dtype))
 
 
+def training_memory_format(device: torch.device) -> torch.memory_format:
+    """How networks that train and their images lie in memory on `device`, for speed alone.
+
+    Channels-last, but on CPUs without AVX-512: there the gradients of convolutions take 1.2 times as long in it for the
+    quickstart's crops of 64 px, and up to three times for wide layers of 128 px.
+    """
+    contiguous = device.type == "cpu" and torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2")
+    return torch.contiguous_format if contiguous else torch.channels_last
+
+
 @contextmanager
 def float32_arithmetic(*, tf32: bool = False, repeatable: bool = False) -> Iterator[None]:
     """While it is open, float32 convolutions and matrix products on CUDA devices round their inputs to TF32 or not.

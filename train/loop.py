@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
 from tqdm import tqdm
 
-from latent_ae.arithmetic import float32_arithmetic
+from latent_ae.arithmetic import float32_arithmetic, training_memory_format
 from latent_ae.config import UserError
 from latent_ae.data import Batch, open_images, posterior_noise, training_batches
 from latent_ae.diffaug import NUMBERS
@@ -118,18 +118,19 @@ def _train(run: Path, settings: TrainSettings, accelerator: Accelerator) -> dict
             write_config(run, settings)
     if settings.compile:
         compile_networks(autoencoder, discriminator)
+    layout = training_memory_format(accelerator.device)
     train_step = TrainStep(
         settings,
         accelerator,
-        accelerator.prepare_model(Reconstructor(autoencoder, projection).to(memory_format=torch.channels_last)),
-        accelerator.prepare_model(discriminator) if discriminator is not None else None,
+        accelerator.prepare_model(Reconstructor(autoencoder, projection).to(memory_format=layout)),
+        accelerator.prepare_model(discriminator.to(memory_format=layout)) if discriminator is not None else None,
         perceptual,
         ema,
         vision,
         judge,
         teacher,
     )
-    averaged = Reconstructor(ema.module if ema is not None else autoencoder).to(memory_format=torch.channels_last)
+    averaged = Reconstructor(ema.module if ema is not None else autoencoder).to(memory_format=layout)
     validator = Validator(settings, accelerator, held_out, channels, factor, perceptual)
 
     with Agreed(accelerator):
@@ -315,7 +316,7 @@ class Feed:
             augmentation = augmentation_numbers(settings.seed, batch.numbers, 2 * NUMBERS)
             augmentation = self._sent(augmentation)
         return MicroBatch(
-            batch.images.to(self.device, memory_format=torch.channels_last, non_blocking=True),
+            batch.images.to(self.device, memory_format=training_memory_format(self.device), non_blocking=True),
             self._sent(posterior_noise(settings.seed, batch.numbers, self.latent_shape)),
             # samples whose number is a multiple of `every`; a micro-batch's numbers are consecutive
             slice(-batch.numbers[0] % every, None, every),

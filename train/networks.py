@@ -80,7 +80,7 @@ def starting_discriminator(settings: TrainSettings, channels: int) -> PatchDiscr
         network = PatchDiscriminator(channels, gan.channels, gan.layers, gan.norm, gan.blur)
     if gan.init_from is not None:
         network.load_state_dict(_discriminator_weights(Path(gan.init_from).expanduser(), network))
-    return network.to(memory_format=torch.channels_last)
+    return network
 
 
 def starting_projection(settings: TrainSettings, latent_channels: int, features: int) -> nn.Conv2d:
