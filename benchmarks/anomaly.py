@@ -50,9 +50,9 @@ def figures(result: dict[str, Any]) -> dict[str, Any]:
 
 
 def one_class_out(data: Path, scratch: Path, steps: int, limit: int) -> dict[str, Any]:
-    from latent_ae.images import bicubic_down_up
-    from latent_ae_eval.anomaly import find_anomalies
-    from latent_ae_eval.job_config import AnomalySettings
+    from latent_ae.data.images import bicubic_down_up
+    from latent_ae_eval.anomaly.measure import find_anomalies
+    from latent_ae_eval.anomaly.settings import AnomalySettings
 
     found = {}
     table = pq.read_table(data / "cifar10/train.parquet")
@@ -77,9 +77,9 @@ def one_class_out(data: Path, scratch: Path, steps: int, limit: int) -> dict[str
 
 
 def pasted_defects(data: Path, scratch: Path, steps: int, limit: int) -> dict[str, Any]:
-    from latent_ae.images import bicubic_down_up
-    from latent_ae_eval.anomaly import find_anomalies
-    from latent_ae_eval.job_config import AnomalySettings
+    from latent_ae.data.images import bicubic_down_up
+    from latent_ae_eval.anomaly.measure import find_anomalies
+    from latent_ae_eval.anomaly.settings import AnomalySettings
 
     photos = data / "bsds500"
     model = trained(photos / "train", scratch / "run-bsds500", steps, "data.resolution=64", "batch_size=8")

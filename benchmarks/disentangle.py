@@ -12,7 +12,7 @@ from typing import Any
 
 from benchmarks.machine import save
 from benchmarks.runs import evaluate, events, folder_name, seconds_of, train
-from latent_ae.shapes import KINDS, write_shapes
+from latent_ae.data.synthetic import KINDS, write_shapes
 
 WARMUP = "loss.kl_warmup=300"
 RUNS: dict[str, dict[str, list[str]]] = {

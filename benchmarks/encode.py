@@ -78,8 +78,8 @@ def prepare(scratch: Path, arguments: argparse.Namespace) -> None:
     import datasets
 
     from latent_ae.config import load_settings
-    from latent_ae.models import build_autoencoder
-    from latent_ae_train.config import TrainSettings
+    from latent_ae.models.build import build_autoencoder
+    from latent_ae_train.settings import TrainSettings
 
     build_autoencoder(load_settings(TrainSettings, "quickstart", []).model, sample_size=32).save_pretrained(
         scratch / "model"
@@ -122,8 +122,8 @@ def work(who: str, which: str, scratch_folder: str) -> None:
     scratch, side = Path(scratch_folder), SIDES[which]
     out = scratch / f"{which}-{who}"
     if who == "ours":
-        from latent_ae.encode import encode_images
-        from latent_ae.encode_settings import EncodeSettings
+        from latent_ae.latents.encode import encode_images
+        from latent_ae.latents.settings import EncodeSettings
 
         for path in out.rglob("*"):  # of the round before
             if path.is_file():
@@ -163,7 +163,7 @@ def rounding(scratch: Path, which: str) -> dict[str, float]:
     from diffusers import AutoencoderKL
 
     from benchmarks.plain_evaluation import center_crop_arr, levels
-    from latent_ae.latent_cache import open_latents
+    from latent_ae.latents.cache import open_latents
 
     vae, cache = AutoencoderKL.from_pretrained(scratch / "model").eval(), open_latents(scratch / f"{which}-ours")
     found: dict[str, list[float]] = {"fp32": [], "fp16": []}
@@ -180,7 +180,7 @@ def rounding(scratch: Path, which: str) -> dict[str, float]:
 def reading(scratch: Path) -> dict[str, float]:
     import datasets
 
-    from latent_ae.latent_cache import open_latents
+    from latent_ae.latents.cache import open_latents
 
     cache, files = open_latents(scratch / "small-ours"), sorted((scratch / "small-plain loop").iterdir())
     table = datasets.load_dataset(str(scratch / "small-ours"), split="train").with_format("torch")

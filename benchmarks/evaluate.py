@@ -143,9 +143,9 @@ def prepare(scratch: Path, data: Path, images: int, fid_images: int) -> int:
     """The model (whose parameters are counted), Inception's weights, and the files that the contestants read."""
     from benchmarks.plain_evaluation import Folder, levels
     from latent_ae.config import load_settings
-    from latent_ae.models import build_autoencoder, count_parameters
-    from latent_ae.weights import cache_folder
-    from latent_ae_train.config import TrainSettings
+    from latent_ae.models.build import build_autoencoder, count_parameters
+    from latent_ae.pretrained.weights import cache_folder
+    from latent_ae_train.settings import TrainSettings
     from tests.inception import random_inception
 
     random_inception(scratch / "inception.pth")
@@ -197,8 +197,8 @@ def our_fid_part(scratch: Path, batch: int) -> Callable[[], Timed]:
 
 
 def our_evaluation(scratch: Path, model: Any, folder: Path, batch: int, **changes: Any) -> Timed:
-    from latent_ae_eval import recon
-    from latent_ae_eval.config import ReconSettings
+    from latent_ae_eval.recon import measure as recon
+    from latent_ae_eval.recon.settings import ReconSettings
 
     settings = ReconSettings(
         inception_weights=str(scratch / "inception.pth"),

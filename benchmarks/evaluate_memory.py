@@ -65,10 +65,10 @@ def launch(part: str, count: int, data: str) -> dict[str, Any]:
 
 def whole(scratch: Path, count: int, data: str) -> None:
     from latent_ae.config import load_settings
-    from latent_ae.models import build_autoencoder
-    from latent_ae_eval.config import ReconSettings
-    from latent_ae_eval.recon import evaluate_reconstruction
-    from latent_ae_train.config import TrainSettings
+    from latent_ae.models.build import build_autoencoder
+    from latent_ae_eval.recon.measure import evaluate_reconstruction
+    from latent_ae_eval.recon.settings import ReconSettings
+    from latent_ae_train.settings import TrainSettings
 
     model = build_autoencoder(load_settings(TrainSettings, "quickstart", []).model, sample_size=32)
     # 16 is what a shard of few images holds: with more, the longer evaluation would also take larger batches
@@ -80,8 +80,8 @@ def whole(scratch: Path, count: int, data: str) -> None:
 
 def statistics(scratch: Path, count: int, data: str) -> None:
     """Random features, a few of them in common, in shards as an evaluation leaves them."""
-    from latent_ae_eval.shards import Shard, WorkFolder
-    from latent_ae_eval.summary import collect, distances
+    from latent_ae_eval.recon.summary import collect, distances
+    from latent_ae_eval.storage import Shard, WorkFolder
 
     work = WorkFolder(scratch / "work", None)
     work.begin()

@@ -18,21 +18,21 @@ from torch import Tensor
 from benchmarks.machine import save
 from benchmarks.runs import evaluate, events, folder_name, train
 from latent_ae.arithmetic import training_memory_format
-from latent_ae.codebook import code_counts, perplexity, quantised
 from latent_ae.config import load_settings
-from latent_ae.data import open_images
-from latent_ae.data_settings import DataSettings
-from latent_ae.first_stages import FirstStage, load_first_stage
-from latent_ae.held_out import held_out_images
-from latent_ae.images import to_uint8
-from latent_ae.metrics import psnr
-from latent_ae.models import Reconstructor
-from latent_ae.perceptual import LPIPS
-from latent_ae_train.config import TrainSettings
+from latent_ae.data.held_out import held_out_images
+from latent_ae.data.images import to_uint8
+from latent_ae.data.loader import open_images
+from latent_ae.data.settings import DataSettings
+from latent_ae.metrics.similarity import psnr
+from latent_ae.models.build import Reconstructor
+from latent_ae.models.loading import FirstStage, load_first_stage
+from latent_ae.models.quantize import code_counts, perplexity, quantised
+from latent_ae.pretrained.lpips import LPIPS
+from latent_ae_train.build import starting_autoencoder
 from latent_ae_train.distillation import Teacher
 from latent_ae_train.ema import Ema
 from latent_ae_train.micro_batch import MicroBatch
-from latent_ae_train.networks import starting_autoencoder
+from latent_ae_train.settings import TrainSettings
 from latent_ae_train.step import TrainStep
 
 

@@ -18,8 +18,8 @@ from PIL import Image
 from skimage import data
 
 from benchmarks.machine import save
-from latent_ae.data import open_images, training_batches
-from latent_ae.data_settings import DataSettings
+from latent_ae.data.loader import open_images, training_batches
+from latent_ae.data.settings import DataSettings
 
 NUM_FILES, SIDE_PX, CROP_PX, BATCH = 256, 512, 256, 16
 

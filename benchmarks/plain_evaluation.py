@@ -24,7 +24,7 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
 from torchmetrics.wrappers import FeatureShare
 
-from latent_ae.weights import weight_file
+from latent_ae.pretrained.weights import weight_file
 
 SIDE_PX = 256
 

@@ -20,10 +20,10 @@ from accelerate import Accelerator
 
 from benchmarks.machine import save
 from latent_ae.arithmetic import training_memory_format
-from latent_ae.models import Reconstructor, count_parameters
-from latent_ae_train.config import TrainSettings
+from latent_ae.models.build import Reconstructor, count_parameters
+from latent_ae_train.build import starting_autoencoder, starting_discriminator
 from latent_ae_train.ema import Ema
-from latent_ae_train.networks import starting_autoencoder, starting_discriminator
+from latent_ae_train.settings import TrainSettings
 from latent_ae_train.step import MicroBatch, TrainStep
 
 BATCH, SIDE_PX = 8, 64

@@ -25,12 +25,12 @@ from benchmarks.rivals import (
     latent_diffusion_checkout_step,
 )
 from latent_ae.arithmetic import training_memory_format
-from latent_ae.discriminators import PatchDiscriminator
-from latent_ae.models import Reconstructor, build_autoencoder, count_parameters
-from latent_ae.perceptual import LPIPS
-from latent_ae_train.config import TrainSettings
+from latent_ae.models.build import Reconstructor, build_autoencoder, count_parameters
+from latent_ae.models.discriminator import PatchDiscriminator
+from latent_ae.pretrained.lpips import LPIPS
+from latent_ae_train.build import compile_networks, starting_autoencoder, starting_discriminator
 from latent_ae_train.ema import Ema
-from latent_ae_train.networks import compile_networks, starting_autoencoder, starting_discriminator
+from latent_ae_train.settings import TrainSettings
 from latent_ae_train.step import MicroBatch, TrainStep
 
 

@@ -25,8 +25,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from benchmarks.machine import peak_memory_gb, save
-from latent_ae.models import factor_of
-from latent_ae.precision import tile_differences
+from latent_ae.export.precision import tile_differences
+from latent_ae.models.build import factor_of
 
 WAYS = {
     "whole": (1, None, False),

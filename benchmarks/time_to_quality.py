@@ -24,17 +24,17 @@ from benchmarks.machine import save
 from benchmarks.rivals import CLAMP, Networks, latent_diffusion_step
 from latent_ae.arithmetic import training_memory_format
 from latent_ae.config import load_settings
-from latent_ae.data import open_images, posterior_noise, training_batches
-from latent_ae.data_settings import DataSettings
-from latent_ae.held_out import held_out_images
-from latent_ae.images import bicubic_down_up
-from latent_ae.metrics import ReconstructionMetrics
-from latent_ae.models import Reconstructor
-from latent_ae.perceptual import LPIPS
-from latent_ae_train.config import TrainSettings
+from latent_ae.data.held_out import held_out_images
+from latent_ae.data.images import bicubic_down_up
+from latent_ae.data.loader import open_images, posterior_noise, training_batches
+from latent_ae.data.settings import DataSettings
+from latent_ae.metrics.similarity import ReconstructionMetrics
+from latent_ae.models.build import Reconstructor
+from latent_ae.pretrained.lpips import LPIPS
+from latent_ae_train.build import starting_autoencoder, starting_discriminator
 from latent_ae_train.ema import Ema
-from latent_ae_train.networks import starting_autoencoder, starting_discriminator
 from latent_ae_train.schedule import gan_phase_at, lr_scale_at
+from latent_ae_train.settings import TrainSettings
 from latent_ae_train.step import MicroBatch, TrainStep
 
 POINTS = 2

@@ -22,13 +22,13 @@ import torch
 from benchmarks.machine import alternate, save
 from benchmarks.time_to_quality import DEVICE, Batches, data_name, measure, step_and_average
 from latent_ae.config import load_settings
-from latent_ae.data import open_images
-from latent_ae.held_out import held_out_images
-from latent_ae.images import bicubic_down_up
-from latent_ae.models import Reconstructor
-from latent_ae.perceptual import LPIPS
-from latent_ae_train.config import TrainSettings
-from latent_ae_train.networks import starting_autoencoder
+from latent_ae.data.held_out import held_out_images
+from latent_ae.data.images import bicubic_down_up
+from latent_ae.data.loader import open_images
+from latent_ae.models.build import Reconstructor
+from latent_ae.pretrained.lpips import LPIPS
+from latent_ae_train.build import starting_autoencoder
+from latent_ae_train.settings import TrainSettings
 
 
 class Idea(NamedTuple):

@@ -19,7 +19,7 @@ COMMANDS = {
     "diffusion": "how well a diffusion model learns the latents: loss curve, samples, their Frechet distance to data",
     "compare": "which of several measured first stages is better, beyond chance",
 }
-"""Each is the module NAME_command."""
+"""Each is a package; its module `command` reads the words."""
 
 
 def usage() -> str:
@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         hint = f"; did you mean {close}?" if close else ""
         print(f"latent-ae eval: no such command: {printable(words[0])}{hint}\n\n{usage()}", file=sys.stderr)
         return 2
-    return int(importlib.import_module(f"{__package__}.{words[0]}_command").main(words[1:]))
+    return int(importlib.import_module(f"{__package__}.{words[0]}.command").main(words[1:]))
 
 
 if __name__ == "__main__":

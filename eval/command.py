@@ -11,8 +11,7 @@ from typing import Any, Generic, TypeVar
 from latent_ae import command_line
 from latent_ae.config import Settings, load_settings, own_key
 from latent_ae.text import printable
-
-from .labels import short_name
+from latent_ae_eval.labels import short_name
 
 Kind = TypeVar("Kind", bound=Settings)
 Shown = Callable[[Mapping[str, Any]], str]

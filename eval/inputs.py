@@ -9,15 +9,12 @@ import torch
 from accelerate import PartialState
 
 from latent_ae.config import UserError
-from latent_ae.data import ImageSource, open_images, stop_if_too_many_bad
-from latent_ae.features import InceptionFeatures
-from latent_ae.first_stages import FirstStage, open_first_stage
-from latent_ae.processes import processes as open_processes
-from latent_ae.sources import part_of
+from latent_ae.data.loader import ImageSource, open_images, stop_if_too_many_bad
+from latent_ae.data.sources import part_of
+from latent_ae.distributed import processes as open_processes
+from latent_ae.models.loading import FirstStage, open_first_stage
 from latent_ae.text import printable
-from latent_ae.weights import briefly
-
-from .config import QuestionSettings, ReconSettings
+from latent_ae_eval.settings import QuestionSettings
 
 GENERATION_FILES = (".npz", ".pt", ".pkl")
 
@@ -87,19 +84,3 @@ def report_skipped(skipped: list[str], num_read: int, settings: QuestionSettings
     if skipped and shows:
         named = "\n  ".join(map(printable, skipped))
         print(f"skipped {len(skipped)} of {total} images:\n  {named}", file=sys.stderr)
-
-
-def inception_network(settings: ReconSettings, device: torch.device) -> tuple[InceptionFeatures | None, str]:
-    """Inception if it is wanted and its weights can be had, and otherwise why not."""
-    if "inception" not in settings.frechet:
-        return None, ""
-    protocol = settings.resolved()
-    try:
-        network = InceptionFeatures(
-            protocol.extractor, settings.inception_weights, double=protocol.extractor_dtype == "fp64"
-        )
-    except UserError as error:
-        if settings.inception_weights is not None:
-            raise
-        return None, f"FID and KID are missing: {briefly(error)}"
-    return network.to(device, memory_format=torch.channels_last), ""

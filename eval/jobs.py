@@ -12,14 +12,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from latent_ae.config import UserError
-from latent_ae.first_stages import CPU_BATCH_PX, FirstStage
-from latent_ae.held_out import Framing, HeldOutImage, HeldOutImages
-from latent_ae.perceptual import LPIPS, TRUNKS, Net
-from latent_ae.sources import ImageSource
-from latent_ae.weights import briefly
-
-from .inputs import checked_factor, opened_model, processes
-from .job_config import JobSettings
+from latent_ae.data.held_out import Framing, HeldOutImage, HeldOutImages
+from latent_ae.data.sources import ImageSource
+from latent_ae.models.loading import CPU_BATCH_PX, FirstStage
+from latent_ae.pretrained.lpips import LPIPS, TRUNKS, Net
+from latent_ae.pretrained.weights import briefly
+from latent_ae_eval.inputs import checked_factor, opened_model, processes
+from latent_ae_eval.settings import JobSettings
 
 PROCESS_COUNTS = ["WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"]
 """Where accelerate's, PyTorch's and MPI's launchers say how many processes they start."""

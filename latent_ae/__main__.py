@@ -6,8 +6,8 @@ import sys
 from typing import NamedTuple
 
 from latent_ae.config import ToldElsewhere, UserError, close_word
-from latent_ae.data_settings import without_section
-from latent_ae.disk import ADVICE, TROUBLE
+from latent_ae.data.settings import without_section
+from latent_ae.files import ADVICE, TROUBLE
 from latent_ae.text import printable
 
 
@@ -18,11 +18,11 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "train": Command("latent_ae_train.__main__", "train a first stage; the same command again resumes it"),
-    "export": Command("latent_ae_train.export_command", "write a run's weights as a diffusers folder"),
+    "export": Command("latent_ae_train.export", "write a run's weights as a diffusers folder"),
     "eval": Command("latent_ae_eval.__main__", "measure a finished first stage"),
-    "encode": Command("latent_ae.encode_command", "write the latents of a data set into files, to train on them"),
-    "data": Command("latent_ae.data_command", "read every image of a source once and say what is wrong with it"),
-    "weights": Command("latent_ae.weights", "fetch the pretrained weights that LPIPS and FID need"),
+    "encode": Command("latent_ae.latents.command", "write the latents of a data set into files, to train on them"),
+    "data": Command("latent_ae.data.command", "read every image of a source once and say what is wrong with it"),
+    "weights": Command("latent_ae.pretrained.weights", "fetch the pretrained weights that LPIPS and FID need"),
 }
 
 

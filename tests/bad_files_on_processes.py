@@ -13,7 +13,7 @@ from accelerate import PartialState
 import latent_ae_train.loop as loop
 from latent_ae.__main__ import main
 from latent_ae.config import UserError
-from latent_ae.data import training_batches
+from latent_ae.data.loader import training_batches
 
 
 def failing_batches(*arguments: Any, **options: Any) -> Iterator[Any]:

@@ -22,7 +22,7 @@ from latent_ae_train.validate import Validator
 
 WRITES = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree")
 context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload([__name__, "latent_ae_eval.recon", "latent_ae_eval.latents"])
+context.set_forkserver_preload([__name__, "latent_ae_eval.recon.measure", "latent_ae_eval.latents.measure"])
 
 
 def run(words: list[str], folder: Path, processes: int = 1, kill_at: int | None = None) -> tuple[int, str]:

@@ -5,16 +5,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import latent_ae.export
+import latent_ae.export.write
 from latent_ae.config import UserError
-from latent_ae.perceptual import LPIPS
+from latent_ae.pretrained.lpips import LPIPS
 
 from . import warm
 from .made_jobs import Jobs
 
 torch.set_num_threads(1)
 # but for one test of the check itself, which has a process that starts as a user's does
-latent_ae.export.subprocess = SimpleNamespace(run=warm.run)  # type: ignore[assignment]
+latent_ae.export.write.subprocess = SimpleNamespace(run=warm.run)  # type: ignore[assignment]
 
 
 @pytest.fixture(scope="session")

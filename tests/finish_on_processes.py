@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 
-import latent_ae.export
+import latent_ae.export.write
 import latent_ae_train.finish as finish
 import latent_ae_train.loop as loop
 import latent_ae_train.validate as validate
@@ -42,7 +42,7 @@ def slowly(name: str, work: Callable[..., Any]) -> Callable[..., Any]:
 def export(*arguments: Any, **options: Any) -> Any:
     if refused:
         raise UserError("this export is refused")
-    return slowly("export", latent_ae.export.export_autoencoder)(*arguments, **options)
+    return slowly("export", latent_ae.export.write.export_autoencoder)(*arguments, **options)
 
 
 def upload(*_: Any) -> str:
@@ -56,8 +56,8 @@ validate.picture_grid = slowly("preview", validate.picture_grid)  # type: ignore
 loop.save_checkpoint = slowly("checkpoint", loop.save_checkpoint)  # type: ignore[attr-defined]
 loop.prune_checkpoints = slowly("prune", loop.prune_checkpoints)  # type: ignore[attr-defined]
 finish.export_autoencoder = export  # type: ignore[attr-defined]
-latent_ae.export._upload = upload
-latent_ae.export.verify_export = lambda *_: 0.0  # in a process of its own, slow to start
+latent_ae.export.write._upload = upload
+latent_ae.export.write.verify_export = lambda *_: 0.0  # in a process of its own, slow to start
 loop.preflight = lambda *_: None  # type: ignore[attr-defined]  # it would ask the hub
 
 for refused in (True, False):

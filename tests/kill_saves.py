@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from latent_ae.checkpoints import find_damage
+from latent_ae.models.run_checkpoint import find_damage
 from latent_ae_train.checkpoint import (
     complete_checkpoints,
     load_checkpoint,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from accelerate import PartialState
 
-from latent_ae_eval.latents import evaluate_latents
+from latent_ae_eval.latents.measure import evaluate_latents
 from tests.test_eval_latents import SETTINGS
 
 model, data, out = sys.argv[1:]

@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 
 from latent_ae.__main__ import main
-from latent_ae.model_settings import ModelSettings
-from latent_ae.models import build_autoencoder
+from latent_ae.models.build import build_autoencoder
+from latent_ae.models.settings import ModelSettings
 
 from .made_results import HOSTILE
 

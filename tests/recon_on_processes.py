@@ -7,8 +7,8 @@ from pathlib import Path
 from accelerate import PartialState
 
 from latent_ae.config import UserError
-from latent_ae_eval.config import ReconSettings
-from latent_ae_eval.recon import evaluate_reconstruction
+from latent_ae_eval.recon.measure import evaluate_reconstruction
+from latent_ae_eval.recon.settings import ReconSettings
 
 model, inception, *words = sys.argv[1:]
 sizes = {"resize_px": None, "crop_px": 32, "batch_size": 2, "num_workers": 0, "limit": 4, "max_bad_fraction": 1.0}

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from latent_ae.models import factor_of, latent_channels_of
-from latent_ae_train.config import TrainSettings
+from latent_ae.models.build import factor_of, latent_channels_of
+from latent_ae_train.settings import TrainSettings
 from latent_ae_train.step import TrainStep
 from latent_ae_train.step_state import StepState
 

@@ -13,10 +13,10 @@ from safetensors.torch import load_file
 
 from latent_ae.__main__ import main
 from latent_ae.config import UserError, load_settings
-from latent_ae.losses import alignment_loss
-from latent_ae.vision import VisionModel
-from latent_ae_train.config import TrainSettings
+from latent_ae.objectives.losses import alignment_loss
+from latent_ae.pretrained.vision import VisionModel
 from latent_ae_train.micro_batch import as_drawn
+from latent_ae_train.settings import TrainSettings
 from tests.test_train import differing_tensors, no_finish, pictures, words  # noqa: F401
 from tests.tiny import GAN, build_step, micro_batches, moved, settings_for, weights
 from tests.tiny_vision import MEAN, PATCH, STD, save_vision_model

@@ -15,12 +15,12 @@ from torch.distributions import Normal, kl_divergence
 
 from latent_ae.__main__ import main
 from latent_ae.config import UserError
-from latent_ae.defects import paste_defect
-from latent_ae.detection import auroc_interval
-from latent_ae.order import posterior_noise, spread
-from latent_ae_eval.anomaly import FIT, find_anomalies
-from latent_ae_eval.anomaly_scores import blurred
-from latent_ae_eval.job_config import AnomalySettings
+from latent_ae.data.rng import posterior_noise, spread
+from latent_ae_eval.anomaly.defects import paste_defect
+from latent_ae_eval.anomaly.measure import FIT, find_anomalies
+from latent_ae_eval.anomaly.roc import auroc_interval
+from latent_ae_eval.anomaly.scores import blurred
+from latent_ae_eval.anomaly.settings import AnomalySettings
 
 from .test_eval_recon import model, tiny_autoencoder
 from .test_recon_page import pictures

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from latent_ae.arithmetic import float32_arithmetic
-from latent_ae.families import class_of
-from latent_ae.models import Reconstructor
+from latent_ae.models.build import Reconstructor
+from latent_ae.models.registry import class_of
 from latent_ae_train.loop import train
 from latent_ae_train.step import TrainStep
 from tests.tiny import GAN, MODEL, build_step, micro_batches, settings_for

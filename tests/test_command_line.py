@@ -10,18 +10,19 @@ import pytest
 from latent_ae.__main__ import main
 from latent_ae.command_line import meanings, topic_text, written
 from latent_ae.config import Settings, all_keys, hint_for, key_of, load_settings, names_of, recipe_names
-from latent_ae.data_settings import CheckSettings
-from latent_ae.encode_settings import EncodeSettings
+from latent_ae.data.settings import CheckSettings
+from latent_ae.latents.settings import EncodeSettings
 from latent_ae.other_names import OTHER_NAMES
-from latent_ae_eval.config import DiffusionSettings, LatentsSettings, ReconSettings, SampleSettings
-from latent_ae_eval.job_config import (
-    AnomalySettings,
-    FactorsSettings,
-    InterpolateSettings,
-    LikelihoodSettings,
-    ProbeSettings,
-)
-from latent_ae_train.config import TrainSettings
+from latent_ae_eval.anomaly.settings import AnomalySettings
+from latent_ae_eval.factors.settings import FactorsSettings
+from latent_ae_eval.generation.settings import DiffusionSettings
+from latent_ae_eval.interpolate.settings import InterpolateSettings
+from latent_ae_eval.latents.settings import LatentsSettings
+from latent_ae_eval.likelihood.settings import LikelihoodSettings
+from latent_ae_eval.probe.settings import ProbeSettings
+from latent_ae_eval.recon.settings import ReconSettings
+from latent_ae_eval.sample.settings import SampleSettings
+from latent_ae_train.settings import TrainSettings
 
 JOBS = {
     "recon": ReconSettings,

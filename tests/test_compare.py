@@ -10,9 +10,9 @@ import scipy.stats
 
 from latent_ae.__main__ import main
 from latent_ae.config import UserError
-from latent_ae.frechet import jackknife_interval
-from latent_ae_eval import compare as module
-from latent_ae_eval.compare import CHANCE, DIFFERS, INDEPENDENT, PAIRED, UNKNOWN, compare, mean_intervals
+from latent_ae.metrics.distances import jackknife_interval
+from latent_ae_eval.compare import measure as module
+from latent_ae_eval.compare.measure import CHANCE, DIFFERS, INDEPENDENT, PAIRED, UNKNOWN, compare, mean_intervals
 
 from .made_results import HOSTILE, result, table, write
 from .test_page import read

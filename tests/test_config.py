@@ -9,7 +9,7 @@ import pytest
 
 from latent_ae.__main__ import main
 from latent_ae.config import UserError, load_settings, recipe_names, to_yaml
-from latent_ae_train.config import TrainSettings
+from latent_ae_train.settings import TrainSettings
 
 
 def message(*words: str, source: str | None = None) -> str:

@@ -21,20 +21,21 @@ import pytest
 import torch
 from PIL import Image
 
-from latent_ae import images, locations
 from latent_ae.config import UserError
-from latent_ae.crops import center_crop, random_crop, resize_shorter
-from latent_ae.data import (
+from latent_ae.data import datasets as locations
+from latent_ae.data import images
+from latent_ae.data.held_out import Framing, HeldOutImages, held_out_images
+from latent_ae.data.loader import (
     Batch,
     open_images,
     posterior_noise,
     stop_if_too_many_bad,
     training_batches,
 )
-from latent_ae.data_settings import DataSettings
-from latent_ae.held_out import Framing, HeldOutImages, held_out_images
-from latent_ae.order import block_order, crop_rng, epoch_order
-from latent_ae.sources import FolderSource, StreamSource, TableSource
+from latent_ae.data.rng import block_order, crop_rng, epoch_order
+from latent_ae.data.settings import DataSettings
+from latent_ae.data.sources import FolderSource, StreamSource, TableSource
+from latent_ae.data.transforms import center_crop, random_crop, resize_shorter
 
 
 @pytest.fixture(autouse=True)

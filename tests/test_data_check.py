@@ -9,9 +9,9 @@ from PIL import Image
 
 from latent_ae.__main__ import main
 from latent_ae.config import UserError, load_settings
-from latent_ae.data_check import check
-from latent_ae.data_settings import DataSettings
-from latent_ae_train.config import TrainSettings
+from latent_ae.data.check import check
+from latent_ae.data.settings import DataSettings
+from latent_ae_train.settings import TrainSettings
 
 
 @pytest.fixture

@@ -4,8 +4,8 @@ import pytest
 import skimage
 import torch
 
-from latent_ae.defects import KINDS, LEVEL, paste_defect
-from latent_ae.images import to_tensor
+from latent_ae.data.images import to_tensor
+from latent_ae_eval.anomaly.defects import KINDS, LEVEL, paste_defect
 
 
 @pytest.fixture(scope="module")

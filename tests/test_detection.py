@@ -6,7 +6,7 @@ import torch
 from scipy.special import logit
 from scipy.stats import mannwhitneyu, norm
 
-from latent_ae.detection import PixelScores, auroc, auroc_interval, conformal_threshold
+from latent_ae_eval.anomaly.roc import PixelScores, auroc, auroc_interval, conformal_threshold
 
 
 def two_sets(seed: int = 0, n: int = 40, m: int = 25) -> tuple[np.ndarray, np.ndarray]:

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from latent_ae.diffaug import NUMBERS, augment
-from latent_ae.order import augmentation_numbers
+from latent_ae.data.rng import augmentation_numbers
+from latent_ae.objectives.diffaug import NUMBERS, augment
 
 IMAGES = torch.rand(3, 3, 16, 24, generator=torch.Generator().manual_seed(0)) * 2 - 1
 MIDDLE = torch.full((3, NUMBERS), 0.5)

@@ -16,18 +16,18 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from PIL import Image
 
 from latent_ae.config import UserError
-from latent_ae.encode import encode_images
-from latent_ae.latent_cache import LatentCache, open_latents
-from latent_ae.model_settings import ModelSettings
-from latent_ae.models import build_autoencoder
-from latent_ae.order import posterior_noise, spread
-from latent_ae.pictures import picture_grid
+from latent_ae.data.rng import posterior_noise, spread
+from latent_ae.latents.cache import LatentCache, open_latents
+from latent_ae.latents.encode import encode_images
+from latent_ae.models.build import build_autoencoder
+from latent_ae.models.settings import ModelSettings
+from latent_ae.report.pictures import picture_grid
 from latent_ae_eval.__main__ import main
-from latent_ae_eval.config import DiffusionSettings
-from latent_ae_eval.diffusion import evaluate_diffusion
-from latent_ae_eval.flow import NULL_CLASS, Trivial, Validation, classes_of, flow_batch, training_batch
-from latent_ae_eval.flow_training import Trainer
-from latent_ae_eval.sampling import distance, samples, stock_pipeline
+from latent_ae_eval.diffusion.measure import evaluate_diffusion
+from latent_ae_eval.generation.flow import NULL_CLASS, Trivial, Validation, classes_of, flow_batch, training_batch
+from latent_ae_eval.generation.sampling import distance, samples, stock_pipeline
+from latent_ae_eval.generation.settings import DiffusionSettings
+from latent_ae_eval.generation.training import Trainer
 
 from .test_first_stages import tiny
 
@@ -277,7 +277,7 @@ def test_the_whole_way_is_repeatable_resumable_and_loads_as_stock(
             raise KeyboardInterrupt
         return measure(self, *arguments)
 
-    monkeypatch.setattr("latent_ae_eval.flow_training.CHECKPOINT_SECONDS", -1)
+    monkeypatch.setattr("latent_ae_eval.generation.training.CHECKPOINT_SECONDS", -1)
     monkeypatch.setattr(Validation, "measure", dies)
     with pytest.raises(KeyboardInterrupt):
         evaluate_diffusion(model, images, settings, out=tmp_path / "b")
@@ -341,6 +341,6 @@ def test_mistakes_end_with_a_message(model, images, latents, tmp_path, capsys, m
         Image.fromarray(255 - np.asarray(Image.open(path))).save(path)
     assert "of other images" in message(model, f"latents={latents.folder}", data=others)
     monkeypatch.setattr(
-        "latent_ae_eval.generation.processes", lambda device: (SimpleNamespace(num_processes=2), device)
+        "latent_ae_eval.generation.base.processes", lambda device: (SimpleNamespace(num_processes=2), device)
     )
     assert "one process" in message(model)

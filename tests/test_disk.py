@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from latent_ae.__main__ import main
-from latent_ae.checkpoints import find_damage
 from latent_ae.config import UserError
+from latent_ae.models.run_checkpoint import find_damage
 from latent_ae_train.checkpoint import complete_checkpoints
 from latent_ae_train.report import read_log
 from latent_ae_train.step import TrainStep
@@ -138,10 +138,10 @@ def test_the_last_stages(
 ) -> None:
     run = tmp_path / "run"
     shutil.copytree(whole, run)
-    monkeypatch.setattr("latent_ae.export.verify_export", lambda *_: 0.0)  # a process of its own, slow to start
+    monkeypatch.setattr("latent_ae.export.write.verify_export", lambda *_: 0.0)  # a process of its own, slow to start
     name = {
         "log.jsonl": "latent_ae_train.loop.complete_checkpoints",
-        "export": "latent_ae.export._twin",
+        "export": "latent_ae.export.write._twin",
         "report.html": "latent_ae_train.finish.result_rows",
         "results.json": "latent_ae_train.finish.write_report",
     }[place]
@@ -203,7 +203,7 @@ def test_a_preview_is_whole_or_not_there(pictures: Path, tmp_path: Path, capsys:
 
 
 def test_an_evaluation_goes_on_when_there_is_room_again(model: str, photos: str, tmp_path: Path, capsys: Any) -> None:
-    from latent_ae_eval import recon
+    from latent_ae_eval.recon import measure as recon
 
     out = tmp_path / "out"
     arguments = ["eval", "recon", model, photos, "crop_px=32", "resize_px=null", "lpips=[]", "frechet=[]"]
@@ -228,7 +228,7 @@ def test_an_evaluation_goes_on_when_there_is_room_again(model: str, photos: str,
 
 
 def test_weights_that_cannot_be_kept(world: Any) -> None:
-    from latent_ae.weights import weight_file
+    from latent_ae.pretrained.weights import weight_file
 
     world.torchvision.write_bytes(world.pth)
     limit(100)

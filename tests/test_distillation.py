@@ -12,11 +12,11 @@ from safetensors.torch import load_file
 
 from latent_ae.__main__ import main
 from latent_ae.config import UserError, load_settings
-from latent_ae.model_settings import ModelSettings
-from latent_ae.models import build_autoencoder
-from latent_ae_train.config import TrainSettings
+from latent_ae.models.build import build_autoencoder
+from latent_ae.models.settings import ModelSettings
+from latent_ae_train.build import starting_autoencoder
 from latent_ae_train.distillation import Teacher
-from latent_ae_train.networks import starting_autoencoder
+from latent_ae_train.settings import TrainSettings
 
 from .test_family import SHAPES, family_words
 from .test_train import difference_of_the_third_step, differing_tensors, no_finish, pictures

@@ -25,11 +25,11 @@ from PIL import Image
 from benchmarks.plain_evaluation import center_crop_arr
 from latent_ae.__main__ import main
 from latent_ae.config import UserError
-from latent_ae.encode import encode_images
-from latent_ae.encode_settings import EncodeSettings
-from latent_ae.families import FAMILIES
-from latent_ae.latent_cache import LatentCache, open_latents
-from latent_ae.latent_files import LOCK
+from latent_ae.latents.cache import LatentCache, open_latents
+from latent_ae.latents.encode import encode_images
+from latent_ae.latents.parquet import LOCK
+from latent_ae.latents.settings import EncodeSettings
+from latent_ae.models.registry import FAMILIES
 
 from .launch import ROOT, launch_module
 from .test_first_stages import tiny
@@ -189,7 +189,7 @@ def test_a_killed_encoding_goes_on_and_ends_like_one_that_was_not(model, photos,
 
 
 def test_the_last_two_steps_can_be_interrupted(model, photos, cache, tmp_path, monkeypatch):
-    monkeypatch.setattr("latent_ae.latent_files.write_manifest", interrupted_when_complete)
+    monkeypatch.setattr("latent_ae.latents.parquet.write_manifest", interrupted_when_complete)
     out = tmp_path / "out"
     with pytest.raises(KeyboardInterrupt):
         encode_images(model, photos, out, SETTINGS)

@@ -12,14 +12,14 @@ from PIL import Image
 
 from latent_ae.__main__ import main
 from latent_ae.config import UserError
-from latent_ae.families import FAMILIES
-from latent_ae.health import effective_rank
-from latent_ae.images import to_tensor
-from latent_ae.model_settings import ModelSettings
-from latent_ae.models import build_autoencoder
-from latent_ae.order import posterior_noise, spread
-from latent_ae_eval.config import LatentsSettings
-from latent_ae_eval.latents import evaluate_latents
+from latent_ae.data.images import to_tensor
+from latent_ae.data.rng import posterior_noise, spread
+from latent_ae.models.build import build_autoencoder
+from latent_ae.models.registry import FAMILIES
+from latent_ae.models.settings import ModelSettings
+from latent_ae_eval.latents.health import effective_rank
+from latent_ae_eval.latents.measure import evaluate_latents
+from latent_ae_eval.latents.settings import LatentsSettings
 
 from .launch import launch
 from .test_first_stages import tiny

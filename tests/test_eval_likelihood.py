@@ -16,16 +16,16 @@ from scipy.optimize import minimize_scalar
 from torch import Tensor, nn
 from torch.distributions import MultivariateNormal, Normal, kl_divergence
 
-from latent_ae import linear_start
 from latent_ae.__main__ import main
 from latent_ae.config import UserError
-from latent_ae.likelihoods import Likelihood
-from latent_ae.model_settings import ModelSettings
-from latent_ae.models import build_autoencoder
-from latent_ae.order import binary_images, posterior_noise
-from latent_ae.posterior import Drawn, draw
-from latent_ae_eval.job_config import LikelihoodSettings
-from latent_ae_eval.likelihood import measure_likelihood
+from latent_ae.data.rng import binary_images, posterior_noise
+from latent_ae.models import linear_init as linear_start
+from latent_ae.models.build import build_autoencoder
+from latent_ae.models.likelihood import Likelihood
+from latent_ae.models.posterior import Drawn, draw
+from latent_ae.models.settings import ModelSettings
+from latent_ae_eval.likelihood.measure import measure_likelihood
+from latent_ae_eval.likelihood.settings import LikelihoodSettings
 
 from .test_eval_recon import model, photos
 from .test_train import pictures

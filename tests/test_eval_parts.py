@@ -9,17 +9,17 @@ import pytest
 import torch
 
 from latent_ae.config import UserError
-from latent_ae.features import InceptionFeatures
-from latent_ae.first_stages import first_stage
-from latent_ae.frechet import frechet_of_features, mmd_without_groups, squared_mmd
-from latent_ae.held_out import HeldOutImage
-from latent_ae_eval.config import ReconSettings
-from latent_ae_eval.manifest import evaluation_key, reference_key
-from latent_ae_eval.measure import Measurer
-from latent_ae_eval.pictures import chosen_rows
-from latent_ae_eval.recon import evaluate_reconstruction
-from latent_ae_eval.shards import FeatureFile, ReferenceCache, Shard, WorkFolder
-from latent_ae_eval.summary import collect, frechet, kernel, means
+from latent_ae.data.held_out import HeldOutImage
+from latent_ae.metrics.distances import frechet_of_features, mmd_without_groups, squared_mmd
+from latent_ae.models.loading import first_stage
+from latent_ae.pretrained.inception import InceptionFeatures
+from latent_ae_eval.recon.manifest import evaluation_key, reference_key
+from latent_ae_eval.recon.measure import evaluate_reconstruction
+from latent_ae_eval.recon.pictures import chosen_rows
+from latent_ae_eval.recon.settings import ReconSettings
+from latent_ae_eval.recon.shard import Measurer
+from latent_ae_eval.recon.summary import collect, frechet, kernel, means
+from latent_ae_eval.storage import FeatureFile, ReferenceCache, Shard, WorkFolder
 
 from .test_eval_whole import inception, own_cache, settings_with, write_photos
 from .test_first_stages import tiny

@@ -18,11 +18,11 @@ from PIL import Image
 
 from latent_ae.__main__ import main
 from latent_ae.config import UserError, load_settings
-from latent_ae.families import FAMILIES
-from latent_ae.features import InceptionFeatures
-from latent_ae_eval.config import ReconSettings
-from latent_ae_eval.protocols import PROTOCOLS
-from latent_ae_eval.recon import evaluate_reconstruction
+from latent_ae.models.registry import FAMILIES
+from latent_ae.pretrained.inception import InceptionFeatures
+from latent_ae_eval.recon.measure import evaluate_reconstruction
+from latent_ae_eval.recon.protocols import PROTOCOLS
+from latent_ae_eval.recon.settings import ReconSettings
 
 from .inception import random_inception
 from .launch import ROOT
@@ -125,7 +125,9 @@ def test_parts_of_another_evaluation_are_not_gone_on_from(tmp_path, monkeypatch)
     out = tmp_path / "out"
 
     def interrupted(settings, where=photos, what=model):
-        monkeypatch.setattr("latent_ae_eval.recon._result", lambda *words: (_ for _ in ()).throw(KeyboardInterrupt))
+        monkeypatch.setattr(
+            "latent_ae_eval.recon.measure._result", lambda *words: (_ for _ in ()).throw(KeyboardInterrupt)
+        )
         with pytest.raises(KeyboardInterrupt):
             evaluate_reconstruction(what, where, settings, out=out)
         monkeypatch.undo()

@@ -12,11 +12,11 @@ from diffusers import AutoencoderKL
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 
-from latent_ae import export
 from latent_ae.config import UserError
-from latent_ae.export import export_autoencoder, push_to_hub, verify_export
-from latent_ae.latents import LatentStatistics
-from latent_ae.model_card import CardFacts, loading_lines, model_card
+from latent_ae.export import write as export
+from latent_ae.export.model_card import CardFacts, loading_lines, model_card
+from latent_ae.export.write import export_autoencoder, push_to_hub, verify_export
+from latent_ae.latents.statistics import LatentStatistics
 
 
 def tiny_autoencoder(seed: int = 0) -> AutoencoderKL:

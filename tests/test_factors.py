@@ -18,14 +18,14 @@ from scipy.stats import entropy as scipy_entropy
 from benchmarks.disentangle import BATCH, COMMON, OWN, RUNS
 from latent_ae.__main__ import main
 from latent_ae.config import UserError, load_settings
-from latent_ae.model_settings import ModelSettings
-from latent_ae.models import build_autoencoder
-from latent_ae.pictures import picture_grid
-from latent_ae.shapes import BLOB_FACTORS, FACTORS, draw_blob, draw_shape, write_shapes
-from latent_ae_eval.factors import factors
-from latent_ae_eval.factors_measure import binned, gaussian_total_correlation, measured, mutual_information
-from latent_ae_eval.job_config import FactorsSettings
-from latent_ae_train.config import TrainSettings
+from latent_ae.data.synthetic import BLOB_FACTORS, FACTORS, draw_blob, draw_shape, write_shapes
+from latent_ae.models.build import build_autoencoder
+from latent_ae.models.settings import ModelSettings
+from latent_ae.report.pictures import picture_grid
+from latent_ae_eval.factors.information import binned, gaussian_total_correlation, measured, mutual_information
+from latent_ae_eval.factors.measure import factors
+from latent_ae_eval.factors.settings import FactorsSettings
+from latent_ae_train.settings import TrainSettings
 
 COUNTS = (3, 2, 2, 3, 4)
 ALL = np.array(list(itertools.product(*map(range, COUNTS))))

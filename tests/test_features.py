@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
 from latent_ae.config import UserError
-from latent_ae.features import InceptionFeatures
+from latent_ae.pretrained.inception import InceptionFeatures
 
 from .inception import random_inception
 

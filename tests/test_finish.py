@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from latent_ae_train import agreement
-from latent_ae_train.config import TrainSettings
 from latent_ae_train.preflight import _warn_of_slow_bf16
+from latent_ae_train.settings import TrainSettings
 
 from .launch import launch
 from .test_train import pictures

@@ -19,10 +19,10 @@ from diffusers import (
 from safetensors.torch import save_file
 
 from latent_ae.config import UserError
-from latent_ae.families import FAMILIES, OWN
-from latent_ae.first_stages import first_stage, load_first_stage
-from latent_ae.flow_posterior import FlowAutoencoderKL
-from latent_ae.hierarchical import HierarchicalVAE
+from latent_ae.models.flow import FlowAutoencoderKL
+from latent_ae.models.hierarchical import HierarchicalVAE
+from latent_ae.models.loading import first_stage, load_first_stage
+from latent_ae.models.registry import FAMILIES, OWN
 
 from .tiny import reseal
 

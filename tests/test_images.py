@@ -12,10 +12,11 @@ import torch
 from PIL import Image, ImageCms
 from torchvision.transforms import v2
 
-from latent_ae import crops, images
 from latent_ae.config import UserError
-from latent_ae.images import ImageError, decode
-from latent_ae.pictures import picture_grid
+from latent_ae.data import images
+from latent_ae.data import transforms as crops
+from latent_ae.data.images import ImageError, decode
+from latent_ae.report.pictures import picture_grid
 
 
 def encode(picture: Image.Image, file_format: str, **options: object) -> bytes:

@@ -27,15 +27,15 @@ import pytest
 import torch
 from PIL import Image, ImageCms
 
-from latent_ae import images
 from latent_ae.__main__ import main
 from latent_ae.config import UserError
-from latent_ae.data import Batch, open_images, training_batches
-from latent_ae.data_check import check
-from latent_ae.data_settings import DataSettings
-from latent_ae.first_stages import first_stage
-from latent_ae.held_out import held_out_images
-from latent_ae.order import epoch_order
+from latent_ae.data import images
+from latent_ae.data.check import check
+from latent_ae.data.held_out import held_out_images
+from latent_ae.data.loader import Batch, open_images, training_batches
+from latent_ae.data.rng import epoch_order
+from latent_ae.data.settings import DataSettings
+from latent_ae.models.loading import first_stage
 
 from .launch import ROOT, launch
 from .test_eval_recon import tiny_autoencoder

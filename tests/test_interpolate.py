@@ -10,8 +10,8 @@ from PIL import Image
 
 from latent_ae.__main__ import main
 from latent_ae.config import UserError
-from latent_ae_eval.interpolate import angle, interpolate, linear, spherical
-from latent_ae_eval.job_config import InterpolateSettings
+from latent_ae_eval.interpolate.measure import angle, interpolate, linear, spherical
+from latent_ae_eval.interpolate.settings import InterpolateSettings
 
 from .test_eval_recon import model, photos, tiny_autoencoder
 

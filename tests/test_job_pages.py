@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from latent_ae_train.config import TrainSettings
 from latent_ae_train.report import write_report
+from latent_ae_train.settings import TrainSettings
 
 from .made_jobs import COMMANDS, DOWNLOADS, Jobs
 from .test_pages_in_browser import in_browser, narrow

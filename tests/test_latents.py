@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from latent_ae.config import UserError
-from latent_ae.latents import LatentStatistics
-from latent_ae.quantiles import RELATIVE_ERROR
+from latent_ae.latents.quantiles import RELATIVE_ERROR
+from latent_ae.latents.statistics import LatentStatistics
 
 
 def batches(seed: int = 0) -> list[torch.Tensor]:

@@ -11,9 +11,9 @@ from scipy import stats
 
 from latent_ae.__main__ import main
 from latent_ae.config import UserError
-from latent_ae.first_stages import load_first_stage
-from latent_ae.likelihoods import LIKELIHOODS, Likelihood, bits_per_dimension, log_likelihood, read_likelihood
-from latent_ae.posterior import draw
+from latent_ae.models.likelihood import LIKELIHOODS, Likelihood, bits_per_dimension, log_likelihood, read_likelihood
+from latent_ae.models.loading import load_first_stage
+from latent_ae.models.posterior import draw
 from tests.tiny import build_step, global_batch, micro_batches, settings_for
 
 from .test_train import no_finish, pictures, words

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch.distributions import Normal, kl_divergence
 
-from latent_ae.discriminators import Blur, PatchDiscriminator
-from latent_ae.losses import (
+from latent_ae.models.discriminator import Blur, PatchDiscriminator
+from latent_ae.objectives.losses import (
     CHARBONNIER_EPS,
     adaptive_ratio,
     discriminator_loss,

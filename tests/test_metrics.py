@@ -17,9 +17,9 @@ from torchmetrics.functional.image import (
 )
 
 from latent_ae.config import UserError
-from latent_ae.frechet import Gaussian, frechet_distance
-from latent_ae.images import to_tensor
-from latent_ae.metrics import (
+from latent_ae.data.images import to_tensor
+from latent_ae.metrics.distances import Gaussian, frechet_distance
+from latent_ae.metrics.similarity import (
     PSNR_CAP_DB,
     ReconstructionMetrics,
     bootstrap_interval,

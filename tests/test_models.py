@@ -11,11 +11,11 @@ from diffusers import AutoencoderKL, UNet2DModel
 from PIL import Image
 
 from latent_ae.config import UserError
-from latent_ae.data import open_images
-from latent_ae.data_settings import DataSettings
-from latent_ae.linear_start import DETAILS, SMOOTHING, SYNTHESIS, SYNTHESIS_F2
-from latent_ae.model_settings import ModelSettings
-from latent_ae.models import Reconstructor, build_autoencoder, factor_of, load_autoencoder
+from latent_ae.data.loader import open_images
+from latent_ae.data.settings import DataSettings
+from latent_ae.models.build import Reconstructor, build_autoencoder, factor_of, load_autoencoder
+from latent_ae.models.linear_init import DETAILS, SMOOTHING, SYNTHESIS, SYNTHESIS_F2
+from latent_ae.models.settings import ModelSettings
 from tests.tiny import MODEL
 
 
@@ -105,7 +105,7 @@ def test_a_linear_start_reconstructs_like_the_linear_codec(
 
 
 def test_a_linear_start_beats_bicubic_before_any_training() -> None:
-    from latent_ae.images import bicubic_down_up
+    from latent_ae.data.images import bicubic_down_up
 
     settings = ModelSettings(
         block_out_channels=(32, 64, 64), norm_num_groups=8, latent_channels=8, layers_per_block=1, init="linear"

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from latent_ae.model_settings import ModelSettings
-from latent_ae.models import build_autoencoder
+from latent_ae.models.build import build_autoencoder
+from latent_ae.models.settings import ModelSettings
 from latent_ae_train.muon import Muon, inner_weights, orthogonalised
 from tests.test_family import SHAPES
 from tests.tiny import GAN, SIDE, build_step, micro_batches, moved, settings_for, weights

@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 
 from PIL import Image
 
-from latent_ae import charts, page
+from latent_ae.report import charts, page
 
 HOSTILE = "<script>alert('x')</script> & \"quotes\" größe_日本.png"
 

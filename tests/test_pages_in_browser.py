@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from latent_ae.images import to_tensor
-from latent_ae_eval.compare import compare
-from latent_ae_eval.config import LatentsSettings
-from latent_ae_eval.latents import evaluate_latents
-from latent_ae_eval.recon_page import Shown, write_recon_report
+from latent_ae.data.images import to_tensor
+from latent_ae_eval.compare.measure import compare
+from latent_ae_eval.latents.measure import evaluate_latents
+from latent_ae_eval.latents.settings import LatentsSettings
+from latent_ae_eval.recon.report import Shown, write_recon_report
 
 from .made_results import HOSTILE, result, table, write
 from .test_first_stages import tiny

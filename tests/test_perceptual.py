@@ -9,9 +9,9 @@ from safetensors.torch import load_file
 from skimage import data
 
 from latent_ae.config import UserError
-from latent_ae.perceptual import LPIPS
-from latent_ae.weight_files import TRUNKS, store
-from latent_ae.weights import weight_file
+from latent_ae.pretrained.lpips import LPIPS
+from latent_ae.pretrained.weight_files import TRUNKS, store
+from latent_ae.pretrained.weights import weight_file
 
 NETS = {"vgg": "vgg16", "alex": "alexnet"}
 

@@ -12,9 +12,9 @@ import torch
 from diffusers import AutoencoderKL
 
 from latent_ae.config import UserError
-from latent_ae.export import CardFacts, export_autoencoder
-from latent_ae.latents import LatentStatistics
-from latent_ae.pipelines import PIPELINES, misfits, refuse_misfit, remarks
+from latent_ae.export.pipelines import PIPELINES, misfits, refuse_misfit, remarks
+from latent_ae.export.write import CardFacts, export_autoencoder
+from latent_ae.latents.statistics import LatentStatistics
 
 from .tiny_pipelines import LATENT_PX, hardly_noise, pipeline
 

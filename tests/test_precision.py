@@ -10,10 +10,10 @@ import skimage
 import torch
 from diffusers import AutoencoderKL
 
-from latent_ae import precision
-from latent_ae.model_settings import ModelSettings
-from latent_ae.models import build_autoencoder
-from latent_ae.precision import compare_tiled, probe_precision, probe_tiling, verdict
+from latent_ae.export import precision
+from latent_ae.export.precision import compare_tiled, probe_precision, probe_tiling, verdict
+from latent_ae.models.build import build_autoencoder
+from latent_ae.models.settings import ModelSettings
 from latent_ae.progress import bar
 
 

@@ -15,7 +15,7 @@ from torch import distributed
 
 from latent_ae.__main__ import main
 from latent_ae.config import UserError
-from latent_ae.export import check_upload
+from latent_ae.export.write import check_upload
 
 from .failing_disk import limit
 from .launch import launch
@@ -155,7 +155,7 @@ def test_the_phase_of_the_gan_is_tried_before_the_first_step(
     def broken(*_: Any) -> None:
         raise ArithmeticError(part)
 
-    module = "latent_ae.discriminators" if "forward" in part else "latent_ae_train.step"
+    module = "latent_ae.models.discriminator" if "forward" in part else "latent_ae_train.step"
     monkeypatch.setattr(f"{module}.{part}", broken)
     run = tmp_path / "run"
     with pytest.raises(ArithmeticError, match=part):

@@ -15,12 +15,12 @@ from scipy.optimize import minimize
 from scipy.special import logsumexp
 
 from latent_ae.__main__ import main
-from latent_ae.classifiers import logistic_regression, nearest
 from latent_ae.config import UserError
-from latent_ae_eval.job_config import ProbeSettings
-from latent_ae_eval.probe import _draws, probe
-from latent_ae_eval.probe_features import add_components
-from latent_ae_eval.shards import FeatureFile
+from latent_ae_eval.probe.classifiers import logistic_regression, nearest
+from latent_ae_eval.probe.features import add_components
+from latent_ae_eval.probe.measure import _draws, probe
+from latent_ae_eval.probe.settings import ProbeSettings
+from latent_ae_eval.storage import FeatureFile
 
 from .test_eval_recon import model, tiny_autoencoder
 

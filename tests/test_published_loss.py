@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
-from latent_ae.perceptual import LPIPS
+from latent_ae.pretrained.lpips import LPIPS
 from latent_ae_train.checkpoint import load_checkpoint, save_checkpoint
 from latent_ae_train.step import TrainStep
 from tests.tiny import GAN, STATE, build_step, global_batch, micro_batches, reseal, settings_for

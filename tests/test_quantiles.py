@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from latent_ae.quantiles import RELATIVE_ERROR, QuantileSketch
+from latent_ae.latents.quantiles import RELATIVE_ERROR, QuantileSketch
 
 FRACTIONS = (0.0, 1e-4, 0.01, 0.1, 0.25, 0.5, 0.75, 0.9, 0.999, 1.0)
 

@@ -10,10 +10,10 @@ import torch
 
 from latent_ae.__main__ import main
 from latent_ae.config import UserError, load_settings
-from latent_ae.losses import free_bits_loss, kl_loss, kl_per_dimension
-from latent_ae_train.config import TrainSettings
+from latent_ae.objectives.losses import free_bits_loss, kl_loss, kl_per_dimension
 from latent_ae_train.loss_config import LossSettings
 from latent_ae_train.schedule import kl_weight_at
+from latent_ae_train.settings import TrainSettings
 from latent_ae_train.step import TrainStep
 from latent_ae_train.terms import rate_loss
 from tests.tiny import build_step, micro_batches, moved, settings_for, weights

@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 
 from latent_ae.config import UserError
-from latent_ae.images import to_tensor
-from latent_ae_eval.recon_page import Shown, error_map, write_recon_report
+from latent_ae.data.images import to_tensor
+from latent_ae_eval.recon.report import Shown, error_map, write_recon_report
 
 from .made_results import HOSTILE, result, table
 from .test_page import read

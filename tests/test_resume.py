@@ -15,10 +15,10 @@ from safetensors.torch import load_file
 
 from latent_ae.__main__ import main
 from latent_ae.config import UserError, load_settings
+from latent_ae_train.build import starting_autoencoder
 from latent_ae_train.checkpoint import complete_checkpoints, newest_checkpoint, save_checkpoint
-from latent_ae_train.config import TrainSettings
-from latent_ae_train.networks import starting_autoencoder
-from latent_ae_train.run_folder import cut_back
+from latent_ae_train.run import cut_back
+from latent_ae_train.settings import TrainSettings
 from latent_ae_train.step import TrainStep
 
 from . import children

@@ -13,15 +13,16 @@ from diffusers.models.autoencoders.vae import DecoderOutput
 from PIL import Image
 
 from latent_ae.config import UserError
-from latent_ae.images import to_uint8
-from latent_ae.latent_cache import open_latents
-from latent_ae.order import posterior_noise
-from latent_ae.pictures import picture_grid
+from latent_ae.data.images import to_uint8
+from latent_ae.data.rng import posterior_noise
+from latent_ae.latents.cache import open_latents
+from latent_ae.report.pictures import picture_grid
 from latent_ae_eval.__main__ import main
-from latent_ae_eval.config import DiffusionSettings, SampleSettings
-from latent_ae_eval.diffusion import evaluate_diffusion
-from latent_ae_eval.flow_training import new_transformer
-from latent_ae_eval.sample import gaussian_prior, sample
+from latent_ae_eval.diffusion.measure import evaluate_diffusion
+from latent_ae_eval.generation.settings import DiffusionSettings
+from latent_ae_eval.generation.training import new_transformer
+from latent_ae_eval.sample.measure import gaussian_prior, sample
+from latent_ae_eval.sample.settings import SampleSettings
 
 from .test_diffusion import SMALL, images, latents, model, own_cache
 from .test_first_stages import TWO, tiny
@@ -216,7 +217,7 @@ def test_mistakes_end_with_a_message(model, images, latents, tmp_path, monkeypat
         assert f"prior: {name} was trained without one; prior=flow" in message(tmp_path / name)
     tiny("AutoencoderKLFlux2").save_pretrained(tmp_path / "flux2")
     assert "scaling_factor" in message(tmp_path / "flux2", "prior=flow", data=str(images))
-    monkeypatch.setattr("latent_ae_eval.sample.MOST_VALUES", 100)
+    monkeypatch.setattr("latent_ae_eval.sample.measure.MOST_VALUES", 100)
     given = f"latents={latents.folder}"
     assert "these latents have 256; take prior=flow" in message(model, "prior=gaussian", given, data=str(images))
     with pytest.raises(UserError, match="the function <lambda> has none"):

@@ -17,21 +17,25 @@ from PIL import Image
 
 from latent_ae.__main__ import main
 from latent_ae.config import UserError
-from latent_ae.data import open_images
-from latent_ae.data_settings import DataSettings
-from latent_ae.order import spread
+from latent_ae.data.loader import open_images
+from latent_ae.data.rng import spread
+from latent_ae.data.settings import DataSettings
 from latent_ae.text import choice_in_words
-from latent_ae_eval.anomaly import find_anomalies
-from latent_ae_eval.compare import compare
-from latent_ae_eval.config import LatentsSettings, ReconSettings
-from latent_ae_eval.interpolate import interpolate
-from latent_ae_eval.job_config import AnomalySettings, InterpolateSettings, LikelihoodSettings, ProbeSettings
-from latent_ae_eval.latents import evaluate_latents
-from latent_ae_eval.likelihood import measure_likelihood
-from latent_ae_eval.probe import probe
-from latent_ae_eval.recon import evaluate_reconstruction
-from latent_ae_train.config import TrainSettings
+from latent_ae_eval.anomaly.measure import find_anomalies
+from latent_ae_eval.anomaly.settings import AnomalySettings
+from latent_ae_eval.compare.measure import compare
+from latent_ae_eval.interpolate.measure import interpolate
+from latent_ae_eval.interpolate.settings import InterpolateSettings
+from latent_ae_eval.latents.measure import evaluate_latents
+from latent_ae_eval.latents.settings import LatentsSettings
+from latent_ae_eval.likelihood.measure import measure_likelihood
+from latent_ae_eval.likelihood.settings import LikelihoodSettings
+from latent_ae_eval.probe.measure import probe
+from latent_ae_eval.probe.settings import ProbeSettings
+from latent_ae_eval.recon.measure import evaluate_reconstruction
+from latent_ae_eval.recon.settings import ReconSettings
 from latent_ae_train.report import remarks_on
+from latent_ae_train.settings import TrainSettings
 from latent_ae_train.validate import Validator
 
 from .test_eval_recon import model

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from latent_ae.diffaug import NUMBERS, augment
-from latent_ae.losses import generator_loss, kl_loss, kl_per_dimension
-from latent_ae.perceptual import LPIPS
-from latent_ae_train.config import TrainSettings
+from latent_ae.objectives.diffaug import NUMBERS, augment
+from latent_ae.objectives.losses import generator_loss, kl_loss, kl_per_dimension
+from latent_ae.pretrained.lpips import LPIPS
+from latent_ae_train.settings import TrainSettings
 from latent_ae_train.step import TrainStep
 from tests.tiny import GAN, build_step, global_batch, micro_batches, moved, settings_for, weights
 from tests.tiny_vision import save_vision_model

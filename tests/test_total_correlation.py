@@ -11,12 +11,12 @@ import torch.nn.functional as F
 
 from latent_ae.__main__ import main
 from latent_ae.config import UserError, load_settings
-from latent_ae.losses import capacity_loss, kl_per_dimension
-from latent_ae.models import Reconstruction
-from latent_ae.order import permutations
-from latent_ae_train.config import TrainSettings
+from latent_ae.data.rng import permutations
+from latent_ae.models.build import Reconstruction
+from latent_ae.objectives.losses import capacity_loss, kl_per_dimension
 from latent_ae_train.loss_config import LossSettings
 from latent_ae_train.schedule import kl_capacity_at
+from latent_ae_train.settings import TrainSettings
 from latent_ae_train.total_correlation import TotalCorrelation
 from tests.tiny import build_step, global_batch, micro_batches, moved, settings_for, weights
 

@@ -419,8 +419,8 @@ def test_decoder_only_keeps_latents_and_scaling(finished: Path, pictures: Path, 
 
 def test_the_discriminator_of_a_checkpoint(finished: Path, tmp_path: Path) -> None:
     from latent_ae.config import UserError, load_settings
-    from latent_ae_train.config import TrainSettings
-    from latent_ae_train.networks import starting_discriminator
+    from latent_ae_train.build import starting_discriminator
+    from latent_ae_train.settings import TrainSettings
 
     stored = load_file(finished / "checkpoints/step-00000006/discriminator.safetensors")
     for place in (finished, finished / "checkpoints/step-00000006"):

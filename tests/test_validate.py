@@ -8,9 +8,9 @@ import pytest
 import skimage
 from PIL import Image
 
-from latent_ae.images import bicubic_down_up, to_tensor
-from latent_ae.metrics import compare
-from latent_ae.order import spread
+from latent_ae.data.images import bicubic_down_up, to_tensor
+from latent_ae.data.rng import spread
+from latent_ae.metrics.similarity import compare
 from latent_ae_train.validate import figures
 
 from .launch import launch

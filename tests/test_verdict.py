@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
-from latent_ae_train.config import TrainSettings
 from latent_ae_train.report import decline, result_rows
+from latent_ae_train.settings import TrainSettings
 from latent_ae_train.verdict import verdict
 
 SETTINGS = TrainSettings.model_validate({"steps": 5000, "gan": {"start": 100, "discriminator_warmup": 50}})

@@ -20,10 +20,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from latent_ae import weight_files, weights
 from latent_ae.config import UserError
-from latent_ae.weight_files import Trunk, Unusable, read_checked, store
-from latent_ae.weights import main, weight_file
+from latent_ae.pretrained import weight_files, weights
+from latent_ae.pretrained.weight_files import Trunk, Unusable, read_checked, store
+from latent_ae.pretrained.weights import main, weight_file
 
 CONVS = ((0, 4, 3, 3), (3, 5, 4, 2))
 

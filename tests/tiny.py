@@ -11,22 +11,22 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from latent_ae.checkpoints import MANIFEST
-from latent_ae.diffaug import NUMBERS
-from latent_ae.models import Reconstructor
-from latent_ae.order import augmentation_numbers
-from latent_ae.vision import VisionModel
-from latent_ae_train.config import TrainSettings
-from latent_ae_train.distillation import Teacher
-from latent_ae_train.ema import Ema
-from latent_ae_train.micro_batch import MicroBatch, latent_change
-from latent_ae_train.networks import (
+from latent_ae.data.rng import augmentation_numbers
+from latent_ae.models.build import Reconstructor
+from latent_ae.models.run_checkpoint import MANIFEST
+from latent_ae.objectives.diffaug import NUMBERS
+from latent_ae.pretrained.vision import VisionModel
+from latent_ae_train.build import (
     compile_networks,
     starting_autoencoder,
     starting_discriminator,
     starting_projection,
     starting_total_correlation,
 )
+from latent_ae_train.distillation import Teacher
+from latent_ae_train.ema import Ema
+from latent_ae_train.micro_batch import MicroBatch, latent_change
+from latent_ae_train.settings import TrainSettings
 from latent_ae_train.step import TrainStep
 
 SIDE, LATENT = 16, (4, 8, 8)

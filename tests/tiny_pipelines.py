@@ -23,7 +23,7 @@ from transformers import (
     T5Tokenizer,
 )
 
-from latent_ae.pipelines import PIPELINES
+from latent_ae.export.pipelines import PIPELINES
 
 LATENT_PX = 8
 WIDTH = 32

@@ -10,8 +10,8 @@ from typing import Any
 
 from accelerate import PartialState
 
-from latent_ae import perceptual
 from latent_ae.__main__ import main
+from latent_ae.pretrained import lpips as perceptual
 from tests.test_train import words
 
 out, pictures, rank = Path(sys.argv[1]), Path(sys.argv[2]), int(os.environ["RANK"])

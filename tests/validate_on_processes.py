@@ -7,10 +7,10 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from latent_ae.data import open_images
-from latent_ae.images import bicubic_down_up
-from latent_ae.perceptual import LPIPS
-from latent_ae_train.config import TrainSettings
+from latent_ae.data.images import bicubic_down_up
+from latent_ae.data.loader import open_images
+from latent_ae.pretrained.lpips import LPIPS
+from latent_ae_train.settings import TrainSettings
 from latent_ae_train.validate import Validator
 
 data, out = sys.argv[1:]

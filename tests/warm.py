@@ -43,7 +43,7 @@ def _server() -> "subprocess.Popen[str]":
 
 
 def run(words: list[str], *, cwd: str, env: dict[str, str], **_: Any) -> "subprocess.CompletedProcess[str]":
-    """Stands for subprocess.run([python, "-c", code, *words]) in `latent_ae.export`."""
+    """Stands for subprocess.run([python, "-c", code, *words]) in `latent_ae.export.write`."""
     server, errors = _server(), f"{cwd}/stderr"
     assert server.stdin is not None and server.stdout is not None
     print(json.dumps([words, cwd, dict(env), errors]), file=server.stdin, flush=True)

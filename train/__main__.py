@@ -7,7 +7,7 @@ import sys
 from latent_ae.command_line import SettingsParser
 from latent_ae.config import UserError, load_settings, recipe_names, to_yaml
 
-from .config import TrainSettings
+from .settings import TrainSettings
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -18,8 +18,8 @@ from accelerate import Accelerator
 from torch.distributed import ProcessGroup
 
 from latent_ae.config import ToldElsewhere, UserError
-from latent_ae.disk import disk_trouble
-from latent_ae.processes import PATIENCE
+from latent_ae.distributed import PATIENCE
+from latent_ae.files import disk_trouble
 
 SECONDS_TO_DIE = 2.0
 """How long a process may still be seen after its connections are gone."""

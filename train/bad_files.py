@@ -6,8 +6,8 @@ import torch
 from accelerate import Accelerator
 
 from latent_ae.config import UserError
-from latent_ae.data import Batch, ImageSource, stop_if_too_many_bad
-from latent_ae.data_settings import DataSettings
+from latent_ae.data.loader import Batch, ImageSource, stop_if_too_many_bad
+from latent_ae.data.settings import DataSettings
 
 from .agreement import gathered, hosts
 from .log import Log

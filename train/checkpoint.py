@@ -32,10 +32,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from latent_ae import __version__
-from latent_ae.checkpoints import MANIFEST, PREFIX, finished_checkpoints, newest_whole, sha256_of
 from latent_ae.config import UserError
-from latent_ae.disk import disk_trouble
-from latent_ae.families import untrained
+from latent_ae.files import disk_trouble
+from latent_ae.models.registry import untrained
+from latent_ae.models.run_checkpoint import MANIFEST, PREFIX, finished_checkpoints, newest_whole, sha256_of
 
 from .step import TrainStep
 

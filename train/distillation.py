@@ -5,12 +5,12 @@ from diffusers import ModelMixin
 from torch import Tensor, nn
 
 from latent_ae.config import UserError
-from latent_ae.families import family_of
-from latent_ae.first_stages import load_first_stage
-from latent_ae.models import factor_of, keep_posterior_precise_, latent_channels_of
-from latent_ae.posterior import Drawn, draw
+from latent_ae.models.build import factor_of, keep_posterior_precise_, latent_channels_of
+from latent_ae.models.loading import load_first_stage
+from latent_ae.models.posterior import Drawn, draw
+from latent_ae.models.registry import family_of
 
-from .config import TrainSettings
+from .settings import TrainSettings
 
 
 class Teacher(nn.Module):

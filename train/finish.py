@@ -10,20 +10,20 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from latent_ae.config import UserError, to_yaml
-from latent_ae.data import ImageSource, posterior_noise, training_batches
-from latent_ae.disk import write_json
-from latent_ae.export import CardFacts, export_autoencoder, loading_lines, push_to_hub
-from latent_ae.families import family_of
-from latent_ae.latents import LatentStatistics
-from latent_ae.likelihoods import Likelihood
-from latent_ae.models import Reconstructor, factor_of, latent_channels_of
-from latent_ae.posterior import draw
-from latent_ae.precision import verdict
+from latent_ae.data.loader import ImageSource, posterior_noise, training_batches
+from latent_ae.export.precision import verdict
+from latent_ae.export.write import CardFacts, export_autoencoder, loading_lines, push_to_hub
+from latent_ae.files import write_json
+from latent_ae.latents.statistics import LatentStatistics
+from latent_ae.models.build import Reconstructor, factor_of, latent_channels_of
+from latent_ae.models.likelihood import Likelihood
+from latent_ae.models.posterior import draw
+from latent_ae.models.registry import family_of
 from latent_ae.progress import bar, now
 
 from .agreement import Agreed, gathered
-from .config import TrainSettings
 from .report import decline, read_log, remarks_on, result_rows, text_table, write_report
+from .settings import TrainSettings
 from .validate import Validator
 
 STATISTICS_CROPS = 512

@@ -15,16 +15,16 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 from latent_ae.config import UserError
-from latent_ae.disk import writing
+from latent_ae.files import writing
 from latent_ae.text import printable
 
 from .agreement import Agreed, on_main
 from .checkpoint import checkpoint_folder, complete_checkpoints
-from .config import TrainSettings
 from .report import held_out_distances, read_log
 from .retention import before_gan
-from .run_folder import flatten
+from .run import flatten
 from .schedule import lr_scale_at
+from .settings import TrainSettings
 from .step import TrainStep
 from .verdict import verdict
 

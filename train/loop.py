@@ -13,16 +13,23 @@ from tqdm import tqdm
 
 from latent_ae.arithmetic import float32_arithmetic, training_memory_format
 from latent_ae.config import UserError
-from latent_ae.data import Batch, open_images, posterior_noise, training_batches
-from latent_ae.diffaug import NUMBERS
-from latent_ae.models import Reconstructor, factor_of, latent_channels_of
-from latent_ae.order import augmentation_numbers
-from latent_ae.perceptual import LPIPS
-from latent_ae.pipelines import SHAPE, refuse_misfit
-from latent_ae.vision import VisionModel
+from latent_ae.data.loader import Batch, open_images, posterior_noise, training_batches
+from latent_ae.data.rng import augmentation_numbers
+from latent_ae.export.pipelines import SHAPE, refuse_misfit
+from latent_ae.models.build import Reconstructor, factor_of, latent_channels_of
+from latent_ae.objectives.diffaug import NUMBERS
+from latent_ae.pretrained.lpips import LPIPS
+from latent_ae.pretrained.vision import VisionModel
 
 from .agreement import Agreed, gathered, hosts, on_main
 from .bad_files import BadFiles
+from .build import (
+    compile_networks,
+    starting_autoencoder,
+    starting_discriminator,
+    starting_projection,
+    starting_total_correlation,
+)
 from .checkpoint import (
     Checkpoint,
     complete_checkpoints,
@@ -31,24 +38,17 @@ from .checkpoint import (
     prune_checkpoints,
     save_checkpoint,
 )
-from .config import TrainSettings
 from .distillation import Teacher
 from .drift import stop_on_drift
 from .ema import Ema
 from .finish import finish_run, finished_results, push_export, show_results
 from .log import Log
 from .micro_batch import MicroBatch, latent_change
-from .networks import (
-    compile_networks,
-    starting_autoencoder,
-    starting_discriminator,
-    starting_projection,
-    starting_total_correlation,
-)
 from .preflight import preflight
 from .report import held_out_distances
 from .retention import kept_steps
-from .run_folder import changes_since, cut_back, only_training_in, write_config
+from .run import changes_since, cut_back, only_training_in, write_config
+from .settings import TrainSettings
 from .signals import Stopped, StopSignals
 from .step import TrainStep
 from .validate import Validator

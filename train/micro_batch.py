@@ -10,11 +10,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from latent_ae.latent_changes import LatentChange, scaled_and_turned
-from latent_ae.order import kept_channels, latent_noise
+from latent_ae.data.rng import kept_channels, latent_noise
+from latent_ae.objectives.latent_changes import LatentChange, scaled_and_turned
 
-from .config import TrainSettings
 from .schedule import equivariance_at
+from .settings import TrainSettings
 
 
 class MicroBatch(NamedTuple):

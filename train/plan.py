@@ -2,12 +2,12 @@
 
 import torch
 
-from latent_ae.discriminators import PatchDiscriminator
-from latent_ae.families import family_of
-from latent_ae.models import build_autoencoder, count_parameters, factor_of, latent_channels_of
+from latent_ae.models.build import build_autoencoder, count_parameters, factor_of, latent_channels_of
+from latent_ae.models.discriminator import PatchDiscriminator
+from latent_ae.models.registry import family_of
 
-from .config import TrainSettings
-from .networks import freeze_part, refuse_misfit, starting_autoencoder
+from .build import freeze_part, refuse_misfit, starting_autoencoder
+from .settings import TrainSettings
 
 BYTES = 4
 """Per float32."""

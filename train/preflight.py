@@ -11,12 +11,12 @@ import torch
 from diffusers import ModelMixin
 
 from latent_ae.config import UserError
-from latent_ae.disk import amount, writing
-from latent_ae.export import check_upload, refuse_foreign
-from latent_ae.models import count_parameters
+from latent_ae.export.write import check_upload, refuse_foreign
+from latent_ae.files import amount, writing
+from latent_ae.models.build import count_parameters
 
-from .config import TrainSettings
 from .report import write_report
+from .settings import TrainSettings
 from .step import TrainStep
 
 BYTES = 4

@@ -8,12 +8,12 @@ from typing import Any
 
 from PIL import Image
 
-from latent_ae import page
 from latent_ae.config import to_yaml
-from latent_ae.model_card import METRIC_NAMES
+from latent_ae.export.model_card import METRIC_NAMES
+from latent_ae.report import page
 from latent_ae.text import choice_in_words
 
-from .config import TrainSettings
+from .settings import TrainSettings
 
 CHARTS = {
     "Reconstruction losses": ("l1", "l2", "charbonnier", "lpips"),

@@ -3,11 +3,11 @@
 import math
 from typing import NamedTuple
 
-from latent_ae.order import equivariance_numbers
+from latent_ae.data.rng import equivariance_numbers
 
-from .config import TrainSettings
 from .loss_config import GanSettings, LossSettings, scaled_sides
 from .run_config import OptimSettings
+from .settings import TrainSettings
 
 
 def lr_scale_at(step: int, steps: int, optim: OptimSettings) -> float:

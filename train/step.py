@@ -14,24 +14,24 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from latent_ae.codebook import code_counts, codebook_loss
 from latent_ae.config import UserError
-from latent_ae.diffaug import NUMBERS, augment
-from latent_ae.likelihoods import LIKELIHOODS, bits_per_dimension
-from latent_ae.losses import discriminator_loss, generator_loss, lecam_loss, r1_penalty
-from latent_ae.models import Reconstruction
-from latent_ae.vision import VisionModel
+from latent_ae.models.build import Reconstruction
+from latent_ae.models.likelihood import LIKELIHOODS, bits_per_dimension
+from latent_ae.models.quantize import code_counts, codebook_loss
+from latent_ae.objectives.diffaug import NUMBERS, augment
+from latent_ae.objectives.losses import discriminator_loss, generator_loss, lecam_loss, r1_penalty
+from latent_ae.pretrained.vision import VisionModel
 
-from .config import TrainSettings
 from .distillation import Teacher
 from .ema import Ema
 from .micro_batch import MicroBatch, as_drawn
+from .optim import Update
 from .revival import revive_codes
 from .schedule import GanPhase, equivariance_at, gan_phase_at, kl_capacity_at, kl_weight_at
+from .settings import TrainSettings
 from .step_state import StepState
 from .terms import aligning_gradient, image_losses, rate_loss
 from .total_correlation import TotalCorrelation
-from .update import Update
 
 
 class TrainStep:

@@ -10,13 +10,13 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from latent_ae.codebook import perplexity
-from latent_ae.likelihoods import LIKELIHOODS, Likelihood
-from latent_ae.losses import adaptive_ratio
+from latent_ae.models.likelihood import LIKELIHOODS, Likelihood
+from latent_ae.models.quantize import perplexity
+from latent_ae.objectives.losses import adaptive_ratio
 
-from .config import TrainSettings
 from .loss_config import LossSettings
 from .schedule import GanPhase
+from .settings import TrainSettings
 
 LECAM_DECAY = 0.99
 KL_PROPORTIONAL, KL_INTEGRAL = 2.0, 0.02

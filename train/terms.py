@@ -7,9 +7,9 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from latent_ae.likelihoods import LIKELIHOODS, log_likelihood
-from latent_ae.losses import PixelLoss, alignment_loss, capacity_loss, free_bits_loss, kl_loss, pixel_loss
-from latent_ae.models import Reconstruction
+from latent_ae.models.build import Reconstruction
+from latent_ae.models.likelihood import LIKELIHOODS, log_likelihood
+from latent_ae.objectives.losses import PixelLoss, alignment_loss, capacity_loss, free_bits_loss, kl_loss, pixel_loss
 
 from .loss_config import AlignmentSettings, LossSettings
 from .micro_batch import MicroBatch

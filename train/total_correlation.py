@@ -4,8 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from latent_ae.models import Reconstruction
-from latent_ae.order import permutations
+from latent_ae.data.rng import permutations
+from latent_ae.models.build import Reconstruction
 
 LAYERS = 6
 SLOPE = 0.2

@@ -18,18 +18,18 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from latent_ae.config import UserError
-from latent_ae.data import ImageSource, stop_if_too_many_bad
-from latent_ae.disk import replacing, writing
-from latent_ae.held_out import HeldOutImages, held_out_images
-from latent_ae.images import bicubic_down_up
-from latent_ae.metrics import ReconstructionMetrics
-from latent_ae.order import spread
-from latent_ae.perceptual import LPIPS
-from latent_ae.pictures import picture_grid
-from latent_ae.sources import StreamSource, part_of
+from latent_ae.data.held_out import HeldOutImages, held_out_images
+from latent_ae.data.images import bicubic_down_up
+from latent_ae.data.loader import ImageSource, stop_if_too_many_bad
+from latent_ae.data.rng import spread
+from latent_ae.data.sources import StreamSource, part_of
+from latent_ae.files import replacing, writing
+from latent_ae.metrics.similarity import ReconstructionMetrics
+from latent_ae.pretrained.lpips import LPIPS
+from latent_ae.report.pictures import picture_grid
 
 from .agreement import Agreed, gathered
-from .config import TrainSettings
+from .settings import TrainSettings
 
 BATCH_PIXELS = 1_000_000
 """Pixels measured at once, against memory."""

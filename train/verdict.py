@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from .config import TrainSettings
+from .settings import TrainSettings
 from .terms import ACTIVE_NATS
 
 RECENT = 5

@@ -1,0 +1,152 @@
+"""The images of a search for anomalies: which are normal, pasted defects, and their scores batch by batch."""
+
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+from tqdm import tqdm
+
+from latent_ae.config import UserError
+from latent_ae.data.held_out import HeldOutImage
+from latent_ae.data.labels import Classes, find_classes
+from latent_ae.data.sources import StoredImages, StreamSource
+from latent_ae.models.loading import FirstStage
+from latent_ae.text import printable
+from latent_ae_eval.anomaly.defects import Defect, paste_defect
+from latent_ae_eval.anomaly.report import Finding
+from latent_ae_eval.anomaly.scores import Scored, Scorer
+from latent_ae_eval.anomaly.settings import AnomalySettings
+from latent_ae_eval.inputs import opened_data, report_skipped
+from latent_ae_eval.jobs import batches, images_for
+
+
+@dataclass
+class Part:
+    """A set of images and what is known of them."""
+
+    name: str
+    source: StoredImages
+    choice: dict[str, Any]
+    abnormal: np.ndarray | None
+    """(N,) bool; None without labels."""
+    rows: list[dict[str, Any]]
+    skipped: list[str]
+
+
+def opened_part(key: str, location: str, settings: AnomalySettings) -> Part:
+    """A source and which of its images are abnormal, by their classes."""
+    try:
+        source, choice = opened_data(location, settings)
+    except UserError as error:
+        raise UserError(f"{key}: {error}" if key == "normal" else str(error)) from error
+    assert not isinstance(source, StreamSource), "jobs do not open streams"
+    wanted = settings.normal_class
+    if wanted is None:
+        return Part(key, source, choice, None, [], [])
+    classes = find_classes(source, source, settings.label_column)
+    if classes is None:
+        if key == "normal":
+            return Part(key, source, choice, None, [], [])
+        raise UserError(
+            f"normal_class: {location} has no labels; give tables with a column of classes or integers "
+            "(label_column=NAME), or a folder of images with a folder for each class"
+        )
+    number = _class_number(wanted, classes, key)
+    return Part(key, source, choice, classes.labels != number, [], [])
+
+
+def _class_number(wanted: str | int, classes: Classes, key: str) -> int:
+    if classes.names is not None:
+        if str(wanted) in classes.names:
+            return classes.names.index(str(wanted))
+        if isinstance(wanted, int) and 0 <= wanted < len(classes.names):
+            return wanted
+    elif isinstance(wanted, int) and wanted in classes.labels:
+        return wanted
+    has = ", ".join(classes.names or map(str, sorted(set(classes.labels.tolist()))))
+    raise UserError(f"normal_class: {key} has no class {wanted}; it has: {has[:200]}")
+
+
+class Work:
+    """Scores parts batch by batch, and chosen images again when they are to be shown."""
+
+    def __init__(self, stage: FirstStage, scorer: Scorer, settings: AnomalySettings, progress: bool):
+        self.stage, self.scorer, self.settings, self.progress = stage, scorer, settings, progress
+
+    def scored(self, part: Part, location: str) -> Iterator[tuple[Scored, list[Tensor | None]]]:
+        """Batches with their scores and masks; rows are added to the part."""
+        bar = tqdm(
+            total=len(part.source),
+            desc=f"anomaly: {part.name}",
+            unit="image",
+            disable=not self.progress,
+            mininterval=0.5 if sys.stderr.isatty() else 30,
+        )
+        with bar:  # which an image that is refused closes, too
+            for items, scored, defects in self._batches(part, location, range(len(part.source)), bar):
+                for i, item in enumerate(items):
+                    defect = defects[i]
+                    row: dict[str, Any] = {"index": item.index, "name": printable(item.name), "defect": None}
+                    row["abnormal"] = None if part.abnormal is None else bool(part.abnormal[item.index])
+                    if self.settings.defects and part.name == "data":
+                        row |= {"abnormal": defect is not None, "defect": defect.kind if defect else None}
+                    row |= {name: float(values[i]) for name, values in (scored.scores | scored.parts).items()}
+                    row["numbers"] = scored.reconstruction[i].numel()
+                    part.rows.append(row)
+                yield scored, [defect.mask if defect else None for defect in defects]
+        report_skipped(part.skipped, len({row["index"] for row in part.rows}), self.settings)
+
+    def findings(self, part: Part, location: str, rows: Sequence[dict[str, Any]]) -> Iterator[Finding]:
+        """Images of `rows`, in the order of their indices, once more with their maps."""
+        wanted = {(row["index"], row["defect"]): row for row in rows}
+        indices = sorted({row["index"] for row in rows})
+        for items, scored, defects in self._batches(part, location, indices, None):
+            for i, (item, defect) in enumerate(zip(items, defects, strict=True)):
+                row = wanted.get((item.index, defect.kind if defect else None))
+                if row is not None and item.image is not None:
+                    maps = {name: maps[i].cpu() for name, maps in scored.maps.items()}
+                    mask = defect.mask if defect else None
+                    yield Finding(row, item.image, scored.reconstruction[i].cpu(), maps, mask)
+
+    def _batches(
+        self, part: Part, location: str, indices: Sequence[int], bar: tqdm | None
+    ) -> Iterator[tuple[list[HeldOutImage], Scored, list[Defect | None]]]:
+        source = part.source.subset(np.asarray(indices, dtype=np.int64))
+        images = images_for(self.stage, source, self.settings, location)
+        defects: dict[int, Defect] = {}
+
+        def read() -> Iterator[HeldOutImage]:
+            for item in images.items():
+                if bar is not None:
+                    bar.update()
+                if item.image is None:
+                    if bar is not None:
+                        part.skipped.append(f"{item.name}: {item.reason}")
+                    continue
+                item = replace(item, index=int(indices[item.index]))
+                yield item
+                if self.settings.defects and part.name == "data":
+                    try:
+                        defect = paste_defect(item.image, self.settings.seed, item.index)
+                    except ValueError as error:
+                        raise UserError(f"defects: {item.name}: {error}") from error
+                    pasted = replace(item, image=defect.image)
+                    defects[id(pasted)] = defect
+                    yield pasted
+
+        for items, batch in batches(read(), self.settings.batch_size, self.scorer.device):
+            found = [defects.pop(id(item), None) for item in items]
+            self._check_size(items[0])
+            yield items, self.scorer.score(batch, [item.index for item in items]), found
+
+    def _check_size(self, item: HeldOutImage) -> None:
+        assert item.image is not None
+        lpips, (height, width) = self.scorer.lpips, item.image.shape[-2:]
+        if lpips is not None and min(height, width) < lpips.trunk.min_px:
+            raise UserError(
+                f"lpips: {lpips.net} needs sides of {lpips.trunk.min_px} px and {item.name} has {width} x {height}; "
+                f"set resize_px, {'lpips=vgg, ' if lpips.net == 'alex' else ''}or lpips=null"
+            )

@@ -1,0 +1,243 @@
+"""Which images a first stage cannot reconstruct, and where: scores, thresholds from normal images, heat maps.
+
+from latent_ae_eval.anomaly.measure import find_anomalies
+from latent_ae_eval.job_config import AnomalySettings
+result = find_anomalies("runs/bottles", "bottles/test", AnomalySettings(normal="bottles/good"), out="anomalies")
+"""
+
+import math
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
+from torch import Tensor, nn
+
+from latent_ae.config import UserError
+from latent_ae.data.rng import spread
+from latent_ae_eval.anomaly.images import Part, Work, opened_part
+from latent_ae_eval.anomaly.report import Finding, write_anomaly_report, write_maps, write_pictures
+from latent_ae_eval.anomaly.roc import FEWEST_SCORES, PixelScores, auroc, auroc_interval, conformal_threshold
+from latent_ae_eval.anomaly.scores import Scorer, negative_elbo
+from latent_ae_eval.anomaly.settings import AnomalySettings
+from latent_ae_eval.inputs import opened_model
+from latent_ae_eval.jobs import lpips_or_reason, make_folder, one_process, write_json
+from latent_ae_eval.manifest import versions
+
+FORMAT = "latent-ae anomaly 1"
+FIT = 5
+"""One normal image in so many, drawn evenly, fits the ELBO's variance and gives no threshold: the scores of the others
+then stay exchangeable with those of new images."""
+SCORES = {
+    "pixel_mean": "mean squared error, of values in [-1, 1]",
+    "pixel_max": "largest value of the smoothed map of squared errors",
+    "lpips_mean": "LPIPS",
+    "lpips_max": "largest value of the map of LPIPS",
+    "negative_elbo": "nats per pixel and channel: Gaussian of the normal images' variance, one posterior sample",
+}
+
+
+def find_anomalies(
+    model: str | Path | nn.Module | Callable[[Tensor], Tensor],
+    data: str | Path,
+    settings: AnomalySettings | None = None,
+    *,
+    out: str | Path | None = None,
+    progress: bool = False,
+) -> dict[str, Any]:
+    """Scores every image of `data`, and says how well that tells the abnormal ones where they are known; JSON-ready.
+
+    With `out`, writes result.json, images.parquet, report.html, pictures.png and with `maps` the heat maps there.
+    Raises UserError for what cannot be loaded, classes that are not there, and several processes.
+    """
+    settings = settings or AnomalySettings()
+    if out is not None:
+        make_folder(Path(out))
+    device = one_process("anomaly", settings)
+    stage = opened_model(model, settings, device)
+    part = opened_part("data", str(data), settings)
+    normal = None
+    if settings.normal is not None:
+        own = settings.model_copy(update={"split": settings.normal_split, "limit": None})
+        normal = opened_part("normal", settings.normal, own)
+        if normal.abnormal is not None:
+            normal.source, normal.abnormal = normal.source.subset(np.flatnonzero(~normal.abnormal)), None
+    lpips, why_not = lpips_or_reason(settings.lpips, stage.channels or 3, None, device)
+    scorer = Scorer(stage, lpips, blur_px=settings.blur_px, seed=settings.seed, elbo=normal is not None, device=device)
+    rank_by = settings.rank_by or ("lpips_max" if "lpips_max" in scorer.names else "pixel_max")
+    if rank_by not in scorer.names:
+        why = "; an ELBO needs normal=DATA and one Gaussian posterior" if rank_by == "negative_elbo" else ""
+        raise UserError(f"rank_by: {rank_by} will not be measured; there are {', '.join(scorer.names)}{why}")
+    work = Work(stage, scorer, settings, progress)
+    notes = [why_not] if why_not else []
+
+    variance, thresholds, calibration = None, {}, []
+    if normal is not None:
+        for _ in work.scored(normal, settings.normal or ""):
+            pass
+        if not normal.rows:
+            raise UserError(f"normal: none of the {len(normal.skipped)} images of {settings.normal} is readable")
+        calibration = normal.rows
+        if scorer.elbo:
+            if len(normal.rows) < 2:
+                raise UserError(f"normal: {settings.normal} gives one image; two are the fewest")
+            fits = set(spread(settings.seed, len(normal.rows), -(-len(normal.rows) // FIT)).tolist())
+            fitted = [normal.rows[i] for i in sorted(fits)]
+            calibration = [row for i, row in enumerate(normal.rows) if i not in fits]
+            variance = sum(r["squares"] for r in fitted) / sum(r["numbers"] for r in fitted)
+            variance = max(variance, 1e-12)  # of a model that reconstructs exactly
+            _add_elbo(calibration, variance)
+        for name in scorer.names:
+            found = conformal_threshold(np.array([row[name] for row in calibration]), settings.false_positive_rate)
+            thresholds[name] = found
+        if None in thresholds.values():
+            rate = settings.false_positive_rate
+            needed = math.ceil(1 / rate - 1 - 1e-9)
+            notes.append(
+                f"no thresholds: a false positive rate of {rate:g} needs {needed} normal images, and there are "
+                f"{len(calibration)}"
+            )
+    else:
+        notes.append("no thresholds and no ELBO: they need normal images that were not trained on (normal=DATA)")
+    if not stage.has_posterior:
+        notes.append(f"no ELBO: {stage.name} has no posterior that is one Gaussian")
+
+    pixels: dict[str, PixelScores] = {}
+    for scored, masks in work.scored(part, str(data)):
+        for name, maps in scored.maps.items():
+            for position, mask in enumerate(masks):
+                if mask is not None:
+                    pixels.setdefault(name, PixelScores()).add(maps[position], mask)
+    if not part.rows:
+        raise UserError(f"{data}: none of its {len(part.skipped)} images is readable; {(part.skipped or ['none'])[0]}")
+    if variance is not None:
+        _add_elbo(part.rows, variance)
+    scores = {name: _figures(part.rows, name, thresholds.get(name), paired=settings.defects) for name in scorer.names}
+    notes += _without_intervals(part.rows, scores)
+    result: dict[str, Any] = {
+        "format": FORMAT,
+        "model": stage.describe(),
+        "data": {
+            "location": str(data),
+            "num_images": len({row["index"] for row in part.rows}),
+            "choice": part.choice,
+            "skipped": part.skipped,
+        },
+        "normal": None
+        if normal is None
+        else {
+            "location": settings.normal,
+            "thresholds_from": len(calibration),
+            "variance_from": len(normal.rows) - len(calibration),
+            "variance": variance,
+            "skipped": normal.skipped,
+        },
+        "method": {
+            "scores": {name: SCORES[name] for name in scorer.names},
+            "threshold": "flagged is what lies above the ceil((n + 1)(1 - rate))-th smallest of n normal scores",
+            "interval": "DeLong, on the logit's scale" + (", paired by image" if settings.defects else ""),
+            "lpips": settings.lpips if lpips is not None else None,
+        },
+        "thresholds": thresholds,
+        "scores": scores,
+        "pixel_auroc": {name: found.auroc() for name, found in pixels.items()} or None,
+        "settings": settings.model_dump(mode="json"),
+        "versions": versions(),
+        "notes": notes,
+    }
+    if out is not None:
+        _write(Path(out), result, part, work, rank_by)
+    return result
+
+
+def _add_elbo(rows: list[dict[str, Any]], variance: float) -> None:
+    for row in rows:
+        row["negative_elbo"] = negative_elbo(row, variance)
+
+
+def _figures(rows: Sequence[dict[str, Any]], name: str, threshold: float | None, *, paired: bool) -> dict[str, Any]:
+    """How a score did: flagged images, and where it is known what is normal also its area and rates."""
+    values = np.array([row[name] for row in rows])
+    flagged = None if threshold is None else values > threshold
+    figures: dict[str, Any] = {"flagged": None if flagged is None else int(flagged.sum())}
+    if rows[0]["abnormal"] is None:
+        return figures
+    abnormal = np.array([row["abnormal"] for row in rows])
+    if not abnormal.any() or abnormal.all():
+        return figures
+    figures["auroc"] = auroc(values[~abnormal], values[abnormal])
+    figures["interval"] = auroc_interval(values[~abnormal], values[abnormal], paired=paired)
+    if flagged is not None:
+        figures["false_positive_rate"] = float(flagged[~abnormal].mean())
+        figures["detection_rate"] = float(flagged[abnormal].mean())
+    kinds = sorted({row["defect"] for row in rows if row["defect"]})
+    if kinds:
+        of = np.array([row["defect"] for row in rows if row["abnormal"]], dtype=object)  # images are in pairs
+        before, after = values[~abnormal], values[abnormal]
+        figures["auroc_by_defect"] = {kind: auroc(before[of == kind], after[of == kind]) for kind in kinds}
+    return figures
+
+
+def _without_intervals(rows: Sequence[dict[str, Any]], scores: dict[str, dict[str, Any]]) -> list[str]:
+    """Why areas have no interval, where some have none."""
+    lacking = [name for name, figures in scores.items() if "auroc" in figures and figures["interval"] is None]
+    if not lacking:
+        return []
+    abnormal = sum(row["abnormal"] for row in rows)
+    normal = len(rows) - abnormal
+    if min(normal, abnormal) < FEWEST_SCORES:
+        return [
+            f"AUROC without intervals: there are {normal:,} normal and {abnormal:,} abnormal images, and an interval "
+            f"needs {FEWEST_SCORES} of each"
+        ]
+    return [f"AUROC without intervals: {', '.join(lacking)} put no image out of order, which says nothing of the width"]
+
+
+def _write(folder: Path, result: dict[str, Any], part: Part, work: Work, rank_by: str) -> None:
+    settings, location = work.settings, result["data"]["location"]
+    groups = chosen(part.rows, rank_by, settings.num_pictures)
+    wanted = [row for rows in groups.values() for row in rows]
+    tops = {
+        name: float(np.quantile([row[score] for row in part.rows], 0.95))
+        for name, score in (("pixel_error", "pixel_max"), ("lpips", "lpips_max"))
+        if score in work.scorer.names
+    }
+    try:
+        write_json(folder / "result.json", result)
+        table = pa.Table.from_pylist([{k: v for k, v in row.items() if k != "numbers"} for row in part.rows])
+        pa.parquet.write_table(table, folder / "images.parquet.part")
+        (folder / "images.parquet.part").replace(folder / "images.parquet")
+        shown: dict[tuple[int, str | None], Finding] = {}
+        for finding in work.findings(part, location, part.rows if settings.maps else wanted):
+            if settings.maps:
+                write_maps(folder / "maps", finding, tops)
+            if any(finding.row is row for row in wanted):
+                shown[finding.row["index"], finding.row["defect"]] = finding
+        found = {
+            heading: [shown[row["index"], row["defect"]] for row in rows if (row["index"], row["defect"]) in shown]
+            for heading, rows in groups.items()
+        }
+        write_pictures(folder / "pictures.png", found, tops)
+        write_anomaly_report(folder / "report.html", result, part.rows, found, tops, rank_by)
+    except OSError as error:
+        raise UserError(f"--out: cannot write into {folder}: {error.strerror or error}") from error
+    files = "result.json, images.parquet, report.html, pictures.png" + (", maps/" if settings.maps else "")
+    print(f"wrote {files} into {folder}", file=sys.stderr)
+
+
+def chosen(rows: Sequence[dict[str, Any]], rank_by: str, count: int) -> dict[str, list[dict[str, Any]]]:
+    """Rows to show by heading: with the highest score first; where it is known what is normal, also both mistakes."""
+    ranked = sorted(rows, key=lambda row: -row[rank_by])
+    if rows[0]["abnormal"] is None:
+        groups = {"Highest scores": ranked[:count], "Lowest scores": ranked[count:][-count:]}
+    else:
+        abnormal = [row for row in ranked if row["abnormal"]]
+        groups = {
+            "Abnormal, highest scores": abnormal[:count],
+            "Abnormal, lowest scores": abnormal[count:][-count:],
+            "Normal, highest scores": [row for row in ranked if not row["abnormal"]][:count],
+        }
+    return {heading: group for heading, group in groups.items() if group}

@@ -1,0 +1,46 @@
+"""Settings of `latent-ae eval anomaly`."""
+
+from collections.abc import Iterator
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from latent_ae.config import NonNegative, Problem
+from latent_ae_eval.settings import JobSettings
+
+Score = Literal["pixel_mean", "pixel_max", "lpips_mean", "lpips_max", "negative_elbo"]
+
+
+class AnomalySettings(JobSettings):
+    """What a first stage fails to reconstruct, taken as a sign of what it has not seen."""
+
+    normal: str | None = None
+    """Normal images that the model was not trained on, as DATA; thresholds and the ELBO's scale are taken from them."""
+    normal_split: str | None = None
+    """Of those, as `split`."""
+    false_positive_rate: Annotated[float, Field(gt=0, lt=1)] = 0.05
+    """That the thresholds keep on further normal images."""
+    normal_class: str | int | None = None
+    """Class of the normal images, by name or number: DATA is then judged by its labels, and of `normal` only this
+    class is taken where it has labels."""
+    label_column: str = "auto"
+    """Of the classes; auto takes a table's column `label`, or the names of the folders that image files lie in."""
+    defects: bool = False
+    """Judge DATA, taken as normal, against copies with pasted defects."""
+    lpips: Literal["vgg", "alex"] | None = "alex"
+    """Network of the LPIPS scores; null leaves them out."""
+    blur_px: Annotated[float, Field(gt=0)] | None = None
+    """Standard deviation by which maps of squared error are smoothed; null: 1/64 of the shorter side, at least 1."""
+    rank_by: Score | None = None
+    """Score that chooses the pictures; null takes lpips_max, or pixel_max where LPIPS cannot be had."""
+    num_pictures: NonNegative = 4
+    """Of each group in the report."""
+    maps: bool = False
+    """Write the heat maps of every image as pictures, too."""
+
+    def problems(self) -> Iterator[Problem]:
+        yield from super().problems()
+        if self.defects and self.normal_class is not None:
+            yield Problem("defects", "judges pasted defects and normal_class labels; give one of them")
+        if self.normal_split is not None and self.normal is None:
+            yield Problem("normal_split", "there is no normal to split; give normal=DATA")

@@ -1,0 +1,43 @@
+"""latent-ae eval compare"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from latent_ae_eval.command import add_json, for_stdout, shows_table
+
+DESCRIPTION = """\
+Compare results of `eval recon` with the first of them: differences, their 95 % intervals, and whether they are more
+than chance. A terminal gets a table, a pipe JSON; comparison.json and comparison.html go into a folder. Results of
+different protocols, data, N or seeds are refused."""
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="latent-ae eval compare",
+        description=DESCRIPTION,
+        epilog="example: latent-ae eval compare recon-ours recon-theirs/result.json --out ours-or-theirs",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("results", nargs="+", metavar="RESULT", help="a result.json, or the folder that holds one")
+    parser.add_argument("--anyway", action="store_true", help="compare what was not measured in the same way, too")
+    parser.add_argument(
+        "--out", metavar="DIR", type=Path, default=Path("compare"), help="where files go; default: compare"
+    )
+    add_json(parser)
+    words = parser.parse_intermixed_args(argv)
+
+    from latent_ae_eval.compare.measure import compare
+    from latent_ae_eval.compare.report import comparison_text
+
+    comparison = compare(words.results, anyway=words.anyway, out=words.out)
+    print(f"wrote {words.out / 'comparison.json'} and {words.out / 'comparison.html'}", file=sys.stderr)
+    text = for_stdout(comparison_text(comparison))
+    if shows_table(words.json):
+        print(text)
+    else:
+        print(text, file=sys.stderr)
+        print(json.dumps(comparison, indent=2))
+    return 0

@@ -1,0 +1,94 @@
+"""How well a diffusion model learns a first stage's latents: a small transformer, trained on a fixed budget.
+
+from latent_ae_eval.diffusion.measure import evaluate_diffusion
+result = evaluate_diffusion("runs/mine/export", "/data/cifar10", out="mine")
+print(result["metrics"]["samples"])
+"""
+
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from latent_ae.data.rng import spread
+from latent_ae_eval.diffusion.report import write_diffusion_page
+from latent_ae_eval.generation.base import FAR_STD, LARGE_MEAN, Generation, begin, fingerprint
+from latent_ae_eval.generation.flow import CHOICE_SEED, classes_of
+from latent_ae_eval.generation.sampling import feature_networks, samples, stock_pipeline
+from latent_ae_eval.generation.settings import DiffusionSettings
+
+FORMAT = "latent-ae diffusion 1"
+
+
+def evaluate_diffusion(
+    model: str | Path | nn.Module,
+    data: str | Path,
+    settings: DiffusionSettings | None = None,
+    *,
+    out: str | Path | None = None,
+    progress: bool = False,
+) -> dict[str, Any]:
+    """Trains a diffusion model on the latents of `data` and returns how well its samples fit, JSON-ready.
+
+    `model` is a folder, a hub id or an instance of a first stage of diffusers; `data` as on the command line. With
+    `out`, result.json, diffusion.html, samples.png, the latents and a pipeline for `DiTPipeline.from_pretrained` are
+    written there, and a call that was killed goes on from its finished latents and its last checkpoint.
+
+    Raises UserError for what cannot be loaded or encoded, latents of another model, and a training that diverges.
+    """
+    settings = settings or DiffusionSettings()
+    with ExitStack() as stack:
+        return begin(stack, _Job, "diffusion", model, str(data), settings, out, progress).run()
+
+
+class _Job(Generation):
+    """One evaluation."""
+
+    def run(self) -> dict[str, Any]:
+        settings, stage = self.settings, self.stage
+        self.check_pipeline()
+        # what can be missing is looked for before anything that takes long
+        networks, notes = feature_networks(settings, self.device)
+        self.check_data()
+        flow = self.flow()
+        assert stage.module is not None
+        pipeline = stock_pipeline(flow.trainer.average, stage.module)
+        self.save(pipeline)
+        count = min(settings.chosen("samples"), len(flow.train))
+        classes = classes_of(flow.train, spread(CHOICE_SEED, len(flow.train), count)).tolist()
+        with self.timed("sample"):
+            drawn = self.image_set(samples(pipeline, classes, settings), networks, count, "samples")
+        sets, metrics, intervals = self.compared(drawn, networks, count)
+        described = flow.describe(settings)
+        result = {
+            "format": FORMAT,
+            "model": stage.describe() | {"subfolder": settings.subfolder, "revision": settings.revision},
+            "data": {
+                "location": self.data,
+                "fingerprints": [fingerprint(part) for part in (flow.train, flow.held_out)],
+                "choices": self.choices,
+            },
+            **described,
+            "metrics": metrics,
+            "intervals": intervals,
+            "notes": [*notes, *_notes(described["latents"]), *self.notes(metrics)],
+            **self.facts(),
+        }
+        self.write(result, sets, "diffusion.html", write_diffusion_page)
+        return result
+
+
+def _notes(latents: dict[str, Any]) -> list[str]:
+    notes = []
+    if abs(latents["scaled_mean"]) > LARGE_MEAN:
+        notes.append(
+            f"the scaled latents' mean is {latents['scaled_mean']:.2f}, not 0: DiTPipeline scales and does not shift, "
+            "so the diffusion model has to learn it; a pipeline that shifts may do better"
+        )
+    if not 1 / FAR_STD < latents["scaled_std"] < FAR_STD:
+        notes.append(
+            f"the scaled latents' standard deviation is {latents['scaled_std']:.3g}, not 1: measure the model's "
+            "scaling_factor (`latent-ae export` does)"
+        )
+    return notes

@@ -1,0 +1,242 @@
+"""Which latent dimension stands for which known factor of the images, and how far for that one alone.
+
+from latent_ae_eval.factors.measure import factors
+result = factors("runs/beta-vae", "blobs.parquet", out="factors")
+print(result["mean"]["mig"], result["sample"]["mig"])
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from latent_ae.config import UserError
+from latent_ae.data.labels import find_classes
+from latent_ae.data.rng import posterior_noise
+from latent_ae.data.sources import StoredImages, StreamSource, TableSource
+from latent_ae.models.loading import FirstStage
+from latent_ae.models.posterior import draw
+from latent_ae.report.pictures import picture_grid
+from latent_ae_eval.factors.information import BINS, entropy, measured
+from latent_ae_eval.factors.report import write_factors_report
+from latent_ae_eval.factors.settings import FactorsSettings
+from latent_ae_eval.inputs import opened_data, report_skipped
+from latent_ae_eval.jobs import (
+    batches,
+    cpu_batch,
+    images_for,
+    latent_model,
+    make_folder,
+    one_process,
+    watched,
+    write_json,
+)
+from latent_ae_eval.manifest import versions
+
+FORMAT = "latent-ae factors 1"
+MOST_DIMENSIONS = 1024
+MOST_VALUES = 1000
+ACTIVE = 0.01
+"""Variance of a dimension's posterior mean over images from which on it is active (Burda et al. 2016)."""
+TRAVERSED = 12
+"""At most so many dimensions in the picture, those that vary most."""
+BIASED = 0.02
+"""Mutual information of unrelated things, relative to a factor's entropy, that is worth a word."""
+
+
+@torch.no_grad()
+def factors(
+    model: str | Path | nn.Module,
+    data: str | Path,
+    settings: FactorsSettings | None = None,
+    *,
+    out: str | Path | None = None,
+    progress: bool = False,
+) -> dict[str, Any]:
+    """Mutual information of latent dimensions and factors, and the mutual information gap; JSON-ready.
+
+    With `out`, writes result.json, traversals.png and report.html there. Raises UserError for a model without a
+    Gaussian posterior, data without columns of integers, images of several sizes, latents of more than
+    `MOST_DIMENSIONS` numbers, and several processes.
+    """
+    settings = settings or FactorsSettings()
+    if out is not None:
+        make_folder(Path(out))
+    device = one_process("factors", settings)
+    stage = latent_model("factors", model, settings, device)
+    if not stage.has_posterior:
+        raise UserError(f"eval factors needs a posterior that is one Gaussian, and {stage.name} has none")
+    source, choice = opened_data(str(data), settings)
+    assert not isinstance(source, StreamSource), "jobs do not open streams"
+    names, labels = _factors(source, str(data), settings)
+    if settings.traversed is not None and settings.traversed >= len(source):
+        raise UserError(f"traversed: there is no image {settings.traversed}; {data} holds {len(source)}, from 0 on")
+    means, samples, rows, shape, skipped = _codes(stage, source, settings, str(data), device, progress)
+    report_skipped(skipped, len(rows), settings)
+    if not len(rows):
+        raise UserError(f"{data}: none of its images is readable; {(skipped or ['there are none'])[0]}")
+    values = _numbered(labels[rows], names, str(data))
+    counts = [int(column.max()) + 1 for column in values.T]
+    entropies = [entropy(np.bincount(column)) for column in values.T]
+    variances = means.var(0)
+    active = np.flatnonzero(variances > ACTIVE)
+    chance = [(BINS - 1) * (count - 1) / (2 * len(rows)) for count in counts]
+    worst = max(range(len(names)), key=lambda k: chance[k] / entropies[k])
+    notes = []
+    if chance[worst] > BIASED * entropies[worst]:
+        notes.append(
+            f"{len(rows):,} images are few: by chance alone a dimension seems to tell about {chance[worst]:.2f} nats "
+            f"of {names[worst]} ({chance[worst] / entropies[worst]:.0%} of its entropy)"
+        )
+    result: dict[str, Any] = {
+        "format": FORMAT,
+        "model": stage.describe(),
+        "data": {
+            "location": str(data),
+            "images": len(rows),
+            "choice": choice,
+            "factors": dict(zip(names, counts, strict=True)),
+            "entropies": dict(zip(names, entropies, strict=True)),
+            "skipped": skipped,
+        },
+        "latent": list(shape),
+        "method": {
+            "mig": "mean over factors of (largest - second largest mutual information) / entropy (Chen et al. 2018)",
+            "bins": f"{BINS} of equal width for each dimension",
+            "total_correlation": "nats, of the Gaussian fitted to the codes: -ln det of their correlations / 2",
+            "mean": "of the posterior",
+            "sample": "of the posterior, one for each image",
+            "active": f"variance of the posterior's mean over the images above {ACTIVE} (Burda et al. 2016)",
+            "dimensions": "of the latent, flattened: channel, row, column",
+        },
+        "mean": measured(means, values, names),
+        "sample": measured(samples, values, names),
+        "active_dimensions": active.tolist(),
+        "variances": variances.tolist(),
+        "settings": settings.model_dump(mode="json"),
+        "versions": versions(),
+        "notes": notes,
+    }
+    if out is not None:
+        shown = active[np.argsort(-variances[active], kind="stable")][:TRAVERSED]
+        at = len(rows) // 2 if settings.traversed is None else int(np.searchsorted(rows, settings.traversed))
+        if settings.traversed is not None and (at == len(rows) or rows[at] != settings.traversed):
+            raise UserError(f"traversed: image {settings.traversed} of {data} is not readable")
+        result["traversed"] = {"image": int(rows[at]), "dimensions": shown.tolist()}
+        picture = _traversals(stage, torch.from_numpy(means[at]).view(shape), shown, result, settings, device)
+        _write(Path(out), result, picture)
+    return result
+
+
+def _factors(source: StoredImages, data: str, settings: FactorsSettings) -> tuple[list[str], np.ndarray]:
+    """Names of the factors, and the values of every image: (N, K)."""
+    if not isinstance(source, TableSource):
+        raise UserError(f"{data} is not a table: eval factors needs one with an integer column for each factor")
+    columns = source.others.features
+    integers = [
+        name
+        for name, feature in columns.items()
+        if isinstance(feature, datasets.ClassLabel) or (isinstance(feature, datasets.Value) and "int" in feature.dtype)
+    ]
+    names = list(settings.factors or integers)
+    if not names:
+        has = ", ".join(columns) or "no others"
+        raise UserError(f"{data} has no column of integers or classes besides images ({has}): what are its factors?")
+    if missing := [name for name in names if name not in integers]:
+        raise UserError(
+            f"factors: {missing[0]} is no column of integers or classes of {data}; it has "
+            f"{', '.join(integers) or 'none'}"
+        )
+    found = [find_classes(source, source, name) for name in names]
+    return names, np.stack([classes.labels for classes in found if classes is not None], 1)
+
+
+def _numbered(labels: np.ndarray, names: Sequence[str], data: str) -> np.ndarray:
+    """Each factor's values as 0, 1, ... in their order."""
+    columns = []
+    for name, column in zip(names, labels.T, strict=True):
+        known, numbers = np.unique(column, return_inverse=True)
+        if not 2 <= len(known) <= MOST_VALUES:
+            raise UserError(
+                f"factors: {name} has {len(known):,} value(s) in the {len(labels):,} images of {data} that are "
+                f"measured; a factor has from 2 to {MOST_VALUES:,} of them: raise limit where it is set, or name the "
+                "columns that are factors, as factors=[shape,scale]"
+            )
+        columns.append(numbers)
+    return np.stack(columns, 1)
+
+
+def _codes(
+    stage: FirstStage, source: StoredImages, settings: FactorsSettings, data: str, device: torch.device, progress: bool
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, torch.Size, list[str]]:
+    """Means and samples (N, D) of the readable images, their numbers, the latent's shape and what was skipped."""
+    bad: list[str] = []
+    seen = watched(images_for(stage, source, settings, data), len(source), "factors: latents", bad, progress)
+    means: list[np.ndarray] = []
+    samples: list[np.ndarray] = []
+    rows: list[int] = []
+    shape = torch.Size()
+    assert stage.module is not None
+    for items, batch in batches(seen, settings.batch_size, device):
+        batch = batch.to(device, stage.dtype)
+        mean = draw(stage.module, batch, None).latent
+        if shape and mean.shape[1:] != shape:
+            raise UserError(f"{data}: images of several sizes have latents of several; set crop_px (and resize_px)")
+        shape = mean.shape[1:]
+        if shape.numel() > MOST_DIMENSIONS:
+            raise UserError(
+                f"the latent has {' x '.join(map(str, shape))} = {shape.numel():,} dimensions, and eval factors takes "
+                f"at most {MOST_DIMENSIONS:,}: give smaller images (crop_px, resize_px) or a smaller latent"
+            )
+        numbers = [item.index for item in items]
+        noise = posterior_noise(settings.seed, numbers, shape).to(device)
+        means.append(mean.flatten(1).cpu().numpy())
+        samples.append(draw(stage.module, batch, noise).latent.flatten(1).cpu().numpy())
+        rows += numbers
+    if not rows:
+        return np.empty((0, 0)), np.empty((0, 0)), np.empty(0, np.int64), shape, bad
+    return np.concatenate(means), np.concatenate(samples), np.array(rows), shape, bad
+
+
+def _traversals(
+    stage: FirstStage,
+    latent: Tensor,
+    shown: Sequence[int],
+    result: dict[str, Any],
+    settings: FactorsSettings,
+    device: torch.device,
+) -> Image.Image | None:
+    """A row for each dimension: it goes from -2 to 2, the others stay as they are in `latent`. None: none is active."""
+    if not len(shown):
+        return None
+    steps = torch.linspace(-2, 2, settings.steps)
+    held = {d: [name for name, best in result["mean"]["dimensions"].items() if best == d] for d in shown}
+    rows, labels = [], []
+    for dimension in shown:
+        points = latent.flatten().repeat(len(steps), 1)
+        points[:, dimension] = steps
+        points = points.view(len(steps), *latent.shape).to(device)
+        size = cpu_batch(settings.batch_size, latent[0].numel() * stage.factor**2)
+        decoded = [stage.decode(part).clamp(-1, 1).cpu() for part in points.split(size)]
+        rows.append(list(torch.cat(decoded)))
+        labels.append(f"{dimension}: {', '.join(held[dimension])}" if held[dimension] else str(dimension))
+    return picture_grid(rows, [f"{step:+.1f}" for step in steps.tolist()], row_labels=labels, largest_px=128)
+
+
+def _write(folder: Path, result: dict[str, Any], picture: Image.Image | None) -> None:
+    names = ["result.json", "report.html"]
+    try:
+        if picture is not None:
+            picture.save(folder / "traversals.png")
+            names.insert(1, "traversals.png")
+        write_json(folder / "result.json", result)
+        write_factors_report(folder / "report.html", result, picture)
+    except OSError as error:
+        raise UserError(f"--out: cannot write into {folder}: {error.strerror or error}") from error
+    print(f"wrote {', '.join(names)} into {folder}", file=sys.stderr)

@@ -1,0 +1,91 @@
+"""report.html of factors: the gaps, the mutual information as a heat map, and what each dimension does to an image."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from latent_ae.report import page
+from latent_ae_eval.labels import short_name
+from latent_ae_eval.table import Row, aligned
+
+MOST_ROWS = 32
+ABOUT = (
+    "Mutual information gap of a factor: how much more the most informative dimension tells of it than the next one, "
+    "as a part of the factor's entropy (Chen et al. 2018). 1: one dimension tells all of it and no other any; 0: two "
+    "dimensions tell equally much. MIG is the mean. A sample also counts the posterior's noise, which hides what a "
+    "dimension tells by changes too small for the decoder to see."
+)
+TRAVERSED = (
+    "Each row moves one active dimension from -2 to 2 standard deviations of the prior and leaves the others as they "
+    "are in image {image}. Named are the factors of which no other dimension tells more."
+)
+
+
+def factors_text(result: Mapping[str, Any]) -> str:
+    """The gaps as a table for a terminal."""
+    kinds = {"mean": result["mean"], "sample": result["sample"]}
+    rows = [Row("images", f"{result['data']['images']:,}")]
+    rows += [Row("MIG", f"{found['mig']:.3f}", "", kind) for kind, found in kinds.items()]
+    for name in result["data"]["factors"]:
+        for kind, found in kinds.items():
+            teller = f"dimension {found['dimensions'][name]}"
+            rows.append(Row(f"gap of {name}", f"{found['gaps'][name]:.3f}", teller, kind))
+    rows.append(Row("total correlation (nats)", f"{result['sample']['total_correlation']:.3f}", "", "sample"))
+    rows.append(Row("active dimensions", f"{len(result['active_dimensions'])} of {len(result['variances'])}"))
+    return aligned(rows, "that tells most")
+
+
+def write_factors_report(path: Path, result: Mapping[str, Any], picture: Image.Image | None) -> None:
+    """Writes one self-contained HTML file, atomically. Raises OSError where it cannot be written."""
+    model = short_name(result["model"].get("location"), str(result["model"].get("class")))
+    data, mean, sample = result["data"], result["mean"], result["sample"]
+    facts = {
+        "MIG of the mean": f"{mean['mig']:.3f}",
+        "MIG of a sample": f"{sample['mig']:.3f}",
+        "total correlation of a sample": f"{sample['total_correlation']:.3f} nats",
+        "images": f"{data['images']:,}",
+        "latent": " x ".join(map(str, result["latent"])),
+        "active dimensions": f"{len(result['active_dimensions'])} of {len(result['variances'])}",
+    }
+    skipped = len(data["skipped"])
+    remarks = [*result["notes"], *([f"Unreadable images that were skipped: {skipped:,}."] if skipped else [])]
+    lines = [
+        {
+            "factor": name,
+            "values": count,
+            "entropy (nats)": f"{data['entropies'][name]:.2f}",
+            **{
+                f"gap, {kind}": page.estimate(f"{found['gaps'][name]:.3f}", f"dimension {found['dimensions'][name]}")
+                for kind, found in (("mean", mean), ("sample", sample))
+            },
+        }
+        for name, count in data["factors"].items()
+    ]
+    sections = [
+        page.facts(facts) + page.notes(remarks),
+        page.section("Gaps", page.paragraph(ABOUT, soft=True), page.table(lines)),
+    ]
+    if picture is not None:
+        about = page.paragraph(TRAVERSED.format(image=result["traversed"]["image"]), soft=True)
+        figure = page.figure(picture, "traversals.png", max_bytes=1_500_000)
+        sections.append(page.section("What each dimension does", about, figure))
+    names = list(data["factors"])
+    entropies = [data["entropies"][name] for name in names]
+    charts = []
+    for kind, found in (("the mean", mean), ("a sample", sample)):
+        parts = [[value / h for value, h in zip(row, entropies, strict=True)] for row in found["mutual_information"]]
+        order = sorted(range(len(parts)), key=lambda d: -max(parts[d]))[:MOST_ROWS]
+        rows = {str(d): parts[d] for d in sorted(order)}
+        charts.append(page.heat_map(rows, names, title=f"of {kind}", y_label="latent dimension"))
+    about = page.paragraph(
+        "Mutual information of each dimension and factor, in percent of the factor's entropy"
+        + (f"; the {MOST_ROWS} dimensions that tell most." if len(result["variances"]) > MOST_ROWS else "."),
+        soft=True,
+    )
+    sections.append(page.section("Mutual information", about, page.grid(*charts)))
+    manifest = {key: value for key, value in result.items() if key not in ("mean", "sample", "variances", "notes")}
+    sections.append(page.section("How this was measured", page.manifest(manifest)))
+    title = f"{model}: factors of {short_name(data['location'], 'images')}"
+    page.write(path, page.page(title, sections, subtitle="A first stage, measured by latent-ae eval factors."))

@@ -1,0 +1,363 @@
+"""What those who model a first stage's latents have in common: latents of both parts of the data, a flow fitted to
+them, and sets of images that are compared."""
+
+import hashlib
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, TypeVar
+
+import torch
+from diffusers import DiTPipeline
+from PIL import Image
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from latent_ae.arithmetic import float32_arithmetic
+from latent_ae.config import UserError
+from latent_ae.data.held_out import Framing, HeldOutImages
+from latent_ae.data.images import ImageError, to_uint8
+from latent_ae.data.loader import open_images
+from latent_ae.data.rng import spread
+from latent_ae.data.sources import StoredImages, StreamSource, digest_of, part_of
+from latent_ae.distributed import processes
+from latent_ae.latents.cache import LatentCache, open_latents
+from latent_ae.latents.encode import encode_images
+from latent_ae.metrics.distances import RELIABLE_IMAGES
+from latent_ae.models.loading import FirstStage, open_first_stage
+from latent_ae.only_writer import only_writer
+from latent_ae.pretrained.lpips import TRUNKS
+from latent_ae.report.pictures import picture_grid
+from latent_ae_eval.generation.flow import CHOICE_SEED, NULL_CLASS, Trivial, Validation
+from latent_ae_eval.generation.sampling import GRID, KINDS, Features, ImageSet, distances, image_set
+from latent_ae_eval.generation.settings import DiffusionSettings
+from latent_ae_eval.generation.training import Trainer, trained
+from latent_ae_eval.manifest import versions
+
+Part = Literal["train", "held_out"]
+PARTS: tuple[Part, ...] = ("train", "held_out")
+LARGE_MEAN, FAR_STD = 0.5, 2.0
+COMPARED = 16
+"""Files of DATA that are looked for among given latents."""
+LOSSES = ("loss", "relative_loss", "loss_by_time", "relative_loss_by_time")
+PageWriter = Callable[[Path, Mapping[str, Any], Mapping[str, Image.Image]], None]
+Job = TypeVar("Job", bound="Generation")
+
+
+class Flow(NamedTuple):
+    """A transformer trained on latents, and what it was trained and judged on."""
+
+    train: LatentCache
+    held_out: LatentCache
+    trivial: Trivial
+    validation: Validation
+    trainer: Trainer
+    curve: list[dict[str, Any]]
+
+    def describe(self, settings: DiffusionSettings) -> dict[str, Any]:
+        """What a result says of it, JSON-ready."""
+        train, trivial, model = self.train, self.trivial, self.trainer.model
+        own = {"patch_size": model.config.patch_size, "parameters": sum(p.numel() for p in model.parameters())}
+        return {
+            "latents": {
+                "shape": list(train.shape),
+                "train": len(train),
+                "held_out": len(self.held_out),
+                "classes": train.num_classes,
+                "scaling_factor": train.scaling_factor,
+                "scaled_mean": float(trivial.mean.mean()),
+                "scaled_std": float((trivial.variance.mean() + trivial.mean.var(correction=0)).sqrt()),
+                "shift_left_out": train.shift_factor * train.scaling_factor,
+            },
+            "recipe": settings.recipe() | own,
+            "validated_on": self.validation.choice,
+            "loss": {"trivial": float(self.validation.trivial.mean())} | {key: self.curve[-1][key] for key in LOSSES},
+            "curve": self.curve,
+        }
+
+
+def begin(
+    stack: ExitStack,
+    kind: type[Job],
+    command: str,
+    model: str | Path | nn.Module,
+    data: str,
+    settings: DiffusionSettings,
+    out: str | Path | None,
+    progress: bool,
+) -> Job:
+    """A job on one process, in a folder of its own until `stack` ends. Raises UserError for several processes."""
+    state, device = processes(settings.device)
+    if state.num_processes > 1:
+        raise UserError(
+            f"eval {command} runs in one process; encode on many with `accelerate launch -m latent_ae encode` (once "
+            "with part=train, once with part=held_out), then give latents=DIR and held_out_latents=DIR to one process"
+        )
+    where = {key: getattr(settings, key) for key in ("subfolder", "revision", "variant", "ema")}
+    stage = open_first_stage(model, device=device, dtype="fp32", **where)
+    if stage.module is None:
+        raise UserError(f"eval {command} needs latents, and the function {stage.name} has none; give a first stage")
+    # encoded and sampled as the saved pipeline will be: convolutions round differently in another layout
+    stage.module.to(memory_format=torch.contiguous_format)
+    # TF32 convolutions would move the third digit of what is encoded and measured
+    stack.enter_context(float32_arithmetic(repeatable=True))
+    return kind(model, stage, data, settings, device, _taken(stack, out), progress)
+
+
+def _taken(stack: ExitStack, out: str | Path | None) -> Path:
+    """A folder that is nobody else's."""
+    if out is None:
+        return Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="latent-ae-")))
+    folder = Path(out).expanduser()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out: cannot write into {folder}: {error.strerror or error}") from error
+    refusal = f"--out: another evaluation is writing into {folder}; wait for it, or give another folder"
+    stack.enter_context(only_writer(folder / ".evaluation.lock", refusal))
+    return folder
+
+
+@dataclass
+class Generation:
+    """Parts of an evaluation of what is generated."""
+
+    model: str | Path | nn.Module
+    stage: FirstStage
+    data: str
+    settings: DiffusionSettings
+    device: torch.device
+    folder: Path
+    progress: bool
+    seconds: dict[str, float] = field(default_factory=dict)
+    processor_seconds: dict[str, float] = field(default_factory=dict)
+    """Of this process, not of those that decode images."""
+    choices: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Of the images that samples are compared with, by part of the data: see order.choice_facts."""
+
+    def check_pipeline(self) -> None:
+        """Raises UserError for a first stage that DiTPipeline cannot decode with."""
+        assert self.stage.module is not None
+        if not self.stage.module.config.get("scaling_factor"):
+            raise UserError(
+                f"{self.stage.name} has no scaling_factor, so DiTPipeline cannot decode its latents; known to work are "
+                "AutoencoderKL, AsymmetricAutoencoderKL, AutoencoderTiny, AutoencoderDC and VQModel"
+            )
+
+    def check_data(self) -> None:
+        """Raises UserError for images that samples cannot be compared with."""
+        if self.stage.channels not in (1, 3):
+            raise UserError(
+                f"images of {self.stage.channels} channels have no features to compare samples by; 1 or 3 are needed"
+            )
+        least, resolution = TRUNKS["vgg"].min_px, self.settings.chosen("resolution")
+        if resolution < least:
+            raise UserError(f"resolution: {resolution} is too small for VGG16's features; {least} is enough")
+        if min(len(self.source(part)) for part in PARTS) < 2:
+            raise UserError(f"DATA: {self.data} holds too few images to hold out two of them")
+
+    def flow(self) -> Flow:
+        """Encodes what is missing and trains, from where a killed training left off."""
+        settings = self.settings
+        with self.timed("encode"):
+            train, held_out = (self.latents(part) for part in PARTS)
+        self._check_latents(train, held_out)
+        trivial = Trivial.of(train, settings.seed)
+        validation = Validation(held_out, trivial, settings)
+        trainer = Trainer(train, settings, self.device)
+        with self.timed("train"):
+            unfinished = self.folder / "unfinished" / "training.pt"
+            unfinished.parent.mkdir(exist_ok=True)
+            with self.bar("train", trainer.steps * settings.chosen("batch_size")) as bar:
+                curve = trained(trainer, validation, unfinished, self._key(train, held_out), bar)
+        return Flow(train, held_out, trivial, validation, trainer, curve)
+
+    def compared(
+        self, samples: ImageSet, networks: dict[str, Features], count: int
+    ) -> tuple[dict[str, ImageSet], dict[str, dict[str, Any]], dict[str, dict[str, list[float]]]]:
+        """Samples beside `count` images trained on, as many held out where there are, and reconstructions of these:
+        the sets, and the values and intervals of `distances`."""
+        with self.timed("measure"):
+            sets = {"samples": samples}
+            sets["reference"] = self.image_set(self._images("train", count), networks, count, "images")
+            count = min(count, len(self.source("held_out")))
+            sets["held_out"] = self.image_set(self._images("held_out", count), networks, count, "held-out images")
+            made = (self._reconstructed(images) for images in self._images("held_out", count))
+            sets["reconstructions"] = self.image_set(made, networks, count, "reconstructions")
+            return sets, *distances(sets)
+
+    def image_set(self, batches: Iterable[Tensor], networks: dict[str, Features], count: int, what: str) -> ImageSet:
+        with self.bar(what, count) as bar:
+            return image_set(batches, networks, count, bar.update)
+
+    def notes(self, metrics: dict[str, Any]) -> list[str]:
+        """On distances of few images."""
+        notes = []
+        if "fid" in metrics["samples"] and metrics["samples"]["n"] < RELIABLE_IMAGES:
+            notes.append(
+                f"fid: {metrics['samples']['n']:,} images are fewer than Inception has features ({RELIABLE_IMAGES:,}): "
+                "biased upwards, and not to be compared with values at another number"
+            )
+        wanted = self.settings.chosen("samples")
+        return notes + [
+            f"{kind}: {metrics[kind]['n']:,} images, fewer than samples={wanted:,}; a Fréchet distance of fewer images "
+            "is larger"
+            for kind in KINDS
+            if metrics[kind]["n"] < wanted
+        ]
+
+    def latents(self, part: Part) -> LatentCache:
+        """Those that were given, or those of the folder, which are encoded where they are missing."""
+        given = self.settings.latents if part == "train" else self.settings.held_out_latents
+        folder = Path(given).expanduser() if given else self.folder / "latents" / part
+        if not given:
+            source = self.model if isinstance(self.model, nn.Module) else str(self.model)
+            try:
+                encode_images(source, self.data, folder, self.settings.encoding(part), progress=self.progress)
+            except UserError as error:
+                raise UserError(str(error).replace("OUT: ", "--out: ")) from error
+        cache = open_latents(folder)
+        key, made = "latents" if part == "train" else "held_out_latents", cache.manifest
+        if made["model"]["sha256"] != self.stage.sha256:
+            raise UserError(f"{key}: {folder} holds latents of another model ({made['model']['location']})")
+        framing = self.settings.encoding(part).framing()
+        if made["framing"] != framing:
+            raise UserError(f"{key}: {folder} holds latents of images framed as {made['framing']}, not {framing}")
+        return cache
+
+    def check_images(self, cache: LatentCache, part: Part) -> None:
+        """Raises UserError for given latents of other images than DATA's."""
+        key = "latents" if part == "train" else "held_out_latents"
+        if getattr(self.settings, key) and not self._holds_images_of(cache, part):
+            location = cache.manifest["data"]["location"]
+            raise UserError(f"{key}: {cache.folder} holds latents of other images ({location}) than {self.data}")
+
+    def _holds_images_of(self, cache: LatentCache, part: Part) -> bool:
+        """Whether there are as many files, and most of a few of DATA's are among those encoded, by their content."""
+        source = self.source(part)
+        if len(source) != cache.manifest["data"]["num_files"]:
+            return False
+        encoded = set(cache.dataset.data.column("digest").to_pylist())
+        drawn = [int(row) for row in spread(CHOICE_SEED, len(source), COMPARED)]
+        found = 0
+        for row in drawn:
+            with suppress(ImageError):
+                found += digest_of(source.read(row)) in encoded
+        return 2 * found > len(drawn)
+
+    def _check_latents(self, train: LatentCache, held_out: LatentCache) -> None:
+        patch = self.settings.chosen("patch_size")
+        if patch and train.shape[1] % patch:
+            raise UserError(f"patch_size: {patch} does not divide the latents' side of {train.shape[1]}")
+        digests = [cache.dataset.data.column("digest").to_pylist() for cache in (train, held_out)]
+        shared = len(set(digests[0]) & set(digests[1]))
+        if 2 * shared > len(held_out):  # some are twice in many data sets
+            raise UserError(
+                f"held_out_latents: {shared} of its {len(held_out)} images are among those trained on; encode with "
+                "part=train and part=held_out"
+            )
+        self.check_images(train, "train")
+        self.check_images(held_out, "held_out")
+        if train.num_classes > NULL_CLASS:
+            raise UserError(
+                f"{self.data} has {train.num_classes} classes, DiTPipeline knows {NULL_CLASS}; set label_column=null"
+            )
+
+    def source(self, part: Part) -> StoredImages:
+        try:
+            source = open_images(self.settings.encoding(part).data(self.data), part)
+        except UserError as error:
+            # the settings have other names here than in training
+            raise UserError(str(error).replace("data.source", "DATA").replace("data.", "")) from error
+        assert not isinstance(source, StreamSource)
+        return source
+
+    def _images(self, part: Part, count: int) -> Iterator[Tensor]:
+        """Batches of `count` images, drawn once for all, framed as the latents' were: uint8 NCHW."""
+        encoding = self.settings.encoding(part)
+        source, self.choices[part] = part_of(self.source(part), count, CHOICE_SEED)
+        images = HeldOutImages(
+            source,
+            encoding.data(self.data),
+            self.stage.channels or 3,
+            Framing(**encoding.framing()),
+            self.stage.factor,
+        )
+        batch: list[Tensor] = []
+        for _, _, image in images:
+            batch.append(to_uint8(image))
+            if len(batch) == self.settings.images_at_a_time:
+                yield torch.stack(batch)
+                batch = []
+        if batch:
+            yield torch.stack(batch)
+
+    @torch.no_grad()
+    def _reconstructed(self, images: Tensor) -> Tensor:
+        return to_uint8(self.stage.reconstruct(images.to(self.device).float() / 127.5 - 1).cpu())
+
+    def _key(self, train: LatentCache, held_out: LatentCache) -> str:
+        """All that the trained weights depend on."""
+        parts = [self.settings.recipe(), self.settings.seed, self.settings.validations, versions(), self.stage.sha256]
+        made = [(fingerprint(cache), cache.manifest["made_from"]["settings"]) for cache in (train, held_out)]
+        return hashlib.sha256(json.dumps([parts, made], sort_keys=True).encode()).hexdigest()
+
+    def facts(self) -> dict[str, Any]:
+        """How a result came to be, JSON-ready."""
+        settings = self.settings
+        return {
+            "seed": settings.seed,
+            "settings": settings.model_dump(mode="json"),
+            "versions": versions(),
+            "device": self.device.type,
+            "threads": torch.get_num_threads(),
+            "seconds": self.seconds,
+            "processor_seconds": self.processor_seconds,
+        }
+
+    def write(self, result: dict[str, Any], sets: dict[str, ImageSet], page: str, write_page: PageWriter) -> None:
+        """result.json, samples.png and the page; what an unfinished training left is removed."""
+        folder = self.folder
+        pictures = {name: picture_grid([list(row) for row in one.shown.split(GRID)]) for name, one in sets.items()}
+        try:
+            part = folder / "result.json.part"
+            part.write_text(json.dumps(result, indent=2), encoding="utf-8")
+            os.replace(part, folder / "result.json")
+            pictures["samples"].save(folder / "samples.png")
+            write_page(folder / page, result, pictures)
+            (folder / "unfinished" / "training.pt").unlink(missing_ok=True)
+            if (folder / "unfinished").is_dir():
+                (folder / "unfinished").rmdir()
+        except OSError as error:
+            raise UserError(f"--out: cannot write into {folder}: {error.strerror or error}") from error
+        if self.progress:
+            print(f"wrote result.json, samples.png and {page} into {folder}", file=sys.stderr)
+
+    def save(self, pipeline: DiTPipeline) -> None:
+        """For `DiTPipeline.from_pretrained`."""
+        try:
+            pipeline.save_pretrained(self.folder / "pipeline")
+        except OSError as error:
+            raise UserError(f"--out: cannot write {self.folder}: {error.strerror or error}") from error
+
+    @contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        started, used = time.perf_counter(), time.process_time()
+        yield
+        self.seconds[name] = round(time.perf_counter() - started, 1)
+        self.processor_seconds[name] = round(time.process_time() - used, 1)
+
+    def bar(self, what: str, total: int) -> tqdm:
+        interval = 0.5 if sys.stderr.isatty() else 30
+        return tqdm(total=total, desc=what, unit="image", disable=not self.progress, mininterval=interval)
+
+
+def fingerprint(cache: LatentCache) -> str:
+    """Of a cache's images."""
+    return str(cache.manifest["data"]["fingerprint"])

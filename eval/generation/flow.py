@@ -1,0 +1,163 @@
+"""Flow matching on cached latents: what a training sample is, and how a model is judged.
+
+Time t goes from 0 (latent) to 1 (noise): x_t = (1 - t) x_0 + t noise, and the model predicts the velocity noise - x_0
+(rectified flow: Liu et al. 2022; the convention of diffusers' flow_prediction). All of a sample (image, flip, posterior
+noise, noise, time, whether its class is dropped) is a function of the seed and the sample's number.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from diffusers import DiTTransformer2DModel
+from torch import Tensor
+
+from latent_ae.data.rng import augmentation_numbers, choice_facts, epoch_order, posterior_noise, spread
+from latent_ae.latents.cache import LatentCache
+from latent_ae_eval.generation.settings import DiffusionSettings
+
+NULL_CLASS = 1000
+"""That DiTPipeline takes for guidance, whatever the number of classes."""
+CLASS_DROPOUT = 0.1
+TIMES = 1000
+"""The model is given 1000 t, as a scheduler does."""
+BINS = 10
+CHOICE_SEED = 0
+"""Chooses the images that stand for all: the same for every seed of a run, so that runs differ by training only."""
+VALIDATION, STATISTICS = 2**61, 2**62
+"""Where the numbers of samples that are not trained on begin."""
+
+
+class FlowBatch(NamedTuple):
+    """What the model sees and what it should say."""
+
+    x: Tensor
+    """x_t (N, C, h, w)."""
+    t: Tensor
+    """(N,) in [0, 1]."""
+    classes: Tensor
+    """(N,) int64."""
+    velocity: Tensor
+    """noise - x_0, like x."""
+
+    def to(self, device: torch.device) -> "FlowBatch":
+        return FlowBatch(*(tensor.to(device, non_blocking=True) for tensor in self))
+
+
+def flow_batch(
+    latents: LatentCache, seed: int, numbers: Sequence[int], rows: Sequence[int] | np.ndarray, t: Tensor | None = None
+) -> FlowBatch:
+    """The samples `numbers` made of the images `rows`; `t` (N,) in place of a random time keeps all classes."""
+    uniform = augmentation_numbers(seed, numbers, 3)
+    posterior, noise = posterior_noise(seed, numbers, (2, *latents.shape)).unbind(1)
+    flips = uniform[:, 0] < 0.5 if latents.has_flips else None
+    drawn = latents.batch(rows, flips, posterior if latents.has_posterior else None)
+    # scaled and not shifted: DiTPipeline divides by the factor before it decodes, and adds nothing
+    x0 = drawn * latents.scaling_factor
+    classes = classes_of(latents, rows)
+    if t is None:
+        # logit-normal with mean 0 and standard deviation 1: the best of the densities in SD3 (Esser et al. 2024, 3.1)
+        t = torch.special.ndtri(uniform[:, 1]).sigmoid()
+        classes = torch.where(uniform[:, 2] < CLASS_DROPOUT, NULL_CLASS, classes)
+    s = t.view(-1, 1, 1, 1)
+    return FlowBatch((1 - s) * x0 + s * noise, t, classes, noise - x0)
+
+
+def classes_of(latents: LatentCache, rows: Sequence[int] | np.ndarray) -> Tensor:
+    """(N,) int64: an image without a label has the null class; all have class 0 where there are no classes."""
+    if latents.labels is None:
+        return torch.zeros(len(rows), dtype=torch.int64)
+    labels = torch.from_numpy(latents.labels[np.asarray(rows)])
+    return torch.where(labels < 0, NULL_CLASS, labels)
+
+
+def training_batch(latents: LatentCache, settings: DiffusionSettings, step: int) -> FlowBatch:
+    """Batch `step`: each image once per epoch, each epoch in an order of its own."""
+    size, count = settings.chosen("batch_size"), len(latents)
+    numbers = range(step * size, (step + 1) * size)
+    rows = [int(epoch_order(settings.seed, number // count, count)[number % count]) for number in numbers]
+    return flow_batch(latents, settings.seed, numbers, rows)
+
+
+class Trivial(NamedTuple):
+    """Every latent value as a Gaussian of its own: the predictor that knows how large values are, and no more."""
+
+    mean: Tensor
+    """(C, h, w), scaled."""
+    variance: Tensor
+
+    @staticmethod
+    def of(latents: LatentCache, seed: int, most: int = 10_000) -> "Trivial":
+        """Measured on up to `most` images, spread over all."""
+        chosen = spread(CHOICE_SEED, len(latents), most)
+        count = len(chosen)
+        total = squares = torch.zeros(latents.shape, dtype=torch.float64)
+        for first in range(0, count, 512):
+            picked = range(first, min(first + 512, count))
+            rows = chosen[picked.start : picked.stop]
+            numbers = [STATISTICS + number for number in picked]
+            x0 = flow_batch(latents, seed, numbers, rows, torch.zeros(len(rows))).x.double()
+            total, squares = total + x0.sum(0), squares + x0.square().sum(0)
+        mean = total / count
+        return Trivial(mean.float(), (squares / count - mean.square()).clamp(min=0).float())
+
+    def velocity(self, x: Tensor, t: Tensor) -> Tensor:
+        """E[noise - x_0 | x_t] for independent x_0 ~ N(mean, variance): the regression of one Gaussian on another."""
+        s = t.view(-1, 1, 1, 1)
+        slope = (s - (1 - s) * self.variance) / ((1 - s).square() * self.variance + s.square())
+        return slope * (x - (1 - s) * self.mean) - self.mean
+
+
+class Validation:
+    """The velocity's mean squared error on held-out latents at fixed times and noise, time evenly over [0, 1].
+
+    The loss itself cannot be compared between first stages; its ratio to the trivial predictor's on the same samples
+    says what part of it the model could not explain by how the latent's values hang together.
+    """
+
+    def __init__(self, latents: LatentCache, trivial: Trivial, settings: DiffusionSettings):
+        chosen = spread(CHOICE_SEED, len(latents), settings.chosen("validation_images"))
+        self.choice = choice_facts(chosen, len(latents), CHOICE_SEED)
+        count = len(chosen)
+        self.batches = []
+        for first in range(0, count, settings.chosen("batch_size")):
+            picked = range(first, min(first + settings.chosen("batch_size"), count))
+            numbers = [VALIDATION + number for number in picked]
+            rows = chosen[picked.start : picked.stop]
+            within = augmentation_numbers(settings.seed, numbers, 4)[:, 3]
+            t = (torch.tensor([number % BINS for number in picked]) + within) / BINS
+            self.batches.append(flow_batch(latents, settings.seed, numbers, rows, t))
+        self.bins = torch.cat([(batch.t * BINS).long().clamp(max=BINS - 1) for batch in self.batches])
+        self.trivial = self._by_bin(
+            [squared_error(trivial.velocity(batch.x, batch.t), batch) for batch in self.batches]
+        )
+
+    @torch.no_grad()
+    def measure(self, model: DiTTransformer2DModel, device: torch.device) -> dict[str, Any]:
+        errors = []
+        for batch in self.batches:
+            placed = batch.to(device)
+            errors.append(squared_error(predicted(model, placed), placed).cpu())
+        loss = self._by_bin(errors)
+        return {
+            "loss": float(loss.mean()),
+            "relative_loss": float(loss.mean() / self.trivial.mean()),
+            "loss_by_time": loss.tolist(),
+            "relative_loss_by_time": (loss / self.trivial).tolist(),
+        }
+
+    def _by_bin(self, errors: Sequence[Tensor]) -> Tensor:
+        """Means over the samples of each tenth of the time that has any, (bins,) float64."""
+        joined = torch.cat(list(errors)).double()
+        return torch.stack([joined[self.bins == number].mean() for number in self.bins.unique().tolist()])
+
+
+def squared_error(velocity: Tensor, batch: FlowBatch) -> Tensor:
+    """Mean over each sample's values, (N,) float32."""
+    return (velocity.float() - batch.velocity).square().flatten(1).mean(1)
+
+
+def predicted(model: DiTTransformer2DModel, batch: FlowBatch) -> Tensor:
+    velocity: Tensor = model(batch.x, timestep=TIMES * batch.t, class_labels=batch.classes).sample
+    return velocity

@@ -1,0 +1,141 @@
+"""Settings of `latent-ae eval diffusion`, which `eval sample` takes over."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field
+
+from latent_ae.config import NonNegative, Positive, Problem, Settings
+from latent_ae.latents.settings import EncodeSettings
+
+OfPreset = Literal["preset"]
+
+
+HEAD_CHANNELS = 64
+
+
+DIFFUSION_PRESETS: dict[str, dict[str, Any]] = {
+    "cpu": {
+        "resolution": 32,
+        "width": 192,
+        "depth": 6,
+        "patch_size": 2,
+        "steps": 2500,
+        "batch_size": 64,
+        "lr": 1e-3,
+        "ema_decay": 0.995,
+        "precision": "fp32",
+        "samples": 2000,
+        "sampling_steps": 25,
+        "validation_images": 1000,
+        "frechet": ("vgg16",),
+    },
+    "gpu": {
+        "resolution": 256,
+        "width": 384,
+        "depth": 12,
+        "patch_size": 2,
+        "steps": 40_000,
+        "batch_size": 256,
+        "lr": 2e-4,
+        "ema_decay": 0.9995,
+        "precision": "bf16",
+        "samples": 10_000,
+        "sampling_steps": 50,
+        "validation_images": 5000,
+        "frechet": ("inception", "vgg16"),
+    },
+}
+
+
+class DiffusionSettings(Settings):
+    """A diffusion model trained on a first stage's latents, and how it is judged; docs/diffusion.md says more."""
+
+    presets: ClassVar[dict[str, dict[str, Any]]] = DIFFUSION_PRESETS
+    preset: Literal["cpu", "gpu"] = "cpu"
+    """Small images on two CPU cores, or larger ones on a GPU; the next settings change single parts of it."""
+    resolution: Positive | OfPreset = "preset"
+    """Side of the squares cut from the middle of the images, whose shorter side is resized to it, px."""
+    width: Positive | OfPreset = "preset"
+    """Of the transformer, a multiple of 64: so many channels has a head."""
+    depth: Positive | OfPreset = "preset"
+    """Its blocks."""
+    patch_size: Positive | OfPreset = "preset"
+    """Latent px along each side of a token; of `eval sample` as preset 2 where it divides the latent's side, else 1."""
+    steps: Positive | OfPreset = "preset"
+    """Of training."""
+    batch_size: Positive | OfPreset = "preset"
+    """Of a training step."""
+    lr: Annotated[float, Field(gt=0)] | OfPreset = "preset"
+    """Learning rate."""
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] | OfPreset = "preset"
+    """Of the averaged weights, which are validated and sampled from."""
+    precision: Literal["fp32", "bf16"] | OfPreset = "preset"
+    """That the transformer trains in."""
+    samples: Annotated[int, Field(ge=2)] | OfPreset = "preset"
+    """Images to draw; as many of the data are compared with them."""
+    sampling_steps: Annotated[int, Field(ge=2)] | OfPreset = "preset"
+    """Of the sampler, for each image."""
+    validation_images: Positive | OfPreset = "preset"
+    """Held-out latents of the loss curve."""
+    frechet: tuple[Literal["inception", "vgg16"], ...] | OfPreset = "preset"
+    """Features of the Fréchet distances; only Inception's is an FID."""
+    validations: Annotated[int, Field(ge=2)] = 10
+    """Points of the loss curve, the first before training."""
+    seed: NonNegative = 0
+    """Of everything: order, flips, noise, times, first weights, samples."""
+    latents: str | None = None
+    """Latents to train on that `latent-ae encode` wrote (part=train); null encodes into the folder of --out."""
+    held_out_latents: str | None = None
+    """Latents to validate on (part=held_out); null encodes."""
+
+    split: str = "train"
+    """Of the data, where it has splits; its validation or test split is held out, else `eval_fraction` of it."""
+    eval_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.05
+    """Part of the data that is held out where it has no validation or test split."""
+    image_column: str = "image"
+    """Of tables and hub datasets."""
+    label_column: str | None = "auto"
+    """Of classes: `auto` takes the column `label`, or the names of the folders that image files lie in; null none."""
+    data_revision: str | None = None
+    """Commit or tag of a hub dataset."""
+    num_workers: NonNegative = 2
+    """That decode images."""
+    subfolder: str | None = None
+    """Of the model; a pipeline's first stage is found without it."""
+    revision: str | None = None
+    """Commit or tag of a hub model."""
+    variant: str | None = None
+    """Of the model's weight files: fp16, non_ema, ..."""
+    ema: bool | None = None
+    """Averaged weights (true) or raw ones (false) where the model has both; null takes what it loads by default."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where everything computes; auto takes a GPU where there is one."""
+    images_at_a_time: Positive = 50
+    """To encode, sample, decode and measure; changes the results by rounding only."""
+
+    def problems(self) -> Iterator[Problem]:
+        if self.chosen("width") % HEAD_CHANNELS:
+            yield Problem("width", f"{self.chosen('width')} is not a multiple of {HEAD_CHANNELS}")
+        if not self.chosen("frechet"):
+            yield Problem("frechet", "nothing to compare samples by: give [vgg16], [inception] or both")
+        for key in ("latents", "held_out_latents"):
+            folder = getattr(self, key)
+            if folder is not None and not Path(folder).expanduser().is_dir():
+                yield Problem(key, f"no such folder: {folder} (from {Path.cwd()})")
+
+    def chosen(self, key: str) -> Any:
+        """The value of a setting, or the preset's."""
+        value = getattr(self, key)
+        return self.presets[self.preset][key] if value == "preset" else value
+
+    def recipe(self) -> dict[str, Any]:
+        """All values that the preset gives or that were set in their place."""
+        return {key: self.chosen(key) for key in self.presets[self.preset]}
+
+    def encoding(self, part: Literal["train", "held_out"]) -> EncodeSettings:
+        """How latents are encoded where none are given."""
+        same = {key: getattr(self, key) for key in EncodeSettings.model_fields if key in type(self).model_fields}
+        own = {"part": part, "resolution": self.chosen("resolution"), "batch_size": self.images_at_a_time}
+        return EncodeSettings(**(same | own))

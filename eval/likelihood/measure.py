@@ -1,0 +1,303 @@
+"""How likely a variational autoencoder finds images: the ELBO, its rate and distortion, and a tighter bound.
+
+from latent_ae_eval.likelihood.measure import measure_likelihood
+result = measure_likelihood("runs/vae", "cifar10/test.parquet")
+print(result["metrics"]["importance_bound"]["bits_per_dimension"])
+"""
+
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from latent_ae.config import UserError
+from latent_ae.data.held_out import HeldOutImage
+from latent_ae.data.rng import spread
+from latent_ae.data.sources import StoredImages, StreamSource
+from latent_ae.metrics.similarity import FEWEST, bootstrap_interval
+from latent_ae.models.likelihood import Likelihood, LikelihoodKind, bits_per_dimension
+from latent_ae.models.loading import FirstStage
+from latent_ae.models.registry import FAMILIES
+from latent_ae.text import printable
+from latent_ae_eval.inputs import opened_data, report_skipped
+from latent_ae_eval.jobs import batches, images_for, latent_model, make_folder, one_process, write_json
+from latent_ae_eval.likelihood.bounds import FIT_VALUES, Estimator, curve_sizes, fitted_scale
+from latent_ae_eval.likelihood.report import Shown, findings, write_likelihood_report
+from latent_ae_eval.likelihood.settings import LikelihoodSettings
+from latent_ae_eval.manifest import versions
+
+FORMAT = "latent-ae likelihood 1"
+FIT = 5
+"""One image in so many, spread over all, fits the scale and is not measured."""
+METHOD = {
+    "elbo": "minus distortion and rate (Kingma and Welling 2014)",
+    "importance_bound": "log of the mean weight of K posterior samples (Burda et al. 2016, eq. 8); "
+    "with fewer samples the mean over disjoint groups of the K",
+    "weight": "p(x | z) p(z) / q(z | x), its logarithm in float64",
+    "distortion": "minus log p(x | z), mean over the samples",
+    "rate": "KL(q(z | x) || p(z)) in closed form where there is one, mean over the samples",
+    "effective_samples": "squared sum of the weights over the sum of their squares (Kong 1992)",
+    "bits_per_dimension": "of an image over its pixels and channels, then the mean over images",
+    "intervals": "95 %, bootstrap over images",
+}
+
+
+def measure_likelihood(
+    model: str | Path | nn.Module,
+    data: str | Path,
+    settings: LikelihoodSettings | None = None,
+    *,
+    out: str | Path | None = None,
+    progress: bool = False,
+) -> dict[str, Any]:
+    """Bounds on log p(x), means over the images of `data` with intervals; JSON-ready.
+
+    With `out`, writes result.json, images.parquet and report.html there. Raises UserError for a model without a random
+    posterior, a scale that bernoulli has not, and several processes.
+    """
+    settings = settings or LikelihoodSettings()
+    if out is not None:
+        make_folder(Path(out))
+    device = one_process("likelihood", settings)
+    stage = latent_model("likelihood", model, settings, device)
+    if FAMILIES[stage.name].latent in ("deterministic", "codebook"):
+        raise UserError(
+            f"eval likelihood needs a posterior to draw from, and the latents of {stage.name} are not random; "
+            "eval recon measures how near its reconstructions come"
+        )
+    source, choice = opened_data(str(data), settings)
+    assert not isinstance(source, StreamSource), "jobs do not open streams"
+    known = stage.likelihood
+    trained: LikelihoodKind = known.kind if known else "gaussian"
+    kind = trained if settings.likelihood == "auto" else settings.likelihood
+    if kind == "bernoulli" and settings.scale != "auto":
+        raise UserError("scale: the model was trained with bernoulli, which has none; leave it out or set likelihood")
+    if kind != "gaussian" and not settings.discretised:
+        raise UserError(f"discretised: the model was trained with {kind}, which has no density; leave it out")
+    estimator = Estimator(stage, kind, seed=settings.seed, discretised=settings.discretised, device=device)
+    work = _Work(stage, source, settings, str(data), device, progress)
+    measured, scale, scale_from, notes = np.arange(len(source)), None, None, list[str]()
+    if kind != "bernoulli":
+        if isinstance(settings.scale, float):
+            scale, scale_from = settings.scale, "given"
+        elif settings.scale == "auto" and known is not None and known.kind == kind:
+            scale, scale_from = known.scale, "training"
+        else:
+            if len(source) < 2:
+                raise UserError(
+                    f"scale: {data} holds one image, and scale=fit needs two: one in {FIT} fits the scale and does not "
+                    "count; give more images or a number"
+                )
+            fit = spread(settings.seed, len(source), -(-len(source) // FIT))
+            measured = np.delete(measured, fit)
+            scale, scale_from = work.fitted(estimator, fit), "fitted"
+            notes.append(
+                f"the scale {scale:.4g} was fitted to {len(fit):,} of the images, one in {FIT}, which do not count"
+            )
+    else:
+        notes.append(
+            "bernoulli: the bits are of binary images, each pixel drawn once with the probability of its brightness; "
+            "they cannot be set beside the bits of 256 levels"
+        )
+    rows = work.measured(estimator, measured, scale)
+    finite = [row for row in rows if np.isfinite(row["curve"]).all()]
+    if len(finite) < len(rows):
+        notes.append(f"images left out, because the model gives NaN or infinity: {len(rows) - len(finite):,}")
+    if not finite:
+        why = "the model gives NaN or infinity for all of them" if rows else (work.skipped or ["there are none"])[0]
+        raise UserError(f"{data}: no image to measure; {why}")
+    if off := sum(row.pop("off_level") for row in finite):
+        text = "values between levels of 8 bits (more bits, or resized): the probability is that of a level's width"
+        notes += [f"{off:,} images have {text} around them"] if kind != "bernoulli" and settings.discretised else []
+    result: dict[str, Any] = {
+        "format": FORMAT,
+        "model": stage.describe(),
+        "data": {
+            "location": str(data),
+            "split": settings.split,
+            "num_images": len(finite),
+            "choice": choice,
+            "skipped": work.skipped,
+        },
+        "likelihood": {
+            "kind": kind,
+            "scale": scale,
+            "scale_from": scale_from,
+            "discretised": kind == "logistic" or (kind == "gaussian" and settings.discretised),
+        },
+        "latent_dimensions": finite[0]["latent_dimensions"],
+        **_figures(finite, Likelihood(kind, scale), settings),
+        "method": METHOD,
+        "settings": settings.model_dump(mode="json"),
+        "versions": versions(),
+        "notes": notes,
+    }
+    result["findings"] = [found._asdict() for found in findings(result)]
+    if out is not None:
+        _write(Path(out), result, finite, work, settings)
+    return result
+
+
+def _figures(rows: Sequence[dict[str, Any]], likelihood: Likelihood, settings: LikelihoodSettings) -> dict[str, Any]:
+    """Adds each image's bits to its row; gives metrics, the curve and effective samples over the images."""
+    none = torch.zeros((), dtype=torch.float64)
+    level = float(bits_per_dimension(none, likelihood.kind, discretised=settings.discretised))
+
+    def bits(nats: float, row: dict[str, Any], level: float = level) -> float:
+        """Of a cost in nats; `level` turns a density into a level's probability, and is 0 for the rate."""
+        return float(nats / row["elements"] / math.log(2.0) + level)
+
+    for row in rows:
+        row["elbo"], row["importance_bound"] = row["curve"][0], row["curve"][-1]
+        for key in ("elbo", "importance_bound", "distortion"):
+            row[f"{key}_bits"] = bits(row[key] if key == "distortion" else -row[key], row)
+        row["rate_bits"] = bits(row["rate"], row, 0.0)
+
+    def over_images(values: Sequence[float]) -> dict[str, Any]:
+        interval = bootstrap_interval(values, settings.seed) if len(values) >= FEWEST else None
+        return {"mean": float(np.mean(values)), "interval": interval}
+
+    metrics: dict[str, Any] = {
+        key: {
+            "bits_per_dimension": over_images([row[f"{key}_bits"] for row in rows]),
+            "nats_per_image": over_images([row[key] for row in rows]),
+        }
+        for key in ("elbo", "importance_bound", "distortion", "rate")
+    }
+    levels = len(rows[0]["rate_levels"])
+    if levels > 1:
+        metrics["rate_levels"] = [
+            {
+                "bits_per_dimension": over_images([bits(row["rate_levels"][n], row, 0.0) for row in rows]),
+                "nats_per_image": over_images([row["rate_levels"][n] for row in rows]),
+            }
+            for n in range(levels)
+        ]
+    curve = []
+    for position, size in enumerate(curve_sizes(settings.samples)):
+        costs = [bits(-row["curve"][position], row) for row in rows]
+        nats = [row["curve"][position] for row in rows]
+        curve.append(
+            {
+                "samples": size,
+                "bits_per_dimension": float(np.mean(costs)),
+                "nats_per_image": float(np.mean(nats)),
+            }
+        )
+    effective = [row["effective_samples"] for row in rows]
+    return {"metrics": metrics, "curve": curve, "effective_samples": {"median": float(np.median(effective))}}
+
+
+class _Work:
+    """Reads images of a source by their numbers and gives them to an estimator."""
+
+    def __init__(
+        self,
+        stage: FirstStage,
+        source: StoredImages,
+        settings: LikelihoodSettings,
+        location: str,
+        device: torch.device,
+        progress: bool,
+    ) -> None:
+        self.stage, self.source, self.settings, self.location = stage, source, settings, location
+        self.device, self.progress = device, progress
+        self.skipped: list[str] = []
+        self.num_read = 0
+
+    def fitted(self, estimator: Estimator, indices: np.ndarray) -> float:
+        count = max(1, FIT_VALUES // max(1, len(indices)))
+        pairs = [
+            estimator.pairs(images, [item.index for item in items], count)
+            for items, images in self.batches(indices, "likelihood: scale")
+        ]
+        if not pairs:
+            raise UserError(f"{self.location}: none of the images that the scale is fitted to is readable")
+        return fitted_scale(estimator.kind, torch.cat(pairs, 1), discretised=self.settings.discretised)
+
+    def measured(self, estimator: Estimator, indices: np.ndarray, scale: float | None) -> list[dict[str, Any]]:
+        """A row of each readable image, in nats; `off_level`: a value of it is no level of 8 bits."""
+        rows = []
+        for items, images in self.batches(indices, "likelihood"):
+            found = estimator.measure(images, [item.index for item in items], self.settings.samples, scale)
+            levels = (images + 1.0) * 127.5
+            off_level = ((levels - levels.round()).abs() > 1e-3).flatten(1).any(1)
+            dimensions = math.prod(side // self.stage.factor for side in images.shape[2:])
+            for i, item in enumerate(items):
+                rows.append(
+                    {
+                        "index": item.index,
+                        "name": printable(item.name),
+                        "elements": images[i].numel(),
+                        "latent_dimensions": dimensions * (self.stage.latent_channels or 0),
+                        "distortion": float(found.distortion[i]),
+                        "rate": float(found.rates[i].sum()),
+                        "rate_levels": found.rates[i].tolist(),
+                        "curve": found.curve[i].tolist(),
+                        "effective_samples": float(found.effective[i]),
+                        "off_level": bool(off_level[i]),
+                    }
+                )
+        report_skipped(self.skipped, self.num_read, self.settings)
+        return rows
+
+    def shown(self, rows: Sequence[dict[str, Any]]) -> list[Shown]:
+        """The images of rows, in their order, and their reconstructions."""
+        wanted = sorted({row["index"] for row in rows})
+        found: dict[int, tuple[Tensor, Tensor]] = {}
+        for items, images in self.batches(np.array(wanted, dtype=np.int64), None):
+            with torch.no_grad():
+                made = self.stage.reconstruct(images.to(self.device)).cpu()
+            found |= {item.index: (image, one) for item, image, one in zip(items, images, made, strict=True)}
+        return [Shown(row, *found[row["index"]]) for row in rows]
+
+    def batches(self, indices: np.ndarray, task: str | None) -> Iterator[tuple[list[HeldOutImage], Tensor]]:
+        """Readable neighbours of one shape; without a task nothing is counted or told again."""
+        held_out = images_for(self.stage, self.source.subset(indices), self.settings, self.location)
+        bar = tqdm(
+            total=len(indices),
+            desc=task,
+            unit="image",
+            disable=not self.progress or task is None,
+            mininterval=0.5 if sys.stderr.isatty() else 30,
+        )
+
+        def read() -> Iterator[HeldOutImage]:
+            for item in held_out.items():
+                if item.image is not None:
+                    yield replace(item, index=int(indices[item.index]))
+                elif task is not None:
+                    self.skipped.append(f"{item.name}: {item.reason}")
+                    bar.update()
+
+        with bar:
+            for items, images in batches(read(), self.settings.batch_size, self.device):
+                yield items, images
+                bar.update(len(items))
+                self.num_read += len(items) if task is not None else 0
+
+
+def _write(
+    folder: Path, result: dict[str, Any], rows: list[dict[str, Any]], work: _Work, settings: LikelihoodSettings
+) -> None:
+    ranked = sorted(rows, key=lambda row: row["importance_bound_bits"])
+    count = min(settings.num_pictures, -(-len(rows) // 2))
+    groups = {"Most likely": ranked[:count], "Least likely": ranked[count:][::-1][:count]}
+    try:
+        write_json(folder / "result.json", result)
+        pa.parquet.write_table(pa.Table.from_pylist(rows), folder / "images.parquet.part")
+        (folder / "images.parquet.part").replace(folder / "images.parquet")
+        shown = {heading: work.shown(group) for heading, group in groups.items() if group}
+        write_likelihood_report(folder / "report.html", result, rows, shown)
+    except OSError as error:
+        raise UserError(f"--out: cannot write into {folder}: {error.strerror or error}") from error
+    print(f"wrote result.json, images.parquet and report.html into {folder}", file=sys.stderr)

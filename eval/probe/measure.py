@@ -1,0 +1,285 @@
+"""What simple classifiers can read from latents when labels are few, beside raw pixels and their principal components.
+
+from latent_ae_eval.probe.measure import probe
+result = probe("runs/cifar/export", "cifar10")
+print(result["features"]["latent"]["logistic"]["100"])
+"""
+
+import statistics
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from latent_ae.config import UserError
+from latent_ae.data.labels import Classes, find_classes
+from latent_ae.data.loader import open_images
+from latent_ae.data.rng import choice_facts, spread
+from latent_ae.data.sources import StoredImages, StreamSource
+from latent_ae_eval.inputs import report_skipped
+from latent_ae_eval.jobs import latent_model, make_folder, one_process, write_json
+from latent_ae_eval.manifest import versions
+from latent_ae_eval.probe.classifiers import BLOCK, logistic_regression, nearest
+from latent_ae_eval.probe.features import FEATURES, ImageFeatures, Scaled, add_components, several_sizes
+from latent_ae_eval.probe.report import write_probe_report
+from latent_ae_eval.probe.settings import ProbeSettings
+
+FORMAT = "latent-ae probe 1"
+VALIDATION = 5
+"""One label in so many is kept to choose settings with."""
+MOST_LABELS = 20_000
+ALGORITHM = {
+    "latent": "the posterior's mean (of deterministic models the latent), raw, flattened",
+    "latent_pooled": "its mean over height and width",
+    "pixels": "values in [-1, 1], flattened",
+    "pixels_pca": "principal components of the pixels, as many as the latent has numbers where there are enough images",
+    "logistic": "multinomial logistic regression, L2 on the weights, to the optimum (L-BFGS in float64)",
+    "nearest": "majority of the k nearest labelled images, Euclidean; ties to the class of the nearest",
+    "centred": "by the mean over all training images that were drawn, whatever their class",
+    "choice": f"l2 and k by accuracy on one in {VALIDATION} of the labels themselves, then fitted to all of them",
+}
+
+
+class Labelled(NamedTuple):
+    """Images and their classes, numbered 0, 1, ..."""
+
+    source: StoredImages
+    labels: np.ndarray
+
+
+@torch.no_grad()
+def probe(
+    model: str | Path | nn.Module,
+    data: str | Path,
+    settings: ProbeSettings | None = None,
+    *,
+    out: str | Path | None = None,
+    progress: bool = False,
+) -> dict[str, Any]:
+    """Test accuracies with few labels, over several random choices of those; JSON-ready.
+
+    With `out`, writes result.json and report.html there. Raises UserError for data without labels, too few images of a
+    class, images of several sizes, and several processes.
+    """
+    settings = settings or ProbeSettings()
+    if out is not None:
+        make_folder(Path(out))
+    device = one_process("probe", settings)
+    stage = latent_model("probe", model, settings, device)
+    train, test, names, column = _labelled(str(data), settings)
+    test, choice = _limited(test, settings)
+    drawn = _draws(train.labels, names, settings)
+    pool = np.unique(np.concatenate([rows for draw in drawn for rows in draw]))
+    with tempfile.TemporaryDirectory(prefix="latent-ae-") as scratch:
+        where = stage, settings, device, str(data), progress
+        read = [ImageFeatures(Path(scratch) / name, *where) for name in ("train", "test")]
+        bad = read[0].write(train.source.subset(pool), "training images")
+        if bad:
+            raise UserError(
+                f"{data}: a training image that was drawn cannot be read: {bad[0]}; see latent-ae data check"
+            )
+        skipped = read[1].write(test.source, "test images")
+        report_skipped(skipped, len(read[1].rows), settings)
+        if read[0].shape != read[1].shape:
+            raise UserError(several_sizes(read[0].shape, read[1].shape))
+        labels = test.labels[read[1].rows]
+        if not len(labels):
+            raise UserError(f"{data}: none of its test images is readable; {(skipped or ['there are none'])[0]}")
+        files = [dict(part.files) for part in read]
+        add_components(Path(scratch), files)
+        bar = tqdm(
+            total=len(FEATURES) * settings.draws * len(settings.labels_per_class),
+            desc="probe: classifiers",
+            disable=not progress,
+            mininterval=0.5 if sys.stderr.isatty() else 30,
+        )
+        features = {}
+        with bar:
+            for kind in FEATURES:
+                scaled = Scaled(files[0][kind], files[1][kind], settings.scale, device)
+                features[kind] = {"dimensions": files[0][kind].dimensions} | _accuracies(
+                    scaled, train.labels[pool], pool, drawn, labels, len(names), settings, bar
+                )
+    result = {
+        "format": FORMAT,
+        "model": stage.describe(),
+        "data": {
+            "location": str(data),
+            "labels_from": column,
+            "classes": names,
+            "test_images": len(labels),
+            "choice": choice,
+            "training_images_drawn": len(pool),
+            "size_px": list(read[0].shape[1:]),
+            "skipped": skipped,
+        },
+        "method": ALGORITHM | {"scaled": _scaling(settings.scale)},
+        "chance": max(Counter(labels.tolist()).values()) / len(labels),
+        "features": features,
+        "settings": settings.model_dump(mode="json"),
+        "versions": versions(),
+    }
+    if out is not None:
+        try:
+            write_json(Path(out) / "result.json", result)
+            write_probe_report(Path(out) / "report.html", result)
+        except OSError as error:
+            raise UserError(f"--out: cannot write into {out}: {error.strerror or error}") from error
+        print(f"wrote result.json and report.html into {out}", file=sys.stderr)
+    return result
+
+
+def _scaling(scale: str) -> str:
+    if scale == "global":
+        return "by one number, so that the mean squared norm is 1: directions keep their relative sizes"
+    return "each feature to the same standard deviation, so that the mean squared norm is 1"
+
+
+def _labelled(data: str, settings: ProbeSettings) -> tuple[Labelled, Labelled, list[str], str]:
+    """What labels are drawn from, what is tested on, the classes' names and where they come from."""
+    try:
+        opened = settings.data(data)
+        train, test = open_images(opened, "train"), open_images(opened, "held_out")
+    except UserError as error:
+        # the settings have other names here than in training
+        named = {"data.source": "DATA", "data.eval_split": "split", "data.eval_fraction": "test_fraction"}
+        message = str(error).replace("data.split", "train_split")
+        for theirs, ours in named.items():
+            message = message.replace(theirs, ours)
+        raise UserError(message.replace("data.", "")) from error
+    assert not isinstance(train, StreamSource) and not isinstance(test, StreamSource)
+    found = find_classes(train, test, settings.label_column), find_classes(test, train, settings.label_column)
+    if found[0] is None or found[1] is None:
+        raise UserError(
+            f"label_column: {data} has no labels, and a probe needs them: give tables with a column of classes or "
+            "integers (label_column=NAME), or a folder of images with a folder for each class"
+        )
+    known = sorted({int(label) for part in found if part for label in part.labels if label >= 0})
+    if len(known) < 2:
+        raise UserError(f"label_column: {data} has images of {len(known)} class(es); a probe needs two")
+    names = found[0].names
+    numbers = np.full(max(known) + 2, -1)  # -1, no label, is the last one
+    numbers[known] = np.arange(len(known))
+    parts = [_with_labels(source, classes, numbers) for source, classes in zip((train, test), found, strict=True)]
+    return parts[0], parts[1], [names[k] if names else str(k) for k in known], found[0].column
+
+
+def _with_labels(source: StoredImages, classes: Classes | None, numbers: np.ndarray) -> Labelled:
+    assert classes is not None
+    labels = numbers[classes.labels]
+    kept = np.flatnonzero(labels >= 0)
+    return Labelled(source.subset(kept), labels[kept])
+
+
+def _limited(test: Labelled, settings: ProbeSettings) -> tuple[Labelled, dict[str, Any]]:
+    """At most `limit` test images, of each class its share, and how they were chosen."""
+    by_class = np.argsort(test.labels, kind="stable")
+    size = len(by_class)
+    rows = np.sort(by_class[spread(settings.seed, size, settings.limit or size)])
+    return Labelled(test.source.subset(rows), test.labels[rows]), choice_facts(
+        rows, size, settings.seed, "spread over classes"
+    )
+
+
+def _draws(labels: np.ndarray, names: Sequence[str], settings: ProbeSettings) -> list[list[np.ndarray]]:
+    """For each draw and number of labels, ascending: rows, class after class; smaller sets are parts of the larger."""
+    sizes = sorted(settings.labels_per_class)
+    if sizes[-1] * len(names) > MOST_LABELS:
+        raise UserError(
+            f"labels_per_class: {sizes[-1]} labels of {len(names)} classes are more than the {MOST_LABELS:,} that fit "
+            f"into a probe; use at most {MOST_LABELS // len(names)}"
+        )
+    draws = []
+    for number in range(settings.draws):
+        rng = np.random.default_rng([settings.seed, number])
+        orders = []
+        for label, name in enumerate(names):
+            rows = np.flatnonzero(labels == label)
+            if len(rows) < sizes[-1]:
+                raise UserError(
+                    f"labels_per_class: class {name} has {len(rows)} training images, fewer than {sizes[-1]}; "
+                    "lower labels_per_class, or test_fraction where that holds images back"
+                )
+            orders.append(rng.permutation(rows))
+        draws.append([np.concatenate([order[:size] for order in orders]) for size in sizes])
+    return draws
+
+
+def _accuracies(
+    features: Scaled,
+    pool_labels: np.ndarray,
+    pool: np.ndarray,
+    drawn: Sequence[Sequence[np.ndarray]],
+    test_labels: np.ndarray,
+    classes: int,
+    settings: ProbeSettings,
+    bar: tqdm,
+) -> dict[str, Any]:
+    """Of both classifiers, by number of labels per class."""
+    sizes = sorted(settings.labels_per_class)
+    runs: dict[str, dict[str, list[tuple[float, float]]]] = {
+        kind: {str(size): [] for size in sizes} for kind in ("logistic", "nearest")
+    }
+    for draw in drawn:
+        for size, rows in zip(sizes, draw, strict=True):
+            places = np.searchsorted(pool, rows)
+            x = features.rows(0, places)
+            y = torch.from_numpy(pool_labels[places]).to(x.device)
+            held = torch.arange(len(y), device=x.device) % size < max(1, size // VALIDATION)
+            runs["logistic"][str(size)].append(_logistic(x, y, held, classes, settings, features, test_labels))
+            runs["nearest"][str(size)].append(_nearest(x, y, held, classes, settings, features, test_labels))
+            bar.update()
+    return {
+        kind: {
+            size: {
+                "mean": statistics.mean(accuracy for accuracy, _ in values),
+                "sd": statistics.stdev(accuracy for accuracy, _ in values),
+                "draws": [accuracy for accuracy, _ in values],
+                "l2" if kind == "logistic" else "k": [chosen for _, chosen in values],
+            }
+            for size, values in by_size.items()
+        }
+        for kind, by_size in runs.items()
+    }
+
+
+def _logistic(
+    x: Tensor, y: Tensor, held: Tensor, classes: int, settings: ProbeSettings, features: Scaled, truth: np.ndarray
+) -> tuple[float, float]:
+    """Accuracy on the test images, and the l2 that was best on the labels held back (the largest of equals)."""
+    best, weights = (-1.0, 0.0), None
+    for l2 in sorted(settings.l2, reverse=True):
+        weights = logistic_regression(x[~held], y[~held], classes, l2, weights)
+        accuracy = float((_classes(x[held], weights) == y[held]).double().mean())
+        best = max(best, (accuracy, l2))
+    fitted = logistic_regression(x, y, classes, best[1])
+    return _tested(lambda block: _classes(block, fitted), features, truth), best[1]
+
+
+def _classes(x: Tensor, weights: Tensor) -> Tensor:
+    return (x.double() @ weights[:-1] + weights[-1]).argmax(1)
+
+
+def _nearest(
+    x: Tensor, y: Tensor, held: Tensor, classes: int, settings: ProbeSettings, features: Scaled, truth: np.ndarray
+) -> tuple[float, int]:
+    """Accuracy on the test images, and the k that was best on the labels held back (the smallest of equals)."""
+    found = nearest(x[~held], y[~held], classes, x[held], settings.neighbours)
+    accuracies = {k: float((guess == y[held]).double().mean()) for k, guess in found.items()}
+    k = min(accuracies, key=lambda k: (-accuracies[k], k))
+    return _tested(lambda block: nearest(x, y, classes, block, (k,))[k], features, truth), k
+
+
+def _tested(classify: Callable[[Tensor], Tensor], features: Scaled, truth: np.ndarray) -> float:
+    right = 0
+    for first in range(0, len(truth), BLOCK):
+        rows = np.arange(first, min(first + BLOCK, len(truth)))
+        right += int((classify(features.rows(1, rows)).cpu().numpy() == truth[rows]).sum())
+    return right / len(truth)

@@ -1,0 +1,241 @@
+"""How near a first stage's reconstructions come to their images.
+
+from latent_ae_eval.recon.measure import evaluate_reconstruction
+result = evaluate_reconstruction("runs/quickstart/export", "photos")
+print(result["metrics"]["mode"])
+"""
+
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import replace
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
+from accelerate import PartialState
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from latent_ae.arithmetic import float32_arithmetic
+from latent_ae.config import UserError
+from latent_ae.data.held_out import Framing, HeldOutImages, Part
+from latent_ae.data.sources import source_stamp
+from latent_ae.distributed import on_main, together
+from latent_ae.files import replacing, write_json, writing
+from latent_ae.only_writer import only_writer
+from latent_ae.report.pictures import picture_grid
+from latent_ae_eval.inputs import (
+    checked_factor,
+    opened_data,
+    opened_model,
+    processes,
+    refuse_generation_files,
+    report_skipped,
+    stream_notes,
+)
+from latent_ae_eval.manifest import FORMAT, versions
+from latent_ae_eval.recon.manifest import data_fingerprint, evaluation_key, protocol_manifest, reference_key
+from latent_ae_eval.recon.pictures import chosen_rows, reconstructed, shown_groups
+from latent_ae_eval.recon.report import ERROR_GAIN, error_map, write_recon_report
+from latent_ae_eval.recon.settings import ReconSettings
+from latent_ae_eval.recon.shard import BASELINE, Measurer, inception_network
+from latent_ae_eval.recon.summary import collect, distances, means
+from latent_ae_eval.storage import ReferenceCache, WorkFolder, shard_size
+
+
+def evaluate_reconstruction(
+    model: str | Path | nn.Module | Callable[[Tensor], Tensor],
+    data: str | Path,
+    settings: ReconSettings | None = None,
+    *,
+    out: str | Path | None = None,
+    progress: bool = False,
+    rows: bool = True,
+) -> dict[str, Any]:
+    """Measures `model` on `data` and returns the result, JSON-ready; equal on every process of a distributed run.
+
+    `model` is a folder, a hub id, an instance of a first stage of diffusers (which is moved to the device, in
+    evaluation mode) or a function of NCHW images in [-1, 1]; `data` is as on the command line. With `out`, result.json,
+    images.parquet, report.html and pairs.png are written there, and an evaluation that was killed goes on from what it
+    had measured. With `rows`, "images" holds the rows of images.parquet. Each image is measured once, whatever the
+    number of processes; a folder `out` must be one that they all see.
+
+    Raises UserError for what cannot be loaded, images whose channels do not fit, or too many unreadable images.
+    """
+    settings, started = settings or ReconSettings(), time.perf_counter()
+    refuse_generation_files(str(data))
+    if out is not None:
+        _make_folder(Path(out))
+    state, device = processes(settings)
+    stage = opened_model(model, settings, device)
+    source, choice = opened_data(str(data), settings)
+    num_images = choice["number"]
+    protocol = settings.resolved()
+    images = HeldOutImages(
+        source,
+        settings.data(str(data)),
+        stage.channels or 3,
+        Framing(protocol.resize_px, protocol.crop_px, protocol.resample, protocol.crop_rounds == "nearest"),
+        checked_factor(stage, protocol.crop_px),
+    )
+    inception, why_not = inception_network(settings, device)
+    cache = None
+    if inception is not None and settings.reference_cache:
+        cache = ReferenceCache(reference_key(settings, images.channels, images.multiple_of, inception.sha256))
+    measurer = Measurer(stage, settings, device, inception, cache)
+    with ExitStack() as stack:
+        # TF32 convolutions would move the third digit
+        stack.enter_context(float32_arithmetic(repeatable=True))
+        size = shard_size(num_images, protocol.crop_px is None)
+        key = None
+        if stage.sha256 is not None and (stamp := source_stamp(source)) is not None:
+            own = inception.sha256 if inception is not None else None
+            key = evaluation_key(settings, model=stage.sha256, data=stamp, shard=size, inception=own)
+        work, done = _begin(stack, out, key, state)
+        part = Part(state.process_index, state.num_processes, size, done)
+        shows = progress and state.is_main_process
+        counts = together(lambda: _measure(replace(images, part=part), measurer, work, num_images, size, shows))
+
+        def finish() -> dict[str, Any]:
+            result, table = _result(work, measurer, images, str(data), choice, why_not)
+            result |= {"device": device.type, "processes": state.num_processes}
+            seconds = time.perf_counter() - started
+            result |= {"seconds": round(seconds, 1), "images_per_second": round(sum(counts) / seconds, 2)}
+            if out is not None:
+                _write(Path(out), result, table, measurer, images)
+                work.remove()
+            return result | ({"images": table.to_pylist()} if rows else {})
+
+        finished = on_main(state, finish)
+        state.wait_for_everyone()
+    return finished
+
+
+def _begin(
+    stack: ExitStack, out: str | Path | None, key: dict[str, Any] | None, state: PartialState
+) -> tuple[WorkFolder, frozenset[int]]:
+    """The folder of the shards, the same on all processes and nobody else's, and what is done already."""
+
+    def begin() -> tuple[WorkFolder, frozenset[int]]:
+        try:
+            if out is None:
+                work = WorkFolder(Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="latent-ae-"))), key)
+            else:
+                refusal = f"--out: another evaluation is writing into {out}; wait for it, or give another folder"
+                stack.enter_context(only_writer(Path(out) / ".evaluation.lock", refusal))
+                work = WorkFolder(Path(out) / "unfinished", key)
+            if found := work.begin():
+                print(f"going on from {found} finished parts in {work.folder}", file=sys.stderr)
+            return work, work.done()
+        except OSError as error:
+            raise UserError(f"--out: cannot write into {out}: {error}") from error
+
+    work, done = on_main(state, begin)
+    if not work.folder.is_dir():
+        raise UserError(f"--out: this process does not see {work.folder}; give a folder that all machines share")
+    return work, done
+
+
+def _measure(
+    images: HeldOutImages, measurer: Measurer, work: WorkFolder, num_images: int | None, size: int, shows: bool
+) -> int:
+    """Measures this process's shards that are not done, each written as soon as it is; returns the number of images."""
+    total, count = None, 0
+    if num_images is not None:
+        mine = (number for number in range(-(-num_images // size)) if images.part.holds(number * size))
+        total = sum(min(size, num_images - number * size) for number in mine)
+    interval = 0.5 if sys.stderr.isatty() else 30
+    with tqdm(total=total, desc="recon", unit="image", disable=not shows, mininterval=interval) as bar:
+        for number, group in groupby(images.items(), key=lambda item: item.index // size):
+            items = list(group)
+            work.write(number, measurer.measure(items))
+            bar.update(len(items))
+            count += len(items)
+    return count
+
+
+def _result(
+    work: WorkFolder, measurer: Measurer, images: HeldOutImages, data: str, choice: dict[str, Any], why_not: str
+) -> tuple[dict[str, Any], pa.Table]:
+    """Everything but the time, and the row of every image."""
+    settings, stage, inception = measurer.settings, measurer.stage, measurer.inception
+    with writing(work.folder):  # features go from the shards into files of their own
+        table, skipped, files = collect(work, work.done())
+    if not table.num_rows:
+        reason = f"none of its {len(skipped)} images is readable; {skipped[0]}" if skipped else "it holds no images"
+        raise UserError(f"{data}: {reason}")
+    report_skipped(skipped, table.num_rows, settings)
+    notes = [*([why_not] if why_not else []), *stream_notes(choice)]
+    metrics: dict[str, dict[str, Any]] = {}
+    intervals: dict[str, dict[str, Any]] = {}
+    for kind in measurer.kinds:
+        metrics[kind], intervals[kind] = means(table, kind, notes.append, settings.seed)
+        for network in settings.frechet:
+            names: tuple[str, str | None] = (f"frechet_{network}", None)
+            if network == "inception":
+                if inception is None:
+                    metrics[kind] |= {"fid": None, "kid": None}
+                    continue
+                own = f"inception_{inception.sha256[:8]}"
+                names = ("fid", "kid") if inception.is_published else (f"frechet_{own}", f"kernel_{own}")
+            values, widths = distances(files, kind, network, names, notes.append)
+            metrics[kind] |= values
+            intervals[kind] |= widths
+    if enlarged := int(np.sum(table["enlarged"].to_numpy(zero_copy_only=False))):
+        notes.append(f"{enlarged:,} of {table.num_rows:,} images are smaller than the crop and were enlarged to fit")
+    result = {
+        "format": FORMAT,
+        "model": stage.describe() | {"subfolder": settings.subfolder, "revision": settings.revision},
+        "protocol": protocol_manifest(settings),
+        "inception": inception.sha256 if inception is not None else None,
+        "data": {
+            "location": data,
+            "split": settings.split,
+            "num_images": table.num_rows,
+            "choice": choice,
+            "fingerprint": data_fingerprint(table),
+            "skipped": skipped,
+        },
+        "seed": settings.seed,
+        "settings": settings.model_dump(mode="json"),
+        "versions": versions(),
+        "metrics": metrics,
+        "intervals": intervals,
+        "notes": list(dict.fromkeys(notes)),
+    }
+    if any(name.startswith(BASELINE) for name in table.column_names):
+        values, widths = means(table, BASELINE, lambda note: None, settings.seed)
+        result["baseline"] = {"name": f"bicubic /{stage.factor}", "metrics": values, "intervals": widths}
+    return result, table
+
+
+def _make_folder(folder: Path) -> None:
+    """Before the measurement, so that a folder that cannot be written costs no waiting."""
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+
+
+def _write(folder: Path, result: dict[str, Any], table: pa.Table, measurer: Measurer, images: HeldOutImages) -> None:
+    with replacing(folder / "images.parquet") as part:
+        pyarrow.parquet.write_table(table, part)
+    write_json(folder / "result.json", result)
+    groups = chosen_rows(table, measurer.kinds[0], measurer.settings.num_pictures)
+    wanted = sorted(table["index"][row].as_py() for rows in groups.values() for row in rows)
+    shown = shown_groups(groups, table, reconstructed(wanted, measurer, images) if wanted else {})
+    write_recon_report(folder / "report.html", result, table.to_pylist(), shown)
+    pairs = [
+        [one.image, one.reconstruction, error_map(one.image, one.reconstruction)]
+        for group in shown.values()
+        for one in group
+    ]
+    if pairs:
+        with replacing(folder / "pairs.png") as part:
+            labels = ["input", "reconstruction", f"error x{ERROR_GAIN}"]
+            picture_grid(pairs, labels=labels).save(part, format="PNG")
+    print(f"wrote result.json, images.parquet, report.html and pairs.png into {folder}", file=sys.stderr)

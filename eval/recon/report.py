@@ -1,0 +1,225 @@
+"""report.html of a reconstruction's measurement: the figures, how they spread, pictures, and how they came about."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from latent_ae.data.images import to_uint8
+from latent_ae.pretrained.weights import how_to_get
+from latent_ae.report import page
+from latent_ae.report.pictures import to_picture
+from latent_ae_eval.labels import ARROWS, in_order, label_of, number, pair, rounded, short_name, span
+from latent_ae_eval.table import Row, aligned
+
+ERROR_GAIN = 4
+PICTURE_BYTES = 14_000_000
+"""For all pictures of a page together; base64 adds a third."""
+SHOWN_IN = "metrics", "intervals", "baseline", "notes"
+"""Parts of a result that the page shows above its manifest."""
+
+
+@dataclass(frozen=True)
+class Shown:
+    """An image that the page shows."""
+
+    name: str
+    index: int
+    row: Mapping[str, Any]
+    """Its figures, as in images.parquet."""
+    image: Tensor
+    """CHW float in [-1, 1], on the CPU."""
+    reconstruction: Tensor
+    """The same shape; what is not finite counts as the largest error."""
+
+
+def write_recon_report(
+    path: Path, result: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], shown: Mapping[str, Sequence[Shown]]
+) -> None:
+    """Writes one self-contained HTML file, atomically.
+
+    `result` is what `result.json` holds, `rows` what `images.parquet` holds, `shown` the images under each heading.
+    The file stays below some 20 MB, whatever the images' sizes. Raises UserError where it cannot be written.
+    """
+    model, data = _model_name(result), short_name(result["data"].get("location"), "images")
+    sections = [
+        _summary(result),
+        _spread(result, rows),
+        *_pictures(result, shown),
+        page.section("How this was measured", page.manifest(_manifest(result))),
+        page.details("How to get FID and KID", how_to_get("inception")) if _lacks_fid(result) else "",
+    ]
+    title = f"{model}: reconstructions of {data}"
+    page.write(path, page.page(title, sections, subtitle="A first stage, measured by latent-ae eval recon."))
+
+
+def recon_text(result: Mapping[str, Any]) -> str:
+    """The figures as a table for a terminal."""
+    columns = _columns(result)
+    rows = [Row("images", f"{result['data']['num_images']:,}")]
+    for metric in _metrics(columns):
+        label = label_of(metric)
+        for kind, (values, intervals) in columns.items():
+            if (value := number(values.get(metric))) is not None:
+                ends = span(metric, pair(intervals.get(metric)))
+                rows.append(Row(f"{label.name}{label.arrow}", rounded(metric, value), ends, kind))
+    return aligned(rows)
+
+
+def _manifest(result: Mapping[str, Any]) -> dict[str, Any]:
+    """What the page does not show above; settings that the protocol gives stand there only."""
+    rest = {key: value for key, value in result.items() if key not in SHOWN_IN}
+    settings = rest.get("settings") or {}
+    return rest | {"settings": {key: value for key, value in settings.items() if value != "protocol"}}
+
+
+def _lacks_fid(result: Mapping[str, Any]) -> bool:
+    """Whether it was to be measured and could not."""
+    return any("fid" in values and values["fid"] is None for values in result["metrics"].values() if values)
+
+
+def _model_name(result: Mapping[str, Any]) -> str:
+    model = result["model"]
+    return short_name(model.get("location"), str(model.get("class") or "model"))
+
+
+def _summary(result: Mapping[str, Any]) -> str:
+    model, data, protocol = result["model"], result["data"], result["protocol"]
+    parameters, factor, channels = (number(model.get(key)) for key in ("parameters", "factor", "latent_channels"))
+    facts = {
+        "images": f"{data['num_images']:,}",
+        "protocol": f"{protocol.get('name')}{' (changed)' if protocol.get('changed') else ''}",
+        "framing": _framing(protocol),
+        "model": model.get("class"),
+        "latent": f"1/{factor:g} of each side, {channels:g} channels" if factor and channels else None,
+        "parameters": None if parameters is None else _count(parameters),
+        "weights": ", ".join(str(model[key]) for key in ("weights", "dtype") if model.get(key)),
+        "seed": result.get("seed"),
+    }
+    columns = _columns(result)
+    lines = [{"": f"{label_of(key).name}{label_of(key).arrow}"} | _cells(key, columns) for key in _metrics(columns)]
+    remarks = [str(note) for note in result.get("notes") or []]
+    has_fid = any(number(values.get("fid")) is not None for values, _ in columns.values())
+    if not has_fid and not any("FID" in remark and "missing" in remark for remark in remarks):
+        remarks.append("rFID is missing: it was not measured.")
+    counts = {name: n for name, (values, _) in columns.items() if (n := number(values.get("n"))) != data["num_images"]}
+    remarks += [f"{name}: {n:,.0f} of {data['num_images']:,} images measured." for name, n in counts.items() if n]
+    skipped = len(data.get("skipped") or [])
+    if skipped:
+        remarks.append(f"Unreadable images that were skipped: {skipped:,}. The list stands at the end of this page.")
+    below = page.paragraph(f"{ARROWS} Small: 95 % intervals over the images.", soft=True), page.notes(remarks)
+    known = {name: value for name, value in facts.items() if value not in (None, "")}
+    return page.facts(known) + page.section("Result", page.table(lines), *below)
+
+
+def _count(parameters: float) -> str:
+    return f"{parameters / 1e6:.1f} M" if parameters >= 1e5 else f"{parameters:,.0f}"
+
+
+def _framing(protocol: Mapping[str, Any]) -> str:
+    """How an image was cut; a protocol that lacks these keys is an older version's."""
+    resize_px, crop_px = protocol.get("resize_px"), protocol.get("crop_px")
+    cut = "whole" if crop_px is None else f"{crop_px} px from the middle"
+    return cut if resize_px is None else f"{cut}, shorter side resized to {resize_px} px"
+
+
+def _columns(result: Mapping[str, Any]) -> dict[str, tuple[Mapping[str, Any], Mapping[str, Any]]]:
+    """What is compared, by name: its metrics and their intervals."""
+    intervals = result.get("intervals") or {}
+    columns = {kind: (values or {}, intervals.get(kind) or {}) for kind, values in result["metrics"].items()}
+    if baseline := result.get("baseline"):
+        columns[str(baseline.get("name"))] = baseline.get("metrics") or {}, baseline.get("intervals") or {}
+    return columns
+
+
+def _metrics(columns: Mapping[str, tuple[Mapping[str, Any], Mapping[str, Any]]]) -> list[str]:
+    """What was measured, and FID, whose absence is to be seen."""
+    return in_order(
+        {metric for values, _ in columns.values() for metric in values if metric not in ("n", "notes")} | {"fid"}
+    )
+
+
+def _cells(metric: str, columns: Mapping[str, tuple[Mapping[str, Any], Mapping[str, Any]]]) -> dict[str, Any]:
+    cells = {}
+    for name, (values, intervals) in columns.items():
+        value = number(values.get(metric))
+        interval = span(metric, pair(intervals.get(metric)))
+        cells[name] = None if value is None else page.estimate(rounded(metric, value), interval)
+    return cells
+
+
+def _prefixes(result: Mapping[str, Any]) -> dict[str, str]:
+    """The beginnings of the rows' columns, and the names that people read."""
+    prefixes = {kind: kind for kind in result["metrics"]}
+    return prefixes | ({"baseline": str(result["baseline"].get("name"))} if result.get("baseline") else {})
+
+
+def _spread(result: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
+    prefixes = _prefixes(result)
+    columns = {column for row in rows for column in row}
+    found = {
+        metric
+        for prefix in prefixes
+        for column in columns
+        if column.startswith(f"{prefix}_") and (metric := column.removeprefix(f"{prefix}_"))
+    }
+    charts = []
+    for metric in in_order(found):
+        values = {
+            name: [value for row in rows if (value := number(row.get(f"{prefix}_{metric}"))) is not None]
+            for prefix, name in prefixes.items()
+        }
+        if any(values.values()):
+            label = label_of(metric)
+            charts.append(page.histogram(values, title=f"{label.name}{label.arrow}"))
+    return page.section("Spread over the images", page.grid(*charts)) if charts else ""
+
+
+def _pictures(result: Mapping[str, Any], shown: Mapping[str, Sequence[Shown]]) -> list[str]:
+    count = 3 * sum(map(len, shown.values()))
+    help_text = page.paragraph(
+        "A click shows a picture at its full size, another closes it. The error is the absolute difference, mean "
+        f"over channels, enlarged {ERROR_GAIN} times: black is none, white is {255 // ERROR_GAIN} of 255 or more."
+    )
+    sections = []
+    for heading, images in shown.items():
+        if images:
+            cards = [_card(result, item, PICTURE_BYTES // count) for item in images]
+            sections.append(page.section(f"{heading} images", help_text, *cards))
+            help_text = ""
+    return sections
+
+
+def _card(result: Mapping[str, Any], item: Shown, max_bytes: int) -> str:
+    """One image: input, reconstruction and error side by side, and its figures."""
+    channels, height, width = item.image.shape
+    size = f"{width} x {height} px"
+    if channels not in (1, 3, 4):
+        size += f", {channels} channels, of which {'the first three are' if channels > 3 else 'the first is'} shown"
+    reconstruction = item.reconstruction.float()
+    pictures = {
+        "input": item.image,
+        "reconstruction": reconstruction.nan_to_num(nan=-1),
+        f"error x{ERROR_GAIN}": error_map(item.image, reconstruction),
+    }
+    figures = [page.figure(to_picture(tensor), caption, max_bytes=max_bytes) for caption, tensor in pictures.items()]
+    lines = []
+    for prefix, name in _prefixes(result).items():
+        columns = {column.removeprefix(f"{prefix}_"): column for column in item.row if column.startswith(f"{prefix}_")}
+        values = {key: value for key, column in columns.items() if (value := number(item.row[column])) is not None}
+        known = ", ".join(f"{label_of(key).name} {rounded(key, values[key])}" for key in in_order(values))
+        lines += [page.paragraph(f"{name}: {known}", soft=True)] if known else []
+    return page.card(item.name, f"no. {item.index}, {size}", page.beside(*figures), *lines)
+
+
+def error_map(image: Tensor, reconstruction: Tensor, gain: float = ERROR_GAIN) -> Tensor:
+    """Two CHW images in [-1, 1] -> 1HW in [-1, 1]: the error of their 8-bit pixels, mean over channels, times `gain`.
+
+    -1 is no error; 1 is 255 / gain levels or more, or a reconstruction that is not finite there.
+    """
+    levels = (to_uint8(image).float() - to_uint8(reconstruction).float()).abs().mean(0, keepdim=True)
+    bad = ~reconstruction.isfinite().all(0, keepdim=True)
+    return torch.where(bad, 1.0, (gain * levels / 127.5 - 1).clamp(max=1))

@@ -1,0 +1,68 @@
+"""Settings of `latent-ae eval recon`."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+from latent_ae.config import NonNegative, Positive, Problem
+from latent_ae_eval.recon.protocols import PROTOCOLS, Extractor, Latent, Name, Protocol, Resample, Rounding
+from latent_ae_eval.settings import EvalSettings, Net
+
+OfProtocol = Literal["protocol"]
+
+
+class ReconSettings(EvalSettings):
+    """How reconstructions are measured; docs/evaluation.md says what each choice means for the figures."""
+
+    protocol: Name = "default"
+    """How others measured theirs; the next seven settings change single parts of it."""
+    resize_px: Positive | OfProtocol | None = "protocol"
+    """Shorter side that an image is resized to before the crop, px; null keeps its size."""
+    crop_px: Positive | OfProtocol | None = "protocol"
+    """Side of the square cut from the middle, px; null takes whole images, cut to a multiple of the factor."""
+    resample: Resample | OfProtocol = "protocol"
+    """How an image is resized."""
+    rounding: Rounding | OfProtocol = "protocol"
+    """How a float becomes one of 256 levels: to the nearest with halves up or to even, or cut off."""
+    latents: tuple[Latent, ...] | OfProtocol = "protocol"
+    """What is decoded: the posterior's mean (mode) or a sample of it."""
+    lpips: tuple[Net, ...] | OfProtocol = "protocol"
+    """Networks of LPIPS."""
+    extractor: Extractor | OfProtocol = "protocol"
+    """Whose Inception: how it resizes to 299 px and normalises."""
+    frechet: tuple[Literal["inception", "vgg16", "alexnet"], ...] = ("inception",)
+    """Features whose Fréchet distance is measured: inception gives FID and KID; the others, at hand wherever LPIPS is,
+    are named after themselves."""
+    inception_weights: str | None = None
+    """Other weights than the published ones; the distances are then not called FID and KID."""
+    baseline: bool = True
+    """Measure bicubic down- and upsampling by the model's factor beside it."""
+
+    reference_cache: bool = True
+    """Keep Inception's features of the originals for the next model, under a key of their content and the protocol."""
+    num_pictures: NonNegative = 3
+    """Worst, median and best images in the report, of each."""
+
+    def problems(self) -> Iterator[Problem]:
+        protocol = self.resolved()
+        resize_px, crop_px = protocol.resize_px, protocol.crop_px
+        if resize_px is not None and crop_px is not None and resize_px < crop_px:
+            key = "crop_px" if self.resize_px == "protocol" else "resize_px"
+            yield Problem(key, f"resize_px {resize_px} is smaller than crop_px {crop_px}; change one or set it to null")
+        if not protocol.latents:
+            yield Problem("latents", "nothing to decode: give [mode], [sample] or [mode, sample]")
+        if len(set(protocol.latents)) < len(protocol.latents):
+            yield Problem("latents", "names one twice")
+        weights = self.inception_weights
+        if weights is not None and not Path(weights).expanduser().is_file():
+            yield Problem("inception_weights", f"no such file: {weights} (from {Path.cwd()})")
+
+    def changes(self) -> dict[str, Any]:
+        """What is set apart from the protocol."""
+        own = {name: getattr(self, name) for name in Protocol.model_fields if name in type(self).model_fields}
+        protocol = PROTOCOLS[self.protocol]
+        return {key: value for key, value in own.items() if value not in ("protocol", getattr(protocol, key))}
+
+    def resolved(self) -> Protocol:
+        """The protocol with those changes."""
+        return PROTOCOLS[self.protocol].model_copy(update=self.changes())

@@ -1,0 +1,167 @@
+"""A shard of images -> its metrics and features: one pass through the model and each metric's network."""
+
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from latent_ae.config import UserError
+from latent_ae.data.held_out import HeldOutImage
+from latent_ae.data.images import bicubic_down_up, to_uint8
+from latent_ae.data.rng import posterior_noise
+from latent_ae.metrics.similarity import compare, json_columns
+from latent_ae.models.loading import CPU_BATCH_PX, FirstStage
+from latent_ae.models.posterior import draw
+from latent_ae.pretrained.inception import FEATURES, InceptionFeatures
+from latent_ae.pretrained.lpips import LPIPS, TRUNKS
+from latent_ae.pretrained.weights import briefly
+from latent_ae_eval.recon.settings import ReconSettings
+from latent_ae_eval.storage import ReferenceCache, Shard
+
+BASELINE = "baseline"
+Metrics = dict[str, dict[str, Tensor]]
+Features = dict[str, Tensor]
+
+
+class Measurer:
+    """Holds the networks; everything stays on the device until a shard is done."""
+
+    def __init__(
+        self,
+        stage: FirstStage,
+        settings: ReconSettings,
+        device: torch.device,
+        inception: InceptionFeatures | None,
+        cache: ReferenceCache | None,
+    ):
+        self.stage, self.settings, self.protocol, self.device = stage, settings, settings.resolved(), device
+        self.inception, self.cache = inception, cache
+        wanted = {"vgg": "vgg16" in settings.frechet, "alex": "alexnet" in settings.frechet}
+        nets = [net for net in TRUNKS if net in self.protocol.lpips or wanted[net]]
+        self.lpips = {net: LPIPS(net).to(device) for net in nets}
+        self.frechet_nets = [net for net in nets if wanted[net]]
+        drawn = stage.has_posterior or hasattr(stage.module, "draw")
+        self.kinds = self.protocol.latents if drawn else ("mode",)
+
+    @torch.no_grad()
+    def measure(self, items: Sequence[HeldOutImage]) -> Shard:
+        """Rows, skipped files and features of a shard's images."""
+        readable = [item for item in items if item.image is not None]
+        most_px = CPU_BATCH_PX if self.device.type == "cpu" else None
+        batches = list(_batches(readable, self.settings.batch_size, most_px))
+        ordered = [item for batch in batches for item in batch]
+        cached = self._cached_reference(ordered)
+        measured = [self._batch(batch, with_reference=cached is None) for batch in batches]
+        # from here on values are read from the device
+        rows = []
+        for batch, (metrics, _) in zip(batches, measured, strict=True):
+            numbers = {
+                f"{kind}_{key}": column
+                for kind, columns in metrics.items()
+                for key, column in json_columns(columns).items()
+                if not key.startswith("lpips_") or key.removeprefix("lpips_") in self.protocol.lpips
+            }
+            rows += [_row(item, {name: column[i] for name, column in numbers.items()}) for i, item in enumerate(batch)]
+        names = measured[0][1] if measured else {}
+        features = {name: torch.cat([found[name] for _, found in measured]).cpu() for name in names}
+        if cached is not None:
+            features["inception.input"] = cached
+        elif self.cache is not None and rows:
+            self.cache.keep([item.digest for item in ordered], features["inception.input"])
+        return Shard(rows, [f"{item.name}: {item.reason}" for item in items if item.image is None], features)
+
+    def reconstruct(self, items: Sequence[HeldOutImage]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Images of one size as one batch, and their reconstructions by kind (the baseline not among them)."""
+        images = torch.stack([item.image for item in items if item.image is not None])
+        if self.device.type == "cuda":
+            images = images.pin_memory().to(self.device, non_blocking=True)
+        if self.stage.function is not None:
+            return images, {"mode": self.stage.reconstruct(images)}
+        mean, std = self.stage.encode(images.contiguous(memory_format=torch.channels_last))
+        made: dict[str, Tensor] = {}
+        for kind in self.kinds:
+            latent = mean
+            if kind == "sample":
+                numbers = [item.index for item in items]
+                noise = posterior_noise(self.settings.seed, numbers, mean.shape[1:]).to(self.device)
+                if std is not None:
+                    latent = mean + std * noise
+                elif self.stage.module is not None:
+                    latent = draw(self.stage.module, images.to(self.stage.dtype), noise).latent
+            made[kind] = self.stage.decode(latent)
+        return images, made
+
+    def _batch(self, batch: Sequence[HeldOutImage], *, with_reference: bool) -> tuple[Metrics, Features]:
+        """The batch's metrics and features, on the device; nan where there are none."""
+        given, made = self.reconstruct(batch)
+        seen = dict(made)
+        if self.settings.baseline and self.stage.factor > 1:
+            seen[BASELINE] = bicubic_down_up(given, self.stage.factor)
+        pixels = {"input": to_uint8(given, self.protocol.rounding)}
+        pixels |= {kind: to_uint8(image, self.protocol.rounding) for kind, image in seen.items()}
+        rounded = self.protocol.similarity_of == "levels"
+        compared = compare(given, seen, self.lpips, rounded=rounded, pixels=pixels)
+        features: Features = {}
+        for net in self.frechet_nets:
+            found = dict(zip(("input", *seen), compared.features.get(net, ()), strict=False))
+            missing = given.new_full((len(batch), TRUNKS[net].features), torch.nan)
+            features |= {f"{TRUNKS[net].weights}.{kind}": found.get(kind, missing) for kind in ("input", *made)}
+        if self.inception is not None:
+            kinds = ["input"] * with_reference + list(made)
+            if given.shape[1] in (1, 3):
+                parts = self.inception(torch.cat([pixels[kind] for kind in kinds])).chunk(len(kinds))
+            else:
+                parts = (given.new_full((len(batch), FEATURES), torch.nan),) * len(kinds)
+            bad = {kind: ~image.isfinite().flatten(1).all(1, keepdim=True) for kind, image in made.items()}
+            features |= {
+                f"inception.{kind}": part.masked_fill(bad[kind], torch.nan) if kind in bad else part
+                for kind, part in zip(kinds, parts, strict=True)
+            }
+        return compared.metrics, features
+
+    def _cached_reference(self, items: Sequence[HeldOutImage]) -> Tensor | None:
+        if self.cache is None or self.inception is None or not items:
+            return None
+        return self.cache.find([item.digest for item in items])
+
+
+def _batches(
+    items: Sequence[HeldOutImage], batch_size: int, most_px: int | None = None
+) -> Iterator[list[HeldOutImage]]:
+    """Images of one shape, up to `batch_size` or `most_px` at a time, in an order that depends on the shard alone."""
+
+    def shape(item: HeldOutImage) -> tuple[int, ...]:
+        assert item.image is not None
+        return tuple(item.image.shape)
+
+    for (_, height, width), group in groupby(sorted(items, key=shape), key=shape):  # sorting keeps the order of equals
+        of_one_shape = list(group)
+        size = batch_size if most_px is None else max(1, min(batch_size, most_px // (height * width)))
+        for first in range(0, len(of_one_shape), size):
+            yield of_one_shape[first : first + size]
+
+
+def _row(item: HeldOutImage, values: dict[str, Any]) -> dict[str, Any]:
+    assert item.image is not None
+    channels, height, width = item.image.shape
+    shape = {"channels": channels, "height": height, "width": width}
+    name = item.name.encode("utf-8", "backslashreplace").decode()  # file names may hold what no table can
+    return {"index": item.index, "name": name, "digest": item.digest, "enlarged": item.enlarged} | shape | values
+
+
+def inception_network(settings: ReconSettings, device: torch.device) -> tuple[InceptionFeatures | None, str]:
+    """Inception if it is wanted and its weights can be had, and otherwise why not."""
+    if "inception" not in settings.frechet:
+        return None, ""
+    protocol = settings.resolved()
+    try:
+        network = InceptionFeatures(
+            protocol.extractor, settings.inception_weights, double=protocol.extractor_dtype == "fp64"
+        )
+    except UserError as error:
+        if settings.inception_weights is not None:
+            raise
+        return None, f"FID and KID are missing: {briefly(error)}"
+    return network.to(device, memory_format=torch.channels_last), ""

@@ -1,0 +1,219 @@
+"""What a first stage makes of latents drawn from a prior: the model's own, a Gaussian, or a flow fitted to its latents.
+
+from latent_ae_eval.sample.measure import sample
+result = sample("runs/mine/export", "/data/cifar10", "flow", out="samples")
+print(result["metrics"]["samples"])
+"""
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiTPipeline, DiTTransformer2DModel
+from torch import Tensor, nn
+
+from latent_ae.config import UserError
+from latent_ae.data.images import to_uint8
+from latent_ae.data.rng import spread
+from latent_ae.latents.cache import LatentCache
+from latent_ae_eval.generation.base import FAR_STD, Generation, begin, fingerprint
+from latent_ae_eval.generation.flow import CHOICE_SEED, STATISTICS, flow_batch
+from latent_ae_eval.generation.sampling import GRID, Features, feature_networks, generators, samples, stock_pipeline
+from latent_ae_eval.sample.report import write_sample_report
+from latent_ae_eval.sample.settings import PRIORS, SampleSettings
+
+FORMAT = "latent-ae sample 1"
+MOST_VALUES, MOST_LATENTS = 4096, 10_000
+"""Of a latent, and of images, that a Gaussian with a full covariance is fitted to."""
+NO_CLASS = 0
+"""That a transformer without classes is given."""
+
+
+def sample(
+    model: str | Path | nn.Module,
+    data: str | Path | None = None,
+    prior: str | Path | None = None,
+    settings: SampleSettings | None = None,
+    *,
+    out: str | Path | None = None,
+    progress: bool = False,
+) -> dict[str, Any]:
+    """Draws latents from a prior and decodes them; with `data`, says how far the images are from those of `data`.
+
+    `prior` takes the place of the settings' one. JSON-ready. With `out`, writes result.json, samples.png and
+    report.html there, and for a fitted flow the latents and a pipeline for `DiTPipeline.from_pretrained`; a fit that
+    was killed goes on from its last checkpoint. Raises UserError for what cannot be loaded or encoded, a first stage
+    that has not that prior, and a training that diverges.
+    """
+    settings = settings or SampleSettings()
+    if prior is not None:
+        settings = settings.model_copy(update={"prior": str(prior)})
+    with ExitStack() as stack:
+        return begin(stack, _Job, "sample", model, "" if data is None else str(data), settings, out, progress).run()
+
+
+class _Job(Generation):
+    """One set of samples."""
+
+    settings: SampleSettings
+
+    @torch.no_grad()
+    def run(self) -> dict[str, Any]:
+        settings, stage = self.settings, self.stage
+        side = self._side()
+        networks: dict[str, Features] = {}
+        notes: list[str] = []
+        count = min(settings.chosen("samples"), GRID**2)
+        if self.data:
+            networks, notes = feature_networks(settings, self.device)
+            self.check_data()
+            count = min(settings.chosen("samples"), len(self.source("train")))
+        elif settings.prior in ("gaussian", "flow"):
+            raise UserError(f"prior: {settings.prior} is fitted to the latents of images; give DATA")
+        about: dict[str, Any] = {}
+        if settings.prior == "normal":
+            batches, method = self._decoded(self._own_prior(), side, count), self._own_name()
+            notes += self._scale_notes()
+        elif settings.prior == "gaussian":
+            train = self.latents("train")
+            self.check_images(train, "train")
+            about = {"latents": {"shape": list(train.shape), "train": len(train), "classes": 0}}
+            about["fingerprints"] = [fingerprint(train)]
+            batches = self._decoded(gaussian_prior(train, settings.seed), side, count)
+            method = "a Gaussian with the mean and covariance of the latents"
+        else:
+            self.check_pipeline()
+            pipeline, about = self._fitted() if settings.prior == "flow" else self._loaded(side)
+            batches = samples(pipeline, [NO_CLASS] * count, settings)
+            method = "a flow fitted to the latents"
+        with self.timed("sample"):
+            sets = {"samples": self.image_set(batches, networks, count, "samples")}
+        metrics: dict[str, dict[str, Any]] = {"samples": {"n": count}}
+        intervals: dict[str, dict[str, list[float]]] = {}
+        if self.data:
+            sets, metrics, intervals = self.compared(sets["samples"], networks, count)
+            notes += self.notes(metrics)
+        result = {
+            "format": FORMAT,
+            "model": stage.describe() | {"subfolder": settings.subfolder, "revision": settings.revision},
+            "data": {
+                "location": self.data or None,
+                "fingerprints": about.pop("fingerprints", []),
+                "choices": self.choices,
+            },
+            "prior": {"kind": settings.prior, "method": method},
+            "shape": [stage.latent_channels, side, side],
+            **about,
+            "metrics": metrics,
+            "intervals": intervals,
+            "notes": notes,
+            **self.facts(),
+        }
+        self.write(result, sets, "report.html", write_sample_report)
+        return result
+
+    def _side(self) -> int:
+        """Of a latent, px."""
+        resolution, factor = self.settings.chosen("resolution"), self.stage.factor
+        if resolution % factor:
+            near = max(1, resolution // factor) * factor
+            raise UserError(f"resolution: {resolution} is not a multiple of the model's factor {factor}; use {near}")
+        return int(resolution // factor)
+
+    def _decoded(self, latents: Callable[[Tensor], Tensor], side: int, count: int) -> Iterator[Tensor]:
+        """Batches of samples, uint8 NCHW on the CPU; sample i is a function of the seed and i."""
+        shape, size = (self.stage.latent_channels, side, side), self.settings.images_at_a_time
+        for first in range(0, count, size):
+            noise = torch.stack(
+                [
+                    torch.randn(shape, generator=generator)
+                    for generator in generators(self.settings.seed, range(first, min(first + size, count)))
+                ]
+            )
+            yield to_uint8(self.stage.decode(latents(noise.to(self.device))).cpu())
+
+    def _own_prior(self) -> Callable[[Tensor], Tensor]:
+        """Noise -> latents of the prior that the model was trained with."""
+        if not hasattr(self.stage.module, "draw") and not self.stage.has_posterior:
+            raise UserError(
+                f"prior: {self.stage.name} was trained without one; prior=flow or prior=gaussian fits one to "
+                "the latents of DATA"
+            )
+        own: Callable[[Tensor], Tensor] = getattr(self.stage.module, "sample_prior", lambda noise: noise)
+        return own
+
+    def _own_name(self) -> str:
+        return "the model's own prior" if hasattr(self.stage.module, "sample_prior") else "N(0, I) in raw latent units"
+
+    def _scale_notes(self) -> list[str]:
+        assert self.stage.module is not None
+        factor = float(self.stage.module.config.get("scaling_factor") or 1.0)
+        if hasattr(self.stage.module, "sample_prior") or 1 / FAR_STD < factor < FAR_STD:
+            return []
+        return [
+            f"the model's scaling_factor says that its latents' standard deviation is {1 / factor:.3g}, not 1: "
+            "N(0, I) is far from what it decodes well; prior=flow fits a prior to its latents"
+        ]
+
+    def _fitted(self) -> tuple[DiTPipeline, dict[str, Any]]:
+        with torch.enable_grad():
+            flow = self.flow()
+        assert self.stage.module is not None
+        pipeline = stock_pipeline(flow.trainer.average, self.stage.module)
+        self.save(pipeline)
+        return pipeline, flow.describe(self.settings) | {
+            "fingerprints": [fingerprint(flow.train), fingerprint(flow.held_out)]
+        }
+
+    def _loaded(self, side: int) -> tuple[DiTPipeline, dict[str, Any]]:
+        """A flow that was fitted before."""
+        folder = Path(self.settings.prior).expanduser()
+        try:
+            known = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+            about = {key: known[key] for key in ("latents", "recipe", "loss", "curve")}
+            classes, sha256 = about["latents"]["classes"], known["model"]["sha256"]
+            transformer = DiTTransformer2DModel.from_pretrained(folder / "pipeline", subfolder="transformer")
+        except Exception as error:  # a file is missing, damaged or another's
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(
+                f"prior: {folder} holds no fitted flow ({reason}); `latent-ae eval sample MODEL DATA prior=flow --out "
+                f"{folder}` writes one, and one of {', '.join(PRIORS)} needs none"
+            ) from error
+        if sha256 != self.stage.sha256:
+            raise UserError(f"prior: {folder} was fitted to latents of another model ({known['model']['location']})")
+        if classes:
+            raise UserError(
+                f"prior: {folder} is a model of {classes} classes, and a prior knows none; fit one with prior=flow"
+            )
+        if transformer.config.sample_size != side:
+            fitted = transformer.config.sample_size * self.stage.factor
+            raise UserError(f"resolution: {folder} was fitted at {fitted} px; set resolution={fitted}")
+        assert self.stage.module is not None
+        return stock_pipeline(transformer.to(self.device).eval(), self.stage.module), about
+
+
+def gaussian_prior(train: LatentCache, seed: int) -> Callable[[Tensor], Tensor]:
+    """Noise -> raw latents of a Gaussian with the mean and covariance of up to MOST_LATENTS samples of posteriors, both
+    (N, C, h, w). Raises UserError for latents of more than MOST_VALUES values."""
+    values = math.prod(train.shape)
+    if values > MOST_VALUES:
+        raise UserError(
+            f"prior: gaussian fits a full covariance to up to {MOST_VALUES:,} values, and these latents have "
+            f"{values:,}; take prior=flow"
+        )
+    rows = spread(CHOICE_SEED, len(train), MOST_LATENTS)
+    numbers = range(STATISTICS, STATISTICS + len(rows))
+    flat = flow_batch(train, seed, numbers, rows, torch.zeros(len(rows))).x.flatten(1).double() / train.scaling_factor
+    mean = flat.mean(0)
+    # the root of a covariance that may have no full rank
+    power, axes = torch.linalg.eigh(torch.cov(flat.T).reshape(values, values))
+    root = axes * power.clamp(min=0).sqrt()
+
+    def latents(noise: Tensor) -> Tensor:
+        return (mean + noise.flatten(1).double().cpu() @ root.T).float().view_as(noise).to(noise.device)
+
+    return latents

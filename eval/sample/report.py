@@ -1,0 +1,58 @@
+"""report.html of samples: the pictures, and how far they are from images."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from latent_ae.report import page
+from latent_ae_eval.generation.report import (
+    APART_BY_ROOTS,
+    PICTURE_BYTES,
+    distance_rows,
+    distance_table,
+    how_measured,
+    pictures_beside,
+)
+from latent_ae_eval.labels import short_name
+from latent_ae_eval.sample.settings import SampleSettings
+from latent_ae_eval.table import Row, aligned
+
+EXPLAINED = f"Lower is better. Small: 95 % intervals over the images of both sets. {APART_BY_ROOTS}"
+
+
+def sample_text(result: Mapping[str, Any]) -> str:
+    """The prior and, where there are images to compare with, the distances as a table for a terminal."""
+    compared = "reconstructions" in result["metrics"]
+    rows = distance_rows(result) if compared else [Row("samples", f"{result['metrics']['samples']['n']:,}")]
+    return f"prior: {result['prior']['method']}\n\n{aligned(rows)}"
+
+
+def write_sample_report(path: Path, result: Mapping[str, Any], pictures: Mapping[str, Image.Image]) -> None:
+    """Writes one self-contained HTML file, atomically. `result` is what result.json holds. Raises OSError."""
+    model = short_name(result["model"].get("location"), str(result["model"].get("class")))
+    facts = {
+        "prior": result["prior"]["method"],
+        "latent": " x ".join(map(str, result["shape"])),
+        "samples": f"{result['metrics']['samples']['n']:,}",
+        "seed": result["seed"],
+    }
+    if "recipe" in result:
+        recipe, loss = result["recipe"], result["loss"]
+        facts |= {
+            "flow": f"{recipe['parameters'] / 1e6:.1f} M parameters",
+            "fitted in": f"{recipe['steps']:,} steps of {recipe['batch_size']}",
+            "its loss": f"{loss['relative_loss']:.3f} of the trivial predictor's",
+        }
+    sections, remarks = [page.facts(facts)], page.notes(result["notes"])
+    if len(pictures) > 1:
+        explained = page.paragraph(EXPLAINED, soft=True)
+        sections.append(page.section("Fréchet distances", distance_table(result), explained, remarks))
+        sections.append(page.section("Pictures", pictures_beside(pictures)))
+    else:
+        sections.append(page.section("Samples", page.figure(pictures["samples"], max_bytes=PICTURE_BYTES), remarks))
+    sections += how_measured("How this was made", result, SampleSettings)
+    page.write(
+        path, page.page(f"{model}: samples", sections, subtitle="A first stage, shown by latent-ae eval sample.")
+    )

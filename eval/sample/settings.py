@@ -1,0 +1,32 @@
+"""Settings of `latent-ae eval sample`."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, ClassVar
+
+from latent_ae.config import Problem
+from latent_ae_eval.generation.settings import DIFFUSION_PRESETS, DiffusionSettings
+
+PRIORS = ("normal", "gaussian", "flow")
+
+
+class SampleSettings(DiffusionSettings):
+    """Which prior is sampled from, how a flow is fitted, and how samples are judged; docs/jobs.md says more."""
+
+    presets: ClassVar[dict[str, dict[str, Any]]] = {
+        "cpu": DIFFUSION_PRESETS["cpu"]
+        | {"width": 128, "depth": 4, "patch_size": None, "steps": 1500, "samples": 1000, "validation_images": 500},
+        "gpu": DIFFUSION_PRESETS["gpu"] | {"patch_size": None},
+    }
+    prior: str = "normal"
+    """`normal`: N(0, I), or what a model has in its place; `gaussian` and `flow` are fitted to the latents of DATA; or
+    a folder that `prior=flow` wrote."""
+    label_column: str | None = None
+    """A prior knows no classes."""
+
+    def problems(self) -> Iterator[Problem]:
+        yield from super().problems()
+        if self.prior not in PRIORS and not Path(self.prior).expanduser().is_dir():
+            yield Problem("prior", f"neither one of {', '.join(PRIORS)} nor a folder: {self.prior} (from {Path.cwd()})")
+        if self.label_column is not None:
+            yield Problem("label_column", "a prior knows no classes; leave it null, or ask eval diffusion")

@@ -1,0 +1,38 @@
+"""latent-ae data check: reads every image once and says what is wrong with it."""
+
+import json
+import sys
+from collections.abc import Sequence
+
+from latent_ae.command_line import SettingsParser
+from latent_ae.config import UserError, load_settings
+from latent_ae.data.settings import CheckSettings, without_section
+from latent_ae.text import printable
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """`latent-ae data check DATA`: JSON on stdout, a summary on stderr; exit code 2 when training would stop."""
+    parser = SettingsParser(
+        CheckSettings,
+        prog="latent-ae data",
+        description="Reads every image once, in parallel, as training would: counts, sizes, kinds, duplicates, and\n"
+        "every file that would be skipped with the reason. Findings go to stdout as JSON, a summary to stderr.",
+        examples="example: latent-ae data check /my/photos resolution=256 max_bad_fraction=0.001",
+    )
+    parser.add_argument("action", choices=["check"])
+    parser.add_argument("data", help="photos, a folder of images, Parquet or WebDataset files, or a hub id")
+    words = parser.read(argv)
+    settings = load_settings(CheckSettings, None, words.override)
+
+    from latent_ae.data.check import check, summary, wrong_channels
+
+    found = check(words.data, settings, channels=settings.channels, progress=True)
+    print(printable(without_section(summary(found)), lines=True), file=sys.stderr)
+    print(json.dumps(found, indent=2))
+    if found["skipped_fraction"] > found["max_bad_fraction"] or not found["num_readable"]:
+        wrong = wrong_channels(found["skipped"])
+        advice = "mend or remove them, or raise max_bad_fraction"
+        if wrong.total() == len(found["skipped"]):
+            advice = f"give {' or '.join(f'channels={has}' for has, _ in wrong)}"
+        raise UserError(f"{words.data}: training would stop at these files; {advice}")
+    return 0

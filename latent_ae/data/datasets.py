@@ -1,0 +1,295 @@
+"""Finds the images that settings speak of: demo photographs, a folder, table files or a hub id, and their splits."""
+
+import functools
+import glob
+import os
+import re
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Literal
+
+import datasets
+import numpy as np
+from huggingface_hub.utils import logging as hub_logging
+
+from latent_ae.config import UserError, looks_like_path
+from latent_ae.data.images import reason_of
+from latent_ae.data.settings import DataSettings
+from latent_ae.data.sources import FolderSource, ImageSource, StreamSource, first_line, load_table
+
+IMAGE_SUFFIXES = (
+    *(".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpeg", ".jpg", ".npy", ".pgm", ".png", ".pnm", ".ppm"),
+    *(".tif", ".tiff", ".webp"),
+)
+TABLE_KINDS = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset"}
+SPLIT_NAMES = {
+    "train": "train",
+    "training": "train",
+    "val": "validation",
+    "valid": "validation",
+    "validation": "validation",
+    "dev": "validation",
+    "test": "test",
+    "testing": "test",
+}
+HELD_OUT_SPLITS = ("validation", "test")
+# the colour photographs inside scikit-image's wheel. Held out: three natural scenes that share nothing with the
+# rest (motorcycle_left and _right are one scene). Trained on: what is left, all with sides of 500 px or more
+PHOTOS = {
+    "train": (
+        "astronaut.png",
+        "hubble_deep_field.jpg",
+        "ihc.png",
+        "motorcycle_left.png",
+        "motorcycle_right.png",
+        "retina.jpg",
+    ),
+    "validation": ("chelsea.png", "coffee.png", "rocket.jpg"),
+}
+
+
+class _Library:
+    """A location and the names of its splits; without any it is one heap. `key` is the setting that named it."""
+
+    slices = False
+
+    def __init__(self, key: str, location: str, splits: Sequence[str]):
+        self.key, self.location, self.splits = key, location, splits
+
+    def open(self, split: str | None) -> ImageSource:
+        raise NotImplementedError
+
+    def find_split(self, wanted: str, key: str) -> str | None:
+        """The split that `wanted` means; None for `train` of a heap."""
+        if not self.splits and wanted == "train":
+            return None
+        # slices of the hub, like train[:10%], are left to datasets
+        name = re.split(r"[\[+]", wanted)[0] if self.slices else wanted
+        for split in self.splits:
+            if name == split or SPLIT_NAMES.get(name) == SPLIT_NAMES.get(split, split):
+                return wanted.replace(name, split, 1)
+        has = f"it has: {', '.join(self.splits)}" if self.splits else "it has none (no folders train/ and val/)"
+        raise UserError(f"data.{key}: {self.location} has no split {wanted!r}; {has}")
+
+    def held_out_split(self) -> str | None:
+        splits = {SPLIT_NAMES.get(split, split): split for split in self.splits}
+        return next((splits[name] for name in HELD_OUT_SPLITS if name in splits), None)
+
+
+class _Photos(_Library):
+    def open(self, split: str | None) -> FolderSource:
+        spec = find_spec("skimage")  # finds the folder without importing it
+        if spec is None or not spec.submodule_search_locations:
+            raise UserError(f"data.{self.key}: photos needs scikit-image; pip install scikit-image, or give a folder")
+        root = Path(spec.submodule_search_locations[0]) / "data"
+        names = PHOTOS[split] if split else tuple(name for part in PHOTOS.values() for name in part)
+        missing = [name for name in names if not (root / name).is_file()]
+        if missing:
+            raise UserError(f"data.{self.key}: photos: {root} lacks {', '.join(missing)}; reinstall scikit-image")
+        return FolderSource(root, _as_array(names))
+
+
+class _Files(_Library):
+    """A folder of images, or one or many table files."""
+
+    def __init__(self, key: str, path: Path, settings: DataSettings):
+        self.root, self.settings = path if path.is_dir() else path.parent, settings
+        try:
+            found = sorted(_walk(path)) if path.is_dir() else [path.name]
+        except OSError as error:  # going on without a folder would leave its images out in silence
+            raise UserError(f"data.{key}: cannot list {error.filename or path}: {reason_of(error)}") from None
+        others = Counter(_suffix(name) or "no extension" for name in found if not _known(name))
+        self.others = dict(others.most_common())
+        kinds = Counter(TABLE_KINDS.get(_suffix(name), "image") for name in found if _known(name))
+        if path.is_file() and "image" in kinds:
+            raise UserError(f"data.{key}: {path} is a single image; give the folder that it lies in")
+        if not kinds:
+            shown = ", ".join(sorted(others)[:8]) or "nothing"
+            raise UserError(
+                f"data.{key}: {path} holds no images (found: {shown}); wanted is a folder with "
+                f"{' '.join(IMAGE_SUFFIXES)} files, or {' '.join(TABLE_KINDS)} files"
+            )
+        # a table beside images describes them
+        self.kind = "image" if "image" in kinds else kinds.most_common(1)[0][0]
+        if self.kind != "image" and len(kinds) > 1:
+            raise UserError(f"data.{key}: {path} mixes {' and '.join(sorted(kinds))} files; give one kind")
+        if self.kind == "image" and settings.streaming and key == "source":
+            raise UserError(f"data.streaming: {path} is read file by file anyway; set data.streaming=false")
+        self.groups: dict[str | None, list[str]] = {None: []}
+        for name in found:
+            if _known(name) and TABLE_KINDS.get(_suffix(name), "image") == self.kind:
+                self.groups[None].append(name)
+                split = _split_of(name, self.kind) if path.is_dir() else None
+                if split is not None:
+                    self.groups.setdefault(split, []).append(name)
+        # `train` or `test` alone may be a class of things; side by side they are splits
+        splits = [split for split in self.groups if split]
+        super().__init__(key, str(path), splits if "train" in splits and len(splits) > 1 else ())
+
+    def open(self, split: str | None) -> ImageSource:
+        names = self.groups[split]
+        if self.kind == "image":
+            return FolderSource(self.root, _as_array(names), self.others)
+        for name in names:
+            if _suffix(name) == ".tar" and not _tar_is_whole(self.root / name):
+                # datasets would read what is left of it in silence
+                raise UserError(f"data.{self.key}: {self.root / name} is cut off: it does not end as a tar file does")
+        # datasets takes paths for patterns
+        files = [glob.escape(str((self.root / name).absolute())) for name in names]
+        data_files = {"train": files}
+        return load_table(self.key, self.location, self.settings, self.kind, data_files=data_files, split="train")
+
+
+class _Hub(_Library):
+    slices = True
+
+    def __init__(self, key: str, location: str, settings: DataSettings):
+        self.settings = settings
+        _say_that_the_hub_is_asked(location)
+        try:
+            with _quiet_hub():
+                builder = datasets.load_dataset_builder(location, revision=settings.revision)
+        except Exception as error:  # network, permission, a dataset that needs a script, ...
+            raise UserError(
+                f"data.{key}: {location} is neither a file or folder here nor a hub dataset within reach "
+                f"({first_line(error)})"
+            ) from error
+        super().__init__(key, location, list(builder.info.splits or builder.config.data_files or ()))
+
+    def open(self, split: str | None) -> ImageSource:
+        split = split or (self.splits[0] if self.splits else "train")
+        revision = self.settings.revision
+        return load_table(self.key, self.location, self.settings, self.location, split=split, revision=revision)
+
+
+@functools.cache  # training and held-out images are often of the same place
+def _say_that_the_hub_is_asked(location: str) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        print(f"{location} is no file or folder here: asking the Hugging Face hub for it", file=sys.stderr)
+
+
+@contextmanager
+def _quiet_hub() -> Iterator[None]:
+    """Without the warnings of each try where there is no network: the error at the end says it once."""
+    before = hub_logging.get_verbosity()
+    hub_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        hub_logging.set_verbosity(before)
+
+
+def _library(settings: DataSettings, key: Literal["source", "eval_source"]) -> _Library:
+    location = settings.source if key == "source" else str(settings.eval_source)
+    if location == "photos":
+        if settings.streaming and key == "source":
+            raise UserError("data.streaming: photos are files on this disk; set data.streaming=false")
+        return _Photos(key, location, tuple(PHOTOS))
+    path = Path(location).expanduser()
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (OSError, ValueError) as error:
+        raise UserError(f"data.{key}: {location!r} cannot be opened: {reason_of(error)}") from None
+    else:
+        return _Files(key, path, settings)
+    if looks_like_path(location) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", location):
+        raise UserError(f"data.{key}: no such file or folder: {location} (from {Path.cwd()})")
+    return _Hub(key, location, settings)
+
+
+def open_images(settings: DataSettings, part: Literal["train", "held_out", "all"]) -> ImageSource:
+    """The images to train on, those held out from it, or all of `split` (of `photos`: all photographs).
+
+    Held out are: `eval_source`; else the source's `eval_split`; else its validation or test split where it has
+    one; else `eval_fraction` of it, which training then never sees. Raises UserError.
+    """
+    if part == "held_out" and settings.eval_source is not None:
+        library = _library(settings, "eval_source")
+        if settings.eval_split is not None:
+            return library.open(library.find_split(settings.eval_split, "eval_split"))
+        return library.open(library.held_out_split())
+    library = _library(settings, "source")
+    if part == "all" and settings.source == "photos":
+        return library.open(None)
+    split = library.find_split(settings.split, "split")
+    if part == "all" or (part == "train" and settings.eval_source is not None):
+        return library.open(split)
+    held_out_split = library.held_out_split()
+    if settings.eval_split is not None:
+        held_out_split = library.find_split(settings.eval_split, "eval_split")
+        if held_out_split == split:
+            raise UserError(f"data.eval_split: {settings.eval_split} is also data.split; hold out another split")
+    if held_out_split is not None and held_out_split != split:
+        return library.open(split if part == "train" else held_out_split)
+    return _fraction(library.open(split), settings, part)
+
+
+def _fraction(source: ImageSource, settings: DataSettings, part: Literal["train", "held_out"]) -> ImageSource:
+    if isinstance(source, StreamSource):
+        raise UserError(
+            f"data.eval_fraction: {settings.source} is streamed and has no validation or test split, so no images "
+            "can be held out of it; set data.eval_source or data.eval_split, or data.streaming=false"
+        )
+    count = max(1, round(len(source) * settings.eval_fraction))
+    if count >= len(source):
+        raise UserError(
+            f"data.source: {settings.source} holds {len(source)} image(s), too few to hold out {count} "
+            f"(data.eval_fraction={settings.eval_fraction}); add images or set data.eval_source"
+        )
+    # by key, not by position: images that are added later move few others across
+    ranked = np.argsort(source.keys(), kind="stable")
+    return source.subset(np.sort(ranked[:count] if part == "held_out" else ranked[count:]))
+
+
+def _walk(root: Path) -> Iterator[str]:
+    """Relative paths of all files, hidden ones left out; links are followed, but no folder is entered twice.
+
+    Raises OSError for a folder that cannot be listed.
+    """
+    seen: set[str] = set()
+    for folder, subfolders, files in os.walk(root, followlinks=True, onerror=_raise):
+        real = os.path.realpath(folder)
+        if real in seen:
+            subfolders.clear()
+            continue
+        seen.add(real)
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith(".") and name != "lost+found")
+        relative = os.path.relpath(folder, root)
+        yield from (os.path.normpath(os.path.join(relative, name)) for name in files if not name.startswith("."))
+
+
+def _raise(error: OSError) -> None:
+    raise error
+
+
+def _tar_is_whole(path: Path) -> bool:
+    """It ends in the block of zeros that marks an archive's end (POSIX pax)."""
+    with path.open("rb") as stream:
+        stream.seek(max(0, stream.seek(0, os.SEEK_END) - 512))
+        tail = stream.read()
+    return len(tail) == 512 and not any(tail)
+
+
+def _split_of(name: str, kind: str) -> str | None:
+    """The split that a relative path speaks of: its topmost folder; of tables also a file name like test-00001."""
+    *folders, file = Path(name).parts
+    words = folders[:1] if kind == "image" else [*folders, re.split(r"[^a-z]", file.lower())[0]]
+    return next((SPLIT_NAMES[word.lower()] for word in words if word.lower() in SPLIT_NAMES), None)
+
+
+def _suffix(name: str) -> str:
+    return os.path.splitext(name)[1].lower()
+
+
+def _known(name: str) -> bool:
+    return _suffix(name) in IMAGE_SUFFIXES or _suffix(name) in TABLE_KINDS
+
+
+def _as_array(names: Sequence[str]) -> np.ndarray:
+    return np.array([os.fsencode(name) for name in names])

@@ -1,0 +1,65 @@
+"""Which class each image of a source is of."""
+
+import os
+from typing import NamedTuple
+
+import datasets
+import numpy as np
+
+from latent_ae.config import UserError
+from latent_ae.data.sources import FolderSource, StoredImages, TableSource
+
+FOLDER_NAMES = "names of folders"
+
+
+class Classes(NamedTuple):
+    """Of the images of a source, in its order."""
+
+    labels: np.ndarray
+    """(N,) int64; -1 where a table says nothing."""
+    names: list[str] | None
+    """Of the classes 0, 1, ...; None where a table holds numbers only."""
+    column: str
+    """Where they come from."""
+
+
+def find_classes(source: StoredImages, whole: StoredImages, column: str | None) -> Classes | None:
+    """Classes of `source`, numbered as in `whole`, which it is a part of. `column` None: none.
+
+    `auto`: of tables the column `label`, if it holds classes or integers; of image files the name of the folder that
+    each lies in, in the order of the names (the convention of ImageFolder), if there are two or more of them. Raises
+    UserError for a column that is not there or holds something else.
+    """
+    if column is None:
+        return None
+    if isinstance(source, TableSource):
+        return _of_table(source, column)
+    assert isinstance(source, FolderSource) and isinstance(whole, FolderSource)
+    if column != "auto":
+        raise UserError(f"label_column: {column} is of tables, but this is a folder of images; use auto or null")
+    folders, all_folders = _folders(source), _folders(whole)
+    names = sorted({*folders, *all_folders})
+    if len(names) < 2 or "" in names:  # an image without a folder
+        return None
+    numbers = {name: number for number, name in enumerate(names)}
+    return Classes(np.array([numbers[name] for name in folders], dtype=np.int64), names, FOLDER_NAMES)
+
+
+def _folders(source: FolderSource) -> list[str]:
+    return [os.path.basename(os.path.dirname(source.name(i))) for i in range(len(source))]
+
+
+def _of_table(source: TableSource, column: str) -> Classes | None:
+    features = source.others.features
+    name = "label" if column == "auto" else column
+    feature = features.get(name)
+    is_class = isinstance(feature, datasets.ClassLabel)
+    if not is_class and not (isinstance(feature, datasets.Value) and "int" in feature.dtype):
+        if column == "auto":
+            return None
+        has = ", ".join(features) or "no others"
+        problem = f"holds {feature}, not classes or integers" if feature else f"is not there; besides images: {has}"
+        raise UserError(f"label_column: {name} of {source.label} {problem}")
+    values = source.others.data.column(name).combine_chunks().fill_null(-1) if len(source.others) else []
+    labels = np.asarray(values, dtype=np.int64)[source.rows]
+    return Classes(labels, list(feature.names) if is_class else None, name)

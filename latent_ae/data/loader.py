@@ -1,0 +1,261 @@
+"""Sources -> one endless, seeded, elastic order of samples.
+
+Everything about a sample (which image, crop, flip, posterior noise) is a pure function of the seed and the sample's
+global number. So neither the number of workers nor of processes changes what is trained on, and going on after an
+interruption takes one integer. Streams are the exception: see `Batch.stream_state` and docs/data.md.
+"""
+
+import itertools
+import multiprocessing
+import signal
+import threading
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from latent_ae.config import UserError
+from latent_ae.data.datasets import open_images
+from latent_ae.data.images import ImageError, decode, reason_of, to_tensor
+from latent_ae.data.rng import Share, crop_rng, epoch_order, posterior_noise
+from latent_ae.data.settings import DataSettings
+from latent_ae.data.sources import Encoded, ImageSource, StreamReader, StreamSource, first_line
+from latent_ae.data.transforms import random_crop
+from latent_ae.text import printable
+
+# where the train loop and eval look for these
+__all__ = ["Batch", "ImageSource", "open_images", "posterior_noise", "stop_if_too_many_bad", "training_batches"]
+
+# so many unreadable images in a row mean that the source is not what the user thinks
+MAX_BAD_IN_A_ROW = 100
+# of a source of few images, like `photos`, every worker keeps the decoded pixels
+KEPT_IMAGES, KEPT_BYTES_EACH = 16, 2**23
+T = TypeVar("T")
+WORKER_DIED = "DataLoader worker (pid"
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One rank's micro-batch."""
+
+    images: torch.Tensor
+    """(N, C, resolution, resolution) float32 in [-1, 1]; in pinned memory where there is a GPU."""
+    numbers: list[int]
+    """Global number of each sample."""
+    skipped: list[str]
+    """`name: reason` of the unreadable images met and replaced."""
+    num_replaced: int = 0
+    """Samples that another image stands in for."""
+    stream_state: dict[str, Any] | None = None
+    """Of a stream: what `training_batches` of this rank needs to go on after this micro-batch (JSON types)."""
+
+
+def training_batches(
+    source: ImageSource,
+    settings: DataSettings,
+    *,
+    channels: int,
+    seed: int,
+    batch_size: int,
+    micro_batch_size: int,
+    rank: int = 0,
+    world_size: int = 1,
+    first_batch: int = 0,
+    stream_state: dict[str, Any] | None = None,
+) -> Generator[Batch, None, None]:
+    """This rank's micro-batches from global batch `first_batch` on, without end; `close()` stops the workers.
+
+    Global batch b holds the samples b * batch_size ... (b + 1) * batch_size - 1, and micro-step m of rank r the
+    `micro_batch_size` from b * batch_size + (m * world_size + r) * micro_batch_size on. An unreadable image is
+    replaced by the next readable one of the epoch. Leaves the global random state alone.
+
+    Raises UserError (some while iterating): sizes that do not divide, a stream of too few files, nothing readable.
+    """
+    share = Share(batch_size, micro_batch_size, rank, world_size)
+    if batch_size % (micro_batch_size * world_size):
+        parts = f"micro_batch_size {micro_batch_size} x {world_size} processes"
+        raise UserError(f"batch_size: {batch_size} is not a multiple of {parts}")
+    if streams := isinstance(source, StreamSource):
+        source.check_readers(rank, world_size, max(1, settings.num_workers), stream_state)
+    elif len(source) == 0:
+        raise UserError(f"data.source: {settings.source} holds no images")
+    states = stream_state["workers"] if stream_state and streams else [None] * max(1, settings.num_workers)
+    crops = _Crops(source, settings, channels, seed, share, first_batch * share.micro_steps, states)
+    return _received(crops, streams)
+
+
+def stop_if_too_many_bad(
+    num_bad: int, num_read: int, examples: Sequence[str], *, num_images: int | None, max_bad_fraction: float
+) -> None:
+    """Raises UserError when more than `max_bad_fraction` of the `num_read` samples met an unreadable image.
+
+    Judges nothing before 100 samples, or a whole epoch of a source of fewer (`num_images`; None for a stream).
+    """
+    if num_read >= min(100, num_images or 100) and num_bad > max_bad_fraction * num_read:
+        shown = "".join(f"\n  {example}" for example in dict.fromkeys(examples[:5]))
+        raise UserError(
+            f"data.max_bad_fraction: {num_bad} of the first {num_read} images were unreadable, more than "
+            f"{max_bad_fraction:.2%}; mend or remove them, or raise it. For example:{shown}"
+        )
+
+
+@dataclass
+class _Crops(IterableDataset):
+    """What a worker does: every workers-th micro-batch as (crops HWC, numbers, skipped, state), or a UserError."""
+
+    source: ImageSource
+    settings: DataSettings
+    channels: int
+    seed: int
+    share: Share
+    first_step: int
+    states: Sequence[dict[str, Any] | None]
+    kept: dict[str, np.ndarray] = field(default_factory=dict)
+
+    def __iter__(self) -> Iterator[Any]:
+        worker, workers = worker_place()
+        stream = None
+        if isinstance(self.source, StreamSource):
+            reader, readers = self.share.rank * workers + worker, self.share.world_size * workers
+            buffer_size, state = self.settings.shuffle_buffer, self.states[worker]
+            stream = StreamReader(self.source, self.seed, buffer_size, reader, readers, state)
+        try:
+            for step in itertools.count(self.first_step + worker, workers):
+                numbers, skipped, num_replaced = self.share.numbers(step), list[str](), 0
+                crops = []
+                for number in numbers:
+                    crop, bad = self._crop(number, stream or self._candidates(number))
+                    crops.append(crop)
+                    skipped += bad
+                    num_replaced += bool(bad)
+                yield crops, numbers, skipped, num_replaced, stream.state_dict() if stream else None
+        except UserError as error:
+            yield error  # raised in the worker it would arrive wrapped in a traceback
+
+    def _candidates(self, number: int) -> Iterator[tuple[str, Callable[[], Encoded]]]:
+        """The sample's image and those that follow in its epoch."""
+        assert not isinstance(self.source, StreamSource)
+        epoch, position = divmod(number, len(self.source))
+        order = epoch_order(self.seed, epoch, len(self.source))
+        for offset in range(len(order)):
+            i = int(order[(position + offset) % len(order)])
+            yield self.source.name(i), partial(self.source.read, i)
+
+    def _crop(
+        self, number: int, candidates: Iterator[tuple[str, Callable[[], Encoded]]]
+    ) -> tuple[np.ndarray, list[str]]:
+        """The sample's crop, and the unreadable images that were passed over for it."""
+        settings = self.settings
+        bad = list[str]()
+        for name, read in itertools.islice(candidates, MAX_BAD_IN_A_ROW):
+            try:
+                return training_crop(self._pixels(name, read), settings, crop_rng(self.seed, number)), bad
+            except ImageError as error:
+                bad.append(f"{printable(name)}: {printable(str(error))}")
+        shown = "".join(f"\n  {line}" for line in bad[:5])
+        raise UserError(f"data.source: {len(bad)} images in a row of {settings.source} are unreadable:{shown}")
+
+    def _pixels(self, name: str, read: Callable[[], Encoded]) -> np.ndarray:
+        if name in self.kept:
+            return self.kept[name]
+        array = decode_for(read(), self.settings, self.channels)
+        few = not isinstance(self.source, StreamSource) and len(self.source) <= KEPT_IMAGES
+        if few and array.nbytes <= KEPT_BYTES_EACH:
+            self.kept[name] = array
+        return array
+
+
+def decode_for(encoded: Encoded, settings: DataSettings, channels: int) -> np.ndarray:
+    """Pixels as the settings want them, HWC. Raises ImageError."""
+    return decode(encoded, channels=channels, background=settings.background, max_pixels=settings.max_pixels)
+
+
+def training_crop(array: np.ndarray, settings: DataSettings, rng: np.random.Generator) -> np.ndarray:
+    """HWC -> (resolution, resolution, C). Raises ImageError."""
+    return random_crop(array, settings.resolution, settings.resize_px, settings.flip, rng)
+
+
+def worker_place() -> tuple[int, int]:
+    """Number of this loader's worker, and of all; (0, 1) outside one."""
+    info = get_worker_info()
+    return (info.id, info.num_workers) if info else (0, 1)
+
+
+def _received(crops: _Crops, is_stream: bool) -> Generator[Batch, None, None]:
+    """Parcels of the workers in turn, as Batches. Pixels travel as they were decoded, through pipes: a quarter of
+    the floats' size, and /dev/shm may be small."""
+    states = list(crops.states)
+    for count, parcel in enumerate(loaded(crops, crops.settings.num_workers)):
+        if isinstance(parcel, UserError):
+            raise parcel
+        arrays, numbers, skipped, num_replaced, states[count % len(states)] = parcel
+        images = torch.stack([to_tensor(array) for array in arrays])
+        if torch.cuda.is_available():
+            images = images.pin_memory()
+        state = None
+        if is_stream:
+            state = {"rank": crops.share.rank, "world_size": crops.share.world_size, "workers": list(states)}
+        yield Batch(images, numbers, skipped, num_replaced, state)
+
+
+def loaded(dataset: IterableDataset, num_workers: int, ahead: int = 2) -> Iterator[Any]:
+    """The items of `dataset`: of its workers in turn, worker 0 first; each works `ahead` items ahead.
+
+    Raises UserError when the workers cannot be started, WorkerDied when one is killed.
+    """
+    loader = DataLoader(
+        dataset,
+        batch_size=None,
+        num_workers=num_workers,
+        collate_fn=_unchanged,
+        worker_init_fn=_ignore_interrupts,
+        generator=torch.Generator(),  # otherwise it draws a seed from the global one
+        prefetch_factor=ahead if num_workers else None,
+    )
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    handler = signal.getsignal(signal.SIGCHLD)
+    try:
+        multiprocessing.Lock()  # asked here first: torch's half-made workers would print a traceback
+        items = iter(loader)
+        if in_main_thread:
+            # torch's would raise in whatever is done at the moment, not where the dead worker's item is awaited
+            signal.signal(signal.SIGCHLD, handler)
+    except OSError as error:
+        raise UserError(
+            f"data.num_workers: {num_workers} reading processes cannot be started: {reason_of(error)}. They need a few "
+            "bytes of /dev/shm each (docker run --shm-size), memory and free process ids; or set data.num_workers=0"
+        ) from error
+    while True:
+        try:
+            item = next(items)
+        except StopIteration:
+            return
+        except RuntimeError as error:
+            if WORKER_DIED not in str(error):
+                raise
+            raise WorkerDied(
+                f"data.num_workers: a process that reads images died ({first_line(error).strip()}). Too little memory "
+                "is the usual cause: lower data.num_workers or data.max_pixels; or an image crashes its decoder: "
+                "`latent-ae data check` finds and names it"
+            ) from error
+        yield item
+
+
+class WorkerDied(UserError):
+    """A process that reads images was killed."""
+
+
+def _unchanged(item: T) -> T:
+    return item
+
+
+def _ignore_interrupts(worker: int) -> None:
+    # Ctrl-C and a scheduler's signals go to every process of the job; the main one stops the workers when it is done
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    # the second SIGTERM ends it: that is how a worker that hangs is removed
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(signal.SIGTERM, signal.SIG_DFL))

@@ -1,0 +1,117 @@
+"""Two small sets of images whose factors of variation are known: one white thing on black, one channel.
+
+python -m latent_ae.data.synthetic shapes.parquet
+python -m latent_ae.data.synthetic blobs.parquet --kind blobs
+
+shapes (32 px): a square, ellipse or heart with sharp edges, after dSprites (Matthey, Higgins, Hassabis and Lerchner
+2017). Turns stay below a quarter, which is where a square comes back to itself.
+blobs (16 px): a Gaussian blob. What has soft edges changes the image nearly linearly as it moves, so that one dimension
+is enough for a factor.
+Every combination of the factors is there once, and no two images are the same.
+"""
+
+import argparse
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import datasets
+import numpy as np
+from PIL import Image
+
+from latent_ae.files import replacing
+
+FACTORS = {"shape": 3, "scale": 4, "orientation": 8, "x": 8, "y": 8}
+"""Of the shapes: columns of the table and how many values each has."""
+BLOB_FACTORS = {"scale": 6, "x": 12, "y": 12}
+"""Of the blobs."""
+SHAPES = ("square", "ellipse", "heart")
+SIDE_PX, BLOB_SIDE_PX = 32, 16
+SUBPIXELS = 4
+"""Along each side of a pixel, averaged."""
+
+
+def draw_shape(values: Sequence[int], counts: Sequence[int] = tuple(FACTORS.values())) -> np.ndarray:
+    """The image of one combination: (32, 32) uint8. `values` and `counts` are in the order of FACTORS.
+
+    The shape's half width (of the square 0.7 of it, so that its corners stay inside) goes from an eighth to a quarter
+    of the side, its centre from a quarter to three quarters, its turn from 0 to just below a quarter turn; values are
+    evenly spaced.
+    """
+    shape, scale, orientation, x, y = values
+    spread = [value / max(1, count - 1) for value, count in zip(values, counts, strict=True)]
+    radius = SIDE_PX * (1 + spread[1]) / 8
+    angle = 0.5 * np.pi * orientation / counts[2]
+    centre = [SIDE_PX * (0.25 + 0.5 * part) for part in spread[3:]]
+    grid = (np.arange(SIDE_PX * SUBPIXELS) + 0.5) / SUBPIXELS
+    across, down = (grid[None, :] - centre[0]) / radius, (grid[:, None] - centre[1]) / radius
+    u = np.cos(angle) * across + np.sin(angle) * down
+    v = np.cos(angle) * down - np.sin(angle) * across
+    inside = (
+        np.maximum(abs(u), abs(v)) < 0.7,
+        u**2 + (2 * v) ** 2 < 1,
+        # the heart curve, point downwards; v is measured downwards
+        ((1.2 * u) ** 2 + (0.1 - 1.2 * v) ** 2 - 1) ** 3 < (1.2 * u) ** 2 * (0.1 - 1.2 * v) ** 3,
+    )[shape]
+    covered = inside.reshape(SIDE_PX, SUBPIXELS, SIDE_PX, SUBPIXELS).mean((1, 3))
+    return np.round(255 * covered).astype(np.uint8)
+
+
+def draw_blob(values: Sequence[int], counts: Sequence[int] = tuple(BLOB_FACTORS.values())) -> np.ndarray:
+    """The image of one combination: (16, 16) uint8. `values` and `counts` are in the order of BLOB_FACTORS.
+
+    255 exp(-d^2 / (2 r^2)) at distance d from the centre. r goes from a tenth to a fifth of the side, the centre from
+    0.3 to 0.7 of it; values are evenly spaced.
+    """
+    scale, x, y = (value / max(1, count - 1) for value, count in zip(values, counts, strict=True))
+    grid = (np.arange(BLOB_SIDE_PX) + 0.5) / BLOB_SIDE_PX
+    radius = 0.1 + 0.1 * scale
+    squared = (grid[None, :] - (0.3 + 0.4 * x)) ** 2 + (grid[:, None] - (0.3 + 0.4 * y)) ** 2
+    return np.round(255 * np.exp(-squared / (2 * radius**2))).astype(np.uint8)
+
+
+class Kind(NamedTuple):
+    """A set of images."""
+
+    factors: dict[str, int]
+    """Columns of the table and how many values each has."""
+    draw: Callable[[Sequence[int], Sequence[int]], np.ndarray]
+    """Of values and counts, in the order of `factors`."""
+    side_px: int
+
+
+KINDS = {"shapes": Kind(FACTORS, draw_shape, SIDE_PX), "blobs": Kind(BLOB_FACTORS, draw_blob, BLOB_SIDE_PX)}
+
+
+def write_shapes(path: str | Path, counts: Sequence[int] | None = None, kind: str = "shapes") -> Path:
+    """Writes every combination as a Parquet table: `image` (PNG, one channel) and an integer column for each factor.
+
+    `kind` is one of KINDS, `counts` the numbers of values in the order of its factors (None: its own). Rows are in the
+    order of itertools.product.
+    """
+    factors, draw, _ = KINDS[kind]
+    counts = tuple(factors.values()) if counts is None else counts
+
+    def rows() -> Iterator[dict[str, object]]:
+        for values in itertools.product(*map(range, counts)):
+            yield {"image": Image.fromarray(draw(values, counts))} | dict(zip(factors, values, strict=True))
+
+    features = datasets.Features({"image": datasets.Image()} | {name: datasets.Value("int64") for name in factors})
+    table = datasets.Dataset.from_list(list(rows()), features=features)
+    with replacing(Path(path)) as part:
+        table.to_parquet(part)
+    return Path(path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("path", type=Path, metavar="OUT.parquet")
+    parser.add_argument("--kind", choices=KINDS, default="shapes", help="(default: shapes)")
+    words = parser.parse_args()
+    write_shapes(words.path, kind=words.kind)
+    print(words.path)
+
+
+if __name__ == "__main__":
+    main()

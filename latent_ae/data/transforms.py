@@ -1,0 +1,108 @@
+"""Resizing and cropping of decoded images: HWC arrays of uint8, uint16 or float32 in [0, 1], as images.decode gives."""
+
+from typing import Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.nn import functional as F
+
+from latent_ae.config import UserError
+from latent_ae.data.images import ImageError
+
+Resample = Literal["adm", "bicubic", "tensor", "linear"]
+LEVELS = {"uint8": 255.0, "uint16": 65535.0}
+# an image this many times longer than wide would fill the memory when its shorter side is enlarged
+MAX_ELONGATION = 64
+
+
+def _resize(array: np.ndarray, height: int, width: int, resample: Image.Resampling) -> np.ndarray:
+    """HWC -> HWC of the same type; antialiased, each channel by itself (four channels need not be RGBA)."""
+    if array.dtype == np.uint8 and array.shape[2] == 3:
+        return np.asarray(Image.fromarray(array).resize((width, height), resample))
+    bands = []
+    for channel in range(array.shape[2]):
+        band = np.ascontiguousarray(array[..., channel])
+        deep = band.dtype != np.uint8
+        picture = Image.fromarray(band.astype(np.float32) if deep else band)
+        resized = np.asarray(picture.resize((width, height), resample))
+        if deep:  # bicubic overshoots at edges
+            resized = resized.clip(0, 1) if band.dtype == np.float32 else resized.round().clip(0, 65535)
+        bands.append(resized.astype(array.dtype))
+    return np.stack(bands, axis=2)
+
+
+def resize_shorter(array: np.ndarray, size_px: int, resample: Resample = "adm") -> np.ndarray:
+    """HWC -> HWC with the shorter side `size_px`, the aspect kept.
+
+    adm: box halving, then bicubic, as `center_crop_arr` of openai/guided-diffusion (image_datasets.py) does; most
+    published numbers rest on it. bicubic: Pillow's, as torchvision's Resize(BICUBIC) of a picture. tensor: bilinear of
+    floats with antialiasing, as torchvision's Resize of a tensor; the result is not rounded to levels: float32.
+    linear: bilinear without antialiasing, as OpenCV's INTER_LINEAR (albumentations), to within a level.
+    Raises ImageError where enlarging would take absurd memory.
+    """
+    height, width = array.shape[:2]
+    if min(height, width) == size_px:
+        return array
+    if min(height, width) < size_px and max(height, width) > MAX_ELONGATION * min(height, width):
+        raise ImageError(f"{width} x {height} px is too elongated to enlarge to {size_px} px")
+    if resample != "adm":
+        return _resize_once(array, size_px, resample)
+    while min(height, width) >= 2 * size_px:
+        height, width = height // 2, width // 2
+        array = _resize(array, height, width, Image.Resampling.BOX)
+    scale = size_px / min(height, width)
+    return _resize(array, round(height * scale), round(width * scale), Image.Resampling.BICUBIC)
+
+
+def _resize_once(array: np.ndarray, size_px: int, resample: Resample) -> np.ndarray:
+    height, width = array.shape[:2]
+    shorter = min(height, width)
+    # torchvision cuts the longer side's fraction off, albumentations rounds it
+    exact = [side * size_px / shorter for side in (height, width)]
+    sides = [round(side) if resample == "linear" else int(side) for side in exact]
+    if resample == "bicubic":
+        return _resize(array, sides[0], sides[1], Image.Resampling.BICUBIC)
+    levels = LEVELS.get(array.dtype.name, 1.0)
+    planes = torch.from_numpy(np.ascontiguousarray(array.transpose(2, 0, 1))[None].astype(np.float32))
+    resized = F.interpolate(planes, sides, mode="bilinear", antialias=resample == "tensor", align_corners=False)
+    pixels = resized[0].permute(1, 2, 0).numpy()
+    if resample == "tensor":
+        return np.clip(pixels / np.float32(levels), 0, 1)
+    return pixels.round().astype(array.dtype) if array.dtype != np.float32 else pixels
+
+
+def random_crop(
+    array: np.ndarray, resolution: int, resize_px: int | None, flip: bool, rng: np.random.Generator
+) -> np.ndarray:
+    """HWC -> (resolution, resolution, C); smaller images are enlarged to fit. Takes three draws of `rng`."""
+    if resize_px is not None:
+        array = resize_shorter(array, resize_px)
+    if min(array.shape[:2]) < resolution:
+        array = resize_shorter(array, resolution)
+    top = int(rng.integers(array.shape[0] - resolution + 1))
+    left = int(rng.integers(array.shape[1] - resolution + 1))
+    mirrored = rng.random() < 0.5
+    crop = array[top : top + resolution, left : left + resolution]
+    return crop[:, ::-1] if flip and mirrored else crop
+
+
+def center_crop(
+    array: np.ndarray, resolution: int | None, multiple_of: int = 1, *, nearest: bool = False
+) -> np.ndarray:
+    """HWC -> its middle: a square of `resolution` px; None: the most of it whose sides `multiple_of` divides.
+
+    Images smaller than that are enlarged to fit. An odd margin is shared with the smaller half first, or with `nearest`
+    as torchvision's CenterCrop does it: halves go to the even number.
+    """
+    if resolution is not None and resolution % multiple_of:
+        raise UserError(f"a crop of {resolution} px: the model needs a multiple of {multiple_of}")
+    needed = resolution or multiple_of
+    if min(array.shape[:2]) < needed:
+        array = resize_shorter(array, needed)
+    sides = [resolution or side // multiple_of * multiple_of for side in array.shape[:2]]
+    top, left = (
+        round((whole - side) / 2) if nearest else (whole - side) // 2
+        for whole, side in zip(array.shape[:2], sides, strict=True)
+    )
+    return array[top : top + sides[0], left : left + sides[1]]

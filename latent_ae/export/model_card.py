@@ -1,0 +1,244 @@
+"""The README.md of an exported first stage: what it is, how to load it, how good it is; metadata that a hub reads."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from diffusers import ModelMixin
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from latent_ae.export.precision import verdict
+from latent_ae.latents.statistics import LatentStatistics
+from latent_ae.models.build import count_parameters, factor_of, latent_channels_of
+from latent_ae.models.registry import family_of, module_of
+from latent_ae.text import printable
+
+METRIC_NAMES = {
+    "psnr": "PSNR (dB)",
+    "ssim": "SSIM",
+    "ms_ssim": "MS-SSIM",
+    "lpips_vgg": "LPIPS (VGG)",
+    "lpips_alex": "LPIPS (Alex)",
+    "frechet_vgg16": "Fréchet (VGG16)",
+    "frechet_alexnet": "Fréchet (AlexNet)",
+}
+
+
+@dataclass(frozen=True)
+class CardFacts:
+    """What a model card says about how a first stage came to be. Anything unknown stays None and unsaid."""
+
+    name: str
+    data_name: str
+    steps: int | None = None
+    num_images: int | None = None
+    """How many held-out images the metrics are means over."""
+    metrics: Mapping[str, float | None] = field(default_factory=dict)
+    """Means by the keys of `ReconstructionMetrics.summary`; other keys are ignored."""
+    baseline: Mapping[str, float | None] = field(default_factory=dict)
+    """The same for bicubic down- and upsampling by the factor."""
+    split: str | None = None
+    base_model: str | None = None
+    license: str | None = None
+    settings_yaml: str | None = None
+
+
+def loading_lines(folder: str | Path, kind: str = "AutoencoderKL") -> str:
+    """The lines of Python that load an export of class `kind`."""
+    return (
+        "import torch\n"
+        f"from {module_of(kind)} import {kind}\n"
+        f"vae = {kind}.from_pretrained({str(folder)!r}, torch_dtype=torch.float32).eval()"
+    )
+
+
+def model_card(
+    autoencoder: ModelMixin,
+    facts: CardFacts,
+    statistics: LatentStatistics,
+    location: str,
+    difference: float,
+    precision: Mapping[str, Any] | None = None,
+) -> ModelCard:
+    """A model card with a valid model-index; `autoencoder` carries the config that is exported.
+
+    `precision`: what `probe_precision` found, with that of `probe_tiling` as "tiling", if it was asked.
+    """
+    measured = {key: facts.metrics[key] for key in METRIC_NAMES if facts.metrics.get(key) is not None}
+    results = [
+        EvalResult(
+            task_type="image-to-image",
+            task_name="Image reconstruction",
+            dataset_type=facts.data_name,
+            dataset_name=facts.data_name,
+            dataset_split=facts.split,
+            metric_type=key.removesuffix("_vgg").removesuffix("_alex"),
+            metric_name=METRIC_NAMES[key],
+            metric_value=value,
+        )
+        for key, value in measured.items()
+    ]
+    data = ModelCardData(
+        library_name="diffusers",
+        license=facts.license,
+        base_model=facts.base_model,
+        pipeline_tag="image-to-image",
+        tags=["autoencoder", "vae", "latent-diffusion", "latent-ae"],
+        model_name=facts.name,
+        eval_results=results or None,
+    )
+    return ModelCard(
+        f"---\n{data.to_yaml()}\n---\n\n" + _card_text(autoencoder, facts, statistics, location, difference, precision)
+    )
+
+
+def _card_text(
+    autoencoder: ModelMixin,
+    facts: CardFacts,
+    statistics: LatentStatistics,
+    location: str,
+    difference: float,
+    precision: Mapping[str, Any] | None,
+) -> str:
+    config, factor, kind = autoencoder.config, factor_of(autoencoder), type(autoencoder).__name__
+    trained = [f"on {_plain(facts.data_name)}"]
+    if facts.steps is not None:
+        trained.append(f"for {facts.steps:,} steps")
+    if facts.base_model:
+        trained.append(f"from {_plain(facts.base_model)}")
+    latent = {"posterior": "latent_dist.sample()", "codebook": "latents"}
+    encoded = "latents" if kind == "AutoencoderTiny" else latent.get(family_of(autoencoder).latent, "latent")
+    if "scaling_factor" not in config:
+        given = "norm = vae.bn  # of patches of 2 x 2 latents: channel after channel, each with its four places\n"
+        scaled, undone = "z", "z"
+    elif "shift_factor" not in config:
+        given, scaled, undone = "", "z * vae.config.scaling_factor", "z / vae.config.scaling_factor"
+    elif config.get("latents_mean") is None:
+        given, scaled = "", "(z - vae.config.shift_factor) * vae.config.scaling_factor"
+        undone = "z / vae.config.scaling_factor + vae.config.shift_factor"
+    else:
+        given = (
+            "mean, std = (torch.tensor(vae.config[key]).view(1, -1, 1, 1) for key in ('latents_mean', 'latents_std'))\n"
+        )
+        scaled, undone = "(z - mean) / std", "z * std + mean"
+    sides = "always" if family_of(autoencoder).latent == "hierarchy" else "multiples of"
+    loader = "stock diffusers" if module_of(kind) == "diffusers" else module_of(kind)
+    parts = [
+        f"# {_plain(facts.name)}\n\n{'An' if kind.startswith('A') else 'A'} `{kind}`: images of "
+        f"{config.in_channels} channels in [-1, 1] to latents of {latent_channels_of(autoencoder)} channels, "
+        f"each side divided by {factor}. {count_parameters(autoencoder):,} parameters, float32. "
+        f"Trained {' '.join(trained)}.",
+        f"""## Use
+
+```python
+{loading_lines(location, kind)}
+{given}with torch.no_grad():
+    z = vae.encode(images).{encoded}  # images: N x {config.in_channels} x H x W in [-1, 1]
+    z = {scaled}  # what a diffusion model sees
+    images = vae.decode({undone}).sample
+```
+
+H and W are {sides} {factor}. {_scaling_text(autoencoder, statistics)}
+{_pipeline_text(autoencoder)}""",
+        _metric_text(facts, factor),
+        f"## Check\n\nLoaded by {loader} in a fresh process, these weights reconstruct like the trained "
+        f"model: largest difference {difference:.1e} in [-1, 1].",
+        _precision_text(precision) if precision else "",
+    ]
+    if facts.settings_yaml:
+        longest = max(map(len, re.findall("`+", facts.settings_yaml)), default=0)
+        fence = "`" * max(3, longest + 1)
+        parts.append(f"## Settings\n\n{fence}yaml\n{printable(facts.settings_yaml.rstrip(), lines=True)}\n{fence}")
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _scaling_text(autoencoder: ModelMixin, statistics: LatentStatistics) -> str:
+    measured = (
+        f"measured over\n{statistics.count:,} latent values (mean {statistics.mean:.4g}, "
+        f"standard deviation {statistics.std:.4g})."
+    )
+    if (
+        autoencoder.config.get("latents_mean") is not None
+        and autoencoder.config.latents_mean == statistics.channel_mean
+    ):
+        return f"`latents_mean` and `latents_std` of each channel were {measured}"
+    if "scaling_factor" not in autoencoder.config:
+        return f"The means and variances in `vae.bn` were {measured}"
+    if "shift_factor" not in autoencoder.config:
+        return f"`scaling_factor` was {measured}"
+    if autoencoder.config.scaling_factor == statistics.scaling_factor:
+        return f"`scaling_factor` and `shift_factor` were {measured}"
+    return (
+        "`scaling_factor` and `shift_factor` are those of the model that this one's decoder was tuned from: its\n"
+        f"latents are the same. On this data they were {measured}"
+    )
+
+
+def _pipeline_text(autoencoder: ModelMixin) -> str:
+    if autoencoder.config.get("latents_mean") is not None:
+        return "Pipelines of the Stable Diffusion XL kind apply `latents_mean` and `latents_std`; others do not."
+    if "shift_factor" not in autoencoder.config:
+        return ""
+    return "Pipelines of the Stable Diffusion 1 and 2 kind apply `scaling_factor` only."
+
+
+def _precision_text(precision: Mapping[str, Any]) -> str:
+    rows = []
+    for name in ("bf16", "fp16"):
+        row = precision[name]
+        psnr = "–" if row["psnr"] is None else f"{row['psnr']:.1f}"
+        emulated = ", emulated" if row["emulated"] else ""
+        rows.append(f"| {name}{emulated} | {psnr} | {row['not_finite']:,} |")
+    tiling, upcast = precision.get("tiling"), precision["force_upcast"]
+    meaning = "fp16 pipelines run it in fp32" if upcast else "fp16 pipelines run it in fp16"
+    tiles = "Tiles of `sample_size` px are no multiple of 4 latent px, which diffusers cannot put together: do not "
+    tiles += "`enable_tiling`."
+    if "tiling" not in precision:
+        tiles = "Decoding in tiles was not tried: they are large for the memory, or for a processor without a GPU."
+    if tiling is not None:
+        tiles = (
+            f"An image of {tiling['side_px']} px decoded in tiles of {tiling['tile_px']} px (`enable_tiling`) is "
+            f"{tiling['psnr']:.1f} dB from the same decoded whole (largest difference {tiling['max_abs']:.3f})."
+        )
+    return "\n".join(
+        [
+            f"## Precision and tiling\n\nReconstructions of {precision['images']} held-out images, against fp32:\n",
+            "| | PSNR (dB) | values not finite |\n|---|---:|---:|",
+            *rows,
+            f"\n{verdict(dict(precision))}. So `force_upcast` is {str(upcast).lower()}: {meaning}.\n",
+            tiles,
+        ]
+    )
+
+
+def _metric_text(facts: CardFacts, factor: int) -> str:
+    measured = [key for key in METRIC_NAMES if facts.metrics.get(key) is not None]
+    if not measured:
+        return ""
+    rows = [("this model", facts.metrics)]
+    if facts.baseline:
+        rows.append((f"bicubic, {factor}x down and up", facts.baseline))
+    lines = [
+        "| " + " | ".join(["", *(METRIC_NAMES[key] for key in measured)]) + " |",
+        "|---" + "|---:" * len(measured) + "|",
+        *(
+            "| " + " | ".join([name, *(_figure_text(values.get(key)) for key in measured)]) + " |"
+            for name, values in rows
+        ),
+    ]
+    count = f"{facts.num_images:,} held-out images" if facts.num_images is not None else "held-out images"
+    return (
+        f"## Reconstruction\n\nMeans per image over {count} of {_plain(facts.data_name)}, on 8-bit pixels.\n\n"
+        + "\n".join(lines)
+    )
+
+
+def _plain(name: str) -> str:
+    """A name in Markdown as it is: on one line, and with nothing in it that Markdown or HTML would act on."""
+    return re.sub(r"([\\`*<>\[\]|&!$~])", r"\\\1", printable(name))
+
+
+def _figure_text(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4g}"

@@ -1,0 +1,328 @@
+"""Writes the folder that stock diffusers loads, with measured latent statistics and a card, and proves it."""
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, AutoencoderKLFlux2, ModelMixin
+from huggingface_hub import HfApi
+from huggingface_hub.utils import validate_repo_id
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from latent_ae.arithmetic import float32_arithmetic
+from latent_ae.config import UserError
+from latent_ae.export.model_card import CardFacts, loading_lines, model_card
+from latent_ae.export.pipelines import PipelineName, refuse_misfit, remarks
+from latent_ae.export.precision import probe_precision, probe_tiling
+from latent_ae.files import write_json, writing
+from latent_ae.latents.statistics import LatentStatistics
+from latent_ae.models.build import Reconstructor, count_parameters
+from latent_ae.models.likelihood import FILE, Likelihood
+from latent_ae.models.registry import module_of
+from latent_ae.progress import now
+
+__all__ = ["CardFacts", "export_autoencoder", "loading_lines", "push_to_hub", "verify_export"]
+
+TOLERANCE = 1e-5
+"""Largest difference, in [-1, 1], between the trained model's reconstruction and the exported one's."""
+
+TILES_ON_CPU_PX = 512
+"""A CPU tries no larger ones: decoding one and a half each way, whole, would take minutes and many gigabytes."""
+
+# The fresh process knows nothing of this project: it is what a user of the folder has.
+FRESH_PROCESS = """
+import importlib
+import sys
+import torch
+from safetensors.torch import load_file, save_file
+
+folder, module, kind, images, result, threads, device = sys.argv[1:]
+torch.set_num_threads(int(threads))
+torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+torch.backends.cudnn.deterministic = True
+kind = getattr(importlib.import_module(module), kind)
+autoencoder = kind.from_pretrained(folder, torch_dtype=torch.float32, local_files_only=True).eval().to(device)
+
+
+def latent(image):
+    encoded = autoencoder.encode(image[None].to(device))
+    if hasattr(encoded, "latent_dist"):
+        return encoded.latent_dist.mode()
+    return encoded.latents if hasattr(encoded, "latents") else encoded.latent
+
+
+with torch.no_grad():
+    rows = [autoencoder.decode(latent(image)).sample for image in load_file(images)["images"]]
+save_file({"images": torch.cat(rows).cpu().contiguous()}, result)  # AutoencoderDC gives channels-last
+if module == "diffusers":
+    assert not any(name.startswith("latent_ae") for name in sys.modules), "the check must not see this project"
+"""
+
+
+def export_autoencoder(
+    autoencoder: ModelMixin,
+    folder: str | Path,
+    *,
+    statistics: LatentStatistics,
+    sample_size: int,
+    card: CardFacts,
+    check_images: Tensor,
+    keep_scaling: bool = False,
+    pipeline: PipelineName | None = None,
+    latents_mean_std: bool = False,
+    likelihood: Likelihood | None = None,
+) -> dict[str, Any]:
+    """Writes `folder`: config.json, diffusion_pytorch_model.safetensors (float32) and README.md.
+
+    And likelihood.json, where it was trained with a `likelihood`.
+
+    The config carries scaling_factor and shift_factor measured by `statistics`, sample_size (px), and force_upcast from
+    a trial of `check_images` in half precision. `keep_scaling` leaves the scaling of the autoencoder's own config:
+    right where only the decoder was trained, because the diffusion models that know its latents know them scaled so.
+    `latents_mean_std` writes latents_mean and latents_std of each channel, with a scaling_factor of 1 and a
+    shift_factor of 0: (z - latents_mean) / latents_std has unit variance in each. `pipeline` names a family of
+    pipelines that must be able to use the model. The model given is left as it is. Everything is written beside
+    `folder` and checked there by `verify_export` on `check_images` (NCHW in [-1, 1], sides multiples of the factor)
+    before it takes its place, so an export that fails leaves an older one whole.
+
+    Returns what was written, JSON-ready; "remarks" says what `pipeline` would rather have. Raises UserError when
+    `folder` holds something other than an export, cannot be written, the latents cannot be scaled, or `pipeline` cannot
+    use the model; RuntimeError when the check fails.
+    """
+    if latents_mean_std and keep_scaling:
+        raise UserError("latents_mean and latents_std cannot be measured anew where the latents keep their scaling")
+    folder = Path(os.path.abspath(Path(folder).expanduser()))
+    refuse_foreign(folder)
+    exported = _twin(autoencoder)
+    config = exported.config
+    measured: dict[str, Any] = {"sample_size": sample_size}
+    if keep_scaling:
+        measured["shift_factor"] = config.get("shift_factor") or 0.0  # pipelines that read it fail on null
+    else:
+        measured |= {"scaling_factor": statistics.scaling_factor, "shift_factor": statistics.shift_factor}
+        # those of other latents, which some pipelines would apply
+        measured |= {"latents_mean": None, "latents_std": None}
+    # each class has some of them
+    exported.register_to_config(**{key: value for key, value in measured.items() if key in config})
+    if isinstance(exported, AutoencoderKLFlux2) and not keep_scaling:
+        _normalise_patches(exported, statistics)
+    if latents_mean_std:
+        if 0.0 in statistics.channel_std:
+            flat = statistics.channel_std.index(0.0)
+            raise UserError(
+                f"channel {flat} of the latents is constant, its latents_std would be 0: leave --latents-mean-std out"
+            )
+        per_channel = {"latents_mean": statistics.channel_mean, "latents_std": statistics.channel_std}
+        exported.register_to_config(**per_channel, scaling_factor=1.0, shift_factor=0.0)
+    if pipeline is not None:
+        refuse_misfit(pipeline, exported.config, type(exported).__name__)
+    precision = _tried(exported, check_images, autoencoder.device)
+    if precision is not None:
+        exported.register_to_config(force_upcast=precision["force_upcast"])
+    facts = {
+        "folder": str(folder),
+        "class": type(exported).__name__,
+        "scaling_factor": exported.config.get("scaling_factor"),
+        "shift_factor": exported.config.get("shift_factor"),
+        "sample_size": sample_size,
+        **({key: exported.config[key] for key in ("latents_mean", "latents_std")} if latents_mean_std else {}),
+        "parameters": count_parameters(exported),
+        "precision": precision,
+    }
+    if pipeline is not None:
+        facts["pipeline"] = pipeline
+        facts["remarks"] = remarks(pipeline, exported.config, statistics.mean, statistics.std)
+    with writing(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
+            fresh = Path(scratch) / "export"
+            exported.save_pretrained(fresh, safe_serialization=True)
+            for file in fresh.glob("*.safetensors"):
+                shutil.copymode(fresh / "config.json", file)  # safetensors writes for the owner's eyes only
+            difference = verify_export(fresh, autoencoder, check_images, autoencoder.device)
+            facts["max_abs_difference"] = difference
+            model_card(exported, card, statistics, folder.name, difference, precision).save(fresh / "README.md")
+            if likelihood is not None:
+                write_json(fresh / FILE, likelihood._asdict())
+            _take_place(fresh, folder, Path(scratch) / "previous")
+    return facts
+
+
+def verify_export(
+    folder: str | Path, autoencoder: ModelMixin, images: Tensor, device: torch.device | str = "cpu"
+) -> float:
+    """Loads `folder` with stock diffusers in a fresh process and compares reconstructions.
+
+    `images`: NCHW in [-1, 1], sides multiples of the factor. Both sides take the posterior's mode, one image
+    at a time, in float32 (not TF32) on `device`. Returns the largest absolute difference; raises RuntimeError when it
+    is above 1e-5 or the folder does not load. The CPU, where arithmetic is the same on both sides, has the last word:
+    another device may lack memory for two processes, or choose other kernels in the second one.
+    """
+    place = torch.device(device)
+    now(f"check of the export in a fresh process, on {len(images)} images ({place})")
+    if place.type == "cpu":
+        return _largest_difference(Path(folder), autoencoder, images, place)
+    try:
+        if place.type == "cuda":
+            torch.cuda.empty_cache()  # the other process needs some, too
+        return _largest_difference(Path(folder), autoencoder, images, place)
+    except RuntimeError as error:
+        print(f"the check does not pass on {place}: {' '.join(str(error).split())[:300]}", file=sys.stderr)
+        return verify_export(folder, autoencoder, images)
+
+
+def _largest_difference(folder: Path, autoencoder: ModelMixin, images: Tensor, device: torch.device) -> float:
+    images = images.detach().to("cpu", torch.float32).contiguous()
+    trained = Reconstructor(_twin(autoencoder)).to(device)
+    with torch.no_grad(), torch.autocast(device.type, enabled=False), float32_arithmetic(repeatable=True):
+        expected = torch.cat([trained(image[None].to(device)).image.cpu() for image in images])
+    if not expected.isfinite().all():
+        raise RuntimeError("the trained model itself reconstructs images with NaN or infinity; export an earlier one")
+    actual = _reconstruct_in_fresh_process(folder, type(autoencoder).__name__, images, device)
+    if actual.shape != expected.shape:
+        raise RuntimeError(
+            f"the exported model in {folder} gives images of {tuple(actual.shape)}, "
+            f"the trained one {tuple(expected.shape)}"
+        )
+    difference = float((actual - expected).abs().max())
+    if not difference <= TOLERANCE:  # also when it is nan
+        raise RuntimeError(
+            f"the exported model in {folder} does not reconstruct like the trained one: they differ by up to "
+            f"{difference:.3g} (allowed: {TOLERANCE:g}, images in [-1, 1])"
+        )
+    return difference
+
+
+def push_to_hub(folder: str | Path, repo_id: str, *, token: str | None = None, private: bool = False) -> str:
+    """Uploads an exported folder to the Hugging Face hub and returns its address there.
+
+    Raises UserError when that fails; the folder stays as it is, so the upload can be tried again.
+    """
+    folder = Path(folder).expanduser()
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder} has no config.json, so it is not an export; `latent-ae export` writes one")
+    try:
+        return _upload(HfApi(token=token), folder, repo_id, private)
+    except Exception as error:  # the hub's client raises its HTTP library's own kinds, which differ by version
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        raise UserError(
+            f"cannot upload {folder} to {repo_id}: {reason}. The export is complete on this machine; check the "
+            f"network, the token (`hf auth login`) and the name, then: hf upload {repo_id} {shlex.quote(str(folder))}"
+        ) from error
+
+
+def check_upload(repo_id: str) -> None:
+    """Asks the hub, without changing anything there, whether this user may upload to `repo_id`; raises UserError."""
+    owner = repo_id.partition("/")[0] if "/" in repo_id else None
+    try:
+        validate_repo_id(repo_id)
+        user = HfApi().whoami()
+    except Exception as error:  # no network, offline mode, no token, an expired one, no such name
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise UserError(
+            f"push_to_hub: nothing can be uploaded to {repo_id}: {reason}. Log in with `hf auth login` on a machine "
+            "that reaches the hub, or leave push_to_hub out and upload the export later"
+        ) from error
+    owners = [user["name"], *(group["name"] for group in user.get("orgs") or [])]
+    if owner is not None and owner not in owners:
+        raise UserError(f"push_to_hub: {repo_id} does not belong to {', '.join(owners)}, whose token this is")
+    if ((user.get("auth") or {}).get("accessToken") or {}).get("role") == "read":
+        raise UserError(f"push_to_hub: the token of {user['name']} may only read; make one that may write")
+
+
+def _twin(autoencoder: ModelMixin) -> ModelMixin:
+    """The same weights in another model: float32 on the CPU, evaluation mode, plain memory format."""
+    with torch.device("meta"):  # no memory, no random numbers drawn
+        # without the place that the weights were once loaded from: it means nothing elsewhere
+        config = {key: value for key, value in autoencoder.config.items() if key != "_name_or_path"}
+        twin = type(autoencoder).from_config(config)
+    # plain strides, as in a file: a 1x1 kernel in channels-last is "contiguous" either way, and would choose
+    # another convolution algorithm
+    state = {
+        name: torch.empty(tensor.shape).copy_(tensor.detach()) for name, tensor in autoencoder.state_dict().items()
+    }
+    twin.load_state_dict(state, assign=True)
+    return twin.eval().requires_grad_(False)
+
+
+def _normalise_patches(autoencoder: AutoencoderKLFlux2, statistics: LatentStatistics) -> None:
+    """Flux.2 scales latents by a batch norm's statistics, one for each channel and place in a patch of 2 x 2 latents.
+
+    Each place gets those of its channel: latents are alike everywhere.
+    """
+    places = autoencoder.bn.num_features // len(statistics.channel_mean)
+    mean, std = torch.tensor(statistics.channel_mean), torch.tensor(statistics.channel_std)
+    autoencoder.bn.running_mean.copy_(mean.repeat_interleave(places))
+    autoencoder.bn.running_var.copy_(std.square().repeat_interleave(places))
+
+
+def _tried(autoencoder: ModelMixin, images: Tensor, device: torch.device) -> dict[str, Any] | None:
+    """Half precision, and tiling where there is the memory; None for another class than AutoencoderKL."""
+    if type(autoencoder) is not AutoencoderKL:
+        return None
+    try:
+        found = probe_precision(autoencoder, images, device)
+    except torch.OutOfMemoryError:  # what trained it may still hold the memory
+        return _tried(autoencoder, images[:1], torch.device("cpu"))
+    if device.type == "cpu" and autoencoder.config.sample_size > TILES_ON_CPU_PX:
+        return found
+    now("trial in tiles")
+    try:
+        return found | {"tiling": probe_tiling(autoencoder, images[0], device)}
+    except torch.OutOfMemoryError as error:
+        print(f"decoding in tiles was not tried: {' '.join(str(error).split())[:200]}", file=sys.stderr)
+        return found
+
+
+def refuse_foreign(folder: Path) -> None:
+    """Raises UserError when an export may not take the place of what is there."""
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not (folder / "config.json").is_file()):
+        raise UserError(f"{folder} exists and is not an export; give a new or empty folder")
+
+
+def _take_place(fresh: Path, folder: Path, previous: Path) -> None:
+    """Two renames; whatever stops the second one undoes the first."""
+    had_previous = folder.exists()
+    if had_previous:
+        os.replace(folder, previous)
+    try:
+        os.replace(fresh, folder)
+    except BaseException:
+        if had_previous:
+            os.replace(previous, folder)
+        raise
+
+
+def _reconstruct_in_fresh_process(folder: Path, kind: str, images: Tensor, device: torch.device) -> Tensor:
+    with tempfile.TemporaryDirectory() as scratch:
+        given, result = Path(scratch) / "images.safetensors", Path(scratch) / "result.safetensors"
+        save_file({"images": images}, given)
+        words = [str(folder.resolve()), module_of(kind), kind, str(given), str(result), str(torch.get_num_threads())]
+        words.append(str(device))
+        # offline, because the folder must be enough
+        environment = os.environ | {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
+        done = subprocess.run(
+            [sys.executable, "-c", FRESH_PROCESS, *words],
+            cwd=scratch,
+            env=environment,
+            capture_output=True,
+            text=True,
+            errors="replace",
+        )
+        if done.returncode != 0:
+            tail = "\n".join(done.stderr.strip().splitlines()[-5:])
+            raise RuntimeError(f"stock diffusers cannot load the exported model in {folder}:\n{tail}")
+        return load_file(result)["images"]
+
+
+def _upload(api: HfApi, folder: Path, repo_id: str, private: bool) -> str:
+    address = api.create_repo(repo_id, private=private, exist_ok=True)
+    api.upload_folder(repo_id=address.repo_id, folder_path=folder, commit_message="Upload first stage")
+    return str(address)

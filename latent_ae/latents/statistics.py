@@ -1,0 +1,227 @@
+"""Statistics of a first stage's latents, streamed in float64: what a diffusion model needs to scale them by.
+
+The channels' count, means and sums of products of deviations are enough: they merge over batches and processes
+without loss (Chan, Golub & LeVeque 1983), and the overall figures follow from them. Quantiles come from integer counts.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from latent_ae.config import UserError
+from latent_ae.latents.quantiles import QuantileSketch
+
+QUANTILES = (0.001, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 0.999)
+DEAD_SIGNAL_FRACTION = 0.01
+EQUAL_RELATIVE_STD = 1e-12
+"""What rounding in float64 leaves of the spread of equal values."""
+
+
+class Moments:
+    """Count, mean and population covariance of the channels of NCHW tensors, merged batch by batch."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        """Values per channel."""
+        self.mean = torch.zeros(0, dtype=torch.float64)
+        self.scatter = torch.zeros(0, 0, dtype=torch.float64)
+        """Sums of products of deviations from the means, (C, C)."""
+
+    def update(self, values: Tensor) -> None:
+        """Takes in NCHW values of any float type."""
+        batch = Moments()
+        # on the CPU: latents are small, and not every accelerator has float64
+        flat = values.detach().cpu().double().transpose(0, 1).flatten(1)
+        batch.count = flat.shape[1]
+        if batch.count:
+            batch.mean = flat.mean(1)
+            deviations = flat - batch.mean[:, None]
+            batch.scatter = deviations @ deviations.T
+            self.merge(batch)
+
+    def merge(self, other: "Moments") -> None:
+        """Takes in what another saw: S = Sa + Sb + delta delta^T * na * nb / n (Chan et al., eq. 2.1, for vectors)."""
+        if not other.count:
+            return
+        if not self.count:
+            self.count, self.mean, self.scatter = other.count, other.mean.clone(), other.scatter.clone()
+            return
+        total = self.count + other.count
+        delta = other.mean - self.mean
+        self.mean = self.mean + delta * (other.count / total)
+        self.scatter = self.scatter + other.scatter + delta.outer(delta) * (self.count * other.count / total)
+        self.count = total
+
+    @property
+    def covariance(self) -> Tensor:
+        """Population covariance of the channels, (C, C)."""
+        return self.scatter / self.count
+
+    @property
+    def variance(self) -> Tensor:
+        """Population variance per channel, (C,)."""
+        return self.covariance.diagonal()
+
+    def overall(self) -> tuple[float, float]:
+        """Mean and standard deviation over all channels together."""
+        mean = self.mean.mean()
+        # law of total variance; every channel has as many values
+        variance = (self.variance + (self.mean - mean).square()).mean()
+        return float(mean), math.sqrt(float(variance))
+
+
+class LatentStatistics:
+    """Mean, covariance, quantiles and information of latents, overall and per channel.
+
+    statistics = LatentStatistics()
+    statistics.update(latents)                  # N x C x h x w, raw: posterior samples or modes
+    statistics.gather()                         # when several processes saw a part each
+    z = (latents - statistics.shift_factor) * statistics.scaling_factor
+    """
+
+    def __init__(self) -> None:
+        self.latents = Moments()
+        self.sketch = QuantileSketch()
+        self.posterior_means = Moments()
+        self.posterior_variances = Moments()
+        self.kl = Moments()
+
+    def update(self, latents: Tensor, mean: Tensor | None = None, logvar: Tensor | None = None) -> None:
+        """Takes in raw latents NCHW, and the moments of the posterior that they come from.
+
+        Raises ValueError when only one of the moments is given.
+        """
+        if (mean is None) != (logvar is None):
+            raise ValueError("give the posterior's mean and logvar together, or neither")
+        self.latents.update(latents)
+        self.sketch.update(latents)
+        if mean is not None and logvar is not None:
+            mean, logvar = mean.detach().cpu().double(), logvar.detach().cpu().double()
+            variance = logvar.exp()
+            self.posterior_means.update(mean)
+            self.posterior_variances.update(variance)
+            # KL(N(mean, variance) || N(0, 1)) of one latent value, in nats (Kingma & Welling 2014, appendix B)
+            self.kl.update(0.5 * (mean.square() + variance - 1 - logvar))
+
+    def merge(self, other: "LatentStatistics") -> None:
+        """Takes in what another saw, as if its latents had come here."""
+        for mine, theirs in zip(self._moments(), other._moments(), strict=True):
+            mine.merge(theirs)
+        self.sketch.merge(other.sketch)
+
+    def gather(self) -> None:
+        """Merges the statistics of all processes, in rank order. Every process must call it."""
+        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            return
+        parts = [LatentStatistics() for _ in range(torch.distributed.get_world_size())]
+        torch.distributed.all_gather_object(parts, self)
+        merged = LatentStatistics()
+        for part in parts:
+            merged.merge(part)
+        self.__dict__.update(merged.__dict__)
+
+    def _moments(self) -> tuple[Moments, ...]:
+        return self.latents, self.posterior_means, self.posterior_variances, self.kl
+
+    @property
+    def count(self) -> int:
+        """Latent values seen, all channels together."""
+        return self.latents.count * len(self.latents.mean)
+
+    @property
+    def mean(self) -> float:
+        return self._checked()[0]
+
+    @property
+    def std(self) -> float:
+        """Population standard deviation over all values."""
+        return self._checked()[1]
+
+    @property
+    def shift_factor(self) -> float:
+        """What is subtracted from a latent before scaling: the overall mean. Raises UserError like `std`."""
+        return self.mean
+
+    @property
+    def scaling_factor(self) -> float:
+        """1 / std: `(z - shift_factor) * scaling_factor` has unit variance. Raises UserError like `std`."""
+        return 1 / self.std
+
+    @property
+    def channel_mean(self) -> list[float]:
+        return [float(value) for value in self.latents.mean]
+
+    @property
+    def channel_std(self) -> list[float]:
+        return [float(value) for value in self.latents.variance.sqrt()]
+
+    @property
+    def channel_covariance(self) -> list[list[float]]:
+        """Population covariance of the channels over all positions, C x C."""
+        return [[float(value) for value in row] for row in self.latents.covariance]
+
+    def quantiles(self, channel: int | None = None) -> dict[str, float]:
+        """The values at QUANTILES of a channel, or of all values, by fraction; see quantiles.py for their error.
+
+        Raises ValueError when no finite value was seen.
+        """
+        return dict(zip(map(str, QUANTILES), self.sketch.quantiles(QUANTILES, channel), strict=True))
+
+    @property
+    def channel_kl(self) -> list[float]:
+        """Mean KL to N(0, 1) per latent value of each channel, nats; empty when no posterior was given."""
+        return [float(value) for value in self.kl.mean]
+
+    @property
+    def dead_channels(self) -> list[int]:
+        """Channels whose sampled values hardly depend on the image; empty when no posterior was given.
+
+        Dead: the posterior mean's variance is under 1 % of the variance of posterior samples. For a posterior
+        that collapsed to N(0, 1) this is the active-units threshold of Burda et al. 2016, and it does not
+        depend on the latents' scale.
+        """
+        if not self.posterior_means.count:
+            return []
+        signal, noise = self.posterior_means.variance, self.posterior_variances.mean
+        dead = signal <= DEAD_SIGNAL_FRACTION * (signal + noise)
+        return [channel for channel, flag in enumerate(dead.tolist()) if flag]
+
+    def summary(self) -> dict[str, Any]:
+        """All of it, JSON-ready. Raises UserError like `std`."""
+        summary: dict[str, Any] = {
+            "count": self.count,
+            "mean": self.mean,
+            "std": self.std,
+            "scaling_factor": self.scaling_factor,
+            "shift_factor": self.shift_factor,
+            "channel_mean": self.channel_mean,
+            "channel_std": self.channel_std,
+            "channel_covariance": self.channel_covariance,
+            "quantiles": self.quantiles(),
+            "channel_quantiles": [self.quantiles(channel) for channel in range(len(self.latents.mean))],
+        }
+        if self.kl.count:
+            summary |= {
+                "kl_nats_per_dim": float(self.kl.mean.mean()),
+                "channel_kl_nats_per_dim": self.channel_kl,
+                "dead_channels": self.dead_channels,
+            }
+        return summary
+
+    def _checked(self) -> tuple[float, float]:
+        if not self.latents.count:
+            raise UserError("no latents were seen, so they have no statistics; give at least one image")
+        mean, std = self.latents.overall()
+        if not math.isfinite(mean) or not math.isfinite(std):
+            raise UserError(
+                "the latents hold values that are not finite (NaN or infinity), so they cannot be scaled; "
+                "the weights have diverged: take an earlier checkpoint, or train with a lower learning rate"
+            )
+        if std <= EQUAL_RELATIVE_STD * abs(mean):
+            raise UserError(
+                f"all {self.count} latent values are equal ({mean:g}), so they cannot be scaled; the encoder "
+                "ignores its input: train it longer, lower the KL weight, or use images that differ"
+            )
+        return mean, std

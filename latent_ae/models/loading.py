@@ -1,0 +1,312 @@
+"""First stages of the classes in `families`, behind one door: what is encoded, what is decoded, how sides shrink.
+
+stage = load_first_stage("madebyollin/taesdxl")
+encoded = stage.encode(images)                # images: NCHW float in [-1, 1]
+reconstructions = stage.decode(encoded.mean)
+"""
+
+import copy
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import diffusers
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from latent_ae.config import UserError, looks_like_path
+from latent_ae.models.likelihood import Likelihood, read_likelihood
+from latent_ae.models.posterior import draw, moments_of
+from latent_ae.models.registry import FAMILIES, class_of, family_name, untrained
+from latent_ae.models.run_checkpoint import checkpoint_at
+
+Dtype = Literal["fp32", "bf16", "fp16"]
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# pipelines keep their first stage in one of these
+PIPELINE_FOLDERS = ("vae", "vqvae", "movq")
+EMA_FOLDERS = ("{}_ema", "ema")
+CPU_BATCH_PX = 256 * 256
+"""Pixels of an image times images of a batch, on a CPU: the memory of larger feature maps goes back to the system after
+each layer and is fetched anew for the next, which takes a fifth of the time and twice the memory."""
+ImageFunction = Callable[[Tensor], Tensor]
+
+
+class Encoded(NamedTuple):
+    """Latents, float32, raw: no scaling factor."""
+
+    mean: Tensor
+    """What a deterministic model gives, or the posterior's mean; of a VQModel before quantisation."""
+    std: Tensor | None
+    """The posterior's standard deviation, like `mean`; None where there is no posterior."""
+
+
+@dataclass(frozen=True)
+class FirstStage:
+    """A first stage in evaluation mode, or any function from images to images."""
+
+    module: nn.Module | None
+    """None for a plain function."""
+    function: ImageFunction | None
+    name: str
+    """Class name."""
+    factor: int
+    channels: int | None
+    """Of its images; None where a function does not say."""
+    latent_channels: int | None
+    has_posterior: bool
+    location: str | None = None
+    weights: str = "as stored"
+    sha256: str | None = None
+    """Over the class, the config, and the names, shapes and bytes of all tensors, as they were loaded."""
+    likelihood: Likelihood | None = None
+    """That it was trained with, where it was and the folder says so."""
+
+    def moments(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What a latent is drawn from, float32: the posterior's mean and log-variance, or the latent and None.
+
+        Of NCHW images in [-1, 1] whose sides are multiples of the factor. A function has none.
+        """
+        assert self.module is not None
+        return moments_of(self.module, images.to(self.dtype))
+
+    def encode(self, images: Tensor) -> Encoded:
+        """Latents of NCHW images in [-1, 1] whose sides are multiples of the factor. A function has none."""
+        mean, logvar = self.moments(images)
+        return Encoded(mean, None if logvar is None else torch.exp(0.5 * logvar))
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """NCHW float32, nominally in [-1, 1], not clamped."""
+        assert self.module is not None
+        return self.module.decode(latents.to(self.dtype)).sample.float()
+
+    def reconstruct(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Reconstructions of the posterior's mean, or with `noise` (shaped like the latent) of a sample.
+
+        Sides that are no multiples of the factor are padded with their last row or column, and cropped back.
+        """
+        if self.function is not None:
+            made = self.function(images)
+            if not isinstance(made, Tensor) or made.shape != images.shape:
+                given = tuple(made.shape) if isinstance(made, Tensor) else type(made).__name__
+                raise UserError(f"the function {self.name} gives {given} for images of {tuple(images.shape)}")
+            return made.float()
+        height, width = images.shape[-2:]
+        padded = nn.functional.pad(images, (0, -width % self.factor, 0, -height % self.factor), mode="replicate")
+        assert self.module is not None
+        made = self.decode(draw(self.module, padded.to(self.dtype), noise).latent)
+        return made[..., :height, :width]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That the model computes in."""
+        parameter = None if self.module is None else next(self.module.parameters(), None)
+        return torch.float32 if parameter is None else parameter.dtype
+
+    def describe(self) -> dict[str, Any]:
+        """What a result says of the model, JSON-ready."""
+        return {
+            "location": self.location,
+            "class": self.name,
+            "weights": self.weights,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "factor": self.factor,
+            "channels": self.channels,
+            "latent_channels": self.latent_channels,
+            "parameters": None if self.module is None else sum(p.numel() for p in self.module.parameters()),
+            "sha256": self.sha256,
+        }
+
+
+def first_stage(
+    model: nn.Module | ImageFunction,
+    *,
+    location: str | None = None,
+    weights: str = "as stored",
+    dtype: Dtype = "fp32",
+    likelihood: Likelihood | None = None,
+) -> FirstStage:
+    """Wraps an instance of one of FAMILIES (put into evaluation mode), or a function of NCHW images in [-1, 1].
+
+    Raises UserError for a model whose output has other channels than its input, ValueError for what is neither.
+    """
+    original = getattr(model, "_orig_mod", model)  # of torch.compile
+    name = family_name(original) or type(original).__name__
+    if name not in FAMILIES:
+        if not callable(model) or isinstance(original, diffusers.ModelMixin):
+            raise ValueError(f"a first stage of diffusers or a function is needed, not {name}")
+        module = model.eval() if isinstance(model, nn.Module) else None
+        label = getattr(model, "__name__", name)
+        return FirstStage(module, model, label, 1, None, None, has_posterior=False, location=location)
+    assert isinstance(original, nn.Module)
+    family, config, model = FAMILIES[name], original.config, original
+    channels, out_channels = config.in_channels, config.get("out_channels", config.in_channels)
+    if channels != out_channels:
+        raise UserError(
+            f"{location or 'the model'} takes images of {channels} channels and gives {out_channels}, "
+            "so its reconstructions cannot be compared with its inputs"
+        )
+    sha256 = _sha256(model)
+    return FirstStage(
+        module=_in(model, DTYPES[dtype]).eval(),
+        function=None,
+        name=name,
+        factor=family.factor(config),
+        channels=int(channels),
+        latent_channels=int(family.latent_channels(config)),
+        has_posterior=family.latent == "posterior",
+        location=location,
+        weights=weights,
+        sha256=sha256,
+        likelihood=likelihood,
+    )
+
+
+def load_first_stage(
+    location: str,
+    *,
+    subfolder: str | None = None,
+    revision: str | None = None,
+    variant: str | None = None,
+    ema: bool | None = None,
+    dtype: Dtype = "fp32",
+) -> FirstStage:
+    """A first stage from a diffusers folder, a pipeline's folder, a hub id, or a run or checkpoint of ours.
+
+    `variant` names weight files as diffusers does (fp16, non_ema, ...). `ema`: None takes the weights as they are
+    stored; True and False ask for the averaged or the raw ones: of a run or checkpoint of ours (which gives its
+    averaged weights by default), or of the folders and variants under which diffusers' scripts keep them
+    (`vae_ema/`, `ema/`, variant non_ema). Raises UserError when there is no such model.
+    """
+    folder = Path(location).expanduser()
+    if folder.exists():
+        exported = (folder / "export/config.json").is_file()
+        if (ema is not None or not exported) and (checkpoint := checkpoint_at(folder)) is not None:
+            return _load_checkpoint(checkpoint, location, ema, dtype)
+        if exported and not (folder / "config.json").is_file():
+            folder = folder / "export"
+        subfolder = _subfolder_in(folder, subfolder, ema, location)
+        if ema is False and variant is None:
+            variant = "non_ema"
+            if not any((folder / (subfolder or "")).glob("*.non_ema.*")):
+                raise UserError(f"ema: {location} holds no weights besides those it loads by default (*.non_ema.*)")
+        resolved = str(folder)
+    elif looks_like_path(location) or location.count("/") > 1:
+        raise UserError(f"no such model folder: {location} (from {Path.cwd()})")
+    else:
+        resolved = location
+        subfolder = subfolder or (EMA_FOLDERS[0].format("vae") if ema else None)
+        variant = variant or ("non_ema" if ema is False else None)
+    model = _from_pretrained(resolved, location, subfolder, revision, variant)
+    words = [text for text in (variant and f"variant {variant}", subfolder and f"subfolder {subfolder}") if text]
+    likelihood = read_likelihood(Path(resolved) / (subfolder or "")) if folder.exists() else None
+    weights = ", ".join(words) or "as stored"
+    return first_stage(model, location=location, weights=weights, dtype=dtype, likelihood=likelihood)
+
+
+def open_first_stage(model: Any, *, device: torch.device, dtype: Dtype, **where: Any) -> FirstStage:
+    """What `load_first_stage(model, **where)` gives, or `first_stage` of an instance or function, on `device`."""
+    if isinstance(model, (str, Path)):
+        stage = load_first_stage(str(model), dtype=dtype, **where)
+    else:
+        stage = first_stage(model, dtype=dtype)
+    if stage.module is not None:
+        stage.module.to(device, memory_format=torch.channels_last)
+    return stage
+
+
+def _subfolder_in(folder: Path, subfolder: str | None, ema: bool | None, location: str) -> str | None:
+    """Which part of a folder holds the model."""
+    if subfolder is None and not (folder / "config.json").is_file():
+        subfolder = next((name for name in PIPELINE_FOLDERS if (folder / name / "config.json").is_file()), None)
+    if ema:
+        places = [pattern.format(subfolder or "vae") for pattern in EMA_FOLDERS]
+        found = next((name for name in places if (folder / name / "config.json").is_file()), None)
+        if found is None:
+            raise UserError(f"ema: {location} holds no averaged weights (looked for {', '.join(places)})")
+        return found
+    if not (folder / (subfolder or "") / "config.json").is_file():
+        raise UserError(
+            f"{location}: no config.json in {subfolder or 'it'}, so this is not a diffusers model folder. "
+            "Give the folder that save_pretrained or `latent-ae export` wrote, a pipeline's, or a run's"
+        )
+    return subfolder
+
+
+def _from_pretrained(
+    resolved: str, location: str, subfolder: str | None, revision: str | None, variant: str | None
+) -> nn.Module:
+    base = diffusers.AutoencoderKL
+    try:
+        if subfolder is None and not Path(resolved).exists():
+            subfolder = _subfolder_on_hub(resolved, revision)
+        name = base.load_config(resolved, subfolder=subfolder, revision=revision).get("_class_name", "AutoencoderKL")
+        if name not in FAMILIES:
+            raise UserError(f"{location} holds a {name}, which is not a first stage known here: {', '.join(FAMILIES)}")
+        return class_of(name).from_pretrained(
+            resolved, subfolder=subfolder, revision=revision, variant=variant, torch_dtype=torch.float32
+        )
+    except UserError:
+        raise
+    except Exception as error:  # diffusers raises many kinds for a missing, truncated or foreign file
+        reason = " ".join(str(error).split())[:400]
+        raise UserError(f"cannot load a first stage from {location}: {reason}") from error
+
+
+def _subfolder_on_hub(repository: str, revision: str | None) -> str | None:
+    """None where the repository is the model itself; a pipeline has its first stage in a subfolder."""
+    from huggingface_hub import file_exists, try_to_load_from_cache
+
+    places = [None, *PIPELINE_FOLDERS]
+    files = [f"{place}/config.json" if place else "config.json" for place in places]
+    for place, file in zip(places, files, strict=True):  # what was downloaded before needs no network
+        if isinstance(try_to_load_from_cache(repository, file, revision=revision), str):
+            return place
+    try:
+        for place, file in zip(places, files, strict=True):
+            if file_exists(repository, file, revision=revision):
+                return place
+    except Exception as error:  # no network, offline mode, no permission, no such repository
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"{repository} is neither a folder here (from {Path.cwd()}) nor in the hub's cache, and the hub cannot be "
+            f"asked ({reason}). Give a folder, or download it on a machine with a network and set HF_HOME to its cache"
+        ) from error
+    raise UserError(f"{repository}: neither a config.json nor one in {', '.join(PIPELINE_FOLDERS)}: no first stage")
+
+
+def _load_checkpoint(folder: Path, location: str, ema: bool | None, dtype: Dtype) -> FirstStage:
+    """The weights of a training checkpoint: their average, or those being trained."""
+    has_average = (folder / "ema.safetensors").is_file()
+    if ema and not has_average:
+        raise UserError(f"ema: {folder} was trained without an average; give ema=false or leave it out")
+    averaged = has_average and ema is not False
+    path = folder / ("ema.safetensors" if averaged else "autoencoder.safetensors")
+    try:
+        model = untrained(diffusers.AutoencoderKL.load_config(folder))
+        model.load_state_dict(load_file(path))
+    except Exception as error:  # diffusers and safetensors raise many kinds for a damaged or foreign file
+        raise UserError(f"cannot load {path}: {' '.join(str(error).split())[:400]}") from error
+    which = "averaged" if averaged else "raw"
+    weights = f"{which}, {folder.name}"
+    return first_stage(model, location=location, weights=weights, dtype=dtype, likelihood=read_likelihood(folder))
+
+
+def _in(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """The module if it computes in `dtype`, else a copy that does: the caller's stays as it is."""
+    if all(parameter.dtype == dtype for parameter in module.parameters()):
+        return module
+    return copy.deepcopy(module).to(dtype)
+
+
+def _sha256(module: nn.Module) -> str:
+    digest = hashlib.sha256(type(module).__name__.encode())
+    config = {key: value for key, value in dict(module.config).items() if not key.startswith("_")}
+    digest.update(json.dumps(config, sort_keys=True, default=str).encode())
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()

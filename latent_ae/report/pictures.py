@@ -1,0 +1,67 @@
+"""Pictures to look at, of images that are tensors."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+from latent_ae.data.images import to_uint8
+
+
+def to_picture(image: torch.Tensor) -> Image.Image:
+    """CHW in [-1, 1] -> RGB; alpha on white, of other channel counts the first three or the first."""
+    pixels = to_uint8(image.cpu()).permute(1, 2, 0).contiguous().numpy()
+    if pixels.shape[2] == 4:
+        picture = Image.fromarray(pixels)
+        return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
+    bands = pixels[..., :3] if pixels.shape[2] >= 3 else pixels[..., 0]
+    return Image.fromarray(np.ascontiguousarray(bands)).convert("RGB")
+
+
+def _fit(picture: Image.Image, width: float, height: float) -> Image.Image:
+    scale = min(width / picture.width, height / picture.height)
+    size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
+    whole = scale >= 1 and scale == int(scale)
+    return picture.resize(size, Image.Resampling.NEAREST if whole else Image.Resampling.BICUBIC)
+
+
+def picture_grid(
+    rows: Sequence[Sequence[torch.Tensor]],
+    labels: Sequence[str] | None = None,
+    *,
+    row_labels: Sequence[str] = (),
+    largest_px: int = 512,
+) -> Image.Image:
+    """Rows of CHW images in [-1, 1] -> one RGB picture, column `labels` on top and `row_labels` on the left.
+
+    All images are scaled to one cell, as large as the largest (at least 128 px, at most `largest_px`), and centred.
+    """
+    gap, smallest, largest = 6, 128, largest_px
+    font = ImageFont.load_default(13)
+    side = round(max(map(font.getlength, row_labels), default=0)) + (gap if row_labels else 0)
+    pictures = [[to_picture(image) for image in row] for row in rows]
+    sizes = np.array([picture.size for row in pictures for picture in row])
+    longest = int(sizes.max())
+    # whole steps when small images grow, so that their pixels stay visible as squares
+    scale = largest / longest if longest > largest else max(1, -(-smallest // longest))
+    cell_w, cell_h = (float(side) * scale for side in sizes.max(axis=0))
+    fitted = [[_fit(picture, cell_w, cell_h) for picture in row] for row in pictures]
+    heights = [max(picture.height for picture in row) for row in fitted]
+    head, step = 26 if labels else gap, round(cell_w) + gap
+    size = (side + max(map(len, rows)) * step + gap, head + sum(heights) + gap * len(heights))
+    sheet = Image.new("RGB", size, "white")
+    top, draw = head, ImageDraw.Draw(sheet)
+    for y, (row, height) in enumerate(zip(fitted, heights, strict=True)):
+        if row_labels:
+            draw.text((side, top + height / 2), row_labels[y], fill=(60, 60, 60), font=font, anchor="rm")
+        for x, picture in enumerate(row):
+            left = side + gap + x * step + (round(cell_w) - picture.width) // 2
+            sheet.paste(picture, (left, top + (height - picture.height) // 2))
+        top += height + gap
+    for x, label in enumerate(labels or ()):
+        while draw.textlength(label, font=font) > cell_w and len(label) > 1:
+            label = label.removesuffix("…")[:-1] + "…"
+        middle = (side + gap + x * step + cell_w / 2, head / 2)
+        draw.text(middle, label, fill=(60, 60, 60), font=font, anchor="mm")
+    return sheet

@@ -1,0 +1,123 @@
+"""latent-ae export: the weights of a run or checkpoint as a diffusers folder."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from latent_ae.config import UserError
+from latent_ae.export.pipelines import PIPELINES, SHAPE, PipelineName, refuse_misfit
+from latent_ae.progress import now
+
+from .settings import TrainSettings
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command `latent-ae export`."""
+    parser = argparse.ArgumentParser(
+        prog="latent-ae export",
+        description="Write a run's averaged weights as a folder that stock diffusers loads. The latents' scaling "
+        "and shift are measured on the run's training data, so that must still be there.",
+        epilog="example: latent-ae export runs/quickstart my-vae --for sd3",
+    )
+    parser.add_argument("source", metavar="RUN|CHECKPOINT", help="a run folder (its newest checkpoint) or a checkpoint")
+    parser.add_argument("out", metavar="OUT", help="the folder to write")
+    parser.add_argument(
+        "--for",
+        dest="pipeline",
+        choices=sorted(PIPELINES),
+        help="check that this family of pipelines can use it: an unfit model is refused before anything is written",
+    )
+    parser.add_argument(
+        "--latents-mean-std",
+        action="store_true",
+        help="write the mean and spread of each channel, which SDXL's pipelines apply, in place of one scaling_factor",
+    )
+    parser.add_argument("--push-to-hub", metavar="REPO", help="then upload it to this hub repository")
+    arguments = parser.parse_args(argv)
+    if arguments.push_to_hub:  # before the work
+        from latent_ae.export.write import check_upload, push_to_hub
+
+        check_upload(arguments.push_to_hub)
+    facts = export(
+        Path(arguments.source).expanduser(),
+        Path(arguments.out).expanduser(),
+        pipeline=arguments.pipeline,
+        latents_mean_std=arguments.latents_mean_std,
+    )
+    for remark in facts.get("remarks", ()):
+        print(f"{facts['pipeline']}: {remark}", file=sys.stderr)
+    if arguments.push_to_hub:
+        now(f"upload to {arguments.push_to_hub}")
+        facts["hub"] = push_to_hub(arguments.out, arguments.push_to_hub)
+    print(json.dumps(facts, indent=2))
+    return 0
+
+
+def export(
+    source: Path, out: Path, *, pipeline: PipelineName | None = None, latents_mean_std: bool = False
+) -> dict[str, Any]:
+    """Exports a run's newest checkpoint, or the given one, as `export_autoencoder` does. Returns its facts.
+
+    Raises UserError when `source` is neither, or when `pipeline` cannot use the model.
+    """
+    import torch
+    from accelerate import Accelerator
+
+    from latent_ae.data.loader import open_images
+    from latent_ae.export.write import export_autoencoder
+    from latent_ae.models.build import Reconstructor, factor_of
+    from latent_ae.models.likelihood import read_likelihood
+    from latent_ae.models.run_checkpoint import checkpoint_at
+
+    from .checkpoint import load_weights
+    from .finish import card_facts, check_images, keeps_scaling, measure_latents
+    from .report import read_log
+    from .validate import Validator
+
+    folder = checkpoint_at(source)
+    if folder is None:
+        raise UserError(f"{source}: neither a run with a complete checkpoint nor a checkpoint (from {Path.cwd()})")
+    try:
+        state = json.loads((folder / "state.json").read_text())
+        # the settings have passed every check when the run began; only the data must still be there
+        settings, step = TrainSettings.model_validate(state["settings"]), int(state["step"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(
+            f"{folder / 'state.json'} is not a checkpoint's: {' '.join(str(error).split())[:300]}"
+        ) from error
+    accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="no")
+    autoencoder = load_weights(folder).to(accelerator.device)
+    if latents_mean_std and keeps_scaling(settings):
+        origin = settings.distillation.teacher or settings.init_from
+        raise UserError(
+            f"--latents-mean-std: the latents of {source} and their scaling are those of {origin}; leave it out"
+        )
+    pipeline = pipeline or settings.export_for
+    if pipeline is not None:  # before anything is measured
+        shape = {key: autoencoder.config.get(key) for key in SHAPE}
+        ones = dict.fromkeys(("latents_mean", "latents_std"), [1.0] * int(shape["latent_channels"] or 0))
+        refuse_misfit(pipeline, shape | (ones if latents_mean_std else {}), type(autoencoder).__name__)
+    statistics = measure_latents(Reconstructor(autoencoder), settings, accelerator, open_images(settings.data, "train"))
+    held_out = open_images(settings.data, "held_out")
+    channels, factor = int(autoencoder.config.in_channels), factor_of(autoencoder)
+    validator = Validator(settings, accelerator, held_out, channels, factor, None)
+    run = source.parent.parent if folder == source else source
+    log = {(event["event"], event["step"]): event for event in read_log(run)}
+    return export_autoencoder(
+        autoencoder,
+        out,
+        statistics=statistics,
+        sample_size=settings.data.resolution,
+        card=card_facts(run, settings, step, log.get(("validate", step), {}), log.get(("baseline", 0), {})),
+        check_images=check_images(validator),
+        keep_scaling=keeps_scaling(settings),
+        pipeline=pipeline,
+        latents_mean_std=latents_mean_std,
+        likelihood=read_likelihood(folder),
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,170 @@
+"""The run folder: one training at a time in it, what has changed since its checkpoint, and a log cut back to that."""
+
+import itertools
+import json
+import os
+import shlex
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+
+from latent_ae.config import UserError, to_yaml
+from latent_ae.files import replacing, writing
+from latent_ae.only_writer import only_writer
+
+from .agreement import Agreed
+from .checkpoint import Checkpoint, set_damaged_aside, versions
+from .settings import TrainSettings, micro_batch_of
+
+RECIPE = (
+    *("seed", "batch_size", "precision", "init_from", "train", "model", "data"),
+    *("validate.images", "validate.crop_px"),  # before and after must be measured alike
+    *("loss.perceptual_net", "loss.learned_logvar", "loss.total_correlation_width", "optim.kind"),
+    *("gan.loss", "gan.norm", "gan.channels", "gan.layers", "gan.blur"),
+)
+"""Keys that a run cannot change under way: the weights or the sample order would no longer fit."""
+FREE = ("data.num_workers", "data.max_bad_fraction")
+"""Keys under RECIPE that may change all the same."""
+SWITCHES = (
+    *("gan.weight", "ema.decay", "loss.kl_target", "loss.total_correlation"),
+    *("alignment.model", "alignment.adaptive", "distillation.teacher"),
+)
+"""Keys whose value may change, but not to or from nothing: a checkpoint holds what goes with it or it does not."""
+SILENT = (
+    *("output_dir", "report_to", "push_to_hub", "micro_batch_size", "checkpoint", "log"),
+    *("compile", "gradient_checkpointing", "gan.init_from"),
+    *("validate.every", "validate.preview_images"),
+)
+"""Keys whose change needs no word; of `micro_batch_size` the size that it comes to is compared."""
+JUDGE = ("gan.norm", "gan.channels", "gan.layers", "gan.blur")
+"""Keys that decide whether a discriminator's weights fit."""
+
+
+@contextmanager
+def only_training_in(run: Path, accelerator: Accelerator) -> Iterator[None]:
+    """Keeps other trainings out of the run folder during the block. Every process calls this.
+
+    Raises UserError on all of them when another training is in it.
+    """
+    with ExitStack() as stack:
+        with Agreed(accelerator):
+            if accelerator.is_main_process:
+                refusal = (
+                    f"output_dir: another training is writing into {run}; wait for it, end it, or give another folder"
+                )
+                stack.enter_context(only_writer(run / ".lock", refusal))
+        yield
+
+
+def changes_since(checkpoint: Checkpoint, settings: TrainSettings) -> dict[str, list[Any]]:
+    """Holds the settings, processes and versions against those that wrote the checkpoint: {name: [before, now]}.
+
+    Raises UserError naming the keys, and the way to a new phase, when the recipe differs.
+    """
+    state = checkpoint.state()
+    batch_size, processes = settings.batch_size, state["num_processes"]
+    try:
+        before = flatten(state["settings"])
+        micro_batch = micro_batch_of(batch_size, processes, before["micro_batch_size"])
+        accumulation = batch_size // (processes * micro_batch)
+        trained = before["gan.weight"] and checkpoint.step > before["gan.start"]
+    except (KeyError, TypeError, ZeroDivisionError, RecursionError) as error:
+        raise UserError(f"{checkpoint.folder}/state.json does not hold the settings of a run: {error}") from error
+    now = flatten(settings.model_dump(mode="json", by_alias=True))
+    changed = [key for key in now if key in before and before[key] != now[key] and not _under(key, SILENT)]
+    # a learned scale is the checkpoint's, of the loss that it was learned with
+    recipe = (*RECIPE, "loss.pixel", "loss.scale") if settings.loss.learned_logvar else RECIPE
+    refused = [
+        key
+        for key in changed
+        if (_under(key, recipe) and not _under(key, FREE)) or (key in SWITCHES and bool(before[key]) != bool(now[key]))
+    ]
+    run = checkpoint.folder.parent.parent
+    if refused:
+        lines = "\n".join(f"  {key}: {before[key]} in {checkpoint.folder.name}, now {now[key]}" for key in refused)
+        raise UserError(
+            f"{run} holds a run with another recipe:\n{lines}\n"
+            "Restore these settings to go on with it. Or start a new phase from its weights: give the same command "
+            f"with\n  {' '.join(_new_phase(run, trained, settings, refused))}"
+        )
+    split: dict[str, tuple[Any, Any]] = {
+        "processes": (processes, settings.processes),
+        "micro_batch_size": (micro_batch, settings.micro_batch),
+        "accumulation": (accumulation, settings.accumulation),
+    }
+    installed = versions()
+    split |= {f"version of {name}": (state["versions"].get(name), installed[name]) for name in installed}
+    return {key: [before[key], now[key]] for key in changed} | {
+        name: [then, today] for name, (then, today) in split.items() if then != today
+    }
+
+
+def _new_phase(run: Path, trained: bool, settings: TrainSettings, refused: Sequence[str]) -> list[str]:
+    """The words that start another run from this one's weights, and from its `trained` discriminator where it fits."""
+    folder = next(name for number in itertools.count(2) if not os.path.exists(name := f"{run}-{number}"))
+    words = [f"output_dir={folder}", f"init_from={run}"]
+    if any(key.startswith("model.") for key in refused):
+        words.append("model={}")
+    if trained and settings.gan.weight and not any(key in JUDGE for key in refused):
+        words += [f"gan.init_from={run}", "gan.start=0"]
+    return [shlex.quote(word) for word in words]
+
+
+def write_config(run: Path, settings: TrainSettings) -> None:
+    """Makes the folder and writes config.yaml. One process calls this. Raises UserError when it cannot."""
+    config = run / "config.yaml"
+    with writing(run):
+        run.mkdir(parents=True, exist_ok=True)
+    with replacing(config) as part:
+        part.write_text(to_yaml(settings), encoding="utf-8")
+
+
+def cut_back(run: Path, step: int) -> None:
+    """Makes the folder that of a run at the `step` of its checkpoint; -1: it has none. One process calls this.
+
+    What was logged later is moved to log.previous.jsonl, and pictures of later steps are removed: those steps are made
+    again. The results of an earlier end become results.previous.json: only a finished run has results.json.
+    """
+    set_damaged_aside(run, step)
+    log, kept, later = run / "log.jsonl", "", ""
+    for line in log.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True) if log.is_file() else []:
+        at = _step_of(line)
+        if at is None or at > step:
+            later += line.rstrip("\n") + "\n"
+        else:
+            kept += line
+    if later:
+        previous = run / "log.previous.jsonl"
+        with writing(previous), open(previous, "a", encoding="utf-8") as stream:
+            stream.write(later)
+        with replacing(log) as part:
+            part.write_text(kept, encoding="utf-8")
+    for picture in (run / "previews").glob("step-*.png"):
+        number = picture.stem.removeprefix("step-")
+        if number.isdigit() and int(number) > step:
+            picture.unlink()
+    if (results := run / "results.json").is_file():
+        results.replace(run / "results.previous.json")
+
+
+def _step_of(line: str) -> int | None:
+    """The step of a line of log.jsonl; None for one that was cut short when the process was killed."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by dotted key."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _under(key: str, prefixes: Sequence[str]) -> bool:
+    return any(key == prefix or key.startswith(f"{prefix}.") for prefix in prefixes)
