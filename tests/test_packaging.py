@@ -51,3 +51,15 @@ def test_the_tables_in_the_docs_are_those_of_the_results() -> None:
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
         assert "<!-- table: " in text and render(text) == text, "run python -m benchmarks.tables"
+
+
+def test_the_map_in_the_readme_names_every_file_of_the_library_and_the_loop() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    block = readme.split("## Map of the house")[1].split("```")[1]
+    parts = {"latent_ae": block.split("\ntrain/")[0], "train": block.split("\ntrain/")[1].split("\neval/")[0]}
+    for folder, text in parts.items():
+        named = set(re.findall(r"[a-z_]+", text))
+        files = {path.stem for path in (ROOT / folder).rglob("*.py")} - {"__init__", "__main__"}
+        assert len(files) > 20 and files - named == set()
+    places = {path.name for path in (ROOT / "eval").iterdir() if not path.name.startswith("__")}
+    assert places - set(re.findall(r"[a-z_]+(?:\.py)?", block.split("\neval/")[1])) == set()
