@@ -1,11 +1,11 @@
 """latent-ae eval: one command per question. Settings are checked before anything heavy is imported."""
 
-import importlib
 import sys
 from collections.abc import Sequence
 
 from latent_ae.config import close_word
 from latent_ae.text import printable
+from latent_ae_eval.job import job_of
 
 COMMANDS = {
     "recon": "how near reconstructions come to their images: FID, KID, LPIPS, PSNR, SSIM, MS-SSIM",
@@ -19,7 +19,7 @@ COMMANDS = {
     "diffusion": "how well a diffusion model learns the latents: loss curve, samples, their Frechet distance to data",
     "compare": "which of several measured first stages is better, beyond chance",
 }
-"""Each is a package; its module `command` reads the words."""
+"""All but `compare`, which takes results, are jobs of `latent_ae_eval.job`."""
 
 
 def usage() -> str:
@@ -47,7 +47,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         hint = f"; did you mean {close}?" if close else ""
         print(f"latent-ae eval: no such command: {printable(words[0])}{hint}\n\n{usage()}", file=sys.stderr)
         return 2
-    return int(importlib.import_module(f"{__package__}.{words[0]}.command").main(words[1:]))
+    if words[0] == "compare":
+        from latent_ae_eval.compare.command import main as compare
+
+        return compare(words[1:])
+    return job_of(words[0]).main(words[1:])
 
 
 if __name__ == "__main__":

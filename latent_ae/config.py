@@ -8,7 +8,7 @@ import errno
 import os
 import types
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -125,6 +125,18 @@ def load_settings(cls: type[S], source: str | None, overrides: Sequence[str] = (
     values = _read_yaml(source) if source is not None else {}
     problems = [problem for word in overrides for problem in _apply_override(cls, values, word)]
     cls.settle(values, [word.partition("=")[0] for word in overrides])
+    return _checked(cls, values, problems, f" of {source}" if source else "")
+
+
+def changed_settings(settings: S, changes: Mapping[str, Any]) -> S:
+    """A copy of `settings` with other values for some keys.
+
+    Raises UserError with every problem found, one line each.
+    """
+    return _checked(type(settings), {**settings.model_dump(), **changes}, [], "")
+
+
+def _checked(cls: type[S], values: dict[str, Any], problems: list[Problem], where: str) -> S:
     settings, invalid = _validate(cls, values)
     problems += invalid
     if settings is not None:
@@ -135,7 +147,7 @@ def load_settings(cls: type[S], source: str | None, overrides: Sequence[str] = (
     if problems or settings is None:
         lines = "\n".join(f"  {problem.key}: {problem.message}" for problem in problems)
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-        raise UserError(f"{count} in the settings{f' of {source}' if source else ''}:\n{lines}")
+        raise UserError(f"{count} in the settings{where}:\n{lines}")
     return settings
 
 

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from latent_ae_eval.command import add_json, for_stdout, shows_table
+from latent_ae_eval.job import add_json, for_stdout, shows_table
 
 DESCRIPTION = """\
 Compare results of `eval recon` with the first of them: differences, their 95 % intervals, and whether they are more
