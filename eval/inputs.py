@@ -12,7 +12,7 @@ from latent_ae.config import UserError
 from latent_ae.data.loader import ImageSource, open_images, stop_if_too_many_bad
 from latent_ae.data.sources import part_of
 from latent_ae.distributed import processes as open_processes
-from latent_ae.models.loading import FirstStage, open_first_stage
+from latent_ae.models.loading import FirstStage, load
 from latent_ae.text import printable
 from latent_ae_eval.settings import QuestionSettings
 
@@ -34,7 +34,7 @@ def processes(settings: QuestionSettings) -> tuple[PartialState, torch.device]:
 
 
 def opened_model(model: Any, settings: QuestionSettings, device: torch.device) -> FirstStage:
-    return open_first_stage(
+    return load(
         model,
         device=device,
         dtype=settings.dtype,

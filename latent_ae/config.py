@@ -34,6 +34,9 @@ class Problem(typing.NamedTuple):
     message: str
 
 
+S = TypeVar("S", bound="Settings")
+
+
 class Settings(BaseModel):
     """Base of every section: frozen, no unknown keys, finite numbers, and no bool where a number belongs."""
 
@@ -61,6 +64,19 @@ class Settings(BaseModel):
             except (RuntimeError, ValueError) as error:  # no such user's home; characters that no name holds
                 raise ValueError(f"can be no path or name: {error}") from None
         return value
+
+    @classmethod
+    def load(cls: type[S], source: str | None = None, *words: str) -> S:
+        """Settings as the command line reads them: `TrainSettings.load("quickstart", "steps=100", "optim.lr=1e-4")`.
+
+        Args:
+            source: A YAML file or the name of a recipe; None takes the defaults.
+            *words: Changes, each `key=value` or `section.key=value`.
+
+        Raises:
+            UserError: With every problem found, one line each.
+        """
+        return load_settings(cls, source, words)
 
     @classmethod
     def settle(cls, values: dict[str, Any], given: Sequence[str]) -> None:
@@ -91,7 +107,6 @@ def close_word(word: str, words: Sequence[str]) -> str | None:
     return next(iter(difflib.get_close_matches(word, words, n=1)), None)
 
 
-S = TypeVar("S", bound=Settings)
 Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
 Weight = Annotated[float, Field(ge=0)]

@@ -30,7 +30,7 @@ from latent_ae.distributed import processes
 from latent_ae.latents.cache import LatentCache, open_latents
 from latent_ae.latents.encode import encode_images
 from latent_ae.metrics.distances import RELIABLE_IMAGES
-from latent_ae.models.loading import FirstStage, open_first_stage
+from latent_ae.models.loading import FirstStage, load
 from latent_ae.only_writer import only_writer
 from latent_ae.pretrained.lpips import TRUNKS
 from latent_ae.report.pictures import picture_grid
@@ -100,7 +100,7 @@ def begin(
             "with part=train, once with part=held_out), then give latents=DIR and held_out_latents=DIR to one process"
         )
     where = {key: getattr(settings, key) for key in ("subfolder", "revision", "variant", "ema")}
-    stage = open_first_stage(model, device=device, dtype="fp32", **where)
+    stage = load(model, device=device, dtype="fp32", **where)
     if stage.module is None:
         raise UserError(f"eval {command} needs latents, and the function {stage.name} has none; give a first stage")
     # encoded and sampled as the saved pipeline will be: convolutions round differently in another layout

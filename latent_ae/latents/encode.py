@@ -29,7 +29,7 @@ from latent_ae.data.sources import StoredImages, StreamSource, TableSource, sour
 from latent_ae.distributed import on_main, processes, together
 from latent_ae.latents.parquet import FORMAT, STORED, LatentFolder, features_of, read_manifest
 from latent_ae.latents.settings import EncodeSettings
-from latent_ae.models.loading import CPU_BATCH_PX, FirstStage, open_first_stage
+from latent_ae.models.loading import CPU_BATCH_PX, FirstStage, load
 from latent_ae.models.registry import FAMILIES
 
 PACKAGES = ("latent-ae", "torch", "diffusers", "numpy", "pillow")
@@ -61,7 +61,7 @@ def encode_images(
     """
     settings, out, started = settings or EncodeSettings(), Path(out).expanduser(), time.perf_counter()
     state, device = processes(settings.device)
-    stage = open_first_stage(
+    stage = load(
         model,
         device=device,
         dtype=settings.dtype,

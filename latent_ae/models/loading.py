@@ -207,8 +207,24 @@ def load_first_stage(
     return first_stage(model, location=location, weights=weights, dtype=dtype, likelihood=likelihood)
 
 
-def open_first_stage(model: Any, *, device: torch.device, dtype: Dtype, **where: Any) -> FirstStage:
-    """What `load_first_stage(model, **where)` gives, or `first_stage` of an instance or function, on `device`."""
+def load(model: Any, *, device: torch.device | str = "auto", dtype: Dtype = "fp32", **where: Any) -> FirstStage:
+    """A first stage in evaluation mode, from wherever it is.
+
+    Args:
+        model: Run, checkpoint, diffusers folder, pipeline's folder or hub id; or an instance of a known class, or a
+            function from NCHW images in [-1, 1] to their reconstructions.
+        device: Where it computes; `auto` takes a GPU where there is one.
+        dtype: What it computes in. An instance of another dtype is copied.
+        **where: `subfolder`, `revision`, `variant` and `ema` of `load_first_stage`.
+
+    Returns:
+        Its `encode`, `decode` and `reconstruct` take and give NCHW images in [-1, 1] and raw latents.
+
+    Raises:
+        UserError: When there is no such model, or its class is not known.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     if isinstance(model, (str, Path)):
         stage = load_first_stage(str(model), dtype=dtype, **where)
     else:
