@@ -7,10 +7,7 @@ from typing import Any
 import torch
 import torch._dynamo
 import torch._functorch.config as functorch_config
-from diffusers import AutoencoderTiny, ModelMixin
-from diffusers.models.autoencoders.autoencoder_dc import EfficientViTBlock, ResBlock
-from diffusers.models.autoencoders.vae import AutoencoderTinyBlock
-from diffusers.models.resnet import ResnetBlock2D
+from diffusers import ModelMixin
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -18,7 +15,7 @@ from torch import Tensor, nn
 from latent_ae.config import Problem, UserError
 from latent_ae.models.build import build_autoencoder, factor_of, latent_channels_of, load_autoencoder
 from latent_ae.models.discriminator import PatchDiscriminator
-from latent_ae.models.registry import family_of
+from latent_ae.models.registry import BLOCKS, family_of
 from latent_ae.models.run_checkpoint import checkpoint_at
 from latent_ae.models.settings import ModelSettings
 
@@ -28,9 +25,6 @@ from .finish import finished_results
 from .loss_config import LossSettings
 from .settings import TrainSettings
 from .total_correlation import LARGEST, TotalCorrelation
-
-BLOCKS = (ResnetBlock2D, AutoencoderTinyBlock, ResBlock, EfficientViTBlock)
-"""Of which the autoencoders are made, and what `compile` compiles."""
 
 
 def starting_autoencoder(settings: TrainSettings) -> ModelMixin:
@@ -140,7 +134,7 @@ def refuse_misfit(autoencoder: ModelMixin, settings: TrainSettings) -> None:
                 "stays, so give model={}, or remove init_from"
             )
         own = ModelSettings.model_fields.keys() - {"init", "kind", "config"}  # init: how fresh weights begin
-        keys = own if settings.model.kind == "AutoencoderKL" else settings.model.config.keys()
+        keys = own if settings.model.gives_shape else settings.model.config.keys()
         for key in sorted(key for key in keys if _plain(asked[key]) != _plain(autoencoder.config[key])):
             raise UserError(
                 f"model.{key}: {_plain(asked[key])}, and init_from brings {_plain(autoencoder.config[key])}: its shape "
@@ -150,14 +144,12 @@ def refuse_misfit(autoencoder: ModelMixin, settings: TrainSettings) -> None:
     for key, side in sides.items():
         if side is not None and side % factor:
             raise UserError(f"{key}: {side} is not a multiple of {name}'s factor {factor}")
-    latent = family_of(autoencoder).latent
-    problems = settings.hierarchy_problems(factor) if latent == "hierarchy" else ()
-    for problem in [*settings.size_problems(factor), *problems, *_misfits_of_latents(latent, name, settings)]:
+    family = family_of(autoencoder)
+    problems = () if family.one_grid else settings.packed_latent_problems(factor)
+    for problem in [*settings.size_problems(factor), *problems, *_misfits_of_latents(family.latent, name, settings)]:
         raise UserError(f"{problem.key}: {problem.message}")
-    # AutoencoderTiny's encoder forgets to scale its images when it checkpoints (diffusers 0.42)
-    if settings.gradient_checkpointing and (
-        not autoencoder._supports_gradient_checkpointing or isinstance(autoencoder, AutoencoderTiny)
-    ):
+    checkpoints = autoencoder._supports_gradient_checkpointing and family.gradient_checkpointing
+    if settings.gradient_checkpointing and not checkpoints:
         raise UserError(
             f"gradient_checkpointing: diffusers has none that is right for {name} ({kind}): set it to false; a smaller "
             "micro_batch_size saves memory, too"

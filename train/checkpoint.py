@@ -24,7 +24,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import diffusers
 import torch
 from diffusers import ModelMixin
 from safetensors import SafetensorError
@@ -34,7 +33,7 @@ from torch import Tensor, nn
 from latent_ae import __version__
 from latent_ae.config import UserError
 from latent_ae.files import disk_trouble
-from latent_ae.models.registry import untrained
+from latent_ae.models.registry import config_of, untrained
 from latent_ae.models.run_checkpoint import MANIFEST, PREFIX, finished_checkpoints, newest_whole, sha256_of
 
 from .step import TrainStep
@@ -228,7 +227,7 @@ def load_weights(folder: Path) -> ModelMixin:
     """The autoencoder of a whole checkpoint, float32 on the CPU: the averaged weights where there are any."""
     averaged = folder / "ema.safetensors"
     try:
-        autoencoder = untrained(diffusers.AutoencoderKL.load_config(folder))
+        autoencoder = untrained(config_of(folder))
         autoencoder.load_state_dict(load_file(averaged if averaged.is_file() else folder / "autoencoder.safetensors"))
     except Exception as error:  # of foreign content every reader raises kinds of its own
         raise UserError(f"checkpoint {folder} cannot be read: {' '.join(str(error).split())[:300]}") from error

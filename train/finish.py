@@ -149,7 +149,7 @@ def measure_latents(
             drawn = draw(autoencoder, batch.images.to(accelerator.device), noise)
             # the same crops however the batch is split
             rows = [row for row, number in enumerate(batch.numbers) if number < STATISTICS_CROPS]
-            if rows and family_of(autoencoder).latent == "hierarchy":
+            if rows and not family_of(autoencoder).one_grid:
                 # thousands of channels of 1 x 1 would have a covariance of millions
                 statistics.update(drawn.latent[rows].movedim(1, 2))
             elif rows and drawn.logvar is None:

@@ -63,7 +63,7 @@ def describe_plan(settings: TrainSettings) -> str:
         f"aligned to {settings.alignment.model}": settings.alignment.model,
         f"drawn to those of {settings.distillation.teacher}": settings.distillation.teacher,
     }
-    has_rate = family_of(autoencoder).latent not in ("deterministic", "codebook")
+    has_rate = family_of(autoencoder).random
     learns = loss.kl and has_rate and settings.train != "decoder"
     most, micro_batch = settings.micro_batch_size, settings.micro_batch
     fewer = f" (micro_batch_size {most} is the most; {micro_batch} divides)" if most and most > micro_batch else ""

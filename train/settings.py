@@ -98,7 +98,7 @@ class TrainSettings(Settings):
     @property
     def knows_shape(self) -> bool:
         """Whether these settings say the autoencoder's shape; otherwise it is checked when the autoencoder is there."""
-        return self.init_from is None and self.model.kind == "AutoencoderKL"
+        return self.init_from is None and self.model.gives_shape
 
     @property
     def smallest_px(self) -> int:
@@ -131,8 +131,8 @@ class TrainSettings(Settings):
         yield from self._gan_problems()
         yield from self._latent_problems()
         yield from self._distillation_problems()
-        if self.model.kind == "HierarchicalVAE" and self.init_from is None:
-            yield from self.hierarchy_problems(self.model.config.get("sample_size", self.data.resolution))
+        if self.model.packs_levels and self.init_from is None:
+            yield from self.packed_latent_problems(self.model.config.get("sample_size", self.data.resolution))
         for name in SHARDED:
             if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() == "true":
                 yield Problem(
@@ -198,7 +198,7 @@ class TrainSettings(Settings):
                 "loss.perceptual",
                 f"LPIPS sees 1 or 3 channels, model.in_channels is {self.model.in_channels}: set loss.perceptual=0",
             )
-        if self.export_for is not None and self.model.kind != "AutoencoderKL":
+        if self.export_for is not None and not self.model.gives_shape:
             yield Problem("export_for", f"knows AutoencoderKL only, not {self.model.kind}: leave it out")
         if self.export_for is not None and self.knows_shape:
             for line in misfits(self.export_for, {key: getattr(self.model, key) for key in SHAPE}):
@@ -269,24 +269,23 @@ class TrainSettings(Settings):
         if self.train == "decoder" and decode == "own":
             yield Problem("distillation.decode", "own, and train: decoder leave nothing to the teacher: use teacher")
 
-    def hierarchy_problems(self, side_px: int) -> Iterator[Problem]:
-        """What a HierarchicalVAE for images of `side_px` cannot have: levels are packed into one latent of 1 x 1."""
+    def packed_latent_problems(self, side_px: int) -> Iterator[Problem]:
+        """What a model for images of `side_px` cannot have whose latents are levels packed into one of 1 x 1."""
+        kind = self.model.kind if self.init_from is None else "model of init_from"
         for key, side in (("data.resolution", self.data.resolution), ("validate.crop_px", self.validation.crop_px)):
             if side not in (None, side_px):
-                yield Problem(key, f"{side}, and the HierarchicalVAE takes images of {side_px} px only")
+                yield Problem(key, f"{side}, and the {kind} takes images of {side_px} px only")
         if self.train != "all":
-            yield Problem("train", f"{self.train}: a HierarchicalVAE's latents are made by both parts: set it to all")
+            yield Problem("train", f"{self.train}: a {kind}'s latents are made by both parts: set it to all")
         for key in ("equivariance", "noise", "min_channels"):
             if getattr(self.latents, key):
                 yield Problem(
                     f"latents.{key}",
-                    "changes a latent before it is decoded, and the finer levels of a HierarchicalVAE rest on the "
+                    f"changes a latent before it is decoded, and the finer levels of a {kind} rest on the "
                     "coarser ones as they were: leave it out",
                 )
         if self.alignment.model:
-            yield Problem(
-                "alignment.model", "needs latents on one grid; a HierarchicalVAE's are on several: leave it out"
-            )
+            yield Problem("alignment.model", f"needs latents on one grid; a {kind}'s are on several: leave it out")
 
     def _total_correlation_problems(self) -> Iterator[Problem]:
         if self.micro_batch != self.batch_size:

@@ -31,6 +31,7 @@ from latent_ae.latents.cache import LatentCache, open_latents
 from latent_ae.latents.encode import encode_images
 from latent_ae.metrics.distances import RELIABLE_IMAGES
 from latent_ae.models.loading import FirstStage, load
+from latent_ae.models.registry import FAMILIES
 from latent_ae.only_writer import only_writer
 from latent_ae.pretrained.lpips import TRUNKS
 from latent_ae.report.pictures import picture_grid
@@ -147,7 +148,7 @@ class Generation:
         if not self.stage.module.config.get("scaling_factor"):
             raise UserError(
                 f"{self.stage.name} has no scaling_factor, so DiTPipeline cannot decode its latents; known to work are "
-                "AutoencoderKL, AsymmetricAutoencoderKL, AutoencoderTiny, AutoencoderDC and VQModel"
+                + ", ".join(name for name, family in FAMILIES.items() if family.pipeline_decodes)
             )
 
     def check_data(self) -> None:

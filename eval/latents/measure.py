@@ -30,7 +30,6 @@ from latent_ae.latents.quantiles import QuantileSketch
 from latent_ae.latents.statistics import LatentStatistics
 from latent_ae.metrics.distances import frechet_distance
 from latent_ae.models.loading import FirstStage
-from latent_ae.models.registry import FAMILIES
 from latent_ae.pretrained.lpips import LPIPS
 from latent_ae.pretrained.weights import briefly
 from latent_ae_eval.inputs import checked_factor, opened_data, opened_model, processes, report_skipped, stream_notes
@@ -81,7 +80,8 @@ def evaluate_latents(
     stage = opened_model(model, settings, device)
     if stage.module is None:
         raise UserError(f"{stage.name} is a function, which has no latents; give a first stage of diffusers")
-    if FAMILIES[stage.name].latent == "hierarchy":
+    assert stage.family is not None
+    if not stage.family.one_grid:
         raise UserError(
             f"the latents of a {stage.name} are levels on several grids, packed into one of 1 x 1: there is no grid to "
             "measure. The training log has the KL of each level"
@@ -133,9 +133,9 @@ def evaluate_latents(
         "settings": settings.model_dump(mode="json"),
         "versions": versions(),
     }
-    if stage.name == "VQModel":
-        notes.append("latents of a VQModel are those before quantisation, which decoding then quantises")
-    if hasattr(stage.module, "draw"):
+    if stage.family.latent == "codebook":
+        notes.append(f"latents of a {stage.name} are those before quantisation, which decoding then quantises")
+    if stage.family.draws_itself:
         notes.append(f"the posterior of a {stage.name} is not Gaussian: its mode is measured, without KL and spread")
     elif not stage.has_posterior:
         notes.append(f"{stage.name} has no posterior, so there is no KL and no posterior's spread")

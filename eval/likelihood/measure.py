@@ -26,7 +26,6 @@ from latent_ae.data.sources import StoredImages, StreamSource
 from latent_ae.metrics.similarity import FEWEST, bootstrap_interval
 from latent_ae.models.likelihood import Likelihood, LikelihoodKind, bits_per_dimension
 from latent_ae.models.loading import FirstStage
-from latent_ae.models.registry import FAMILIES
 from latent_ae.text import printable
 from latent_ae_eval.inputs import opened_data, report_skipped
 from latent_ae_eval.jobs import batches, images_for, latent_model, make_folder, one_process, write_json
@@ -69,7 +68,7 @@ def measure_likelihood(
         make_folder(Path(out))
     device = one_process("likelihood", settings)
     stage = latent_model("likelihood", model, settings, device)
-    if FAMILIES[stage.name].latent in ("deterministic", "codebook"):
+    if not stage.random:
         raise UserError(
             f"eval likelihood needs a posterior to draw from, and the latents of {stage.name} are not random; "
             "eval recon measures how near its reconstructions come"

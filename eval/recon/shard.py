@@ -42,8 +42,7 @@ class Measurer:
         nets = [net for net in TRUNKS if net in self.protocol.lpips or wanted[net]]
         self.lpips = {net: LPIPS(net).to(device) for net in nets}
         self.frechet_nets = [net for net in nets if wanted[net]]
-        drawn = stage.has_posterior or hasattr(stage.module, "draw")
-        self.kinds = self.protocol.latents if drawn else ("mode",)
+        self.kinds = self.protocol.latents if stage.random else ("mode",)
 
     @torch.no_grad()
     def measure(self, items: Sequence[HeldOutImage]) -> Shard:

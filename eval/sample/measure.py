@@ -136,23 +136,28 @@ class _Job(Generation):
             )
             yield to_uint8(self.stage.decode(latents(noise.to(self.device))).cpu())
 
+    @property
+    def has_own_prior(self) -> bool:
+        """Whether the model draws latents from a prior itself, by a method `sample_prior`: noise -> latents."""
+        return hasattr(self.stage.module, "sample_prior")
+
     def _own_prior(self) -> Callable[[Tensor], Tensor]:
         """Noise -> latents of the prior that the model was trained with."""
-        if not hasattr(self.stage.module, "draw") and not self.stage.has_posterior:
+        if not self.stage.random:
             raise UserError(
                 f"prior: {self.stage.name} was trained without one; prior=flow or prior=gaussian fits one to "
                 "the latents of DATA"
             )
-        own: Callable[[Tensor], Tensor] = getattr(self.stage.module, "sample_prior", lambda noise: noise)
-        return own
+        assert self.stage.module is not None
+        return self.stage.module.sample_prior if self.has_own_prior else lambda noise: noise
 
     def _own_name(self) -> str:
-        return "the model's own prior" if hasattr(self.stage.module, "sample_prior") else "N(0, I) in raw latent units"
+        return "the model's own prior" if self.has_own_prior else "N(0, I) in raw latent units"
 
     def _scale_notes(self) -> list[str]:
         assert self.stage.module is not None
         factor = float(self.stage.module.config.get("scaling_factor") or 1.0)
-        if hasattr(self.stage.module, "sample_prior") or 1 / FAR_STD < factor < FAR_STD:
+        if self.has_own_prior or 1 / FAR_STD < factor < FAR_STD:
             return []
         return [
             f"the model's scaling_factor says that its latents' standard deviation is {1 / factor:.3g}, not 1: "

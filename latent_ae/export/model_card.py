@@ -108,8 +108,7 @@ def _card_text(
         trained.append(f"for {facts.steps:,} steps")
     if facts.base_model:
         trained.append(f"from {_plain(facts.base_model)}")
-    latent = {"posterior": "latent_dist.sample()", "codebook": "latents"}
-    encoded = "latents" if kind == "AutoencoderTiny" else latent.get(family_of(autoencoder).latent, "latent")
+    encoded = family_of(autoencoder).encoded
     if "scaling_factor" not in config:
         given = "norm = vae.bn  # of patches of 2 x 2 latents: channel after channel, each with its four places\n"
         scaled, undone = "z", "z"
@@ -123,7 +122,7 @@ def _card_text(
             "mean, std = (torch.tensor(vae.config[key]).view(1, -1, 1, 1) for key in ('latents_mean', 'latents_std'))\n"
         )
         scaled, undone = "(z - mean) / std", "z * std + mean"
-    sides = "always" if family_of(autoencoder).latent == "hierarchy" else "multiples of"
+    sides = "multiples of" if family_of(autoencoder).one_grid else "always"
     loader = "stock diffusers" if module_of(kind) == "diffusers" else module_of(kind)
     parts = [
         f"# {_plain(facts.name)}\n\n{'An' if kind.startswith('A') else 'A'} `{kind}`: images of "

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, AutoencoderKLFlux2, ModelMixin
+from diffusers import ModelMixin
 from huggingface_hub import HfApi
 from huggingface_hub.utils import validate_repo_id
 from safetensors.torch import load_file, save_file
@@ -25,7 +25,7 @@ from latent_ae.files import write_json, writing
 from latent_ae.latents.statistics import LatentStatistics
 from latent_ae.models.build import Reconstructor, count_parameters
 from latent_ae.models.likelihood import FILE, Likelihood
-from latent_ae.models.registry import module_of
+from latent_ae.models.registry import family_of, module_of
 from latent_ae.progress import now
 
 __all__ = ["CardFacts", "export_autoencoder", "loading_lines", "push_to_hub", "verify_export"]
@@ -111,7 +111,7 @@ def export_autoencoder(
         measured |= {"latents_mean": None, "latents_std": None}
     # each class has some of them
     exported.register_to_config(**{key: value for key, value in measured.items() if key in config})
-    if isinstance(exported, AutoencoderKLFlux2) and not keep_scaling:
+    if family_of(exported).scaled_by_patches and not keep_scaling:
         _normalise_patches(exported, statistics)
     if latents_mean_std:
         if 0.0 in statistics.channel_std:
@@ -252,7 +252,7 @@ def _twin(autoencoder: ModelMixin) -> ModelMixin:
     return twin.eval().requires_grad_(False)
 
 
-def _normalise_patches(autoencoder: AutoencoderKLFlux2, statistics: LatentStatistics) -> None:
+def _normalise_patches(autoencoder: ModelMixin, statistics: LatentStatistics) -> None:
     """Flux.2 scales latents by a batch norm's statistics, one for each channel and place in a patch of 2 x 2 latents.
 
     Each place gets those of its channel: latents are alike everywhere.
@@ -264,8 +264,8 @@ def _normalise_patches(autoencoder: AutoencoderKLFlux2, statistics: LatentStatis
 
 
 def _tried(autoencoder: ModelMixin, images: Tensor, device: torch.device) -> dict[str, Any] | None:
-    """Half precision, and tiling where there is the memory; None for another class than AutoencoderKL."""
-    if type(autoencoder) is not AutoencoderKL:
+    """Half precision, and tiling where there is the memory; None for a class that is not tried."""
+    if not family_of(autoencoder).tried_in_half_precision:
         return None
     try:
         found = probe_precision(autoencoder, images, device)

@@ -131,7 +131,7 @@ def build_autoencoder(settings: ModelSettings, *, sample_size: int, seed: int = 
 
     Raises UserError for a `config` that its class refuses.
     """
-    if settings.kind != "AutoencoderKL":
+    if not settings.gives_shape:
         return _of_another_class(settings, sample_size, seed)
     levels = len(settings.block_out_channels)
     with torch.random.fork_rng(devices=[]):

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from latent_ae.config import UserError, looks_like_path
 from latent_ae.models.likelihood import Likelihood, read_likelihood
 from latent_ae.models.posterior import draw, moments_of
-from latent_ae.models.registry import FAMILIES, class_of, family_name, untrained
+from latent_ae.models.registry import FAMILIES, Family, class_of, config_of, family_name, untrained
 from latent_ae.models.run_checkpoint import checkpoint_at
 
 Dtype = Literal["fp32", "bf16", "fp16"]
@@ -64,6 +64,16 @@ class FirstStage:
     """Over the class, the config, and the names, shapes and bytes of all tensors, as they were loaded."""
     likelihood: Likelihood | None = None
     """That it was trained with, where it was and the folder says so."""
+
+    @property
+    def family(self) -> Family | None:
+        """The record of its class; None of a function."""
+        return FAMILIES.get(self.name) if self.function is None else None
+
+    @property
+    def random(self) -> bool:
+        """Whether a latent is drawn from a posterior."""
+        return self.family is not None and self.family.random
 
     def moments(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         """What a latent is drawn from, float32: the posterior's mean and log-variance, or the latent and None.
@@ -302,7 +312,7 @@ def _load_checkpoint(folder: Path, location: str, ema: bool | None, dtype: Dtype
     averaged = has_average and ema is not False
     path = folder / ("ema.safetensors" if averaged else "autoencoder.safetensors")
     try:
-        model = untrained(diffusers.AutoencoderKL.load_config(folder))
+        model = untrained(config_of(folder))
         model.load_state_dict(load_file(path))
     except Exception as error:  # diffusers and safetensors raise many kinds for a damaged or foreign file
         raise UserError(f"cannot load {path}: {' '.join(str(error).split())[:400]}") from error

@@ -57,12 +57,22 @@ class ModelSettings(Settings):
     """`linear`: the fresh network is a linear down- and upsampler (see docs/linear-start.md)."""
 
     @property
+    def gives_shape(self) -> bool:
+        """Whether the keys below `config` say the shape; of another kind it is known when the autoencoder is there."""
+        return self.kind == "AutoencoderKL"
+
+    @property
+    def packs_levels(self) -> bool:
+        """Whether the latents lie on several grids, packed into one place, so that images have one size."""
+        return self.kind == "HierarchicalVAE"
+
+    @property
     def factor(self) -> int:
         """Image px per latent px along one side."""
         return int(2 ** (len(self.block_out_channels) - 1))
 
     def problems(self) -> Iterator[Problem]:
-        if self.kind != "AutoencoderKL":
+        if not self.gives_shape:
             alone = ModelSettings(kind=self.kind, config=self.config)
             for key in type(self).model_fields:
                 if getattr(self, key) != getattr(alone, key):
