@@ -1,16 +1,21 @@
 """What several test files need: the real LPIPS trunk, and one thread, so that small tests do not fight for cores."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import skimage
 import torch
+from PIL import Image
 
 import latent_ae.export.write
 from latent_ae.config import UserError
 from latent_ae.pretrained.lpips import LPIPS
-
-from . import warm
-from .made_jobs import Jobs
+from tests.distributed import warm
+from tests.made_jobs import Jobs
+from tests.pretrained.weights_world import World
+from tests.tiny_models import SIZES, tiny_autoencoder
 
 torch.set_num_threads(1)
 # but for one test of the check itself, which has a process that starts as a user's does
@@ -30,3 +35,44 @@ def lpips_vgg() -> LPIPS:
 def jobs(tmp_path_factory: pytest.TempPathFactory) -> Jobs:
     """Every command of `latent-ae eval`, each run once."""
     return Jobs(tmp_path_factory.mktemp("jobs"))
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve small pictures with colour gradients and edges."""
+    folder = tmp_path_factory.mktemp("pictures")
+    rng = np.random.default_rng(0)
+    for index in range(12):
+        small = Image.fromarray(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8))
+        small.resize((40, 30), Image.Resampling.BICUBIC).save(folder / f"{index:02}.png")
+    return folder
+
+
+@pytest.fixture
+def no_finish(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs end after their last checkpoint: latents, export and report are not what the test is about."""
+    monkeypatch.setattr("latent_ae_train.loop.finish_run", lambda *_: {})
+
+
+@pytest.fixture
+def world(tmp_path, monkeypatch):
+    return World(tmp_path, monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A tiny first stage in a folder."""
+    folder = tmp_path_factory.mktemp("model") / "export"
+    tiny_autoencoder().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder of photographs of several sizes, with a name that is hard to print."""
+    folder = tmp_path_factory.mktemp("photos")
+    astronaut = skimage.data.astronaut()
+    for number, (width, height) in enumerate(SIZES):
+        crop = astronaut[50 * number : 50 * number + height, 80 * number : 80 * number + width]
+        Image.fromarray(crop).save(folder / f"größe <{number}>.png")
+    return str(folder)

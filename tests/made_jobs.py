@@ -16,8 +16,7 @@ from PIL import Image
 from latent_ae.__main__ import main
 from latent_ae.models.build import build_autoencoder
 from latent_ae.models.settings import ModelSettings
-
-from .made_results import HOSTILE
+from tests.made_results import HOSTILE
 
 NAME = HOSTILE.replace("/", "")
 FLOW = ["width=64", "depth=1", "steps=2", "batch_size=8", "sampling_steps=2", "validations=2", "validation_images=4"]

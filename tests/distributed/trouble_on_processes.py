@@ -1,0 +1,50 @@
+"""Trouble that strikes one of several processes: each writes its exit codes and messages to OUT/rankN."""
+
+import contextlib
+import errno
+import io
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+
+from latent_ae.__main__ import main
+from latent_ae.pretrained import lpips as perceptual
+from tests.runs import words
+
+out, pictures, rank = Path(sys.argv[1]), Path(sys.argv[2]), int(os.environ["RANK"])
+replace, answers = os.replace, list[str]()
+
+
+def run(name: str, *more: str) -> None:
+    error = io.StringIO()
+    with contextlib.redirect_stderr(error):
+        code = main(words(pictures, out / name, "micro_batch_size=2", *more))
+    lines = [line for line in error.getvalue().splitlines() if line.startswith("latent-ae ")]
+    answers.append(f"{name} {code} {' / '.join(lines)}")
+
+
+def over_quota(source: Any, target: Any) -> None:
+    if str(target).endswith("step-00000002"):
+        raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+    replace(source, target)
+
+
+# each process has a disk of its own, and on the second one's there are neither images nor weights
+machine = out / f"machine{rank}"
+(machine / "held-out").mkdir(parents=True)
+(machine / "held-out" / ("a.txt" if rank else "a.png")).write_bytes((pictures / "00.png").read_bytes())
+os.chdir(machine)
+run("held-out", "data.eval_source=./held-out")
+
+os.environ |= {"LATENT_AE_OFFLINE": "1", "XDG_CACHE_HOME": f"{machine}/cache", "TORCH_HOME": f"{machine}/torch"}
+if not rank:
+    perceptual.LPIPS.__init__ = lambda self, *_: perceptual.nn.Module.__init__(self)  # type: ignore[method-assign]
+run("weights", "loss.perceptual=1", "data.resolution=32", "validate.crop_px=32")
+
+os.replace = over_quota  # only the first one writes
+run("quota")
+(out / f"rank{rank}").write_text("\n".join(answers) + "\n")
+PartialState().destroy_process_group()

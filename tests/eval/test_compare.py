@@ -1,0 +1,278 @@
+"""Comparisons: intervals against scipy and the t interval, refusals, and what a reader gets to see."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import scipy.stats
+
+from latent_ae.__main__ import main
+from latent_ae.config import UserError
+from latent_ae.metrics.distances import jackknife_interval
+from latent_ae_eval.compare import measure as module
+from latent_ae_eval.compare.measure import CHANCE, DIFFERS, INDEPENDENT, PAIRED, UNKNOWN, compare, mean_intervals
+from tests.made_results import HOSTILE, result, table, write
+from tests.report.html_reader import read
+
+
+def made(tmp_path, name, *, rows=None, parquet=True, changes=None, **numbers):
+    rows = rows or table(**numbers)
+    return write(tmp_path / name, result(rows, name, **(changes or {})), rows if parquet else None)
+
+
+def found(comparison, metric="psnr", kind="mode", of="B"):
+    (row,) = (r for r in comparison["differences"] if (r["metric"], r["latent"], r["of"]) == (metric, kind, of))
+    return row
+
+
+def test_interval_is_scipys_percentile_bootstrap_and_near_the_t_interval():
+    values = np.random.default_rng(1).gamma(2.0, 1.0, size=(500, 2))
+    ours = mean_intervals(values)
+    for column, (low, high) in zip(values.T, ours, strict=True):
+        theirs = scipy.stats.bootstrap(
+            (column,), np.mean, n_resamples=20_000, method="percentile", rng=np.random.default_rng(2)
+        ).confidence_interval
+        width = theirs.high - theirs.low
+        # a quantile of 2,000 resamples is itself uncertain by some 3 % of the width
+        assert abs(low - theirs.low) < 0.06 * width and abs(high - theirs.high) < 0.06 * width
+        t = scipy.stats.t.interval(0.95, 499, column.mean(), column.std(ddof=1) / 500**0.5)
+        assert abs(low - t[0]) < 0.08 * width and abs(high - t[1]) < 0.08 * width
+
+
+def test_chunks_do_not_move_the_interval_and_gaps_are_left_out(monkeypatch):
+    values = np.random.default_rng(1).normal(size=(200, 2))
+    whole = mean_intervals(values)
+    monkeypatch.setattr(module, "CHUNK", 7 * 200)
+    np.testing.assert_allclose(mean_intervals(values), whole, rtol=1e-12)
+    values[:, 1] = np.nan
+    values[:100, 1] = 1.5
+    np.testing.assert_allclose(mean_intervals(values)[0], whole[0], rtol=1e-12)
+    assert mean_intervals(values)[1].tolist() == [1.5, 1.5]
+
+
+def test_equal_models_differ_in_about_one_comparison_of_twenty():
+    differences = np.random.default_rng(3).normal(size=(100, 1000))
+    low, high = mean_intervals(differences).T
+    false_alarms = np.mean((low > 0) | (high < 0))
+    # 0.05 +- 3.3 standard errors of 1,000 comparisons, and the bootstrap's own 0.005 at n = 100
+    assert 0.03 < false_alarms < 0.08
+
+
+def test_equal_models_on_other_images_each_differ_in_one_comparison_of_twenty_or_fewer():
+    """Half-widths from ten groups each; where both are as wide, Student's quantile of one is a little too wide."""
+    values = np.random.default_rng(4).normal(size=(2, 5000, 10))
+    left_out = (values.sum(2)[..., None] - values) / 9
+    means = values.mean(2)
+    false_alarms = 0
+    for a, b, without_a, without_b in zip(*means, *left_out, strict=True):
+        pair = tuple(jackknife_interval(a, without_a)), tuple(jackknife_interval(b, without_b))
+        low, high = module._independent(b - a, *pair)
+        false_alarms += low > 0 or high < 0
+    assert 0.03 < false_alarms / 5000 < 0.05  # P(|T| > 2.262) with 18 degrees of freedom: 0.036
+
+
+def test_a_paired_difference_that_independent_intervals_miss(tmp_path):
+    a, b = made(tmp_path, "a", noise=0.2), made(tmp_path, "b", noise=0.2, seed=1, shift=0.2)
+    row = found(compare([a, b]))
+    assert row["verdict"] == DIFFERS and row["better"] == "B" and row["method"] == PAIRED and row["n"] == 60
+    pairs = zip(table(noise=0.2), table(noise=0.2, seed=1, shift=0.2), strict=True)
+    differences = [y["mode_psnr"] - x["mode_psnr"] for x, y in pairs]
+    theirs = scipy.stats.bootstrap((differences,), np.mean, method="percentile").confidence_interval
+    assert row["difference"] == pytest.approx(np.mean(differences))
+    assert row["interval"] == pytest.approx(theirs, abs=0.01)
+    (b / "images.parquet").unlink()
+    comparison = compare([a, b])
+    row = found(comparison)
+    assert row["verdict"] == CHANCE and row["better"] is None and row["method"] == INDEPENDENT
+    assert "B and A are not compared image by image: B has no images.parquet." in comparison["notes"]
+    lower = found(compare([made(tmp_path, "a2", noise=0.2), made(tmp_path, "b2", noise=0.2, shift=0.2)]), "lpips_vgg")
+    assert lower["difference"] < 0 and lower["better"] == "B"
+
+
+def test_the_same_model_does_not_differ_from_itself(tmp_path):
+    comparison = compare([made(tmp_path, "a"), made(tmp_path, "b")])
+    assert {row["verdict"] for row in comparison["differences"]} == {CHANCE, UNKNOWN}
+    assert found(comparison, "kid")["verdict"] == UNKNOWN  # a value without an interval
+    assert all(row["best"] is None for row in comparison["metrics"])
+
+
+def test_independent_half_widths_add_as_squares(tmp_path):
+    b = {"metrics": {"mode": {"fid": 1.3}}, "intervals": {"mode": {"fid": [1.1, 1.5]}}}
+    row = found(compare([made(tmp_path, "a"), made(tmp_path, "b", changes=b)]), "fid")
+    assert row["difference"] == pytest.approx(0.3) and row["method"] == INDEPENDENT
+    half = (0.1**2 + 0.2**2) ** 0.5
+    assert row["interval"] == pytest.approx([0.3 - half, 0.3 + half]) and row["verdict"] == DIFFERS
+
+
+def test_best_beats_every_other_or_is_not_named(tmp_path):
+    a, b = made(tmp_path, "a", noise=0.1), made(tmp_path, "b", noise=0.1, seed=1, shift=1)
+    c = made(tmp_path, "c", noise=0.1, seed=2, shift=1)  # as good as b
+    d = made(tmp_path, "d", noise=0.1, seed=3, shift=2)
+
+    def best(*folders):
+        (row,) = (r for r in compare(folders)["metrics"] if (r["metric"], r["latent"]) == ("psnr", "mode"))
+        return row["best"]
+
+    assert best(a, b) == "B" and best(b, a) == "A" and best(a, b, c) is None and best(a, b, c, d) == "D"
+
+
+@pytest.mark.parametrize(
+    "changes, line",
+    [
+        ({"protocol": {"crop_px": 128}}, "protocol.crop_px: A 256, B 128"),
+        ({"protocol": {"border": "cut"}}, "protocol.border: A not recorded, B cut"),
+        ({"protocol": {"name": "ldm"}}, "protocol.name: A default, B ldm"),
+        ({"protocol": {"changed": {"bands": [1, 2]}}}, "protocol.changed.bands: A not recorded, B 1 2"),
+        ({"data": {"fingerprint": "e" * 64}}, "data.fingerprint: A ffffffffffffffff, B eeeeeeeeeeeeeeee"),
+        ({"data": {"fingerprint": None}}, "data.fingerprint: A ffffffffffffffff, B not recorded"),
+        ({"data": {"num_images": 61}}, "number of images: A 60, B 61"),
+        ({"seed": 1}, "seed of the posterior's samples: A 0, B 1"),
+    ],
+)
+def test_what_was_measured_otherwise_is_refused_and_told_loudly_when_compared_anyway(tmp_path, changes, line, capsys):
+    a, b = made(tmp_path, "a"), made(tmp_path, "b", changes=changes)
+    with pytest.raises(UserError, match="not measured in the same way") as refusal:
+        compare([a, b])
+    assert line in str(refusal.value) and "--anyway" in str(refusal.value)
+    assert main(["eval", "compare", str(a), str(b), "--anyway", "--out", str(tmp_path / "out")]) == 0
+    printed = capsys.readouterr()
+    comparison = json.loads(printed.out)
+    assert comparison["differing"] == [line] and comparison["comparable"] is False
+    loud = f"NOT MEASURED IN THE SAME WAY: {line}"
+    shown = read((tmp_path / "out" / "comparison.html").read_text()).text
+    assert loud in printed.err and loud in shown and "and B b (not measured in the same way)" in shown
+
+
+def test_unrecorded_data_is_refused_even_when_neither_tells(tmp_path):
+    nothing = {"data": {"fingerprint": None}}
+    with pytest.raises(UserError, match="A not recorded, B not recorded"):
+        compare([made(tmp_path, "a", changes=nothing), made(tmp_path, "b", changes=nothing)])
+
+
+def test_a_deterministic_model_is_compared_by_its_mode_whatever_the_seed(tmp_path):
+    changes = {"seed": 5, "protocol": {"latents": ["mode"], "changed": {"latents": ["mode"]}}}
+    a, b = made(tmp_path, "a"), made(tmp_path, "b", kinds=("mode",), noise=0.1, shift=1, changes=changes)
+    comparison = compare([a, b], out=tmp_path / "out")
+    assert found(comparison)["better"] == "B"
+    assert {row["latent"] for row in comparison["differences"]} == {"mode"}
+    assert "B: no figures for the latent's sample." in comparison["notes"]
+    assert [row["values"]["B"] for row in comparison["metrics"] if row["latent"] == "sample"] == [None] * 5
+
+
+def test_missing_metrics_are_named(tmp_path):
+    b = made(tmp_path, "b")
+    document = json.loads((b / "result.json").read_text())
+    for kind in ("mode", "sample"):
+        document["metrics"][kind] |= {"fid": None, "psnr": float("nan")}
+        del document["metrics"][kind]["kid"]
+    del document["intervals"], document["baseline"], document["notes"], document["versions"]
+    write(b, document | {"seconds": float("inf")})
+    comparison = compare([made(tmp_path, "a"), b], out=tmp_path / "out")
+    assert "B lacks PSNR (dB), rFID, KID." in comparison["notes"]
+    assert {row["metric"] for row in comparison["differences"]} == {"ssim", "lpips_vgg"}
+    json.loads((tmp_path / "out" / "comparison.json").read_text(), parse_constant=pytest.fail)
+
+
+def test_few_images_give_no_verdict(tmp_path):
+    comparison = compare([made(tmp_path, "a", num_images=5), made(tmp_path, "b", num_images=5, noise=0.1, shift=1)])
+    assert {row["verdict"] for row in comparison["differences"]} == {UNKNOWN}
+    assert any("5 images are too few" in note for note in comparison["notes"])
+
+
+def test_images_are_matched_by_what_they_are_and_not_by_their_order(tmp_path):
+    rows = table(noise=0.1, seed=1, shift=0.5)
+    straight = compare([made(tmp_path, "a"), made(tmp_path, "b", rows=rows)])
+    shuffled = compare([tmp_path / "a", made(tmp_path, "b", rows=rows[::-1])])
+    assert straight["differences"] == shuffled["differences"] and found(straight)["method"] == PAIRED
+
+
+@pytest.mark.parametrize(
+    "damage, reason",
+    [
+        (lambda rows: rows[:-1], "does not hold the 60 images"),
+        (lambda rows: [row | {"digest": None} for row in rows], "does not hold the 60 images"),
+        (lambda rows: [row | {"digest": f"other {row['name']}"} for row in rows], "their images are not the same"),
+        (lambda rows: [row | {"mode_psnr": row["mode_psnr"] + 1} for row in rows], "of another measurement"),
+        (lambda rows: [{"index": row["index"]} for row in rows], "cannot be read"),
+        (lambda rows: [row | {"mode_psnr": "much"} for row in rows], "cannot be read"),
+    ],
+)
+def test_tables_of_other_images_are_not_paired(tmp_path, damage, reason):
+    a, b = made(tmp_path, "a"), made(tmp_path, "b")
+    write(b, json.loads((b / "result.json").read_text()), damage(table()))
+    comparison = compare([a, b])
+    assert found(comparison)["method"] == INDEPENDENT and reason in " ".join(comparison["notes"])
+
+
+def test_a_damaged_table_is_not_an_error(tmp_path):
+    a, b = made(tmp_path, "a"), made(tmp_path, "b")
+    (b / "images.parquet").write_bytes(b"PAR1 and no more")
+    assert "cannot be read" in " ".join(compare([a, b])["notes"])
+
+
+@pytest.mark.parametrize(
+    "text, reason",
+    [
+        (None, "no such file"),
+        ("{", "not JSON"),
+        ("[" * 100_000, "not JSON"),
+        ("\udcff", "not JSON"),
+        ("[1]", "not a JSON object"),
+        ('{"model": {}}', '"format" is null'),
+        ('{"format": "latent-ae reconstruction 2"}', '"latent-ae reconstruction 2", not'),
+        ('{"format": "latent-ae reconstruction 1"}', '"model" is not an object'),
+        ({"metrics": {"mode": 3}}, '"metrics" does not hold'),
+        ({"intervals": []}, '"intervals" does not hold'),
+        ({"data": {"num_images": True}}, '"data.num_images"'),
+    ],
+)
+def test_what_is_no_result_is_named(tmp_path, text, reason, capsys):
+    good, bad = made(tmp_path, "good"), tmp_path / "bad" / "result.json"
+    bad.parent.mkdir()
+    if isinstance(text, dict):
+        text = json.dumps(result(table()) | text)
+    if text is not None:
+        bad.write_bytes(text.encode("utf-8", "surrogateescape"))
+    assert main(["eval", "compare", str(good), str(bad)]) == 2
+    error = capsys.readouterr().err
+    assert str(bad) in error and reason in error
+
+
+def test_counts_and_folders_that_cannot_be(tmp_path, capsys):
+    a = made(tmp_path, "a")
+    assert main(["eval", "compare", str(a)]) == 2 and "2 to 26 results, not 1" in capsys.readouterr().err
+    assert main(["eval", "compare", str(a), str(a), "--out", str(a / "result.json")]) == 2
+    assert "cannot write" in capsys.readouterr().err
+
+
+def test_hostile_names_are_shown_and_never_run(tmp_path):
+    changes = {"model": {"location": f"/m/{HOSTILE}\udcff"}, "notes": [HOSTILE]}
+    rows = [row | {"name": HOSTILE + row["name"]} for row in table()]
+    a, b = made(tmp_path, "a", rows=rows, changes=changes), made(tmp_path, "b", rows=rows)
+    compare([a, b], out=tmp_path / "out")
+    reader = read((tmp_path / "out" / "comparison.html").read_text())
+    assert not {"script", "iframe"} & {tag for tag, _ in reader.tags} and "</script>" in reader.text
+
+
+def test_equal_inputs_give_equal_files(tmp_path):
+    a, b = made(tmp_path, "a"), made(tmp_path, "b", noise=0.1, seed=1)
+    for out in ("one", "two"):
+        compare([a / "result.json", b], out=tmp_path / out)
+    for name in ("comparison.json", "comparison.html"):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+    assert [path.name for path in sorted((tmp_path / "one").iterdir())] == ["comparison.html", "comparison.json"]
+
+
+def test_help_and_refusals_need_no_heavy_imports(tmp_path):
+    a, b = made(tmp_path, "a"), made(tmp_path, "b", changes={"seed": 1})
+    code = (
+        "import sys\nfrom latent_ae.__main__ import main\n"
+        "try:\n    main(['eval', 'compare', '--help'])\nexcept SystemExit as end:\n    assert end.code == 0\n"
+        f"assert main(['eval', 'compare', {str(a)!r}, {str(b)!r}]) == 2\n"
+        "assert not {'torch', 'diffusers', 'datasets', 'pyarrow', 'matplotlib'} & set(sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "example: latent-ae eval compare" in done.stdout

@@ -1,0 +1,185 @@
+"""Every class of first stage against diffusers itself, on tiny real instances."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import (
+    AutoencoderKL,
+    UNet2DModel,
+)
+from safetensors.torch import save_file
+
+from latent_ae.config import UserError
+from latent_ae.models.loading import first_stage, load_first_stage
+from latent_ae.models.registry import FAMILIES, OWN
+from tests.tiny import reseal
+from tests.tiny_models import pictures, tiny
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_each_class_reconstructs_as_diffusers_does(name, tmp_path):
+    model = tiny(name).eval()
+    model.save_pretrained(tmp_path / "model")
+    stage = load_first_stage(str(tmp_path / "model"))
+    images = pictures()
+    with torch.no_grad():
+        encoded, made = stage.encode(images), stage.reconstruct(images)
+        if name == "AutoencoderTiny":  # its own forward squeezes latents through bytes
+            expected = model.decode(model.encode(images).latents).sample
+        else:
+            expected = model(images).sample
+    assert stage.name == name and stage.channels == 3 and stage.latent_channels == encoded.mean.shape[1]
+    assert images.shape[-1] == encoded.mean.shape[-1] * stage.factor
+    torch.testing.assert_close(made, expected, rtol=0, atol=1e-6)
+    assert stage.sha256 == first_stage(tiny(name)).sha256 != first_stage(tiny(name, seed=1)).sha256
+    assert stage.describe()["parameters"] == sum(p.numel() for p in model.parameters())
+    assert stage.has_posterior == (encoded.std is not None) == (FAMILIES[name].latent == "posterior")
+
+
+def test_a_sample_is_the_posteriors(tmp_path):
+    model = tiny("AutoencoderKL").eval()
+    stage, images = first_stage(model), pictures()
+    with torch.no_grad():
+        posterior = model.encode(images).latent_dist
+        noise = torch.randn(posterior.mean.shape, generator=torch.Generator().manual_seed(3))
+        expected = model.decode(posterior.mean + posterior.std * noise).sample
+        torch.testing.assert_close(stage.reconstruct(images, noise), expected)
+        assert not torch.allclose(stage.reconstruct(images), expected)
+
+
+def test_half_precision_is_the_models_own_and_results_stay_float32():
+    stage = first_stage(tiny("AutoencoderKL"), dtype="bf16")
+    with torch.no_grad():
+        made = stage.reconstruct(pictures())
+    assert stage.dtype == torch.bfloat16 and made.dtype == torch.float32
+    assert stage.describe()["dtype"] == "bfloat16"
+    # the checksum names the weights, not the precision they are used in
+    assert stage.sha256 == first_stage(tiny("AutoencoderKL")).sha256
+
+
+def test_a_function_is_a_first_stage():
+    stage = first_stage(lambda images: images * 0.5)
+    images = pictures()
+    assert torch.equal(stage.reconstruct(images), images * 0.5)
+    assert (stage.factor, stage.channels, stage.has_posterior, stage.sha256) == (1, None, False, None)
+
+
+def test_the_model_is_found_in_a_pipeline_a_run_or_a_checkpoint(tmp_path):
+    raw, averaged, exported = (tiny("AutoencoderKL", seed) for seed in range(3))
+    tiny("VQModel").save_pretrained(tmp_path / "pipeline/vqvae")
+    assert load_first_stage(str(tmp_path / "pipeline")).name == "VQModel"
+    run = tmp_path / "run"
+    for step in (10, 20):
+        folder = run / f"checkpoints/step-{step:08d}"
+        folder.mkdir(parents=True)
+        raw.save_config(folder)
+        for name in ("state.json", "optimizer.pt"):
+            (folder / name).write_text("{}")
+        for name, model in (("autoencoder", raw), ("ema", averaged)):
+            save_file({k: v.contiguous() + step for k, v in model.state_dict().items()}, folder / f"{name}.safetensors")
+        reseal(folder)
+
+    def weight(*words, **options):
+        stage = load_first_stage(*map(str, words), **options)
+        return stage.weights, float(next(stage.module.parameters()).flatten()[0])
+
+    first = {model: float(next(model.parameters()).flatten()[0]) for model in (raw, averaged, exported)}
+    newest = run / "checkpoints/step-00000020"
+    assert weight(run) == ("averaged, step-00000020", pytest.approx(first[averaged] + 20))
+    assert weight(run, ema=False) == ("raw, step-00000020", pytest.approx(first[raw] + 20))
+    assert weight(run / "checkpoints/step-00000010") == (
+        "averaged, step-00000010",
+        pytest.approx(first[averaged] + 10),
+    )
+    exported.save_pretrained(run / "export")
+    assert weight(run) == ("as stored", pytest.approx(first[exported]))
+    assert weight(run, ema=True) == ("averaged, step-00000020", pytest.approx(first[averaged] + 20))
+    (newest / "ema.safetensors").unlink()
+    reseal(newest)
+    assert weight(newest)[0] == "raw, step-00000020"
+    with pytest.raises(UserError, match=r"ema: .*step-00000020 was trained without an average"):
+        load_first_stage(str(newest), ema=True)
+    (newest / "autoencoder.safetensors").write_bytes(b"cut")
+    reseal(newest)
+    with pytest.raises(UserError, match=r"cannot load .*autoencoder.safetensors"):
+        load_first_stage(str(run), ema=False)
+
+
+def test_no_broken_checkpoint_is_taken_for_the_newest(tmp_path, capsys):
+    """One with a flipped bit, and what saving, pruning and setting aside leave when they are killed."""
+    model = tiny("AutoencoderKL")
+    for step in ("step-00000009", "step-00000010"):
+        folder = tmp_path / "checkpoints" / step
+        folder.mkdir(parents=True)
+        model.save_config(folder)
+        for name in ("state.json", "optimizer.pt"):
+            (folder / name).write_text("{}")
+        save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder / "autoencoder.safetensors")
+        reseal(folder)
+    for kind in ("tmp", "old", "damaged"):
+        shutil.copytree(folder, folder.with_name(f"step-00000011.{kind}"))
+    assert load_first_stage(str(tmp_path)).weights == "raw, step-00000010"
+    content = bytearray((folder / "autoencoder.safetensors").read_bytes())
+    content[-3] ^= 4
+    (folder / "autoencoder.safetensors").write_bytes(content)
+    assert load_first_stage(str(tmp_path)).weights == "raw, step-00000009"
+    assert "step-00000010 is damaged (autoencoder.safetensors has another checksum)" in capsys.readouterr().err
+    with pytest.raises(UserError, match="step-00000010 is damaged"):
+        load_first_stage(str(folder))
+
+
+def test_averaged_and_raw_weights_of_diffusers_folders(tmp_path):
+    plain, average, half = (tiny("AutoencoderKL", seed) for seed in range(3))
+    plain.save_pretrained(tmp_path / "vae")
+    average.save_pretrained(tmp_path / "vae_ema")
+    half.save_pretrained(tmp_path / "vae", variant="non_ema")
+    sums = {first_stage(model).sha256: name for name, model in (("plain", plain), ("ema", average), ("raw", half))}
+    for options, name in (
+        ({}, "plain"),
+        ({"ema": True}, "ema"),
+        ({"ema": False}, "raw"),
+        ({"variant": "non_ema"}, "raw"),
+    ):
+        assert sums[load_first_stage(str(tmp_path), **options).sha256] == name, options
+    with pytest.raises(UserError, match=r"ema: .*holds no averaged weights"):
+        load_first_stage(str(tmp_path / "vae_ema"), ema=True)
+    with pytest.raises(UserError, match="ema: .*non_ema"):
+        load_first_stage(str(tmp_path / "vae_ema"), ema=False)
+
+
+def test_what_is_none_gets_a_message(tmp_path):
+    (tmp_path / "empty").mkdir()
+    UNet2DModel(block_out_channels=(8, 8), down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2,
+                norm_num_groups=4, layers_per_block=1).save_pretrained(tmp_path / "unet")  # fmt: skip
+    tiny("AutoencoderKL").save_pretrained(tmp_path / "cut")
+    (tmp_path / "cut/diffusion_pytorch_model.safetensors").write_bytes(b"cut short")
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign/config.json").write_text(json.dumps({"_class_name": "LlamaModel"}))
+    for place, message in (
+        ("nowhere/at/all", "no such model folder"),
+        ("empty", "no config.json"),
+        ("unet", "holds a UNet2DModel, which is not a first stage known here: AutoencoderKL, "),
+        ("cut", "cannot load a first stage"),
+        ("foreign", "holds a LlamaModel"),
+    ):
+        with pytest.raises(UserError, match=message):
+            load_first_stage(str(tmp_path / place))
+    with pytest.raises(ValueError, match="a function is needed"):
+        first_stage(3)
+    with pytest.raises(UserError, match="3 channels and gives 1"):
+        first_stage(AutoencoderKL(in_channels=3, out_channels=1))
+
+
+def test_the_pages_name_the_classes_that_are_known():
+    root = Path(__file__).parents[2]
+    named = re.compile(r"\b\w*Autoencoder\w+|\bVQModel\b|\bHierarchicalVAE\b")
+    text = (root / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    sentence = text[text.index("MODEL is a first stage of a class") : text.index("any other is refused")]
+    assert sorted(named.findall(sentence)) == sorted(FAMILIES)
+    text = (root / "README.md").read_text(encoding="utf-8")
+    sentence = text[text.index("classes of diffusers (") : text.index("by named protocols")]
+    assert sorted(named.findall(sentence)) == sorted(set(FAMILIES) - set(OWN))

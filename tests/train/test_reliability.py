@@ -1,0 +1,122 @@
+"""Which checkpoints stay, when the GAN is blamed, and that processes that drift apart are noticed."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from latent_ae.__main__ import main
+from latent_ae_train.checkpoint import complete_checkpoints, newest_checkpoint
+from latent_ae_train.loss_config import GanSettings
+from latent_ae_train.retention import before_gan, kept_steps
+from latent_ae_train.run_config import CheckpointSettings
+from latent_ae_train.step import MicroBatch, TrainStep
+from tests.distributed.launch import DISTRIBUTED, ROOT, launch
+from tests.runs import words
+
+
+def test_what_is_kept_is_the_newest_each_nth_the_best_and_the_last_before_the_gan():
+    gan = GanSettings(start=30, discriminator_warmup=5)
+    settings = CheckpointSettings(keep=2, keep_every=40)
+    steps, distances = range(10, 101, 10), {20: 0.5, 50: 0.2, 60: 0.2, 90: 0.9, 55: 0.0}
+    assert kept_steps(steps, settings, gan, distances) == {30, 40, 60, 80, 90, 100}  # the later of two equal ones
+    assert kept_steps(steps, CheckpointSettings(keep=1), GanSettings(weight=0), {}) == {100}
+    assert kept_steps([], settings, gan, {}) == set()
+    assert before_gan([10, 30, 35, 36], gan) == 35 and before_gan([40], gan) is None
+
+
+def test_a_run_keeps_the_checkpoint_before_its_gan_and_the_best(pictures: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    more = ("steps=12", "checkpoint.every=1", "checkpoint.keep=1", "checkpoint.keep_every=5", "validate.every=100")
+    assert main(words(pictures, run, *more, "gan.start=2", "gan.discriminator_warmup=1")) == 0
+    assert [checkpoint.step for checkpoint in complete_checkpoints(run)] == [3, 5, 10, 12]
+    assert newest_checkpoint(run).step == 12
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == [
+        f"step-{step:08d}" for step in (3, 5, 10, 12)
+    ]
+
+
+def test_the_alarm_names_the_checkpoint_to_go_back_to(
+    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from latent_ae_train.validate import Validator
+
+    original, calls = Validator.measure_model, []
+
+    def worse_every_time(self: Validator, *arguments: object) -> dict:
+        calls.append(0)
+        return original(self, *arguments) | {"lpips_vgg": 0.1 * 1.2 ** len(calls)}  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Validator, "measure_model", worse_every_time)
+    run = tmp_path / "run"
+    more = ("steps=6", "checkpoint.every=1", "validate.every=1", "gan.start=2", "gan.discriminator_warmup=0")
+    assert main(words(pictures, run, *more)) == 0
+    lines = [line for line in capsys.readouterr().err.splitlines() if "the GAN makes it worse" in line]
+    # step 3 is 1.2 times worse than step 2, the limit is 1.25
+    assert [line.split(":")[0] for line in lines] == ["step 4", "step 5", "step 6"]
+    assert all(line.endswith(f"gan.weight: {run}/checkpoints/step-00000002") for line in lines)
+    assert (run / "checkpoints/step-00000002/manifest.json").is_file()
+
+
+def test_no_checkpoint_is_written_of_a_step_that_was_skipped(
+    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = TrainStep.__call__
+
+    def spoilt_at_the_fourth(self: TrainStep, step: int, batches: Iterator[MicroBatch]) -> dict:
+        if step == 3:
+            batches = (batch._replace(images=batch.images * float("nan")) for batch in batches)
+        return original(self, step, batches)
+
+    monkeypatch.setattr(TrainStep, "__call__", spoilt_at_the_fourth)
+    run = tmp_path / "run"
+    assert main(words(pictures, run, "gan.weight=0")) == 0
+    assert [checkpoint.step for checkpoint in complete_checkpoints(run)] == [2, 6]  # of 2, 4 and 6
+    error = capsys.readouterr().err
+    assert "step 4: no checkpoint" in error and "changed nothing: step 4 (1 so far)" in error
+    events = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    (skipped,) = (event for event in events if event["event"] == "skipped")
+    assert skipped == {"event": "skipped", "step": 4, "first_sample": 12, "last_sample": 15}
+
+
+def test_too_little_room_is_said_before_the_first_step(
+    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage._replace(free=10**5))
+    assert main(words(pictures, tmp_path / "run")) == 2
+    error = capsys.readouterr().err
+    assert "has 100.0 kB free" in error and "checkpoint.keep" in error and "step 2/" not in error
+    monkeypatch.undo()
+    assert main(words(pictures, tmp_path / "run", "steps=1")) == 0
+    assert not list((tmp_path / "run").glob(".preflight*"))
+
+
+def test_processes_that_drift_apart_are_stopped_together(tmp_path: Path) -> None:
+    done = launch(2, DISTRIBUTED / "drift_on_processes.py", str(tmp_path / "out"))
+    assert done.returncode == 0, done.stderr
+    answers = [(tmp_path / f"out.rank{rank}").read_text().splitlines() for rank in (0, 1)]
+    assert answers[0] == answers[1] and answers[0][0] == "equal"
+    assert answers[0][1].startswith("after step 50 the weights of process 1 differ from those of process 0")
+
+
+def test_a_kill_while_saving_loses_nothing_that_was_saved(tmp_path: Path) -> None:
+    script = (
+        "import pathlib; from tests.robustness.kill_saves import kill_many; "
+        "print(kill_many(pathlib.Path({!r}), 8, seed=1))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script.format(str(tmp_path / "run"))],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    steps = json.loads(done.stdout)
+    assert steps == sorted(steps) and steps[-1] >= 2, "too slow to show anything"
