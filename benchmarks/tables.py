@@ -13,7 +13,7 @@ from typing import Any
 from benchmarks.machine import RESULTS
 
 DOCS = Path(__file__).parent.parent / "docs"
-NAMES = ("performance", "multi-gpu", "linear-start", "encode", "export", "diffusion", "family")
+NAMES = ("performance", "losses", "multi-gpu", "linear-start", "encode", "export", "diffusion", "family")
 PAGES = [DOCS / f"{name}.md" for name in NAMES]
 
 
@@ -415,6 +415,28 @@ def eps_table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def gan_weight_table(result: dict[str, Any]) -> str:
+    """Each contestant's held-out metrics, seed after seed."""
+    columns = {"PSNR (dB)": ("psnr", 2), "LPIPS": ("lpips", 3), "Fréchet, VGG16": ("frechet_vgg16", 0)}
+    lines = [
+        f"{result['held_out_images']} held-out crops of {result['crop_px']} px of {result['data']}; "
+        f"`{result['base']}`, {result['steps_of_each_part']} steps of {result['batch']} crops in each part; "
+        f"{where(result)}.",
+        "",
+        f"| | {' | '.join(columns)} | adversarial gradient, relative | adaptive weight | accuracy |",
+        "|---|" + "---:|" * (len(columns) + 3),
+    ]
+    first = {f"first part, {name}": runs for name, runs in result["first_part"].items()}
+    for name, runs in [*first.items(), *((name, one["by_seed"]) for name, one in result["contestants"].items())]:
+        each = [runs[seed] for seed in sorted(runs)]
+        cells = [", ".join(f"{run[key]:.{digits}f}" for run in each) for key, digits in columns.values()]
+        for key in ("mean_gradient_ratio", "mean_adaptive_weight", "mean_accuracy"):
+            values = [run[key] for run in each if key in run]
+            cells.append(f"{sum(values) / len(values):.2g}" if values else "")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def where(result: dict[str, Any]) -> str:
     machine = result["machine"]
     return (
@@ -445,6 +467,7 @@ MAKERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "collapse": collapse_table,
     "bf16-posterior": posterior_table,
     "adam-eps": eps_table,
+    "gan-weight": gan_weight_table,
 }
 
 

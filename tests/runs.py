@@ -19,7 +19,14 @@ def words(pictures: Path, run: Path, *more: str) -> list[str]:
         *("data.resolution=16", "data.num_workers=0", "steps=6", "batch_size=4", "optim.warmup=0"),
         *("model.block_out_channels=[16,16]", "model.norm_num_groups=4", "model.latent_channels=4"),
         *("loss.perceptual=0", "gan.start=1", "gan.discriminator_warmup=1", "gan.warmup=1", "gan.lecam=0.01"),
-        *("gan.channels=8", "gan.layers=1", "checkpoint.every=2", "validate.every=3", "validate.crop_px=16"),
+        *(
+            "gan.channels=8",
+            "gan.layers=1",
+            "gan.adaptive_cap=100",
+            "checkpoint.every=2",
+            "validate.every=3",
+            "validate.crop_px=16",
+        ),
         *("validate.preview_images=2", "log.every=2", *more),
     ]
 

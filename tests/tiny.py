@@ -39,7 +39,10 @@ MODEL = {
 }
 STATE = {"settings": {}, "num_processes": 1, "stream_states": [None]}
 """Of a checkpoint, besides its step."""
-GAN = {"weight": 0.5, "start": 0, "discriminator_warmup": 0, "warmup": 0, "channels": 8, "layers": 1}
+GAN = {
+    **{"weight": 0.5, "start": 0, "discriminator_warmup": 0, "warmup": 0, "channels": 8, "layers": 1},
+    "adaptive_cap": 100.0,  # so that the adaptive weight moves
+}
 
 
 def settings_for(**changes: Any) -> TrainSettings:

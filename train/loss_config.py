@@ -163,9 +163,9 @@ class GanSettings(Settings):
     """Differentiable augmentations of what the discriminator sees; they help on small data."""
     adaptive: bool = True
     """Scale the term by the ratio of gradient norms at the last layer; false uses the weight as it is."""
-    adaptive_cap: Annotated[float, Field(gt=0)] = 100.0
-    """Largest such ratio, in per-element means as all losses are. Latent diffusion's clamp, 1e4 of its sums, is
-    1e4 / (C x H x W) here (0.0509 at 256 px, 0.81 at 64 px); taming's VQ loss takes means, and 1e4 is 1e4."""
+    adaptive_cap: Annotated[float, Field(gt=0)] = 0.0509
+    """Largest such ratio, in per-element means as all losses are. The default is latent diffusion's clamp, 1e4 of its
+    sums, for RGB at 256 px: 1e4 / (3 x 256 x 256). Taming's VQ loss takes means, and there 1e4 is 1e4."""
     adaptive_smoothing: Decay = 0.9
     """Share of the former value that the ratio keeps in each step; 0: every step has the ratio of the one before."""
     lecam: Weight = 0.0

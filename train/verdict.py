@@ -17,8 +17,8 @@ SILENT = 0.05
 """Share of active channels below which a level counts as collapsed; so many may be silent without a word."""
 OFF_TARGET = 0.1
 """Distance of the rate from its target, relative to that, which is worth a word."""
-DOMINANT = 2.0
-"""Share of the adversarial gradient at the last layer, relative to the reconstruction's, that is too much."""
+DOMINANT, FAINT = 2.0, 0.005
+"""The adversarial gradient at the last layer, relative to the reconstruction's, that is too much; almost nothing."""
 
 
 def verdict(lines: Sequence[dict[str, Any]], settings: TrainSettings) -> str:
@@ -77,8 +77,14 @@ def _adversarial(mean: dict[str, float], step: int, settings: TrainSettings) -> 
     tells = f"it tells {mean['accuracy']:.0%} of real and reconstructed patches apart"
     if step <= gan.start + gan.discriminator_warmup:
         return f"the discriminator learns alone until step {gan.start + gan.discriminator_warmup:,}: {tells}"
-    if gan.adaptive and mean.get("adaptive_weight", 0.0) >= 0.99 * gan.adaptive_cap:
-        return "the adaptive weight is at gan.adaptive_cap: the discriminator gives almost no gradient"
+    # a cap that binds is usual; a gradient that is small even so is not
+    risen = step > gan.start + gan.discriminator_warmup + gan.warmup
+    capped = gan.adaptive and mean.get("adaptive_weight", 0.0) >= 0.99 * gan.adaptive_cap
+    if risen and capped and mean.get("gradient_ratio", 1.0) < FAINT:
+        return (
+            f"the adversarial gradient is {mean['gradient_ratio']:.1g}x the reconstruction's at the last layer, and "
+            "the adaptive weight is at gan.adaptive_cap: raise gan.adaptive_cap or gan.weight"
+        )
     if mean.get("gradient_ratio", 0.0) > DOMINANT:
         return (
             f"the adversarial gradient is {mean['gradient_ratio']:.1f}x the reconstruction's at the last layer: "
