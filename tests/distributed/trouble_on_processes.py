@@ -5,6 +5,7 @@ import errno
 import io
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from accelerate import PartialState
 
 from latent_ae.__main__ import main
 from latent_ae.pretrained import lpips as perceptual
+from latent_ae_train import log
 from tests.runs import words
 
 out, pictures, rank = Path(sys.argv[1]), Path(sys.argv[2]), int(os.environ["RANK"])
@@ -26,10 +28,19 @@ def run(name: str, *more: str) -> None:
     answers.append(f"{name} {code} {' / '.join(lines)}")
 
 
-def over_quota(source: Any, target: Any) -> None:
-    if str(target).endswith("step-00000002"):
-        raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
-    replace(source, target)
+def over_quota(end: str) -> Callable[[Any, Any], None]:
+    def refusing(source: Any, target: Any) -> None:
+        if str(target).endswith(end):
+            raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+        replace(source, target)
+
+    return refusing
+
+
+def no_log(path: Any, mode: str = "r", **how: Any) -> Any:
+    if mode == "a" and (Path(path).parent / "checkpoints").is_dir():
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    return open(path, mode, **how)
 
 
 # each process has a disk of its own, and on the second one's there are neither images nor weights
@@ -44,7 +55,13 @@ if not rank:
     perceptual.LPIPS.__init__ = lambda self, *_: perceptual.nn.Module.__init__(self)  # type: ignore[method-assign]
 run("weights", "loss.perceptual=1", "data.resolution=32", "validate.crop_px=32")
 
-os.replace = over_quota  # only the first one writes
+# only the first one writes
+os.replace = over_quota("step-00000002")
 run("quota")
+os.replace = over_quota("step-00000003.png")
+run("preview")
+os.replace = replace
+log.open = no_log  # type: ignore[attr-defined]
+run("log")
 (out / f"rank{rank}").write_text("\n".join(answers) + "\n")
 PartialState().destroy_process_group()
