@@ -26,7 +26,8 @@ from latent_ae.data.settings import DataSettings
 from latent_ae.metrics.similarity import psnr
 from latent_ae.models.build import Reconstructor
 from latent_ae.models.loading import FirstStage, load_first_stage
-from latent_ae.models.quantize import code_counts, perplexity, quantised
+from latent_ae.models.quantize import quantised
+from latent_ae.objectives.codebook import code_counts, perplexity
 from latent_ae.pretrained.lpips import LPIPS
 from latent_ae_train.build import starting_autoencoder
 from latent_ae_train.distillation import Teacher

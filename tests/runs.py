@@ -84,8 +84,6 @@ def differing_tensors(a: Path, b: Path) -> list[str]:
 
 BLOCKS = {"down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2}
 KL_LIKE = {**BLOCKS, "block_out_channels": [16, 16], "norm_num_groups": 4, "mid_block_add_attention": False}
-
-
 SHAPES: dict[str, dict[str, Any]] = {
     "VQModel": {**KL_LIKE, "latent_channels": 4, "vq_embed_dim": 3, "num_vq_embeddings": 32},
     "AutoencoderTiny": {

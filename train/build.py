@@ -18,13 +18,13 @@ from latent_ae.models.discriminator import PatchDiscriminator
 from latent_ae.models.registry import BLOCKS, family_of
 from latent_ae.models.run_checkpoint import checkpoint_at
 from latent_ae.models.settings import ModelSettings
+from latent_ae.objectives.total_correlation import LARGEST, TotalCorrelation
 
 from .checkpoint import misfits, read_state
 from .distillation import take_its_scale
 from .finish import finished_results
 from .loss_config import LossSettings
 from .settings import TrainSettings
-from .total_correlation import LARGEST, TotalCorrelation
 
 
 def starting_autoencoder(settings: TrainSettings) -> ModelMixin:

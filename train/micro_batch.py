@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from latent_ae.data.rng import kept_channels, latent_noise
-from latent_ae.objectives.latent_changes import LatentChange, scaled_and_turned
+from latent_ae.models.latent_changes import LatentChange, scaled_and_turned
 
 from .schedule import equivariance_at
 from .settings import TrainSettings

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from latent_ae.config import UserError
 from latent_ae.models.build import Reconstruction
 from latent_ae.models.likelihood import LIKELIHOODS, bits_per_dimension
-from latent_ae.models.quantize import code_counts, codebook_loss
+from latent_ae.objectives.codebook import code_counts, codebook_loss
 from latent_ae.objectives.diffaug import NUMBERS, augment
-from latent_ae.objectives.losses import discriminator_loss, generator_loss, lecam_loss, r1_penalty
+from latent_ae.objectives.gan import discriminator_loss, generator_loss, lecam_loss, r1_penalty
+from latent_ae.objectives.total_correlation import TotalCorrelation
 from latent_ae.pretrained.vision import VisionModel
 
 from .distillation import Teacher
@@ -31,7 +32,6 @@ from .schedule import GanPhase, equivariance_at, gan_phase_at, kl_capacity_at, k
 from .settings import TrainSettings
 from .step_state import StepState
 from .terms import aligning_gradient, image_losses, rate_loss
-from .total_correlation import TotalCorrelation
 
 
 class TrainStep:

@@ -11,8 +11,8 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from latent_ae.models.likelihood import LIKELIHOODS, Likelihood
-from latent_ae.models.quantize import perplexity
-from latent_ae.objectives.losses import adaptive_ratio
+from latent_ae.objectives.base import adaptive_ratio
+from latent_ae.objectives.codebook import perplexity
 
 from .loss_config import LossSettings
 from .schedule import GanPhase

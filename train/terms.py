@@ -9,7 +9,9 @@ from torch import Tensor, nn
 
 from latent_ae.models.build import Reconstruction
 from latent_ae.models.likelihood import LIKELIHOODS, log_likelihood
-from latent_ae.objectives.losses import PixelLoss, alignment_loss, capacity_loss, free_bits_loss, kl_loss, pixel_loss
+from latent_ae.objectives.alignment import alignment_loss
+from latent_ae.objectives.kl import capacity_loss, free_bits_loss, kl_loss
+from latent_ae.objectives.reconstruction import PixelLoss, pixel_loss
 
 from .loss_config import AlignmentSettings, LossSettings
 from .micro_batch import MicroBatch

@@ -15,8 +15,6 @@ APART_BY_ROOTS = (
     "These are squared distances, so one minus another is no part of it. Their roots obey the triangle inequality: the "
     "distance between samples and reconstructions lies between the difference and the sum of the roots in their rows."
 )
-
-
 PICTURE_BYTES = 3_000_000
 
 
@@ -82,14 +80,10 @@ ROWS = {
     "held_out": "held-out images, to images trained on",
     "reconstructions_of_originals": "reconstructions, to their originals",
 }
-
-
 SHORT = {
     "samples": "samples",
     "reconstructions": "reconstructions",
     "held_out": "held-out images",
     "reconstructions_of_originals": "reconstructions, to originals",
 }
-
-
 SHOWN_IN = "metrics", "intervals", "curve", "loss", "notes"

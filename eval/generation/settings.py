@@ -10,11 +10,7 @@ from latent_ae.config import NonNegative, Positive, Problem, Settings
 from latent_ae.latents.settings import EncodeSettings
 
 OfPreset = Literal["preset"]
-
-
 HEAD_CHANNELS = 64
-
-
 DIFFUSION_PRESETS: dict[str, dict[str, Any]] = {
     "cpu": {
         "resolution": 32,

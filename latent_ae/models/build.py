@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 from latent_ae.arithmetic import WeightPrecisionConv2d
 from latent_ae.config import UserError
+from latent_ae.models.latent_changes import LatentChange, changed
 from latent_ae.models.linear_init import linear_start_
 from latent_ae.models.loading import load_first_stage
 from latent_ae.models.posterior import draw
 from latent_ae.models.quantize import Codes, quantised
 from latent_ae.models.registry import class_of, family_of
 from latent_ae.models.settings import ModelSettings
-from latent_ae.objectives.latent_changes import LatentChange, changed
 
 
 class Reconstruction(NamedTuple):

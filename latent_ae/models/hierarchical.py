@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 from latent_ae.arithmetic import WeightPrecisionConv2d
 from latent_ae.config import UserError
-from latent_ae.models.posterior import Drawn, log_ratio
-from latent_ae.objectives.losses import kl_per_dimension
+from latent_ae.models.posterior import Drawn, kl_per_dimension, log_ratio
 
 LARGEST_LOG_STD = 5.0
 """Logarithms of standard deviations are drawn into +- this by a tanh, as in NVAE."""

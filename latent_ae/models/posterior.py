@@ -6,8 +6,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from latent_ae.objectives.losses import kl_per_dimension
-
 
 class Drawn(NamedTuple):
     """A sample of the posterior q(z | x); all float32."""
@@ -77,3 +75,8 @@ def log_ratio(
     distance = (latent - prior_mean).square() * torch.exp(-prior) + prior
     own = logvar if noise is None else logvar + noise.square()
     return 0.5 * (own - distance).flatten(1).sum(1, dtype=torch.float64).float()
+
+
+def kl_per_dimension(mean: Tensor, logvar: Tensor) -> Tensor:
+    """KL(N(mean, exp(logvar)) || N(0, 1)) of each latent dimension in nats, N x c x h x w (Kingma and Welling 2014)."""
+    return 0.5 * (mean.square() + logvar.exp() - 1.0 - logvar)

@@ -1,4 +1,4 @@
-"""Vector quantisation (van den Oord et al. 2017): nearest codes, their losses, how many are in use."""
+"""Vector quantisation (van den Oord et al. 2017): nearest codes."""
 
 from typing import NamedTuple
 
@@ -25,23 +25,3 @@ def quantised(latent: Tensor, codebook: Tensor) -> tuple[Tensor, Codes]:
     indices = torch.cdist(places.flatten(0, 2), codebook.detach()).argmin(1).view(places.shape[:3])
     vectors = F.embedding(indices, codebook).movedim(-1, 1).contiguous()
     return latent + (vectors - latent).detach(), Codes(indices, vectors)
-
-
-def codebook_loss(latent: Tensor, vectors: Tensor, commitment: float) -> Tensor:
-    """Codes drawn to latents, and with weight `commitment` latents to codes (eq. 3); means over latent elements.
-
-    diffusers' own loss has the weight on the other term, for old models' sake.
-    """
-    return F.mse_loss(vectors, latent.detach()) + commitment * F.mse_loss(latent, vectors.detach())
-
-
-def code_counts(indices: Tensor, num_codes: int) -> Tensor:
-    """How often each code was taken, float32; nobody waits for the device."""
-    flat = indices.flatten()
-    return torch.zeros(num_codes, device=flat.device).scatter_add_(0, flat, torch.ones_like(flat, dtype=torch.float32))
-
-
-def perplexity(counts: Tensor) -> Tensor:
-    """exp of the entropy of the codes' frequencies: so many equally frequent codes would carry as much."""
-    frequencies = counts / counts.sum().clamp(min=1.0)
-    return torch.exp(torch.special.entr(frequencies).sum())

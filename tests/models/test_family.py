@@ -13,9 +13,10 @@ from safetensors.torch import load_file
 from latent_ae.__main__ import main
 from latent_ae.models.build import Reconstructor, build_autoencoder, factor_of, latent_channels_of
 from latent_ae.models.loading import load_first_stage
-from latent_ae.models.quantize import code_counts, codebook_loss, perplexity, quantised
+from latent_ae.models.quantize import quantised
 from latent_ae.models.registry import class_of, module_of
 from latent_ae.models.settings import ModelSettings
+from latent_ae.objectives.codebook import code_counts, codebook_loss, perplexity
 from latent_ae_train.build import compile_networks, starting_autoencoder
 from latent_ae_train.micro_batch import MicroBatch
 from latent_ae_train.revival import revive_codes

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from latent_ae.__main__ import main
 from latent_ae.config import UserError, load_settings
-from latent_ae.objectives.losses import alignment_loss
+from latent_ae.objectives.alignment import alignment_loss
 from latent_ae.pretrained.vision import VisionModel
 from latent_ae_train.micro_batch import as_drawn
 from latent_ae_train.settings import TrainSettings

@@ -8,17 +8,11 @@ import torch.nn.functional as F
 from torch.distributions import Normal, kl_divergence
 
 from latent_ae.models.discriminator import Blur, PatchDiscriminator
-from latent_ae.objectives.losses import (
-    CHARBONNIER_EPS,
-    adaptive_ratio,
-    discriminator_loss,
-    generator_loss,
-    kl_loss,
-    kl_per_dimension,
-    lecam_loss,
-    pixel_loss,
-    r1_penalty,
-)
+from latent_ae.models.posterior import kl_per_dimension
+from latent_ae.objectives.base import adaptive_ratio
+from latent_ae.objectives.gan import discriminator_loss, generator_loss, lecam_loss, r1_penalty
+from latent_ae.objectives.kl import kl_loss
+from latent_ae.objectives.reconstruction import CHARBONNIER_EPS, pixel_loss
 
 
 def test_pixel_losses_by_hand() -> None:

@@ -10,7 +10,8 @@ import torch
 
 from latent_ae.__main__ import main
 from latent_ae.config import UserError, load_settings
-from latent_ae.objectives.losses import free_bits_loss, kl_loss, kl_per_dimension
+from latent_ae.models.posterior import kl_per_dimension
+from latent_ae.objectives.kl import free_bits_loss, kl_loss
 from latent_ae_train.loss_config import LossSettings
 from latent_ae_train.schedule import kl_weight_at
 from latent_ae_train.settings import TrainSettings

@@ -8,8 +8,9 @@ import torch.nn.functional as F
 
 from latent_ae.config import UserError, load_settings
 from latent_ae.models.build import Reconstructor
-from latent_ae.objectives.latent_changes import LatentChange, changed
-from latent_ae.objectives.losses import kl_loss, kl_per_dimension
+from latent_ae.models.latent_changes import LatentChange, changed
+from latent_ae.models.posterior import kl_per_dimension
+from latent_ae.objectives.kl import kl_loss
 from latent_ae_train import micro_batch, terms
 from latent_ae_train.micro_batch import latent_change
 from latent_ae_train.schedule import equivariance_at

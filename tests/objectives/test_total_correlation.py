@@ -13,11 +13,12 @@ from latent_ae.__main__ import main
 from latent_ae.config import UserError, load_settings
 from latent_ae.data.rng import permutations
 from latent_ae.models.build import Reconstruction
-from latent_ae.objectives.losses import capacity_loss, kl_per_dimension
+from latent_ae.models.posterior import kl_per_dimension
+from latent_ae.objectives.kl import capacity_loss
+from latent_ae.objectives.total_correlation import TotalCorrelation
 from latent_ae_train.loss_config import LossSettings
 from latent_ae_train.schedule import kl_capacity_at
 from latent_ae_train.settings import TrainSettings
-from latent_ae_train.total_correlation import TotalCorrelation
 from tests.runs import differing_tensors, words
 from tests.tiny import build_step, global_batch, micro_batches, moved, settings_for, weights
 

@@ -11,8 +11,6 @@ from collections.abc import Sequence
 import pytest
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-
-
 NO_BROWSER = "no chromium, chromium-browser or google-chrome is on PATH; on Debian: apt-get install chromium"
 
 
@@ -27,8 +25,6 @@ FLAGS = [
     "--host-resolver-rules=MAP * ~NOTFOUND", "--enable-logging=stderr", "--log-level=0", "--window-size=1280,900",
     "--virtual-time-budget=20000",
 ]
-
-
 PROBE = """<script>addEventListener("load", () => {
   const root = document.documentElement;
   const found = {width: innerWidth, overflow: root.scrollWidth - root.clientWidth,
@@ -52,8 +48,6 @@ PROBE = """<script>addEventListener("load", () => {
   document.body.append(Object.assign(document.createElement("pre"), {id: "found", textContent: JSON.stringify(found)}));
   parent.postMessage(JSON.stringify(found), "*");
 });</script>"""
-
-
 NARROW = """<!doctype html><meta charset="utf-8"><body style="margin:0"><pre id="found"></pre><script>
 const all = [];
 addEventListener("message", event => {
@@ -61,8 +55,6 @@ addEventListener("message", event => {
   if (Object.keys(all).length == frames.length) document.getElementById("found").textContent = JSON.stringify(all);
 });
 </script>%s</body>"""
-
-
 FRAME = '<iframe style="border:0;width:%dpx;height:800px" srcdoc="%s"></iframe>'
 
 

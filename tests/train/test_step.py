@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from latent_ae.models.posterior import kl_per_dimension
 from latent_ae.objectives.diffaug import NUMBERS, augment
-from latent_ae.objectives.losses import generator_loss, kl_loss, kl_per_dimension
+from latent_ae.objectives.gan import generator_loss
+from latent_ae.objectives.kl import kl_loss
 from latent_ae.pretrained.lpips import LPIPS
 from latent_ae_train.settings import TrainSettings
 from latent_ae_train.step import TrainStep
