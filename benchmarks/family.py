@@ -31,8 +31,8 @@ from latent_ae.objectives.codebook import code_counts, perplexity
 from latent_ae.pretrained.lpips import LPIPS
 from latent_ae_train.build import starting_autoencoder
 from latent_ae_train.distillation import Teacher
-from latent_ae_train.ema import Ema
 from latent_ae_train.micro_batch import MicroBatch
+from latent_ae_train.optim import Ema
 from latent_ae_train.settings import TrainSettings
 from latent_ae_train.step import TrainStep
 

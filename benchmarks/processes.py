@@ -22,7 +22,7 @@ from benchmarks.machine import save
 from latent_ae.arithmetic import training_memory_format
 from latent_ae.models.build import Reconstructor, count_parameters
 from latent_ae_train.build import starting_autoencoder, starting_discriminator
-from latent_ae_train.ema import Ema
+from latent_ae_train.optim import Ema
 from latent_ae_train.settings import TrainSettings
 from latent_ae_train.step import MicroBatch, TrainStep
 

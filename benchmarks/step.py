@@ -29,7 +29,7 @@ from latent_ae.models.build import Reconstructor, build_autoencoder, count_param
 from latent_ae.models.discriminator import PatchDiscriminator
 from latent_ae.pretrained.lpips import LPIPS
 from latent_ae_train.build import compile_networks, starting_autoencoder, starting_discriminator
-from latent_ae_train.ema import Ema
+from latent_ae_train.optim import Ema
 from latent_ae_train.settings import TrainSettings
 from latent_ae_train.step import MicroBatch, TrainStep
 

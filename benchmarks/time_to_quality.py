@@ -32,7 +32,7 @@ from latent_ae.metrics.similarity import ReconstructionMetrics
 from latent_ae.models.build import Reconstructor
 from latent_ae.pretrained.lpips import LPIPS
 from latent_ae_train.build import starting_autoencoder, starting_discriminator
-from latent_ae_train.ema import Ema
+from latent_ae_train.optim import Ema
 from latent_ae_train.schedule import gan_phase_at, lr_scale_at
 from latent_ae_train.settings import TrainSettings
 from latent_ae_train.step import MicroBatch, TrainStep

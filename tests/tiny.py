@@ -24,8 +24,8 @@ from latent_ae_train.build import (
     starting_total_correlation,
 )
 from latent_ae_train.distillation import Teacher
-from latent_ae_train.ema import Ema
 from latent_ae_train.micro_batch import MicroBatch, latent_change
+from latent_ae_train.optim import Ema
 from latent_ae_train.settings import TrainSettings
 from latent_ae_train.step import TrainStep
 

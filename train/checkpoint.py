@@ -19,7 +19,7 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Container, Mapping
+from collections.abc import Container, Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,6 +36,8 @@ from latent_ae.files import disk_trouble
 from latent_ae.models.registry import config_of, untrained
 from latent_ae.models.run_checkpoint import MANIFEST, PREFIX, finished_checkpoints, newest_whole, sha256_of
 
+from .loss_config import GanSettings
+from .run_config import CheckpointSettings
 from .step import TrainStep
 
 PLACE = ("epoch", "file", "row", "block", "offset")
@@ -297,3 +299,29 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def kept_steps(
+    steps: Iterable[int], settings: CheckpointSettings, gan: GanSettings, distances: Mapping[int, float]
+) -> set[int]:
+    """Of the checkpoints at `steps`: the newest `keep`, each multiple of `keep_every`, the best, and the last one
+    before the adversarial term (the place to return to when it goes wrong).
+
+    `distances`: held-out LPIPS by step, of the steps that were validated; the lowest is the best.
+    """
+    ordered = sorted(steps)
+    kept = set(ordered[-settings.keep :])
+    if settings.keep_every:
+        kept |= {step for step in ordered if step % settings.keep_every == 0}
+    if validated := [step for step in ordered if step in distances]:
+        kept.add(min(validated, key=lambda step: (distances[step], -step)))
+    if before := before_gan(ordered, gan):
+        kept.add(before)
+    return kept
+
+
+def before_gan(steps: Iterable[int], gan: GanSettings) -> int | None:
+    """The last of `steps` whose weights no discriminator has moved."""
+    if not gan.weight:
+        return None
+    return max((step for step in steps if step <= gan.start + gan.discriminator_warmup), default=None)

@@ -19,9 +19,8 @@ from latent_ae.files import writing
 from latent_ae.text import printable
 
 from .agreement import Agreed, on_main
-from .checkpoint import checkpoint_folder, complete_checkpoints
+from .checkpoint import before_gan, checkpoint_folder, complete_checkpoints
 from .report import held_out_distances, read_log
-from .retention import before_gan
 from .run import flatten
 from .schedule import lr_scale_at
 from .settings import TrainSettings

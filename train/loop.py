@@ -2,7 +2,6 @@
 
 import math
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +12,13 @@ from tqdm import tqdm
 
 from latent_ae.arithmetic import float32_arithmetic, training_memory_format
 from latent_ae.config import UserError
-from latent_ae.data.loader import Batch, open_images, posterior_noise, training_batches
-from latent_ae.data.rng import augmentation_numbers
+from latent_ae.data.loader import open_images, training_batches
 from latent_ae.export.pipelines import SHAPE, refuse_misfit
 from latent_ae.models.build import Reconstructor, factor_of, latent_channels_of
-from latent_ae.objectives.diffaug import NUMBERS
 from latent_ae.pretrained.lpips import LPIPS
 from latent_ae.pretrained.vision import VisionModel
 
-from .agreement import Agreed, gathered, hosts, on_main
-from .bad_files import BadFiles
+from .agreement import Agreed, gathered, hosts, on_main, stop_on_drift
 from .build import (
     compile_networks,
     starting_autoencoder,
@@ -31,22 +27,20 @@ from .build import (
     starting_total_correlation,
 )
 from .checkpoint import (
-    Checkpoint,
     complete_checkpoints,
+    kept_steps,
     load_checkpoint,
     newest_checkpoint,
     prune_checkpoints,
     save_checkpoint,
 )
+from .data import BadFiles, Feed, stream_state_of
 from .distillation import Teacher
-from .drift import stop_on_drift
-from .ema import Ema
 from .finish import finish_run, finished_results, push_export, show_results
 from .log import Log
-from .micro_batch import MicroBatch, latent_change
+from .optim import Ema
 from .preflight import preflight
 from .report import held_out_distances
-from .retention import kept_steps
 from .run import changes_since, cut_back, only_training_in, write_config
 from .settings import TrainSettings
 from .signals import Stopped, StopSignals
@@ -257,77 +251,6 @@ def _ended(accelerator: Accelerator, run: Path, settings: TrainSettings, results
     if accelerator.is_main_process:
         push_export(run, settings)
     return results
-
-
-def stream_state_of(checkpoint: Checkpoint | None, accelerator: Accelerator) -> dict[str, Any] | None:
-    """Where this process's stream stood at the checkpoint; None for stored images, which need no state."""
-    states = checkpoint.state()["stream_states"] if checkpoint is not None else [None]
-    if len(states) != accelerator.num_processes and states[0] is not None:
-        raise UserError(
-            f"data.streaming: the checkpoint was written by {len(states)} process(es) and now there are "
-            f"{accelerator.num_processes}; a stream goes on only with the same number"
-        )
-    return states[accelerator.process_index] if states[0] is not None else None
-
-
-class Feed:
-    """The loader's batches as micro-batches on the device; tells `bad_files` of the unreadable files met."""
-
-    def __init__(
-        self,
-        batches: Iterator[Batch],
-        settings: TrainSettings,
-        latent_shape: tuple[int, ...],
-        device: torch.device,
-        channels: int,
-        bad_files: BadFiles,
-    ):
-        self.batches, self.settings, self.latent_shape, self.device = batches, settings, latent_shape, device
-        self.channels, self.bad_files = channels, bad_files
-        self.stream_state: dict[str, Any] | None = None
-
-    def __iter__(self) -> "Feed":
-        return self
-
-    def __next__(self) -> MicroBatch:
-        try:
-            batch = next(self.batches)
-        except (UserError, StopIteration) as error:
-            # the others are in this step too: it is finished on gray images, then all stop, and nothing is saved
-            if isinstance(error, UserError):
-                self.bad_files.fail(error)
-            batch = self.gray()
-        self.bad_files.note(batch)
-        self.stream_state = batch.stream_state
-        return self.on_device(batch)
-
-    def gray(self) -> Batch:
-        """Images that need no file."""
-        size = self.settings.micro_batch
-        shape = (size, self.channels, *(2 * [self.settings.data.resolution]))
-        return Batch(torch.zeros(shape), list(range(size)), [])
-
-    def on_device(self, batch: Batch) -> MicroBatch:
-        """With all that is drawn for its samples."""
-        settings = self.settings
-        every = settings.loss.perceptual_every
-        augmentation = None
-        if settings.gan.weight and settings.gan.diffaug:
-            augmentation = augmentation_numbers(settings.seed, batch.numbers, 2 * NUMBERS)
-            augmentation = self._sent(augmentation)
-        return MicroBatch(
-            batch.images.to(self.device, memory_format=training_memory_format(self.device), non_blocking=True),
-            self._sent(posterior_noise(settings.seed, batch.numbers, self.latent_shape)),
-            # samples whose number is a multiple of `every`; a micro-batch's numbers are consecutive
-            slice(-batch.numbers[0] % every, None, every),
-            augmentation,
-            latent_change(settings, batch.numbers, self.latent_shape, self._sent),
-        )
-
-    def _sent(self, tensor: torch.Tensor) -> torch.Tensor:
-        # from pinned memory, or the host would wait for the copy
-        tensor = tensor.pin_memory() if self.device.type == "cuda" else tensor
-        return tensor.to(self.device, non_blocking=True)
 
 
 def _say_how_to_go_on(run: Path, step: int, accelerator: Accelerator) -> None:

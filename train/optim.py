@@ -1,5 +1,6 @@
 """Both networks' optimizers: how a step's gradients are clipped and applied, or passed over."""
 
+import copy
 from typing import Any
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor, nn
 from latent_ae.models.build import Reconstructor
 
 from .muon import Muon, inner_weights
-from .schedule import GanPhase, lr_scale_at
+from .schedule import GanPhase, ema_decay_at, lr_scale_at
 from .settings import TrainSettings
 
 LOGVAR_LR = 10.0
@@ -115,3 +116,17 @@ class Update:
         unbroken = len(bad) + self.bad_in_a_row
         self.bad_in_a_row = next((age for age, flag in enumerate(reversed(bad)) if not flag), unbroken)
         return [step for step, flag in zip(steps, bad, strict=True) if flag], self.bad_in_a_row
+
+
+class Ema:
+    """Keeps `module`, a float32 copy whose parameters follow those of `source`."""
+
+    def __init__(self, source: nn.Module, decay: float):
+        self.decay = decay
+        self.module = copy.deepcopy(source).eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def update(self, source: nn.Module, step: int) -> None:
+        """average <- decay * average + (1 - decay) * source."""
+        averages, weights = list(self.module.parameters()), list(source.parameters())
+        torch._foreach_lerp_(averages, weights, 1.0 - ema_decay_at(step, self.decay))

@@ -24,9 +24,8 @@ from latent_ae.objectives.total_correlation import TotalCorrelation
 from latent_ae.pretrained.vision import VisionModel
 
 from .distillation import Teacher
-from .ema import Ema
 from .micro_batch import MicroBatch, as_drawn
-from .optim import Update
+from .optim import Ema, Update
 from .revival import revive_codes
 from .schedule import GanPhase, equivariance_at, gan_phase_at, kl_capacity_at, kl_weight_at
 from .settings import TrainSettings

@@ -7,7 +7,7 @@ import torch
 from accelerate import Accelerator
 
 from latent_ae.config import UserError
-from latent_ae_train.drift import stop_on_drift
+from latent_ae_train.agreement import stop_on_drift
 
 accelerator, answers = Accelerator(cpu=True), []
 torch.manual_seed(0)
