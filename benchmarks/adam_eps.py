@@ -18,7 +18,7 @@ from benchmarks.time_to_quality import DEVICE, Batches, data_name, measure, step
 from latent_ae.config import load_settings
 from latent_ae.data.held_out import held_out_images
 from latent_ae.data.loader import open_images
-from latent_ae.models.build import Reconstructor
+from latent_ae.models.reconstruct import Reconstructor
 from latent_ae.pretrained.lpips import LPIPS
 from latent_ae_train.settings import TrainSettings
 from latent_ae_train.step import TrainStep

@@ -18,7 +18,8 @@ from benchmarks.time_to_quality import DEVICE, data_name
 from latent_ae.config import load_settings
 from latent_ae.data.held_out import held_out_images
 from latent_ae.data.loader import open_images
-from latent_ae.models.build import keep_posterior_precise_, load_autoencoder
+from latent_ae.models.build import load_autoencoder
+from latent_ae.models.reconstruct import keep_posterior_precise_
 from latent_ae_train.settings import TrainSettings
 
 SPARED = ("encoder.conv_out", "quant_conv", "post_quant_conv", "decoder.conv_in")

@@ -24,9 +24,9 @@ from latent_ae.data.images import to_uint8
 from latent_ae.data.loader import open_images
 from latent_ae.data.settings import DataSettings
 from latent_ae.metrics.similarity import psnr
-from latent_ae.models.build import Reconstructor
 from latent_ae.models.loading import FirstStage, load_first_stage
 from latent_ae.models.quantize import quantised
+from latent_ae.models.reconstruct import Reconstructor
 from latent_ae.objectives.codebook import code_counts, perplexity
 from latent_ae.pretrained.lpips import LPIPS
 from latent_ae_train.build import starting_autoencoder

@@ -23,7 +23,7 @@ from latent_ae.config import load_settings
 from latent_ae.data.held_out import held_out_images
 from latent_ae.data.loader import open_images
 from latent_ae.metrics.similarity import ReconstructionMetrics
-from latent_ae.models.build import Reconstructor
+from latent_ae.models.reconstruct import Reconstructor
 from latent_ae.pretrained.lpips import LPIPS
 from latent_ae.report.pictures import picture_grid
 from latent_ae_train.settings import TrainSettings

@@ -20,7 +20,8 @@ from accelerate import Accelerator
 
 from benchmarks.machine import save
 from latent_ae.arithmetic import training_memory_format
-from latent_ae.models.build import Reconstructor, count_parameters
+from latent_ae.models.build import count_parameters
+from latent_ae.models.reconstruct import Reconstructor
 from latent_ae_train.build import starting_autoencoder, starting_discriminator
 from latent_ae_train.optim import Ema
 from latent_ae_train.settings import TrainSettings

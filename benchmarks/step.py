@@ -25,8 +25,9 @@ from benchmarks.rivals import (
     latent_diffusion_checkout_step,
 )
 from latent_ae.arithmetic import training_memory_format
-from latent_ae.models.build import Reconstructor, build_autoencoder, count_parameters
+from latent_ae.models.build import build_autoencoder, count_parameters
 from latent_ae.models.discriminator import PatchDiscriminator
+from latent_ae.models.reconstruct import Reconstructor
 from latent_ae.pretrained.lpips import LPIPS
 from latent_ae_train.build import compile_networks, starting_autoencoder, starting_discriminator
 from latent_ae_train.optim import Ema

@@ -29,7 +29,7 @@ from latent_ae.data.images import bicubic_down_up
 from latent_ae.data.loader import open_images, posterior_noise, training_batches
 from latent_ae.data.settings import DataSettings
 from latent_ae.metrics.similarity import ReconstructionMetrics
-from latent_ae.models.build import Reconstructor
+from latent_ae.models.reconstruct import Reconstructor
 from latent_ae.pretrained.lpips import LPIPS
 from latent_ae_train.build import starting_autoencoder, starting_discriminator
 from latent_ae_train.optim import Ema

@@ -25,7 +25,7 @@ from latent_ae.config import load_settings
 from latent_ae.data.held_out import held_out_images
 from latent_ae.data.images import bicubic_down_up
 from latent_ae.data.loader import open_images
-from latent_ae.models.build import Reconstructor
+from latent_ae.models.reconstruct import Reconstructor
 from latent_ae.pretrained.lpips import LPIPS
 from latent_ae_train.build import starting_autoencoder
 from latent_ae_train.settings import TrainSettings

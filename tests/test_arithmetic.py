@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from latent_ae.arithmetic import float32_arithmetic
-from latent_ae.models.build import Reconstructor
+from latent_ae.models.reconstruct import Reconstructor
 from latent_ae.models.registry import class_of
 from latent_ae_train.loop import train
 from latent_ae_train.step import TrainStep

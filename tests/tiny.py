@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from latent_ae.data.rng import augmentation_numbers
-from latent_ae.models.build import Reconstructor
+from latent_ae.models.reconstruct import Reconstructor
 from latent_ae.models.run_checkpoint import MANIFEST
 from latent_ae.objectives.diffaug import NUMBERS
 from latent_ae.pretrained.vision import VisionModel

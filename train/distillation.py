@@ -5,9 +5,10 @@ from diffusers import ModelMixin
 from torch import Tensor, nn
 
 from latent_ae.config import UserError
-from latent_ae.models.build import factor_of, keep_posterior_precise_, latent_channels_of
+from latent_ae.models.build import factor_of, latent_channels_of
 from latent_ae.models.loading import load_first_stage
 from latent_ae.models.posterior import Drawn, draw
+from latent_ae.models.reconstruct import keep_posterior_precise_
 from latent_ae.models.registry import family_of
 
 from .settings import TrainSettings

@@ -67,8 +67,9 @@ def export(
 
     from latent_ae.data.loader import open_images
     from latent_ae.export.write import export_autoencoder
-    from latent_ae.models.build import Reconstructor, factor_of
+    from latent_ae.models.build import factor_of
     from latent_ae.models.likelihood import read_likelihood
+    from latent_ae.models.reconstruct import Reconstructor
     from latent_ae.models.run_checkpoint import checkpoint_at
 
     from .checkpoint import load_weights

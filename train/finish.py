@@ -15,9 +15,10 @@ from latent_ae.export.precision import verdict
 from latent_ae.export.write import CardFacts, export_autoencoder, loading_lines, push_to_hub
 from latent_ae.files import write_json
 from latent_ae.latents.statistics import LatentStatistics
-from latent_ae.models.build import Reconstructor, factor_of, latent_channels_of
+from latent_ae.models.build import factor_of, latent_channels_of
 from latent_ae.models.likelihood import Likelihood
 from latent_ae.models.posterior import draw
+from latent_ae.models.reconstruct import Reconstructor
 from latent_ae.models.registry import family_of
 from latent_ae.progress import bar, now
 

@@ -14,7 +14,8 @@ from latent_ae.arithmetic import float32_arithmetic, training_memory_format
 from latent_ae.config import UserError
 from latent_ae.data.loader import open_images, training_batches
 from latent_ae.export.pipelines import SHAPE, refuse_misfit
-from latent_ae.models.build import Reconstructor, factor_of, latent_channels_of
+from latent_ae.models.build import factor_of, latent_channels_of
+from latent_ae.models.reconstruct import Reconstructor
 from latent_ae.pretrained.lpips import LPIPS
 from latent_ae.pretrained.vision import VisionModel
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from latent_ae.models.build import end_layers
+from latent_ae.models.reconstruct import end_layers
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 """Jordan's coefficients of the quintic iteration: five turns bring singular values to between about 0.7 and 1.2."""

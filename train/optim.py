@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from latent_ae.models.build import Reconstructor
+from latent_ae.models.reconstruct import Reconstructor
 
 from .muon import Muon, inner_weights
 from .schedule import GanPhase, ema_decay_at, lr_scale_at

@@ -15,8 +15,8 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from latent_ae.config import UserError
-from latent_ae.models.build import Reconstruction
 from latent_ae.models.likelihood import LIKELIHOODS, bits_per_dimension
+from latent_ae.models.reconstruct import Reconstruction
 from latent_ae.objectives.codebook import code_counts, codebook_loss
 from latent_ae.objectives.diffaug import NUMBERS, augment
 from latent_ae.objectives.gan import discriminator_loss, generator_loss, lecam_loss, r1_penalty

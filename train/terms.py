@@ -7,8 +7,8 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from latent_ae.models.build import Reconstruction
 from latent_ae.models.likelihood import LIKELIHOODS, log_likelihood
+from latent_ae.models.reconstruct import Reconstruction
 from latent_ae.objectives.alignment import alignment_loss
 from latent_ae.objectives.kl import capacity_loss, free_bits_loss, kl_loss
 from latent_ae.objectives.reconstruction import PixelLoss, pixel_loss

@@ -23,8 +23,9 @@ from latent_ae.export.pipelines import PipelineName, refuse_misfit, remarks
 from latent_ae.export.precision import probe_precision, probe_tiling
 from latent_ae.files import write_json, writing
 from latent_ae.latents.statistics import LatentStatistics
-from latent_ae.models.build import Reconstructor, count_parameters
+from latent_ae.models.build import count_parameters
 from latent_ae.models.likelihood import FILE, Likelihood
+from latent_ae.models.reconstruct import Reconstructor
 from latent_ae.models.registry import family_of, module_of
 from latent_ae.progress import now
 

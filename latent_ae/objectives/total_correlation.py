@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from latent_ae.data.rng import permutations
-from latent_ae.models.build import Reconstruction
+from latent_ae.models.reconstruct import Reconstruction
 
 LAYERS = 6
 SLOPE = 0.2

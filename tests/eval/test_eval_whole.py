@@ -53,7 +53,8 @@ def test_fid_and_kid_are_those_of_torch_fidelitys_own_command(tmp_path, inceptio
 
 
 def test_published_weights_make_it_an_fid(tmp_path, inception, monkeypatch):
-    monkeypatch.setattr("latent_ae_eval.inputs.InceptionFeatures", lambda *words, **options: as_published(inception))
+    features = "latent_ae_eval.recon.shard.InceptionFeatures"
+    monkeypatch.setattr(features, lambda *words, **options: as_published(inception))
     photos = write_photos(tmp_path / "photos", 4)
     result = evaluate_reconstruction(tiny("AutoencoderKL"), photos, settings_with(frechet=("inception",)))
     assert result["metrics"]["mode"]["fid"] > 0 and "kid" in result["metrics"]["sample"]

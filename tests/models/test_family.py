@@ -11,9 +11,10 @@ from diffusers import VQModel
 from safetensors.torch import load_file
 
 from latent_ae.__main__ import main
-from latent_ae.models.build import Reconstructor, build_autoencoder, factor_of, latent_channels_of
+from latent_ae.models.build import build_autoencoder, factor_of, latent_channels_of
 from latent_ae.models.loading import load_first_stage
 from latent_ae.models.quantize import quantised
+from latent_ae.models.reconstruct import Reconstructor
 from latent_ae.models.registry import class_of, module_of
 from latent_ae.models.settings import ModelSettings
 from latent_ae.objectives.codebook import code_counts, codebook_loss, perplexity

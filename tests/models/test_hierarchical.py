@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.distributions import MultivariateNormal, Normal, kl_divergence
 
 from latent_ae.__main__ import main
-from latent_ae.models.build import Reconstructor
 from latent_ae.models.hierarchical import HierarchicalVAE, packed
 from latent_ae.models.loading import first_stage
 from latent_ae.models.posterior import draw
+from latent_ae.models.reconstruct import Reconstructor
 from latent_ae.objectives.kl import free_bits_loss, kl_loss
 from latent_ae_train.loss_config import LossSettings
 from latent_ae_train.terms import rate_loss

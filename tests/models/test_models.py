@@ -13,8 +13,9 @@ from PIL import Image
 from latent_ae.config import UserError
 from latent_ae.data.loader import open_images
 from latent_ae.data.settings import DataSettings
-from latent_ae.models.build import Reconstructor, build_autoencoder, factor_of, load_autoencoder
+from latent_ae.models.build import build_autoencoder, factor_of, load_autoencoder
 from latent_ae.models.linear_init import DETAILS, SMOOTHING, SYNTHESIS, SYNTHESIS_F2
+from latent_ae.models.reconstruct import Reconstructor
 from latent_ae.models.settings import ModelSettings
 from tests.tiny import MODEL
 

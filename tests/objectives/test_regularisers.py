@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 
 from latent_ae.config import UserError, load_settings
-from latent_ae.models.build import Reconstructor
 from latent_ae.models.latent_changes import LatentChange, changed
 from latent_ae.models.posterior import kl_per_dimension
+from latent_ae.models.reconstruct import Reconstructor
 from latent_ae.objectives.kl import kl_loss
 from latent_ae_train import micro_batch, terms
 from latent_ae_train.micro_batch import latent_change
@@ -214,7 +214,7 @@ def test_off_costs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
         module = terms if name == "free_bits_loss" else micro_batch
         original = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *a, _n=name, _f=original, **k: (used.append(_n), _f(*a, **k))[1])
-    monkeypatch.setattr("latent_ae.models.build.changed", lambda *a: used.append("changed"))
+    monkeypatch.setattr("latent_ae.models.reconstruct.changed", lambda *a: used.append("changed"))
     settings = settings_for(loss={"kl": 1e-3}, gan=GAN)
     assert next(micro_batches(0, settings)).change is None
     means = build_step(settings)(0, micro_batches(0, settings))

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from latent_ae.__main__ import main
 from latent_ae.config import UserError, load_settings
 from latent_ae.data.rng import permutations
-from latent_ae.models.build import Reconstruction
 from latent_ae.models.posterior import kl_per_dimension
+from latent_ae.models.reconstruct import Reconstruction
 from latent_ae.objectives.kl import capacity_loss
 from latent_ae.objectives.total_correlation import TotalCorrelation
 from latent_ae_train.loss_config import LossSettings
