@@ -31,7 +31,7 @@ from latent_ae_train.step import TrainStep
 
 BASE = (
     "model.block_out_channels=[16,32,64,64] model.norm_num_groups=4 model.latent_channels=4 batch_size=4 "
-    "ema.decay=0.98 optim.lr=3e-4 optim.schedule=constant "
+    "ema.decay=0.98 optim.lr=3e-4 optim.schedule=constant optim.warmup=20 "
     "gan.channels=64 gan.layers=3 gan.weight=0.5 gan.discriminator_warmup=30 gan.warmup=30"
 )
 CONTESTANTS = {
