@@ -55,7 +55,7 @@ mine = target.clone().requires_grad_()
 lpips(mine, target).mean().backward()
 
 # measure it beside something else, and compare
-evaluate("recon", out / "run", "photos", out=out / "ours", crop_px=128)
-evaluate("recon", lambda images: images.round(decimals=1), "photos", out=out / "rounded", crop_px=128)
+evaluate("recon", out / "run", "photos", out=out / "ours", crop_px=64)
+evaluate("recon", lambda images: images.round(decimals=1), "photos", out=out / "rounded", crop_px=64)
 comparison = compare([out / "ours", out / "rounded"], out=out / "comparison")
 print(comparison["differences"])

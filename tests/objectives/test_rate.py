@@ -155,7 +155,7 @@ def test_settings_that_do_not_go_together_are_refused(words: list[str], expected
 def test_the_plan_tells_how_the_rate_is_shaped(capsys: pytest.CaptureFixture[str]) -> None:
     from latent_ae.__main__ import main
 
-    assert main(["train", "quickstart", "loss.kl_cycles=4", "loss.free_bits=0.5", "--dry-run"]) == 0
+    assert main(["train", "quickstart", "steps=240", "loss.kl_cycles=4", "loss.free_bits=0.5", "--dry-run"]) == 0
     assert "KL:            weight 1e-06, rising 4 times, every 60 steps, 0.5 nats per dimension free" in (
         capsys.readouterr().out
     )

