@@ -164,7 +164,7 @@ def refuse_misfit(autoencoder: ModelMixin, settings: TrainSettings) -> None:
 
 
 def _misfits_of_latents(latent: str, name: str, settings: TrainSettings) -> Iterator[Problem]:
-    """Settings of the loss that mean nothing to latents of this sort (`families.Family`)."""
+    """Settings of the loss that mean nothing to latents of this sort (`registry.Family`)."""
     loss = settings.loss
     of_rate = [key for key in ("kl_warmup", "kl_cycles", "kl_target", "free_bits", "kl_capacity") if getattr(loss, key)]
     if of_rate and latent in ("deterministic", "codebook"):

@@ -140,7 +140,7 @@ class Generation:
     processor_seconds: dict[str, float] = field(default_factory=dict)
     """Of this process, not of those that decode images."""
     choices: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Of the images that samples are compared with, by part of the data: see order.choice_facts."""
+    """Of the images that samples are compared with, by part of the data: see rng.choice_facts."""
 
     def check_pipeline(self) -> None:
         """Raises UserError for a first stage that DiTPipeline cannot decode with."""

@@ -28,7 +28,7 @@ class Framing(NamedTuple):
     """Side of the square; None takes the largest sides that `multiple_of` divides."""
     resample: Resample = "adm"
     nearest: bool = False
-    """See crops.center_crop."""
+    """See transforms.center_crop."""
 
 
 @dataclass(frozen=True)

@@ -188,7 +188,7 @@ class StreamReader:
 def part_of(source: ImageSource, number: int | None, seed: int) -> tuple[ImageSource, dict[str, Any]]:
     """At most `number` images of a source (None: all of them), and what a result says of the choice, JSON-ready.
 
-    They are spread over the source by `seed` (see order.spread). A stream has no numbers: it gives its first ones.
+    They are spread over the source by `seed` (see rng.spread). A stream has no numbers: it gives its first ones.
     """
     if isinstance(source, StreamSource):
         if number is None:

@@ -1,4 +1,4 @@
-"""First stages of the classes in `families`, behind one door: what is encoded, what is decoded, how sides shrink.
+"""First stages of the classes in `registry`, behind one door: what is encoded, what is decoded, how sides shrink.
 
 stage = load_first_stage("madebyollin/taesdxl")
 encoded = stage.encode(images)                # images: NCHW float in [-1, 1]

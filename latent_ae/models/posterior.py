@@ -26,7 +26,7 @@ class Drawn(NamedTuple):
 def moments_of(module: nn.Module, images: Tensor) -> tuple[Tensor, Tensor | None]:
     """What a latent is drawn from, float32: the posterior's mean and log-variance, or the latent and None.
 
-    `module` is an instance of one of `first_stages.FAMILIES`; of a VQModel it is the latent before quantisation.
+    `module` is an instance of one of `registry.FAMILIES`; of a VQModel it is the latent before quantisation.
     """
     encoded = module.encode(images)
     if hasattr(encoded, "latent_dist"):
