@@ -1,7 +1,7 @@
 """Which images a first stage cannot reconstruct, and where: scores, thresholds from normal images, heat maps.
 
 from latent_ae_eval.anomaly.measure import find_anomalies
-from latent_ae_eval.job_config import AnomalySettings
+from latent_ae_eval.anomaly.settings import AnomalySettings
 result = find_anomalies("runs/bottles", "bottles/test", AnomalySettings(normal="bottles/good"), out="anomalies")
 """
 

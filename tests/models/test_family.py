@@ -66,6 +66,7 @@ def test_flux2_latents_are_normalised_by_its_batch_norm(pictures: Path, tmp_path
     assert stock.bn.running_var.sqrt().tolist() == pytest.approx(deviations, rel=1e-5)
 
 
+@pytest.mark.trained
 @pytest.mark.usefixtures("no_finish")
 def test_a_codebook_resumes_and_splits_alike(pictures: Path, tmp_path: Path) -> None:
     """With codes that are revived on the way."""

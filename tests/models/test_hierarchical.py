@@ -236,6 +236,7 @@ def test_checkpointed_gradients_are_the_same(model: HierarchicalVAE) -> None:
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True) if a is not None)
 
 
+@pytest.mark.trained
 @pytest.mark.usefixtures("no_finish")
 def test_a_run_resumes_and_splits_alike(pictures: Path, tmp_path: Path) -> None:
     more = (

@@ -167,6 +167,7 @@ def picture(pictures: Path) -> Any:
     return np.asarray(Image.open(pictures / "00.png").convert("RGB"))[:28, :40].copy()
 
 
+@pytest.mark.trained
 @pytest.mark.usefixtures("no_finish")
 def test_it_resumes_and_splits_alike_and_another_teacher_is_refused(
     pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -12,6 +12,8 @@ from latent_ae_train.checkpoint import load_checkpoint, save_checkpoint
 from latent_ae_train.step import TrainStep
 from tests.tiny import GAN, STATE, build_step, global_batch, micro_batches, reseal, settings_for
 
+pytestmark = pytest.mark.trained
+
 ELEMENTS = 3 * 16 * 16
 """C H W of an image: what latent diffusion sums over and we average over."""
 

@@ -1,8 +1,8 @@
 """The inputs that a run must survive, in the order of docs/data.md's list: each is read as training and evaluation read
 it, and the last tests put all of them through the commands.
 
-Three entries have their tests elsewhere: a read-only or full disk (test_train.py, test_reliability.py), kill -9 during
-a save (test_reliability.py, kill_saves.py), and a changed number of processes at resume (test_train.py).
+Three entries have their tests elsewhere: a read-only or full disk (test_disk.py), kill -9 during a save
+(train/test_reliability.py, kill_saves.py), and a changed number of processes at resume (train/test_resume.py).
 """
 
 import contextlib
