@@ -34,15 +34,7 @@ def processes(settings: QuestionSettings) -> tuple[PartialState, torch.device]:
 
 
 def opened_model(model: Any, settings: QuestionSettings, device: torch.device) -> FirstStage:
-    return load(
-        model,
-        device=device,
-        dtype=settings.dtype,
-        subfolder=settings.subfolder,
-        revision=settings.revision,
-        variant=settings.variant,
-        ema=settings.ema,
-    )
+    return load(model, device=device, dtype=settings.dtype, **settings.place)
 
 
 def checked_factor(stage: FirstStage, crop_px: int | None) -> int:

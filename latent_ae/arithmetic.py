@@ -19,8 +19,8 @@ class WeightPrecisionConv2d(nn.Conv2d):
 def training_memory_format(device: torch.device) -> torch.memory_format:
     """How networks that train and their images lie in memory on `device`, for speed alone.
 
-    Channels-last, but on CPUs without AVX-512: there the gradients of convolutions take 1.2 times as long in it for the
-    quickstart's crops of 64 px, and up to three times for wide layers of 128 px.
+    Channels-last, but on CPUs without AVX-512: there the quickstart's step takes 1.1 times as long in it, for the
+    gradients of its convolutions; docs/performance.md has the figures.
     """
     contiguous = device.type == "cpu" and torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2")
     return torch.contiguous_format if contiguous else torch.channels_last

@@ -148,7 +148,7 @@ def changed_settings(settings: S, changes: Mapping[str, Any]) -> S:
 
     Raises UserError with every problem found, one line each.
     """
-    return _checked(type(settings), {**settings.model_dump(), **changes}, [], "")
+    return _checked(type(settings), {**settings.model_dump(by_alias=True), **changes}, [], "")
 
 
 def _checked(cls: type[S], values: dict[str, Any], problems: list[Problem], where: str) -> S:

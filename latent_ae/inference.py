@@ -37,6 +37,11 @@ class StageSettings(Settings):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the model computes; auto takes a GPU where there is one."""
 
+    @property
+    def place(self) -> dict[str, Any]:
+        """Which weights of a model are meant, as `models.loading.load` takes it."""
+        return {key: getattr(self, key) for key in ("subfolder", "revision", "variant", "ema")}
+
     def _data(self, **where: Any) -> DataSettings:
         """What opens images, with these settings' names in training."""
         return DataSettings(

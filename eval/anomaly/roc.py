@@ -9,7 +9,7 @@ from torch import Tensor
 Z95 = 1.959964
 """Two-sided 95 % point of the standard normal distribution."""
 FEWEST_SCORES = 10
-"""Of each kind, under which no interval is given: it may have no width at all."""
+"""Scores of each kind under which no interval is given: it may have no width at all."""
 DROPPED_BITS = 12
 
 

@@ -16,7 +16,7 @@ from latent_ae.pretrained.lpips import LPIPS
 
 PIXEL, PERCEPTUAL = "pixel_error", "lpips"
 LARGEST_SQUARE = 4.0
-"""Of a difference of values in [-1, 1]; stands for what is not finite."""
+"""Largest squared difference of two values in [-1, 1]; it stands for what is not finite."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Scorer:
 
     @property
     def names(self) -> list[str]:
-        """Of the scores; `negative_elbo` gives the last one."""
+        """Names of the scores; `negative_elbo` gives the last one."""
         lpips = ["lpips_mean", "lpips_max"] if self.lpips is not None else []
         return ["pixel_mean", "pixel_max", *lpips, *(["negative_elbo"] if self.elbo else [])]
 

@@ -17,14 +17,14 @@ class AnomalySettings(JobSettings):
     normal: str | None = None
     """Normal images that the model was not trained on, as DATA; thresholds and the ELBO's scale are taken from them."""
     normal_split: str | None = None
-    """Of those, as `split`."""
+    """Split of the normal images, as `split` is that of DATA."""
     false_positive_rate: Annotated[float, Field(gt=0, lt=1)] = 0.05
-    """That the thresholds keep on further normal images."""
+    """Rate of false alarms that the thresholds keep on further normal images."""
     normal_class: str | int | None = None
     """Class of the normal images, by name or number: DATA is then judged by its labels, and of `normal` only this
     class is taken where it has labels."""
     label_column: str = "auto"
-    """Of the classes; auto takes a table's column `label`, or the names of the folders that image files lie in."""
+    """Column of the classes; auto takes a table's column `label`, or the names of the folders of image files."""
     defects: bool = False
     """Judge DATA, taken as normal, against copies with pasted defects."""
     lpips: Literal["vgg", "alex"] | None = "alex"
@@ -34,7 +34,7 @@ class AnomalySettings(JobSettings):
     rank_by: Score | None = None
     """Score that chooses the pictures; null takes lpips_max, or pixel_max where LPIPS cannot be had."""
     num_pictures: NonNegative = 4
-    """Of each group in the report."""
+    """Pictures of each group in the report."""
     maps: bool = False
     """Write the heat maps of every image as pictures, too."""
 

@@ -14,7 +14,7 @@ class ProbeSettings(JobSettings):
     """What simple classifiers can read from latents, with few labels."""
 
     label_column: str = "auto"
-    """Of the classes; auto takes a table's column `label`, or the names of the folders that image files lie in."""
+    """Column of the classes; auto takes a table's column `label`, or the names of the folders of image files."""
     train_split: str = "train"
     """That labels are drawn from; `split` is tested on."""
     test_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.3

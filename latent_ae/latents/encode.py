@@ -61,15 +61,7 @@ def encode_images(
     """
     settings, out, started = settings or EncodeSettings(), Path(out).expanduser(), time.perf_counter()
     state, device = processes(settings.device)
-    stage = load(
-        model,
-        device=device,
-        dtype=settings.dtype,
-        subfolder=settings.subfolder,
-        revision=settings.revision,
-        variant=settings.variant,
-        ema=settings.ema,
-    )
+    stage = load(model, device=device, dtype=settings.dtype, **settings.place)
     if stage.module is None:
         raise UserError("a function has no latents; give a first stage of diffusers")
     source, classes = _opened(str(data), settings)

@@ -29,6 +29,8 @@ MS_SSIM_MIN_PX = SSIM_WINDOW_PX * 2 ** (len(MS_SSIM_WEIGHTS) - 1)
 """176: smaller images have no room for the window at the coarsest scale."""
 METRICS = ("psnr", "ssim", "ms_ssim", "lpips_vgg", "lpips_alex")
 RESAMPLES = 1000
+FEWEST = 20
+"""Images under which a bootstrap's interval is much too narrow to be given."""
 
 
 def psnr(a: Tensor, b: Tensor) -> Tensor:
@@ -281,7 +283,3 @@ def missing_reason(key: str, row: Mapping[str, Any]) -> str:
     if min(row["height"], row["width"]) < least:
         return f"a side is shorter than {least} px"
     return "their reconstruction holds NaN or infinity"
-
-
-FEWEST = 20
-"""Images under which a bootstrap's interval is much too narrow to be given."""

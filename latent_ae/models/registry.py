@@ -36,7 +36,7 @@ class Family(NamedTuple):
     scaled_by_patches: bool = False
     """Diffusion models scale its latents by the statistics in its batch norm, not by its config."""
     tried_in_half_precision: bool = False
-    """Export tries it in half precision and in tiles, and pipelines' requirements are known for it."""
+    """Export tries it in half precision and in tiles."""
     pipeline_decodes: bool = False
     """DiTPipeline decodes with it."""
     gradient_checkpointing: bool = True
