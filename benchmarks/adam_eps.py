@@ -79,7 +79,9 @@ def unused_channel(settings: TrainSettings, perceptual: LPIPS) -> dict[str, floa
     with torch.no_grad():
         autoencoder.post_quant_conv.weight[:, 0] = 0.0
     place = autoencoder.config.latent_channels
-    step.optimizer.register_step_pre_hook(lambda *_: seen.append(float(autoencoder.quant_conv.bias.grad[place].abs())))
+    step.optimizers.autoencoder.register_step_pre_hook(
+        lambda *_: seen.append(float(autoencoder.quant_conv.bias.grad[place].abs()))
+    )
     step(0, Batches(settings))
     return {"gradient": seen[0], "step_over_lr": seen[0] / (seen[0] + settings.optim.eps)}
 
@@ -87,7 +89,7 @@ def unused_channel(settings: TrainSettings, perceptual: LPIPS) -> dict[str, floa
 def shares_below(step: TrainStep, every_eps: list[float]) -> dict[str, dict[str, float]]:
     """Share of each network's parameters whose root mean square gradient is less than 10 eps."""
     found: dict[str, dict[str, float]] = {}
-    optimizers = {"autoencoder": step.optimizer, "discriminator": step.discriminator_optimizer}
+    optimizers = {"autoencoder": step.optimizers.autoencoder, "discriminator": step.optimizers.adversaries["gan"]}
     for name, optimizer in optimizers.items():
         assert optimizer is not None
         roots = []

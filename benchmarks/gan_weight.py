@@ -115,9 +115,9 @@ def take_over(step: TrainStep, other: TrainStep) -> None:
     step.bare_reconstructor.load_state_dict(other.bare_reconstructor.state_dict())
     assert step.ema is not None and other.ema is not None
     step.ema.module.load_state_dict(other.ema.module.state_dict())
-    step.optimizer.load_state_dict(copy.deepcopy(other.optimizer.state_dict()))
-    if step.bare_discriminator is not None and other.bare_discriminator is not None:
-        step.bare_discriminator.load_state_dict(other.bare_discriminator.state_dict())
+    step.optimizers.autoencoder.load_state_dict(copy.deepcopy(other.optimizers.autoencoder.state_dict()))
+    if step.objectives["gan"].adversary is not None and other.objectives["gan"].adversary is not None:
+        step.objectives["gan"].adversary.load_state_dict(other.objectives["gan"].adversary.state_dict())
 
 
 def train(step: TrainStep, batches: Batches, numbers: range) -> dict[str, float]:

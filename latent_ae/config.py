@@ -8,7 +8,7 @@ import errno
 import os
 import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -112,6 +112,34 @@ NonNegative = Annotated[int, Field(ge=0)]
 Weight = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Byte = Annotated[int, Field(ge=0, le=255)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
+
+# What a run that goes on from a checkpoint may change: marks for fields, which hold for what is below them, too.
+FIXED = Field(json_schema_extra={"on_resume": "fixed"})
+"""Nothing: the weights or the order of the samples would no longer fit."""
+FREE = Field(json_schema_extra={"on_resume": "free"})
+"""Everything, as where there is no mark; for a field below one that is fixed."""
+SWITCH = Field(json_schema_extra={"on_resume": "switch"})
+"""The value, but not to or from nothing: a checkpoint holds what goes with it or it does not."""
+SILENT = Field(json_schema_extra={"on_resume": "silent"})
+"""Everything, and it needs no word."""
+
+
+def fixed_with(name: str) -> Any:
+    """The mark of a field that is fixed where its section's field `name` is on."""
+    return Field(json_schema_extra={"on_resume": f"fixed with {name}"})
+
+
+def resume_marks(cls: type["Settings"], prefix: str = "", above: str = "free") -> dict[str, str]:
+    """What a run that goes on may change, by each setting's full key: one of the marks above."""
+    marks: dict[str, str] = {}
+    for name, field in cls.model_fields.items():
+        key, extra = f"{prefix}{key_of(cls, name)}", field.json_schema_extra
+        mark = str(extra["on_resume"]) if isinstance(extra, dict) and "on_resume" in extra else above
+        marks[key] = mark
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Settings):
+            marks |= resume_marks(field.annotation, f"{key}.", mark)
+    return marks
 
 
 def looks_like_path(location: str) -> bool:
@@ -159,11 +187,17 @@ def _checked(cls: type[S], values: dict[str, Any], problems: list[Problem], wher
         # so one wrong key does not hide another; what rests on a wrong key is not judged
         broken = {problem.key for problem in invalid}
         problems += [problem for problem in settings.problems() if problem.key not in broken]
-    if problems or settings is None:
-        lines = "\n".join(f"  {problem.key}: {problem.message}" for problem in problems)
-        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-        raise UserError(f"{count} in the settings{where}:\n{lines}")
+    refuse(problems, where)
+    assert settings is not None
     return settings
+
+
+def refuse(problems: Iterable[Problem], where: str = "") -> None:
+    """Raises UserError with all problems, one line each, where there are any; `where` follows "in the settings"."""
+    lines = [f"  {problem.key}: {problem.message}" for problem in problems]
+    if lines:
+        count = "1 problem" if len(lines) == 1 else f"{len(lines)} problems"
+        raise UserError("\n".join([f"{count} in the settings{where}:", *lines]))
 
 
 def to_yaml(settings: Settings) -> str:

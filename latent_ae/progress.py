@@ -5,15 +5,17 @@ import sys
 from tqdm import tqdm
 
 
-def bar(what: str, total: int, unit: str, *, disable: bool = False) -> tqdm:
+def bar(what: str, total: int, unit: str, *, initial: int = 0, disable: bool = False) -> tqdm:
     """A progress bar named `what` over `total` units; where stderr is a file it grows by a line every 15 seconds."""
     return tqdm(
         total=total,
-        desc=what,
+        initial=initial,
+        desc=what or None,
         unit=unit,
         disable=disable,
         mininterval=0.5 if sys.stderr.isatty() else 15,
         dynamic_ncols=True,
+        smoothing=0.1,
     )
 
 

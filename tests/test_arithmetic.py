@@ -78,7 +78,7 @@ def test_a_step_in_bf16_leaves_the_posterior_alone(checkpointing: bool) -> None:
     step = build_step(settings)
     seen = record(step.bare_reconstructor.autoencoder, (*POSTERIOR, "encoder.conv_in"))
     gradients: dict[str, Tensor] = {}
-    step.optimizer.register_step_pre_hook(
+    step.optimizers.autoencoder.register_step_pre_hook(
         lambda *_: gradients.update({n: p.grad.clone() for n, p in step.bare_reconstructor.named_parameters()})
     )
     step(0, micro_batches(0, settings))
@@ -166,7 +166,7 @@ def test_a_run_holds_tf32_as_its_setting_says(tf32: bool, tmp_path: Path, monkey
 def test_adam_does_not_take_a_small_gradient_for_none(network: str) -> None:
     """A gradient of 1e-9, the order of the KL term's at a log-variance, moves its weight by the learning rate."""
     step = build_step(settings_for(gan=GAN))
-    optimizer = step.optimizer if network == "autoencoder" else step.discriminator_optimizer
+    optimizer = step.optimizers.autoencoder if network == "autoencoder" else step.optimizers.adversaries["gan"]
     (weight, *_) = optimizer.param_groups[0]["params"]
     before, weight.grad = weight.detach().clone(), torch.full_like(weight, 1e-9)
     optimizer.step()

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,20 +10,12 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from latent_ae.data.rng import augmentation_numbers
-from latent_ae.models.reconstruct import Reconstructor
 from latent_ae.models.run_checkpoint import MANIFEST
-from latent_ae.objectives.diffaug import NUMBERS
-from latent_ae.pretrained.vision import VisionModel
-from latent_ae_train.build import (
-    compile_networks,
-    starting_autoencoder,
-    starting_discriminator,
-    starting_projection,
-    starting_total_correlation,
-)
-from latent_ae_train.distillation import Teacher
-from latent_ae_train.micro_batch import MicroBatch, latent_change
+from latent_ae.objectives import GAN as GAN_OBJECTIVE
+from latent_ae.objectives import Reconstruction
+from latent_ae.objectives.base import Batch, Objective
+from latent_ae_train.build import compile_blocks, starting_autoencoder
+from latent_ae_train.data import drawn_batch
 from latent_ae_train.optim import Ema
 from latent_ae_train.settings import TrainSettings
 from latent_ae_train.step import TrainStep
@@ -62,24 +53,29 @@ def settings_for(**changes: Any) -> TrainSettings:
     return TrainSettings.model_validate(values)
 
 
-def build_step(settings: TrainSettings, perceptual: nn.Module | None = None) -> TrainStep:
-    """The step on a fresh model; equal settings give equal weights, on every process."""
+def build_step(
+    settings: TrainSettings, perceptual: nn.Module | None = None, more: Sequence[Objective[Any]] = ()
+) -> TrainStep:
+    """The step on a fresh model; equal settings give equal weights, on every process. `more`: further objectives."""
     accelerator = Accelerator(cpu=True)
-    autoencoder = starting_autoencoder(settings)
+    autoencoder, run = starting_autoencoder(settings), settings.facts()
+    objectives = list(more)
+    for kind in reversed(settings.objectives):
+        own = settings.section_of(kind)
+        given = kind is Reconstruction  # its LPIPS is the test's
+        built = kind(own, run, perceptual) if given else kind.build(own, run, autoencoder, accelerator.device)
+        objectives.insert(0, built)
+    for one in more:
+        one.run = run
     ema = Ema(autoencoder, settings.ema.decay) if settings.ema.decay else None
-    discriminator = starting_discriminator(settings, 3) if settings.gan.weight else None
     if settings.compile:
-        compile_networks(autoencoder, discriminator)
-    if discriminator is not None:
-        discriminator = accelerator.prepare_model(discriminator)
-    vision = projection = None
-    if settings.alignment.model:
-        vision = VisionModel(settings.alignment.model, LATENT[1])
-        projection = starting_projection(settings, LATENT[0], vision.num_features)
-    reconstructor = accelerator.prepare_model(Reconstructor(autoencoder, projection))
-    judge = starting_total_correlation(settings, math.prod(LATENT)) if settings.loss.total_correlation else None
-    teacher = Teacher(settings, autoencoder) if settings.distillation.teacher is not None else None
-    return TrainStep(settings, accelerator, reconstructor, discriminator, perceptual, ema, vision, judge, teacher)
+        compile_blocks(autoencoder)
+    return TrainStep(settings, accelerator, autoencoder, objectives, ema)
+
+
+def adversary_of(step: TrainStep, name: str = "gan") -> nn.Module | None:
+    """The network that an objective trains against the autoencoder, if there is such an objective."""
+    return step.bare_adversaries.get(name)
 
 
 def global_batch(
@@ -92,19 +88,21 @@ def global_batch(
     return images, torch.randn(settings.batch_size, *latent, generator=generator)
 
 
-def micro_batches(
-    step: int, settings: TrainSettings, rank: int = 0, latent: Sequence[int] = LATENT
-) -> Iterator[MicroBatch]:
+def micro_batches(step: int, settings: TrainSettings, rank: int = 0, latent: Sequence[int] = LATENT) -> Iterator[Batch]:
     """This rank's share of the global batch, cut as the loader cuts it."""
     images, noise = global_batch(step, settings, latent)
-    size, every = settings.micro_batch, settings.loss.perceptual_every
     for index in range(settings.accumulation):
-        first = (index * settings.processes + rank) * size
-        rows = slice(-(step * settings.batch_size + first) % every, None, every)
-        number = step * settings.batch_size + first
-        augmentation = augmentation_numbers(0, range(number, number + size), 2 * NUMBERS)
-        change = latent_change(settings, range(number, number + size), latent, lambda tensor: tensor)
-        yield MicroBatch(images[first : first + size], noise[first : first + size], rows, augmentation, change)
+        first = (index * settings.processes + rank) * settings.micro_batch
+        rows, number = slice(first, first + settings.micro_batch), step * settings.batch_size + first
+        numbers = range(number, number + settings.micro_batch)
+        yield drawn_batch(images[rows], noise[rows], numbers, drawing(settings))
+
+
+def drawing(settings: TrainSettings) -> list[Objective[Any]]:
+    """The objectives that draw for samples; they need no networks for that."""
+    run = settings.facts()
+    kinds = [kind for kind in settings.objectives if kind.draw is not Objective.draw]
+    return [kind(settings.section_of(kind), run, *([nn.Identity()] if kind is GAN_OBJECTIVE else [])) for kind in kinds]
 
 
 def weights(module: nn.Module | None) -> dict[str, torch.Tensor]:

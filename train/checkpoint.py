@@ -4,11 +4,10 @@
         autoencoder.safetensors    weights being trained
         ema.safetensors            their average, what validation and export use (only with ema.decay > 0)
         config.json                the autoencoder's diffusers config
-        discriminator.safetensors  (only with a discriminator)
-        total_correlation.safetensors  the discriminator of latents (only with loss.total_correlation)
-        projection.safetensors     from latents to a vision model's features (only with alignment.model)
+        discriminator.safetensors  an objective's adversary, by its name (only with such an objective)
+        heads.safetensors          networks on the latent, as alignment's projection (only with such an objective)
         optimizer.pt               the optimizers' state
-        step_state.safetensors     adaptive and controlled weights, LeCam averages
+        objectives.safetensors     what objectives remember: adaptive and controlled weights, averages
         state.json                 step, samples seen, number of processes, versions, the run's settings
         manifest.json              size and SHA-256 of every other file; written last
 
@@ -34,9 +33,9 @@ from latent_ae import __version__
 from latent_ae.config import UserError
 from latent_ae.files import disk_trouble
 from latent_ae.models.registry import config_of, untrained
-from latent_ae.models.run_checkpoint import MANIFEST, PREFIX, finished_checkpoints, newest_whole, sha256_of
+from latent_ae.models.run_checkpoint import MANIFEST, PREFIX, finished_checkpoints, misfits, newest_whole, sha256_of
+from latent_ae.objectives.gan import GanSettings
 
-from .loss_config import GanSettings
 from .run_config import CheckpointSettings
 from .step import TrainStep
 
@@ -92,20 +91,11 @@ def save_checkpoint(run: Path, train_step: TrainStep, state: Mapping[str, Any]) 
     shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed
     try:
         temporary.mkdir(parents=True)
-        autoencoder: ModelMixin = train_step.bare_reconstructor.autoencoder
-        autoencoder.save_config(temporary)
-        _save(autoencoder, temporary / "autoencoder.safetensors")
-        if train_step.ema is not None:
-            _save(train_step.ema.module, temporary / "ema.safetensors")
-        if train_step.bare_discriminator is not None:
-            _save(train_step.bare_discriminator, temporary / "discriminator.safetensors")
-        if train_step.total_correlation is not None:
-            _save(train_step.total_correlation, temporary / "total_correlation.safetensors")
-        if train_step.bare_reconstructor.projection is not None:
-            _save(train_step.bare_reconstructor.projection, temporary / "projection.safetensors")
-        _save(train_step.state, temporary / "step_state.safetensors")
+        train_step.bare_reconstructor.autoencoder.save_config(temporary)
+        for name, module in modules_of(train_step).items():
+            _save(module, temporary / f"{name}.safetensors")
         with open(temporary / "optimizer.pt", "wb") as stream:  # of a file of its own it would not say what failed
-            torch.save(_optimizer_states(train_step), stream)
+            torch.save({n: one.state_dict() for n, one in train_step.optimizers.by_name.items()}, stream)
         (temporary / "state.json").write_text(json.dumps({**state, "versions": versions()}, indent=2))
         _seal(temporary)
         os.replace(temporary, folder)
@@ -166,30 +156,23 @@ def load_checkpoint(checkpoint: Checkpoint, train_step: TrainStep) -> None:
 
 
 def _restore(checkpoint: Checkpoint, train_step: TrainStep) -> None:
-    folder = checkpoint.folder
-    modules: dict[str, nn.Module | None] = {
-        "autoencoder": train_step.bare_reconstructor.autoencoder,
-        "ema": train_step.ema.module if train_step.ema is not None else None,
-        "discriminator": train_step.bare_discriminator,
-        "total_correlation": train_step.total_correlation,
-        "projection": train_step.bare_reconstructor.projection,
-        "step_state": train_step.state,
-    }
+    folder, modules = checkpoint.folder, modules_of(train_step)
+    there = {path.name.removesuffix(".safetensors") for path in folder.glob("*.safetensors")}
+    if "step_state" in there:
+        raise UserError(
+            f"{folder} was written by an older version, whose checkpoints this one does not go on from: finish the run "
+            "with that version, or start a new one from its weights with init_from"
+        )
+    for name in sorted(modules.keys() ^ there):
+        raise UserError(
+            f"{folder} was written {'with' if name in there else 'without'} {name}, the settings say otherwise: "
+            "restore the settings, and the objectives that train() was given, or choose another output_dir"
+        )
     for name, module in modules.items():
         path = folder / f"{name}.safetensors"
-        if (module is not None) != path.is_file():
-            raise UserError(
-                f"{folder} was written {'with' if path.is_file() else 'without'} {name}, the settings say otherwise: "
-                "restore gan.weight, ema.decay, loss.total_correlation and alignment.model, or choose another "
-                "output_dir"
-            )
-        if module is not None:
-            tensors = load_file(path)
-            if name == "step_state" and "lecam_averages" in tensors:  # before 0.2 the averages were used as they stood
-                tensors.setdefault("lecam_share", tensors["lecam_averages"].any().float())
-            _load(module, tensors, path)
+        _load(module, load_file(path), path)
     optimizers = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
-    for name, optimizer in _optimizers(train_step).items():
+    for name, optimizer in train_step.optimizers.by_name.items():
         keys = optimizer.defaults.keys() & {"betas", "eps", "weight_decay"}
         settings = [{key: group[key] for key in keys} for group in optimizer.param_groups]
         optimizer.load_state_dict(optimizers[name])
@@ -242,32 +225,21 @@ def versions() -> dict[str, str]:
     return {"latent-ae": __version__, "python": platform.python_version()} | {name: version(name) for name in packages}
 
 
-def _optimizers(train_step: TrainStep) -> dict[str, torch.optim.Optimizer]:
-    pairs = {
-        "autoencoder": train_step.optimizer,
-        "muon": train_step.muon,
-        "discriminator": train_step.discriminator_optimizer,
-        "total_correlation": train_step.total_correlation_optimizer,
+def modules_of(train_step: TrainStep) -> dict[str, nn.Module]:
+    """What a checkpoint holds, by the names of its files: only what has tensors."""
+    reconstructor = train_step.bare_reconstructor
+    adversaries = {
+        train_step.objectives[name].adversary_name: network for name, network in train_step.bare_adversaries.items()
     }
-    return {name: optimizer for name, optimizer in pairs.items() if optimizer is not None}
-
-
-def _optimizer_states(train_step: TrainStep) -> dict[str, Any]:
-    return {name: optimizer.state_dict() for name, optimizer in _optimizers(train_step).items()}
+    ema = {"ema": train_step.ema.module} if train_step.ema is not None else {}
+    own = {"heads": reconstructor.heads, "objectives": train_step.state}
+    return {"autoencoder": reconstructor.autoencoder, **ema, **adversaries} | {
+        name: module for name, module in own.items() if module.state_dict()
+    }
 
 
 def _save(module: nn.Module, path: Path) -> None:
     save_file({name: tensor.detach().contiguous() for name, tensor in module.state_dict().items()}, path)
-
-
-def misfits(module: nn.Module, tensors: Mapping[str, Tensor]) -> list[str]:
-    """Names that only one of the two has, or whose shapes differ."""
-    own = module.state_dict()
-    return sorted(
-        name
-        for name in own.keys() | tensors.keys()
-        if name not in own or name not in tensors or own[name].shape != tensors[name].shape
-    )
 
 
 def _load(module: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:

@@ -1,6 +1,6 @@
 """Micro-batches on the device, and what could not be read on the way."""
 
-from collections.abc import Iterator, Sized
+from collections.abc import Callable, Sequence, Sized
 from typing import Any
 
 import torch
@@ -8,15 +8,14 @@ from accelerate import Accelerator
 
 from latent_ae.arithmetic import training_memory_format
 from latent_ae.config import UserError
-from latent_ae.data.loader import Batch, ImageSource, posterior_noise, stop_if_too_many_bad
-from latent_ae.data.rng import augmentation_numbers
+from latent_ae.data.loader import Batch as LoadedBatch
+from latent_ae.data.loader import ImageSource, posterior_noise, stop_if_too_many_bad, training_batches
 from latent_ae.data.settings import DataSettings
-from latent_ae.objectives.diffaug import NUMBERS
+from latent_ae.objectives.base import Batch, Objective
 
 from .agreement import gathered, hosts
 from .checkpoint import Checkpoint
 from .log import Log
-from .micro_batch import MicroBatch, latent_change
 from .settings import TrainSettings
 
 
@@ -34,7 +33,7 @@ class BadFiles:
         # hosts agree among themselves: nobody waits for a GPU
         self.hosts = hosts()
 
-    def note(self, batch: Batch) -> None:
+    def note(self, batch: LoadedBatch) -> None:
         """Counts a micro-batch of this process."""
         self.num_read += len(batch.numbers) * self.accelerator.num_processes
         self.new += batch.skipped
@@ -90,25 +89,54 @@ def stream_state_of(checkpoint: Checkpoint | None, accelerator: Accelerator) -> 
 
 
 class Feed:
-    """The loader's batches as micro-batches on the device; tells `bad_files` of the unreadable files met."""
+    """The loader's batches as micro-batches on the device; counts the unreadable files met.
+
+    Args:
+        settings: The run's.
+        accelerator: Its rank decides on the share of each global batch.
+        source: The training images.
+        objectives: They draw for the samples.
+        channels: Channels of the images.
+        latent_shape: c x h x w of a crop's latent.
+        log: Where unreadable files are named.
+        first_step: The step to begin with.
+        stream_state: Where this process's stream stands then; None for stored images.
+    """
 
     def __init__(
         self,
-        batches: Iterator[Batch],
         settings: TrainSettings,
-        latent_shape: tuple[int, ...],
-        device: torch.device,
+        accelerator: Accelerator,
+        source: ImageSource,
+        objectives: Sequence[Objective[Any]],
+        *,
         channels: int,
-        bad_files: BadFiles,
+        latent_shape: tuple[int, ...],
+        log: Log,
+        first_step: int,
+        stream_state: dict[str, Any] | None,
     ):
-        self.batches, self.settings, self.latent_shape, self.device = batches, settings, latent_shape, device
-        self.channels, self.bad_files = channels, bad_files
+        self.settings, self.objectives = settings, objectives
+        self.channels, self.latent_shape, self.device = channels, latent_shape, accelerator.device
+        self.bad_files = BadFiles(accelerator, settings.data, source, log)
         self.stream_state: dict[str, Any] | None = None
+        self.batches = training_batches(
+            source,
+            settings.data,
+            channels=channels,
+            seed=settings.seed,
+            batch_size=settings.batch_size,
+            micro_batch_size=settings.micro_batch,
+            rank=accelerator.process_index,
+            world_size=accelerator.num_processes,
+            first_batch=first_step,
+            stream_state=stream_state,
+        )
 
     def __iter__(self) -> "Feed":
         return self
 
-    def __next__(self) -> MicroBatch:
+    def __next__(self) -> Batch:
         try:
             batch = next(self.batches)
         except (UserError, StopIteration) as error:
@@ -120,30 +148,31 @@ class Feed:
         self.stream_state = batch.stream_state
         return self.on_device(batch)
 
-    def gray(self) -> Batch:
+    def gray(self) -> LoadedBatch:
         """Images that need no file."""
         size = self.settings.micro_batch
         shape = (size, self.channels, *(2 * [self.settings.data.resolution]))
-        return Batch(torch.zeros(shape), list(range(size)), [])
+        return LoadedBatch(torch.zeros(shape), list(range(size)), [])
 
-    def on_device(self, batch: Batch) -> MicroBatch:
+    def on_device(self, batch: LoadedBatch) -> Batch:
         """With all that is drawn for its samples."""
-        settings = self.settings
-        every = settings.loss.perceptual_every
-        augmentation = None
-        if settings.gan.weight and settings.gan.diffaug:
-            augmentation = augmentation_numbers(settings.seed, batch.numbers, 2 * NUMBERS)
-            augmentation = self._sent(augmentation)
-        return MicroBatch(
-            batch.images.to(self.device, memory_format=training_memory_format(self.device), non_blocking=True),
-            self._sent(posterior_noise(settings.seed, batch.numbers, self.latent_shape)),
-            # samples whose number is a multiple of `every`; a micro-batch's numbers are consecutive
-            slice(-batch.numbers[0] % every, None, every),
-            augmentation,
-            latent_change(settings, batch.numbers, self.latent_shape, self._sent),
-        )
+        images = batch.images.to(self.device, memory_format=training_memory_format(self.device), non_blocking=True)
+        noise = self._sent(posterior_noise(self.settings.seed, batch.numbers, self.latent_shape))
+        return drawn_batch(images, noise, batch.numbers, self.objectives, self._sent)
 
     def _sent(self, tensor: torch.Tensor) -> torch.Tensor:
         # from pinned memory, or the host would wait for the copy
         tensor = tensor.pin_memory() if self.device.type == "cuda" else tensor
         return tensor.to(self.device, non_blocking=True)
+
+
+def drawn_batch(
+    images: torch.Tensor,
+    noise: torch.Tensor,
+    numbers: Sequence[int],
+    objectives: Sequence[Objective[Any]],
+    send: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor,
+) -> Batch:
+    """A micro-batch of images and noise on the device, with what the objectives draw for it, `send` there."""
+    draws = {one.name: tuple(map(send, one.draw(numbers, noise.shape[1:]))) for one in objectives}
+    return Batch(images, images, noise, numbers, draws, full_size=images[0].numel())

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from latent_ae.models.likelihood import Likelihood
 from latent_ae.models.posterior import draw
 from latent_ae.models.reconstruct import Reconstructor
 from latent_ae.models.registry import family_of
+from latent_ae.objectives.base import Objective
 from latent_ae.progress import bar, now
 
 from .agreement import Agreed, gathered
@@ -44,9 +46,10 @@ def finish_run(
     averaged: Reconstructor,
     source: ImageSource,
     validator: Validator,
-    likelihood: Likelihood | None,
+    objectives: Sequence[Objective[Any]],
 ) -> dict[str, Any]:
     """Exports the averaged weights, writes results.json and report.html, prints the table. Every process calls this."""
+    facts = {key: value for objective in objectives for key, value in objective.facts().items()}
     statistics = measure_latents(averaged, settings, accelerator, source)
     results: dict[str, Any] = {}
     with Agreed(accelerator):
@@ -70,7 +73,7 @@ def finish_run(
                 check_images=check_images(validator),
                 keep_scaling=keeps_scaling(settings),
                 pipeline=settings.export_for,
-                likelihood=likelihood,
+                likelihood=Likelihood(**facts["likelihood"]) if facts.get("likelihood") else None,
             )
             for remark in results["export"].get("remarks", ()):
                 print(f"{settings.export_for}: {remark}", file=sys.stderr)
@@ -78,7 +81,7 @@ def finish_run(
             rows = result_rows(results["held_out"])
             results["below_its_start"] = decline(rows)
             now("report")
-            write_report(run, settings, rows, remarks_on(results["held_out"]))
+            write_report(run, settings, rows, remarks_on(results["held_out"]), [type(one) for one in objectives])
             # last: it says that all of the above is there
             write_json(run / RESULTS, results)
             show_results(run, results)

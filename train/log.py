@@ -6,6 +6,7 @@ import os
 import sys
 import time
 from collections import deque
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +17,18 @@ from tqdm import tqdm
 
 from latent_ae.config import UserError
 from latent_ae.files import writing
+from latent_ae.objectives import OBJECTIVES
+from latent_ae.objectives.base import Objective
+from latent_ae.progress import bar
 from latent_ae.text import printable
 
 from .agreement import Agreed, on_main
 from .checkpoint import before_gan, checkpoint_folder, complete_checkpoints
+from .optim import lr_scale_at
 from .report import held_out_distances, read_log
 from .run import flatten
-from .schedule import lr_scale_at
 from .settings import TrainSettings
-from .step import TrainStep
-from .verdict import verdict
+from .validate import Validator
 
 SHOWN = ("l1", "l2", "charbonnier", "bits_per_dimension", "lpips", "discriminator")
 """Beside the progress bar."""
@@ -34,7 +37,15 @@ SHOWN = ("l1", "l2", "charbonnier", "bits_per_dimension", "lpips", "discriminato
 class Log:
     """log.jsonl always, trackers when asked for, notes on stderr; all from the main process."""
 
-    def __init__(self, run: Path, accelerator: Accelerator, settings: TrainSettings):
+    def __init__(
+        self,
+        run: Path,
+        accelerator: Accelerator,
+        settings: TrainSettings,
+        first_step: int = 0,
+        objectives: Sequence[type[Objective[Any]]] = OBJECTIVES,
+    ):
+        self.objectives = objectives
         self.path, self.accelerator, self.settings = run / "log.jsonl", accelerator, settings
         self.last = (time.perf_counter(), -1)
         before = read_log(run) if accelerator.is_main_process else []  # of a run that goes on
@@ -45,6 +56,13 @@ class Log:
         self.not_finite: list[str] = []
         if accelerator.is_main_process:
             _drop_torn_line(self.path)
+        self.progress = bar(
+            "",
+            settings.steps * settings.batch_size,
+            "img",
+            initial=first_step * settings.batch_size,
+            disable=not accelerator.is_main_process,
+        )
         if settings.report_to:
             try:
                 accelerator.init_trackers(
@@ -93,6 +111,18 @@ class Log:
             lambda: any((line["event"], line["step"]) == (event, step) for line in read_log(run)),
         )
 
+    def begin(self, first_step: int, changes: dict[str, list[Any]] | None, validator: Validator) -> None:
+        """Says what a run begins with: the baseline, or what has changed since its checkpoint (None: it is fresh)."""
+        if validator.chosen[1]["method"] == "first":
+            self.say(
+                f"held-out images come as a stream: its first {self.settings.validation.images:,} are measured, not a "
+                "choice spread over all of it"
+            )
+        if changes is None:
+            self.write("baseline", 0, validator.measure_baseline())
+        else:
+            self.resumed(first_step, changes)
+
     def resumed(self, step: int, changes: dict[str, list[Any]]) -> None:
         """Says that a run goes on, and with what: {name: [before, now]}."""
         self.say(f"resuming {self.path.parent} at step {step:,} of {self.settings.steps:,}")
@@ -124,12 +154,12 @@ class Log:
         """Counts the next line's rate from here: what took the time was not training."""
         self.last = (time.perf_counter(), done)
 
-    def skipped(self, done: int, train_step: TrainStep) -> int:
-        """Names the steps that were skipped since the last call; returns how many of the newest ones were.
+    def skipped(self, done: int, newest: Callable[[], tuple[list[int], int]]) -> int:
+        """Names the steps that were skipped since the last call; returns how many of the newest ones were (`newest`).
 
         Raises UserError when there are too many in a row. Waits for the device; every process calls this.
         """
-        steps, in_a_row = train_step.skipped_steps()
+        steps, in_a_row = newest()
         size = self.settings.batch_size
         for step in steps:
             self.num_skipped += 1
@@ -147,7 +177,7 @@ class Log:
             )
         return in_a_row
 
-    def train(self, done: int, means: dict[str, torch.Tensor], progress: tqdm) -> None:
+    def train(self, done: int, means: dict[str, torch.Tensor]) -> None:
         """The losses of the step just made, averaged over processes; the only place where they leave the device."""
         stacked = self.accelerator.reduce(torch.stack([value.float() for value in means.values()]), "mean")
         values = dict(zip(means, stacked.tolist(), strict=True))
@@ -159,19 +189,31 @@ class Log:
         self.last = now, done
         values["lr"] = self.settings.optim.lr * lr_scale_at(done - 1, self.settings.steps, self.settings.optim)
         shown = [name for name in SHOWN if name in values]
-        progress.set_description(f"step {done:,}/{self.settings.steps:,}")
-        progress.set_postfix({name: f"{values[name]:.3f}" for name in shown}, refresh=False)
+        self.progress.set_description(f"step {done:,}/{self.settings.steps:,}")
+        self.progress.set_postfix({name: f"{values[name]:.3f}" for name in shown}, refresh=False)
         if "logits_real" in values:
             values["logit_gap"] = values["logits_real"] - values["logits_fake"]
         values["memory_gb"] = memory_gb(self.accelerator.device)
         values |= {"skipped_steps": self.num_skipped} if self.num_skipped else {}
         self.lines.append({"step": done} | values)
-        judged = verdict(list(self.lines), self.settings)
+        judged = diagnosis(list(self.lines), self.settings, self.objectives)
         self.write("train", done, values | {"verdict": judged})
         # numbers in it change all the time; what stands before them is the news
         if judged.split(":")[0] != self.verdict.split(":")[0]:
             self.say(f"step {done:,}: {judged}")
         self.verdict = judged
+
+
+def diagnosis(
+    lines: Sequence[dict[str, Any]],
+    settings: TrainSettings,
+    objectives: Sequence[type[Objective[Any]]] = OBJECTIVES,
+) -> str:
+    """How training goes, for people who do not read twelve curves: what the objectives say of the newest training
+    lines of log.jsonl (oldest first, at least one)."""
+    run = settings.facts()
+    clauses = (objective.diagnose(settings.section_of(objective), run, lines) for objective in objectives)
+    return "; ".join(filter(None, clauses))
 
 
 def _drop_torn_line(path: Path) -> None:

@@ -1,33 +1,34 @@
-"""Both networks' optimizers: how a step's gradients are clipped and applied, or passed over."""
+"""The optimizers of all networks: learning rates, and how a step's gradients are clipped and applied, or skipped."""
 
 import copy
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from latent_ae.models.reconstruct import Reconstructor
+from latent_ae.objectives.base import Objective
 
 from .muon import Muon, inner_weights
-from .schedule import GanPhase, ema_decay_at, lr_scale_at
+from .run_config import OptimSettings
 from .settings import TrainSettings
 
-LOGVAR_LR = 10.0
-"""Learning rate of the learned log-variance, relative to the networks': one number that has far to go."""
 
+class Optimizers:
+    """AdamW, or Muon with AdamW, for the autoencoder, and an AdamW for each adversary.
 
-class Update:
-    """Holds the optimizers; calling it with the step's number applies the gradients that the parameters hold."""
+    Calling it with the step's number applies the gradients that the parameters hold.
 
-    def __init__(
-        self,
-        settings: TrainSettings,
-        reconstructor: Reconstructor,
-        discriminator: nn.Module | None,
-        logvar: nn.Parameter,
-        total_correlation: nn.Module | None = None,
-    ):
-        self.settings, self.logvar = settings, logvar
+    Args:
+        settings: The run's.
+        reconstructor: The autoencoder with its heads, bare.
+        objectives: Their own parameters train with the autoencoder, each objective's in a group of their own.
+    """
+
+    def __init__(self, settings: TrainSettings, reconstructor: Reconstructor, objectives: Sequence[Objective[Any]]):
+        self.settings, self.objectives = settings, objectives
         self.bad_steps: list[tuple[int, Tensor]] = []
         self.bad_in_a_row = 0
         optim = settings.optim
@@ -36,9 +37,11 @@ class Update:
         taken = {id(parameter) for parameter in inner}
         rest = [p for p in reconstructor.parameters() if p.requires_grad and id(p) not in taken]
         groups: list[dict[str, Any]] = [{"params": rest, "lr_scale": 1.0}]
-        if settings.loss.learned_logvar:
-            groups.append({"params": [logvar], "lr_scale": LOGVAR_LR, "weight_decay": 0.0})
-        self.optimizer = torch.optim.AdamW(
+        for objective in objectives:
+            if own := list(objective.parameters()):
+                groups.append({"params": own, "lr_scale": objective.lr_scale, "weight_decay": 0.0})
+        self.objective_parameters = [parameter for objective in objectives for parameter in objective.parameters()]
+        self.autoencoder = torch.optim.AdamW(
             groups,
             lr=optim.lr,
             betas=optim.betas,
@@ -46,23 +49,29 @@ class Update:
             weight_decay=optim.weight_decay,
             fused=True,
         )
-        self.discriminator_lr = optim.discriminator_lr or optim.lr
-        self.discriminator_optimizer, self.total_correlation_optimizer = (
-            torch.optim.AdamW(
-                network.parameters(),
-                lr=self.discriminator_lr,
+        self.adversary_lr = optim.discriminator_lr or optim.lr
+        self.adversaries = {
+            objective.name: torch.optim.AdamW(
+                objective.adversary.parameters(),
+                lr=self.adversary_lr,
                 betas=optim.discriminator_betas,
                 eps=optim.eps,
                 weight_decay=optim.weight_decay,
                 fused=True,
             )
-            if network is not None
-            else None
-            for network in (discriminator, total_correlation)
-        )
+            for objective in objectives
+            if objective.adversary is not None
+        }
 
-    def __call__(self, step: int, phase: GanPhase) -> tuple[dict[str, Tensor], Tensor]:
-        """Clips and applies the gradients; returns their norms before that, and whether the step was passed over.
+    @property
+    def by_name(self) -> dict[str, torch.optim.Optimizer]:
+        """All of them, by what a checkpoint calls them."""
+        muon = {"muon": self.muon} if self.muon is not None else {}
+        adversaries = {one.adversary_name: self.adversaries[one.name] for one in self.objectives if one.adversary}
+        return {"autoencoder": self.autoencoder, **muon, **adversaries}
+
+    def __call__(self, step: int) -> tuple[dict[str, Tensor], Tensor]:
+        """Clips and applies the gradients; returns their norms before that, and whether the step was skipped.
 
         A step whose gradients are not all finite changes neither network nor their optimizers. Nobody waits to find
         that out: the optimizers' kernels read the flag on the device, and it is equal on all processes because the
@@ -70,12 +79,12 @@ class Update:
         """
         settings = self.settings
         scale = lr_scale_at(step, settings.steps, settings.optim)
-        families = {"grad_norm": ([self.optimizer, *([self.muon] if self.muon else [])], settings.optim.lr * scale)}
-        if phase.discriminator and self.discriminator_optimizer is not None:
-            families["grad_norm_discriminator"] = ([self.discriminator_optimizer], self.discriminator_lr * scale)
-        if self.total_correlation_optimizer is not None:
-            judge = [self.total_correlation_optimizer]
-            families["grad_norm_total_correlation"] = (judge, self.discriminator_lr * scale)
+        muon: list[torch.optim.Optimizer] = [self.muon] if self.muon is not None else []
+        families = {"grad_norm": ([self.autoencoder, *muon], settings.optim.lr * scale)}
+        for objective in self.objectives:
+            if objective.adversary is not None and objective.trains_adversary(step):
+                family = [self.adversaries[objective.name]], self.adversary_lr * scale
+                families[f"grad_norm_{objective.adversary_name}"] = family
         limit = settings.optim.clip or float("inf")
         norms = {
             name: nn.utils.clip_grad_norm_(
@@ -83,7 +92,8 @@ class Update:
             )
             for name, (optimizers, _) in families.items()
         }
-        checked = [*norms.values(), *([self.logvar.grad] if self.logvar.grad is not None else [])]
+        # not clipped with the networks, but as telling
+        checked = [*norms.values(), *(p.grad.norm() for p in self.objective_parameters if p.grad is not None)]
         bad = ~torch.stack([value.float() for value in checked]).isfinite().all()
         self.bad_steps.append((step, bad))
         for optimizers, lr in families.values():
@@ -95,14 +105,12 @@ class Update:
                 optimizer.zero_grad(set_to_none=True)
         return norms, bad
 
-    def room(self) -> list[Tensor]:
-        """Memory as large as what the optimizers will hold after their first step, and gradients that wait."""
-        optimizers = (self.optimizer, self.muon, self.discriminator_optimizer, self.total_correlation_optimizer)
+    def memory_placeholder(self) -> list[Tensor]:
+        """Tensors as large as the optimizers' state after the first step, and as the gradients of earlier passes."""
         copies = 1 if self.settings.accumulation > 1 else 0
         return [
             torch.empty_like(parameter)
-            for optimizer in optimizers
-            if optimizer is not None
+            for optimizer in self.by_name.values()
             for group in optimizer.param_groups
             for parameter in group["params"]
             for _ in range(copies + (0 if optimizer.state else 1 if optimizer is self.muon else 2))
@@ -130,3 +138,17 @@ class Ema:
         """average <- decay * average + (1 - decay) * source."""
         averages, weights = list(self.module.parameters()), list(source.parameters())
         torch._foreach_lerp_(averages, weights, 1.0 - ema_decay_at(step, self.decay))
+
+
+def lr_scale_at(step: int, steps: int, optim: OptimSettings) -> float:
+    """Fraction of the learning rate for this step (0-based): linear warm-up, then constant or cosine."""
+    warm = min(1.0, (step + 1) / (optim.warmup + 1))
+    if optim.schedule == "constant":
+        return warm
+    progress = min(1.0, max(0, step - optim.warmup) / max(1, steps - optim.warmup))
+    return warm * (optim.final_lr + (1.0 - optim.final_lr) * 0.5 * (1.0 + math.cos(math.pi * progress)))
+
+
+def ema_decay_at(step: int, decay: float) -> float:
+    """The average's decay: short at first, so that it does not remember the initial weights."""
+    return min(decay, (1.0 + step) / (10.0 + step))

@@ -3,8 +3,8 @@
 import torch
 
 from latent_ae.models.build import build_autoencoder, count_parameters, factor_of, latent_channels_of
-from latent_ae.models.discriminator import PatchDiscriminator
 from latent_ae.models.registry import family_of
+from latent_ae.objectives import GAN, KL, OBJECTIVES
 
 from .build import freeze_part, refuse_misfit, starting_autoencoder
 from .settings import TrainSettings
@@ -26,9 +26,8 @@ def describe_plan(settings: TrainSettings) -> str:
     weights, judge = count_parameters(autoencoder), 0
     if settings.gan.weight:
         with torch.device("meta"):
-            channels = int(autoencoder.config.in_channels)
-            gan = settings.gan
-            judge = count_parameters(PatchDiscriminator(channels, gan.channels, gan.layers, gan.norm, gan.blur))
+            judge = count_parameters(GAN.network(settings.gan, int(autoencoder.config.in_channels)))
+    run = settings.facts()
     learning = sum(parameter.numel() for parameter in autoencoder.parameters() if parameter.requires_grad)
     # weights and their average; AdamW's two moments where something learns, or the one of Muon
     moments = 1 if settings.optim.kind == "muon" else 2
@@ -37,34 +36,13 @@ def describe_plan(settings: TrainSettings) -> str:
     factor = factor_of(autoencoder)
     side = settings.data.resolution // factor
     latent = f"{latent_channels_of(autoencoder)} x {side} x {side}"
-    gan_lines = "off"
-    if settings.gan.weight:
-        start, felt = settings.gan.start, settings.gan.start + settings.gan.discriminator_warmup
-        gan_lines = f"discriminator from step {start:,}, in the autoencoder's loss from {felt:,}"
-        if felt >= settings.steps:
-            gan_lines += f": never, the run ends at {settings.steps:,}"
-    loss = settings.loss
-    shaping = {
-        f"weight {loss.kl:g}": not loss.kl_target,
-        f"rising over {loss.kl_warmup:,} steps": loss.kl_warmup,
-        f"rising {loss.kl_cycles} times, every {settings.steps / (loss.kl_cycles or 1):,.0f} steps": loss.kl_cycles,
-        f"weight from {loss.kl:g} on, controlled to {loss.kl_target:g} nats per dimension": loss.kl_target,
-        f"{loss.free_bits:g} nats per dimension free": loss.free_bits,
-        f"drawn to {loss.kl_capacity:g} nats per image by step {loss.kl_capacity_steps or settings.steps:,}": (
-            loss.kl_capacity
-        ),
-    }
-    latents = settings.latents
-    regularisers = {
-        f"scaled and turned in {latents.equivariance:.0%} of the steps": latents.equivariance,
-        f"mixed with noise of standard deviation {latents.noise:g}": latents.noise,
-        f"{latents.min_channels} channels or more kept": latents.min_channels,
-        f"independent of each other with weight {loss.total_correlation:g}": loss.total_correlation,
-        f"aligned to {settings.alignment.model}": settings.alignment.model,
-        f"drawn to those of {settings.distillation.teacher}": settings.distillation.teacher,
-    }
-    has_rate = family_of(autoencoder).random
-    learns = loss.kl and has_rate and settings.train != "decoder"
+    texts: dict[str, list[str]] = {}
+    for objective in OBJECTIVES:
+        said = texts.setdefault(objective.plan_line, [])
+        if objective in settings.objectives and (text := objective.describe(settings.section_of(objective), run)):
+            said.append(text)
+    if not family_of(autoencoder).random:
+        texts[KL.plan_line] = []
     most, micro_batch = settings.micro_batch_size, settings.micro_batch
     fewer = f" (micro_batch_size {most} is the most; {micro_batch} divides)" if most and most > micro_batch else ""
     lines = {
@@ -74,9 +52,7 @@ def describe_plan(settings: TrainSettings) -> str:
         "steps": f"{settings.steps:,}, {settings.steps * settings.batch_size:,} crops",
         "global batch": f"{settings.batch_size} = {settings.processes} process(es) x {micro_batch} "
         f"micro-batch x {settings.accumulation} accumulation{fewer}",
-        "adversarial": gan_lines,
-        "KL": ", ".join(text for text, on in shaping.items() if on) if learns else "off",
-        "latents": ", ".join(text for text, on in regularisers.items() if on) or "as they are",
+        **{name: ", ".join(said) or ("as they are" if name == "latents" else "off") for name, said in texts.items()},
         "checkpoint": f"{copies * BYTES / 1e6:,.0f} MB each, every {settings.checkpoint.every:,} steps, "
         f"the newest {settings.checkpoint.keep} kept",
         "output": settings.output_dir,

@@ -36,8 +36,7 @@ def preflight(run: Path, settings: TrainSettings, train_step: TrainStep) -> None
     autoencoder: ModelMixin = train_step.bare_reconstructor.autoencoder
     weights = count_parameters(autoencoder) * BYTES
     learning = BYTES * sum(p.numel() for p in autoencoder.parameters() if p.requires_grad)
-    judges = (train_step.bare_discriminator, train_step.total_correlation)
-    judge = BYTES * sum(count_parameters(network) for network in judges if network is not None)
+    judge = BYTES * sum(count_parameters(network) for network in train_step.bare_adversaries.values())
     files = [weights, weights if train_step.ema is not None else 0, judge, 2 * learning + 2 * judge]
     each = sum(files)
     # the newest, the best, the one before the GAN, and the one that is being written before an older one goes

@@ -10,28 +10,19 @@ from PIL import Image
 
 from latent_ae.config import to_yaml
 from latent_ae.export.model_card import METRIC_NAMES
+from latent_ae.objectives import OBJECTIVES
+from latent_ae.objectives.base import Objective
 from latent_ae.report import page
 from latent_ae.text import choice_in_words
 
 from .settings import TrainSettings
 
-CHARTS = {
-    "Reconstruction losses": ("l1", "l2", "charbonnier", "lpips"),
-    "Adversarial losses": ("generator", "discriminator"),
-    "Discriminator logits": ("logits_real", "logits_fake"),
-    "Discriminator accuracy": ("accuracy",),
-    "Adaptive weight": ("adaptive_weight",),
-    "Adversarial gradient at the last layer, relative to reconstruction": ("gradient_ratio",),
-    "KL divergence per latent dimension (nats)": ("kl_per_dimension",),
-    "KL weight": ("kl_weight",),
-    "Total correlation of the latents (nats)": ("total_correlation",),
-    "Alignment to the vision model": ("alignment_similarity", "alignment_cosine", "alignment_distance"),
-    "Squared distance to the teacher's latents": ("distillation",),
+OTHER_CHARTS = {
     "Latent standard deviation": ("latent_std",),
     "Gradient norms": ("grad_norm", "grad_norm_discriminator"),
     "Images per second": ("images_per_second",),
 }
-
+"""Charts of what no objective logs."""
 HIGHER_IS_BETTER = ("psnr", "ssim", "ms_ssim")
 
 
@@ -58,9 +49,21 @@ def held_out_distances(run: Path) -> dict[int, float]:
 
 
 def write_report(
-    run: Path, settings: TrainSettings, rows: Sequence[dict[str, Any]], remarks: Sequence[str] = ()
+    run: Path,
+    settings: TrainSettings,
+    rows: Sequence[dict[str, Any]],
+    remarks: Sequence[str] = (),
+    objectives: Sequence[type[Objective[Any]]] = OBJECTIVES,
 ) -> None:
-    """Writes report.html from the run folder's log and previews; `rows` is the final table, `remarks` are about it."""
+    """Writes report.html from the run folder's log and previews.
+
+    Args:
+        run: The run folder.
+        settings: The run's.
+        rows: The final table.
+        remarks: Sentences about it.
+        objectives: Their charts are drawn where something was logged for them.
+    """
     log = read_log(run)
     training = [event for event in log if event["event"] == "train"]
     held_out = [event for event in log if event["event"] == "validate"]
@@ -80,8 +83,11 @@ def write_report(
         for key, name in METRIC_NAMES.items()
         if _series(held_out, [key])
     ]
+    drawn = {
+        title: keys for one in (*objectives, None) for title, keys in (one.charts if one else OTHER_CHARTS).items()
+    }
     charts += [
-        page.line_chart(series, title=title) for title, keys in CHARTS.items() if (series := _series(training, keys))
+        page.line_chart(series, title=title) for title, keys in drawn.items() if (series := _series(training, keys))
     ]
     sections.append(page.section("Curves", page.grid(*charts)))
     sections.append(page.section("Settings", page.preformatted(to_yaml(settings))))

@@ -4,43 +4,21 @@ import itertools
 import json
 import os
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
 
-from latent_ae.config import UserError, to_yaml
+from latent_ae.config import UserError, resume_marks, to_yaml
 from latent_ae.files import replacing, writing
+from latent_ae.objectives.gan import SHAPE
 from latent_ae.only_writer import only_writer
 
 from .agreement import Agreed
 from .checkpoint import Checkpoint, set_damaged_aside, versions
 from .settings import TrainSettings, micro_batch_of
-
-RECIPE = (
-    *("seed", "batch_size", "precision", "init_from", "train", "model", "data"),
-    *("validate.images", "validate.crop_px"),  # before and after must be measured alike
-    *("loss.perceptual_net", "loss.learned_logvar", "loss.total_correlation_width", "optim.kind"),
-    *("gan.loss", "gan.norm", "gan.channels", "gan.layers", "gan.blur"),
-)
-"""Keys that a run cannot change under way: the weights or the sample order would no longer fit."""
-FREE = ("data.num_workers", "data.max_bad_fraction")
-"""Keys under RECIPE that may change all the same."""
-SWITCHES = (
-    *("gan.weight", "ema.decay", "loss.kl_target", "loss.total_correlation"),
-    *("alignment.model", "alignment.adaptive", "distillation.teacher"),
-)
-"""Keys whose value may change, but not to or from nothing: a checkpoint holds what goes with it or it does not."""
-SILENT = (
-    *("output_dir", "report_to", "push_to_hub", "micro_batch_size", "checkpoint", "log"),
-    *("compile", "gradient_checkpointing", "gan.init_from"),
-    *("validate.every", "validate.preview_images"),
-)
-"""Keys whose change needs no word; of `micro_batch_size` the size that it comes to is compared."""
-JUDGE = ("gan.norm", "gan.channels", "gan.layers", "gan.blur")
-"""Keys that decide whether a discriminator's weights fit."""
 
 
 @contextmanager
@@ -74,14 +52,10 @@ def changes_since(checkpoint: Checkpoint, settings: TrainSettings) -> dict[str, 
     except (KeyError, TypeError, ZeroDivisionError, RecursionError) as error:
         raise UserError(f"{checkpoint.folder}/state.json does not hold the settings of a run: {error}") from error
     now = flatten(settings.model_dump(mode="json", by_alias=True))
-    changed = [key for key in now if key in before and before[key] != now[key] and not _under(key, SILENT)]
-    # a learned scale is the checkpoint's, of the loss that it was learned with
-    recipe = (*RECIPE, "loss.pixel", "loss.scale") if settings.loss.learned_logvar else RECIPE
-    refused = [
-        key
-        for key in changed
-        if (_under(key, recipe) and not _under(key, FREE)) or (key in SWITCHES and bool(before[key]) != bool(now[key]))
-    ]
+    marks = resume_marks(TrainSettings)
+    differing = [key for key in now if key in before and before[key] != now[key]]
+    changed = [key for key in differing if mark_of(key, marks) != "silent"]
+    refused = [key for key in changed if _is_fixed(key, mark_of(key, marks), before, now)]
     run = checkpoint.folder.parent.parent
     if refused:
         lines = "\n".join(f"  {key}: {before[key]} in {checkpoint.folder.name}, now {now[key]}" for key in refused)
@@ -108,7 +82,7 @@ def _new_phase(run: Path, trained: bool, settings: TrainSettings, refused: Seque
     words = [f"output_dir={folder}", f"init_from={run}"]
     if any(key.startswith("model.") for key in refused):
         words.append("model={}")
-    if trained and settings.gan.weight and not any(key in JUDGE for key in refused):
+    if trained and settings.gan.weight and not any(key in SHAPE for key in refused):
         words += [f"gan.init_from={run}", "gan.start=0"]
     return [shlex.quote(word) for word in words]
 
@@ -166,5 +140,15 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _under(key: str, prefixes: Sequence[str]) -> bool:
-    return any(key == prefix or key.startswith(f"{prefix}.") for prefix in prefixes)
+def mark_of(key: str, marks: Mapping[str, str]) -> str:
+    """The mark of a setting; below a field that holds a dictionary, that field's."""
+    while key not in marks:
+        key = key.rpartition(".")[0]
+    return marks[key]
+
+
+def _is_fixed(key: str, mark: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    if mark == "switch":
+        return bool(before[key]) != bool(now[key])
+    fixed, _, other = mark.partition(" with ")
+    return fixed == "fixed" and (not other or bool(now[f"{key.rpartition('.')[0]}.{other}"]))

@@ -4,9 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from latent_ae.config import Fraction, NonNegative, Positive, Settings, Weight
-
-from .loss_config import Decay
+from latent_ae.config import FIXED, SILENT, SWITCH, Decay, Fraction, NonNegative, Positive, Settings, Weight
 
 Rate = Annotated[float, Field(gt=0)]
 
@@ -14,7 +12,7 @@ Rate = Annotated[float, Field(gt=0)]
 class OptimSettings(Settings):
     """The learning rate is used as written: nothing scales it by the batch. The discriminator has AdamW."""
 
-    kind: Literal["adamw", "muon"] = "adamw"
+    kind: Annotated[Literal["adamw", "muon"], FIXED] = "adamw"
     """muon: Muon for the autoencoder's convolutions and matrices but the first and last, AdamW for the rest of it."""
     lr: Rate = 1e-4
     """Learning rate of the autoencoder, used as written."""
@@ -44,7 +42,7 @@ class OptimSettings(Settings):
 class EmaSettings(Settings):
     """Average of the autoencoder's weights; it is what validation and export use."""
 
-    decay: Decay = 0.9999
+    decay: Annotated[Decay, SWITCH] = 0.9999
     """0 keeps no average. Early on the decay is min(decay, (1 + step) / (10 + step))."""
 
 
@@ -62,13 +60,13 @@ class CheckpointSettings(Settings):
 class ValidateSettings(Settings):
     """Measures held-out images with the averaged weights."""
 
-    every: Positive = 5000
+    every: Annotated[Positive, SILENT] = 5000
     """Also before the first and after the last step."""
-    images: Positive = 500
+    images: Annotated[Positive, FIXED] = 500
     """At most this many, spread over all held-out images, the same ones every time; of a stream the first ones."""
-    crop_px: Positive | None = None
+    crop_px: Annotated[Positive | None, FIXED] = None
     """Centre crop, px; null takes data.resolution."""
-    preview_images: Positive = 6
+    preview_images: Annotated[Positive, SILENT] = 6
     """Of the measured images, spread over them."""
 
 

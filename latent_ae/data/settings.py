@@ -7,7 +7,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from latent_ae.config import Byte, Fraction, NonNegative, Positive, Problem, Settings, looks_like_path
+from latent_ae.config import FREE, Byte, Fraction, NonNegative, Positive, Problem, Settings, looks_like_path
 
 
 class DataSettings(Settings):
@@ -39,11 +39,11 @@ class DataSettings(Settings):
     """Mirror every second crop, on average."""
     background: tuple[Byte, Byte, Byte] = (255, 255, 255)
     """Colour put behind transparent pixels."""
-    num_workers: NonNegative = 2
+    num_workers: Annotated[NonNegative, FREE] = 2
     """Processes that decode images, for each training process; 0 decodes in that itself."""
     max_pixels: Positive = 200_000_000
     """Larger images are skipped before they are decoded."""
-    max_bad_fraction: Fraction = 0.01
+    max_bad_fraction: Annotated[Fraction, FREE] = 0.01
     """The run stops when more than this fraction of the images read was unreadable."""
 
     def problems(self) -> Iterator[Problem]:

@@ -10,7 +10,7 @@ from latent_ae.config import UserError
 from latent_ae.models.linear_init import linear_start_
 from latent_ae.models.loading import load_first_stage
 from latent_ae.models.registry import class_of, family_of
-from latent_ae.models.settings import ModelSettings
+from latent_ae.models.settings import ModelFacts, ModelSettings
 
 
 def build_autoencoder(settings: ModelSettings, *, sample_size: int, seed: int = 0) -> ModelMixin:
@@ -72,6 +72,17 @@ def load_autoencoder(location: str, *, subfolder: str | None = None, revision: s
 def factor_of(autoencoder: ModelMixin) -> int:
     """Image px per latent px along one side."""
     return int(family_of(autoencoder).factor(autoencoder.config))
+
+
+def facts_of(autoencoder: ModelMixin, name: str | None = None) -> ModelFacts:
+    """What rules may ask of an autoencoder; messages call it `name`, or by its class."""
+    return ModelFacts(
+        name or f"this {type(autoencoder).__name__}",
+        family_of(autoencoder).latent,
+        factor_of(autoencoder),
+        int(autoencoder.config.in_channels),
+        latent_channels_of(autoencoder),
+    )
 
 
 def latent_channels_of(autoencoder: ModelMixin) -> int:

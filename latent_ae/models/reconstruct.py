@@ -1,5 +1,6 @@
 """The one way through an autoencoder while it trains: images to latents to reconstructions."""
 
+from collections.abc import Callable, Mapping, Sequence
 from operator import attrgetter
 from typing import NamedTuple
 
@@ -7,7 +8,6 @@ from diffusers import ModelMixin, VQModel
 from torch import Tensor, nn
 
 from latent_ae.arithmetic import WeightPrecisionConv2d
-from latent_ae.models.latent_changes import LatentChange, changed
 from latent_ae.models.posterior import draw
 from latent_ae.models.quantize import Codes, quantised
 from latent_ae.models.registry import family_of
@@ -23,11 +23,11 @@ class Reconstruction(NamedTuple):
     logvar: Tensor | None
     """Posterior log-variance, like `mean`; None without a posterior."""
     latent: Tensor
-    """mean + exp(logvar / 2) * noise, the mean, or its nearest codes; decoded, after a change if there is one."""
+    """mean + exp(logvar / 2) * noise, the mean, or its nearest codes; decoded, after transforms."""
     to_decode: Tensor
-    """The latent, or one given, on its way to the decoder, before a change; its gradient is that of the image alone."""
-    projected: Tensor | None = None
-    """The latent as features of a vision model, N x features x H/f x W/f, where there is a projection."""
+    """The latent, or one given, on its way to the decoder, before transforms; its gradient is the image's alone."""
+    heads: Mapping[str, Tensor] = {}
+    """What the heads make of the latent, float32, by their names."""
     codes: Codes | None = None
     """What the latent was quantised to, where there is a codebook."""
     rates: tuple[Tensor, ...] = ()
@@ -41,37 +41,42 @@ class Reconstructor(nn.Module):
     gradients are not synchronised; hence this single `forward`.
     """
 
-    def __init__(self, autoencoder: ModelMixin, projection: nn.Conv2d | None = None):
-        """`projection` maps latents to the features that they are aligned to; it is no part of the autoencoder."""
+    def __init__(self, autoencoder: ModelMixin, heads: Mapping[str, nn.Module] | None = None):
+        """`heads` are networks on the latent that train with the autoencoder and are no part of it."""
         super().__init__()
-        self.autoencoder, self.projection = autoencoder, projection
+        self.autoencoder, self.heads = autoencoder, nn.ModuleDict(dict(heads or {}))
         keep_posterior_precise_(autoencoder)
 
     def forward(
         self,
         images: Tensor,
         noise: Tensor | None = None,
-        change: LatentChange | None = None,
-        given: Tensor | None = None,
+        transforms: Sequence[Callable[[Tensor], Tensor]] = (),
+        decode: Tensor | None = None,
     ) -> Reconstruction:
-        """Reconstructs NCHW images in [-1, 1] whose sides are multiples of the factor.
+        """Reconstructs images.
 
-        `noise` (standard normal, shaped like the latent) samples the posterior; None takes its mode. `change` is
-        made to the latent before it is decoded; a scaled or turned latent gives an image of that size and turn. `given`
-        is a latent that is decoded in place of the images' own.
+        Args:
+            images: N x C x H x W in [-1, 1]; the sides are multiples of the factor.
+            noise: Standard normal, shaped like the latent; it samples the posterior. None takes its mode.
+            transforms: Applied to the latent one after another before it is decoded; a scaled or turned latent gives an
+                image of that size and turn.
+            decode: A latent that is decoded in place of the images' own.
         """
         latent, mean, logvar, rates, _ = draw(self.autoencoder, images, noise)
         codes, how = None, {}
         if isinstance(self.autoencoder, VQModel):
             latent, codes = quantised(mean, self.codebook)
-            how = {"force_not_quantize": True}  # it is
-        projected, to_decode = None, latent if given is None else given
-        if self.projection is not None:
-            projected = self.projection(latent).float()
-            to_decode = latent.view_as(latent)  # a node of its own, so that the two gradients can be told apart
-        decoded = to_decode if change is None else changed(to_decode, change)
+            how = {"force_not_quantize": True}  # it is quantised already
+        to_decode = latent if decode is None else decode
+        heads = {name: head(latent).float() for name, head in self.heads.items()}
+        if heads:
+            to_decode = to_decode.view_as(to_decode)  # a node of its own, so that the two gradients can be told apart
+        decoded = to_decode
+        for transform in transforms:
+            decoded = transform(decoded)
         image = self.autoencoder.decode(decoded, **how).sample.float()
-        return Reconstruction(image, mean, logvar, latent, to_decode, projected, codes, rates)
+        return Reconstruction(image, mean, logvar, latent, to_decode, heads, codes, rates)
 
     @property
     def codebook(self) -> Tensor:
@@ -81,7 +86,7 @@ class Reconstructor(nn.Module):
     @property
     def num_codes(self) -> int:
         """0 without a codebook."""
-        return len(self.codebook) if isinstance(self.autoencoder, VQModel) else 0
+        return num_codes_of(self.autoencoder)
 
     @property
     def last_layer(self) -> Tensor:
@@ -94,6 +99,11 @@ class Reconstructor(nn.Module):
         """The weight of the encoder's output convolution, where the adaptive alignment weight is measured."""
         weight: Tensor = end_layers(self.autoencoder.encoder)[-1].weight
         return weight
+
+
+def num_codes_of(autoencoder: nn.Module) -> int:
+    """Size of the codebook; 0 without one."""
+    return len(autoencoder.quantize.embedding.weight) if isinstance(autoencoder, VQModel) else 0
 
 
 def keep_posterior_precise_(module: nn.Module) -> None:

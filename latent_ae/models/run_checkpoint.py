@@ -4,7 +4,10 @@ import errno
 import hashlib
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+
+from torch import Tensor, nn
 
 from latent_ae.config import UserError
 
@@ -90,3 +93,13 @@ def sha256_of(path: Path) -> str:
         while block := stream.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def misfits(module: nn.Module, tensors: Mapping[str, Tensor]) -> list[str]:
+    """Names that only one of the two has, or whose shapes differ."""
+    own = module.state_dict()
+    return sorted(
+        name
+        for name in own.keys() | tensors.keys()
+        if name not in own or name not in tensors or own[name].shape != tensors[name].shape
+    )

@@ -1,7 +1,7 @@
 """The section `model` of a training's settings; light, so that a typo costs no waiting."""
 
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field
 
@@ -20,6 +20,38 @@ Kind = Literal[
     "FlowAutoencoderKL",
 ]
 """Of first stages: docs/family.md."""
+
+
+class ModelFacts(NamedTuple):
+    """What rules may ask of a first stage, known from its settings or from the autoencoder itself."""
+
+    name: str
+    """What messages call it."""
+    latent: Literal["posterior", "deterministic", "codebook", "hierarchy", "flow"]
+    """As `registry.Family` has it."""
+    factor: int
+    """Image px per latent px along one side."""
+    channels: int
+    """Channels of its images."""
+    latent_channels: int
+
+    @property
+    def random(self) -> bool:
+        """Whether a latent is drawn from a posterior, so that there is a KL term."""
+        return self.latent in ("posterior", "hierarchy", "flow")
+
+    @property
+    def one_grid(self) -> bool:
+        """Whether latents lie on one grid over the image; otherwise they are packed into one place."""
+        return self.latent != "hierarchy"
+
+    @property
+    def fixed_latent(self) -> str:
+        """Why a latent on several grids cannot be changed before it is decoded."""
+        return (
+            f"changes a latent before it is decoded, and the finer levels of {self.name} rest on the coarser ones as "
+            "they were: leave it out"
+        )
 
 
 class ModelSettings(Settings):
@@ -61,10 +93,16 @@ class ModelSettings(Settings):
         """Whether the keys below `config` say the shape; of another kind it is known when the autoencoder is there."""
         return self.kind == "AutoencoderKL"
 
-    @property
-    def packs_levels(self) -> bool:
-        """Whether the latents lie on several grids, packed into one place, so that images have one size."""
-        return self.kind == "HierarchicalVAE"
+    def facts(self, resolution: int) -> ModelFacts | None:
+        """What these settings tell of the autoencoder for images of `resolution`; None where it must be built first."""
+        name = f"this {self.kind}"
+        if self.gives_shape:
+            return ModelFacts(name, "posterior", self.factor, self.in_channels, self.latent_channels)
+        if self.kind == "HierarchicalVAE":  # it is for images of one size, and its latents are of 1 x 1
+            side, channels = self.config.get("sample_size", resolution), self.config.get("in_channels", 3)
+            if isinstance(side, int) and side > 0 and isinstance(channels, int):
+                return ModelFacts(name, "hierarchy", side, channels, 0)
+        return None
 
     @property
     def factor(self) -> int:

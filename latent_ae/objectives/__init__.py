@@ -1,0 +1,30 @@
+"""The objectives of training, one file each; a new one is a file and a line here (docs/objectives.md)."""
+
+from typing import Any
+
+from latent_ae.objectives.alignment import Alignment
+from latent_ae.objectives.base import Objective
+from latent_ae.objectives.channel_masking import ChannelMasking
+from latent_ae.objectives.codebook import Codebook
+from latent_ae.objectives.distillation import Distillation
+from latent_ae.objectives.equivariance import Equivariance
+from latent_ae.objectives.gan import GAN
+from latent_ae.objectives.kl import KL
+from latent_ae.objectives.latent_noise import LatentNoise
+from latent_ae.objectives.reconstruction import Reconstruction
+from latent_ae.objectives.total_correlation import TotalCorrelation
+
+OBJECTIVES: tuple[type[Objective[Any]], ...] = (
+    LatentNoise,
+    ChannelMasking,
+    Equivariance,
+    Reconstruction,
+    Codebook,
+    KL,
+    Distillation,
+    TotalCorrelation,
+    Alignment,
+    GAN,
+)
+"""In the order in which they act: latents are changed first, and reconstruction gives the gradient that others are
+balanced against."""

@@ -1,7 +1,126 @@
 """Alignment of latents to the features of a vision model (VA-VAE, Yao et al. 2025)."""
 
+from collections.abc import Iterator, Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated
+
+import torch
 import torch.nn.functional as F
-from torch import Tensor
+from pydantic import Field
+from torch import Tensor, nn
+
+from latent_ae.config import SWITCH, Fraction, Problem, Settings
+from latent_ae.models.settings import ModelFacts
+from latent_ae.objectives.base import GradientBalance, Objective, Pass, RunFacts
+from latent_ae.pretrained.vision import VisionModel
+
+CAP, SMOOTHING = 100.0, 0.9
+"""Of the adaptive weight: the ratio lags, so one batch that is aligned already must not send it off."""
+
+
+class AlignmentSettings(Settings):
+    """Draws the latents to the features of a frozen vision model, as VA-VAE does; its published values."""
+
+    model: Annotated[str | None, SWITCH] = None
+    """Folder of a vision transformer that transformers loads (config.json, model.safetensors,
+    preprocessor_config.json); null: off."""
+    weight: Annotated[float, Field(gt=0)] = 0.1
+    """Weight of both terms."""
+    adaptive: Annotated[bool, SWITCH] = True
+    """Scale the term by the ratio of gradient norms at the encoder's last layer; false uses the weight as it is."""
+    cosine_margin: Fraction = 0.5
+    """Below so much cosine distance of a latent to its feature nothing is drawn any further."""
+    distance_margin: Fraction = 0.25
+    """The same of the difference between similarities of latents and those of features."""
+
+
+class Alignment(Objective[AlignmentSettings]):
+    """Marginal cosine and distance terms between projected latents and a frozen vision model's features.
+
+    Args:
+        own: The settings.
+        run: Facts of the run.
+        vision: The vision model.
+        projection: From latents to its features; trained with the autoencoder.
+    """
+
+    name, section, docs = "alignment", "alignment", "docs/latents.md"
+    charts = {"Alignment to the vision model": ("alignment_similarity", "alignment_cosine", "alignment_distance")}
+
+    vision: VisionModel
+    projection: nn.Conv2d
+
+    def __init__(self, own: AlignmentSettings, run: RunFacts, vision: VisionModel, projection: nn.Conv2d) -> None:
+        super().__init__(own, run)
+        self.hold(vision=vision, projection=projection)
+        self.area = 1.0
+        if own.adaptive:
+            self.balance = GradientBalance(self.name, CAP, SMOOTHING)
+
+    @classmethod
+    def enabled(cls, own: AlignmentSettings) -> bool:
+        return own.model is not None
+
+    @classmethod
+    def problems(cls, own: AlignmentSettings, run: RunFacts, model: ModelFacts | None) -> Iterator[Problem]:
+        key = "alignment.model"
+        if own.model is None:
+            return
+        if find_spec("transformers") is None:
+            yield Problem(key, "needs transformers: pip install 'latent-ae[alignment]'")
+        if not Path(own.model).expanduser().is_dir():
+            yield Problem(key, f"no such folder: {own.model} (from {Path.cwd()})")
+        if run.train == "decoder":
+            yield Problem(key, "moves the encoder, which train: decoder leaves fixed: set it to null")
+        if "distillation" in run.enabled:
+            yield Problem(key, "shapes latents that distillation.teacher gives: keep one, null the other")
+        if model is None:
+            return
+        if model.channels not in (1, 3):
+            yield Problem(key, f"{model.name} has {model.channels} channels, vision models see 1 or 3: set it to null")
+        if not model.one_grid:
+            yield Problem(key, f"needs latents on one grid; those of {model.name} are on several: leave it out")
+
+    @classmethod
+    def build(cls, own: AlignmentSettings, run: RunFacts, autoencoder: nn.Module, device: torch.device) -> "Alignment":
+        from latent_ae.models.build import factor_of, latent_channels_of
+
+        vision = VisionModel(str(own.model), run.resolution // factor_of(autoencoder)).to(device)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(run.seed + 2)
+            # 1 x 1 and without bias, as VA-VAE's
+            projection = nn.Conv2d(latent_channels_of(autoencoder), vision.num_features, kernel_size=1, bias=False)
+        return cls(own, run, vision, projection).to(device)
+
+    @classmethod
+    def describe(cls, own: AlignmentSettings, run: RunFacts) -> str:
+        return f"aligned to {own.model}"
+
+    def head(self) -> nn.Module:
+        return self.projection
+
+    def backward(self, p: Pass) -> None:
+        own, self.area = self.own, p.batch.area
+        projected = p.out.heads[self.name]
+        with p.autocast():
+            features = self.vision(p.batch.images, p.out.latent.shape[-1])
+        leaf = projected.detach().requires_grad_()
+        cosine, distance, similarity = alignment_loss(leaf, features, own.cosine_margin, own.distance_margin)
+        (gradient,) = torch.autograd.grad(cosine + distance, leaf)
+        p.logs["alignment_cosine"], p.logs["alignment_distance"] = cosine.detach(), distance.detach()
+        p.logs["alignment_similarity"] = similarity
+        weight: float | Tensor = own.weight
+        if own.adaptive:
+            self.balance.measure_at_encoder(p, projected, gradient)
+            weight = own.weight * self.area * self.balance.weight  # it follows the image losses, which count the area
+        p.send(projected, weight * gradient)
+
+    def remember(self, means: Mapping[str, Tensor], logs: dict[str, Tensor]) -> None:
+        if self.own.adaptive:
+            # within both margins there is no gradient, and no ratio
+            self.balance.update(means, self.area, skip_zero=True)
+            logs["alignment_weight"] = self.own.weight * self.balance.weight
 
 
 def alignment_loss(

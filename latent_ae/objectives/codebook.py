@@ -1,8 +1,116 @@
-"""The loss of a codebook, and how much of it is in use (van den Oord et al. 2017)."""
+"""The loss of a codebook, how much of it is in use, and the restart of dead codes (van den Oord et al. 2017)."""
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
 
 import torch
+import torch.distributed
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+
+from latent_ae.config import NonNegative, Problem, Settings, Weight
+from latent_ae.models.settings import ModelFacts
+from latent_ae.objectives.base import Objective, Pass, RunFacts
+
+if TYPE_CHECKING:  # brings diffusers
+    from latent_ae.models.reconstruct import Reconstructor
+
+
+class CodebookSettings(Settings):
+    """The loss of a codebook."""
+
+    commitment: Weight = 0.25
+    """Of a codebook: weight of the term that draws latents to their codes; codes are drawn to them with weight 1."""
+    revive_after: NonNegative = 100
+    """Of a codebook: steps without use after which a code starts again as a latent of the day; 0: never."""
+
+
+class Codebook(Objective[CodebookSettings]):
+    """Draws codes and latents to each other; nothing happens where the model has no codebook.
+
+    Dead codes restart as latents of the step's first sample (Dhariwal et al. 2020, random restarts).
+
+    Args:
+        own: The weights.
+        run: Facts of the run.
+        num_codes: Size of the codebook; 0 without one.
+    """
+
+    name, section, docs = "codebook", "loss", "docs/family.md"
+    charts = {"Codebook": ("codebook_perplexity",), "Codebook loss": ("codebook",)}
+
+    code_age: Tensor
+
+    def __init__(self, own: CodebookSettings, run: RunFacts, num_codes: int = 0) -> None:
+        super().__init__(own, run)
+        self.counts: Tensor | None = None
+        """How often each code was taken in the newest step, over the global batch."""
+        self.candidates: Tensor | None = None
+        """Latents that a dead code may restart as, positions x channels."""
+        self.candidates_step = -1
+        if num_codes:
+            # steps since each code was last taken; at the start all wait for a latent to begin as
+            self.register_buffer("code_age", torch.full((num_codes,), float(own.revive_after)))
+
+    @classmethod
+    def problems(cls, own: CodebookSettings, run: RunFacts, model: ModelFacts | None) -> Iterator[Problem]:
+        changed = [
+            key for key in ("commitment", "revive_after") if getattr(own, key) != getattr(CodebookSettings(), key)
+        ]
+        if changed and model is not None and model.latent != "codebook":
+            yield Problem(f"loss.{changed[0]}", f"is for a codebook, which {model.name} has not: leave it out")
+
+    @classmethod
+    def build(cls, own: CodebookSettings, run: RunFacts, autoencoder: nn.Module, device: torch.device) -> "Codebook":
+        from latent_ae.models.reconstruct import num_codes_of
+
+        return cls(own, run, num_codes_of(autoencoder)).to(device)
+
+    def backward(self, p: Pass) -> None:
+        out, codes = p.out, p.out.codes
+        if codes is None:
+            return
+        if out.mean.requires_grad:
+            loss = codebook_loss(out.mean, codes.vectors, self.own.commitment)
+            p.logs["codebook"] = loss.detach()
+            p.send_loss(loss)
+        p.global_means["codebook/counts"] = code_counts(codes.indices, p.model.num_codes)
+        if self.candidates_step != p.step:  # the step's first sample, which is the same however the batch is split
+            self.candidates, self.candidates_step = out.mean.detach()[0].flatten(1).T, p.step
+
+    def remember(self, means: Mapping[str, Tensor], logs: dict[str, Tensor]) -> None:
+        self.counts = means.get("codebook/counts")
+        if self.counts is not None:
+            logs["codebook_perplexity"] = perplexity(self.counts)
+            logs["codebook_used"] = (self.counts > 0).float().mean()
+
+    @torch.no_grad()
+    def after_update(
+        self, step: int, skipped: Tensor, model: "Reconstructor", optimizer: torch.optim.Optimizer
+    ) -> None:
+        """Ages the codes, and gives those that were not taken for `loss.revive_after` steps a latent of the step's
+        first sample, drawn by (seed, step), with no memory in the optimizer.
+
+        Equal on all processes, and nobody waits for the device.
+        """
+        if self.counts is None or self.candidates is None or not self.own.revive_after:
+            return
+        codebook, fresh = model.codebook, self.candidates.contiguous()
+        if not codebook.requires_grad:
+            return
+        if torch.distributed.is_initialized():
+            torch.distributed.broadcast(fresh, src=0)  # the first process has the first sample
+        age = torch.where(self.counts > 0, 0.0, self.code_age + 1.0)
+        dead = (age > self.own.revive_after) & ~skipped
+        generator = torch.Generator().manual_seed((self.run.seed * 1_000_003 + step) % 2**63)
+        chosen = torch.randint(len(fresh), (len(codebook),), generator=generator)
+        if codebook.is_cuda:
+            chosen = chosen.pin_memory().to(codebook.device, non_blocking=True)
+        codebook.copy_(torch.where(dead[:, None], fresh[chosen].to(codebook.dtype), codebook))
+        for name in ("exp_avg", "exp_avg_sq"):
+            moment = optimizer.state[codebook][name]
+            moment.copy_(torch.where(dead[:, None], 0.0, moment))
+        self.code_age.copy_(torch.where(dead, 0.0, age))
 
 
 def codebook_loss(latent: Tensor, vectors: Tensor, commitment: float) -> Tensor:

@@ -1,12 +1,327 @@
-"""The adversarial losses and the regularisers of the discriminator."""
+"""The adversarial term: a discriminator of images, its losses and its regularisers."""
 
-from typing import Literal
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from pydantic import Field
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from latent_ae.config import FIXED, SILENT, SWITCH, Decay, NonNegative, Positive, Problem, Settings, UserError, Weight
+from latent_ae.data.rng import augmentation_numbers
+from latent_ae.models.discriminator import PatchDiscriminator
+from latent_ae.models.settings import ModelFacts
+from latent_ae.objectives.base import GradientBalance, Objective, Pass, RunFacts, recent_means
+from latent_ae.objectives.diffaug import NUMBERS, augment
 
 AdversarialLoss = Literal["hinge", "vanilla", "non_saturating"]
+LECAM_DECAY = 0.99
+SURE, BLIND = 0.97, 0.53
+"""Discriminator accuracy above which it has won, and below which it sees nothing."""
+YOUNG_STEPS = 1000
+"""Steps that a discriminator has before it is called blind."""
+DOMINANT, FAINT = 2.0, 0.005
+"""The adversarial gradient at the last layer, relative to the reconstruction's, that is too much; almost nothing."""
+
+
+class GanSettings(Settings):
+    """The adversarial term."""
+
+    weight: Annotated[Weight, SWITCH] = 0.5
+    """0 builds no discriminator."""
+    start: NonNegative = 50_000
+    """First step at which the discriminator trains."""
+    discriminator_warmup: NonNegative = 500
+    """Steps from `start` during which only the discriminator trains."""
+    warmup: NonNegative = 2000
+    """Steps over which the autoencoder's adversarial term then rises to its weight."""
+    loss: Annotated[AdversarialLoss, FIXED] = "hinge"
+    """hinge, or cross-entropy in the discriminator with -D(fake) (vanilla) or softplus(-D(fake)) in the autoencoder."""
+    init_from: Annotated[str | None, SILENT] = None
+    """A checkpoint, or a run with one, whose discriminator to start with."""
+    channels: Annotated[Positive, FIXED] = 64
+    """Width of the discriminator's first layer; the further ones have up to eight times as many."""
+    layers: Annotated[Positive, FIXED] = 3
+    """Layers of the discriminator that halve the resolution."""
+    norm: Annotated[Literal["group", "spectral", "batch", "none"], FIXED] = "group"
+    """Normalisation in the discriminator."""
+    blur: Annotated[bool, FIXED] = False
+    """Low-pass filter before the discriminator subsamples."""
+    diffaug: tuple[Literal["color", "translation", "cutout"], ...] = ()
+    """Differentiable augmentations of what the discriminator sees; they help on small data."""
+    adaptive: bool = True
+    """Scale the term by the ratio of gradient norms at the last layer; false uses the weight as it is."""
+    adaptive_cap: Annotated[float, Field(gt=0)] = 0.0509
+    """Largest such ratio, in per-element means as all losses are. The default is latent diffusion's clamp, 1e4 of its
+    sums, for RGB at 256 px: 1e4 / (3 x 256 x 256). Taming's VQ loss takes means, and there 1e4 is 1e4."""
+    adaptive_smoothing: Decay = 0.9
+    """Share of the former value that the ratio keeps in each step; 0: every step has the ratio of the one before."""
+    lecam: Weight = 0.0
+    """Weight of LeCam's regularisation of the discriminator."""
+    alarm: Annotated[float, Field(gt=1)] = 1.25
+    """Held-out LPIPS so many times that before the adversarial term is worth a warning."""
+    r1: Weight = 0.0
+    """Weight (gamma) of the discriminator's gradient penalty on real images."""
+    r1_every: Positive = 16
+    """The penalty is computed on every n-th step and weighs n times as much."""
+
+    @property
+    def felt_from(self) -> int:
+        """First step whose adversarial term moves the autoencoder."""
+        return self.start + self.discriminator_warmup
+
+
+SHAPE = ("gan.norm", "gan.channels", "gan.layers", "gan.blur")
+"""Settings that decide whether a discriminator's weights fit."""
+
+
+class Phase(NamedTuple):
+    """What the adversarial part does in one step."""
+
+    discriminator: bool
+    """The discriminator trains."""
+    generator: float
+    """Weight of the autoencoder's adversarial term before the adaptive factor."""
+    r1: float = 0.0
+    """Weight of the discriminator's gradient penalty."""
+
+
+class GAN(Objective[GanSettings]):
+    """Trains a discriminator of real and reconstructed images, and sends the autoencoder its gradient.
+
+    One pass of the discriminator over both kinds serves both networks.
+
+    Args:
+        own: The settings.
+        run: Facts of the run.
+        adversary: The discriminator.
+    """
+
+    name, section, docs = "gan", "gan", "docs/losses.md"
+    plan_line = "adversarial"
+    charts = {
+        "Adversarial losses": ("generator", "discriminator"),
+        "Discriminator logits": ("logits_real", "logits_fake"),
+        "Discriminator accuracy": ("accuracy",),
+        "Adaptive weight": ("adaptive_weight",),
+        "Adversarial gradient at the last layer, relative to reconstruction": ("gradient_ratio",),
+    }
+    adversary_name = "discriminator"
+
+    adversary: nn.Module
+    lecam_averages: Tensor
+    lecam_share: Tensor
+
+    def __init__(self, own: GanSettings, run: RunFacts, adversary: nn.Module) -> None:
+        super().__init__(own, run)
+        self.hold(adversary=adversary)
+        self.balance = GradientBalance(self.name, own.adaptive_cap, own.adaptive_smoothing)
+        self.phase, self.area = Phase(False, 0.0), 1.0
+        """Those of the newest pass."""
+        # of the logits of real and of reconstructed images, both begun at 0; and the share that is not that beginning
+        self.register_buffer("lecam_averages", torch.zeros(2))
+        self.register_buffer("lecam_share", torch.zeros(()))
+
+    @classmethod
+    def enabled(cls, own: GanSettings) -> bool:
+        return own.weight > 0
+
+    @classmethod
+    def problems(cls, own: GanSettings, run: RunFacts, model: ModelFacts | None) -> Iterator[Problem]:
+        if own.init_from is not None and not Path(own.init_from).expanduser().is_dir():
+            yield Problem("gan.init_from", f"no such folder: {own.init_from} (from {Path.cwd()})")
+        if not own.weight:
+            return
+        if run.resolution < cls.needs_px(own):
+            yield Problem(
+                "gan.layers",
+                f"{own.layers} need crops of at least {cls.needs_px(own)} px; data.resolution is {run.resolution}",
+            )
+        if own.norm == "batch" and (run.micro_batch != run.batch_size or run.batch_size < 2):
+            yield Problem(
+                "gan.norm",
+                f"batch takes its statistics from one pass of {run.micro_batch}, and batch_size is {run.batch_size}: "
+                "training would depend on the split. Use group, or one process with micro_batch_size null and "
+                "batch_size of at least 2",
+            )
+        if run.train == "encoder" and own.adaptive:
+            yield Problem(
+                "gan.adaptive",
+                "measures gradients at the decoder's last layer, which train: encoder leaves fixed: set it to false",
+            )
+        if run.compile and own.r1:
+            yield Problem("gan.r1", "needs a second derivative, which compiled networks do not give: set compile=false")
+
+    @classmethod
+    def needs_px(cls, own: GanSettings) -> int:
+        return 3 * 2**own.layers if own.weight else 1
+
+    @classmethod
+    def build(cls, own: GanSettings, run: RunFacts, autoencoder: nn.Module, device: torch.device) -> "GAN":
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(run.seed + 1)
+            network = cls.network(own, int(autoencoder.config.in_channels))
+        if own.init_from is not None:
+            network.load_state_dict(discriminator_weights(Path(own.init_from).expanduser(), network))
+        if run.compile:
+            network.compile()
+        return cls(own, run, network.to(device)).to(device)
+
+    @classmethod
+    def network(cls, own: GanSettings, channels: int) -> PatchDiscriminator:
+        """A fresh discriminator of images with `channels` channels."""
+        return PatchDiscriminator(channels, own.channels, own.layers, own.norm, own.blur)
+
+    @classmethod
+    def describe(cls, own: GanSettings, run: RunFacts) -> str:
+        text = f"discriminator from step {own.start:,}, in the autoencoder's loss from {own.felt_from:,}"
+        return text + (f": never, the run ends at {run.steps:,}" if own.felt_from >= run.steps else "")
+
+    @classmethod
+    def diagnose(cls, own: GanSettings, run: RunFacts, lines: Sequence[Mapping[str, Any]]) -> str:
+        mean, step = recent_means(lines), lines[-1]["step"]
+        if not own.weight:
+            return "reconstruction losses only (gan.weight is 0)"
+        if step <= own.start:
+            return f"reconstruction losses only; the discriminator starts at step {own.start:,}"
+        if "accuracy" not in mean:
+            return "the discriminator has just started"
+        tells = f"it tells {mean['accuracy']:.0%} of real and reconstructed patches apart"
+        if step <= own.felt_from:
+            return f"the discriminator learns alone until step {own.felt_from:,}: {tells}"
+        # a cap that binds is usual; a gradient that is small even so is not
+        risen = step > own.felt_from + own.warmup
+        capped = own.adaptive and mean.get("adaptive_weight", 0.0) >= 0.99 * own.adaptive_cap
+        if risen and capped and mean.get("gradient_ratio", 1.0) < FAINT:
+            return (
+                f"the adversarial gradient is {mean['gradient_ratio']:.1g}x the reconstruction's at the last layer, "
+                "and the adaptive weight is at gan.adaptive_cap: raise gan.adaptive_cap or gan.weight"
+            )
+        if mean.get("gradient_ratio", 0.0) > DOMINANT:
+            return (
+                f"the adversarial gradient is {mean['gradient_ratio']:.1f}x the reconstruction's at the last layer: "
+                "expect invented texture; lower gan.weight"
+            )
+        if mean["accuracy"] > SURE:
+            return (
+                f"discriminator wins: {tells}, the gradient it gives is poor; "
+                "lower optim.discriminator_lr, or try gan.lecam, gan.r1 or gan.diffaug"
+            )
+        if step - own.start < YOUNG_STEPS:
+            return f"the discriminator is still young: {tells}"
+        if mean["accuracy"] < BLIND:
+            return f"discriminator blind: {tells}; raise optim.discriminator_lr or give it more steps"
+        return f"balanced: {tells}"
+
+    def draw(self, numbers: Sequence[int], latent_shape: Sequence[int]) -> tuple[Tensor, ...]:
+        """For gan.diffaug: N x 14, the first half for the real image, the other for its reconstruction."""
+        return (augmentation_numbers(self.run.seed, numbers, 2 * NUMBERS),) if self.own.diffaug else ()
+
+    def backward(self, p: Pass) -> None:
+        own = self.own
+        self.phase, self.area = phase, area = phase_at(p.step, own), p.batch.area
+        if not phase.discriminator:
+            return
+        real = p.batch.target.detach().requires_grad_() if phase.r1 else p.batch.target
+        fake = p.image if phase.generator else p.image.detach()
+        with p.autocast(enabled=not phase.r1):  # a second derivative in bf16 is far off
+            real_logits, fake_logits = self.discriminate(p, real, fake)
+        p.logs["logits_real"], p.logs["logits_fake"] = real_logits.detach().mean(), fake_logits.detach().mean()
+        p.logs["accuracy"] = 0.5 * ((real_logits > 0).float().mean() + (fake_logits < 0).float().mean())
+        if phase.generator:
+            generator = generator_loss(own.loss, fake_logits)
+            (gradient,) = torch.autograd.grad(generator, p.image, retain_graph=True)
+            p.logs["generator"] = generator.detach()
+            self.balance.measure_at_decoder(p, gradient)
+            p.send_image(gradient, phase.generator * self.balance.at(area) if own.adaptive else phase.generator)
+        loss = discriminator_loss(own.loss, real_logits, fake_logits)
+        p.logs["discriminator"] = loss.detach()
+        if own.lecam:
+            real_average, fake_average, known = self.lecam_anchors()
+            lecam = known * lecam_loss(real_logits, fake_logits, real_average, fake_average)
+            p.logs["lecam"] = lecam.detach()
+            p.global_means["gan/logits"] = torch.stack([p.logs["logits_real"], p.logs["logits_fake"]])
+            loss = loss + own.lecam * lecam
+        if phase.r1:
+            penalty = r1_penalty(real_logits, real)
+            p.logs["r1"] = penalty.detach()
+            loss = loss + phase.r1 * penalty
+        # `inputs`: the reconstruction must not receive the discriminator's gradient
+        (loss / p.accumulation).backward(inputs=list(self.adversary.parameters()))
+
+    def discriminate(self, p: Pass, real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits of real and reconstructed images, float32."""
+        network = p.adversaries[self.name]
+        if self.own.diffaug:
+            (numbers,) = p.batch.draws[self.name]
+            real = augment(real, numbers[:, :NUMBERS], self.own.diffaug)
+            fake = augment(fake, numbers[:, NUMBERS:], self.own.diffaug)
+        if self.own.norm == "batch":  # each kind by its own statistics, as published
+            return network(real), network(fake)
+        real_logits, fake_logits = network(torch.cat([real, fake])).chunk(2)
+        return real_logits, fake_logits
+
+    def lecam_anchors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Running averages of the logits of real and of reconstructed images; whether there are any yet, 0 or 1.
+
+        Divided by the share of the weights that real steps have, as `zero_debias` of TensorFlow's moving averages
+        does in the authors' code (google/lecam-gan, stylegan2/lecam_loss.py): after t steps 1 - decay^t.
+        """
+        real, fake = self.lecam_averages / self.lecam_share.clamp(min=1e-6)
+        return real, fake, (self.lecam_share > 0).float()
+
+    def remember(self, means: Mapping[str, Tensor], logs: dict[str, Tensor]) -> None:
+        balance = self.balance
+        if balance.term in means:
+            # the share that the adversarial term has just had in the last layer's gradient
+            weight = self.phase.generator * (balance.at(self.area) if self.own.adaptive else 1.0)
+            term, reconstruction = means[balance.term].norm(), means[balance.reconstruction].norm()
+            logs["gradient_ratio"] = (weight * term / (reconstruction + 1e-12)).nan_to_num(0.0)
+            if self.own.adaptive:
+                balance.update(means, self.area)
+                logs["adaptive_weight"] = balance.weight.clone()
+        if (averages := means.get("gan/logits")) is not None:
+            for old, new in ((self.lecam_averages, averages), (self.lecam_share, torch.ones_like(self.lecam_share))):
+                old.copy_(torch.where(averages.isfinite().all(), torch.lerp(old, new, 1.0 - LECAM_DECAY), old))
+
+    def trains_adversary(self, step: int) -> bool:
+        return phase_at(step, self.own).discriminator
+
+    def cost(self, step: int) -> float:
+        phase = phase_at(step, self.own)
+        return float(phase.discriminator) + float(phase.generator > 0) + float(phase.r1 > 0)
+
+
+def phase_at(step: int, own: GanSettings) -> Phase:
+    """Nothing before `start`; then the discriminator alone; then the autoencoder's term rises linearly."""
+    if not own.weight or step < own.start:
+        return Phase(False, 0.0)
+    since = step - own.felt_from
+    r1 = own.r1 * own.r1_every if (step - own.start) % own.r1_every == 0 else 0.0
+    return Phase(True, own.weight * min(1.0, max(0, since + 1) / (own.warmup + 1)), r1)
+
+
+def discriminator_weights(folder: Path, network: PatchDiscriminator) -> dict[str, Tensor]:
+    """The discriminator of a checkpoint, or of a run's newest one. Raises UserError where it does not fit."""
+    from latent_ae.models.run_checkpoint import checkpoint_at, misfits
+
+    path = (checkpoint_at(folder) or folder) / "discriminator.safetensors"
+    if not path.is_file():
+        raise UserError(f"gan.init_from: {folder} is neither a checkpoint with a discriminator nor a run with one")
+    try:
+        weights = load_file(path)
+    except SafetensorError as error:
+        raise UserError(f"gan.init_from: cannot read {path}: {error}") from error
+    if differing := misfits(network, weights):
+        raise UserError(
+            f"gan.init_from: the discriminator of {path} has another shape (first difference: {differing[0]}): "
+            "set gan.channels, gan.layers and gan.norm as in its run"
+        )
+    return weights
 
 
 def generator_loss(kind: AdversarialLoss, fake_logits: Tensor) -> Tensor:

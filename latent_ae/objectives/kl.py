@@ -1,9 +1,212 @@
-"""The KL term, with free bits and with a capacity."""
+"""The KL divergence of the posterior from the prior: its weight, schedules, controller, free bits and capacity."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
+
+from latent_ae.config import SWITCH, NonNegative, Positive, Problem, Settings, Weight
+from latent_ae.models.likelihood import bits_per_dimension
+from latent_ae.models.settings import ModelFacts
+from latent_ae.objectives.base import Objective, Pass, RunFacts, numbers, recent_means
+
+ACTIVE_NATS = 0.01
+"""KL per latent dimension from which on a channel says anything of the image."""
+CYCLE_RISE = 0.5
+"""Part of a cycle in which the weight rises (R of Fu et al. 2019)."""
+PROPORTIONAL, INTEGRAL = 2.0, 0.02
+"""Gains of the controller: what the weight's logarithm gains per change of the error, and per step."""
+LARGEST_ERROR = 1.0
+"""Errors count no more than this: a KL far off changes the weight by a factor e in 50 steps."""
+WEIGHT_RANGE = (1e-12, 1e3)
+"""Of the controlled weight."""
+SHAPING = ("kl_warmup", "kl_cycles", "kl_target", "free_bits", "kl_capacity")
+"""Settings that shape the term."""
+CURES = "loss.kl_warmup, loss.free_bits or a weaker decoder (docs/family.md, posterior collapse)"
+SILENT = 0.05
+"""Share of active channels below which a level counts as collapsed; so many may be silent without a word."""
+OFF_TARGET = 0.1
+"""Distance of the KL from its target, relative to that, which is worth a word."""
+
+
+class KLSettings(Settings):
+    """The KL term."""
+
+    kl: Weight = 1e-6
+    """Weight of the KL divergence, summed per sample and divided by the image's elements."""
+    kl_warmup: NonNegative = 0
+    """Steps over which that weight rises from 0."""
+    kl_cycles: NonNegative = 0
+    """So many times over the run it rises from 0 in half a cycle and then holds; 0: it does not."""
+    kl_target: Annotated[Weight, SWITCH] = 0.0
+    """Nats per latent dimension that a controller holds by changing the weight, which starts at `kl`; 0: no control."""
+    free_bits: Weight = 0.0
+    """Nats per latent dimension below which a sample's channel is not drawn to the prior any further."""
+    kl_capacity: Weight = 0.0
+    """Nats per image that the KL term draws the rate to, from either side, at the end; 0: it draws it down to 0."""
+    kl_capacity_steps: Positive | None = None
+    """Steps over which that rises from 0; null: all of them."""
+
+
+class KL(Objective[KLSettings]):
+    """The weighted KL term of a random latent; without gradient, nothing is computed."""
+
+    name, section, docs = "kl", "loss", "docs/latents.md"
+    plan_line = "KL"
+    charts = {"KL divergence per latent dimension (nats)": ("kl_per_dimension",), "KL weight": ("kl_weight",)}
+
+    control: Tensor
+
+    def __init__(self, own: KLSettings, run: RunFacts) -> None:
+        super().__init__(own, run)
+        if own.kl_target:
+            # the logarithm of the weight, and the last error
+            self.register_buffer("control", torch.tensor([math.log(own.kl), 0.0]))
+
+    @classmethod
+    def enabled(cls, own: KLSettings) -> bool:
+        return own.kl > 0
+
+    @classmethod
+    def problems(cls, own: KLSettings, run: RunFacts, model: ModelFacts | None) -> Iterator[Problem]:
+        shaping = [key for key in SHAPING if getattr(own, key)]
+        if shaping and not own.kl:
+            yield Problem(
+                "loss.kl", f"0 takes the KL term away, which {', '.join(shaping)} would shape: give it a weight"
+            )
+        both = [key for key in shaping if key not in ("free_bits", "kl_capacity")]
+        if len(both) > 1:
+            yield Problem(
+                f"loss.{both[-1]}", f"{' and '.join(both)} all set the weight of the KL term: keep one of them"
+            )
+        others = [key for key in shaping if key != "kl_capacity"]
+        if own.kl_capacity and others:
+            yield Problem(
+                "loss.kl_capacity",
+                f"draws the rate to a value of its own, and {', '.join(others)} would, too: keep one",
+            )
+        if own.kl_capacity_steps and not own.kl_capacity:
+            yield Problem(
+                "loss.kl_capacity_steps", "there is no kl_capacity that would rise: give it or leave this out"
+            )
+        if own.kl_target and own.free_bits >= own.kl_target:
+            yield Problem(
+                "loss.free_bits",
+                f"{own.free_bits:g} nats are kept free of the KL term, so it cannot bring the rate down to kl_target "
+                f"{own.kl_target:g}: lower free_bits or raise kl_target",
+            )
+        if 2 * own.kl_cycles > run.steps:
+            yield Problem("loss.kl_cycles", f"{own.kl_cycles} cycles in {run.steps} steps: a cycle needs two")
+        if run.train == "decoder":
+            for key in shaping:
+                yield Problem(f"loss.{key}", "shapes the posterior, which train: decoder leaves fixed: set it to 0")
+        if model is None:
+            return
+        if shaping and not model.random:
+            yield Problem(f"loss.{shaping[0]}", f"shapes a KL term, and {model.name} has no posterior: set it to 0")
+        of_each = [key for key in ("free_bits", "kl_capacity") if getattr(own, key)]
+        if of_each and model.latent == "flow":
+            yield Problem(
+                f"loss.{of_each[0]}",
+                f"the rates of {model.name} are of single samples and may be negative, so whether the KL is below it "
+                "is not known: set it to 0 (loss.kl_warmup and loss.kl_target work)",
+            )
+
+    @classmethod
+    def describe(cls, own: KLSettings, run: RunFacts) -> str:
+        if run.train == "decoder":
+            return ""
+        parts = {
+            f"weight {own.kl:g}": not own.kl_target,
+            f"rising over {own.kl_warmup:,} steps": own.kl_warmup,
+            f"rising {own.kl_cycles} times, every {run.steps / (own.kl_cycles or 1):,.0f} steps": own.kl_cycles,
+            f"weight from {own.kl:g} on, controlled to {own.kl_target:g} nats per dimension": own.kl_target,
+            f"{own.free_bits:g} nats per dimension free": own.free_bits,
+            f"drawn to {own.kl_capacity:g} nats per image by step {own.kl_capacity_steps or run.steps:,}": (
+                own.kl_capacity
+            ),
+        }
+        return ", ".join(text for text, on in parts.items() if on)
+
+    @classmethod
+    def diagnose(cls, own: KLSettings, run: RunFacts, lines: Sequence[Mapping[str, Any]]) -> str:
+        mean, target = recent_means(lines), own.kl_target
+        if target and abs(mean.get("kl_per_dimension", target) - target) > OFF_TARGET * target:
+            return (
+                f"the rate is not at loss.kl_target: {mean['kl_per_dimension']:.2g} nats per dimension, on the way to "
+                f"{target:g} with a KL weight of {mean['kl_weight']:.1e}"
+            )
+        if collapse := collapsed(mean):
+            return collapse
+        if (rise := rise_of(lines, "kl_per_dimension")) > 1.25:
+            expected = "the latents still take in detail"
+            return f"KL rising ({rise:.1f}x since step {lines[0]['step']:,}): expected while {expected}"
+        return ""
+
+    def backward(self, p: Pass) -> None:
+        own, rates, elements = self.own, p.out.rates, p.batch.images[0].numel()
+        if not any(rate.requires_grad for rate in rates):  # the encoder is fixed, or there is no posterior
+            return
+        loss = kl = kl_loss(rates, elements)
+        dimensions = sum(rate[0].numel() for rate in rates)
+        p.logs["kl"] = kl.detach()
+        p.logs["kl_per_dimension"] = kl.detach() * (elements / dimensions)
+        # of the micro-batch; in the log they are averaged over passes and processes
+        active = [(rate.detach().mean((0, 2, 3)) >= ACTIVE_NATS).float() for rate in rates]
+        p.logs["active_channels"] = torch.cat(active).mean()
+        if len(rates) > 1:
+            p.logs |= {f"kl_level_{n}": kl_loss([rate.detach()], elements) for n, rate in enumerate(rates, start=1)}
+            p.logs |= {f"active_level_{n}": part.mean() for n, part in enumerate(active, start=1)}
+        if own.free_bits:
+            loss, p.logs["kl_free"] = free_bits_loss(rates, elements, own.free_bits)
+        if own.kl_capacity:
+            capacity = capacity_at(p.step, own, self.run.steps)
+            loss = capacity_loss(rates, elements, capacity)
+            p.logs["kl_capacity"] = torch.full_like(kl.detach(), capacity)
+        if own.kl_target:
+            p.global_means["kl/per_dimension"] = p.logs["kl_per_dimension"]
+        weight = self.control[0].exp() if own.kl_target else weight_at(p.step, own, self.run.steps)
+        p.logs["kl_weight"] = torch.ones_like(loss.detach()) * weight
+        if p.likelihood is not None:
+            p.logs["bits_per_dimension"] = bits_per_dimension(p.logs[p.likelihood] + p.logs["kl"], p.likelihood)
+        p.send_loss(loss, weight * p.batch.encoded_area)
+
+    def remember(self, means: Mapping[str, Tensor], logs: dict[str, Tensor]) -> None:
+        if (kl_per_dimension := means.get("kl/per_dimension")) is not None:
+            self.turn_controller(kl_per_dimension)
+
+    def turn_controller(self, kl_per_dimension: Tensor) -> None:
+        """One turn: log w += P (e - e') + I e, e = log(KL / target) and e' that of the step before.
+
+        Proportional and integral control as in ControlVAE (Shao et al. 2020), on the weight's logarithm as in GECO
+        (Rezende and Viola 2018): a KL that is off by a factor moves the weight by a factor, whatever their sizes.
+        """
+        # one sample's estimate of a KL (`FlowAutoencoderKL`) may be negative
+        ratio = (kl_per_dimension / self.own.kl_target).clamp(min=1e-6)
+        error = torch.log(ratio).clamp(-LARGEST_ERROR, LARGEST_ERROR)
+        log_weight, before = self.control
+        log_weight = log_weight + PROPORTIONAL * (error - before) + INTEGRAL * error
+        low, high = (math.log(weight) for weight in WEIGHT_RANGE)
+        moved = torch.stack([log_weight.clamp(low, high), error])
+        self.control.copy_(torch.where(moved.isfinite().all(), moved, self.control))
+
+
+def weight_at(step: int, own: KLSettings, steps: int) -> float:
+    """Weight of the KL term in this step (0-based): constant, after a linear warm-up, or in cycles.
+
+    A cycle rises linearly from 0 over its first half and then holds (Fu et al. 2019, eq. 6 and 7).
+    """
+    if own.kl_cycles:
+        period = steps / own.kl_cycles
+        return own.kl * min(1.0, (step % math.ceil(period)) / period / CYCLE_RISE)
+    return own.kl * min(1.0, (step + 1) / (own.kl_warmup + 1))
+
+
+def capacity_at(step: int, own: KLSettings, steps: int) -> float:
+    """Nats per image that the KL is drawn to in this step (0-based): from 0 up in a line, then constant."""
+    return own.kl_capacity * min(1.0, step / (own.kl_capacity_steps or steps))
 
 
 def kl_loss(rates: Sequence[Tensor], image_elements: int) -> Tensor:
@@ -40,3 +243,35 @@ def capacity_loss(rates: Sequence[Tensor], image_elements: int, capacity: float)
     """
     totals = torch.stack([rate.flatten(1).sum(1) for rate in rates]).sum(0)
     return (totals - capacity).abs().mean() / image_elements
+
+
+def collapsed(mean: Mapping[str, float]) -> str:
+    """What part of the latent says nothing; empty where there is none. Averages of single passes, so a channel that is
+    silent for most of the time counts."""
+    levels = {key: share for key, share in mean.items() if key.startswith("active_level_") and share < SILENT}
+    # a KL that is not finite is not in the log
+    if "kl_per_dimension" not in mean:
+        return ""
+    if mean.get("active_channels", 1.0) < SILENT or mean["kl_per_dimension"] < ACTIVE_NATS:
+        return (
+            f"posterior collapse: the latents say almost nothing of the image ({mean['kl_per_dimension']:.2g} nats per "
+            f"dimension); lower loss.kl, or try {CURES}"
+        )
+    if levels:
+        names = ", ".join(key.removeprefix("active_level_") for key in levels)
+        return f"posterior collapse in part: level {names} of the latent says almost nothing of the image; try {CURES}"
+    if mean.get("active_channels", 1.0) < 1.0 - SILENT:
+        return (
+            f"posterior collapse in part: {1 - mean['active_channels']:.0%} of the latent's channels say almost "
+            f"nothing of the image; harmless where the latent is larger than needed, else try {CURES}"
+        )
+    return ""
+
+
+def rise_of(lines: Sequence[Mapping[str, Any]], key: str) -> float:
+    """Newest third over oldest third; 1 when there is too little to compare."""
+    values = numbers(lines, key)
+    third = len(values) // 3
+    if third < 2:
+        return 1.0
+    return sum(values[-third:]) / max(sum(values[:third]), 1e-12)

@@ -1,13 +1,170 @@
-"""Distances between a reconstruction and its image."""
+"""The distance between a reconstruction and its image: a pixel loss or likelihood, and LPIPS."""
 
-from typing import Literal
+import math
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from pydantic import Field
+from torch import Tensor, nn
+
+from latent_ae.config import FIXED, Positive, Problem, Settings, Weight, fixed_with
+from latent_ae.models.likelihood import LIKELIHOODS, Likelihood, log_likelihood
+from latent_ae.models.settings import ModelFacts
+from latent_ae.objectives.base import Batch, Objective, Pass, RunFacts
+from latent_ae.pretrained.lpips import LPIPS, TRUNKS
 
 PixelLoss = Literal["l1", "l2", "charbonnier"]
 CHARBONNIER_EPS = 1e-3
+SCALED = ("gaussian", "logistic")
+"""Likelihoods with a scale."""
+
+
+class ReconstructionSettings(Settings):
+    """Reconstruction losses."""
+
+    pixel: Annotated[
+        Literal["l1", "l2", "charbonnier", "bernoulli", "gaussian", "logistic"], fixed_with("learned_logvar")
+    ] = "l1"
+    """A distance, or the negative logarithm of a likelihood in nats: with kl=1 and perceptual=0 the loss is minus the
+    evidence lower bound."""
+    pixel_weight: Weight = 1.0
+    """Weight of that term."""
+    scale: Annotated[float, Field(gt=0), fixed_with("learned_logvar")] = 0.1
+    """Of a likelihood: standard deviation (gaussian) or scale (logistic), in [-1, 1] units."""
+    perceptual: Weight = 1.0
+    """Weight of LPIPS; 0 neither loads nor computes it."""
+    perceptual_net: Annotated[Literal["vgg", "alex"], FIXED] = "vgg"
+    """Network of LPIPS."""
+    perceptual_every: Positive = 1
+    """LPIPS on every n-th sample only (weighted so that its mean stays the same): cheaper steps on small machines."""
+    learned_logvar: Annotated[bool, FIXED] = False
+    """Learn the log-variance s of the reconstruction's likelihood: loss / exp(s) + s. With pixel=gaussian or logistic s
+    is that of the pixels alone, and begins at the logarithm of `scale` squared."""
+
+
+class Reconstruction(Objective[ReconstructionSettings]):
+    """The weighted sum of the pixel loss and LPIPS, divided by exp(s) where a log-variance s is learned.
+
+    Args:
+        own: The weights.
+        run: Facts of the run.
+        perceptual: LPIPS, where it has a weight.
+    """
+
+    name, section, docs = "reconstruction", "loss", "docs/losses.md"
+    plan_line = "reconstruction"
+    charts = {"Reconstruction losses": ("l1", "l2", "charbonnier", "lpips")}
+    lr_scale = 10.0  # the log-variance is one number that has far to go
+
+    perceptual: nn.Module | None
+
+    def __init__(self, own: ReconstructionSettings, run: RunFacts, perceptual: nn.Module | None = None) -> None:
+        super().__init__(own, run)
+        self.hold(perceptual=perceptual)
+        if own.learned_logvar:
+            # of a likelihood: twice the logarithm of its scale
+            self.logvar = nn.Parameter(torch.tensor(2.0 * math.log(own.scale if own.pixel in SCALED else 1.0)))
+
+    @classmethod
+    def problems(cls, own: ReconstructionSettings, run: RunFacts, model: ModelFacts | None) -> Iterator[Problem]:
+        if own.scale != ReconstructionSettings().scale and own.pixel not in SCALED:
+            yield Problem("loss.scale", f"pixel: {own.pixel} has none; it is for gaussian and logistic")
+        if own.pixel in LIKELIHOODS and not own.pixel_weight:
+            yield Problem(
+                "loss.pixel_weight", f"0 takes the likelihood away that loss.pixel {own.pixel} names: give it a weight"
+            )
+        if own.learned_logvar and own.pixel == "bernoulli":
+            yield Problem("loss.learned_logvar", "bernoulli has no variance to learn: set it to false")
+        if not (own.pixel_weight or own.perceptual):
+            yield Problem("loss", "pixel_weight and perceptual are both 0: nothing would be reconstructed")
+        least = TRUNKS[own.perceptual_net].min_px
+        if own.perceptual and min(run.resolution, run.validation_px) < least:
+            yield Problem("loss.perceptual_net", f"{own.perceptual_net} needs images of at least {least} px for LPIPS")
+        if own.perceptual and model is not None and model.channels not in (1, 3):
+            yield Problem(
+                "loss.perceptual",
+                f"LPIPS sees 1 or 3 channels, {model.name} has {model.channels}: set loss.perceptual=0",
+            )
+
+    @classmethod
+    def needs_px(cls, own: ReconstructionSettings) -> int:
+        return TRUNKS[own.perceptual_net].min_px if own.perceptual else 1
+
+    @classmethod
+    def build(
+        cls, own: ReconstructionSettings, run: RunFacts, autoencoder: nn.Module, device: torch.device
+    ) -> "Reconstruction":
+        perceptual = LPIPS(own.perceptual_net, run.weights_dir).to(device) if own.perceptual else None
+        return cls(own, run, perceptual).to(device)
+
+    @classmethod
+    def describe(cls, own: ReconstructionSettings, run: RunFacts) -> str:
+        terms = [f"{own.pixel} with weight {own.pixel_weight:g}"] if own.pixel_weight else []
+        terms += [f"LPIPS ({own.perceptual_net}) with weight {own.perceptual:g}"] if own.perceptual else []
+        return ", ".join([*terms, *(["over a learned variance"] if own.learned_logvar else [])])
+
+    def backward(self, p: Pass) -> None:
+        own, area = self.own, p.batch.area
+        loss = area * self.loss(p)
+        if not own.learned_logvar:
+            (gradient,) = torch.autograd.grad(loss, p.image)
+        elif own.pixel in LIKELIHOODS:
+            gradient, p.global_means["reconstruction/logvar"] = torch.autograd.grad(loss, (p.image, self.logvar))
+        else:
+            # d/dr and d/ds of loss / exp(s) + s; s has no graph: its gradient is one number
+            (gradient,) = torch.autograd.grad(loss, p.image)
+            precision = torch.exp(-self.logvar.detach())
+            gradient = gradient * precision
+            p.global_means["reconstruction/logvar"] = area - loss.detach() * precision
+        p.reconstruction_gradient = gradient
+        p.send_image(gradient)
+
+    def loss(self, p: Pass) -> Tensor:
+        """The weighted sum of both terms, a scalar with a graph at `p.image`; each is logged."""
+        own, image, target = self.own, p.image, p.batch.target
+        terms: list[Tensor] = []
+        if own.pixel_weight:
+            if own.pixel in LIKELIHOODS:
+                known = self.logvar if own.learned_logvar else image.new_full((), 2.0 * math.log(own.scale))
+                pixel = -log_likelihood(own.pixel, image, target, known).mean()
+                p.likelihood = own.pixel
+            else:
+                pixel = pixel_loss(cast(PixelLoss, own.pixel), image, target)
+            p.logs[own.pixel] = pixel.detach()
+            terms.append(own.pixel_weight * pixel)
+        if own.perceptual and self.perceptual is not None:
+            rows = every_nth(p.batch, own.perceptual_every)
+            # a sum over the chosen rows, scaled as if every row had been looked at: the mean over the global
+            # batch is then the same however it is split
+            perceptual = image.new_zeros(())
+            if range(*rows.indices(len(image))):
+                with p.autocast():
+                    distances = self.perceptual(image[rows], target[rows])
+                perceptual = distances.sum() * (own.perceptual_every / len(image))
+                terms.append(own.perceptual * perceptual)
+            p.logs["lpips"] = perceptual.detach()
+        return torch.stack(terms).sum() if terms else (image * 0.0).sum()
+
+    def remember(self, means: Mapping[str, Tensor], logs: dict[str, Tensor]) -> None:
+        if (gradient := means.get("reconstruction/logvar")) is not None:
+            # it has no upper norm of its own, and one that is far off would still the optimizer for long
+            self.logvar.grad = gradient.detach().clamp(-1.0, 1.0)
+            logs["logvar"] = self.logvar.detach().clone()
+
+    def facts(self) -> dict[str, Any]:
+        """What the pixel loss is the negative logarithm of."""
+        own = self.own
+        if own.pixel not in LIKELIHOODS:
+            return {"likelihood": None}
+        scale = math.exp(0.5 * self.logvar.item()) if own.learned_logvar else own.scale
+        return {"likelihood": Likelihood(own.pixel, None if own.pixel == "bernoulli" else scale)._asdict()}
+
+
+def every_nth(batch: Batch, every: int) -> slice:
+    """The rows of the samples whose number is a multiple of `every`."""
+    return slice(-batch.numbers[0] % every, None, every)
 
 
 def pixel_loss(kind: PixelLoss, reconstruction: Tensor, target: Tensor) -> Tensor:

@@ -1,11 +1,16 @@
 """FactorVAE (Kim and Mnih 2018): a discriminator tells latents from latents whose dimensions were drawn apart."""
 
+from collections.abc import Iterator
+from typing import Annotated
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from latent_ae.config import FIXED, SWITCH, Positive, Problem, Settings, Weight
 from latent_ae.data.rng import permutations
-from latent_ae.models.reconstruct import Reconstruction
+from latent_ae.models.settings import ModelFacts
+from latent_ae.objectives.base import Objective, Pass, RunFacts
 
 LAYERS = 6
 SLOPE = 0.2
@@ -13,17 +18,133 @@ LARGEST = 1024
 """Latent dimensions: published with 10, and a batch's samples say little about the dependence of a thousand."""
 
 
-class TotalCorrelation(nn.Module):
-    """The discriminator, six layers with leaky ReLU as published, and the two gradients that it gives.
+class TotalCorrelationSettings(Settings):
+    """The total correlation of the latents."""
 
-    Its logit is ln of the odds that a latent is a sample of q(z) and not of the product of the marginals q(z_j), so its
-    mean over samples of q(z) estimates the total correlation KL(q(z) || prod_j q(z_j)) in nats (their eq. 3).
+    total_correlation: Annotated[Weight, SWITCH] = 0.0
+    """Weight (gamma) of the latent dimensions' dependence on each other, in nats per image as `kl`; FactorVAE."""
+    total_correlation_width: Annotated[Positive, FIXED] = 1000
+    """Units in each of the five hidden layers of the discriminator that estimates it."""
+
+
+class TotalCorrelation(Objective[TotalCorrelationSettings]):
+    """Penalises the estimated total correlation KL(q(z) || prod_j q(z_j)), and trains its discriminator.
+
+    Args:
+        own: The settings.
+        run: Facts of the run.
+        adversary: The discriminator.
     """
 
-    def __init__(self, dimensions: int, width: int, seed: int):
-        """`dimensions`: numbers of a flattened latent; `seed` decides the permutations, with the step."""
+    name, section, docs = "total_correlation", "loss", "docs/family.md"
+    charts = {"Total correlation of the latents (nats)": ("total_correlation",)}
+    adversary_name = "total_correlation"
+
+    adversary: "LatentDiscriminator"
+
+    def __init__(self, own: TotalCorrelationSettings, run: RunFacts, adversary: "LatentDiscriminator") -> None:
+        super().__init__(own, run)
+        self.hold(adversary=adversary)
+
+    @classmethod
+    def enabled(cls, own: TotalCorrelationSettings) -> bool:
+        return own.total_correlation > 0
+
+    @classmethod
+    def problems(cls, own: TotalCorrelationSettings, run: RunFacts, model: ModelFacts | None) -> Iterator[Problem]:
+        width = TotalCorrelationSettings().total_correlation_width
+        if own.total_correlation_width != width and not own.total_correlation:
+            yield Problem(
+                "loss.total_correlation_width", "there is no discriminator without a total_correlation: give it"
+            )
+        if not own.total_correlation:
+            return
+        if run.micro_batch != run.batch_size:
+            yield Problem(
+                "loss.total_correlation",
+                f"permutes each latent dimension over the whole batch of {run.batch_size}, and a pass holds "
+                f"{run.micro_batch}: training would depend on the split. Use one process and micro_batch_size null",
+            )
+        if run.batch_size % 2 or run.batch_size < 4:
+            yield Problem(
+                "batch_size", f"{run.batch_size} has no two halves for loss.total_correlation: even, 4 or more"
+            )
+        if "equivariance" in run.enabled:
+            yield Problem(
+                "latents.equivariance",
+                "changes the latent's size from step to step, and loss.total_correlation judges one size: set one to 0",
+            )
+        if run.train == "decoder":
+            yield Problem(
+                "loss.total_correlation", "shapes the posterior, which train: decoder leaves fixed: set it to 0"
+            )
+        if model is None:
+            return
+        if model.latent != "posterior":
+            yield Problem(
+                "loss.total_correlation", f"needs a Gaussian posterior, which {model.name} has not: set it to 0"
+            )
+        elif (dimensions := model.latent_channels * (run.resolution // model.factor) ** 2) > LARGEST:
+            yield Problem(
+                "loss.total_correlation",
+                f"the latent has {dimensions:,} dimensions, and what tells them from permuted ones learns nothing of "
+                f"more than {LARGEST:,}: use fewer latent channels, a larger factor or smaller crops",
+            )
+
+    @classmethod
+    def build(
+        cls, own: TotalCorrelationSettings, run: RunFacts, autoencoder: nn.Module, device: torch.device
+    ) -> "TotalCorrelation":
+        from latent_ae.models.build import factor_of, latent_channels_of
+
+        dimensions = latent_channels_of(autoencoder) * (run.resolution // factor_of(autoencoder)) ** 2
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(run.seed + 3)
+            adversary = LatentDiscriminator(dimensions, own.total_correlation_width)
+        return cls(own, run, adversary.to(device))
+
+    @classmethod
+    def describe(cls, own: TotalCorrelationSettings, run: RunFacts) -> str:
+        return f"independent of each other with weight {own.total_correlation:g}"
+
+    def backward(self, p: Pass) -> None:
+        """Sends the estimate's gradient to the latent, and the discriminator's own to its parameters.
+
+        The estimate is the mean over the whole batch. The discriminator learns from the first half as it is and from
+        the second half with each dimension permuted over the samples (Algorithm 2), so what it is to tell apart is
+        independent.
+        """
+        judge = p.adversaries[self.name]
+        latents = p.out.latent.detach().flatten(1).requires_grad_()
+        half = len(latents) // 2
+        logits = judge(latents)
+        order = torch.from_numpy(permutations(self.run.seed, p.step, half, latents.shape[1]))
+        permuted = judge(latents.detach()[half:].gather(0, order.to(latents.device)))
+        estimate = logits.mean()
+        (slope,) = torch.autograd.grad(estimate, latents, retain_graph=True)
+        joint = logits[:half]
+        loss = 0.5 * (F.softplus(-joint).mean() + F.softplus(permuted).mean())
+        loss.backward(inputs=list(self.adversary.parameters()))
+        p.logs["total_correlation"] = estimate.detach()
+        p.logs["total_correlation_discriminator"] = loss.detach()
+        p.logs["total_correlation_accuracy"] = 0.5 * ((joint > 0).float().mean() + (permuted < 0).float().mean())
+        weight = self.own.total_correlation / p.batch.images[0].numel()
+        p.send(p.out.latent, slope.view_as(p.out.latent) * weight)
+
+
+class LatentDiscriminator(nn.Module):
+    """Six layers with leaky ReLU, as published.
+
+    Its logit is ln of the odds that a latent is a sample of q(z) and not of the product of the marginals q(z_j), so its
+    mean over samples of q(z) estimates the total correlation KL(q(z) || prod_j q(z_j)) in nats (eq. 3 of the paper).
+
+    Args:
+        dimensions: Numbers of a flattened latent.
+        width: Units of each hidden layer.
+    """
+
+    def __init__(self, dimensions: int, width: int):
         super().__init__()
-        self.seed = seed
         widths = [dimensions, *[width] * (LAYERS - 1), 1]
         layers: list[nn.Module] = []
         for before, after in zip(widths[:-1], widths[1:], strict=True):
@@ -31,31 +152,6 @@ class TotalCorrelation(nn.Module):
         self.layers = nn.Sequential(*layers[:-1])
 
     def forward(self, latents: Tensor) -> Tensor:
-        """(N, dimensions) -> logits (N,)."""
+        """Latents (N, dimensions) to logits (N,)."""
         logits: Tensor = self.layers(latents).squeeze(1)
         return logits
-
-    def gradient(self, result: Reconstruction, step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """Adds the discriminator's own gradient; returns that of the estimate at the latent, and what to log.
-
-        `result` is of the whole batch, of an even number of samples. The estimate is the mean over all of them. The
-        discriminator learns from the first half as it is and from the second half with each dimension permuted over the
-        samples (their Algorithm 2), so what it is to tell apart is independent.
-        """
-        latents = result.latent.detach().flatten(1).requires_grad_()
-        half = len(latents) // 2
-        logits = self(latents)
-        order = torch.from_numpy(permutations(self.seed, step, half, latents.shape[1]))
-        permuted = self(latents.detach()[half:].gather(0, order.to(latents.device)))
-        estimate = logits.mean()
-        (slope,) = torch.autograd.grad(estimate, latents, retain_graph=True)
-        joint = logits[:half]
-        loss = 0.5 * (F.softplus(-joint).mean() + F.softplus(permuted).mean())
-        loss.backward(inputs=list(self.parameters()))
-        accuracy = 0.5 * ((joint > 0).float().mean() + (permuted < 0).float().mean())
-        means = {
-            "total_correlation": estimate.detach(),
-            "total_correlation_discriminator": loss.detach(),
-            "total_correlation_accuracy": accuracy,
-        }
-        return slope.view_as(result.latent), means

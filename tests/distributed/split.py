@@ -95,12 +95,12 @@ def parts_of(step: TrainStep) -> dict[str, Any]:
     """All that a checkpoint would hold."""
     parts = {
         "reconstructor": step.bare_reconstructor,
-        "discriminator": step.bare_discriminator,
+        "discriminator": step.objectives["gan"].adversary,
         "average": step.ema.module if step.ema is not None else None,
         "state": step.state,
-        "optimizer": step.optimizer,
-        "muon": step.muon,
-        "discriminator_optimizer": step.discriminator_optimizer,
+        "optimizer": step.optimizers.autoencoder,
+        "muon": step.optimizers.muon,
+        "discriminator_optimizer": step.optimizers.adversaries["gan"],
     }
     return {name: part for name, part in parts.items() if part is not None}
 
@@ -128,12 +128,12 @@ def observed(step: TrainStep, number: int) -> dict[str, Tensor]:
     update = step.update
 
     def watched(*arguments: Any) -> Any:
-        networks = {"autoencoder": step.bare_reconstructor, "discriminator": step.bare_discriminator}
+        networks = {"autoencoder": step.bare_reconstructor, "discriminator": step.objectives["gan"].adversary}
         for name, network in networks.items():
             grads = [p.grad.flatten() for p in network.parameters() if p.grad is not None] if network else []
             found.update({f"gradient of the {name}": torch.cat(grads).clone()} if grads else {})
-        if step.state.logvar.grad is not None:
-            found["gradient of the log-variance"] = step.state.logvar.grad.clone()
+        if step.objectives["reconstruction"].logvar.grad is not None:
+            found["gradient of the log-variance"] = step.objectives["reconstruction"].logvar.grad.clone()
         return update(*arguments)
 
     step.update = watched  # type: ignore[assignment]
@@ -146,7 +146,7 @@ def observed(step: TrainStep, number: int) -> dict[str, Tensor]:
     found |= {name: buffer.clone() for name, buffer in step.state.named_buffers()}
     if step.bare_reconstructor.num_codes and "code_age" in found:
         codebook = step.bare_reconstructor.codebook  # the revived codes: the others have been moved by Adam
-        moments = step.optimizer.state[codebook]["exp_avg"]
+        moments = step.optimizers.autoencoder.state[codebook]["exp_avg"]
         found["revived codes"] = torch.where(moments.any(1, keepdim=True), 0.0, codebook.detach())
     return found
 
@@ -197,7 +197,7 @@ def bypass(step: TrainStep) -> None:
 
 
 def bypass_discriminator(step: TrainStep) -> None:
-    step.discriminator = step.bare_discriminator
+    step.discriminator = step.objectives["gan"].adversary
 
 
 def local_weight(step: TrainStep) -> None:
@@ -207,10 +207,10 @@ def local_weight(step: TrainStep) -> None:
     def remembered(means: dict[str, Tensor], *rest: Any) -> dict[str, Tensor]:
         before = _copied(step.state.state_dict())
         StepState.remember(step.state, dict(means), *rest[:-1], SimpleNamespace(num_processes=1))  # type: ignore[arg-type]
-        own = step.state.adaptive_weight.clone()
+        own = step.objectives["gan"].balance.weight.clone()
         step.state.load_state_dict(before)
         reduced = remember(means, *rest)
-        step.state.adaptive_weight.copy_(own)
+        step.objectives["gan"].balance.weight.copy_(own)
         return reduced
 
     step.state.remember = remembered  # type: ignore[method-assign, assignment]

@@ -125,7 +125,7 @@ def test_a_discriminator_that_learns_from_the_generators_loss_is_noticed(
 
     def leaking(*arguments: Any) -> torch.Tensor:
         objective = original(*arguments)
-        objective.backward(inputs=list(step.bare_discriminator.parameters()), retain_graph=True)
+        objective.backward(inputs=list(step.objectives["gan"].adversary.parameters()), retain_graph=True)
         return objective
 
     monkeypatch.setattr(step_module, "generator_loss", leaking)

@@ -103,8 +103,11 @@ def test_a_code_starts_again_after_so_many_steps_without_use() -> None:
     step = build_step(settings)
     images = next(micro_batches(0, settings)).images
     step(0, iter([MicroBatch(images, torch.zeros(8, 3, 8, 8), slice(None), None)]))
-    codebook, moments = step.bare_reconstructor.codebook, step.optimizer.state[step.bare_reconstructor.codebook]
-    step.state.code_age.zero_()
+    codebook, moments = (
+        step.bare_reconstructor.codebook,
+        step.optimizers.autoencoder.state[step.bare_reconstructor.codebook],
+    )
+    step.objectives["codebook"].code_age.zero_()
     moments["exp_avg"].fill_(1.0)
     before = codebook.detach().clone()
     good, bad = torch.tensor(False), torch.tensor(True)
@@ -113,9 +116,9 @@ def test_a_code_starts_again_after_so_many_steps_without_use() -> None:
         revive_codes(step, number, counts, good)
         assert torch.equal(codebook, before)
     revive_codes(step, 3, always, bad)
-    assert torch.equal(codebook, before) and step.state.code_age.tolist() == [0, 0] + [2] * 30
+    assert torch.equal(codebook, before) and step.objectives["codebook"].code_age.tolist() == [0, 0] + [2] * 30
     revive_codes(step, 3, always, good)
-    assert step.state.code_age.tolist() == [0, 1] + [0] * 30
+    assert step.objectives["codebook"].code_age.tolist() == [0, 1] + [0] * 30
     assert torch.equal(codebook[:2], before[:2]) and (codebook[2:] != before[2:]).any(1).all()
     assert step.fresh_codes is not None and step.fresh_codes.shape == (64, 3)
     assert (codebook[2:, None] == step.fresh_codes).all(2).any(1).all(), "each is a latent of the step's first sample"

@@ -18,7 +18,7 @@ from latent_ae.models.loading import first_stage
 from latent_ae.models.posterior import draw
 from latent_ae.models.reconstruct import Reconstructor
 from latent_ae.objectives.kl import free_bits_loss, kl_loss
-from latent_ae_train.loss_config import LossSettings
+from latent_ae_train.settings import LossSettings
 from latent_ae_train.terms import rate_loss
 from tests.runs import difference_of_the_third_step, differing_tensors, family_words, words
 from tests.tiny_models import tiny

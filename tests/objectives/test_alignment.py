@@ -31,7 +31,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_off_means_nothing_is_there() -> None:
     step = build_step(settings_for())
-    assert step.vision is None and not any("projection" in name for name in weights(step.bare_reconstructor))
+    assert step.objectives["alignment"].vision is None and not any(
+        "projection" in name for name in weights(step.bare_reconstructor)
+    )
     assert not any(name.startswith("alignment") for name in step(0, micro_batches(0, step.settings)))
 
 
@@ -86,12 +88,12 @@ def test_the_term_alone_moves_the_encoder_and_raises_the_cosine(folder: Path) ->
         loss={"pixel_weight": 0.0}, alignment={"model": str(folder), "adaptive": False}, optim={"lr": 3e-3}
     )
     step = build_step(settings)
-    before, frozen = weights(step.bare_reconstructor), weights(step.vision)
+    before, frozen = weights(step.bare_reconstructor), weights(step.objectives["alignment"].vision)
     logs = [step(number, micro_batches(number, settings)) for number in range(40)]
     changed = moved(before, weights(step.bare_reconstructor))
     assert {"autoencoder.encoder.conv_in.weight", "projection.weight"} <= changed
     assert not any(".decoder." in name or "post_quant" in name for name in changed)
-    assert not moved(frozen, weights(step.vision))
+    assert not moved(frozen, weights(step.objectives["alignment"].vision))
     first, last = (sum(float(log["alignment_similarity"]) for log in part) / 5 for part in (logs[:5], logs[-5:]))
     assert last > first + 0.2
 
@@ -108,7 +110,7 @@ def test_the_adaptive_weight_and_the_whole_gradient_are_those_of_va_vae(folder: 
     )
     step = build_step(settings)
     gradients: dict[str, torch.Tensor] = {}
-    step.optimizer.register_step_pre_hook(
+    step.optimizers.autoencoder.register_step_pre_hook(
         lambda *_: gradients.update({n: p.grad.clone() for n, p in step.bare_reconstructor.named_parameters()})
     )
 
@@ -118,7 +120,9 @@ def test_the_adaptive_weight_and_the_whole_gradient_are_those_of_va_vae(folder: 
         (batch,) = micro_batches(number, whole)
         drawn, images, _ = as_drawn(batch, number, whole)
         result = model(images, drawn.noise, drawn.change)
-        terms = alignment_loss(result.projected, step.vision(images, result.latent.shape[-1]), 0.5, 0.25)
+        terms = alignment_loss(
+            result.projected, step.objectives["alignment"].vision(images, result.latent.shape[-1]), 0.5, 0.25
+        )
         kl = 0.5 * (result.mean**2 + result.logvar.exp() - 1 - result.logvar).sum() / images.numel()
         area = drawn.images[0].numel() / batch.images[0].numel()  # sums over a sample count by it
         return area * (result.image - drawn.images).abs().mean(), terms[0] + terms[1], kl, area
@@ -129,7 +133,7 @@ def test_the_adaptive_weight_and_the_whole_gradient_are_those_of_va_vae(folder: 
     layer = model.autoencoder.encoder.conv_out.weight
     norms = [torch.autograd.grad(term, layer, retain_graph=True)[0].norm() for term in (image, alignment)]
     expected = float(norms[0] / (norms[1] + 1e-4)) / area  # at full size; 1e-4 as in the authors' code
-    assert float(step.state.alignment_weight) == pytest.approx(expected, rel=1e-4)
+    assert float(step.objectives["alignment"].balance.weight) == pytest.approx(expected, rel=1e-4)
     assert float(first["alignment_weight"]) == pytest.approx(0.1 * expected, rel=1e-4)
     assert not gradients["projection.weight"].any(), "the first step only measures"
     step(1, micro_batches(1, settings))
@@ -141,12 +145,12 @@ def test_the_adaptive_weight_and_the_whole_gradient_are_those_of_va_vae(folder: 
 
 def test_what_is_aligned_already_keeps_the_weight(folder: Path) -> None:
     step = build_step(settings_for(alignment={"model": str(folder)}))
-    step.state.alignment_weight.fill_(2.0)
+    step.objectives["alignment"].balance.weight.fill_(2.0)
     measured = {"encoder_image": torch.ones(3), "encoder_alignment": torch.zeros(3)}
     from latent_ae_train.schedule import GanPhase
 
     step.state.remember(measured, GanPhase(False, 0.0), step.settings, step.accelerator)
-    assert float(step.state.alignment_weight) == 2.0 and "encoder_image" not in measured
+    assert float(step.objectives["alignment"].balance.weight) == 2.0 and "encoder_image" not in measured
 
 
 def everything(folder: Path) -> dict[str, Any]:

@@ -70,10 +70,10 @@ def test_the_gradient_is_that_of_the_loss_written_out(teacher: Path, kind: str, 
     step = build_step(settings)
     gradients: dict[str, torch.Tensor] = {}
     student = step.bare_reconstructor.autoencoder
-    step.optimizer.register_step_pre_hook(
+    step.optimizers.autoencoder.register_step_pre_hook(
         lambda *_: gradients.update({name: p.grad.clone() for name, p in student.named_parameters()})
     )
-    frozen = weights(step.teacher)
+    frozen = weights(step.objectives["distillation"].teacher)
     means = step(0, micro_batches(0, settings))
     (batch,) = micro_batches(0, settings.model_copy(update={"micro_batch_size": None}))
     stock = AutoencoderKL.from_pretrained(teacher).eval()
@@ -95,13 +95,17 @@ def test_the_gradient_is_that_of_the_loss_written_out(teacher: Path, kind: str, 
     for name, parameter in student.named_parameters():
         torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-4, atol=1e-7, msg=name)
     assert float(means["distillation"]) == pytest.approx(float(distance.detach()), rel=1e-5)
-    assert step.teacher is not None and not moved(frozen, weights(step.teacher))
-    assert all(p.grad is None and not p.requires_grad for p in step.teacher.parameters())
+    assert step.objectives["distillation"].teacher is not None and not moved(
+        frozen, weights(step.objectives["distillation"].teacher)
+    )
+    assert all(p.grad is None and not p.requires_grad for p in step.objectives["distillation"].teacher.parameters())
 
 
 def test_off_means_nothing_is_there() -> None:
     step = build_step(settings_for())
-    assert step.teacher is None and "distillation" not in step(0, micro_batches(0, step.settings))
+    assert step.objectives["distillation"].teacher is None and "distillation" not in step(
+        0, micro_batches(0, step.settings)
+    )
 
 
 def test_a_fixed_encoder_is_left_alone(teacher: Path) -> None:
@@ -146,7 +150,7 @@ def test_a_student_takes_the_place_of_its_teacher(
     last = run / "checkpoints/step-00000300"
     assert not any("module" in name or "teacher" in name for name in load_file(last / "autoencoder.safetensors"))
     assert sorted(path.name for path in last.glob("*.safetensors")) == [
-        *("autoencoder.safetensors", "ema.safetensors", "step_state.safetensors")
+        *("autoencoder.safetensors", "ema.safetensors", "objectives.safetensors")
     ]
     # an export of the checkpoint keeps the convention, and so does a student that begins with another's weights
     assert main(["export", str(run), str(tmp_path / "again")]) == 0

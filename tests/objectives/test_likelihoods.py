@@ -69,12 +69,12 @@ def test_the_loss_is_minus_the_elbo(kind: str) -> None:
     settings = settings_for(loss=loss, batch_size=4)
     step, reference = build_step(settings), build_step(settings)
     gradients: dict[str, torch.Tensor] = {}
-    step.optimizer.register_step_pre_hook(
+    step.optimizers.autoencoder.register_step_pre_hook(
         lambda *_: gradients.update({n: p.grad.clone() for n, p in step.bare_reconstructor.named_parameters()})
     )
     images, noise = global_batch(0, settings)
     slope: list[torch.Tensor] = []
-    step.state.logvar.register_hook(lambda gradient: slope.append(gradient))
+    step.objectives["reconstruction"].logvar.register_hook(lambda gradient: slope.append(gradient))
     means = step(0, micro_batches(0, settings))
     model = reference.bare_reconstructor.autoencoder
     posterior = model.encode(images).latent_dist
@@ -101,7 +101,7 @@ def test_the_loss_is_minus_the_elbo(kind: str) -> None:
     for name, parameter in reference.bare_reconstructor.named_parameters():
         torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-3, atol=1e-6, msg=name)
     if learned:
-        moved = step.state.logvar.item() - 2 * math.log(0.2)
+        moved = step.objectives["reconstruction"].logvar.item() - 2 * math.log(0.2)
         assert scale.grad is not None and moved * scale.grad.item() < 0, "downhill"
 
 
@@ -114,7 +114,7 @@ def test_the_learned_scale_finds_the_error() -> None:
     (batch,) = micro_batches(0, settings)
     error = (step.bare_reconstructor(batch.images, batch.noise).image - batch.images).square().mean().item()
     step.bare_reconstructor.autoencoder.decoder.conv_out.bias.requires_grad_(True)
-    step.update.optimizer.param_groups[0]["params"] = []
+    step.optimizers.autoencoder.param_groups[0]["params"] = []
     for number in range(80):
         step(number, iter([batch]))
     likelihood = step.state.likelihood(settings.loss)

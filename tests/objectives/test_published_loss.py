@@ -26,7 +26,7 @@ def latent_diffusion_gradients(
     ldm/modules/losses/contperceptual.py with the values of autoencoder_kl_32x32x4.yaml: logvar 0, perceptual_weight 1,
     kl_weight 1e-6, disc_weight .5, disc_factor 1 after disc_start, hinge.
     """
-    model, judge = step.bare_reconstructor, step.bare_discriminator
+    model, judge = step.bare_reconstructor, step.objectives["gan"].adversary
     result = model(images, noise)
     # LPIPS, N x 1 x 1 x 1, is added to every element and summed with them
     rec = (images - result.image).abs() + lpips(images, result.image).view(-1, 1, 1, 1)
@@ -56,11 +56,11 @@ def test_the_complete_loss_is_latent_diffusions(judgement: float, binds: bool, l
     step, reference = (build_step(settings, lpips_vgg) for _ in range(2))
     for one in (step, reference):
         with torch.no_grad():
-            one.bare_discriminator.layers[-1].weight.mul_(judgement)
+            one.objectives["gan"].adversary.layers[-1].weight.mul_(judgement)
     ours: dict[str, torch.Tensor] = {}
     for optimizer, network in (
-        (step.optimizer, step.bare_reconstructor),
-        (step.discriminator_optimizer, step.bare_discriminator),
+        (step.optimizers.autoencoder, step.bare_reconstructor),
+        (step.optimizers.adversaries["gan"], step.objectives["gan"].adversary),
     ):
         optimizer.register_step_pre_hook(
             lambda *_, network=network: ours.update({n: p.grad.clone() for n, p in network.named_parameters()})
@@ -87,7 +87,7 @@ def test_lecams_averages_are_debiased() -> None:
         assert (float(means["lecam"]) > 0.0) == (number > 0), "there is no average in the first step"
         seen.append(torch.stack([means["logits_real"], means["logits_fake"]]))
         shares = torch.tensor([0.99 ** (number - i) * 0.01 / (1 - 0.99 ** (number + 1)) for i in range(number + 1)])
-        real, fake, known = step.state.lecam
+        real, fake, known = step.objectives["gan"].lecam_anchors()
         expected = (torch.stack(seen) * shares[:, None]).sum(0)
         torch.testing.assert_close(torch.stack([real, fake]), expected, rtol=1e-5, atol=1e-6)
         assert float(known) == 1.0
@@ -97,11 +97,11 @@ def test_a_checkpoint_from_before_the_averages_were_debiased_goes_on(tmp_path: P
     step = build_step(settings_for(gan={**GAN, "lecam": 0.1}))
     step(0, micro_batches(0, step.settings))
     saved = save_checkpoint(tmp_path, step, {**STATE, "step": 1})
-    path = saved.folder / "step_state.safetensors"
+    path = saved.folder / "objectives.safetensors"
     tensors = load_file(path)
     tensors["lecam_averages"] = torch.tensor([0.5, -0.25])  # as they stand after many steps
     save_file({name: tensor for name, tensor in tensors.items() if name != "lecam_share"}, path)
     reseal(saved.folder)
     again = build_step(step.settings)
     load_checkpoint(saved, again)
-    assert [float(number) for number in again.state.lecam] == [0.5, -0.25, 1.0]
+    assert [float(number) for number in again.objectives["gan"].lecam_anchors()] == [0.5, -0.25, 1.0]

@@ -11,10 +11,8 @@ import torch
 from latent_ae.__main__ import main
 from latent_ae.config import UserError, load_settings
 from latent_ae.models.posterior import kl_per_dimension
-from latent_ae.objectives.kl import free_bits_loss, kl_loss
-from latent_ae_train.loss_config import LossSettings
-from latent_ae_train.schedule import kl_weight_at
-from latent_ae_train.settings import TrainSettings
+from latent_ae.objectives.kl import free_bits_loss, kl_loss, weight_at
+from latent_ae_train.settings import LossSettings, TrainSettings
 from latent_ae_train.step import TrainStep
 from latent_ae_train.terms import rate_loss
 from tests.runs import words
@@ -33,10 +31,8 @@ def trained(count: int, num_batches: int = 1000, **changes: Any) -> tuple[TrainS
 
 def test_the_warm_up_is_linear() -> None:
     loss = LossSettings(kl=0.3, kl_warmup=4)
-    assert [kl_weight_at(step, loss, 100) for step in range(7)] == pytest.approx(
-        [0.06, 0.12, 0.18, 0.24, 0.3, 0.3, 0.3]
-    )
-    assert kl_weight_at(0, LossSettings(kl=0.3), 100) == 0.3
+    assert [weight_at(step, loss, 100) for step in range(7)] == pytest.approx([0.06, 0.12, 0.18, 0.24, 0.3, 0.3, 0.3])
+    assert weight_at(0, LossSettings(kl=0.3), 100) == 0.3
 
 
 def test_the_cycles_are_those_of_the_paper() -> None:
@@ -46,7 +42,7 @@ def test_the_cycles_are_those_of_the_paper() -> None:
         for t in range(1, steps + 1):
             tau = ((t - 1) % -(-steps // cycles)) / (steps / cycles)
             beta = tau / 0.5 if tau <= 0.5 else 1.0
-            assert kl_weight_at(t - 1, loss, steps) == pytest.approx(2.0 * beta), (steps, cycles, t)
+            assert weight_at(t - 1, loss, steps) == pytest.approx(2.0 * beta), (steps, cycles, t)
 
 
 def test_the_schedules_are_felt_and_logged() -> None:
@@ -57,7 +53,7 @@ def test_the_schedules_are_felt_and_logged() -> None:
         before = weights(step.bare_reconstructor)
         logged.append(float(step(number, micro_batches(number, step.settings))["kl_weight"]))
         changed.append("autoencoder.encoder.conv_in.weight" in moved(before, weights(step.bare_reconstructor)))
-        step.optimizer.state.clear()  # or the first moment would go on moving it
+        step.optimizers.autoencoder.state.clear()  # or the first moment would go on moving it
     assert logged == pytest.approx([0.0, 0.25, 0.5, 0.5] * 2)
     assert changed == [False, True, True, True] * 2
     warm, always = (trained(1, loss={"kl": 1e-2, "kl_warmup": w}, optim={"lr": 1e-30})[1][0] for w in (9, 0))
@@ -125,10 +121,10 @@ def test_the_controller_against_its_recursion() -> None:
             error = max(-1.0, min(1.0, math.log(float(means["kl_per_dimension"]) / 0.3)))
             log_weight, before = log_weight + 2.0 * (error - before) + 0.02 * error, error
     assert step.skipped_steps()[0] == [3]
-    state = step.state.kl_control.clone()
+    state = step.objectives["kl"].control.clone()
     # a rate that is finite in a step that is not: the discriminator's gradient, say, overflowed
     step.state.hold_rate(torch.tensor(0.2), 0.3, bad=torch.tensor(True))
-    assert torch.equal(step.state.kl_control, state)
+    assert torch.equal(step.objectives["kl"].control, state)
 
 
 def test_what_is_off_keeps_no_state() -> None:

@@ -90,7 +90,7 @@ def test_every_loss_sees_the_matching_image(of_latent: bool) -> None:
     step = build_step(settings)
     model = step.bare_reconstructor
     encoded, decoded = inputs_of(model.autoencoder.encoder), inputs_of(model.autoencoder.decoder)
-    judged = inputs_of(step.bare_discriminator)
+    judged = inputs_of(step.objectives["gan"].adversary)
     images, noise = global_batch(number, settings)
     size = drawn.side_px * FACTOR
     small = F.interpolate(images, size=(size, size), mode="bilinear", align_corners=False)
@@ -131,10 +131,10 @@ def test_a_scaled_step_counts_as_much_as_in_eq_vaes_sums(kind: str, clamp: float
     drawn = kinds[number]
     step = build_step(settings)
     gradients: dict[str, torch.Tensor] = {}
-    step.optimizer.register_step_pre_hook(
+    step.optimizers.autoencoder.register_step_pre_hook(
         lambda *_: gradients.update({n: p.grad.clone() for n, p in step.bare_reconstructor.named_parameters()})
     )
-    discriminator = build_step(settings).bare_discriminator
+    discriminator = build_step(settings).objectives["gan"].adversary
     for _ in range(2):  # the first measures the adaptive weight, which lags by one step
         step(number, micro_batches(number, settings))
     reference, (images, noise) = build_step(settings).bare_reconstructor.autoencoder, global_batch(number, settings)
@@ -173,7 +173,7 @@ def test_the_whole_gradient_is_the_textbook_one() -> None:
     )
     step = build_step(settings)
     gradients: dict[str, torch.Tensor] = {}
-    step.optimizer.register_step_pre_hook(
+    step.optimizers.autoencoder.register_step_pre_hook(
         lambda *_: gradients.update({n: p.grad.clone() for n, p in step.bare_reconstructor.named_parameters()})
     )
     means = step(3, micro_batches(3, settings))

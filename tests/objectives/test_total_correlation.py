@@ -14,11 +14,9 @@ from latent_ae.config import UserError, load_settings
 from latent_ae.data.rng import permutations
 from latent_ae.models.posterior import kl_per_dimension
 from latent_ae.models.reconstruct import Reconstruction
-from latent_ae.objectives.kl import capacity_loss
+from latent_ae.objectives.kl import capacity_at, capacity_loss
 from latent_ae.objectives.total_correlation import TotalCorrelation
-from latent_ae_train.loss_config import LossSettings
-from latent_ae_train.schedule import kl_capacity_at
-from latent_ae_train.settings import TrainSettings
+from latent_ae_train.settings import LossSettings, TrainSettings
 from tests.runs import differing_tensors, words
 from tests.tiny import build_step, global_batch, micro_batches, moved, settings_for, weights
 
@@ -43,8 +41,8 @@ def test_the_capacity_is_of_each_sample_and_rises_in_a_line() -> None:
     torch.testing.assert_close(capacity_loss(levels, 50, capacity), loss.detach())
 
     loss_settings = LossSettings(kl=1.0, kl_capacity=12.0, kl_capacity_steps=4)
-    assert [kl_capacity_at(step, loss_settings, 100) for step in (0, 1, 4, 50)] == [0.0, 3.0, 12.0, 12.0]
-    assert kl_capacity_at(25, LossSettings(kl=1.0, kl_capacity=12.0), 100) == 3.0
+    assert [capacity_at(step, loss_settings, 100) for step in (0, 1, 4, 50)] == [0.0, 3.0, 12.0, 12.0]
+    assert capacity_at(25, LossSettings(kl=1.0, kl_capacity=12.0), 100) == 3.0
 
 
 def test_the_rate_goes_to_the_capacity_from_either_side() -> None:
@@ -68,10 +66,13 @@ def test_permutations_are_of_seed_and_step() -> None:
 def test_both_gradients_are_those_of_algorithm_2() -> None:
     settings = settings_for(loss=FACTOR_VAE, optim={"lr": 1e-30})
     step = build_step(settings)
-    model, judge = step.bare_reconstructor, step.total_correlation
+    model, judge = step.bare_reconstructor, step.objectives["total_correlation"].adversary
     assert judge is not None
     found: dict[str, torch.Tensor] = {}
-    for network, optimizer in ((model, step.optimizer), (judge, step.total_correlation_optimizer)):
+    for network, optimizer in (
+        (model, step.optimizers.autoencoder),
+        (judge, step.optimizers.adversaries["total_correlation"]),
+    ):
         optimizer.register_step_pre_hook(
             lambda *_, network=network: found.update({n: p.grad.clone() for n, p in network.named_parameters()})
         )
@@ -119,16 +120,16 @@ def test_a_step_that_is_not_finite_leaves_the_discriminator_alone() -> None:
     step = build_step(settings)
     step(0, micro_batches(0, settings))
     before, number = (
-        weights(step.total_correlation),
-        next(iter(step.total_correlation_optimizer.state.values()))["step"],
+        weights(step.objectives["total_correlation"].adversary),
+        next(iter(step.optimizers.adversaries["total_correlation"].state.values()))["step"],
     )
     number = number.clone()
     spoilt = [batch._replace(noise=batch.noise * float("nan")) for batch in micro_batches(1, settings)]
     step(1, iter(spoilt))
-    assert step.skipped_steps()[0] == [1] and not moved(before, weights(step.total_correlation))
-    assert next(iter(step.total_correlation_optimizer.state.values()))["step"] == number
+    assert step.skipped_steps()[0] == [1] and not moved(before, weights(step.objectives["total_correlation"].adversary))
+    assert next(iter(step.optimizers.adversaries["total_correlation"].state.values()))["step"] == number
     step(2, micro_batches(2, settings))
-    assert moved(before, weights(step.total_correlation)) == before.keys()
+    assert moved(before, weights(step.objectives["total_correlation"].adversary)) == before.keys()
 
 
 def test_the_discriminator_goes_on_bit_for_bit(pictures: Path, tmp_path: Path, no_finish: None) -> None:

@@ -41,9 +41,11 @@ def test_steps_equal_those_of_torch() -> None:
 
 def test_muon_takes_the_inner_weights_and_adamw_the_rest() -> None:
     step = build_step(settings_for(optim={"kind": "muon"}, gan=GAN, model={"mid_block_add_attention": True}))
-    assert step.muon is not None
+    assert step.optimizers.muon is not None
     names = {id(p): name for name, p in step.bare_reconstructor.named_parameters()}
-    inner, rest = ({names[id(p)] for p in o.param_groups[0]["params"]} for o in (step.muon, step.optimizer))
+    inner, rest = (
+        {names[id(p)] for p in o.param_groups[0]["params"]} for o in (step.optimizers.muon, step.optimizers.autoencoder)
+    )
     assert inner | rest == set(names.values()) and not inner & rest
     assert all(name.endswith((".bias", "conv_in.weight", "conv_out.weight")) or "norm" in name for name in rest)
     assert "autoencoder.decoder.mid_block.attentions.0.to_q.weight" in inner
@@ -86,7 +88,7 @@ def test_the_published_autoencoder_dc_changes_the_size_in_its_first_and_last_lay
     assert means["adaptive_weight"] > 0
     ends = {"encoder.conv_in.conv", "encoder.conv_out", "decoder.conv_in", "decoder.conv_out.conv"}
     names = {id(p): name for name, p in step.bare_reconstructor.autoencoder.named_parameters() if p.ndim > 1}
-    rest = {id(p) for p in step.optimizer.param_groups[0]["params"]}
+    rest = {id(p) for p in step.optimizers.autoencoder.param_groups[0]["params"]}
     assert {names[key] for key in names.keys() & rest} == {f"{name}.weight" for name in ends}
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from latent_ae.__main__ import main
+from latent_ae.objectives.gan import GanSettings
 from latent_ae_train.checkpoint import before_gan, complete_checkpoints, kept_steps, newest_checkpoint
-from latent_ae_train.loss_config import GanSettings
 from latent_ae_train.run_config import CheckpointSettings
 from latent_ae_train.step import MicroBatch, TrainStep
 from tests.distributed.launch import DISTRIBUTED, ROOT, launch

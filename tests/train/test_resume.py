@@ -85,7 +85,7 @@ def test_what_is_compared_is_there(whole: Whole) -> None:
     assert kinds == expected
     assert len(list(whole.run.glob("previews/*.png"))) == 9
     assert [checkpoint.step for checkpoint in complete_checkpoints(whole.run)] == [2, 4, 8]  # before GAN, best, newest
-    tensors = load_file(whole.run / LAST / "step_state.safetensors")
+    tensors = load_file(whole.run / LAST / "objectives.safetensors")
     assert all(bool((tensors[name] != 0).all()) for name in ("adaptive_weight", "lecam_averages"))
 
 
@@ -360,7 +360,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 FILES = (
-    *("autoencoder.safetensors", "ema.safetensors", "discriminator.safetensors", "step_state.safetensors"),
+    *("autoencoder.safetensors", "ema.safetensors", "discriminator.safetensors", "objectives.safetensors"),
     *("optimizer.pt", "config.json", "state.json", "manifest.json"),
 )
 DAMAGES = {

@@ -4,9 +4,9 @@ import math
 
 import pytest
 
-from latent_ae_train.loss_config import GanSettings
+from latent_ae.objectives.gan import GanSettings, phase_at
+from latent_ae_train.optim import ema_decay_at, lr_scale_at
 from latent_ae_train.run_config import OptimSettings
-from latent_ae_train.schedule import ema_decay_at, gan_phase_at, lr_scale_at
 
 
 def test_the_learning_rate_warms_up_and_falls_along_a_cosine() -> None:
@@ -24,7 +24,7 @@ def test_the_learning_rate_warms_up_and_falls_along_a_cosine() -> None:
 
 def test_the_gan_starts_alone_then_ramps() -> None:
     gan = GanSettings(weight=0.5, start=100, discriminator_warmup=20, warmup=9, r1=2.0, r1_every=4)
-    phases = [gan_phase_at(step, gan) for step in range(160)]
+    phases = [phase_at(step, gan) for step in range(160)]
     assert not any(phase.discriminator or phase.generator or phase.r1 for phase in phases[:100])
     assert all(phase.discriminator for phase in phases[100:])
     assert not any(phase.generator for phase in phases[:120])
@@ -32,7 +32,7 @@ def test_the_gan_starts_alone_then_ramps() -> None:
     assert all(phase.generator == 0.5 for phase in phases[130:])
     # every fourth step, four times the weight: the same penalty on average
     assert [phase.r1 for phase in phases[100:108]] == [8.0, 0, 0, 0, 8.0, 0, 0, 0]
-    assert not any(any(gan_phase_at(step, GanSettings(weight=0.0, start=0))) for step in range(5))
+    assert not any(any(phase_at(step, GanSettings(weight=0.0, start=0))) for step in range(5))
 
 
 def test_the_average_forgets_the_start() -> None:

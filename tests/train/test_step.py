@@ -15,7 +15,7 @@ from latent_ae.objectives.kl import kl_loss
 from latent_ae.pretrained.lpips import LPIPS
 from latent_ae_train.settings import TrainSettings
 from latent_ae_train.step import TrainStep
-from tests.tiny import GAN, build_step, global_batch, micro_batches, moved, settings_for, weights
+from tests.tiny import GAN, adversary_of, build_step, global_batch, micro_batches, moved, settings_for, weights
 from tests.tiny_vision import save_vision_model
 
 
@@ -27,7 +27,7 @@ def run(step: TrainStep, count: int = 1) -> dict[str, torch.Tensor]:
 
 
 def networks(step: TrainStep) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    return weights(step.bare_reconstructor), weights(step.bare_discriminator)
+    return weights(step.bare_reconstructor), weights(adversary_of(step))
 
 
 def part(names: set[str], word: str) -> set[str]:
@@ -77,10 +77,10 @@ def test_the_discriminator_sends_no_gradient_into_the_autoencoder() -> None:
     """While the discriminator trains alone, the autoencoder's update is bit for bit that of a run without one."""
     alone = build_step(settings_for())
     judged = build_step(settings_for(gan={**GAN, "discriminator_warmup": 10}))
-    before = weights(judged.bare_discriminator)
+    before = weights(judged.objectives["gan"].adversary)
     run(alone, 3), run(judged, 3)
     assert not moved(networks(alone)[0], networks(judged)[0])
-    assert moved(before, weights(judged.bare_discriminator)) == set(before)
+    assert moved(before, weights(judged.objectives["gan"].adversary)) == set(before)
 
 
 def test_the_generator_term_sends_no_gradient_into_the_discriminator() -> None:
@@ -92,7 +92,7 @@ def test_the_generator_term_sends_no_gradient_into_the_discriminator() -> None:
     assert moved(before[0], networks(on)[0])
     assert moved(networks(off)[0], networks(on)[0]), "the adversarial term is not felt: the test shows nothing"
     assert not moved(networks(off)[1], networks(on)[1])
-    assert all(p.grad is None for p in on.bare_discriminator.parameters())
+    assert all(p.grad is None for p in on.objectives["gan"].adversary.parameters())
 
 
 def count_calls(module: torch.nn.Module) -> list[int]:
@@ -106,21 +106,23 @@ def test_one_pass_of_each_network_per_micro_batch(accumulation: int, lpips_vgg: 
     settings = settings_for(loss={"perceptual": 1.0, "kl": 1e-6}, gan=GAN, micro_batch_size=8 // accumulation)
     step = build_step(settings, lpips_vgg)
     autoencoder = step.bare_reconstructor.autoencoder
-    watched = [autoencoder.encoder, autoencoder.decoder, step.bare_discriminator, lpips_vgg]
+    watched = [autoencoder.encoder, autoencoder.decoder, step.objectives["gan"].adversary, lpips_vgg]
     counts = [count_calls(module) for module in watched]
     run(step, 2)
     assert [len(calls) for calls in counts] == [2 * accumulation] * 4
 
 
 def test_nothing_is_computed_for_a_zero_weight(monkeypatch: pytest.MonkeyPatch, lpips_vgg: LPIPS) -> None:
-    from latent_ae_train import step, step_state
-    from latent_ae_train import terms as step_terms
+    from latent_ae.objectives import base, gan, kl, reconstruction
 
     used: list[str] = []
-    terms = ("kl_loss", "free_bits_loss", "pixel_loss", "generator_loss", "discriminator_loss", "lecam_loss")
-    for name in (*terms, "r1_penalty", "augment", "adaptive_ratio"):
-        in_terms = name in ("kl_loss", "free_bits_loss", "pixel_loss")
-        module = step_state if name == "adaptive_ratio" else step_terms if in_terms else step
+    terms = {
+        **dict.fromkeys(("kl_loss", "free_bits_loss"), kl),
+        "pixel_loss": reconstruction,
+        **dict.fromkeys(("generator_loss", "discriminator_loss", "lecam_loss", "r1_penalty", "augment"), gan),
+        "adaptive_ratio": base,
+    }
+    for name, module in terms.items():
         original = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *a, _n=name, _f=original, **k: (used.append(_n), _f(*a, **k))[1])
     lpips_calls = count_calls(lpips_vgg)
@@ -144,7 +146,7 @@ def test_the_combined_gradient_is_the_textbook_one(lpips_vgg: LPIPS) -> None:
     )
     step = build_step(settings, lpips_vgg)
     gradients: dict[str, torch.Tensor] = {}
-    step.optimizer.register_step_pre_hook(
+    step.optimizers.autoencoder.register_step_pre_hook(
         lambda *_: gradients.update({n: p.grad.clone() for n, p in step.bare_reconstructor.named_parameters()})
     )
     images, noise = global_batch(0, settings)
@@ -153,7 +155,7 @@ def test_the_combined_gradient_is_the_textbook_one(lpips_vgg: LPIPS) -> None:
     step(1, micro_batches(0, settings))
 
     reference = build_step(settings, lpips_vgg)
-    model, judge = reference.bare_reconstructor, reference.bare_discriminator
+    model, judge = reference.bare_reconstructor, reference.objectives["gan"].adversary
     result = model(images, noise)
     reconstruction = (images - result.image).abs().mean() + lpips_vgg(result.image[::2], images[::2]).mean()
     adversarial = generator_loss("hinge", judge(result.image))
@@ -166,7 +168,7 @@ def test_the_combined_gradient_is_the_textbook_one(lpips_vgg: LPIPS) -> None:
         + 1e-2 * kl_loss([kl_per_dimension(result.mean, result.logvar)], 3 * 16 * 16)
     )
     total.backward()
-    torch.testing.assert_close(step.state.adaptive_weight, weight, rtol=1e-5, atol=0)
+    torch.testing.assert_close(step.objectives["gan"].balance.weight, weight, rtol=1e-5, atol=0)
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(gradients[name], parameter.grad, rtol=2e-4, atol=2e-7, msg=name)
 
@@ -178,9 +180,9 @@ def test_master_weights_and_optimizer_stay_fp32_under_bf16() -> None:
     inner.register_forward_hook(lambda *a: seen.append(a[2].dtype))
     means = run(step)
     assert seen == [torch.bfloat16]
-    tensors = [*step.bare_reconstructor.parameters(), *step.bare_discriminator.parameters()]
+    tensors = [*step.bare_reconstructor.parameters(), *step.objectives["gan"].adversary.parameters()]
     tensors += list(step.ema.module.parameters())
-    for optimizer in (step.optimizer, step.discriminator_optimizer):
+    for optimizer in (step.optimizers.autoencoder, step.optimizers.adversaries["gan"]):
         tensors += [value for state in optimizer.state.values() for value in state.values()]
     assert {tensor.dtype for tensor in tensors} == {torch.float32}
     assert {value.dtype for value in means.values()} == {torch.float32}
@@ -191,13 +193,19 @@ def test_the_learned_log_variance_is_that_of_the_textbook() -> None:
     settings = settings_for(loss={"learned_logvar": True}, optim={"lr": 1e-2})
     step = build_step(settings)
     gradients: dict[str, torch.Tensor] = {}
-    step.optimizer.register_step_pre_hook(
+    step.optimizers.autoencoder.register_step_pre_hook(
         lambda *_: gradients.update(
-            {n: p.grad.clone() for n, p in [*step.bare_reconstructor.named_parameters(), ("s", step.state.logvar)]}
+            {
+                n: p.grad.clone()
+                for n, p in [
+                    *step.bare_reconstructor.named_parameters(),
+                    ("s", step.objectives["reconstruction"].logvar),
+                ]
+            }
         )
     )
     with torch.no_grad():
-        step.state.logvar.fill_(-0.7)
+        step.objectives["reconstruction"].logvar.fill_(-0.7)
     images, noise = global_batch(0, settings)
     reference, s = build_step(settings).bare_reconstructor, torch.tensor(-0.7, requires_grad=True)
     loss = (reference(images, noise).image - images).abs().mean() / torch.exp(s) + s
@@ -208,11 +216,11 @@ def test_the_learned_log_variance_is_that_of_the_textbook() -> None:
         torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-4, atol=1e-7, msg=name)
     # it settles at the logarithm of the loss, where loss / exp(s) + s is least
     fixed = build_step(settings_for(loss={"learned_logvar": True}, optim={"lr": 1e-2}))
-    for group in fixed.optimizer.param_groups[:1]:
+    for group in fixed.optimizers.autoencoder.param_groups[:1]:
         group["lr_scale"] = 0.0
     for number in range(80):
         means = fixed(number, micro_batches(0, settings))
-    assert fixed.state.logvar.item() == pytest.approx(math.log(float(means["l1"])), abs=0.02)
+    assert fixed.objectives["reconstruction"].logvar.item() == pytest.approx(math.log(float(means["l1"])), abs=0.02)
 
 
 def test_r1_in_the_step_is_the_textbook_one() -> None:
@@ -220,13 +228,13 @@ def test_r1_in_the_step_is_the_textbook_one() -> None:
     settings = settings_for(gan={**GAN, "r1": 0.5, "r1_every": 2, "discriminator_warmup": 9}, optim={"lr": 1e-30})
     step = build_step(settings)
     gradients: list[dict[str, torch.Tensor]] = []
-    step.discriminator_optimizer.register_step_pre_hook(
-        lambda *_: gradients.append({n: p.grad.clone() for n, p in step.bare_discriminator.named_parameters()})
+    step.optimizers.adversaries["gan"].register_step_pre_hook(
+        lambda *_: gradients.append({n: p.grad.clone() for n, p in step.objectives["gan"].adversary.named_parameters()})
     )
     images, noise = global_batch(0, settings)
     logs = [step(number, micro_batches(0, settings)) for number in (0, 1)]
     assert ["r1" in log for log in logs] == [True, False]
-    model, judge = step.bare_reconstructor, step.bare_discriminator
+    model, judge = step.bare_reconstructor, step.objectives["gan"].adversary
     for number, weight in enumerate((0.5 * 2, 0.0)):
         real = images.clone().requires_grad_()
         logits = judge(real)
@@ -249,11 +257,11 @@ def test_augmented_images_are_what_the_discriminator_sees() -> None:
     settings = settings_for(gan={**GAN, "diffaug": ["color", "translation", "cutout"], "adaptive": False})
     step = build_step(settings)
     seen: list[torch.Tensor] = []
-    step.bare_discriminator.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach()))
+    step.objectives["gan"].adversary.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach()))
     (batch,) = micro_batches(0, settings)
     before = networks(step)
     step(0, iter([batch]))
-    assert torch.equal(seen[0][:8], augment(batch.images, batch.augmentation[:, :NUMBERS], settings.gan.diffaug))
+    assert torch.equal(seen[0][:8], augment(batch.images, batch.draws["gan"][0][:, :NUMBERS], settings.gan.diffaug))
     assert not torch.allclose(seen[0][:8], batch.images)
     assert moved(before[0], networks(step)[0])
 
@@ -267,7 +275,7 @@ def test_every_discriminator_trains_and_is_felt(norm: str, loss: str) -> None:
     after = networks(step)
     # the hinge loss is blind to the last bias until a logit leaves the margin
     assert moved(before[1], after[1]) >= {name for name in before[1] if ".bias" not in name}
-    assert float(step.state.adaptive_weight) > 0
+    assert float(step.objectives["gan"].balance.weight) > 0
 
 
 def test_decoder_only_keeps_the_latents_bit_for_bit() -> None:
@@ -299,14 +307,14 @@ def gradients_of(step: TrainStep, settings: TrainSettings) -> dict[str, torch.Te
     """Of both networks, on one step with the adversarial term felt."""
     found: dict[str, torch.Tensor] = {}
     for optimizer, network in (
-        (step.optimizer, step.bare_reconstructor),
-        (step.discriminator_optimizer, step.bare_discriminator),
+        (step.optimizers.autoencoder, step.bare_reconstructor),
+        (step.optimizers.adversaries["gan"], step.objectives["gan"].adversary),
     ):
         optimizer.register_step_pre_hook(
             lambda *_, network=network: found.update({n: p.grad.clone() for n, p in network.named_parameters()})
         )
     with torch.no_grad():
-        step.state.adaptive_weight.fill_(0.3)
+        step.objectives["gan"].balance.weight.fill_(0.3)
     step(0, micro_batches(0, settings))
     return found
 
@@ -329,7 +337,7 @@ def test_saving_memory_or_time_gives_the_same_step(
     if setting == "gradient_checkpointing":
         assert len(passes) == 2, "the block runs again in the backward pass"
     else:
-        compiled = (block, step.bare_discriminator)
+        compiled = (block, step.objectives["gan"].adversary)
         assert all(module._compiled_call_impl is not None for module in compiled)
         assert dict(torch._dynamo.utils.counters["stats"])["unique_graphs"] >= 2, "something was compiled"
     assert set(step.bare_reconstructor.state_dict()) == set(build_step(plain).bare_reconstructor.state_dict())
@@ -377,13 +385,11 @@ def test_no_host_read_in_a_step(lpips_vgg: LPIPS, monkeypatch: pytest.MonkeyPatc
 def test_the_adaptive_weight_is_capped_and_passes_over_what_is_not_finite() -> None:
     step = build_step(settings_for(gan={**GAN, "adaptive_cap": 1e-3}))
     run(step)
-    assert float(step.state.adaptive_weight) == pytest.approx(1e-3)
+    assert float(step.objectives["gan"].balance.weight) == pytest.approx(1e-3)
     bad = torch.full((3, 8, 3, 3), float("nan"))
-    from latent_ae_train.schedule import GanPhase
-
-    measured = {"layer_reconstruction": bad, "layer_adversarial": torch.ones_like(bad)}
-    step.state.remember(measured, GanPhase(True, 0.5), step.settings, step.accelerator)
-    assert float(step.state.adaptive_weight) == pytest.approx(1e-3)
+    measured = {"gan/reconstruction": bad, "gan/term": torch.ones_like(bad)}
+    step.objectives["gan"].remember(measured, {})
+    assert float(step.objectives["gan"].balance.weight) == pytest.approx(1e-3)
 
 
 def test_the_adaptive_weight_is_smoothed_and_lecam_averages_the_logits() -> None:
@@ -396,12 +402,12 @@ def test_the_adaptive_weight_is_smoothed_and_lecam_averages_the_logits() -> None
     for number in range(4):
         batch = lambda: micro_batches(number, smooth.settings)  # noqa: E731, B023
         plain(number, batch())
-        ratio = float(plain.state.adaptive_weight)
+        ratio = float(plain.objectives["gan"].balance.weight)
         expected = 0.75 * expected + 0.25 * ratio if number else ratio
         means = smooth(number, batch())
-        assert float(smooth.state.adaptive_weight) == pytest.approx(expected, rel=1e-4)
+        assert float(smooth.objectives["gan"].balance.weight) == pytest.approx(expected, rel=1e-4)
         averages = 0.99 * averages + 0.01 * torch.stack([means["logits_real"], means["logits_fake"]])
-        torch.testing.assert_close(smooth.state.lecam_averages, averages)
+        torch.testing.assert_close(smooth.objectives["gan"].lecam_averages, averages)
 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
@@ -419,7 +425,9 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(what: str, kin
         batch.images[1, 0, 3, 3] = torch.nan
         step(2, iter([batch]))
     else:  # a loss that overflows in the discriminator's gradient alone
-        handle = step.bare_discriminator.register_forward_hook(lambda module, args, logits: logits * float("inf"))
+        handle = step.objectives["gan"].adversary.register_forward_hook(
+            lambda module, args, logits: logits * float("inf")
+        )
         step(2, iter([batch]))
         handle.remove()
     after = everything(step)
@@ -434,9 +442,16 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(what: str, kin
 def everything(step: TrainStep) -> dict[str, torch.Tensor]:
     """Copies of both networks, both optimizers' moments and counters, and what the step remembers."""
     found = {f"state.{name}": tensor for name, tensor in step.state.state_dict().items()}
-    for name, network in (("autoencoder", step.bare_reconstructor), ("discriminator", step.bare_discriminator)):
+    for name, network in (
+        ("autoencoder", step.bare_reconstructor),
+        ("discriminator", step.objectives["gan"].adversary),
+    ):
         found |= {f"{name}.{key}": tensor for key, tensor in network.state_dict().items()}
-    optimizers = {"first": step.optimizer, "muon": step.muon, "second": step.discriminator_optimizer}
+    optimizers = {
+        "first": step.optimizers.autoencoder,
+        "muon": step.optimizers.muon,
+        "second": step.optimizers.adversaries["gan"],
+    }
     for name, optimizer in ((name, one) for name, one in optimizers.items() if one is not None):
         for number, values in optimizer.state_dict()["state"].items():
             found |= {f"{name}.{number}.{key}": value for key, value in values.items()}
@@ -449,9 +464,9 @@ def test_spectral_norm_takes_one_power_iteration_a_step() -> None:
     for micro in (8, 2):
         gan = {**GAN, "norm": "spectral"}
         step = build_step(settings_for(gan=gan, micro_batch_size=micro, optim={"lr": 1e-30}))
-        before = step.bare_discriminator.layers[2].parametrizations.weight[0]._u.clone()
+        before = step.objectives["gan"].adversary.layers[2].parametrizations.weight[0]._u.clone()
         run(step, 2)
-        vectors.append(step.bare_discriminator.layers[2].parametrizations.weight[0]._u)
+        vectors.append(step.objectives["gan"].adversary.layers[2].parametrizations.weight[0]._u)
         assert not torch.allclose(before, vectors[-1])
     torch.testing.assert_close(vectors[0], vectors[1])
 

@@ -188,8 +188,8 @@ def test_training_is_fused_and_in_the_faster_memory_format_throughout(
     old = torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2")
     layout = torch.contiguous_format if old else torch.channels_last
     for network, optimizer in (
-        (step.bare_reconstructor, step.optimizer),
-        (step.bare_discriminator, step.discriminator_optimizer),
+        (step.bare_reconstructor, step.optimizers.autoencoder),
+        (step.objectives["gan"].adversary, step.optimizers.adversaries["gan"]),
     ):
         assert optimizer.defaults["fused"]
         moments = [value for state in optimizer.state.values() for value in state.values()]

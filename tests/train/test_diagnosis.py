@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 
+from latent_ae_train.log import diagnosis
 from latent_ae_train.report import decline, result_rows
 from latent_ae_train.settings import TrainSettings
-from latent_ae_train.verdict import verdict
 
 SETTINGS = TrainSettings.model_validate(
     {"steps": 5000, "gan": {"start": 100, "discriminator_warmup": 50, "warmup": 100}}
@@ -39,32 +39,32 @@ def lines(first: int = 2000, count: int = 12, **changes: Any) -> list[dict[str, 
     ],
 )
 def test_each_state_has_its_line(given: list[dict[str, Any]], expected: str) -> None:
-    assert verdict(given, SETTINGS).startswith(expected)
+    assert diagnosis(given, SETTINGS).startswith(expected)
 
 
 def test_a_rising_kl_is_explained() -> None:
     rising = [line | {"kl_per_dimension": 1.0 + 0.2 * index} for index, line in enumerate(lines())]
-    text = verdict(rising, SETTINGS)
+    text = diagnosis(rising, SETTINGS)
     assert text.startswith("KL rising (2.2x since step 2,000): expected while") and "balanced" in text
-    assert "KL" not in verdict(rising[:4], SETTINGS), "four lines are too few to speak of a trend"
+    assert "KL" not in diagnosis(rising[:4], SETTINGS), "four lines are too few to speak of a trend"
 
 
 def test_one_step_does_not_decide() -> None:
     given = lines()
     given[-1] = given[-1] | {"accuracy": 1.0}
-    assert verdict(given, SETTINGS).startswith("balanced")
+    assert diagnosis(given, SETTINGS).startswith("balanced")
 
 
 def test_without_a_discriminator() -> None:
     settings = TrainSettings.model_validate({"gan": {"weight": 0}})
     plain = [{"step": 10, "l1": 0.1}]
-    assert verdict(plain, settings) == "reconstruction losses only (gan.weight is 0)"
+    assert diagnosis(plain, settings) == "reconstruction losses only (gan.weight is 0)"
 
 
 @pytest.mark.parametrize(("rate", "said"), [(0.5, True), (1.05, False), (1.3, True)])
 def test_a_rate_off_its_target_is_told(rate: float, said: bool) -> None:
     settings = SETTINGS.model_copy(update={"loss": SETTINGS.loss.model_copy(update={"kl_target": 1.0})})
-    text = verdict(lines(kl_per_dimension=rate, kl_weight=3e-4), settings)
+    text = diagnosis(lines(kl_per_dimension=rate, kl_weight=3e-4), settings)
     assert text.startswith(f"the rate is not at loss.kl_target: {rate} nats per dimension, on the way to 1 ") == said
 
 

@@ -1,0 +1,127 @@
+"""Latents are scaled and turned before decoding, and the images with them (EQ-VAE, Kouzelis et al. 2025)."""
+
+from collections.abc import Iterator
+from functools import partial
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from latent_ae.config import Fraction, Problem, Settings
+from latent_ae.data.rng import equivariance_numbers
+from latent_ae.models.settings import ModelFacts
+from latent_ae.objectives.base import Batch, Objective, Pass, RunFacts
+
+LOW_RESOLUTION = 0.25
+"""Share of the steps without a scaled latent whose images are scaled down instead (p_prior_s of EQ-VAE)."""
+
+
+class EquivarianceSettings(Settings):
+    """Equivariance of the latents."""
+
+    equivariance: Fraction = 0.0
+    """Part of the steps whose latents are scaled and turned before decoding, and the images with them (EQ-VAE: 0.5)."""
+
+
+class Change(NamedTuple):
+    """What is scaled and turned in one step."""
+
+    side_px: int
+    """Latent px."""
+    quarter_turns: int
+    of_latent: bool
+    """The latent, and its target image with it; False: the image before it is encoded."""
+
+
+class Equivariance(Objective[EquivarianceSettings]):
+    """Asks the decoder of a scaled and turned latent for the image scaled and turned alike."""
+
+    name, section, docs = "equivariance", "latents", "docs/latents.md"
+
+    @classmethod
+    def enabled(cls, own: EquivarianceSettings) -> bool:
+        return own.equivariance > 0
+
+    @classmethod
+    def problems(cls, own: EquivarianceSettings, run: RunFacts, model: ModelFacts | None) -> Iterator[Problem]:
+        key = "latents.equivariance"
+        if not own.equivariance:
+            return
+        if run.compile:
+            yield Problem(
+                key,
+                "changes the images' size from step to step, and compiled networks are compiled for each anew: "
+                "set compile=false",
+            )
+        if model is None:
+            return
+        if not model.one_grid:
+            yield Problem(key, model.fixed_latent)
+        elif not scaled_sides(run.resolution // model.factor, model.factor, run.smallest_px):
+            yield Problem(
+                key,
+                f"scales images down, and the losses need {run.smallest_px} px of {run.resolution}: raise "
+                "data.resolution, or lower gan.layers",
+            )
+
+    @classmethod
+    def describe(cls, own: EquivarianceSettings, run: RunFacts) -> str:
+        return f"scaled and turned in {own.equivariance:.0%} of the steps"
+
+    def prepare(self, batch: Batch, step: int) -> Batch:
+        images, side = batch.images, batch.noise.shape[-1]
+        factor = images.shape[-1] // side
+        change = change_at(step, self.own, self.run, side, factor)
+        if change is None:
+            return batch
+        target = scaled_and_turned(images, change.side_px * factor, change.quarter_turns)
+        if change.of_latent:
+            transform = partial(scaled_and_turned, side_px=change.side_px, quarter_turns=change.quarter_turns)
+            return batch._replace(target=target, transforms=(*batch.transforms, transform))
+        # noise for the smaller latent: any part of standard normal noise is standard normal
+        noise = batch.noise[..., : change.side_px, : change.side_px]
+        return batch._replace(images=target, target=target, noise=noise)
+
+    def backward(self, p: Pass) -> None:
+        p.logs["scale"] = torch.full((), p.batch.area**0.5, device=p.image.device)
+
+    def cost(self, step: int) -> float:
+        of_latent, low, _, _ = equivariance_numbers(self.run.seed, step)
+        return -10.0 if of_latent < self.own.equivariance or low < LOW_RESOLUTION else 0.0
+
+
+def change_at(step: int, own: EquivarianceSettings, run: RunFacts, side_px: int, factor: int) -> Change | None:
+    """How this step's latents, or its images, are scaled and turned; a function of seed and step alone.
+
+    As the authors' code has it: with probability `latents.equivariance` the latent is scaled by a uniform choice of
+    factors in [1/4, 1) and turned by 1 to 3 quarters; otherwise, with probability 1/4, the image is scaled before it
+    is encoded, so that reconstruction at low resolution stays.
+
+    Args:
+        step: The step's number.
+        own: The share of the steps.
+        run: Seed and smallest image.
+        side_px: Side of the whole latent.
+        factor: Image px per latent px.
+    """
+    of_latent, low, size, turns = equivariance_numbers(run.seed, step)
+    sides = scaled_sides(side_px, factor, run.smallest_px)
+    side = sides[int(size * len(sides))]
+    if of_latent < own.equivariance:
+        return Change(side, 1 + int(turns * 3), True)
+    return Change(side, 0, False) if low < LOW_RESOLUTION else None
+
+
+def scaled_sides(side_px: int, factor: int, smallest_px: int) -> range:
+    """Sides, latent px, that latents of `side_px` are scaled to: from a quarter to just below, as in EQ-VAE.
+
+    None whose image would be smaller than `smallest_px`.
+    """
+    return range(max(-(-side_px // 4), -(-smallest_px // factor)), side_px)
+
+
+def scaled_and_turned(x: Tensor, side_px: int, quarter_turns: int) -> Tensor:
+    """N x C x H x W scaled bilinearly to a square of `side_px`, then turned, as EQ-VAE does to latents and images."""
+    x = F.interpolate(x, size=(side_px, side_px), mode="bilinear", align_corners=False)
+    return torch.rot90(x, quarter_turns, (-1, -2)) if quarter_turns else x
