@@ -53,7 +53,7 @@ def main() -> None:
         for seed in arguments.seeds:
             settings = load_settings(TrainSettings, "quickstart", [*words, f"optim.eps={eps}", f"seed={seed}"])
             row: dict[str, Any] = {"seed": seed, "unused_channel": unused_channel(settings, perceptual)}
-            step, averaged = step_and_average(settings, perceptual)
+            step, averaged = step_and_average(settings)
             batches = Batches(settings)
             norms = [float(step(number, batches)["grad_norm"]) for number in range(settings.steps)]
             row |= measure(partial(image_of, averaged), images, perceptual)
@@ -74,7 +74,7 @@ def image_of(network: Reconstructor, batch: torch.Tensor) -> torch.Tensor:
 
 def unused_channel(settings: TrainSettings, perceptual: LPIPS) -> dict[str, float]:
     """What Adam gets, after clipping, at the log-variance's bias of a channel that is not decoded, and makes of it."""
-    step, _ = step_and_average(settings, perceptual)
+    step, _ = step_and_average(settings)
     autoencoder, seen = step.bare_reconstructor.autoencoder, list[float]()
     with torch.no_grad():
         autoencoder.post_quant_conv.weight[:, 0] = 0.0

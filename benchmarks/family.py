@@ -15,6 +15,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from benchmarks.fresh_step import first_batch, fresh_step
 from benchmarks.machine import save
 from benchmarks.runs import evaluate, events, folder_name, train
 from latent_ae.arithmetic import training_memory_format
@@ -26,15 +27,9 @@ from latent_ae.data.settings import DataSettings
 from latent_ae.metrics.similarity import psnr
 from latent_ae.models.loading import FirstStage, load_first_stage
 from latent_ae.models.quantize import quantised
-from latent_ae.models.reconstruct import Reconstructor
 from latent_ae.objectives.codebook import code_counts, perplexity
 from latent_ae.pretrained.lpips import LPIPS
-from latent_ae_train.build import starting_autoencoder
-from latent_ae_train.distillation import Teacher
-from latent_ae_train.micro_batch import MicroBatch
-from latent_ae_train.optim import Ema
 from latent_ae_train.settings import TrainSettings
-from latent_ae_train.step import TrainStep
 
 
 class Member(NamedTuple):
@@ -159,19 +154,10 @@ def scaled(stage: FirstStage, latents: Tensor) -> Tensor:
 
 def speed(settings: TrainSettings, stage: FirstStage, images: Tensor, latents: Tensor) -> dict[str, float]:
     """Images per second of processor time."""
-    autoencoder, layout = starting_autoencoder(settings), training_memory_format(torch.device("cpu"))
-    step = TrainStep(
-        settings,
-        Accelerator(cpu=True),
-        Reconstructor(autoencoder).to(memory_format=layout),
-        None,
-        LPIPS(settings.loss.perceptual_net),
-        Ema(autoencoder, settings.ema.decay),
-        teacher=Teacher(settings, autoencoder) if settings.distillation.teacher is not None else None,
-    )
+    step, layout = fresh_step(settings, Accelerator(cpu=True)), training_memory_format(torch.device("cpu"))
     part = images[: settings.batch_size].to(memory_format=layout)
     noise = torch.randn(latents[: settings.batch_size].shape, generator=torch.Generator().manual_seed(0))
-    batch = MicroBatch(part, noise, slice(0, None, settings.loss.perceptual_every))
+    batch = first_batch(step, part, noise)
     step(0, iter([batch]))
     times = {"training": [0.0], "decoding": [0.0]}
     assert stage.module is not None

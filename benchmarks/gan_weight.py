@@ -83,7 +83,7 @@ def main() -> None:
     for seed in arguments.seeds:
         for name in ("clip 0", "clip 1"):  # the contestants go on from the last
             words = f"optim.clip={name.removeprefix('clip ')}"
-            base, averaged = step_and_average(recipe(seed, words), perceptual)
+            base, averaged = step_and_average(recipe(seed, words))
             batches = Batches(recipe(seed))
             means = train(base, batches, range(arguments.steps))
             result["first_part"][name][seed] = measure(averaged, images, perceptual) | means
@@ -92,7 +92,7 @@ def main() -> None:
         shown = {"after the first part": reconstruct(averaged, images[:SHOWN])}
         for name in arguments.contestants:
             words = CONTESTANTS[name]
-            step, averaged = step_and_average(recipe(seed, words, "optim.clip=1"), perceptual)
+            step, averaged = step_and_average(recipe(seed, words, "optim.clip=1"))
             take_over(step, base)
             batches = Batches(recipe(seed))
             for _ in range(arguments.steps):
@@ -116,8 +116,9 @@ def take_over(step: TrainStep, other: TrainStep) -> None:
     assert step.ema is not None and other.ema is not None
     step.ema.module.load_state_dict(other.ema.module.state_dict())
     step.optimizers.autoencoder.load_state_dict(copy.deepcopy(other.optimizers.autoencoder.state_dict()))
-    if step.objectives["gan"].adversary is not None and other.objectives["gan"].adversary is not None:
-        step.objectives["gan"].adversary.load_state_dict(other.objectives["gan"].adversary.state_dict())
+    for name, network in step.bare_adversaries.items():
+        if name in other.bare_adversaries:
+            network.load_state_dict(other.bare_adversaries[name].state_dict())
 
 
 def train(step: TrainStep, batches: Batches, numbers: range) -> dict[str, float]:

@@ -18,14 +18,12 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from benchmarks.fresh_step import first_batch, fresh_step
 from benchmarks.machine import save
 from latent_ae.arithmetic import training_memory_format
 from latent_ae.models.build import count_parameters
-from latent_ae.models.reconstruct import Reconstructor
-from latent_ae_train.build import starting_autoencoder, starting_discriminator
-from latent_ae_train.optim import Ema
+from latent_ae_train.build import starting_autoencoder
 from latent_ae_train.settings import TrainSettings
-from latent_ae_train.step import MicroBatch, TrainStep
 
 BATCH, SIDE_PX = 8, 64
 
@@ -93,19 +91,10 @@ def work(updates: int) -> None:
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     settings = settings_of(int(os.environ["BENCHMARK_MICRO_BATCH"]))
     accelerator = Accelerator(cpu=True, mixed_precision="no")
-    autoencoder = starting_autoencoder(settings)
-    layout = training_memory_format(accelerator.device)
-    step = TrainStep(
-        settings,
-        accelerator,
-        accelerator.prepare_model(Reconstructor(autoencoder).to(memory_format=layout)),
-        accelerator.prepare_model(starting_discriminator(settings, 3).to(memory_format=layout)),
-        None,
-        Ema(autoencoder, settings.ema.decay),
-    )
+    step, layout = fresh_step(settings, accelerator), training_memory_format(accelerator.device)
     size, side = settings.micro_batch, SIDE_PX // settings.model.factor
     images = (torch.rand(size, 3, SIDE_PX, SIDE_PX) * 2 - 1).to(memory_format=layout)
-    micro_batch = MicroBatch(images, torch.randn(size, 4, side, side), slice(None))
+    micro_batch = first_batch(step, images, torch.randn(size, 4, side, side))
     seconds = []
     for number in range(updates + 2):
         accelerator.wait_for_everyone()

@@ -18,6 +18,7 @@ import torch
 from accelerate import Accelerator
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.fresh_step import first_batch, fresh_step
 from benchmarks.machine import alternate, matmul_peak, save
 from benchmarks.rivals import (
     Networks,
@@ -27,12 +28,8 @@ from benchmarks.rivals import (
 from latent_ae.arithmetic import training_memory_format
 from latent_ae.models.build import build_autoencoder, count_parameters
 from latent_ae.models.discriminator import PatchDiscriminator
-from latent_ae.models.reconstruct import Reconstructor
 from latent_ae.pretrained.lpips import LPIPS
-from latent_ae_train.build import compile_networks, starting_autoencoder, starting_discriminator
-from latent_ae_train.optim import Ema
 from latent_ae_train.settings import TrainSettings
-from latent_ae_train.step import MicroBatch, TrainStep
 
 
 class Shape(NamedTuple):
@@ -149,22 +146,10 @@ def ours(shape: Shape, images: torch.Tensor, precision: str, *, compiled: bool =
     batch = len(images)
     settings = settings_of(shape, precision=precision, batch_size=batch, compile=compiled)
     accelerator = Accelerator(cpu=images.device.type == "cpu", mixed_precision="no")
-    autoencoder = starting_autoencoder(settings).to(images.device)
-    layout = training_memory_format(images.device)
-    discriminator = starting_discriminator(settings, 3).to(images.device, memory_format=layout)
-    ema = Ema(autoencoder, settings.ema.decay)
-    if compiled:
-        compile_networks(autoencoder, discriminator)
-    step = TrainStep(
-        settings,
-        accelerator,
-        Reconstructor(autoencoder).to(memory_format=layout),
-        discriminator,
-        LPIPS("vgg").to(images.device),
-        ema,
-    )
+    step = fresh_step(settings, accelerator)
     latent = torch.randn(batch, 4, *(2 * [images.shape[-1] // settings.model.factor]), device=images.device)
-    micro_batch = MicroBatch(images.to(memory_format=layout), latent, slice(None))
+    images = images.to(memory_format=training_memory_format(images.device))
+    micro_batch = first_batch(step, images, latent)
     numbers = iter(range(1_000_000))
     return lambda: step(next(numbers), iter([micro_batch]))
 

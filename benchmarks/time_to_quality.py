@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from accelerate import Accelerator
 
+from benchmarks.fresh_step import fresh_step
 from benchmarks.machine import save
 from benchmarks.rivals import CLAMP, Networks, latent_diffusion_step
 from latent_ae.arithmetic import training_memory_format
@@ -30,12 +31,16 @@ from latent_ae.data.loader import open_images, posterior_noise, training_batches
 from latent_ae.data.settings import DataSettings
 from latent_ae.metrics.similarity import ReconstructionMetrics
 from latent_ae.models.reconstruct import Reconstructor
+from latent_ae.objectives import GAN
+from latent_ae.objectives.base import Batch
+from latent_ae.objectives.gan import phase_at
+from latent_ae.objectives.reconstruction import every_nth
 from latent_ae.pretrained.lpips import LPIPS
-from latent_ae_train.build import starting_autoencoder, starting_discriminator
-from latent_ae_train.optim import Ema
-from latent_ae_train.schedule import gan_phase_at, lr_scale_at
+from latent_ae_train.build import starting_autoencoder
+from latent_ae_train.data import drawn_batch
+from latent_ae_train.optim import Ema, lr_scale_at
 from latent_ae_train.settings import TrainSettings
-from latent_ae_train.step import MicroBatch, TrainStep
+from latent_ae_train.step import TrainStep
 
 POINTS = 2
 """Measurements of each run, evenly in steps."""
@@ -63,15 +68,14 @@ class Batches:
             source, settings.data, channels=3, seed=settings.seed, batch_size=size, micro_batch_size=size
         )
 
-    def __next__(self) -> MicroBatch:
+    def __next__(self) -> Batch:
         batch, settings = next(self.stream), self.settings
         side = settings.data.resolution // settings.model.factor
         noise = posterior_noise(settings.seed, batch.numbers, (settings.model.latent_channels, side, side))
-        every = settings.loss.perceptual_every
-        rows = slice(-batch.numbers[0] % every, None, every)
-        return MicroBatch(batch.images.to(DEVICE, memory_format=LAYOUT), noise.to(DEVICE), rows)
+        images = batch.images.to(DEVICE, memory_format=LAYOUT)
+        return drawn_batch(images, noise.to(DEVICE), batch.numbers, ())
 
-    def __iter__(self) -> Iterator[MicroBatch]:
+    def __iter__(self) -> Iterator[Batch]:
         return self
 
 
@@ -182,16 +186,16 @@ def measure(reconstruct: Reconstruct, held_out: list[torch.Tensor], perceptual: 
 
 def two_passes(settings: TrainSettings, perceptual: LPIPS) -> Contestant:
     autoencoder = starting_autoencoder(settings).to(DEVICE)
-    nets = Networks(autoencoder, starting_discriminator(settings, 3).to(DEVICE), perceptual, settings.optim.lr)
+    nets = Networks(autoencoder, GAN.network(settings.gan, 3).to(DEVICE), perceptual, settings.optim.lr)
     average = Ema(autoencoder, settings.ema.decay)
     torch.manual_seed(settings.seed)  # of the posterior's noise
     batches, every = Batches(settings), settings.loss.perceptual_every
 
     def update(number: int) -> None:
-        batch, phase = next(batches), gan_phase_at(number, settings.gan)
+        batch, phase = next(batches), phase_at(number, settings.gan)
         for optimizer in (nets.optimizer, nets.discriminator_optimizer):
             optimizer.param_groups[0]["lr"] = settings.optim.lr * lr_scale_at(number, settings.steps, settings.optim)
-        images, rows = batch.images.contiguous(), batch.perceptual_rows
+        images, rows = batch.images.contiguous(), every_nth(batch, every)
         latent_diffusion_step(nets, images, float(phase.discriminator), phase.generator, every, rows)
         average.update(autoencoder, number)
 
@@ -200,26 +204,18 @@ def two_passes(settings: TrainSettings, perceptual: LPIPS) -> Contestant:
 
 
 def ours(settings: TrainSettings, perceptual: LPIPS) -> Contestant:
-    step, averaged = step_and_average(settings, perceptual)
+    step, averaged = step_and_average(settings)
     batches, raw = Batches(settings), step.bare_reconstructor
     return Contestant(
         lambda number: step(number, batches), lambda images: raw(images).image, lambda images: averaged(images).image
     )
 
 
-def step_and_average(settings: TrainSettings, perceptual: LPIPS) -> tuple[TrainStep, Reconstructor]:
+def step_and_average(settings: TrainSettings) -> tuple[TrainStep, Reconstructor]:
     """A run's training step from its beginning, and the averaged network."""
-    autoencoder = starting_autoencoder(settings).to(DEVICE)
-    ema = Ema(autoencoder, settings.ema.decay)
-    step = TrainStep(
-        settings,
-        Accelerator(cpu=DEVICE.type == "cpu", mixed_precision="no"),
-        Reconstructor(autoencoder).to(memory_format=LAYOUT),
-        starting_discriminator(settings, 3).to(DEVICE, memory_format=LAYOUT) if settings.gan.weight else None,
-        perceptual,
-        ema,
-    )
-    return step, Reconstructor(ema.module)
+    step = fresh_step(settings, Accelerator(cpu=DEVICE.type == "cpu", mixed_precision="no"))
+    assert step.ema is not None
+    return step, Reconstructor(step.ema.module)
 
 
 if __name__ == "__main__":

@@ -181,7 +181,7 @@ def fresh(settings: TrainSettings, images: list[torch.Tensor], perceptual: LPIPS
 
 
 def start(idea: Idea, settings: TrainSettings, perceptual: LPIPS) -> Started:
-    step, averaged = step_and_average(settings, perceptual)
+    step, averaged = step_and_average(settings)
     small = settings.model_copy(
         update={
             "batch_size": 4 * settings.batch_size,

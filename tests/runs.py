@@ -56,7 +56,7 @@ def largest_difference(a: Path, b: Path) -> float:
     groups = [
         [name for name in moments if name.startswith(f"optimizer.{key}.")] for key in ("autoencoder", "discriminator")
     ]
-    groups.append([name for name in first if name.startswith("step_state.")])
+    groups.append([name for name in first if name.startswith("objectives.")])
     differences = []
     for names in groups:
         ours, theirs = (torch.cat([tensors[name].flatten() for name in names]) for tensors in (first, second))

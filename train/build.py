@@ -111,7 +111,9 @@ def refuse_misfit(autoencoder: ModelMixin, settings: TrainSettings) -> None:
                 f"model.{key}: {_plain(asked[key])}, and init_from brings {_plain(autoencoder.config[key])}: its shape "
                 "stays, so give model={}, or remove init_from"
             )
-    refuse(settings.problems_with(facts_of(autoencoder, settings.init_from)), " with this autoencoder")
+    known = set(settings.problems_with(None))  # told before the autoencoder was there
+    problems = settings.problems_with(facts_of(autoencoder, settings.init_from))
+    refuse((problem for problem in problems if problem not in known), " with this autoencoder")
 
 
 def _plain(value: Any) -> Any:

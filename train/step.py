@@ -58,6 +58,7 @@ class TrainStep:
         }
         self.optimizers = Optimizers(settings, self.bare_reconstructor, objectives)
         self.skipped_steps = self.optimizers.skipped_steps
+        self.mean_over_processes = mean_over_processes
 
     @property
     def networks(self) -> list[nn.Module]:
@@ -80,7 +81,7 @@ class TrainStep:
                 sums |= {name: sums[name] + value if name in sums else value for name, value in values.items()}
         logs = {name: value / passes for name, value in logs.items()}
         before = [buffer.clone() for buffer in self.state.buffers()]
-        reduced = mean_over_processes({name: value / passes for name, value in means.items()}, self.accelerator)
+        reduced = self.mean_over_processes({name: value / passes for name, value in means.items()}, self.accelerator)
         for objective in self.objectives.values():
             objective.remember(reduced, logs)
         norms, skipped = self.optimizers(step)

@@ -146,31 +146,18 @@ class KL(Objective[KLSettings]):
         return ""
 
     def backward(self, p: Pass) -> None:
-        own, rates, elements = self.own, p.out.rates, p.batch.images[0].numel()
+        own, rates = self.own, p.out.rates
         if not any(rate.requires_grad for rate in rates):  # the encoder is fixed, or there is no posterior
             return
-        loss = kl = kl_loss(rates, elements)
-        dimensions = sum(rate[0].numel() for rate in rates)
-        p.logs["kl"] = kl.detach()
-        p.logs["kl_per_dimension"] = kl.detach() * (elements / dimensions)
-        # of the micro-batch; in the log they are averaged over passes and processes
-        active = [(rate.detach().mean((0, 2, 3)) >= ACTIVE_NATS).float() for rate in rates]
-        p.logs["active_channels"] = torch.cat(active).mean()
-        if len(rates) > 1:
-            p.logs |= {f"kl_level_{n}": kl_loss([rate.detach()], elements) for n, rate in enumerate(rates, start=1)}
-            p.logs |= {f"active_level_{n}": part.mean() for n, part in enumerate(active, start=1)}
-        if own.free_bits:
-            loss, p.logs["kl_free"] = free_bits_loss(rates, elements, own.free_bits)
-        if own.kl_capacity:
-            capacity = capacity_at(p.step, own, self.run.steps)
-            loss = capacity_loss(rates, elements, capacity)
-            p.logs["kl_capacity"] = torch.full_like(kl.detach(), capacity)
+        capacity = capacity_at(p.step, own, self.run.steps)
+        loss, logs = kl_terms(own, rates, p.batch.images[0].numel(), capacity)
+        p.logs |= logs
         if own.kl_target:
-            p.global_means["kl/per_dimension"] = p.logs["kl_per_dimension"]
+            p.global_means["kl/per_dimension"] = logs["kl_per_dimension"]
         weight = self.control[0].exp() if own.kl_target else weight_at(p.step, own, self.run.steps)
         p.logs["kl_weight"] = torch.ones_like(loss.detach()) * weight
         if p.likelihood is not None:
-            p.logs["bits_per_dimension"] = bits_per_dimension(p.logs[p.likelihood] + p.logs["kl"], p.likelihood)
+            p.logs["bits_per_dimension"] = bits_per_dimension(p.logs[p.likelihood] + logs["kl"], p.likelihood)
         p.send_loss(loss, weight * p.batch.encoded_area)
 
     def remember(self, means: Mapping[str, Tensor], logs: dict[str, Tensor]) -> None:
@@ -207,6 +194,34 @@ def weight_at(step: int, own: KLSettings, steps: int) -> float:
 def capacity_at(step: int, own: KLSettings, steps: int) -> float:
     """Nats per image that the KL is drawn to in this step (0-based): from 0 up in a line, then constant."""
     return own.kl_capacity * min(1.0, step / (own.kl_capacity_steps or steps))
+
+
+def kl_terms(
+    own: KLSettings, rates: Sequence[Tensor], image_elements: int, capacity: float = 0.0
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The KL term before its weight, and what to log.
+
+    Args:
+        own: Free bits, and whether there is a capacity.
+        rates: KL of each latent dimension in nats, N x c x h x w, for each level of the latent.
+        image_elements: C x H x W.
+        capacity: That of this step, nats per image.
+    """
+    loss = kl = kl_loss(rates, image_elements)
+    dimensions = sum(rate[0].numel() for rate in rates)
+    logs = {"kl": kl.detach(), "kl_per_dimension": kl.detach() * (image_elements / dimensions)}
+    # of the micro-batch; in the log they are averaged over passes and processes
+    active = [(rate.detach().mean((0, 2, 3)) >= ACTIVE_NATS).float() for rate in rates]
+    logs["active_channels"] = torch.cat(active).mean()
+    if len(rates) > 1:
+        logs |= {f"kl_level_{n}": kl_loss([rate.detach()], image_elements) for n, rate in enumerate(rates, start=1)}
+        logs |= {f"active_level_{n}": part.mean() for n, part in enumerate(active, start=1)}
+    if own.free_bits:
+        loss, logs["kl_free"] = free_bits_loss(rates, image_elements, own.free_bits)
+    if own.kl_capacity:
+        loss = capacity_loss(rates, image_elements, capacity)
+        logs["kl_capacity"] = torch.full_like(kl.detach(), capacity)
+    return loss, logs
 
 
 def kl_loss(rates: Sequence[Tensor], image_elements: int) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from latent_ae_train import step as step_module
+from latent_ae.objectives import gan as gan_module
 from tests.distributed import children, split
 from tests.distributed.split import (
     BROKEN_STEPS,
@@ -32,7 +32,9 @@ pytestmark = pytest.mark.trained
 TOLERANCE = 1e-5
 NAMES = ("pixels", "latents", "capacity", "AutoencoderTiny, taught", *SHAPES)
 AUTOENCODER, DISCRIMINATOR = "gradient of the autoencoder", "gradient of the discriminator"
-LOGVAR = "gradient of the log-variance"
+LOGVAR = "gradient of reconstruction.logvar"
+WEIGHT, LECAM = "gan.balance.weight", "gan.lecam_averages"
+CONTROL, ALIGNMENT = "kl.control", "alignment.balance.weight"
 
 
 @pytest.fixture(scope="module")
@@ -64,12 +66,12 @@ def on_two(place: Path, references: dict[str, Reference]) -> dict[str, dict[str,
 def test_what_is_compared_is_there(references: dict[str, Reference], name: str) -> None:
     """Both networks' gradients, and each number that is taken over the global batch moves."""
     seen = references[name].seen
-    expected = {AUTOENCODER} | ({DISCRIMINATOR, "adaptive_weight", "lecam_averages"} if name != "capacity" else set())
+    expected = {AUTOENCODER} | ({DISCRIMINATOR, WEIGHT, LECAM} if name != "capacity" else set())
     more = {
         "pixels": {LOGVAR},
-        "latents": {"kl_control", "alignment_weight"},
+        "latents": {CONTROL, ALIGNMENT},
         "capacity": {LOGVAR},
-        "VQModel": {"code_age", "revived codes"},
+        "VQModel": {"codebook.code_age", "revived codes"},
     }
     for key in expected | more.get(name, set()):
         assert sum(bool(one[key].any()) for one in seen) > 1, key
@@ -101,10 +103,10 @@ def test_processes_give_the_same_gradients(
         ("latents", "bypass", {AUTOENCODER}),
         ("pixels", "bypass_discriminator", {DISCRIMINATOR}),
         ("latents", "bypass_discriminator", {DISCRIMINATOR}),
-        ("pixels", "local_weight", {"adaptive_weight"}),
-        ("latents", "local_weight", {"adaptive_weight"}),
-        ("pixels", "forgotten", {"adaptive_weight", "lecam_averages", LOGVAR}),
-        ("latents", "forgotten", {"adaptive_weight", "lecam_averages", "kl_control", "alignment_weight"}),
+        ("pixels", "local_weight", {WEIGHT}),
+        ("latents", "local_weight", {WEIGHT}),
+        ("pixels", "forgotten", {WEIGHT, LECAM, LOGVAR}),
+        ("latents", "forgotten", {WEIGHT, LECAM, CONTROL, ALIGNMENT}),
     ],
 )
 def test_a_broken_step_is_noticed(
@@ -121,14 +123,14 @@ def test_a_discriminator_that_learns_from_the_generators_loss_is_noticed(
 ) -> None:
     states, seen = references[name]
     step = build_step(split_settings(cases(place)[name], 8), Distance())
-    original = step_module.generator_loss
+    original = gan_module.generator_loss
 
     def leaking(*arguments: Any) -> torch.Tensor:
         objective = original(*arguments)
         objective.backward(inputs=list(step.objectives["gan"].adversary.parameters()), retain_graph=True)
         return objective
 
-    monkeypatch.setattr(step_module, "generator_loss", leaking)
+    monkeypatch.setattr(gan_module, "generator_loss", leaking)
     found = differences([seen[number] for number in BROKEN_STEPS], observed_from(states, step, BROKEN_STEPS))
     assert {key for key, difference in found.items() if difference > TOLERANCE} == {DISCRIMINATOR}, found
     assert found[DISCRIMINATOR] >= 100 * TOLERANCE

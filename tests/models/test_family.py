@@ -18,9 +18,7 @@ from latent_ae.models.reconstruct import Reconstructor
 from latent_ae.models.registry import class_of, module_of
 from latent_ae.models.settings import ModelSettings
 from latent_ae.objectives.codebook import code_counts, codebook_loss, perplexity
-from latent_ae_train.build import compile_networks, starting_autoencoder
-from latent_ae_train.micro_batch import MicroBatch
-from latent_ae_train.revival import revive_codes
+from latent_ae_train.build import compile_blocks, starting_autoencoder
 from tests.runs import SHAPES, difference_of_the_third_step, differing_tensors, family_words, words
 from tests.tiny import SIDE, build_step, micro_batches, settings_for
 
@@ -101,24 +99,29 @@ def test_reviving_puts_more_codes_to_use(pictures: Path, tmp_path: Path) -> None
 def test_a_code_starts_again_after_so_many_steps_without_use() -> None:
     settings = settings_for(model={"kind": "VQModel", "config": SHAPES["VQModel"]}, loss={"revive_after": 2})
     step = build_step(settings)
-    images = next(micro_batches(0, settings)).images
-    step(0, iter([MicroBatch(images, torch.zeros(8, 3, 8, 8), slice(None), None)]))
-    codebook, moments = (
-        step.bare_reconstructor.codebook,
-        step.optimizers.autoencoder.state[step.bare_reconstructor.codebook],
-    )
-    step.objectives["codebook"].code_age.zero_()
+    step(0, micro_batches(0, settings, latent=(3, 8, 8)))
+    objective, model, optimizer = step.objectives["codebook"], step.bare_reconstructor, step.optimizers.autoencoder
+    codebook, moments = model.codebook, optimizer.state[model.codebook]
+
+    def after(number: int, counts: torch.Tensor, skipped: torch.Tensor) -> None:
+        """The step's own part rolls back what is remembered when it was skipped."""
+        before = objective.code_age.clone()
+        objective.remember({"codebook/counts": counts}, {})
+        objective.after_update(number, skipped, model, optimizer)
+        objective.code_age.copy_(torch.where(skipped, before, objective.code_age))
+
+    objective.code_age.zero_()
     moments["exp_avg"].fill_(1.0)
     before = codebook.detach().clone()
     good, bad = torch.tensor(False), torch.tensor(True)
     always, once = torch.eye(32)[0], torch.eye(32)[:2].sum(0)
     for number, counts in enumerate((always, once), start=1):
-        revive_codes(step, number, counts, good)
+        after(number, counts, good)
         assert torch.equal(codebook, before)
-    revive_codes(step, 3, always, bad)
-    assert torch.equal(codebook, before) and step.objectives["codebook"].code_age.tolist() == [0, 0] + [2] * 30
-    revive_codes(step, 3, always, good)
-    assert step.objectives["codebook"].code_age.tolist() == [0, 1] + [0] * 30
+    after(3, always, bad)
+    assert torch.equal(codebook, before) and objective.code_age.tolist() == [0, 0] + [2] * 30
+    after(3, always, good)
+    assert objective.code_age.tolist() == [0, 1] + [0] * 30
     assert torch.equal(codebook[:2], before[:2]) and (codebook[2:] != before[2:]).any(1).all()
     assert step.fresh_codes is not None and step.fresh_codes.shape == (64, 3)
     assert (codebook[2:, None] == step.fresh_codes).all(2).any(1).all(), "each is a latent of the step's first sample"
@@ -198,7 +201,7 @@ def test_what_init_from_brings_learns_as_a_fresh_one_does(tmp_path: Path, kind: 
 def test_every_class_has_blocks_that_compile(kind: str) -> None:
     """Or `compile` would be a word without a meaning there."""
     network = build_autoencoder(ModelSettings(kind=kind, config=SHAPES[kind]), sample_size=SIDE)
-    compile_networks(network, None)
+    compile_blocks(network)
     for part in (network.encoder, network.decoder):
         compiled = [module for module in part.modules() if module._compiled_call_impl is not None]
         within = {id(weight) for module in compiled for weight in module.parameters()}

@@ -17,9 +17,8 @@ from latent_ae.models.hierarchical import HierarchicalVAE, packed
 from latent_ae.models.loading import first_stage
 from latent_ae.models.posterior import draw
 from latent_ae.models.reconstruct import Reconstructor
-from latent_ae.objectives.kl import free_bits_loss, kl_loss
+from latent_ae.objectives.kl import free_bits_loss, kl_loss, kl_terms
 from latent_ae_train.settings import LossSettings
-from latent_ae_train.terms import rate_loss
 from tests.runs import difference_of_the_third_step, differing_tensors, family_words, words
 from tests.tiny_models import tiny
 
@@ -202,7 +201,7 @@ def test_a_pass_decodes_what_was_drawn(model: HierarchicalVAE) -> None:
 def test_the_log_has_each_levels_rate(model: HierarchicalVAE) -> None:
     """Nats per image element, which sum to kl; and free bits are a floor for the channels of all levels."""
     drawn = draw(model, IMAGES, noise_for(3))
-    objective, means = rate_loss(LossSettings(kl=1.0), drawn.rates, IMAGES[0].numel())
+    objective, means = kl_terms(LossSettings(kl=1.0), drawn.rates, IMAGES[0].numel())
     levels = distributions(model, IMAGES, model.unpacked(drawn.latent))
     for number, (own, prior) in enumerate(levels, start=1):
         expected = kl_divergence(own, prior).sum().item() / IMAGES.numel()

@@ -15,10 +15,9 @@ from latent_ae.__main__ import main
 from latent_ae.config import UserError, load_settings
 from latent_ae.objectives.alignment import alignment_loss
 from latent_ae.pretrained.vision import VisionModel
-from latent_ae_train.micro_batch import as_drawn
 from latent_ae_train.settings import TrainSettings
 from tests.runs import differing_tensors, words
-from tests.tiny import GAN, build_step, micro_batches, moved, settings_for, weights
+from tests.tiny import GAN, SIDE, build_step, micro_batches, moved, settings_for, weights
 from tests.tiny_vision import MEAN, PATCH, STD, save_vision_model
 
 transformers = pytest.importorskip("transformers")
@@ -31,9 +30,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_off_means_nothing_is_there() -> None:
     step = build_step(settings_for())
-    assert step.objectives["alignment"].vision is None and not any(
-        "projection" in name for name in weights(step.bare_reconstructor)
-    )
+    assert "alignment" not in step.objectives and not any("heads" in name for name in weights(step.bare_reconstructor))
     assert not any(name.startswith("alignment") for name in step(0, micro_batches(0, step.settings)))
 
 
@@ -88,12 +85,13 @@ def test_the_term_alone_moves_the_encoder_and_raises_the_cosine(folder: Path) ->
         loss={"pixel_weight": 0.0}, alignment={"model": str(folder), "adaptive": False}, optim={"lr": 3e-3}
     )
     step = build_step(settings)
-    before, frozen = weights(step.bare_reconstructor), weights(step.objectives["alignment"].vision)
+    vision = step.objectives["alignment"].vision
+    before, frozen = weights(step.bare_reconstructor), weights(vision)
     logs = [step(number, micro_batches(number, settings)) for number in range(40)]
     changed = moved(before, weights(step.bare_reconstructor))
-    assert {"autoencoder.encoder.conv_in.weight", "projection.weight"} <= changed
+    assert {"autoencoder.encoder.conv_in.weight", "heads.alignment.weight"} <= changed
     assert not any(".decoder." in name or "post_quant" in name for name in changed)
-    assert not moved(frozen, weights(step.objectives["alignment"].vision))
+    assert not moved(frozen, weights(vision))
     first, last = (sum(float(log["alignment_similarity"]) for log in part) / 5 for part in (logs[:5], logs[-5:]))
     assert last > first + 0.2
 
@@ -118,14 +116,14 @@ def test_the_adaptive_weight_and_the_whole_gradient_are_those_of_va_vae(folder: 
         """Image, alignment and KL terms over the global batch in one pass, and the area that is reconstructed."""
         whole = settings.model_copy(update={"micro_batch_size": None})
         (batch,) = micro_batches(number, whole)
-        drawn, images, _ = as_drawn(batch, number, whole)
-        result = model(images, drawn.noise, drawn.change)
-        terms = alignment_loss(
-            result.projected, step.objectives["alignment"].vision(images, result.latent.shape[-1]), 0.5, 0.25
-        )
-        kl = 0.5 * (result.mean**2 + result.logvar.exp() - 1 - result.logvar).sum() / images.numel()
-        area = drawn.images[0].numel() / batch.images[0].numel()  # sums over a sample count by it
-        return area * (result.image - drawn.images).abs().mean(), terms[0] + terms[1], kl, area
+        for objective in step.objectives.values():
+            batch = objective.prepare(batch, number)
+        result = model(batch.images, batch.noise, batch.transforms)
+        features = step.objectives["alignment"].vision(batch.images, result.latent.shape[-1])
+        terms = alignment_loss(result.heads["alignment"], features, 0.5, 0.25)
+        kl = 0.5 * (result.mean**2 + result.logvar.exp() - 1 - result.logvar).sum() / batch.images.numel()
+        area = (batch.target.shape[-1] / SIDE) ** 2  # sums over a sample count by it
+        return area * (result.image - batch.target).abs().mean(), terms[0] + terms[1], kl, area
 
     model = build_step(settings).bare_reconstructor
     first = step(0, micro_batches(0, settings))
@@ -135,7 +133,7 @@ def test_the_adaptive_weight_and_the_whole_gradient_are_those_of_va_vae(folder: 
     expected = float(norms[0] / (norms[1] + 1e-4)) / area  # at full size; 1e-4 as in the authors' code
     assert float(step.objectives["alignment"].balance.weight) == pytest.approx(expected, rel=1e-4)
     assert float(first["alignment_weight"]) == pytest.approx(0.1 * expected, rel=1e-4)
-    assert not gradients["projection.weight"].any(), "the first step only measures"
+    assert not gradients["heads.alignment.weight"].any(), "the first step only measures"
     step(1, micro_batches(1, settings))
     image, alignment, kl, area = losses(1, model)
     (image + 0.1 * area * expected * alignment + 1e-2 * kl).backward()
@@ -145,12 +143,10 @@ def test_the_adaptive_weight_and_the_whole_gradient_are_those_of_va_vae(folder: 
 
 def test_what_is_aligned_already_keeps_the_weight(folder: Path) -> None:
     step = build_step(settings_for(alignment={"model": str(folder)}))
-    step.objectives["alignment"].balance.weight.fill_(2.0)
-    measured = {"encoder_image": torch.ones(3), "encoder_alignment": torch.zeros(3)}
-    from latent_ae_train.schedule import GanPhase
-
-    step.state.remember(measured, GanPhase(False, 0.0), step.settings, step.accelerator)
-    assert float(step.objectives["alignment"].balance.weight) == 2.0 and "encoder_image" not in measured
+    alignment = step.objectives["alignment"]
+    alignment.balance.weight.fill_(2.0)
+    alignment.remember({"alignment/reconstruction": torch.ones(3), "alignment/term": torch.zeros(3)}, {})
+    assert float(alignment.balance.weight) == 2.0
 
 
 def everything(folder: Path) -> dict[str, Any]:
@@ -182,8 +178,8 @@ def test_a_run_with_everything_goes_on_bit_for_bit(
     assert main(words(pictures, parts, *more)) == 0
     last = "checkpoints/step-00000006"
     assert differing_tensors(whole / last, parts / last) == []
-    assert load_file(parts / last / "projection.safetensors")["weight"].shape == (16, 4, 1, 1)
-    assert not any("projection" in name for name in load_file(parts / last / "ema.safetensors"))
+    assert load_file(parts / last / "heads.safetensors")["alignment.weight"].shape == (16, 4, 1, 1)
+    assert not any("heads" in name for name in load_file(parts / last / "ema.safetensors"))
     events = [json.loads(line) for line in (whole / "log.jsonl").read_text().splitlines()]
     line = [event for event in events if event["event"] == "train"][-1]
     assert {"alignment_cosine", "alignment_distance", "alignment_similarity", "alignment_weight"} <= line.keys()

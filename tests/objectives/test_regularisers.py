@@ -1,24 +1,35 @@
 """Regularisers of the latents: each against its formula, in the step, and in what it does to a tiny real network."""
 
 from collections import Counter
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from latent_ae.config import UserError, load_settings
-from latent_ae.models.latent_changes import LatentChange, changed
 from latent_ae.models.posterior import kl_per_dimension
 from latent_ae.models.reconstruct import Reconstructor
+from latent_ae.objectives import channel_masking, equivariance, kl, latent_noise
+from latent_ae.objectives.channel_masking import first_channels
+from latent_ae.objectives.equivariance import Change, change_at, scaled_and_turned
 from latent_ae.objectives.kl import kl_loss
-from latent_ae_train import micro_batch, terms
-from latent_ae_train.micro_batch import latent_change
-from latent_ae_train.schedule import equivariance_at
+from latent_ae.objectives.latent_noise import noised
 from latent_ae_train.settings import TrainSettings
 from latent_ae_train.step import TrainStep
-from tests.tiny import GAN, LATENT, SIDE, build_step, global_batch, micro_batches, settings_for
+from tests.tiny import GAN, LATENT, SIDE, build_step, drawing, global_batch, micro_batches, settings_for
 
 FACTOR = SIDE // LATENT[1]
+
+
+def drawn_at(step: int, settings: TrainSettings, side_px: int = LATENT[1], factor: int = FACTOR) -> Change | None:
+    """What is scaled and turned in a step."""
+    return change_at(step, settings.latents, settings.facts(), side_px, factor)
+
+
+def draws(settings: TrainSettings, numbers: Sequence[int]) -> list[torch.Tensor]:
+    """Levels and noise of latents.noise, and channels of latents.min_channels, for the samples `numbers`."""
+    return [tensor for one in drawing(settings) for tensor in one.draw(numbers, LATENT)]
 
 
 def inputs_of(module: torch.nn.Module) -> list[torch.Tensor]:
@@ -32,20 +43,19 @@ def test_changes_are_their_formulas() -> None:
     generator = torch.Generator().manual_seed(0)
     latent, noise = torch.randn(3, 4, 8, 8, generator=generator), 3 * torch.randn(3, 4, 8, 8, generator=generator)
     level, kept = torch.tensor([0.0, 0.25, 0.9]), torch.tensor([4, 1, 2])
-    out = changed(latent, LatentChange(level, noise, kept, side_px=5, quarter_turns=3))
+    out = scaled_and_turned(first_channels(noised(latent, level, noise), kept), 5, 3)
     for n in range(3):
         mixed = (1 - level[n]) * latent[n] + level[n] * noise[n]
         mixed[int(kept[n]) :] = 0.0
         # the two calls of EQ-VAE's code
         small = F.interpolate(mixed[None], scale_factor=5 / 8, mode="bilinear", align_corners=False)
         torch.testing.assert_close(out[n : n + 1], torch.rot90(small, k=3, dims=[-1, -2]))
-    assert changed(latent, LatentChange()) is latent
 
 
 def test_sizes_and_turns_are_those_of_eq_vae() -> None:
     """A 32 px latent: factors 8/32 ... 31/32, turns 1 to 3, p = 0.5, a quarter of the rest at low resolution."""
     settings = settings_for(data={"resolution": 256}, latents={"equivariance": 0.5}, gan={**GAN, "layers": 3})
-    drawn = [equivariance_at(step, settings, 32, 8) for step in range(4000)]
+    drawn = [drawn_at(step, settings, 32, 8) for step in range(4000)]
     kinds = Counter(None if one is None else one.of_latent for one in drawn)
     assert kinds[True] / 4000 == pytest.approx(0.5, abs=0.03) and kinds[False] / 4000 == pytest.approx(0.125, abs=0.02)
     sides = Counter(one.side_px for one in drawn if one is not None)
@@ -53,27 +63,27 @@ def test_sizes_and_turns_are_those_of_eq_vae() -> None:
     turns = Counter(one.quarter_turns for one in drawn if one is not None and one.of_latent)
     assert set(turns) == {1, 2, 3} and max(turns.values()) < 1.2 * min(turns.values())
     assert {one.quarter_turns for one in drawn if one is not None and not one.of_latent} == {0}
-    assert drawn == [equivariance_at(step, settings, 32, 8) for step in range(4000)]
+    assert drawn == [drawn_at(step, settings, 32, 8) for step in range(4000)]
     other = settings.model_copy(update={"seed": 1})
-    assert drawn != [equivariance_at(step, other, 32, 8) for step in range(4000)]
+    assert drawn != [drawn_at(step, other, 32, 8) for step in range(4000)]
 
 
 def test_no_image_is_smaller_than_the_losses_can_look_at() -> None:
     settings = settings_for(data={"resolution": 64}, latents={"equivariance": 1.0}, gan={**GAN, "layers": 3})
-    sides = {equivariance_at(step, settings, 16, 4).side_px for step in range(400)}
+    sides = {drawn_at(step, settings, 16, 4).side_px for step in range(400)}
     assert sides == set(range(6, 16))  # 3 * 2^3 px
 
 
 def test_samples_draw_for_themselves() -> None:
     """The same sample has the same noise and channels in any batch; levels and counts are uniform."""
     settings = settings_for(latents={"noise": 2.0, "min_channels": 2})
-    whole = latent_change(settings, range(300), LATENT, lambda tensor: tensor)
-    part = latent_change(settings, [7, 250], LATENT, lambda tensor: tensor)
-    for name in ("noise_level", "noise", "kept_channels"):
-        assert torch.equal(getattr(whole, name)[[7, 250]], getattr(part, name)), name
-    assert float(whole.noise_level.mean()) == pytest.approx(0.5, abs=0.05) and float(whole.noise_level.max()) > 0.95
-    assert float(whole.noise.std()) == pytest.approx(2.0, rel=0.02)
-    counts = Counter(whole.kept_channels.tolist())
+    whole, part = draws(settings, range(300)), draws(settings, [7, 250])
+    for ours, theirs in zip(whole, part, strict=True):
+        assert torch.equal(ours[[7, 250]], theirs)
+    level, noise, kept = whole
+    assert float(level.mean()) == pytest.approx(0.5, abs=0.05) and float(level.max()) > 0.95
+    assert float(noise.std()) == pytest.approx(2.0, rel=0.02)
+    counts = Counter(kept.tolist())
     assert set(counts) == {2, 3, 4} and min(counts.values()) > 70
 
 
@@ -82,11 +92,9 @@ def test_every_loss_sees_the_matching_image(of_latent: bool) -> None:
     """Decoder and encoder get what was drawn, and the discriminator the transformed photograph as the real one."""
     settings = settings_for(latents={"equivariance": 0.5}, gan=GAN, loss={"kl": 1e-3}, batch_size=4)
     number = next(
-        step
-        for step in range(100)
-        if (one := equivariance_at(step, settings, LATENT[1], FACTOR)) is not None and one.of_latent == of_latent
+        step for step in range(100) if (one := drawn_at(step, settings)) is not None and one.of_latent == of_latent
     )
-    drawn = equivariance_at(number, settings, LATENT[1], FACTOR)
+    drawn = drawn_at(number, settings)
     step = build_step(settings)
     model = step.bare_reconstructor
     encoded, decoded = inputs_of(model.autoencoder.encoder), inputs_of(model.autoencoder.decoder)
@@ -126,7 +134,7 @@ def test_a_scaled_step_counts_as_much_as_in_eq_vaes_sums(kind: str, clamp: float
         batch_size=4,
         micro_batch_size=2,
     )
-    kinds = {step: equivariance_at(step, settings, LATENT[1], FACTOR) for step in range(100)}
+    kinds = {step: drawn_at(step, settings) for step in range(100)}
     number = next(step for step, one in kinds.items() if (one and one.of_latent) == wanted)
     drawn = kinds[number]
     step = build_step(settings)
@@ -178,14 +186,14 @@ def test_the_whole_gradient_is_the_textbook_one() -> None:
     )
     means = step(3, micro_batches(3, settings))
     reference, (images, noise) = build_step(settings).bare_reconstructor.autoencoder, global_batch(3, settings)
-    drawn = equivariance_at(3, settings, LATENT[1], FACTOR)
+    drawn = drawn_at(3, settings)
     numbers = range(3 * 4, 3 * 4 + 4)
-    change = latent_change(settings, numbers, LATENT, lambda tensor: tensor)
+    levels, latent_noise, kept = draws(settings, numbers)
     posterior = reference.encode(images).latent_dist
     latent = posterior.mean + posterior.std * noise
-    level = change.noise_level.view(4, 1, 1, 1)
-    latent = (1 - level) * latent + level * change.noise
-    latent = latent * (torch.arange(4)[None] < change.kept_channels[:, None]).view(4, 4, 1, 1)
+    level = levels.view(4, 1, 1, 1)
+    latent = (1 - level) * latent + level * latent_noise
+    latent = latent * (torch.arange(4)[None] < kept[:, None]).view(4, 4, 1, 1)
     size = (drawn.side_px,) * 2
     latent, target = (
         torch.rot90(
@@ -204,19 +212,22 @@ def test_the_whole_gradient_is_the_textbook_one() -> None:
         torch.testing.assert_close(gradients[f"autoencoder.{name}"], parameter.grad, rtol=1e-4, atol=1e-7, msg=name)
     rates = [kl_per_dimension(posterior.mean, posterior.logvar)]
     assert float(means["kl"]) == pytest.approx(kl_loss(rates, 3 * SIDE * SIDE).item())
-    assert float(means["kept_channels"]) == change.kept_channels.float().mean()
-    assert float(means["noise_level"]) == pytest.approx(float(change.noise_level.mean()))
+    assert float(means["kept_channels"]) == kept.float().mean()
+    assert float(means["noise_level"]) == pytest.approx(float(levels.mean()))
 
 
 def test_off_costs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     used: list[str] = []
-    for name in ("scaled_and_turned", "equivariance_at", "latent_noise", "kept_channels", "free_bits_loss"):
-        module = terms if name == "free_bits_loss" else micro_batch
+    places = {
+        **{"scaled_and_turned": equivariance, "change_at": equivariance, "latent_noise": latent_noise},
+        **{"noised": latent_noise, "kept_channels": channel_masking, "first_channels": channel_masking},
+        "free_bits_loss": kl,
+    }
+    for name, module in places.items():
         original = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *a, _n=name, _f=original, **k: (used.append(_n), _f(*a, **k))[1])
-    monkeypatch.setattr("latent_ae.models.reconstruct.changed", lambda *a: used.append("changed"))
     settings = settings_for(loss={"kl": 1e-3}, gan=GAN)
-    assert next(micro_batches(0, settings)).change is None
+    assert not any(next(micro_batches(0, settings)).draws.values())
     means = build_step(settings)(0, micro_batches(0, settings))
     assert used == [] and not {"scale", "noise_level", "kept_channels", "kl_free"} & set(means)
 
@@ -231,13 +242,17 @@ def trained(step: TrainStep, count: int) -> Reconstructor:
     return step.bare_reconstructor
 
 
-def error(model: Reconstructor, change: LatentChange) -> float:
-    """Mean absolute error on images that were not trained on."""
+def error(
+    model: Reconstructor, transform: Callable[[torch.Tensor, int], torch.Tensor], of_image: bool = False
+) -> float:
+    """Mean absolute error on images that were not trained on, from latents that were transformed; and their images.
+
+    `transform` takes a tensor and how many of its px are one of the latent.
+    """
     images, _ = global_batch(10_000, settings_for(batch_size=32))
-    side = None if change.side_px is None else change.side_px * FACTOR
     with torch.no_grad():
-        image = model(images, None, change).image
-    return float((image - changed(images, LatentChange(side_px=side, quarter_turns=change.quarter_turns))).abs().mean())
+        image = model(images, None, (lambda latent: transform(latent, 1),)).image
+    return float((image - (transform(images, FACTOR) if of_image else images)).abs().mean())
 
 
 def test_equivariance_training_makes_latents_equivariant() -> None:
@@ -246,7 +261,9 @@ def test_equivariance_training_makes_latents_equivariant() -> None:
     for share in (0.0, 0.5):
         step = build_step(settings_for(batch_size=4, optim={"lr": 3e-3}, latents={"equivariance": share}))
         model = trained(step, 150)
-        errors.append(sum(error(model, LatentChange(side_px=s, quarter_turns=q)) for s, q in ((4, 1), (6, 2), (5, 3))))
+        sizes = ((4, 1), (6, 2), (5, 3))
+        turned = (lambda x, px, s=s, q=q: scaled_and_turned(x, s * px, q) for s, q in sizes)
+        errors.append(sum(error(model, transform, of_image=True) for transform in turned))
     assert errors[1] < 0.8 * errors[0]
 
 
@@ -262,7 +279,8 @@ def test_masking_brings_what_matters_to_the_front() -> None:
             model.post_quant_conv.weight.copy_(model.post_quant_conv.weight.flip(1))
         trained(step, 100)
         kept = [torch.full((32,), number) for number in (1, 2, 3)]
-        errors.append([error(step.bare_reconstructor, LatentChange(kept_channels=number)) for number in kept])
+        masks = (lambda latent, _, k=k: first_channels(latent, k) for k in kept)
+        errors.append([error(step.bare_reconstructor, mask) for mask in masks])
     plain, masked = errors
     assert all(ours < 0.9 * theirs for ours, theirs in zip(masked, plain, strict=True))
     assert masked[0] > 1.3 * masked[1] > 1.3 * masked[2]
@@ -273,7 +291,7 @@ def test_noise_makes_a_decoder_that_bears_noise() -> None:
     noise = 3 * global_batch(10_000, settings_for(batch_size=32))[1]
     for gamma in (0.0, 3.0):
         step = build_step(settings_for(batch_size=4, optim={"lr": 1e-3}, model=LINEAR, latents={"noise": gamma}))
-        errors.append(error(trained(step, 100), LatentChange(torch.full((32,), 0.2), noise)))
+        errors.append(error(trained(step, 100), lambda latent, _: noised(latent, torch.full((32,), 0.2), noise)))
     assert errors[1] < 0.6 * errors[0]
 
 

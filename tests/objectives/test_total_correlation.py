@@ -14,8 +14,9 @@ from latent_ae.config import UserError, load_settings
 from latent_ae.data.rng import permutations
 from latent_ae.models.posterior import kl_per_dimension
 from latent_ae.models.reconstruct import Reconstruction
+from latent_ae.objectives.base import Batch, Pass
 from latent_ae.objectives.kl import capacity_at, capacity_loss
-from latent_ae.objectives.total_correlation import TotalCorrelation
+from latent_ae.objectives.total_correlation import LatentDiscriminator, TotalCorrelation
 from latent_ae_train.settings import LossSettings, TrainSettings
 from tests.runs import differing_tensors, words
 from tests.tiny import build_step, global_batch, micro_batches, moved, settings_for, weights
@@ -102,13 +103,19 @@ def test_both_gradients_are_those_of_algorithm_2() -> None:
 def test_the_estimate_is_that_of_gaussians() -> None:
     """The total correlation of a Gaussian with correlation r is -ln(1 - r^2) / 2."""
     torch.manual_seed(0)
-    judge = TotalCorrelation(2, 32, seed=0)
+    judge = LatentDiscriminator(2, 32)
+    settings = settings_for(loss=FACTOR_VAE)
+    objective = TotalCorrelation(settings.loss, settings.facts(), judge)
     optimizer = torch.optim.Adam(judge.parameters(), 3e-3, betas=(0.5, 0.9))
     estimates = []
     for step in range(300):
         a, b = torch.randn(2, 512)
         latent = torch.stack([a, 0.8 * a + 0.6 * b], 1)[:, :, None, None].requires_grad_()
-        _, means = judge.gradient(Reconstruction(latent, latent, latent, latent, latent), step)
+        out = Reconstruction(latent, latent, latent, latent, latent)
+        batch = Batch(latent, latent, latent, range(512), full_size=2)
+        passed = Pass(batch, out, step, 1, None, {"total_correlation": judge}, None)
+        objective.backward(passed)
+        means = passed.logs
         estimates.append(float(means["total_correlation"]))
         optimizer.step()
         optimizer.zero_grad()

@@ -62,7 +62,7 @@ def test_a_disk_that_fills_up_while_saving(
     file: str, whole: Path, pictures: Path, tmp_path: Path, capsys: Any, monkeypatch: Any
 ) -> None:
     """`file` is the one that no longer fits."""
-    written = ["autoencoder", "ema", "discriminator", "step_state"]
+    written = ["autoencoder", "ema", "discriminator", "objectives"]
     names = ["config.json", *(f"{name}.safetensors" for name in written), "optimizer.pt", "state.json"]
     sizes = {name: (whole / "checkpoints/step-00000006" / name).stat().st_size for name in names}
     page = os.sysconf("SC_PAGESIZE")

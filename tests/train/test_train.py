@@ -339,20 +339,25 @@ def test_decoder_only_keeps_latents_and_scaling(finished: Path, pictures: Path, 
 
 def test_the_discriminator_of_a_checkpoint(finished: Path, tmp_path: Path) -> None:
     from latent_ae.config import UserError, load_settings
-    from latent_ae_train.build import starting_discriminator
+    from latent_ae.models.build import build_autoencoder
+    from latent_ae.objectives import GAN
     from latent_ae_train.settings import TrainSettings
+
+    def discriminator(settings: TrainSettings) -> torch.nn.Module:
+        autoencoder = build_autoencoder(settings.model, sample_size=16)
+        return GAN.build(settings.gan, settings.facts(), autoencoder, torch.device("cpu")).adversary
 
     stored = load_file(finished / "checkpoints/step-00000006/discriminator.safetensors")
     for place in (finished, finished / "checkpoints/step-00000006"):
         settings = load_settings(TrainSettings, None, ["gan.channels=8", "gan.layers=1", f"gan.init_from={place}"])
-        network = starting_discriminator(settings, 3)
+        network = discriminator(settings)
         assert all(torch.equal(tensor, stored[name]) for name, tensor in network.state_dict().items())
     settings = load_settings(TrainSettings, None, [f"gan.init_from={finished}"])
     with pytest.raises(UserError, match="another shape"):
-        starting_discriminator(settings, 3)
+        discriminator(settings)
     settings = load_settings(TrainSettings, None, [f"gan.init_from={tmp_path}"])
     with pytest.raises(UserError, match="neither a checkpoint with a discriminator nor a run"):
-        starting_discriminator(settings, 3)
+        discriminator(settings)
 
 
 @pytest.mark.parametrize("dry", [[], ["--dry-run"]])
