@@ -11,8 +11,8 @@ from typing import Any, Generic, TypeVar
 
 from latent_ae import command_line
 from latent_ae.config import Settings, UserError, changed_settings, close_word, load_settings, own_key
+from latent_ae.metrics.labels import short_name
 from latent_ae.text import printable
-from latent_ae_eval.labels import short_name
 
 JOBS = ("recon", "latents", "interpolate", "probe", "anomaly", "likelihood", "sample", "factors", "diffusion")
 """Each is a package with a `JOB`; `eval compare` takes results instead of a model and is apart."""

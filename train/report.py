@@ -9,7 +9,7 @@ from typing import Any
 from PIL import Image
 
 from latent_ae.config import to_yaml
-from latent_ae.export.model_card import METRIC_NAMES
+from latent_ae.metrics.labels import NAMES
 from latent_ae.objectives import OBJECTIVES
 from latent_ae.objectives.base import Objective
 from latent_ae.report import page
@@ -80,7 +80,7 @@ def write_report(
             sections.append(page.section(heading, page.figure(picture, caption, jpeg_quality=92)))
     charts = [
         page.line_chart(_series(held_out, [key]), title=f"Held-out {name}")
-        for key, name in METRIC_NAMES.items()
+        for key, name in NAMES.items()
         if _series(held_out, [key])
     ]
     drawn = {
@@ -97,10 +97,9 @@ def write_report(
 
 def result_rows(results: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     """Rows of the final table out of summaries by name ("bicubic /4", "before", "after")."""
-    keys = [key for key in METRIC_NAMES if any(summary.get(key) is not None for summary in results.values())]
+    keys = [key for key in NAMES if any(summary.get(key) is not None for summary in results.values())]
     return [
-        {"": name} | {METRIC_NAMES[key]: _rounded(key, summary.get(key)) for key in keys}
-        for name, summary in results.items()
+        {"": name} | {NAMES[key]: _rounded(key, summary.get(key)) for key in keys} for name, summary in results.items()
     ]
 
 
@@ -139,7 +138,7 @@ def decline(rows: Sequence[dict[str, Any]]) -> str | None:
     named = {row[""]: row for row in rows}
     before, after = named.get("before", {}), named.get("after", {})
     worse = []
-    for key, name in METRIC_NAMES.items():
+    for key, name in NAMES.items():
         if before.get(name) is None or after.get(name) is None:
             continue
         change = float(after[name]) - float(before[name])

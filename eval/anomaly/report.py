@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from latent_ae.data.images import to_tensor
+from latent_ae.metrics.labels import short_name
 from latent_ae.report import page
 from latent_ae.report.pictures import picture_grid, to_picture
-from latent_ae_eval.labels import short_name
 from latent_ae_eval.table import Row, aligned
 
 NAMES = {

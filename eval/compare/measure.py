@@ -15,6 +15,7 @@ import numpy as np
 
 from latent_ae.config import UserError
 from latent_ae.files import write_json, writing
+from latent_ae.metrics.labels import in_order, label_of
 from latent_ae.report import page
 from latent_ae_eval.compare.results import (
     ImageTable,
@@ -25,7 +26,6 @@ from latent_ae_eval.compare.results import (
     read_images,
     read_result,
 )
-from latent_ae_eval.labels import in_order, label_of
 
 Figure = tuple[str, str]
 """A latent kind and a metric."""

@@ -5,9 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from latent_ae.report import page
-from latent_ae.text import printable
-from latent_ae_eval.labels import (
+from latent_ae.metrics.labels import (
     ARROWS,
     difference,
     difference_span,
@@ -19,6 +17,8 @@ from latent_ae_eval.labels import (
     short_name,
     span,
 )
+from latent_ae.report import page
+from latent_ae.text import printable
 from latent_ae_eval.table import Row, aligned
 
 EXPLANATION = (

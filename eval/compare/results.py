@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from latent_ae.config import UserError
+from latent_ae.metrics.labels import number, pair, short_name
 from latent_ae.report.page import flattened
 from latent_ae.text import choice_in_words
-from latent_ae_eval.labels import number, pair, short_name
 from latent_ae_eval.manifest import FORMAT
 
 NOT_COMPARED = ("latents", "changed", "changed.latents")

@@ -5,10 +5,10 @@ from typing import Any
 
 from PIL import Image
 
+from latent_ae.metrics.labels import label_of, pair, rounded, span
 from latent_ae.pretrained.weights import how_to_get
 from latent_ae.report import page
 from latent_ae_eval.generation.settings import DiffusionSettings
-from latent_ae_eval.labels import label_of, pair, rounded, span
 from latent_ae_eval.table import Row
 
 APART_BY_ROOTS = (

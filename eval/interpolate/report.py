@@ -6,8 +6,8 @@ from typing import Any
 
 from PIL import Image
 
+from latent_ae.metrics.labels import short_name
 from latent_ae.report import page
-from latent_ae_eval.labels import short_name
 from latent_ae_eval.table import Row, aligned
 
 ABOUT = (

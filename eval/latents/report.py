@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from latent_ae.metrics.labels import label_of, short_name
 from latent_ae.report import page
-from latent_ae_eval.labels import label_of, short_name
 from latent_ae_eval.table import Row, aligned, to_look_at
 
 MARKS = {"fine": "fine", "look": "look here", "problem": "problem"}

@@ -6,10 +6,10 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from latent_ae.metrics.labels import short_name
 from latent_ae.report import page
 from latent_ae.report.page import Finding
 from latent_ae.report.pictures import to_picture
-from latent_ae_eval.labels import short_name
 from latent_ae_eval.table import Row, aligned, to_look_at
 
 NAMES = {

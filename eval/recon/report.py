@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from latent_ae.data.images import to_uint8
+from latent_ae.metrics.labels import ARROWS, in_order, label_of, number, pair, rounded, short_name, span
 from latent_ae.pretrained.weights import how_to_get
 from latent_ae.report import page
 from latent_ae.report.pictures import to_picture
-from latent_ae_eval.labels import ARROWS, in_order, label_of, number, pair, rounded, short_name, span
 from latent_ae_eval.table import Row, aligned
 
 ERROR_GAIN = 4

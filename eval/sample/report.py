@@ -6,6 +6,7 @@ from typing import Any
 
 from PIL import Image
 
+from latent_ae.metrics.labels import short_name
 from latent_ae.report import page
 from latent_ae_eval.generation.report import (
     APART_BY_ROOTS,
@@ -15,7 +16,6 @@ from latent_ae_eval.generation.report import (
     how_measured,
     pictures_beside,
 )
-from latent_ae_eval.labels import short_name
 from latent_ae_eval.sample.settings import SampleSettings
 from latent_ae_eval.table import Row, aligned
 

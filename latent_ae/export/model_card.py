@@ -11,19 +11,10 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from latent_ae.export.precision import verdict
 from latent_ae.latents.statistics import LatentStatistics
+from latent_ae.metrics.labels import NAMES
 from latent_ae.models.build import count_parameters, factor_of, latent_channels_of
 from latent_ae.models.registry import family_of, module_of
 from latent_ae.text import printable
-
-METRIC_NAMES = {
-    "psnr": "PSNR (dB)",
-    "ssim": "SSIM",
-    "ms_ssim": "MS-SSIM",
-    "lpips_vgg": "LPIPS (VGG)",
-    "lpips_alex": "LPIPS (Alex)",
-    "frechet_vgg16": "Fréchet (VGG16)",
-    "frechet_alexnet": "Fréchet (AlexNet)",
-}
 
 
 @dataclass(frozen=True)
@@ -66,7 +57,7 @@ def model_card(
 
     `precision`: what `probe_precision` found, with that of `probe_tiling` as "tiling", if it was asked.
     """
-    measured = {key: facts.metrics[key] for key in METRIC_NAMES if facts.metrics.get(key) is not None}
+    measured = {key: facts.metrics[key] for key in NAMES if facts.metrics.get(key) is not None}
     results = [
         EvalResult(
             task_type="image-to-image",
@@ -75,7 +66,7 @@ def model_card(
             dataset_name=facts.data_name,
             dataset_split=facts.split,
             metric_type=key.removesuffix("_vgg").removesuffix("_alex"),
-            metric_name=METRIC_NAMES[key],
+            metric_name=NAMES[key],
             metric_value=value,
         )
         for key, value in measured.items()
@@ -213,14 +204,14 @@ def _precision_text(precision: Mapping[str, Any]) -> str:
 
 
 def _metric_text(facts: CardFacts, factor: int) -> str:
-    measured = [key for key in METRIC_NAMES if facts.metrics.get(key) is not None]
+    measured = [key for key in NAMES if facts.metrics.get(key) is not None]
     if not measured:
         return ""
     rows = [("this model", facts.metrics)]
     if facts.baseline:
         rows.append((f"bicubic, {factor}x down and up", facts.baseline))
     lines = [
-        "| " + " | ".join(["", *(METRIC_NAMES[key] for key in measured)]) + " |",
+        "| " + " | ".join(["", *(NAMES[key] for key in measured)]) + " |",
         "|---" + "|---:" * len(measured) + "|",
         *(
             "| " + " | ".join([name, *(_figure_text(values.get(key)) for key in measured)]) + " |"

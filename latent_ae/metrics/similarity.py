@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from latent_ae.data.images import to_uint8
 from latent_ae.metrics.distances import frechet_of_features
+from latent_ae.metrics.labels import METRICS
 from latent_ae.pretrained.lpips import LPIPS, TRUNKS, Net
 
 Row = dict[str, Any]
@@ -27,7 +28,6 @@ SSIM_C1, SSIM_C2 = 0.01**2, 0.03**2
 MS_SSIM_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
 MS_SSIM_MIN_PX = SSIM_WINDOW_PX * 2 ** (len(MS_SSIM_WEIGHTS) - 1)
 """176: smaller images have no room for the window at the coarsest scale."""
-METRICS = ("psnr", "ssim", "ms_ssim", "lpips_vgg", "lpips_alex")
 RESAMPLES = 1000
 FEWEST = 20
 """Images under which a bootstrap's interval is much too narrow to be given."""

@@ -149,8 +149,8 @@ class Objective(nn.Module, Generic[S]):
         lr_scale: Learning rate of its parameters, relative to the autoencoder's.
 
     Args:
-        own: Its settings.
-        run: What it may know of the run.
+        own: Its settings; None where it has none.
+        run: What it may know of the run; `train` sets it for objectives that it is given.
     """
 
     name: ClassVar[str]
@@ -166,9 +166,12 @@ class Objective(nn.Module, Generic[S]):
     own: S
     run: RunFacts
 
-    def __init__(self, own: S, run: RunFacts) -> None:
+    def __init__(self, own: S | None = None, run: RunFacts | None = None) -> None:
         super().__init__()
-        self.own, self.run = own, run
+        if own is not None:
+            self.own = own
+        if run is not None:
+            self.run = run
 
     def hold(self, **networks: nn.Module | None) -> None:
         """Keeps networks as attributes without registering them."""

@@ -16,9 +16,9 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from latent_ae.__main__ import main
 from latent_ae.config import UserError
+from latent_ae.metrics.labels import short_name
 from latent_ae.pretrained.lpips import LPIPS
 from latent_ae_eval.job import default_folder
-from latent_ae_eval.labels import short_name
 from latent_ae_eval.recon.measure import evaluate_reconstruction
 from latent_ae_eval.recon.settings import ReconSettings
 from tests.distributed.launch import DISTRIBUTED, launch

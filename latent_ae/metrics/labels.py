@@ -5,6 +5,9 @@ from collections.abc import Iterable
 from numbers import Real
 from typing import Any, Literal, NamedTuple
 
+METRICS = ("psnr", "ssim", "ms_ssim", "lpips_vgg", "lpips_alex")
+"""Measured image by image."""
+
 
 class Label(NamedTuple):
     name: str
@@ -27,6 +30,12 @@ LABELS = {
     "fid": Label("rFID", "lower", 3),
     "kid": Label("KID", "lower", 5),
 }
+NAMES = {
+    **{key: LABELS[key].name for key in METRICS},
+    "frechet_vgg16": "Fréchet (VGG16)",
+    "frechet_alexnet": "Fréchet (AlexNet)",
+}
+"""What `ReconstructionMetrics` gives, as training and model cards call it."""
 ARROWS = "↑ higher is better, ↓ lower is better."
 FRECHET, KERNEL = "frechet_", "kernel_"
 
