@@ -3,13 +3,13 @@
 import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import get_int_from_env
 from torch import Tensor
-from tqdm import tqdm
 
 from latent_ae.config import UserError
 from latent_ae.data.held_out import Framing, HeldOutImage, HeldOutImages
@@ -17,6 +17,7 @@ from latent_ae.data.sources import ImageSource
 from latent_ae.models.loading import CPU_BATCH_PX, FirstStage
 from latent_ae.pretrained.lpips import LPIPS, TRUNKS, Net
 from latent_ae.pretrained.weights import briefly
+from latent_ae.progress import progress_bar
 from latent_ae_eval.inputs import checked_factor, opened_model, processes
 from latent_ae_eval.settings import JobSettings
 
@@ -52,12 +53,11 @@ def images_for(stage: FirstStage, source: ImageSource, settings: JobSettings, da
 
 def watched(images: HeldOutImages, total: int, task: str, bad: list[str], progress: bool) -> Iterator[HeldOutImage]:
     """The images, with a bar on stderr; names of those that could not be read go into `bad`, with the reason."""
-    interval = 0.5 if sys.stderr.isatty() else 30
-    with tqdm(total=total, desc=task, unit="image", disable=not progress, mininterval=interval) as bar:
+    with progress_bar(task, total, "image", disable=not progress) as shown:
         for item in images.items():
             if item.image is None:
                 bad.append(f"{item.name}: {item.reason}")
-            bar.update()
+            shown.update()
             yield item
 
 
@@ -112,12 +112,36 @@ def lpips_or_reason(
         return None, f"LPIPS is missing: {briefly(error)}"
 
 
+def opened(
+    job: str, model: Any, settings: JobSettings, out: str | Path | None
+) -> tuple[torch.device, FirstStage, Path | None]:
+    """What every job of one process begins with: the device, a first stage with latents, and the folder of `out`.
+
+    The folder is made before the work, so that one that cannot be written costs no waiting.
+    """
+    folder = None if out is None else Path(out)
+    if folder is not None:
+        make_folder(folder)
+    device = one_process(job, settings)
+    return device, latent_model(job, model, settings, device), folder
+
+
 def make_folder(folder: Path) -> None:
-    """Before the work, so that a folder that cannot be written costs no waiting."""
+    """Raises UserError where it cannot be made."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out: cannot make the folder {folder}: {error.strerror}") from error
+
+
+@contextmanager
+def written_into(folder: Path, names: Sequence[str]) -> Iterator[None]:
+    """A block that writes the files `names` into the folder of --out; then says so. Raises UserError where it fails."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"--out: cannot write into {folder}: {error.strerror or error}") from error
+    print(f"wrote {', '.join(names)} into {folder}", file=sys.stderr)
 
 
 def write_json(path: Path, result: dict[str, Any]) -> None:

@@ -5,12 +5,12 @@ import sys
 from tqdm import tqdm
 
 
-def bar(what: str, total: int, unit: str, *, initial: int = 0, disable: bool = False) -> tqdm:
-    """A progress bar named `what` over `total` units; where stderr is a file it grows by a line every 15 seconds."""
+def progress_bar(what: str | None, total: int | None, unit: str, *, initial: int = 0, disable: bool = False) -> tqdm:
+    """A progress bar named `what` over `total` units (None: unknown); in a file it grows by a line every 15 seconds."""
     return tqdm(
         total=total,
         initial=initial,
-        desc=what or None,
+        desc=what,
         unit=unit,
         disable=disable,
         mininterval=0.5 if sys.stderr.isatty() else 15,

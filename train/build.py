@@ -12,7 +12,7 @@ from latent_ae.config import UserError, refuse
 from latent_ae.export import pipelines
 from latent_ae.export.pipelines import SHAPE
 from latent_ae.models.build import build_autoencoder, facts_of, load_autoencoder
-from latent_ae.models.registry import BLOCKS
+from latent_ae.models.registry import BLOCKS, family_of
 from latent_ae.models.run_checkpoint import checkpoint_at
 from latent_ae.models.settings import ModelSettings
 from latent_ae.objectives.base import Objective
@@ -111,6 +111,12 @@ def refuse_misfit(autoencoder: ModelMixin, settings: TrainSettings) -> None:
                 f"model.{key}: {_plain(asked[key])}, and init_from brings {_plain(autoencoder.config[key])}: its shape "
                 "stays, so give model={}, or remove init_from"
             )
+    checkpoints = autoencoder._supports_gradient_checkpointing and family_of(autoencoder).gradient_checkpointing
+    if settings.gradient_checkpointing and not checkpoints:
+        raise UserError(
+            f"gradient_checkpointing: diffusers has none that is right for {settings.init_from or f'this {kind}'} "
+            f"({kind}): set it to false; a smaller micro_batch_size saves memory, too"
+        )
     known = set(settings.problems_with(None))  # told before the autoencoder was there
     problems = settings.problems_with(facts_of(autoencoder, settings.init_from))
     refuse((problem for problem in problems if problem not in known), " with this autoencoder")

@@ -11,12 +11,13 @@ from latent_ae.config import UserError
 from latent_ae.data.loader import Batch as LoadedBatch
 from latent_ae.data.loader import ImageSource, posterior_noise, stop_if_too_many_bad, training_batches
 from latent_ae.data.settings import DataSettings
+from latent_ae.models.build import factor_of, latent_channels_of
 from latent_ae.objectives.base import Batch, Objective
 
 from .agreement import gathered, hosts
 from .checkpoint import Checkpoint
 from .log import Log
-from .settings import TrainSettings
+from .step import TrainStep
 
 
 class BadFiles:
@@ -92,38 +93,27 @@ class Feed:
     """The loader's batches as micro-batches on the device; counts the unreadable files met.
 
     Args:
-        settings: The run's.
-        accelerator: Its rank decides on the share of each global batch.
+        step: What is fed; its objectives draw for the samples, its rank decides on the share of each batch.
         source: The training images.
-        objectives: They draw for the samples.
-        channels: Channels of the images.
-        latent_shape: c x h x w of a crop's latent.
         log: Where unreadable files are named.
         first_step: The step to begin with.
         stream_state: Where this process's stream stands then; None for stored images.
     """
 
     def __init__(
-        self,
-        settings: TrainSettings,
-        accelerator: Accelerator,
-        source: ImageSource,
-        objectives: Sequence[Objective[Any]],
-        *,
-        channels: int,
-        latent_shape: tuple[int, ...],
-        log: Log,
-        first_step: int,
-        stream_state: dict[str, Any] | None,
+        self, step: TrainStep, source: ImageSource, log: Log, first_step: int, stream_state: dict[str, Any] | None
     ):
-        self.settings, self.objectives = settings, objectives
-        self.channels, self.latent_shape, self.device = channels, latent_shape, accelerator.device
+        self.settings, self.objectives = step.settings, list(step.objectives.values())
+        settings, accelerator, autoencoder = step.settings, step.accelerator, step.bare_reconstructor.autoencoder
+        self.channels, self.device = int(autoencoder.config.in_channels), accelerator.device
+        side = settings.data.resolution // factor_of(autoencoder)
+        self.latent_shape = (latent_channels_of(autoencoder), side, side)
         self.bad_files = BadFiles(accelerator, settings.data, source, log)
         self.stream_state: dict[str, Any] | None = None
         self.batches = training_batches(
             source,
             settings.data,
-            channels=channels,
+            channels=self.channels,
             seed=settings.seed,
             batch_size=settings.batch_size,
             micro_batch_size=settings.micro_batch,

@@ -22,7 +22,7 @@ from latent_ae.models.posterior import draw
 from latent_ae.models.reconstruct import Reconstructor
 from latent_ae.models.registry import family_of
 from latent_ae.objectives.base import Objective
-from latent_ae.progress import bar, now
+from latent_ae.progress import now, progress_bar
 
 from .agreement import Agreed, gathered
 from .report import decline, read_log, remarks_on, result_rows, text_table, write_report
@@ -141,7 +141,7 @@ def measure_latents(
         world_size=processes,
     )
     statistics, failure = LatentStatistics(), ""
-    progress = bar("latent statistics", STATISTICS_CROPS, "img", disable=not accelerator.is_main_process)
+    progress = progress_bar("latent statistics", STATISTICS_CROPS, "img", disable=not accelerator.is_main_process)
     with torch.no_grad(), progress:
         for _ in range(-(-STATISTICS_CROPS // (micro_batch * processes))):
             try:

@@ -19,7 +19,7 @@ from latent_ae.config import UserError
 from latent_ae.files import writing
 from latent_ae.objectives import OBJECTIVES
 from latent_ae.objectives.base import Objective
-from latent_ae.progress import bar
+from latent_ae.progress import progress_bar
 from latent_ae.text import printable
 
 from .agreement import Agreed, on_main
@@ -56,8 +56,8 @@ class Log:
         self.not_finite: list[str] = []
         if accelerator.is_main_process:
             _drop_torn_line(self.path)
-        self.progress = bar(
-            "",
+        self.progress = progress_bar(
+            None,
             settings.steps * settings.batch_size,
             "img",
             initial=first_step * settings.batch_size,

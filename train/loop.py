@@ -12,7 +12,7 @@ from accelerate.utils import DistributedDataParallelKwargs
 from latent_ae.arithmetic import float32_arithmetic, training_memory_format
 from latent_ae.config import UserError
 from latent_ae.data.loader import open_images
-from latent_ae.models.build import factor_of, latent_channels_of
+from latent_ae.models.build import factor_of
 from latent_ae.models.reconstruct import Reconstructor
 from latent_ae.objectives import Reconstruction
 from latent_ae.objectives.base import Objective
@@ -31,7 +31,7 @@ from .data import Feed, stream_state_of
 from .finish import finish_run, finished_results, push_export, show_results
 from .log import Log
 from .optim import Ema
-from .preflight import preflight
+from .preflight import preflight, try_passes
 from .report import held_out_distances
 from .run import changes_since, cut_back, only_training_in, write_config
 from .settings import TrainSettings
@@ -116,27 +116,16 @@ def _train(
             preflight(run, settings, step)
             cut_back(run, first_step if checkpoint is not None else -1)
         log = Log(run, accelerator, settings, first_step, [type(objective) for objective in objectives])
-    latent_shape = (latent_channels_of(autoencoder), *(2 * [settings.data.resolution // factor]))
-    feed = Feed(
-        settings,
-        accelerator,
-        source,
-        objectives,
-        channels=channels,
-        latent_shape=latent_shape,
-        log=log,
-        first_step=first_step,
-        stream_state=stream_state,
-    )
+    feed = Feed(step, source, log, first_step, stream_state)
     with Agreed(accelerator):
         if first_step < settings.steps:
-            step.try_passes(feed.on_device(feed.gray()))
+            try_passes(step, feed.on_device(feed.gray()))
 
-    done = first_step
+    number = first_step
     try:
         log.begin(first_step, changes if checkpoint is not None else None, validator)
-        if due(done, settings.validation.every, settings.steps):
-            validate(log, validator, averaged, done)
+        if due(first_step, settings.validation.every, settings.steps):
+            validate(log, validator, averaged, first_step)
         prune(run, settings, accelerator)
         with StopSignals() as stop:
             for number in range(first_step, settings.steps):
@@ -168,7 +157,7 @@ def _train(
         results = finish_run(run, settings, accelerator, averaged, source, validator, objectives)
     except BaseException:
         log.progress.close()
-        _say_how_to_go_on(run, done, accelerator)
+        _say_how_to_go_on(run, number, accelerator)
         raise
     return _ended(accelerator, run, settings, results)
 
@@ -220,7 +209,7 @@ def _ended(accelerator: Accelerator, run: Path, settings: TrainSettings, results
     return results
 
 
-def _say_how_to_go_on(run: Path, done: int, accelerator: Accelerator) -> None:
+def _say_how_to_go_on(run: Path, number: int, accelerator: Accelerator) -> None:
     if not accelerator.is_main_process:
         return
     saved = complete_checkpoints(run)
@@ -228,4 +217,4 @@ def _say_how_to_go_on(run: Path, done: int, accelerator: Accelerator) -> None:
         where = f"the checkpoint of step {saved[-1].step:,} is kept; the same command goes on from it"
     else:
         where = "no checkpoint was due yet (checkpoint.every); the same command starts from the beginning"
-    print(f"training stopped in step {done + 1:,}: {where}", file=sys.stderr)
+    print(f"training stopped in step {number + 1:,}: {where}", file=sys.stderr)

@@ -14,6 +14,7 @@ from latent_ae.config import UserError
 from latent_ae.export.write import check_upload, refuse_foreign
 from latent_ae.files import amount, writing
 from latent_ae.models.build import count_parameters
+from latent_ae.objectives.base import Batch
 
 from .report import write_report
 from .settings import TrainSettings
@@ -21,6 +22,8 @@ from .step import TrainStep
 
 BYTES = 4
 """Per float32."""
+DEAREST_OF = 1000
+"""So many of the run's last steps are looked through for the one that needs the most memory."""
 
 
 def preflight(run: Path, settings: TrainSettings, train_step: TrainStep) -> None:
@@ -61,6 +64,41 @@ def preflight(run: Path, settings: TrainSettings, train_step: TrainStep) -> None
     ]
     if differing:
         raise RuntimeError(f"stock diffusers would load other weights than these: {differing[0]}")
+
+
+def try_passes(step: TrainStep, batch: Batch) -> None:
+    """Takes one micro-batch through the dearest of the run's last steps, beside memory for the optimizers' state.
+
+    It leaves everything as it was and waits for no other process. Raises UserError when the device has not enough
+    memory.
+    """
+    steps = range(max(0, step.settings.steps - DEAREST_OF), step.settings.steps)
+    dearest = max(steps, key=lambda number: sum(one.cost(number) for one in step.objectives.values()))
+    buffers = [buffer for network in step.networks for buffer in network.buffers()]
+    before = [buffer.clone() for buffer in buffers]
+    wrapped = step.reconstructor, step.adversaries
+    # those that are wrapped would wait for the others' buffers
+    step.reconstructor, step.adversaries = step.bare_reconstructor, step.bare_adversaries
+    for network in step.bare_adversaries.values():
+        network.train()
+    try:
+        placeholder = step.optimizers.memory_placeholder()
+        step.forward_backward(batch, dearest)
+        if step.accelerator.device.type == "cuda":
+            torch.cuda.synchronize()
+        del placeholder
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"a micro-batch of {len(batch.images)} images of {batch.images.shape[-1]} px does not fit into the memory "
+            f"of {step.accelerator.device} as the last steps will have it: lower micro_batch_size, or set "
+            f"gradient_checkpointing=true or precision=bf16 ({' '.join(str(error).split())[:200]})"
+        ) from error
+    finally:
+        step.reconstructor, step.adversaries = wrapped
+        for network in (*step.networks, step.state):
+            network.zero_grad(set_to_none=True)
+        for buffer, value in zip(buffers, before, strict=True):
+            buffer.copy_(value)
 
 
 def _warn_of_slow_bf16(settings: TrainSettings, device: torch.device) -> None:

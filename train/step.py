@@ -21,9 +21,6 @@ from latent_ae.objectives.base import Batch, Objective, Pass
 from .optim import Ema, Optimizers
 from .settings import TrainSettings
 
-DEAREST_OF = 1000
-"""So many of the run's last steps are looked through for the one that needs the most memory."""
-
 
 class TrainStep:
     """Networks, objectives and optimizers; calling it with the step's number makes one update of all of them.
@@ -46,6 +43,9 @@ class TrainStep:
     ):
         self.settings, self.accelerator, self.ema = settings, accelerator, ema
         self.objectives = {objective.name: objective for objective in objectives}
+        if len(self.objectives) < len(objectives):
+            names = ", ".join(objective.name for objective in objectives)
+            raise UserError(f"objectives: each needs a name of its own; these are called {names}")
         self.state = nn.ModuleDict(self.objectives)
         heads = {name: head for name, one in self.objectives.items() if (head := one.head()) is not None}
         layout = training_memory_format(accelerator.device)
@@ -76,7 +76,7 @@ class TrainStep:
             for network in self.bare_adversaries.values():
                 network.train(index == 0)
             with nullcontext() if index == passes - 1 else self.without_synchronisation():
-                done = self.forward_backward(next(batches), step)
+                done = self.forward_backward(next(batches), step, index == 0)
             for sums, values in ((logs, done.logs), (means, done.global_means)):
                 sums |= {name: sums[name] + value if name in sums else value for name, value in values.items()}
         logs = {name: value / passes for name, value in logs.items()}
@@ -93,55 +93,27 @@ class TrainStep:
             self.ema.update(self.bare_reconstructor.autoencoder, step)
         return logs | norms
 
-    def forward_backward(self, batch: Batch, step: int) -> Pass:
+    def forward_backward(self, batch: Batch, step: int, first: bool = True) -> Pass:
         """Adds this micro-batch's gradients of all networks."""
         with self.autocast():
             for objective in self.objectives.values():
                 batch = objective.prepare(batch, step)
             out = self.reconstructor(batch.images, batch.noise, batch.transforms, batch.decode)
         done = Pass(
-            batch, out, step, self.settings.accumulation, self.bare_reconstructor, self.adversaries, self.autocast
+            batch,
+            out,
+            step,
+            self.settings.accumulation,
+            self.bare_reconstructor,
+            self.adversaries,
+            self.autocast,
+            first,
         )
         for objective in self.objectives.values():
             objective.backward(done)
         done.backward()
         done.logs["latent_std"] = out.latent.detach().std()
         return done
-
-    def try_passes(self, batch: Batch) -> None:
-        """One micro-batch as in the dearest of the run's last steps, beside the optimizers' state.
-
-        Leaves everything as it was and waits for no other process. Raises UserError when the device has not enough
-        memory.
-        """
-        steps = range(max(0, self.settings.steps - DEAREST_OF), self.settings.steps)
-        dearest = max(steps, key=lambda step: sum(one.cost(step) for one in self.objectives.values()))
-        buffers = [buffer for network in self.networks for buffer in network.buffers()]
-        before = [buffer.clone() for buffer in buffers]
-        wrapped = self.reconstructor, self.adversaries
-        # those that are wrapped would wait for the others' buffers
-        self.reconstructor, self.adversaries = self.bare_reconstructor, self.bare_adversaries
-        for network in self.bare_adversaries.values():
-            network.train()
-        try:
-            placeholder = self.optimizers.memory_placeholder()
-            self.forward_backward(batch, dearest)
-            if self.accelerator.device.type == "cuda":
-                torch.cuda.synchronize()
-            del placeholder
-        except torch.OutOfMemoryError as error:
-            raise UserError(
-                f"a micro-batch of {len(batch.images)} images of {batch.images.shape[-1]} px does not fit into the "
-                f"memory of {self.accelerator.device} as the last steps will have it: lower micro_batch_size, or set "
-                f"gradient_checkpointing=true or precision=bf16 ({' '.join(str(error).split())[:200]})"
-            ) from error
-        finally:
-            self.reconstructor, self.adversaries = wrapped
-            for network in self.networks:
-                network.zero_grad(set_to_none=True)
-            self.state.zero_grad(set_to_none=True)
-            for buffer, value in zip(buffers, before, strict=True):
-                buffer.copy_(value)
 
     def autocast(self, enabled: bool = True) -> torch.autocast:
         """The precision of the networks' passes."""

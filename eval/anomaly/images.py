@@ -1,6 +1,5 @@
 """The images of a search for anomalies: which are normal, pasted defects, and their scores batch by batch."""
 
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,6 +13,7 @@ from latent_ae.data.held_out import HeldOutImage
 from latent_ae.data.labels import Classes, find_classes
 from latent_ae.data.sources import StoredImages, StreamSource
 from latent_ae.models.loading import FirstStage
+from latent_ae.progress import progress_bar
 from latent_ae.text import printable
 from latent_ae_eval.anomaly.defects import Defect, paste_defect
 from latent_ae_eval.anomaly.report import Finding
@@ -78,13 +78,7 @@ class Work:
 
     def scored(self, part: Part, location: str) -> Iterator[tuple[Scored, list[Tensor | None]]]:
         """Batches with their scores and masks; rows are added to the part."""
-        bar = tqdm(
-            total=len(part.source),
-            desc=f"anomaly: {part.name}",
-            unit="image",
-            disable=not self.progress,
-            mininterval=0.5 if sys.stderr.isatty() else 30,
-        )
+        bar = progress_bar(f"anomaly: {part.name}", len(part.source), "image", disable=not self.progress)
         with bar:  # which an image that is refused closes, too
             for items, scored, defects in self._batches(part, location, range(len(part.source)), bar):
                 for i, item in enumerate(items):

@@ -6,7 +6,6 @@ result = find_anomalies("runs/bottles", "bottles/test", AnomalySettings(normal="
 """
 
 import math
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from latent_ae_eval.anomaly.roc import FEWEST_SCORES, PixelScores, auroc, auroc_
 from latent_ae_eval.anomaly.scores import Scorer, negative_elbo
 from latent_ae_eval.anomaly.settings import AnomalySettings
 from latent_ae_eval.inputs import opened_model
-from latent_ae_eval.jobs import lpips_or_reason, make_folder, one_process, write_json
+from latent_ae_eval.jobs import lpips_or_reason, make_folder, one_process, write_json, written_into
 from latent_ae_eval.manifest import versions
 
 FORMAT = "latent-ae anomaly 1"
@@ -205,7 +204,8 @@ def _write(folder: Path, result: dict[str, Any], part: Part, work: Work, rank_by
         for name, score in (("pixel_error", "pixel_max"), ("lpips", "lpips_max"))
         if score in work.scorer.names
     }
-    try:
+    files = ["result.json", "images.parquet", "report.html", "pictures.png", *(["maps/"] if settings.maps else [])]
+    with written_into(folder, files):
         write_json(folder / "result.json", result)
         table = pa.Table.from_pylist([{k: v for k, v in row.items() if k != "numbers"} for row in part.rows])
         pa.parquet.write_table(table, folder / "images.parquet.part")
@@ -222,10 +222,6 @@ def _write(folder: Path, result: dict[str, Any], part: Part, work: Work, rank_by
         }
         write_pictures(folder / "pictures.png", found, tops)
         write_anomaly_report(folder / "report.html", result, part.rows, found, tops, rank_by)
-    except OSError as error:
-        raise UserError(f"--out: cannot write into {folder}: {error.strerror or error}") from error
-    files = "result.json, images.parquet, report.html, pictures.png" + (", maps/" if settings.maps else "")
-    print(f"wrote {files} into {folder}", file=sys.stderr)
 
 
 def chosen(rows: Sequence[dict[str, Any]], rank_by: str, count: int) -> dict[str, list[dict[str, Any]]]:

@@ -5,7 +5,6 @@ result = factors("runs/beta-vae", "blobs.parquet", out="factors")
 print(result["mean"]["mig"], result["sample"]["mig"])
 """
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -31,11 +30,10 @@ from latent_ae_eval.jobs import (
     batches,
     cpu_batch,
     images_for,
-    latent_model,
-    make_folder,
-    one_process,
+    opened,
     watched,
     write_json,
+    written_into,
 )
 from latent_ae_eval.manifest import versions
 
@@ -66,10 +64,7 @@ def factors(
     `MOST_DIMENSIONS` numbers, and several processes.
     """
     settings = settings or FactorsSettings()
-    if out is not None:
-        make_folder(Path(out))
-    device = one_process("factors", settings)
-    stage = latent_model("factors", model, settings, device)
+    device, stage, folder = opened("factors", model, settings, out)
     if not stage.has_posterior:
         raise UserError(f"eval factors needs a posterior that is one Gaussian, and {stage.name} has none")
     source, choice = opened_data(str(data), settings)
@@ -123,14 +118,14 @@ def factors(
         "versions": versions(),
         "notes": notes,
     }
-    if out is not None:
+    if folder is not None:
         shown = active[np.argsort(-variances[active], kind="stable")][:TRAVERSED]
         at = len(rows) // 2 if settings.traversed is None else int(np.searchsorted(rows, settings.traversed))
         if settings.traversed is not None and (at == len(rows) or rows[at] != settings.traversed):
             raise UserError(f"traversed: image {settings.traversed} of {data} is not readable")
         result["traversed"] = {"image": int(rows[at]), "dimensions": shown.tolist()}
         picture = _traversals(stage, torch.from_numpy(means[at]).view(shape), shown, result, settings, device)
-        _write(Path(out), result, picture)
+        _write(folder, result, picture)
     return result
 
 
@@ -230,13 +225,9 @@ def _traversals(
 
 
 def _write(folder: Path, result: dict[str, Any], picture: Image.Image | None) -> None:
-    names = ["result.json", "report.html"]
-    try:
+    names = ["result.json", *(["traversals.png"] if picture is not None else []), "report.html"]
+    with written_into(folder, names):
         if picture is not None:
             picture.save(folder / "traversals.png")
-            names.insert(1, "traversals.png")
         write_json(folder / "result.json", result)
         write_factors_report(folder / "report.html", result, picture)
-    except OSError as error:
-        raise UserError(f"--out: cannot write into {folder}: {error.strerror or error}") from error
-    print(f"wrote {', '.join(names)} into {folder}", file=sys.stderr)

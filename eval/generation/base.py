@@ -3,8 +3,6 @@ them, and sets of images that are compared."""
 
 import hashlib
 import json
-import os
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -34,11 +32,13 @@ from latent_ae.models.loading import FirstStage, load
 from latent_ae.models.registry import FAMILIES
 from latent_ae.only_writer import only_writer
 from latent_ae.pretrained.lpips import TRUNKS
+from latent_ae.progress import progress_bar
 from latent_ae.report.pictures import picture_grid
 from latent_ae_eval.generation.flow import CHOICE_SEED, NULL_CLASS, Trivial, Validation
 from latent_ae_eval.generation.sampling import GRID, KINDS, Features, ImageSet, distances, image_set
 from latent_ae_eval.generation.settings import DiffusionSettings
 from latent_ae_eval.generation.training import Trainer, trained
+from latent_ae_eval.jobs import write_json, written_into
 from latent_ae_eval.manifest import versions
 
 Part = Literal["train", "held_out"]
@@ -326,19 +326,13 @@ class Generation:
         """result.json, samples.png and the page; what an unfinished training left is removed."""
         folder = self.folder
         pictures = {name: picture_grid([list(row) for row in one.shown.split(GRID)]) for name, one in sets.items()}
-        try:
-            part = folder / "result.json.part"
-            part.write_text(json.dumps(result, indent=2), encoding="utf-8")
-            os.replace(part, folder / "result.json")
+        with written_into(folder, ["result.json", "samples.png", page]):
+            write_json(folder / "result.json", result)
             pictures["samples"].save(folder / "samples.png")
             write_page(folder / page, result, pictures)
             (folder / "unfinished" / "training.pt").unlink(missing_ok=True)
             if (folder / "unfinished").is_dir():
                 (folder / "unfinished").rmdir()
-        except OSError as error:
-            raise UserError(f"--out: cannot write into {folder}: {error.strerror or error}") from error
-        if self.progress:
-            print(f"wrote result.json, samples.png and {page} into {folder}", file=sys.stderr)
 
     def save(self, pipeline: DiTPipeline) -> None:
         """For `DiTPipeline.from_pretrained`."""
@@ -355,8 +349,7 @@ class Generation:
         self.processor_seconds[name] = round(time.process_time() - used, 1)
 
     def bar(self, what: str, total: int) -> tqdm:
-        interval = 0.5 if sys.stderr.isatty() else 30
-        return tqdm(total=total, desc=what, unit="image", disable=not self.progress, mininterval=interval)
+        return progress_bar(what, total, "image", disable=not self.progress)
 
 
 def fingerprint(cache: LatentCache) -> str:

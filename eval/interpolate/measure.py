@@ -7,7 +7,6 @@ print(result["means"])
 
 import difflib
 import math
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,6 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from latent_ae.config import UserError
 from latent_ae.data.images import to_uint8
@@ -24,6 +22,7 @@ from latent_ae.data.rng import choice_facts, spread
 from latent_ae.data.sources import StoredImages, StreamSource
 from latent_ae.models.loading import FirstStage
 from latent_ae.pretrained.lpips import LPIPS
+from latent_ae.progress import progress_bar
 from latent_ae.report.pictures import picture_grid
 from latent_ae_eval.inputs import opened_data
 from latent_ae_eval.interpolate.report import write_interpolation_report
@@ -31,11 +30,10 @@ from latent_ae_eval.interpolate.settings import InterpolateSettings
 from latent_ae_eval.jobs import (
     cpu_batch,
     images_for,
-    latent_model,
     lpips_or_reason,
-    make_folder,
-    one_process,
+    opened,
     write_json,
+    written_into,
 )
 from latent_ae_eval.manifest import versions
 
@@ -98,10 +96,7 @@ def interpolate(
     cannot be loaded, images that are not there or not readable, and several processes.
     """
     settings = settings or InterpolateSettings()
-    if out is not None:
-        make_folder(Path(out))
-    device = one_process("interpolate", settings)
-    stage = latent_model("interpolate", model, settings, device)
+    device, stage, folder = opened("interpolate", model, settings, out)
     names, images, choice = _chosen(stage, str(data), settings)
     height, width = images.shape[-2:]
     lpips, why_not = lpips_or_reason(settings.lpips, images.shape[1], min(height, width), device)
@@ -116,9 +111,8 @@ def interpolate(
     legs = [(i, (i + 1) % count) for i in range(count)]
     pairs = legs[:1] if count == 2 else legs
     frames = settings.frames * len(legs) if out is not None and settings.animation else 0
-    interval = 0.5 if sys.stderr.isatty() else 30
     work = 2 * (settings.steps * len(pairs) + frames)
-    with tqdm(total=work, desc="interpolate", unit="image", disable=not progress, mininterval=interval) as bar:
+    with progress_bar("interpolate", work, "image", disable=not progress) as bar:
 
         def walk(leg: tuple[int, int], t: Tensor) -> dict[str, Tensor]:
             """The images at `t` on each path of a leg."""
@@ -170,13 +164,9 @@ def interpolate(
             "versions": versions(),
             "notes": [why_not] if why_not else [],
         }
-        if out is not None:
-            moving = None
-            if frames:
-                moving = _frames(walk, legs, ends, settings.frames)
-            written = _write(Path(out), result, grids, moving, settings)
-    if out is not None:  # below the bar, which is closed by now
-        print(f"wrote {', '.join(written)} into {out}", file=sys.stderr)
+        if folder is not None:
+            moving = _frames(walk, legs, ends, settings.frames) if frames else None
+            _write(folder, result, grids, moving, settings)
     return result
 
 
@@ -291,17 +281,16 @@ def _write(
     grids: Sequence[Image.Image],
     frames: Iterator[Image.Image] | None,
     settings: InterpolateSettings,
-) -> list[str]:
-    """The names of the files."""
+) -> None:
     names, kind = ["result.json", "grid.png", "report.html"], settings.animation or "webp"
     file = folder / f"animation.{kind}"
-    try:
+    names += [file.name] if frames is not None else []
+    with written_into(folder, names):
         if frames is not None:
             first, options = next(frames), {"quality": 80, "method": 2} if kind == "webp" else {"optimize": False}
             part = file.with_name(f"{file.name}.part")
             first.save(part, kind, save_all=True, append_images=frames, duration=FRAME_MS, loop=0, **options)
             part.replace(file)
-            names.append(file.name)
         sheet = Image.new("RGB", (max(grid.width for grid in grids), sum(grid.height for grid in grids)), "white")
         top = 0
         for grid in grids:
@@ -310,6 +299,3 @@ def _write(
         sheet.save(folder / "grid.png")
         write_json(folder / "result.json", result)
         write_interpolation_report(folder / "report.html", result, grids, file if frames is not None else None)
-    except OSError as error:
-        raise UserError(f"--out: cannot write into {folder}: {error.strerror or error}") from error
-    return names

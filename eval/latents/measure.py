@@ -5,10 +5,7 @@ result = evaluate_latents("runs/quickstart/export", "photos")
 print(result["findings"])
 """
 
-import json
 import math
-import os
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -20,7 +17,6 @@ import numpy as np
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from torch import nn
-from tqdm import tqdm
 
 from latent_ae.arithmetic import float32_arithmetic
 from latent_ae.config import UserError
@@ -32,7 +28,9 @@ from latent_ae.metrics.distances import frechet_distance
 from latent_ae.models.loading import FirstStage
 from latent_ae.pretrained.lpips import LPIPS
 from latent_ae.pretrained.weights import briefly
+from latent_ae.progress import progress_bar
 from latent_ae_eval.inputs import checked_factor, opened_data, opened_model, processes, report_skipped, stream_notes
+from latent_ae_eval.jobs import make_folder, write_json, written_into
 from latent_ae_eval.latents.findings import findings
 from latent_ae_eval.latents.health import (
     TRANSFORMS,
@@ -72,10 +70,7 @@ def evaluate_latents(
     """
     settings, started = settings or LatentsSettings(), time.perf_counter()
     if out is not None:
-        try:
-            Path(out).mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"--out: cannot make the folder {out}: {error.strerror}") from error
+        make_folder(Path(out))
     state, device = processes(settings)
     stage = opened_model(model, settings, device)
     if stage.module is None:
@@ -148,7 +143,9 @@ def evaluate_latents(
     seconds = time.perf_counter() - started
     result |= {"device": device.type, "processes": state.num_processes, "seconds": round(seconds, 1)}
     if out is not None and state.is_main_process:
-        _write(Path(out), result)
+        with written_into(Path(out), ["result.json", "latents.html"]):
+            write_json(Path(out) / "result.json", result)
+            write_latents_page(Path(out) / "latents.html", result)
     state.wait_for_everyone()
     return result
 
@@ -172,11 +169,10 @@ def _over_blocks(
     state = PartialState()
     images = replace(images, part=Part(state.process_index, state.num_processes, size))
     share = None if count is None else sum(1 for index in range(count) if images.part.holds(index))
-    interval = 0.5 if sys.stderr.isatty() else 30
     mine: list[Any] = []
     sketch = QuantileSketch()
     failure: UserError | None = None
-    with tqdm(total=share, desc=verb, unit="image", disable=not shows, mininterval=interval) as bar:
+    with progress_bar(verb, share, "image", disable=not shows) as bar:
 
         def counted(items: Any) -> Any:
             for item in items:
@@ -295,14 +291,3 @@ def _changes(decoded: Decoded, settings: LatentsSettings) -> dict[str, Any]:
 
 def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
-
-
-def _write(folder: Path, result: dict[str, Any]) -> None:
-    try:
-        part = folder / "result.json.part"
-        part.write_text(json.dumps(result, indent=2), encoding="utf-8")
-        os.replace(part, folder / "result.json")
-        write_latents_page(folder / "latents.html", result)
-    except OSError as error:
-        raise UserError(f"--out: cannot write into {folder}: {error.strerror or error}") from error
-    print(f"wrote result.json and latents.html into {folder}", file=sys.stderr)

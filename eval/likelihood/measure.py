@@ -6,7 +6,6 @@ print(result["metrics"]["importance_bound"]["bits_per_dimension"])
 """
 
 import math
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +16,6 @@ import pyarrow as pa
 import pyarrow.parquet
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from latent_ae.config import UserError
 from latent_ae.data.held_out import HeldOutImage
@@ -26,9 +24,10 @@ from latent_ae.data.sources import StoredImages, StreamSource
 from latent_ae.metrics.similarity import FEWEST, bootstrap_interval
 from latent_ae.models.likelihood import Likelihood, LikelihoodKind, bits_per_dimension
 from latent_ae.models.loading import FirstStage
+from latent_ae.progress import progress_bar
 from latent_ae.text import printable
 from latent_ae_eval.inputs import opened_data, report_skipped
-from latent_ae_eval.jobs import batches, images_for, latent_model, make_folder, one_process, write_json
+from latent_ae_eval.jobs import batches, images_for, opened, write_json, written_into
 from latent_ae_eval.likelihood.bounds import FIT_VALUES, Estimator, curve_sizes, fitted_scale
 from latent_ae_eval.likelihood.report import Shown, findings, write_likelihood_report
 from latent_ae_eval.likelihood.settings import LikelihoodSettings
@@ -64,10 +63,7 @@ def measure_likelihood(
     posterior, a scale that bernoulli has not, and several processes.
     """
     settings = settings or LikelihoodSettings()
-    if out is not None:
-        make_folder(Path(out))
-    device = one_process("likelihood", settings)
-    stage = latent_model("likelihood", model, settings, device)
+    device, stage, folder = opened("likelihood", model, settings, out)
     if not stage.random:
         raise UserError(
             f"eval likelihood needs a posterior to draw from, and the latents of {stage.name} are not random; "
@@ -141,8 +137,8 @@ def measure_likelihood(
         "notes": notes,
     }
     result["findings"] = [found._asdict() for found in findings(result)]
-    if out is not None:
-        _write(Path(out), result, finite, work, settings)
+    if folder is not None:
+        _write(folder, result, finite, work, settings)
     return result
 
 
@@ -262,13 +258,7 @@ class _Work:
     def batches(self, indices: np.ndarray, task: str | None) -> Iterator[tuple[list[HeldOutImage], Tensor]]:
         """Readable neighbours of one shape; without a task nothing is counted or told again."""
         held_out = images_for(self.stage, self.source.subset(indices), self.settings, self.location)
-        bar = tqdm(
-            total=len(indices),
-            desc=task,
-            unit="image",
-            disable=not self.progress or task is None,
-            mininterval=0.5 if sys.stderr.isatty() else 30,
-        )
+        bar = progress_bar(task, len(indices), "image", disable=not self.progress or task is None)
 
         def read() -> Iterator[HeldOutImage]:
             for item in held_out.items():
@@ -291,12 +281,9 @@ def _write(
     ranked = sorted(rows, key=lambda row: row["importance_bound_bits"])
     count = min(settings.num_pictures, -(-len(rows) // 2))
     groups = {"Most likely": ranked[:count], "Least likely": ranked[count:][::-1][:count]}
-    try:
+    with written_into(folder, ["result.json", "images.parquet", "report.html"]):
         write_json(folder / "result.json", result)
         pa.parquet.write_table(pa.Table.from_pylist(rows), folder / "images.parquet.part")
         (folder / "images.parquet.part").replace(folder / "images.parquet")
         shown = {heading: work.shown(group) for heading, group in groups.items() if group}
         write_likelihood_report(folder / "report.html", result, rows, shown)
-    except OSError as error:
-        raise UserError(f"--out: cannot write into {folder}: {error.strerror or error}") from error
-    print(f"wrote result.json, images.parquet and report.html into {folder}", file=sys.stderr)

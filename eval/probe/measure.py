@@ -6,7 +6,6 @@ print(result["features"]["latent"]["logistic"]["100"])
 """
 
 import statistics
-import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -23,8 +22,9 @@ from latent_ae.data.labels import Classes, find_classes
 from latent_ae.data.loader import open_images
 from latent_ae.data.rng import choice_facts, spread
 from latent_ae.data.sources import StoredImages, StreamSource
+from latent_ae.progress import progress_bar
 from latent_ae_eval.inputs import report_skipped
-from latent_ae_eval.jobs import latent_model, make_folder, one_process, write_json
+from latent_ae_eval.jobs import opened, write_json, written_into
 from latent_ae_eval.manifest import versions
 from latent_ae_eval.probe.classifiers import BLOCK, logistic_regression, nearest
 from latent_ae_eval.probe.features import FEATURES, ImageFeatures, Scaled, add_components, several_sizes
@@ -69,10 +69,7 @@ def probe(
     class, images of several sizes, and several processes.
     """
     settings = settings or ProbeSettings()
-    if out is not None:
-        make_folder(Path(out))
-    device = one_process("probe", settings)
-    stage = latent_model("probe", model, settings, device)
+    device, stage, folder = opened("probe", model, settings, out)
     train, test, names, column = _labelled(str(data), settings)
     test, choice = _limited(test, settings)
     drawn = _draws(train.labels, names, settings)
@@ -94,11 +91,12 @@ def probe(
             raise UserError(f"{data}: none of its test images is readable; {(skipped or ['there are none'])[0]}")
         files = [dict(part.files) for part in read]
         add_components(Path(scratch), files)
-        bar = tqdm(
-            total=len(FEATURES) * settings.draws * len(settings.labels_per_class),
-            desc="probe: classifiers",
+        fits = len(FEATURES) * settings.draws * len(settings.labels_per_class)
+        bar = progress_bar(
+            "probe: classifiers",
+            fits,
+            "classifier",
             disable=not progress,
-            mininterval=0.5 if sys.stderr.isatty() else 30,
         )
         features = {}
         with bar:
@@ -126,13 +124,10 @@ def probe(
         "settings": settings.model_dump(mode="json"),
         "versions": versions(),
     }
-    if out is not None:
-        try:
-            write_json(Path(out) / "result.json", result)
-            write_probe_report(Path(out) / "report.html", result)
-        except OSError as error:
-            raise UserError(f"--out: cannot write into {out}: {error.strerror or error}") from error
-        print(f"wrote result.json and report.html into {out}", file=sys.stderr)
+    if folder is not None:
+        with written_into(folder, ["result.json", "report.html"]):
+            write_json(folder / "result.json", result)
+            write_probe_report(folder / "report.html", result)
     return result
 
 

@@ -20,7 +20,6 @@ import pyarrow as pa
 import pyarrow.parquet
 from accelerate import PartialState
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from latent_ae.arithmetic import float32_arithmetic
 from latent_ae.config import UserError
@@ -29,6 +28,7 @@ from latent_ae.data.sources import source_stamp
 from latent_ae.distributed import on_main, together
 from latent_ae.files import replacing, write_json, writing
 from latent_ae.only_writer import only_writer
+from latent_ae.progress import progress_bar
 from latent_ae.report.pictures import picture_grid
 from latent_ae_eval.inputs import (
     checked_factor,
@@ -150,8 +150,7 @@ def _measure(
     if num_images is not None:
         mine = (number for number in range(-(-num_images // size)) if images.part.holds(number * size))
         total = sum(min(size, num_images - number * size) for number in mine)
-    interval = 0.5 if sys.stderr.isatty() else 30
-    with tqdm(total=total, desc="recon", unit="image", disable=not shows, mininterval=interval) as bar:
+    with progress_bar("recon", total, "image", disable=not shows) as bar:
         for number, group in groupby(images.items(), key=lambda item: item.index // size):
             items = list(group)
             work.write(number, measurer.measure(items))

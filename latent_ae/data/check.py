@@ -2,7 +2,6 @@
 
 import contextlib
 import re
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -11,7 +10,6 @@ from typing import Any
 
 import numpy as np
 from torch.utils.data import IterableDataset
-from tqdm import tqdm
 
 from latent_ae.config import UserError
 from latent_ae.data.images import ImageError, kind_of
@@ -26,6 +24,7 @@ from latent_ae.data.sources import (
     encoded_image,
     stream_values,
 )
+from latent_ae.progress import progress_bar
 from latent_ae.text import printable
 
 SHOWN = 20
@@ -115,8 +114,7 @@ def check(data: str, settings: DataSettings, *, channels: int = 3, progress: boo
     kinds: Counter[str] = Counter()
     names: dict[str, list[str]] = {}
     sizes, skipped = [], []
-    interval = 0.5 if sys.stderr.isatty() else 30
-    with tqdm(total=total, desc="check", unit="image", disable=not progress, mininterval=interval) as bar:
+    with progress_bar("check", total, "image", disable=not progress) as bar:
         for seen in _seen_images(source, settings, channels):
             bar.update(1)
             kinds[seen.kind or "unknown"] += 1

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from latent_ae.arithmetic import float32_arithmetic
 from latent_ae.models.build import factor_of
-from latent_ae.progress import bar
+from latent_ae.progress import progress_bar
 
 FP16_MAX = torch.finfo(torch.float16).max
 HEADROOM = 2
@@ -88,7 +88,7 @@ def probe_precision(
     layers = sum(map(has_weights, autoencoder.modules()))
     with (
         float32_arithmetic(repeatable=True),
-        bar("trial in half precision", 3 * len(images) * layers, "layer") as progress,
+        progress_bar("trial in half precision", 3 * len(images) * layers, "layer") as progress,
     ):
         watch = _Watch(progress)
         expected = _reconstruct(_copy(autoencoder, place, torch.float32), images, watch)

@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from datasets import Array3D
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from latent_ae.arithmetic import float32_arithmetic
 from latent_ae.config import UserError
@@ -31,6 +30,7 @@ from latent_ae.latents.parquet import FORMAT, STORED, LatentFolder, features_of,
 from latent_ae.latents.settings import EncodeSettings
 from latent_ae.models.loading import CPU_BATCH_PX, FirstStage, load
 from latent_ae.models.registry import FAMILIES
+from latent_ae.progress import progress_bar
 
 PACKAGES = ("latent-ae", "torch", "diffusers", "numpy", "pillow")
 KIND_OF_LATENT = {
@@ -115,8 +115,7 @@ class _Encoder:
         """Encodes this process's shards that are not done, each written as soon as it is; the number of images."""
         size, total, count = self.settings.shard_size, len(self.source), 0
         mine = sum(min(size, total - index) for index in range(0, total, size) if images.part.holds(index))
-        interval = 0.5 if sys.stderr.isatty() else 30
-        with tqdm(total=mine, desc="encode", unit="image", disable=not shows, mininterval=interval) as bar:
+        with progress_bar("encode", mine, "image", disable=not shows) as bar:
             for number, group in groupby(images.items(), key=lambda item: item.index // size):
                 seen, skipped, parts = list[HeldOutImage](), list[str](), list[dict[str, Tensor]]()
                 # batches of one shard, so that its file depends on nothing else

@@ -91,10 +91,13 @@ class Pass:
         model: "Reconstructor",
         adversaries: Mapping[str, nn.Module],
         autocast: Callable[..., torch.autocast],
+        first: bool = True,
     ):
         self.batch, self.out, self.step, self.model = batch, out, step, model
         self.accumulation, self.share = accumulation, 1.0 / accumulation
         self.adversaries, self.autocast = adversaries, autocast
+        self.first = first
+        """Whether it is this process's first pass of the step."""
         self.image = out.image.detach().requires_grad_()
         self.image_gradient: Tensor | None = None
         """The weighted sum of what `send_image` got."""

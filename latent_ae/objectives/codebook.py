@@ -47,7 +47,6 @@ class Codebook(Objective[CodebookSettings]):
         """How often each code was taken in the newest step, over the global batch."""
         self.candidates: Tensor | None = None
         """Latents that a dead code may restart as, positions x channels."""
-        self.candidates_step = -1
         if num_codes:
             # steps since each code was last taken; at the start all wait for a latent to begin as
             self.register_buffer("code_age", torch.full((num_codes,), float(own.revive_after)))
@@ -75,8 +74,8 @@ class Codebook(Objective[CodebookSettings]):
             p.logs["codebook"] = loss.detach()
             p.send_loss(loss)
         p.global_means["codebook/counts"] = code_counts(codes.indices, p.model.num_codes)
-        if self.candidates_step != p.step:  # the step's first sample, which is the same however the batch is split
-            self.candidates, self.candidates_step = out.mean.detach()[0].flatten(1).T, p.step
+        if p.first:  # of the step's first sample, which is the same however the batch is split
+            self.candidates = out.mean.detach()[0].flatten(1).T
 
     def remember(self, means: Mapping[str, Tensor], logs: dict[str, Tensor]) -> None:
         self.counts = means.get("codebook/counts")

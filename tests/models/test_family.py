@@ -123,8 +123,10 @@ def test_a_code_starts_again_after_so_many_steps_without_use() -> None:
     after(3, always, good)
     assert objective.code_age.tolist() == [0, 1] + [0] * 30
     assert torch.equal(codebook[:2], before[:2]) and (codebook[2:] != before[2:]).any(1).all()
-    assert step.fresh_codes is not None and step.fresh_codes.shape == (64, 3)
-    assert (codebook[2:, None] == step.fresh_codes).all(2).any(1).all(), "each is a latent of the step's first sample"
+    assert objective.candidates is not None and objective.candidates.shape == (64, 3)
+    assert (codebook[2:, None] == objective.candidates).all(2).any(1).all(), (
+        "each is a latent of the step's first sample"
+    )
     assert len(codebook[2:].unique(dim=0)) > 10
     assert (moments["exp_avg"][:2] == 1).all() and not moments["exp_avg"][2:].any()
 

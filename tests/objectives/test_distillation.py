@@ -161,8 +161,10 @@ def test_a_student_takes_the_place_of_its_teacher(
     stock.register_to_config(scaling_factor=0.5, shift_factor=0.2)
     stock.save_pretrained(tmp_path / "scaled")
     begun = student_settings(place).model_copy(update={"init_from": str(tmp_path / "scaled")})
-    assert starting_autoencoder(begun).config.scaling_factor == 1.0
-    assert starting_autoencoder(begun).config.shift_factor == 0.0
+    student = starting_autoencoder(begun)
+    build_objectives(begun, student, torch.device("cpu"))
+    assert student.config.scaling_factor == 1.0
+    assert student.config.shift_factor == 0.0
 
 
 def picture(pictures: Path) -> Any:

@@ -180,7 +180,7 @@ def test_a_trial_leaves_no_trace(pictures: Path, tmp_path: Path, monkeypatch: py
     more = (*LATE[1:], "gan.norm=spectral", "gan.lecam=0", "loss.learned_logvar=true", "micro_batch_size=2")
     more += ("latents.equivariance=0.5", "latents.noise=0.5", "gan.diffaug=[color]", "checkpoint.keep=3")
     assert main(words(pictures, tmp_path / "with", *more)) == 0
-    monkeypatch.setattr("latent_ae_train.step.TrainStep.try_passes", lambda *_: None)
+    monkeypatch.setattr("latent_ae_train.loop.try_passes", lambda *_: None)
     assert main(words(pictures, tmp_path / "without", *more)) == 0
     for step in (2, 6):
         name = f"checkpoints/step-{step:08d}"
