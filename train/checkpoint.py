@@ -247,7 +247,7 @@ def _load(module: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
     if differing := misfits(module, tensors):
         raise UserError(
             f"{path} does not fit the model of these settings (first difference: {differing[0]}): "
-            "restore the model settings, or choose another output_dir"
+            "restore the model settings, and the objectives that train() was given, or choose another output_dir"
         )
     with torch.no_grad():
         for name, tensor in module.state_dict().items():
