@@ -15,11 +15,11 @@ class QuestionSettings(StageSettings):
     """What every question to a first stage about held-out images needs to know."""
 
     split: str | None = None
-    """Of the data; null takes its validation or test split, and all of it where it has neither."""
+    """Split of the data; null takes its validation or test split, and all of it where it has neither."""
     limit: Positive | None = None
     """Only so many images, spread over all of them by `seed`; of a stream the first ones."""
     seed: NonNegative = 0
-    """Of whatever is drawn: the posterior's samples, choices of images."""
+    """Seed of whatever is drawn: the posterior's samples, choices of images."""
 
     def data(self, source: str) -> DataSettings:
         """What opens `source` as held-out images."""
@@ -27,7 +27,7 @@ class QuestionSettings(StageSettings):
 
 
 class EvalSettings(QuestionSettings):
-    """Of the measurements, whose images may come as a stream."""
+    """Settings of the measurements whose images may come as a stream."""
 
     streaming: bool = False
     """Read a hub dataset or tables from their start, without storing them first."""

@@ -10,7 +10,7 @@ class StageSettings(Settings):
     """How images are read, and where the model is found and how it computes."""
 
     image_column: str = "image"
-    """Of tables and hub datasets."""
+    """Column of images in tables and hub datasets."""
     data_revision: str | None = None
     """Commit or tag of a hub dataset."""
     background: tuple[Byte, Byte, Byte] = (255, 255, 255)
@@ -22,11 +22,11 @@ class StageSettings(Settings):
     num_workers: NonNegative = 2
     """That decode images, for each process."""
     subfolder: str | None = None
-    """Of the model; a pipeline's first stage is found without it."""
+    """Subfolder of the model; a pipeline's first stage is found without it."""
     revision: str | None = None
     """Commit or tag of a hub model."""
     variant: str | None = None
-    """Of the model's weight files: fp16, non_ema, ..."""
+    """Variant of the model's weight files: fp16, non_ema, ..."""
     ema: bool | None = None
     """Averaged weights (true) or raw ones (false) where the model has both; null takes what it loads by default."""
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"

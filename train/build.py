@@ -43,7 +43,8 @@ def starting_autoencoder(settings: TrainSettings) -> ModelMixin:
 
 
 def _place_of_weights(name: str) -> str:
-    """Of a run its newest whole checkpoint, or its export if that is of the same step: it has the measured scaling."""
+    """A run's newest whole checkpoint, or its export if that is of the same step: the export has the measured
+    scaling."""
     place = Path(name).expanduser()
     folder = checkpoint_at(place)
     if folder is None:

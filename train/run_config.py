@@ -19,11 +19,11 @@ class OptimSettings(Settings):
     discriminator_lr: Rate | None = None
     """null: the same as lr."""
     betas: tuple[Decay, Decay] = (0.9, 0.95)
-    """Of Adam, for the autoencoder."""
+    """Adam's betas for the autoencoder."""
     discriminator_betas: tuple[Decay, Decay] = (0.5, 0.9)
-    """Of Adam, for the discriminator."""
+    """Adam's betas for the discriminator."""
     eps: Rate = 1e-13
-    """Of Adam, all networks: what it adds to a gradient's root mean square. Losses are means here; the 1e-8 of trainers
+    """What Adam adds to a gradient's root mean square, for all networks. Losses are means here; the 1e-8 of trainers
     that sum over an image's C x H x W elements is 1e-8 / (C x H x W), 5e-14 at 256 px."""
     weight_decay: Weight = 0.0
     """Decoupled, as in AdamW, of both networks."""
@@ -67,7 +67,7 @@ class ValidateSettings(Settings):
     crop_px: Annotated[Positive | None, FIXED] = None
     """Centre crop, px; null takes data.resolution."""
     preview_images: Annotated[Positive, SILENT] = 6
-    """Of the measured images, spread over them."""
+    """How many of the measured images are shown, spread over them."""
 
 
 class LogSettings(Settings):

@@ -61,7 +61,7 @@ class TrainSettings(Settings):
     output_dir: Annotated[str, SILENT] = "runs/first-stage"
     """The run folder: checkpoints, log, previews, export and report go there."""
     seed: Annotated[int, Field(ge=0, lt=2**63), FIXED] = 0
-    """Of first weights, order, crops, flips and noise."""
+    """Seed of first weights, order, crops, flips and noise."""
     steps: Positive = 100_000
     """Updates of the weights."""
     batch_size: Annotated[Positive, FIXED] = 32

@@ -6,14 +6,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 BINS = 20
-"""Of equal width, between each dimension's least and largest value (Locatello et al. 2019)."""
+"""Bins of equal width between each dimension's least and largest value (Locatello et al. 2019)."""
 
 
 class Gap(NamedTuple):
     """How much more the most informative dimension tells of a factor than the next one."""
 
     value: float
-    """Of the factor's entropy."""
+    """Mutual information relative to the factor's entropy."""
     dimension: int
     """The most informative one."""
 

@@ -138,9 +138,9 @@ class Generation:
     progress: bool
     seconds: dict[str, float] = field(default_factory=dict)
     processor_seconds: dict[str, float] = field(default_factory=dict)
-    """Of this process, not of those that decode images."""
+    """Processor time of this process, not of those that decode images."""
     choices: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Of the images that samples are compared with, by part of the data: see rng.choice_facts."""
+    """How the images that samples are compared with were chosen, by part of the data: see rng.choice_facts."""
 
     def check_pipeline(self) -> None:
         """Raises UserError for a first stage that DiTPipeline cannot decode with."""
@@ -353,5 +353,5 @@ class Generation:
 
 
 def fingerprint(cache: LatentCache) -> str:
-    """Of a cache's images."""
+    """The fingerprint of a cache's images."""
     return str(cache.manifest["data"]["fingerprint"])

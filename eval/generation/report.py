@@ -62,7 +62,7 @@ def distance_table(result: Mapping[str, Any]) -> str:
 
 
 def pictures_beside(pictures: Mapping[str, Image.Image], reference: str = "images trained on") -> str:
-    """Of the four sets that are compared."""
+    """Pictures of the four sets that are compared."""
     captions = {
         "samples": "samples",
         "reference": reference,

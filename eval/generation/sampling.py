@@ -109,7 +109,8 @@ def image_set(
 
 
 def distances(sets: dict[str, ImageSet]) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, list[float]]]]:
-    """Of each of KINDS to the set `reference`, and of reconstructions to their originals; values and intervals."""
+    """Distances of each of KINDS to the set `reference`, and of reconstructions to their originals; values and
+    intervals."""
     pairs = {kind: (sets[kind], sets["reference"]) for kind in KINDS}
     pairs["reconstructions_of_originals"] = sets["reconstructions"], sets["held_out"]
     metrics: dict[str, dict[str, Any]] = {}

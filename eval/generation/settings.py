@@ -54,25 +54,25 @@ class DiffusionSettings(Settings):
     resolution: Positive | OfPreset = "preset"
     """Side of the squares cut from the middle of the images, whose shorter side is resized to it, px."""
     width: Positive | OfPreset = "preset"
-    """Of the transformer, a multiple of 64: so many channels has a head."""
+    """Width of the transformer, a multiple of 64, the width of a head."""
     depth: Positive | OfPreset = "preset"
     """Its blocks."""
     patch_size: Positive | OfPreset = "preset"
     """Latent px along each side of a token; of `eval sample` as preset 2 where it divides the latent's side, else 1."""
     steps: Positive | OfPreset = "preset"
-    """Of training."""
+    """Steps of training."""
     batch_size: Positive | OfPreset = "preset"
-    """Of a training step."""
+    """Samples of a training step."""
     lr: Annotated[float, Field(gt=0)] | OfPreset = "preset"
     """Learning rate."""
     ema_decay: Annotated[float, Field(ge=0, lt=1)] | OfPreset = "preset"
-    """Of the averaged weights, which are validated and sampled from."""
+    """Decay of the averaged weights, which are validated and sampled from."""
     precision: Literal["fp32", "bf16"] | OfPreset = "preset"
     """That the transformer trains in."""
     samples: Annotated[int, Field(ge=2)] | OfPreset = "preset"
     """Images to draw; as many of the data are compared with them."""
     sampling_steps: Annotated[int, Field(ge=2)] | OfPreset = "preset"
-    """Of the sampler, for each image."""
+    """Steps of the sampler, for each image."""
     validation_images: Positive | OfPreset = "preset"
     """Held-out latents of the loss curve."""
     frechet: tuple[Literal["inception", "vgg16"], ...] | OfPreset = "preset"
@@ -80,30 +80,30 @@ class DiffusionSettings(Settings):
     validations: Annotated[int, Field(ge=2)] = 10
     """Points of the loss curve, the first before training."""
     seed: NonNegative = 0
-    """Of everything: order, flips, noise, times, first weights, samples."""
+    """Seed of everything: order, flips, noise, times, first weights, samples."""
     latents: str | None = None
     """Latents to train on that `latent-ae encode` wrote (part=train); null encodes into the folder of --out."""
     held_out_latents: str | None = None
     """Latents to validate on (part=held_out); null encodes."""
 
     split: str = "train"
-    """Of the data, where it has splits; its validation or test split is held out, else `eval_fraction` of it."""
+    """Split of the data, where it has splits; its validation or test split is held out, else `eval_fraction` of it."""
     eval_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.05
     """Part of the data that is held out where it has no validation or test split."""
     image_column: str = "image"
-    """Of tables and hub datasets."""
+    """Column of images in tables and hub datasets."""
     label_column: str | None = "auto"
-    """Of classes: `auto` takes the column `label`, or the names of the folders that image files lie in; null none."""
+    """Column of classes: `auto` takes `label`, or the names of the folders that image files lie in; null takes none."""
     data_revision: str | None = None
     """Commit or tag of a hub dataset."""
     num_workers: NonNegative = 2
     """That decode images."""
     subfolder: str | None = None
-    """Of the model; a pipeline's first stage is found without it."""
+    """Subfolder of the model; a pipeline's first stage is found without it."""
     revision: str | None = None
     """Commit or tag of a hub model."""
     variant: str | None = None
-    """Of the model's weight files: fp16, non_ema, ..."""
+    """Variant of the model's weight files: fp16, non_ema, ..."""
     ema: bool | None = None
     """Averaged weights (true) or raw ones (false) where the model has both; null takes what it loads by default."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

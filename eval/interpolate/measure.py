@@ -222,7 +222,7 @@ def _rows(source: StoredImages, settings: InterpolateSettings, data: str) -> lis
 
 
 def _geometry(a: Tensor, b: Tensor) -> dict[str, Any]:
-    """Of the centred ends: their angle and norms, and how much nearer to the centre a straight line's middle lies."""
+    """Angle and norms of the centred ends, and how much nearer to the centre a straight line's middle lies."""
     norms = [float(x.double().norm()) for x in (a, b)]
     omega, mean = angle(a, b), sum(norms) / 2
     return {

@@ -26,7 +26,7 @@ class InterpolateSettings(JobSettings):
     animation: Literal["webp", "gif"] | None = "webp"
     """Format of the animated path; null writes none."""
     frames: Positive = 16
-    """Of the animation, from an image to the next."""
+    """Frames of the animation from an image to the next."""
 
     def problems(self) -> Iterator[Problem]:
         yield from super().problems()

@@ -24,7 +24,7 @@ ROBUST_SIGMA, ROBUST_DB = 0.1, 3.0
 
 
 def findings(result: Mapping[str, Any]) -> list[Finding]:
-    """Of a document as `evaluate_latents` makes it."""
+    """What stands out in a document as `evaluate_latents` makes it."""
     health, latents = result["health"], result["latents"]
     found = [*_information(health)]
     if found[0].name != COLLAPSE:  # of latents that are noise the rest means nothing

@@ -23,7 +23,7 @@ TRANSFORMS: dict[str, Callable[[Tensor], Tensor]] = {
     "turned by 90 degrees": lambda x: torch.rot90(x, 1, (-2, -1)),
     "turned by 180 degrees": lambda x: torch.rot90(x, 2, (-2, -1)),
 }
-"""Of NCHW images and latents alike; half size averages 2 x 2 px, so sides must be even."""
+"""Changes of NCHW images and latents alike; half size averages 2 x 2 px, so sides must be even."""
 
 
 def effective_rank(covariance: np.ndarray | Tensor) -> float:
@@ -127,7 +127,8 @@ class RadialSpectrum:
         return self.frequency_sum[seen] / self.count[seen], self.power_sum[seen] / self.count[seen]
 
     def slope(self) -> float | None:
-        """Of log power over log frequency, least squares over the rings within FITTED; None for fewer than three."""
+        """Slope of log power over log frequency, least squares over the rings within FITTED; None for fewer than
+        three."""
         frequency, power = self.rings()
         fitted = (frequency >= FITTED[0]) & (frequency <= FITTED[1]) & (power > 0)
         if fitted.sum() < 3:

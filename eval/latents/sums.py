@@ -140,6 +140,6 @@ class LatentsMeasurer:
 
 
 def _psnr(a: Tensor, b: Tensor) -> Tensor:
-    """Of 8-bit pixels, per image; nan for an image that is not finite."""
+    """PSNR of 8-bit pixels for each image; nan for an image that is not finite."""
     bad = ~b.isfinite().flatten(1).all(1)
     return psnr(to_uint8(a), to_uint8(b)).masked_fill(bad, torch.nan)

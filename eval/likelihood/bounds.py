@@ -21,7 +21,7 @@ SCALES = 1e-4, 4.0
 
 @dataclass(frozen=True)
 class Bounds:
-    """Of N images, nats per image."""
+    """Bounds of N images, nats per image."""
 
     distortion: np.ndarray
     """(N,): minus log p(x | z), mean over the samples."""

@@ -148,7 +148,7 @@ def _figures(rows: Sequence[dict[str, Any]], likelihood: Likelihood, settings: L
     level = float(bits_per_dimension(none, likelihood.kind, discretised=settings.discretised))
 
     def bits(nats: float, row: dict[str, Any], level: float = level) -> float:
-        """Of a cost in nats; `level` turns a density into a level's probability, and is 0 for the rate."""
+        """A cost in nats as bits; `level` turns a density into a level's probability, and is 0 for the rate."""
         return float(nats / row["elements"] / math.log(2.0) + level)
 
     for row in rows:

@@ -13,16 +13,17 @@ class LikelihoodSettings(JobSettings):
     """Bounds on the likelihood that a variational autoencoder gives to images."""
 
     likelihood: Literal["auto", "bernoulli", "gaussian", "logistic"] = "auto"
-    """Of the pixels given the latent; auto: that of the training, and gaussian where the model does not say."""
+    """Likelihood of the pixels given the latent; auto: that of the training, and gaussian where the model does not
+    say."""
     scale: Literal["auto", "fit"] | Annotated[float, Field(gt=0)] = "auto"
     """Standard deviation (gaussian) or scale (logistic), in [-1, 1] units; fit: the most likely one of a fifth of the
     images, which then do not count; auto: that of the training, and fit where the model does not say."""
     discretised: bool = True
     """gaussian: the probability of a pixel's level of 8 bits; false: the density, which training has as its loss."""
     samples: Positive = 64
-    """Of each posterior; so many has the importance-weighted bound."""
+    """Samples of each posterior; so many has the importance-weighted bound."""
     num_pictures: NonNegative = 4
-    """Of the best and of the worst images in the report."""
+    """How many of the best and of the worst images the report shows."""
 
     def problems(self) -> Iterator[Problem]:
         yield from super().problems()

@@ -217,7 +217,7 @@ def _accuracies(
     settings: ProbeSettings,
     bar: tqdm,
 ) -> dict[str, Any]:
-    """Of both classifiers, by number of labels per class."""
+    """Accuracies of both classifiers, by number of labels per class."""
     sizes = sorted(settings.labels_per_class)
     runs: dict[str, dict[str, list[tuple[float, float]]]] = {
         kind: {str(size): [] for size in sizes} for kind in ("logistic", "nearest")

@@ -28,7 +28,7 @@ from latent_ae_eval.sample.settings import PRIORS, SampleSettings
 
 FORMAT = "latent-ae sample 1"
 MOST_VALUES, MOST_LATENTS = 4096, 10_000
-"""Of a latent, and of images, that a Gaussian with a full covariance is fitted to."""
+"""Numbers of a latent, and number of images, that a Gaussian with a full covariance is fitted to."""
 NO_CLASS = 0
 """That a transformer without classes is given."""
 
@@ -117,7 +117,7 @@ class _Job(Generation):
         return result
 
     def _side(self) -> int:
-        """Of a latent, px."""
+        """Side of a latent, px."""
         resolution, factor = self.settings.chosen("resolution"), self.stage.factor
         if resolution % factor:
             near = max(1, resolution // factor) * factor

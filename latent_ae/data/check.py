@@ -154,7 +154,8 @@ def _spread(values: Sequence[int]) -> dict[str, int]:
 
 
 def wrong_channels(skipped: Sequence[str]) -> Counter[tuple[int, int]]:
-    """Of lines on skipped files, how many are arrays of other channels than the model's: {(has, expected): count}."""
+    """How many skipped files are arrays of other channels than the model's, from the lines on them: {(has, expected):
+    count}."""
     matches = (CHANNELS.search(line) for line in skipped)
     return Counter((int(match[1]), int(match[2])) for match in matches if match)
 

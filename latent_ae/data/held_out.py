@@ -41,7 +41,7 @@ class HeldOutImage:
     """CHW float32 in [-1, 1]."""
     reason: str = ""
     digest: str = ""
-    """Of the file's bytes."""
+    """Digest of the file's bytes."""
     enlarged: bool = False
     """It was smaller than the crop."""
 

@@ -13,12 +13,12 @@ FOLDER_NAMES = "names of folders"
 
 
 class Classes(NamedTuple):
-    """Of the images of a source, in its order."""
+    """Classes of the images of a source, in its order."""
 
     labels: np.ndarray
     """(N,) int64; -1 where a table says nothing."""
     names: list[str] | None
-    """Of the classes 0, 1, ...; None where a table holds numbers only."""
+    """Names of the classes 0, 1, ...; None where a table holds numbers only."""
     column: str
     """Where they come from."""
 

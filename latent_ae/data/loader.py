@@ -51,7 +51,7 @@ class Batch:
     num_replaced: int = 0
     """Samples that another image stands in for."""
     stream_state: dict[str, Any] | None = None
-    """Of a stream: what `training_batches` of this rank needs to go on after this micro-batch (JSON types)."""
+    """What `training_batches` of this rank needs to go on with a stream after this micro-batch (JSON types)."""
 
 
 def training_batches(

@@ -16,7 +16,7 @@ class DataSettings(Settings):
     source: str = "photos"
     """`photos` (shipped with scikit-image), a folder, Parquet/Arrow files, or a hub id."""
     split: str = "train"
-    """Of the source, where it has splits."""
+    """Split of the source, where it has splits."""
     eval_source: str | None = None
     """Held-out images; null holds out `eval_fraction` of the source."""
     eval_split: str | None = None
@@ -24,7 +24,8 @@ class DataSettings(Settings):
     eval_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.05
     """Part of the source that is held out where there are neither of those."""
     image_column: str = "image"
-    """Of tables and hub datasets. A table that has no such column, and one of images only, gives that."""
+    """Column of images in tables and hub datasets. A table without that column and with one of images only gives that
+    one."""
     revision: str | None = None
     """Commit or tag of a hub id."""
     streaming: bool = False
@@ -62,7 +63,7 @@ class CheckSettings(DataSettings):
     """Those of the section `data` that `latent-ae data check` reads images by, and the model's channels."""
 
     channels: Positive = 3
-    """Of the images that the model takes: model.in_channels in training."""
+    """Channels of the images that the model takes: model.in_channels in training."""
 
 
 WORDS = {"source": "DATA", "eval_source": "DATA", "eval_split": "split"}

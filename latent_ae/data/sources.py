@@ -224,7 +224,7 @@ def encoded_image(value: Any) -> Encoded:
 
 
 def digest_of(encoded: Encoded) -> str:
-    """Of the bytes as they are stored: blake2b, 16 bytes in hex. Raises ImageError."""
+    """Digest of the bytes as they are stored: blake2b, 16 bytes in hex. Raises ImageError."""
     digest = hashlib.blake2b(digest_size=16)
     with open_encoded(encoded) as stream:
         try:

@@ -23,9 +23,9 @@ from PIL import Image
 from latent_ae.files import replacing
 
 FACTORS = {"shape": 3, "scale": 4, "orientation": 8, "x": 8, "y": 8}
-"""Of the shapes: columns of the table and how many values each has."""
+"""Factors of the shapes: columns of the table and how many values each has."""
 BLOB_FACTORS = {"scale": 6, "x": 12, "y": 12}
-"""Of the blobs."""
+"""Factors of the blobs."""
 SHAPES = ("square", "ellipse", "heart")
 SIDE_PX, BLOB_SIDE_PX = 32, 16
 SUBPIXELS = 4
@@ -77,7 +77,7 @@ class Kind(NamedTuple):
     factors: dict[str, int]
     """Columns of the table and how many values each has."""
     draw: Callable[[Sequence[int], Sequence[int]], np.ndarray]
-    """Of values and counts, in the order of `factors`."""
+    """Draws an image from values and counts, in the order of `factors`."""
     side_px: int
 
 

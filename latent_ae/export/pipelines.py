@@ -24,11 +24,11 @@ class Pipeline(NamedTuple):
 
     title: str
     classes: tuple[str, ...]
-    """Of diffusers, text- or class-to-image first, then image-to-image where there is one."""
+    """Pipeline classes of diffusers, text- or class-to-image first, then image-to-image where there is one."""
     latent_channels: int
     """That its denoiser takes."""
     reads: frozenset[str]
-    """Of scaling_factor, shift_factor, latents_mean, latents_std and force_upcast, those that it reads."""
+    """Those of scaling_factor, shift_factor, latents_mean, latents_std and force_upcast that it reads."""
     patch: int
     """Latents are cut to a multiple of so many px: packed (Flux) or embedded (SD3, DiT) as patches of that side."""
     multiple_px: int = 1

@@ -27,7 +27,7 @@ NAMED = 20
 MOST_DB = 100.0
 """PSNR of equal images."""
 TILED_SIDE = 1.5
-"""Of an image on which tiling is tried, in tiles: two tiles each way, which overlap by a quarter."""
+"""Side of an image on which tiling is tried, in tiles: two tiles each way, which overlap by a quarter."""
 
 
 @dataclass
@@ -35,7 +35,7 @@ class _Watch:
     """What the outputs of a model's layers held, sums and other inner results of its blocks included."""
 
     progress: tqdm
-    """Of passes through layers with weights."""
+    """A bar of passes through layers with weights."""
     round_to: torch.dtype | None = None
     """Rounds each output to it: arithmetic in that type, emulated."""
     peaks: dict[str, Tensor] = field(default_factory=dict)
@@ -191,7 +191,8 @@ def compare_tiled(model: AutoencoderKL, latents: Tensor, tile_px: int) -> dict[s
 
 
 def tile_differences(whole: Tensor, tiled: Tensor, tile_px: int, overlap_factor: float) -> dict[str, Any]:
-    """Of an image (NCHW in [-1, 1]) decoded whole and in tiles that overlap by that part of their side."""
+    """How an image (NCHW in [-1, 1]) decoded whole differs from one decoded in tiles that overlap by that part of their
+    side."""
     # each tile but the first begins a stride after the one before, and is blended with it for the overlap's length
     overlap = int(tile_px * overlap_factor)
     stride = tile_px - overlap

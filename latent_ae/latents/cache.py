@@ -79,12 +79,12 @@ class LatentCache:
 
     @property
     def scaling_factor(self) -> float:
-        """Of the model's config; 1.0 where it has none."""
+        """The scaling factor of the model's config; 1.0 where it has none."""
         return float(self.manifest["latent"]["scaling_factor"])
 
     @property
     def shift_factor(self) -> float:
-        """Of the model's config; 0.0 where it has none."""
+        """The shift factor of the model's config; 0.0 where it has none."""
         return float(self.manifest["latent"]["shift_factor"])
 
     @cached_property

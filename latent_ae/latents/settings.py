@@ -28,13 +28,14 @@ class EncodeSettings(StageSettings):
     """Type of the stored numbers."""
 
     split: str = "train"
-    """Of the data, where it has splits."""
+    """Split of the data, where it has splits."""
     part: Literal["all", "train", "held_out"] = "all"
-    """Of the data: the whole split, or what training with the same `split` and `eval_fraction` sees or holds out."""
+    """Part of the data: the whole split, or what training with the same `split` and `eval_fraction` sees or holds
+    out."""
     eval_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.05
     """Part of the data that training holds out where it has no validation or test split."""
     label_column: str | None = "auto"
-    """Of classes: `auto` takes the column `label`, or the names of the folders that image files lie in; null none."""
+    """Column of classes: `auto` takes `label`, or the names of the folders that image files lie in; null takes none."""
     shard_size: Positive = 512
     """Images per file, which are also what a process takes at a time and what a kill loses at most."""
     batch_size: Positive = 16

@@ -26,7 +26,7 @@ class Gaussian:
 
     @staticmethod
     def of(features: np.ndarray) -> "Gaussian":
-        """Of (N, D) features."""
+        """The Gaussian that is fitted to features, (N, D)."""
         x = features.astype(np.float64)
         return Gaussian(len(x), x.sum(0), x.T @ x)
 

@@ -41,7 +41,7 @@ FRECHET, KERNEL = "frechet_", "kernel_"
 
 
 def label_of(metric: str) -> Label:
-    """Of any metric; one that is not known is named by its key, without a direction."""
+    """The label of any metric; one that is not known is named by its key, without a direction."""
     if metric.startswith(FRECHET):
         return Label(f"Fréchet, {metric.removeprefix(FRECHET)} (not FID)", "lower", 3)
     if metric.startswith(KERNEL):

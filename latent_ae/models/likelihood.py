@@ -64,7 +64,7 @@ def log_likelihood(
 
 
 def bits_per_dimension(nats: Tensor, kind: LikelihoodKind, *, discretised: bool = False) -> Tensor:
-    """Of a negative log-likelihood per element; a density counts as if it were level over a level of 8 bits."""
+    """A negative log-likelihood per element in bits; a density counts as if it were level over a level of 8 bits."""
     density = kind == "gaussian" and not discretised
     return nats / math.log(2.0) - (math.log2(2.0 * HALF_LEVEL) if density else 0.0)
 

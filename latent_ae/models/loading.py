@@ -55,7 +55,7 @@ class FirstStage:
     """Class name."""
     factor: int
     channels: int | None
-    """Of its images; None where a function does not say."""
+    """Channels of its images; None where a function does not say."""
     latent_channels: int | None
     has_posterior: bool
     location: str | None = None

@@ -13,9 +13,9 @@ class Drawn(NamedTuple):
     latent: Tensor
     """What the decoder takes, N x c x h x w."""
     mean: Tensor
-    """Of a Gaussian posterior; without one the latent, of a codebook before quantisation."""
+    """Mean of a Gaussian posterior; without one the latent, of a codebook before quantisation."""
     logvar: Tensor | None
-    """Of a Gaussian posterior, like `mean`."""
+    """Log-variance of a Gaussian posterior, like `mean`."""
     rates: tuple[Tensor, ...]
     """KL(q || p) in nats of each latent dimension, N x c x h x w, for each level of the latent; behind a flow one
     sample's estimate. Empty where nothing is random."""

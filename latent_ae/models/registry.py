@@ -114,7 +114,7 @@ def family_name(module: object) -> str | None:
 
 
 def family_of(module: nn.Module) -> Family:
-    """Of an instance of one of FAMILIES."""
+    """The record of an instance of one of FAMILIES."""
     return FAMILIES[str(family_name(module))]
 
 

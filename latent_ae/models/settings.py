@@ -19,7 +19,7 @@ Kind = Literal[
     "HierarchicalVAE",
     "FlowAutoencoderKL",
 ]
-"""Of first stages: docs/family.md."""
+"""Classes of first stages: docs/family.md."""
 
 
 class ModelFacts(NamedTuple):
@@ -60,17 +60,17 @@ class ModelSettings(Settings):
     kind: Kind = "AutoencoderKL"
     """Class of diffusers or ours. Of the others, `config` gives the shape and the keys below it must be left alone."""
     config: dict[str, Any] = {}
-    """Of another kind: keys and values of its diffusers config."""
+    """Keys and values of the diffusers config of another kind."""
     in_channels: Positive = 3
-    """Of the images."""
+    """Channels of the images."""
     out_channels: Positive = 3
-    """Of the reconstructions: the same."""
+    """Channels of the reconstructions: the same."""
     block_out_channels: Annotated[tuple[Positive, ...], Field(min_length=1)] = (128, 256, 512, 512)
     """Width of each level; n levels downsample by 2 ** (n - 1)."""
     layers_per_block: Positive = 2
     """ResNet blocks of each level of the encoder; the decoder has one more."""
     latent_channels: Positive = 4
-    """Of the latents; at each position a mean and a log-variance for each."""
+    """Channels of the latents; at each position a mean and a log-variance for each."""
     norm_num_groups: Positive = 32
     """Groups of each group normalisation; it divides every width."""
     mid_block_add_attention: bool = True

@@ -16,7 +16,8 @@ from latent_ae.objectives.base import GradientBalance, Objective, Pass, RunFacts
 from latent_ae.pretrained.vision import VisionModel
 
 CAP, SMOOTHING = 100.0, 0.9
-"""Of the adaptive weight: the ratio lags, so one batch that is aligned already must not send it off."""
+"""Cap and smoothing of the adaptive weight: the ratio lags, so one batch that is aligned already must not send it
+off."""
 
 
 class AlignmentSettings(Settings):

@@ -20,9 +20,9 @@ class CodebookSettings(Settings):
     """The loss of a codebook."""
 
     commitment: Weight = 0.25
-    """Of a codebook: weight of the term that draws latents to their codes; codes are drawn to them with weight 1."""
+    """Weight of the term that draws latents to the codes of a codebook; codes are drawn to latents with weight 1."""
     revive_after: NonNegative = 100
-    """Of a codebook: steps without use after which a code starts again as a latent of the day; 0: never."""
+    """Steps without use after which a code of a codebook restarts as a latent of the current step; 0: never."""
 
 
 class Codebook(Objective[CodebookSettings]):

@@ -21,7 +21,7 @@ PROPORTIONAL, INTEGRAL = 2.0, 0.02
 LARGEST_ERROR = 1.0
 """Errors count no more than this: a KL far off changes the weight by a factor e in 50 steps."""
 WEIGHT_RANGE = (1e-12, 1e3)
-"""Of the controlled weight."""
+"""Range of the controlled weight."""
 SHAPING = ("kl_warmup", "kl_cycles", "kl_target", "free_bits", "kl_capacity")
 """Settings that shape the term."""
 CURES = "loss.kl_warmup, loss.free_bits or a weaker decoder (docs/family.md, posterior collapse)"

@@ -32,7 +32,7 @@ class ReconstructionSettings(Settings):
     pixel_weight: Weight = 1.0
     """Weight of that term."""
     scale: Annotated[float, Field(gt=0), fixed_with("learned_logvar")] = 0.1
-    """Of a likelihood: standard deviation (gaussian) or scale (logistic), in [-1, 1] units."""
+    """Standard deviation (gaussian) or scale (logistic) of a likelihood, in [-1, 1] units."""
     perceptual: Weight = 1.0
     """Weight of LPIPS; 0 neither loads nor computes it."""
     perceptual_net: Annotated[Literal["vgg", "alex"], FIXED] = "vgg"

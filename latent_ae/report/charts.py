@@ -14,7 +14,7 @@ LETTERS = 46
 INK = "#0a0b0c"
 """Stands for the page's own text colour while a chart is drawn."""
 COLOURS = ("#3f8fd2", "#e8833a", "#57a773", "#c65b7c", "#8a78c9", "#8c8f94")
-"""Of a chart's series: to be told apart on white and on black."""
+"""Colours of a chart's series: to be told apart on white and on black."""
 WIDTH, HEIGHT = 4.4, 2.6
 """Inches: a chart fits a telephone, and two stand beside each other on a screen."""
 LEGEND_LINE = 0.2
