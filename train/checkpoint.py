@@ -276,8 +276,8 @@ def _sync(path: Path) -> None:
 def kept_steps(
     steps: Iterable[int], settings: CheckpointSettings, gan: GanSettings, distances: Mapping[int, float]
 ) -> set[int]:
-    """Which of the checkpoints at `steps` stay: the newest `keep`, each multiple of `keep_every`, the best, and the last one
-    before the adversarial term (the place to return to when it goes wrong).
+    """Which of the checkpoints at `steps` stay: the newest `keep`, each multiple of `keep_every`, the best, and the last
+    one before the adversarial term (the place to return to when it goes wrong).
 
     `distances`: held-out LPIPS by step, of the steps that were validated; the lowest is the best.
     """

@@ -16,8 +16,8 @@ from latent_ae.text import choice_in_words
 from latent_ae_eval.manifest import FORMAT
 
 NOT_COMPARED = ("latents", "changed", "changed.latents")
-"""Keys of a protocol: each kind of latent is compared with its own kind only, so a deterministic model needs no sample; and
-`changed` without further keys is an empty one."""
+"""Keys of a protocol that may differ: each kind of latent is compared with its own kind only, so a deterministic model
+needs no sample; and `changed` without further keys is an empty one."""
 AGREEMENT = 1e-4
 """Relative. A table whose means are further from the result's comes from another measurement."""
 
