@@ -1,6 +1,6 @@
 """Frozen typed settings: YAML plus key=value, every error at once, with the key's path and the nearest valid key.
 
-Nothing heavy (torch, diffusers, datasets) is imported here, so that a typo costs no waiting.
+Nothing heavy (torch, diffusers, datasets) is imported here: what needs settings only answers at once.
 """
 
 import difflib
