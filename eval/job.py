@@ -16,6 +16,8 @@ from latent_ae.text import printable
 
 JOBS = ("recon", "latents", "interpolate", "probe", "anomaly", "likelihood", "sample", "factors", "diffusion")
 """Each is a package with a `JOB`; `eval compare` takes results instead of a model and is apart."""
+RECONSTRUCTION_FORMAT = "latent-ae reconstruction 1"
+"""What a result of `eval recon` calls itself, and `eval compare` asks for."""
 Kind = TypeVar("Kind", bound=Settings)
 Shown = Callable[[Mapping[str, Any]], str]
 """A result -> what a terminal shows of it."""

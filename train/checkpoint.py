@@ -16,10 +16,8 @@ Random states are not saved: order, crops and noise are functions of (seed, samp
 
 import json
 import os
-import platform
 import shutil
 from collections.abc import Container, Iterable, Mapping
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,12 +27,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from latent_ae import __version__
 from latent_ae.config import UserError
 from latent_ae.files import disk_trouble
 from latent_ae.models.registry import config_of, untrained
 from latent_ae.models.run_checkpoint import MANIFEST, PREFIX, finished_checkpoints, misfits, newest_whole, sha256_of
 from latent_ae.objectives.gan import GanSettings
+from latent_ae.provenance import versions
 
 from .run_config import CheckpointSettings
 from .step import TrainStep
@@ -219,12 +217,6 @@ def load_weights(folder: Path) -> ModelMixin:
     return autoencoder.eval()
 
 
-def versions() -> dict[str, str]:
-    """What a result depends on besides the settings."""
-    packages = ("torch", "diffusers", "accelerate", "datasets", "lpips", "torch-fidelity")
-    return {"latent-ae": __version__, "python": platform.python_version()} | {name: version(name) for name in packages}
-
-
 def modules_of(train_step: TrainStep) -> dict[str, nn.Module]:
     """What a checkpoint holds, by the names of its files: only what has tensors."""
     reconstructor = train_step.bare_reconstructor
@@ -276,8 +268,8 @@ def _sync(path: Path) -> None:
 def kept_steps(
     steps: Iterable[int], settings: CheckpointSettings, gan: GanSettings, distances: Mapping[int, float]
 ) -> set[int]:
-    """Which of the checkpoints at `steps` stay: the newest `keep`, each multiple of `keep_every`, the best, and the last
-    one before the adversarial term (the place to return to when it goes wrong).
+    """Which of the checkpoints at `steps` stay: the newest `keep`, each multiple of `keep_every`, the best, and the
+    last one before the adversarial term (the place to return to when it goes wrong).
 
     `distances`: held-out LPIPS by step, of the steps that were validated; the lowest is the best.
     """

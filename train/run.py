@@ -15,9 +15,10 @@ from latent_ae.config import UserError, resume_marks, to_yaml
 from latent_ae.files import replacing, writing
 from latent_ae.objectives.gan import SHAPE
 from latent_ae.only_writer import only_writer
+from latent_ae.provenance import versions
 
 from .agreement import Agreed
-from .checkpoint import Checkpoint, set_damaged_aside, versions
+from .checkpoint import Checkpoint, set_damaged_aside
 from .settings import TrainSettings, micro_batch_of
 
 

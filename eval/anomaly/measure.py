@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from latent_ae.config import UserError
 from latent_ae.data.rng import spread
+from latent_ae.provenance import versions
 from latent_ae_eval.anomaly.images import Part, Work, opened_part
 from latent_ae_eval.anomaly.report import Finding, write_anomaly_report, write_maps, write_pictures
 from latent_ae_eval.anomaly.roc import FEWEST_SCORES, PixelScores, auroc, auroc_interval, conformal_threshold
@@ -24,7 +25,6 @@ from latent_ae_eval.anomaly.scores import Scorer, negative_elbo
 from latent_ae_eval.anomaly.settings import AnomalySettings
 from latent_ae_eval.inputs import opened_model
 from latent_ae_eval.jobs import lpips_or_reason, make_folder, one_process, write_json, written_into
-from latent_ae_eval.manifest import versions
 
 FORMAT = "latent-ae anomaly 1"
 FIT = 5

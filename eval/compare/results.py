@@ -13,7 +13,7 @@ from latent_ae.config import UserError
 from latent_ae.metrics.labels import number, pair, short_name
 from latent_ae.report.page import flattened
 from latent_ae.text import choice_in_words
-from latent_ae_eval.manifest import FORMAT
+from latent_ae_eval.job import RECONSTRUCTION_FORMAT
 
 NOT_COMPARED = ("latents", "changed", "changed.latents")
 """Keys of a protocol that may differ: each kind of latent is compared with its own kind only, so a deterministic model
@@ -73,8 +73,8 @@ def read_result(path: str | Path, label: str) -> Result:
 def _problem(document: Any) -> str | None:
     if not isinstance(document, dict):
         return "it is not a JSON object"
-    if document.get("format") != FORMAT:
-        return f'its "format" is {json.dumps(document.get("format"))}, not "{FORMAT}"'
+    if document.get("format") != RECONSTRUCTION_FORMAT:
+        return f'its "format" is {json.dumps(document.get("format"))}, not "{RECONSTRUCTION_FORMAT}"'
     for key in ("model", "protocol", "data", "metrics"):
         if not isinstance(document.get(key), dict):
             return f'"{key}" is not an object'

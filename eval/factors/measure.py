@@ -21,6 +21,7 @@ from latent_ae.data.rng import posterior_noise
 from latent_ae.data.sources import StoredImages, StreamSource, TableSource
 from latent_ae.models.loading import FirstStage
 from latent_ae.models.posterior import draw
+from latent_ae.provenance import versions
 from latent_ae.report.pictures import picture_grid
 from latent_ae_eval.factors.information import BINS, entropy, measured
 from latent_ae_eval.factors.report import write_factors_report
@@ -35,7 +36,6 @@ from latent_ae_eval.jobs import (
     write_json,
     written_into,
 )
-from latent_ae_eval.manifest import versions
 
 FORMAT = "latent-ae factors 1"
 MOST_DIMENSIONS = 1024

@@ -33,13 +33,13 @@ from latent_ae.models.registry import FAMILIES
 from latent_ae.only_writer import only_writer
 from latent_ae.pretrained.lpips import TRUNKS
 from latent_ae.progress import progress_bar
+from latent_ae.provenance import versions
 from latent_ae.report.pictures import picture_grid
 from latent_ae_eval.generation.flow import CHOICE_SEED, NULL_CLASS, Trivial, Validation
 from latent_ae_eval.generation.sampling import GRID, KINDS, Features, ImageSet, distances, image_set
 from latent_ae_eval.generation.settings import DiffusionSettings
 from latent_ae_eval.generation.training import Trainer, trained
 from latent_ae_eval.jobs import write_json, written_into
-from latent_ae_eval.manifest import versions
 
 Part = Literal["train", "held_out"]
 PARTS: tuple[Part, ...] = ("train", "held_out")

@@ -23,6 +23,7 @@ from latent_ae.data.sources import StoredImages, StreamSource
 from latent_ae.models.loading import FirstStage
 from latent_ae.pretrained.lpips import LPIPS
 from latent_ae.progress import progress_bar
+from latent_ae.provenance import versions
 from latent_ae.report.pictures import picture_grid
 from latent_ae_eval.inputs import opened_data
 from latent_ae_eval.interpolate.report import write_interpolation_report
@@ -35,7 +36,6 @@ from latent_ae_eval.jobs import (
     write_json,
     written_into,
 )
-from latent_ae_eval.manifest import versions
 
 FORMAT = "latent-ae interpolation 1"
 PARALLEL = 1e-4

@@ -29,6 +29,7 @@ from latent_ae.models.loading import FirstStage
 from latent_ae.pretrained.lpips import LPIPS
 from latent_ae.pretrained.weights import briefly
 from latent_ae.progress import progress_bar
+from latent_ae.provenance import versions
 from latent_ae_eval.inputs import checked_factor, opened_data, opened_model, processes, report_skipped, stream_notes
 from latent_ae_eval.jobs import make_folder, write_json, written_into
 from latent_ae_eval.latents.findings import findings
@@ -42,7 +43,6 @@ from latent_ae_eval.latents.health import (
 from latent_ae_eval.latents.report import write_latents_page
 from latent_ae_eval.latents.settings import LatentsSettings
 from latent_ae_eval.latents.sums import Decoded, Encoded, LatentsMeasurer
-from latent_ae_eval.manifest import versions
 
 FORMAT = "latent-ae latents 1"
 MOST_BLOCKS, SMALLEST_BLOCK, STREAM_BLOCK, DECODED_BLOCK = 256, 4, 64, 4

@@ -25,13 +25,13 @@ from latent_ae.metrics.similarity import FEWEST, bootstrap_interval
 from latent_ae.models.likelihood import Likelihood, LikelihoodKind, bits_per_dimension
 from latent_ae.models.loading import FirstStage
 from latent_ae.progress import progress_bar
+from latent_ae.provenance import versions
 from latent_ae.text import printable
 from latent_ae_eval.inputs import opened_data, report_skipped
 from latent_ae_eval.jobs import batches, images_for, opened, write_json, written_into
 from latent_ae_eval.likelihood.bounds import FIT_VALUES, Estimator, curve_sizes, fitted_scale
 from latent_ae_eval.likelihood.report import Shown, findings, write_likelihood_report
 from latent_ae_eval.likelihood.settings import LikelihoodSettings
-from latent_ae_eval.manifest import versions
 
 FORMAT = "latent-ae likelihood 1"
 FIT = 5

@@ -23,9 +23,9 @@ from latent_ae.data.loader import open_images
 from latent_ae.data.rng import choice_facts, spread
 from latent_ae.data.sources import StoredImages, StreamSource
 from latent_ae.progress import progress_bar
+from latent_ae.provenance import versions
 from latent_ae_eval.inputs import report_skipped
 from latent_ae_eval.jobs import opened, write_json, written_into
-from latent_ae_eval.manifest import versions
 from latent_ae_eval.probe.classifiers import BLOCK, logistic_regression, nearest
 from latent_ae_eval.probe.features import FEATURES, ImageFeatures, Scaled, add_components, several_sizes
 from latent_ae_eval.probe.report import write_probe_report

@@ -6,7 +6,7 @@ from typing import Any
 import pyarrow as pa
 
 from latent_ae.data.sources import fingerprint
-from latent_ae_eval.manifest import versions
+from latent_ae.provenance import versions
 from latent_ae_eval.recon.settings import ReconSettings
 
 

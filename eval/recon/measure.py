@@ -29,6 +29,7 @@ from latent_ae.distributed import on_main, together
 from latent_ae.files import replacing, write_json, writing
 from latent_ae.only_writer import only_writer
 from latent_ae.progress import progress_bar
+from latent_ae.provenance import versions
 from latent_ae.report.pictures import picture_grid
 from latent_ae_eval.inputs import (
     checked_factor,
@@ -39,7 +40,7 @@ from latent_ae_eval.inputs import (
     report_skipped,
     stream_notes,
 )
-from latent_ae_eval.manifest import FORMAT, versions
+from latent_ae_eval.job import RECONSTRUCTION_FORMAT
 from latent_ae_eval.recon.manifest import data_fingerprint, evaluation_key, protocol_manifest, reference_key
 from latent_ae_eval.recon.pictures import chosen_rows, reconstructed, shown_groups
 from latent_ae_eval.recon.report import ERROR_GAIN, error_map, write_recon_report
@@ -189,7 +190,7 @@ def _result(
     if enlarged := int(np.sum(table["enlarged"].to_numpy(zero_copy_only=False))):
         notes.append(f"{enlarged:,} of {table.num_rows:,} images are smaller than the crop and were enlarged to fit")
     result = {
-        "format": FORMAT,
+        "format": RECONSTRUCTION_FORMAT,
         "model": stage.describe() | {"subfolder": settings.subfolder, "revision": settings.revision},
         "protocol": protocol_manifest(settings),
         "inception": inception.sha256 if inception is not None else None,

@@ -8,7 +8,6 @@ import sys
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
@@ -31,8 +30,8 @@ from latent_ae.latents.settings import EncodeSettings
 from latent_ae.models.loading import CPU_BATCH_PX, FirstStage, load
 from latent_ae.models.registry import FAMILIES
 from latent_ae.progress import progress_bar
+from latent_ae.provenance import versions
 
-PACKAGES = ("latent-ae", "torch", "diffusers", "numpy", "pillow")
 KIND_OF_LATENT = {
     "posterior": "moments of the posterior",
     "deterministic": "latents; there is no posterior",
@@ -239,6 +238,6 @@ def _manifest(
             "model": stage.sha256,
             "data": source_stamp(source),
             "settings": settings.contents(),
-            "versions": {name: version(name) for name in PACKAGES},
+            "versions": versions(),
         },
     }
