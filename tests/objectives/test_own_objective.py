@@ -68,8 +68,10 @@ def test_what_it_remembers_is_rolled_back_with_a_skipped_step(example: ModuleTyp
 def test_a_run_with_it_goes_on_bit_for_bit_and_not_without_it(
     example: ModuleType, pictures: Path, tmp_path: Path
 ) -> None:
+    constant = ("optim.schedule=constant",)
+
     def run(name: str, steps: int, *weights: float) -> Path:
-        command, *changes = words(pictures, tmp_path / name, f"steps={steps}", "checkpoint.every=3")[1:]
+        command, *changes = words(pictures, tmp_path / name, f"steps={steps}", "checkpoint.every=3", *constant)[1:]
         settings = load_settings(TrainSettings, command, changes)
         train(settings, objectives=[example.Edges(weight) for weight in weights])
         return tmp_path / name
