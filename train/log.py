@@ -42,7 +42,6 @@ class Log:
         run: Path,
         accelerator: Accelerator,
         settings: TrainSettings,
-        first_step: int = 0,
         objectives: Sequence[type[Objective[Any]]] = OBJECTIVES,
     ):
         self.objectives = objectives
@@ -56,13 +55,7 @@ class Log:
         self.not_finite: list[str] = []
         if accelerator.is_main_process:
             _drop_torn_line(self.path)
-        self.progress = progress_bar(
-            None,
-            settings.steps * settings.batch_size,
-            "img",
-            initial=first_step * settings.batch_size,
-            disable=not accelerator.is_main_process,
-        )
+        self.progress: tqdm | None = None
         if settings.report_to:
             try:
                 accelerator.init_trackers(
@@ -113,6 +106,9 @@ class Log:
 
     def begin(self, first_step: int, changes: dict[str, list[Any]] | None, validator: Validator) -> None:
         """Says what a run begins with: the baseline, or what has changed since its checkpoint (None: it is fresh)."""
+        size, steps = self.settings.batch_size, self.settings.steps
+        disable = not self.accelerator.is_main_process
+        self.progress = progress_bar(None, steps * size, "img", initial=first_step * size, disable=disable)
         if validator.chosen[1]["method"] == "first":
             self.say(
                 f"held-out images come as a stream: its first {self.settings.validation.images:,} are measured, not a "
@@ -122,6 +118,16 @@ class Log:
             self.write("baseline", 0, validator.measure_baseline())
         else:
             self.resumed(first_step, changes)
+
+    def advance(self, samples: int) -> None:
+        """Moves the bar."""
+        if self.progress is not None:
+            self.progress.update(samples)
+
+    def close(self) -> None:
+        """Ends the bar."""
+        if self.progress is not None:
+            self.progress.close()
 
     def resumed(self, step: int, changes: dict[str, list[Any]]) -> None:
         """Says that a run goes on, and with what: {name: [before, now]}."""
@@ -189,8 +195,9 @@ class Log:
         self.last = now, done
         values["lr"] = self.settings.optim.lr * lr_scale_at(done - 1, self.settings.steps, self.settings.optim)
         shown = [name for name in SHOWN if name in values]
-        self.progress.set_description(f"step {done:,}/{self.settings.steps:,}")
-        self.progress.set_postfix({name: f"{values[name]:.3f}" for name in shown}, refresh=False)
+        if self.progress is not None:
+            self.progress.set_description(f"step {done:,}/{self.settings.steps:,}")
+            self.progress.set_postfix({name: f"{values[name]:.3f}" for name in shown}, refresh=False)
         if "logits_real" in values:
             values["logit_gap"] = values["logits_real"] - values["logits_fake"]
         values["memory_gb"] = memory_gb(self.accelerator.device)

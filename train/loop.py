@@ -115,7 +115,7 @@ def _train(
         if accelerator.is_main_process:
             preflight(run, settings, step)
             cut_back(run, first_step if checkpoint is not None else -1)
-        log = Log(run, accelerator, settings, first_step, [type(objective) for objective in objectives])
+        log = Log(run, accelerator, settings, [type(objective) for objective in objectives])
     feed = Feed(step, source, log, first_step, stream_state)
     with Agreed(accelerator):
         if first_step < settings.steps:
@@ -132,7 +132,7 @@ def _train(
                 means = step(number, feed)
                 done = number + 1
                 feed.bad_files.settle(done)
-                log.progress.update(settings.batch_size)
+                log.advance(settings.batch_size)
                 logging = due(done, settings.log.every, settings.steps)
                 saving = due(done, settings.checkpoint.every, settings.steps)
                 if logging:
@@ -153,10 +153,10 @@ def _train(
                     log.restart_clock(done)
                 if saving:
                     prune(run, settings, accelerator)
-        log.progress.close()
+        log.close()
         results = finish_run(run, settings, accelerator, averaged, source, validator, objectives)
     except BaseException:
-        log.progress.close()
+        log.close()
         _say_how_to_go_on(run, number, accelerator)
         raise
     return _ended(accelerator, run, settings, results)

@@ -180,9 +180,7 @@ class TrainSettings(Settings):
                     yield Problem(key, f"{side}, and {model.name} takes images of {model.factor} px only")
                 elif side is not None and side % model.factor:
                     near = max(model.factor, side // model.factor * model.factor)
-                    yield Problem(
-                        key, f"{side} is not a multiple of the factor {model.factor} of {model.name}: use {near}"
-                    )
+                    yield Problem(key, f"{side} is not a multiple of the model's factor {model.factor}: use {near}")
             if not model.one_grid and self.train != "all":
                 yield Problem(
                     "train", f"{self.train}: the latents of {model.name} are made by both parts: set it to all"

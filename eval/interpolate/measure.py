@@ -8,6 +8,7 @@ print(result["means"])
 import difflib
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +113,10 @@ def interpolate(
     pairs = legs[:1] if count == 2 else legs
     frames = settings.frames * len(legs) if out is not None and settings.animation else 0
     work = 2 * (settings.steps * len(pairs) + frames)
-    with progress_bar("interpolate", work, "image", disable=not progress) as bar:
+    animation = f"animation.{settings.animation or 'webp'}" if frames else None
+    files = ["result.json", "grid.png", "report.html", *([animation] if animation else [])]
+    written = written_into(folder, files) if folder is not None else nullcontext()
+    with written, progress_bar("interpolate", work, "image", disable=not progress) as bar:
 
         def walk(leg: tuple[int, int], t: Tensor) -> dict[str, Tensor]:
             """The images at `t` on each path of a leg."""
@@ -282,20 +286,18 @@ def _write(
     frames: Iterator[Image.Image] | None,
     settings: InterpolateSettings,
 ) -> None:
-    names, kind = ["result.json", "grid.png", "report.html"], settings.animation or "webp"
+    kind = settings.animation or "webp"
     file = folder / f"animation.{kind}"
-    names += [file.name] if frames is not None else []
-    with written_into(folder, names):
-        if frames is not None:
-            first, options = next(frames), {"quality": 80, "method": 2} if kind == "webp" else {"optimize": False}
-            part = file.with_name(f"{file.name}.part")
-            first.save(part, kind, save_all=True, append_images=frames, duration=FRAME_MS, loop=0, **options)
-            part.replace(file)
-        sheet = Image.new("RGB", (max(grid.width for grid in grids), sum(grid.height for grid in grids)), "white")
-        top = 0
-        for grid in grids:
-            sheet.paste(grid, (0, top))
-            top += grid.height
-        sheet.save(folder / "grid.png")
-        write_json(folder / "result.json", result)
-        write_interpolation_report(folder / "report.html", result, grids, file if frames is not None else None)
+    if frames is not None:
+        first, options = next(frames), {"quality": 80, "method": 2} if kind == "webp" else {"optimize": False}
+        part = file.with_name(f"{file.name}.part")
+        first.save(part, kind, save_all=True, append_images=frames, duration=FRAME_MS, loop=0, **options)
+        part.replace(file)
+    sheet = Image.new("RGB", (max(grid.width for grid in grids), sum(grid.height for grid in grids)), "white")
+    top = 0
+    for grid in grids:
+        sheet.paste(grid, (0, top))
+        top += grid.height
+    sheet.save(folder / "grid.png")
+    write_json(folder / "result.json", result)
+    write_interpolation_report(folder / "report.html", result, grids, file if frames is not None else None)

@@ -10,7 +10,7 @@ from typing import Any
 
 from accelerate import PartialState
 
-import latent_ae_train.loop as loop
+import latent_ae_train.data as data
 from latent_ae.__main__ import main
 from latent_ae.config import UserError
 from latent_ae.data.loader import training_batches
@@ -26,7 +26,7 @@ def failing_batches(*arguments: Any, **options: Any) -> Iterator[Any]:
 out, commands = sys.argv[1:]
 said: dict[str, tuple[int, str]] = {}
 for name, words in json.loads(commands).items():
-    loop.training_batches = failing_batches if name == "reader" else training_batches  # type: ignore[attr-defined]
+    data.training_batches = failing_batches if name == "reader" else training_batches  # type: ignore[attr-defined]
     with contextlib.redirect_stderr(io.StringIO()) as error, contextlib.redirect_stdout(io.StringIO()):
         code = main(words)
     said[name] = (code, error.getvalue())

@@ -14,7 +14,7 @@ from latent_ae.export import precision
 from latent_ae.export.precision import compare_tiled, probe_precision, probe_tiling, verdict
 from latent_ae.models.build import build_autoencoder
 from latent_ae.models.settings import ModelSettings
-from latent_ae.progress import bar
+from latent_ae.progress import progress_bar
 
 
 def tiny_autoencoder() -> AutoencoderKL:
@@ -199,7 +199,7 @@ def test_another_device_computes_or_is_emulated_and_said_so(monkeypatch):
     exact = reconstructed(vae, torch.float32)
 
     def tried(dtype):
-        with bar("", 1, "layer") as progress:
+        with progress_bar("", 1, "layer") as progress:
             return precision._in_type(vae, IMAGES, torch.device("cpu"), dtype, exact, progress, emulated=False)
 
     for dtype in (torch.bfloat16, torch.float16):

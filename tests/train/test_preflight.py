@@ -153,7 +153,7 @@ def test_the_phase_of_the_gan_is_tried_before_the_first_step(
     def broken(*_: Any) -> None:
         raise ArithmeticError(part)
 
-    module = "latent_ae.models.discriminator" if "forward" in part else "latent_ae_train.step"
+    module = "latent_ae.models.discriminator" if "forward" in part else "latent_ae.objectives.gan"
     monkeypatch.setattr(f"{module}.{part}", broken)
     run = tmp_path / "run"
     with pytest.raises(ArithmeticError, match=part):
@@ -167,7 +167,7 @@ def test_too_little_memory_for_the_last_phase(
     def full(*_: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
 
-    monkeypatch.setattr("latent_ae_train.step.generator_loss", full)
+    monkeypatch.setattr("latent_ae.objectives.gan.generator_loss", full)
     assert main(words(pictures, tmp_path / "run", *LATE)) == 2
     message = only_message(capsys)
     for part in ("4 images of 16 px", "micro_batch_size", "gradient_checkpointing=true", "precision=bf16", "2 GiB"):

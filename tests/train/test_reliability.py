@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 
 from latent_ae.__main__ import main
+from latent_ae.objectives.base import Batch
 from latent_ae.objectives.gan import GanSettings
 from latent_ae_train.checkpoint import before_gan, complete_checkpoints, kept_steps, newest_checkpoint
 from latent_ae_train.run_config import CheckpointSettings
-from latent_ae_train.step import MicroBatch, TrainStep
+from latent_ae_train.step import TrainStep
 from tests.distributed.launch import DISTRIBUTED, ROOT, launch
 from tests.runs import words
 
@@ -67,7 +68,7 @@ def test_no_checkpoint_is_written_of_a_step_that_was_skipped(
 ) -> None:
     original = TrainStep.__call__
 
-    def spoilt_at_the_fourth(self: TrainStep, step: int, batches: Iterator[MicroBatch]) -> dict:
+    def spoilt_at_the_fourth(self: TrainStep, step: int, batches: Iterator[Batch]) -> dict:
         if step == 3:
             batches = (batch._replace(images=batch.images * float("nan")) for batch in batches)
         return original(self, step, batches)

@@ -86,7 +86,7 @@ def test_what_is_compared_is_there(whole: Whole) -> None:
     assert len(list(whole.run.glob("previews/*.png"))) == 9
     assert [checkpoint.step for checkpoint in complete_checkpoints(whole.run)] == [2, 4, 8]  # before GAN, best, newest
     tensors = load_file(whole.run / LAST / "objectives.safetensors")
-    assert all(bool((tensors[name] != 0).all()) for name in ("adaptive_weight", "lecam_averages"))
+    assert all(bool((tensors[name] != 0).all()) for name in ("gan.balance.weight", "gan.lecam_averages"))
 
 
 def test_killed_before_any_write_of_a_step_it_ends_the_same(pictures: Path, tmp_path: Path, whole: Whole) -> None:
