@@ -145,6 +145,7 @@ def test_help_loads_nothing_heavy() -> None:
         ("encode model photos --data.split test", "give split=test in place of --"),
         ("data check photos --channels 5", "give channels=5 in place of --channels 5"),
         ("trian quickstart", "no such command: trian; did you mean train?"),
+        ("data chek photos", "no such action: chek; did you mean check? (latent-ae data check DATA)"),
         ("eval rcon", "no such command: rcon; did you mean recon?"),
         ("train quickstart optimizer.lr=1", "optimizer: no such setting; did you mean optim.lr?"),
         ("train quickstart image_column=img", "image_column: no such setting; did you mean data.image_column?"),

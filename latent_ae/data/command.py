@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 
 from latent_ae.command_line import SettingsParser
-from latent_ae.config import UserError, load_settings
+from latent_ae.config import UserError, close_word, load_settings
 from latent_ae.data.settings import CheckSettings, without_section
 from latent_ae.text import printable
 
@@ -19,9 +19,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         "every file that would be skipped with the reason. Findings go to stdout as JSON, a summary to stderr.",
         examples="example: latent-ae data check /my/photos resolution=256 max_bad_fraction=0.001",
     )
-    parser.add_argument("action", choices=["check"])
+    parser.add_argument("action", metavar="check")
     parser.add_argument("data", help="photos, a folder of images, Parquet or WebDataset files, or a hub id")
     words = parser.read(argv)
+    if words.action != "check":
+        hint = "; did you mean check?" if close_word(words.action, ["check"]) else ""
+        raise UserError(f"no such action: {words.action}{hint} (latent-ae data check DATA)")
     settings = load_settings(CheckSettings, None, words.override)
 
     from latent_ae.data.check import check, summary, wrong_channels
