@@ -64,6 +64,11 @@ def test_what_it_remembers_is_rolled_back_with_a_skipped_step(example: ModuleTyp
     assert step.skipped_steps()[0] == [1] and torch.equal(step.objectives["edges"].average, before)
 
 
+def test_two_of_one_name_are_refused(example: ModuleType) -> None:
+    with pytest.raises(UserError, match="each needs a name of its own; these are called .*edges, edges"):
+        build_step(settings_for(), more=[example.Edges(0.5), example.Edges(1.0)])
+
+
 @pytest.mark.usefixtures("no_finish")
 def test_a_run_with_it_goes_on_bit_for_bit_and_not_without_it(
     example: ModuleType, pictures: Path, tmp_path: Path
