@@ -155,7 +155,7 @@ def load_checkpoint(checkpoint: Checkpoint, train_step: TrainStep) -> None:
 
 def _restore(checkpoint: Checkpoint, train_step: TrainStep) -> None:
     folder, modules = checkpoint.folder, modules_of(train_step)
-    there = {path.name.removesuffix(".safetensors") for path in folder.glob("*.safetensors")}
+    there = {path.name.removesuffix(".safetensors") for path in folder.glob("[!.]*.safetensors")}
     if "step_state" in there:
         raise UserError(
             f"{folder} was written by an older version, whose checkpoints this one does not go on from: finish the run "
@@ -221,7 +221,7 @@ def modules_of(train_step: TrainStep) -> dict[str, nn.Module]:
     """What a checkpoint holds, by the names of its files: only what has tensors."""
     reconstructor = train_step.bare_reconstructor
     adversaries = {
-        train_step.objectives[name].adversary_name: network for name, network in train_step.bare_adversaries.items()
+        train_step.objectives[name].network_name: network for name, network in train_step.bare_adversaries.items()
     }
     ema = {"ema": train_step.ema.module} if train_step.ema is not None else {}
     own = {"heads": reconstructor.heads, "objectives": train_step.state}

@@ -14,7 +14,7 @@ from latent_ae.config import UserError
 from latent_ae.data.loader import open_images
 from latent_ae.models.build import factor_of
 from latent_ae.models.reconstruct import Reconstructor
-from latent_ae.objectives import Reconstruction
+from latent_ae.objectives import OBJECTIVES, Reconstruction
 from latent_ae.objectives.base import Objective
 
 from .agreement import Agreed, gathered, hosts, on_main, stop_on_drift
@@ -115,7 +115,7 @@ def _train(
         if accelerator.is_main_process:
             preflight(run, settings, step)
             cut_back(run, first_step if checkpoint is not None else -1)
-        log = Log(run, accelerator, settings, [type(objective) for objective in objectives])
+        log = Log(run, accelerator, settings, [*OBJECTIVES, *(type(objective) for objective in more)])
     feed = Feed(step, source, log, first_step, stream_state)
     with Agreed(accelerator):
         if first_step < settings.steps:

@@ -67,7 +67,7 @@ class Optimizers:
     def by_name(self) -> dict[str, torch.optim.Optimizer]:
         """All of them, by what a checkpoint calls them."""
         muon = {"muon": self.muon} if self.muon is not None else {}
-        adversaries = {one.adversary_name: self.adversaries[one.name] for one in self.objectives if one.adversary}
+        adversaries = {one.network_name: self.adversaries[one.name] for one in self.objectives if one.adversary}
         return {"autoencoder": self.autoencoder, **muon, **adversaries}
 
     def __call__(self, step: int) -> tuple[dict[str, Tensor], Tensor]:
@@ -84,7 +84,7 @@ class Optimizers:
         for objective in self.objectives:
             if objective.adversary is not None and objective.trains_adversary(step):
                 family = [self.adversaries[objective.name]], self.adversary_lr * scale
-                families[f"grad_norm_{objective.adversary_name}"] = family
+                families[f"grad_norm_{objective.network_name}"] = family
         limit = settings.optim.clip or float("inf")
         norms = {
             name: nn.utils.clip_grad_norm_(

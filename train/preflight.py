@@ -95,7 +95,7 @@ def try_passes(step: TrainStep, batch: Batch) -> None:
         ) from error
     finally:
         step.reconstructor, step.adversaries = wrapped
-        for network in (*step.networks, step.state):
+        for network in step.networks:
             network.zero_grad(set_to_none=True)
         for buffer, value in zip(buffers, before, strict=True):
             buffer.copy_(value)

@@ -21,6 +21,9 @@ from latent_ae.objectives.base import Batch, Objective, Pass
 from .optim import Ema, Optimizers
 from .settings import TrainSettings
 
+TAKEN = ("autoencoder", "ema", "muon", "heads", "objectives")
+"""What else has a file or an optimizer in a checkpoint."""
+
 
 class TrainStep:
     """Networks, objectives and optimizers; calling it with the step's number makes one update of all of them.
@@ -43,10 +46,8 @@ class TrainStep:
     ):
         self.settings, self.accelerator, self.ema = settings, accelerator, ema
         self.objectives = {objective.name: objective for objective in objectives}
-        if len(self.objectives) < len(objectives):
-            names = ", ".join(objective.name for objective in objectives)
-            raise UserError(f"objectives: each needs a name of its own; these are called {names}")
-        self.state = nn.ModuleDict(self.objectives)
+        _refuse_equal_names(objectives)
+        self.state = nn.ModuleDict(self.objectives).to(accelerator.device)
         heads = {name: head for name, one in self.objectives.items() if (head := one.head()) is not None}
         layout = training_memory_format(accelerator.device)
         self.bare_reconstructor = Reconstructor(autoencoder, heads).to(memory_format=layout)
@@ -62,8 +63,8 @@ class TrainStep:
 
     @property
     def networks(self) -> list[nn.Module]:
-        """What trains, bare."""
-        return [self.bare_reconstructor, *self.bare_adversaries.values()]
+        """What trains, bare; the last is what the objectives remember and train themselves."""
+        return [self.bare_reconstructor, *self.bare_adversaries.values(), self.state]
 
     def __call__(self, step: int, batches: Iterator[Batch]) -> dict[str, Tensor]:
         """Update number `step` (0-based) from `settings.accumulation` micro-batches.
@@ -71,6 +72,7 @@ class TrainStep:
         Returns this process's mean losses and diagnostics as tensors on the device; nothing waits for them.
         """
         passes, logs, means = self.settings.accumulation, dict[str, Tensor](), dict[str, Tensor]()
+        before = [buffer.clone() for buffer in self.state.buffers()]
         for index in range(passes):
             # spectral norm takes one power iteration per step, however the batch is split
             for network in self.bare_adversaries.values():
@@ -80,7 +82,9 @@ class TrainStep:
             for sums, values in ((logs, done.logs), (means, done.global_means)):
                 sums |= {name: sums[name] + value if name in sums else value for name, value in values.items()}
         logs = {name: value / passes for name, value in logs.items()}
-        before = [buffer.clone() for buffer in self.state.buffers()]
+        for parameter in self.state.parameters():  # no wrapper averages the gradients of these
+            if parameter.grad is not None and self.accelerator.num_processes > 1:
+                parameter.grad = self.accelerator.reduce(parameter.grad, "mean")
         reduced = self.mean_over_processes({name: value / passes for name, value in means.items()}, self.accelerator)
         for objective in self.objectives.values():
             objective.remember(reduced, logs)
@@ -126,6 +130,15 @@ class TrainStep:
         for network in (self.reconstructor, *self.adversaries.values()):
             stack.enter_context(self.accelerator.no_sync(network))
         return stack
+
+
+def _refuse_equal_names(objectives: Sequence[Objective[Any]]) -> None:
+    """Raises UserError where two objectives, or what a checkpoint holds of them, would have one name."""
+    names = [objective.name for objective in objectives]
+    networks = [objective.network_name for objective in objectives if objective.adversary is not None]
+    for kind, all_of in (("a name", names), ("an adversary_name", [*TAKEN, *networks])):
+        if twice := {name for name in all_of if all_of.count(name) > 1}:
+            raise UserError(f"objectives: each needs {kind} of its own, and there are two: {', '.join(sorted(twice))}")
 
 
 def mean_over_processes(means: dict[str, Tensor], accelerator: Accelerator) -> dict[str, Tensor]:

@@ -68,10 +68,9 @@ class Reconstructor(nn.Module):
         if isinstance(self.autoencoder, VQModel):
             latent, codes = quantised(mean, self.codebook)
             how = {"force_not_quantize": True}  # it is quantised already
-        to_decode = latent if decode is None else decode
         heads = {name: head(latent).float() for name, head in self.heads.items()}
-        if heads:
-            to_decode = to_decode.view_as(to_decode)  # a node of its own, so that the two gradients can be told apart
+        to_decode = latent if decode is None else decode
+        to_decode = to_decode.view_as(to_decode)  # a node of its own: its gradient is that of the image alone
         decoded = to_decode
         for transform in transforms:
             decoded = transform(decoded)

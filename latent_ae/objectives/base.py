@@ -148,7 +148,7 @@ class Objective(nn.Module, Generic[S]):
         docs: Where it is explained.
         plan_line: The heading of the plan (`--dry-run`) under which `describe` is shown.
         charts: Titles of charts in the report, and the logged values that each shows.
-        adversary_name: What the adversary's optimizer, gradient norm and file in a checkpoint are called.
+        adversary_name: What the adversary's optimizer, gradient norm and file in a checkpoint are called; or `name`.
         lr_scale: Learning rate of its parameters, relative to the autoencoder's.
 
     Args:
@@ -175,6 +175,18 @@ class Objective(nn.Module, Generic[S]):
             self.own = own
         if run is not None:
             self.run = run
+
+    @property
+    def network_name(self) -> str:
+        """What the adversary's optimizer, gradient norm and file are called."""
+        return self.adversary_name or self.name
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # an adversary is no part of what an objective trains with the autoencoder
+        if name == "adversary":
+            self.hold(adversary=value)
+        else:
+            super().__setattr__(name, value)
 
     def hold(self, **networks: nn.Module | None) -> None:
         """Keeps networks as attributes without registering them."""

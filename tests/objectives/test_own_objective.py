@@ -11,9 +11,11 @@ import torch
 from safetensors.torch import load_file
 
 from latent_ae.config import UserError, load_settings
+from latent_ae.objectives.base import Objective, Pass
 from latent_ae_train import TrainSettings, train
+from latent_ae_train.preflight import try_passes
 from tests.runs import differing_tensors, words
-from tests.tiny import build_step, global_batch, micro_batches, settings_for
+from tests.tiny import build_step, global_batch, micro_batches, moved, settings_for, weights
 
 ROOT = Path(__file__).parents[2]
 
@@ -64,8 +66,48 @@ def test_what_it_remembers_is_rolled_back_with_a_skipped_step(example: ModuleTyp
     assert step.skipped_steps()[0] == [1] and torch.equal(step.objectives["edges"].average, before)
 
 
+class Judged(Objective):
+    """A gain on the error that trains, an adversary that guesses the error's size, and a count of passes."""
+
+    name = "judged"
+    passes: torch.Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = torch.nn.Parameter(torch.tensor(0.5))
+        self.register_buffer("passes", torch.zeros(()))
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.adversary = torch.nn.Linear(1, 1)
+
+    def backward(self, p: Pass) -> None:
+        self.passes += 1
+        error = (p.image.detach() - p.batch.target).square().mean()
+        guess = p.adversaries[self.name](error[None])
+        ((guess - error).square().sum() / p.accumulation).backward(inputs=list(self.adversary.parameters()))
+        p.send_loss((self.gain * error - 1.0).square(), 1.0)
+
+
+def test_its_parameters_and_its_adversary_train_and_its_buffers_roll_back() -> None:
+    settings = settings_for(batch_size=4, micro_batch_size=2)
+    step = build_step(settings, more=[Judged()])
+    own = step.objectives["judged"]
+    assert set(step.state.state_dict()) == {"judged.gain", "judged.passes"} and "judged" in step.optimizers.by_name
+    judge, gain = weights(own.adversary), own.gain.item()
+    logs = step(0, micro_batches(0, settings))
+    assert moved(judge, weights(own.adversary)) == set(judge) and own.gain.item() != gain
+    assert float(own.passes) == 2 and float(logs["grad_norm_judged"]) > 0
+    try_passes(step, next(micro_batches(1, settings)))
+    assert float(own.passes) == 2 and own.gain.grad is None
+    batches = list(micro_batches(1, settings))
+    batches[0].images[0, 0, 0, 0] = torch.nan
+    before = weights(own.adversary)
+    step(1, iter(batches))
+    assert step.skipped_steps()[0] == [1] and float(own.passes) == 2 and not moved(before, weights(own.adversary))
+
+
 def test_two_of_one_name_are_refused(example: ModuleType) -> None:
-    with pytest.raises(UserError, match="each needs a name of its own; these are called .*edges, edges"):
+    with pytest.raises(UserError, match="each needs a name of its own, and there are two: edges"):
         build_step(settings_for(), more=[example.Edges(0.5), example.Edges(1.0)])
 
 

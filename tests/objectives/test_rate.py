@@ -178,6 +178,7 @@ def test_a_collapse_is_named_while_it_trains(
     assert main(words(pictures, run, *more, "loss.kl=10", "validate.every=100", "checkpoint.every=100")) == 0
     assert "posterior collapse: the latents say almost nothing of the image" in capsys.readouterr().err
     trained_lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines() if '"train"' in line]
+    assert trained_lines[-1]["verdict"].endswith("; reconstruction losses only (gan.weight is 0)")
     assert trained_lines[-1]["verdict"].startswith("posterior collapse:") and trained_lines[-1]["active_channels"] == 0
     assert trained_lines[0]["active_channels"] > 0
 
