@@ -125,7 +125,7 @@ def test_parts_of_another_evaluation_are_not_gone_on_from(tmp_path, monkeypatch)
 
 
 def test_features_of_the_originals_are_kept_until_a_file_changes(tmp_path, inception, monkeypatch):
-    photos, seen = write_photos(tmp_path / "photos", 8), []
+    photos, seen = write_photos(tmp_path / "photos", 20), []
     forward = InceptionFeatures.forward
     monkeypatch.setattr(InceptionFeatures, "forward", lambda self, x: seen.append(len(x)) or forward(self, x))
     settings = settings_with(frechet=("inception",), inception_weights=inception, latents=("mode",))
@@ -137,12 +137,12 @@ def test_features_of_the_originals_are_kept_until_a_file_changes(tmp_path, incep
         return sum(seen), next(value for key, value in values.items() if key.startswith("frechet"))
 
     fresh = measured(0)
-    assert fresh[0] == 16 and measured(0) == (8, pytest.approx(fresh[1], rel=1e-6))
-    assert measured(1)[0] == 8  # another model, the same originals
-    assert measured(0, crop_px=16)[0] == 16  # another framing
-    Image.fromarray(np.asarray(Image.open(photos / "006.png"))[::-1]).save(photos / "006.png")
-    assert measured(0)[0] == 12  # the shard of four that it lies in is seen again
-    assert measured(0, reference_cache=False)[0] == 16
+    assert fresh[0] == 40 and measured(0) == (20, pytest.approx(fresh[1], rel=1e-6))
+    assert measured(1)[0] == 20  # another model, the same originals
+    assert measured(0, crop_px=16)[0] == 40  # another framing
+    Image.fromarray(np.asarray(Image.open(photos / "018.png"))[::-1]).save(photos / "018.png")
+    assert measured(0)[0] == 24  # the shard of four that it lies in is seen again
+    assert measured(0, reference_cache=False)[0] == 40
 
 
 @pytest.mark.parametrize("name", FAMILIES)
