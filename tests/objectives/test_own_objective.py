@@ -11,9 +11,10 @@ import torch
 from safetensors.torch import load_file
 
 from latent_ae.config import UserError, load_settings
-from latent_ae.objectives.base import Objective, Pass
 from latent_ae_train import TrainSettings, train
 from latent_ae_train.preflight import try_passes
+from tests.distributed import children, own_objective
+from tests.distributed.own_objective import Judged
 from tests.runs import differing_tensors, words
 from tests.tiny import build_step, global_batch, micro_batches, moved, settings_for, weights
 
@@ -66,28 +67,6 @@ def test_what_it_remembers_is_rolled_back_with_a_skipped_step(example: ModuleTyp
     assert step.skipped_steps()[0] == [1] and torch.equal(step.objectives["edges"].average, before)
 
 
-class Judged(Objective):
-    """A gain on the error that trains, an adversary that guesses the error's size, and a count of passes."""
-
-    name = "judged"
-    passes: torch.Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.gain = torch.nn.Parameter(torch.tensor(0.5))
-        self.register_buffer("passes", torch.zeros(()))
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            self.adversary = torch.nn.Linear(1, 1)
-
-    def backward(self, p: Pass) -> None:
-        self.passes += 1
-        error = (p.image.detach() - p.batch.target).square().mean()
-        guess = p.adversaries[self.name](error[None])
-        ((guess - error).square().sum() / p.accumulation).backward(inputs=list(self.adversary.parameters()))
-        p.send_loss((self.gain * error - 1.0).square(), 1.0)
-
-
 def test_its_parameters_and_its_adversary_train_and_its_buffers_roll_back() -> None:
     settings = settings_for(batch_size=4, micro_batch_size=2)
     step = build_step(settings, more=[Judged()])
@@ -104,6 +83,18 @@ def test_its_parameters_and_its_adversary_train_and_its_buffers_roll_back() -> N
     before = weights(own.adversary)
     step(1, iter(batches))
     assert step.skipped_steps()[0] == [1] and float(own.passes) == 2 and not moved(before, weights(own.adversary))
+
+
+@pytest.mark.trained
+def test_its_gradients_are_those_of_the_global_batch(tmp_path: Path) -> None:
+    """8 samples in one pass, and on two processes with two passes of 2 each."""
+    expected = own_objective.gradients(build_step(settings_for(batch_size=8), more=[Judged()]))
+    code, error = children.call(2, own_objective.on_two_processes, tmp_path, folder=tmp_path)
+    assert code == 0, error
+    found = torch.load(tmp_path / "two.pt", weights_only=True)
+    assert set(found) == {"gain", "weight", "bias"} == set(expected)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-5, atol=1e-8, msg=name)
 
 
 def test_two_of_one_name_are_refused(example: ModuleType) -> None:
