@@ -54,7 +54,7 @@ class Reconstruction(Objective[ReconstructionSettings]):
     """
 
     name, section, docs = "reconstruction", "loss", "docs/losses.md"
-    plan_line = "reconstruction"
+    plan_line = "losses"
     charts = {"Reconstruction losses": ("l1", "l2", "charbonnier", "lpips")}
     lr_scale = 10.0  # the log-variance is one number that has far to go
 
