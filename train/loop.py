@@ -91,10 +91,11 @@ def _train(
         source, held_out = open_images(settings.data, "train"), open_images(settings.data, "held_out")
         autoencoder = starting_autoencoder(settings).to(accelerator.device)
         objectives = [*build_objectives(settings, autoencoder, accelerator.device), *more]
+        facts, state = settings.facts(), checkpoint.state() if checkpoint is not None else None
         for objective in objectives:
-            objective.run = settings.facts()
-            if checkpoint is not None:
-                objective.refuse_another(checkpoint.state())
+            objective.run = facts
+            if state is not None:
+                objective.refuse_another(state)
         ema = Ema(autoencoder, settings.ema.decay) if settings.ema.decay else None
         if accelerator.is_main_process:  # now that nothing above has refused the settings
             write_config(run, settings)

@@ -221,7 +221,10 @@ class Objective(nn.Module, Generic[S]):
 
     @classmethod
     def diagnose(cls, own: S, run: RunFacts, lines: Sequence[Mapping[str, Any]]) -> str:
-        """A clause on how it goes, from the newest training lines of the log (oldest first); empty: nothing to say."""
+        """A clause on how it goes, from the newest training lines of the log (oldest first); empty: nothing to say.
+
+        The project's objectives are asked where they are off, too.
+        """
         return ""
 
     # in the step
