@@ -135,12 +135,21 @@ def make_folder(folder: Path) -> None:
 
 
 @contextmanager
-def written_into(folder: Path, names: Sequence[str]) -> Iterator[None]:
-    """A block that writes the files `names` into the folder of --out; then says so. Raises UserError where it fails."""
+def written_into(folder: Path, names: Sequence[str] = ()) -> Iterator[None]:
+    """A block that writes the files `names` into the folder of --out; then says so. Raises UserError where it fails.
+
+    Without names nothing is said: below a progress bar `say_written` comes after it.
+    """
     try:
         yield
     except OSError as error:
         raise UserError(f"--out: cannot write into {folder}: {error.strerror or error}") from error
+    if names:
+        say_written(folder, names)
+
+
+def say_written(folder: Path, names: Sequence[str]) -> None:
+    """Names on stderr what was written."""
     print(f"wrote {', '.join(names)} into {folder}", file=sys.stderr)
 
 

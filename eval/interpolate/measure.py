@@ -8,7 +8,6 @@ print(result["means"])
 import difflib
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +33,7 @@ from latent_ae_eval.jobs import (
     images_for,
     lpips_or_reason,
     opened,
+    say_written,
     write_json,
     written_into,
 )
@@ -115,8 +115,7 @@ def interpolate(
     work = 2 * (settings.steps * len(pairs) + frames)
     animation = f"animation.{settings.animation or 'webp'}" if frames else None
     files = ["result.json", "grid.png", "report.html", *([animation] if animation else [])]
-    written = written_into(folder, files) if folder is not None else nullcontext()
-    with written, progress_bar("interpolate", work, "image", disable=not progress) as bar:
+    with progress_bar("interpolate", work, "image", disable=not progress) as bar:
 
         def walk(leg: tuple[int, int], t: Tensor) -> dict[str, Tensor]:
             """The images at `t` on each path of a leg."""
@@ -170,7 +169,10 @@ def interpolate(
         }
         if folder is not None:
             moving = _frames(walk, legs, ends, settings.frames) if frames else None
-            _write(folder, result, grids, moving, settings)
+            with written_into(folder):
+                _write(folder, result, grids, moving, settings)
+    if folder is not None:  # below the bar, which has ended
+        say_written(folder, files)
     return result
 
 
