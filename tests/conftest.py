@@ -10,8 +10,10 @@ import torch
 from PIL import Image
 
 import latent_ae.export.write
+import latent_ae_train.finish
 from latent_ae.config import UserError
 from latent_ae.pretrained.lpips import LPIPS
+from tests import drawing
 from tests.distributed import warm
 from tests.made_jobs import Jobs
 from tests.pretrained.weights_world import World
@@ -20,6 +22,10 @@ from tests.tiny_models import SIZES, tiny_autoencoder
 torch.set_num_threads(1)
 # but for one test of the check itself, which has a process that starts as a user's does
 latent_ae.export.write.subprocess = SimpleNamespace(run=warm.run)  # type: ignore[assignment]
+# the latents of a few crops say enough of networks that have learned nothing
+latent_ae_train.finish.STATISTICS_CROPS = 64
+# drawing is a third of the time of a short run or evaluation: charts are drawn where pages are looked at
+drawing.skip()
 
 
 @pytest.fixture(scope="session")

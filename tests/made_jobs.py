@@ -16,6 +16,7 @@ from PIL import Image
 from latent_ae.__main__ import main
 from latent_ae.models.build import build_autoencoder
 from latent_ae.models.settings import ModelSettings
+from tests.drawing import drawn
 from tests.made_results import HOSTILE
 
 NAME = HOSTILE.replace("/", "")
@@ -123,5 +124,6 @@ class Jobs:
                 self(other)
         if name not in self.ended:
             out = self.folder / f"out-{name}"
-            self.ended[name] = Ended(*on_a_terminal(*self.words(name), "--out", str(out)), out)
+            with drawn():
+                self.ended[name] = Ended(*on_a_terminal(*self.words(name), "--out", str(out)), out)
         return self.ended[name]

@@ -7,10 +7,12 @@ import json
 import multiprocessing
 import os
 import runpy
+import shutil
 import signal
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +27,20 @@ context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload([__name__, "latent_ae_eval.recon.measure", "latent_ae_eval.latents.measure"])
 
 
-def run(words: list[str], folder: Path, processes: int = 1, kill_at: int | None = None) -> tuple[int, str]:
+def run(
+    words: list[str],
+    folder: Path,
+    processes: int = 1,
+    kill_at: int | None = None,
+    copies: Mapping[int, Path] | None = None,
+) -> tuple[int, str]:
     """Exit code of the first process (-9: killed) and what all said on stderr, which lies in `folder` for a while.
 
-    `kill_at`: the first process dies before its so-manieth change of a file under the run's folder; what they are is in
-    `folder/writes.json` after a run that was not killed.
+    Changes of files under the run's folder are numbered; `folder/writes.json` lists them after a run that was not
+    killed. Before the change `kill_at` the first process is killed. `copies`: number of a change -> where a copy of the
+    run's folder goes, as it is before that change and as a kill would have left it.
     """
-    return call(processes, _train, words, folder, kill_at, folder=folder)
+    return call(processes, _train, words, folder, kill_at, copies or {}, folder=folder)
 
 
 def call(processes: int, function: Callable[..., None], *arguments: Any, folder: Path) -> tuple[int, str]:
@@ -40,8 +49,27 @@ def call(processes: int, function: Callable[..., None], *arguments: Any, folder:
     return codes[0], "".join(path.read_text() for path in sorted(folder.glob("stderr.*")))
 
 
-def call_all(processes: int, function: Callable[..., None], *arguments: Any, folder: Path) -> list[int]:
+def call_all(processes: int, function: Callable[..., None], *arguments: Any, folder: Path) -> list[int | None]:
     """As `call`; returns the exit code of each process."""
+    children = start_all(processes, function, *arguments, folder=folder)
+    children[0].join(120)
+    for child in children:
+        if children[0].exitcode == -signal.SIGKILL:
+            child.kill()  # as the launcher does
+        child.join(20)
+        if child.exitcode is None:
+            child.kill()
+            child.join()
+    return [child.exitcode for child in children]
+
+
+def start_command(words: Sequence[str], folder: Path) -> ForkServerProcess:
+    """Starts `latent-ae WORDS` on a process that a test may signal; its stderr is `folder`/stderr.0."""
+    return start_all(1, run_command, tuple(words), str(folder), folder=folder)[0]
+
+
+def start_all(processes: int, function: Callable[..., None], *arguments: Any, folder: Path) -> list[ForkServerProcess]:
+    """Starts function(rank, *arguments) on processes that talk through gloo."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -54,15 +82,14 @@ def call_all(processes: int, function: Callable[..., None], *arguments: Any, fol
         environment = {name: str(value) for name, value in names.items()} if processes > 1 else {}
         children.append(context.Process(target=_child, args=(function, arguments, folder, environment, rank)))
         children[-1].start()
-    children[0].join(120)
-    for child in children:
-        if children[0].exitcode == -signal.SIGKILL:
-            child.kill()  # as the launcher does
-        child.join(20)
-        if child.exitcode is None:
-            child.kill()
-            child.join()
-    return [child.exitcode for child in children]
+    return children
+
+
+def run_command(rank: int, words: tuple[str, ...], folder: str) -> None:
+    """Runs `latent-ae WORDS`; what it prints goes into `folder`/stdout.RANK."""
+    with open(f"{folder}/stdout.{rank}", "w") as stream:
+        os.dup2(stream.fileno(), 1)
+    sys.exit(main(list(words)))
 
 
 def run_script(rank: int, script: str, arguments: tuple[str, ...], folder: str) -> None:
@@ -84,13 +111,17 @@ def _child(
     function(rank, *arguments)
 
 
-def _train(rank: int, words: list[str], folder: Path, kill_at: int | None) -> None:
+def _train(rank: int, words: list[str], folder: Path, kill_at: int | None, copies: Mapping[int, Path]) -> None:
     latent_ae_train.loop.finish_run = lambda *_: {}  # it is long, and not what the tests are about
     _measure_a_distance()
     run = next(word.removeprefix("output_dir=") for word in words if word.startswith("output_dir="))
     writes: list[str] = []
+    copying = False
 
     def watch(event: str, arguments: tuple[Any, ...]) -> None:
+        nonlocal copying
+        if copying:
+            return
         if event == "open":
             path, _, flags = arguments
             changes = bool(flags & (os.O_WRONLY | os.O_RDWR)) and str(path).startswith(run)
@@ -101,6 +132,10 @@ def _train(rank: int, words: list[str], folder: Path, kill_at: int | None) -> No
         if changes and rank == 0:
             if len(writes) == kill_at:
                 os.kill(os.getpid(), signal.SIGKILL)
+            if (copy := copies.get(len(writes))) is not None:
+                copying = True
+                shutil.copytree(run, copy)
+                copying = False
             writes.append(f"{event} {str(path).removeprefix(run)}")
 
     sys.addaudithook(watch)

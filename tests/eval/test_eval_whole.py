@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -21,7 +20,8 @@ from latent_ae.pretrained.inception import InceptionFeatures
 from latent_ae_eval.recon.measure import evaluate_reconstruction
 from latent_ae_eval.recon.protocols import PROTOCOLS
 from latent_ae_eval.recon.settings import ReconSettings
-from tests.distributed.launch import ROOT
+from tests.distributed import children
+from tests.distributed.launch import launch_command
 from tests.eval.small import settings_with, write_photos
 from tests.tiny_models import tiny
 
@@ -74,19 +74,17 @@ def test_a_killed_evaluation_goes_on_from_its_finished_parts(tmp_path):
     out = tmp_path / "out"
     words = ["eval", "recon", str(tmp_path / "model"), str(photos), "--out", str(out), "crop_px=32", "resize_px=null"]
     words += ["lpips=[]", "frechet=[]", "num_workers=0", "batch_size=3"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen([sys.executable, "-m", "latent_ae", *words], env=environment, stderr=subprocess.DEVNULL,
-                               stdout=subprocess.DEVNULL)  # fmt: skip
+    process = children.start_command(words, tmp_path / "said")
     deadline = time.monotonic() + 120
     while not list((out / "unfinished").glob("shard-*")) and time.monotonic() < deadline:
         time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.join()
     left = sorted((out / "unfinished").glob("shard-*.safetensors"))
     assert left and not (out / "result.json").exists(), "killed too late to show anything"
     stamps = {path: path.stat().st_mtime_ns for path in left}
     left[0].write_bytes(left[0].read_bytes()[:50])  # a machine that lost power: made again
-    done = subprocess.run([sys.executable, "-m", "latent_ae", *words], env=environment, capture_output=True, text=True)
+    done = launch_command(1, *words)
     assert done.returncode == 0, done.stderr
     assert f"going on from {len(stamps) - 1} finished parts" in done.stderr or len(stamps) == 1
     assert pyarrow.parquet.read_table(out / "images.parquet").to_pylist() == whole["images"]

@@ -5,9 +5,6 @@ import json
 import os
 import pickle
 import shutil
-import signal
-import subprocess
-import sys
 import time
 import warnings
 from pathlib import Path
@@ -30,7 +27,8 @@ from latent_ae.latents.encode import encode_images
 from latent_ae.latents.parquet import LOCK
 from latent_ae.latents.settings import EncodeSettings
 from latent_ae.models.registry import FAMILIES
-from tests.distributed.launch import ROOT, launch_module
+from tests.distributed import children
+from tests.distributed.launch import ROOT, launch_command
 from tests.tiny_models import tiny
 
 SETTINGS = EncodeSettings(resolution=16, num_workers=0, shard_size=2, batch_size=2)
@@ -159,7 +157,7 @@ def test_batches_are_means_samples_and_flips_as_asked(cache):
 
 
 def test_two_processes_write_the_bytes_of_one(model, photos, cache, tmp_path):
-    done = launch_module(2, "encode", str(model), str(photos), str(tmp_path / "out"), *WORDS)
+    done = launch_command(2, "encode", str(model), str(photos), str(tmp_path / "out"), *WORDS)
     assert done.returncode == 0, done.stderr
     assert files_of(tmp_path / "out") == files_of(cache)
     assert json.loads(done.stdout)["processes"] == 2
@@ -167,14 +165,12 @@ def test_two_processes_write_the_bytes_of_one(model, photos, cache, tmp_path):
 
 def test_a_killed_encoding_goes_on_and_ends_like_one_that_was_not(model, photos, cache, tmp_path, capsys):
     out = tmp_path / "out"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "latent_ae", "encode", str(model), str(photos), str(out), *WORDS]
-    process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    process = children.start_command(["encode", str(model), str(photos), str(out), *WORDS], tmp_path / "said")
     deadline = time.monotonic() + 120
     while not list((out / "unfinished").glob("train-*")) and time.monotonic() < deadline:
         time.sleep(0.001)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.join()
     shards = sorted((out / "unfinished").glob("train-*"))
     assert shards, "it was killed too late"
     with pytest.raises(UserError, match="unfinished; run the same"):

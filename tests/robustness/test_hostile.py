@@ -37,6 +37,7 @@ from latent_ae.report import page
 from latent_ae.text import printable
 from latent_ae_train.checkpoint import newest_checkpoint
 from latent_ae_train.settings import TrainSettings
+from tests.drawing import drawn
 from tests.runs import words
 from tests.tiny import reseal
 from tests.tiny_models import tiny_autoencoder
@@ -370,12 +371,16 @@ def test_names_on_a_page() -> None:
     harmless, hostile = "name", f'</title></script></svg>{NAME}"\' onload=alert(1) x="'
     found = []
     for name in (harmless, hostile):
+        with drawn():
+            charts = [
+                page.line_chart({name: [(0.0, 1.0), (1.0, 2.0)]}, title=name, x_label=name),
+                page.histogram({name: [1.0, 2.0], "b": [1.0]}, title=name),
+                page.interval_chart({name: {name: (1.0, 0.0, 2.0)}}, title=name),
+            ]
         pieces = [
+            *charts,
             page.section(name, page.table([{name: name}]), page.preformatted(name), page.paragraph(name)),
             page.card(name, name, page.figure(Image.new("RGB", (4, 4)), name), page.notes([name])),
-            page.line_chart({name: [(0.0, 1.0), (1.0, 2.0)]}, title=name, x_label=name),
-            page.histogram({name: [1.0, 2.0], "b": [1.0]}, title=name),
-            page.interval_chart({name: {name: (1.0, 0.0, 2.0)}}, title=name),
             page.facts({name: name}) + page.manifest({name: {name: [name]}}),
         ]
         text = page.page(name, pieces, subtitle=name)

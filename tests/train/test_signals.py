@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -14,39 +15,43 @@ import pytest
 
 from latent_ae.__main__ import main
 from latent_ae_train.checkpoint import complete_checkpoints
+from tests.distributed import children
 from tests.distributed.launch import ROOT
 from tests.runs import differing_tensors, words
 
 LONG = ("steps=40", "checkpoint.every=1000", "validate.every=1000", "log.every=1")
 
 
-def start(processes: int, *arguments: str) -> subprocess.Popen[str]:
-    command = [sys.executable]
-    if processes > 1:
-        command += ["-m", "accelerate.commands.launch", "--multi_gpu", f"--num_processes={processes}"]
-        command += ["--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0"]
+def launched(processes: int, *arguments: str) -> subprocess.Popen[str]:
+    """`latent-ae ARGUMENTS` as accelerate's own launcher starts it; the other tests have forks (`children`)."""
+    # --multi_gpu is accelerate's word for several processes on one machine; without a GPU they talk through gloo
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", f"--num_processes={processes}"]
+    command += ["--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "1"}
-    command += ["-m", "latent_ae", *arguments]
-    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [*command, "-m", "latent_ae", *arguments], env=environment, stderr=subprocess.PIPE, text=True
+    )
 
 
-def wait_for_training(process: subprocess.Popen[str], run: Path) -> None:
+def wait_for_training(run: Path, goes_on: Callable[[], bool]) -> None:
     log, deadline = run / "log.jsonl", time.monotonic() + 120
-    while time.monotonic() < deadline and process.poll() is None:
+    while time.monotonic() < deadline and goes_on():
         if log.is_file() and '"event": "train"' in log.read_text():
             return
         time.sleep(0.01)
-    pytest.fail(f"no step was logged: {process.stderr and process.stderr.read()}")
+    pytest.fail("no step was logged")
 
 
+@pytest.mark.usefixtures("no_finish")
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
 def test_a_signal_saves_this_step_and_the_same_command_goes_on(name: str, pictures: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    process = start(1, *words(pictures, run, *LONG))
-    wait_for_training(process, run)
-    process.send_signal(getattr(signal, name))
-    _, error = process.communicate(timeout=120)
-    assert process.returncode == 75, error
+    process = children.start_command(words(pictures, run, *LONG), tmp_path / "said")
+    wait_for_training(run, process.is_alive)
+    os.kill(process.pid or 0, getattr(signal, name))
+    process.join(120)
+    error = (tmp_path / "said/stderr.0").read_text()
+    assert process.exitcode == 75, error
     (checkpoint,) = complete_checkpoints(run)
     assert 0 < checkpoint.step < 40 and f"the checkpoint of step {checkpoint.step} is kept" in error
     assert "Traceback" not in error and not (run / "results.json").exists()
@@ -71,15 +76,14 @@ def test_a_second_interrupt_stops_at_once(pictures: Path, tmp_path: Path, monkey
     assert not complete_checkpoints(tmp_path / "run") and signal.getsignal(signal.SIGINT) == before
 
 
+@pytest.mark.usefixtures("no_finish")
 def test_a_signal_to_one_process_ends_all_at_the_same_step(pictures: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    process = start(2, *words(pictures, run, *LONG, "micro_batch_size=2"))
+    process = launched(2, *words(pictures, run, *LONG, "micro_batch_size=2"))
     drained: list[str] = []
     reader = threading.Thread(target=lambda: drained.append(process.stderr.read()))
     reader.start()
-    log, deadline = run / "log.jsonl", time.monotonic() + 150
-    while not (log.is_file() and '"event": "train"' in log.read_text()) and time.monotonic() < deadline:
-        time.sleep(0.01)
+    wait_for_training(run, lambda: process.poll() is None)
     ranks = [child for child in psutil.Process(process.pid).children(recursive=True) if "latent_ae" in child.cmdline()]
     ranks = [child for child in ranks if child.environ().get("RANK") == "1"]
     os.kill(ranks[0].pid, signal.SIGUSR1)
@@ -90,5 +94,5 @@ def test_a_signal_to_one_process_ends_all_at_the_same_step(pictures: Path, tmp_p
     assert f"the checkpoint of step {checkpoint.step} is kept" in drained[0] and 0 < checkpoint.step < 40
     # on one process it goes on to its end, each step once (that it is the same training: tests/train/test_resume.py)
     assert main(words(pictures, run, *LONG, "micro_batch_size=2")) == 0
-    events = [json.loads(line) for line in log.read_text().splitlines()]
+    events = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     assert [event["step"] for event in events if event["event"] == "train"] == list(range(1, 41))

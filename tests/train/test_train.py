@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from latent_ae.__main__ import main
-from tests.distributed.launch import launch_module
+from tests.distributed.launch import launch_command
 from tests.runs import difference_of_the_third_step, differing_tensors, words
 
 
@@ -127,7 +127,7 @@ def test_two_processes_end_a_run_like_one(finished: Path, pictures: Path, tmp_pa
     run = shutil.copytree(finished, tmp_path / "two")
     shutil.rmtree(run / "export")
     (run / "results.json").unlink()
-    result = launch_module(2, *words(pictures, run))
+    result = launch_command(2, *words(pictures, run))
     assert result.returncode == 0, result.stderr[-3000:]
     ours, theirs = (json.loads((folder / "results.json").read_text()) for folder in (finished, run))
     assert theirs["held_out"]["after"]["n"] == ours["held_out"]["after"]["n"] == 3

@@ -1,0 +1,13 @@
+"""Pages as users see them."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.drawing import drawn
+
+
+@pytest.fixture(autouse=True, scope="module")
+def charts_are_drawn() -> Iterator[None]:
+    with drawn():
+        yield
