@@ -1,4 +1,4 @@
-"""latent-ae encode: the latents of a data set in files, once, for training on them."""
+"""latent-ae encode: computes the latents of a data set once and stores them in files for training."""
 
 from collections.abc import Sequence
 
@@ -8,7 +8,11 @@ from latent_ae.latents.settings import EncodeSettings
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command `latent-ae encode`."""
+    """Run the command `latent-ae encode` and return its exit code.
+
+    Raises:
+        UserError: If the words are not understood, or `encode_images` refuses.
+    """
     parser = SettingsParser(
         EncodeSettings,
         prog="latent-ae encode",
@@ -25,6 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     settings = load_settings(EncodeSettings, None, words.override)
 
     def encode() -> dict:
+        # imported late, so that a typo in the words is refused without waiting for torch
         from latent_ae.latents.encode import encode_images
 
         return encode_images(words.model, words.data, words.out, settings, progress=True)

@@ -341,7 +341,7 @@ def test_a_foreign_manifest_ends_in_a_message(model, photos, cache, tmp_path, ca
     def refused(text):
         (out / "manifest.json").write_text(text)
         for call in (lambda: open_latents(out), lambda: encode_images(model, photos, out, SETTINGS)):
-            with pytest.raises(UserError, match="manifest.json is not of a latent cache"):
+            with pytest.raises(UserError, match="manifest.json is no manifest of a latent cache"):
                 call()
 
     refused('{"format":1,"complete":true}')
@@ -375,7 +375,7 @@ def test_mistakes_end_with_exit_code_2_and_what_to_do(model, photos, cache, tmp_
         ([str(model), str(photos), str(tmp_path / "out"), "split=test"], "split: "),
         ([str(photos), str(photos), str(tmp_path / "out")], "no config.json"),
         ([str(model), str(photos), str(tmp_path / "file"), "resolution=16"], "OUT: cannot write into"),
-        ([str(model), str(photos), str(tmp_path), "resolution=16"], "is not of a latent cache"),
+        ([str(model), str(photos), str(tmp_path), "resolution=16"], "is no manifest of a latent cache"),
     ):
         assert main(["encode", *arguments, "num_workers=0"]) == 2, arguments
         captured = capsys.readouterr()
