@@ -233,7 +233,7 @@ def test_what_is_left_out_is_said(tmp_path, monkeypatch, capsys):
     assert result["metrics"]["mode"] == {"n": 4, "psnr": 100.0, "ssim": 1.0, "fid": None, "kid": None}
     missing, left_out, second, enlarged = result["notes"]
     assert missing == (
-        "FID and KID are missing: the weights of inception could not be had; `latent-ae weights fetch` says why and "
+        "FID and KID are missing: the weights of inception are not available; `latent-ae weights fetch` says why and "
         "what helps"
     )
     assert left_out == "mode_psnr: 1 of 4 images left out, their reconstruction holds NaN or infinity"
