@@ -329,7 +329,7 @@ def test_folders_are_classes_only_if_every_image_has_one(model, photos, tmp_path
     held_out = SETTINGS.model_copy(update={"part": "held_out", "eval_fraction": 0.1})
     one = encode_images(model, photos, tmp_path / "held", held_out)
     assert one["data"]["num_images"] == 1 and one["labels"]["names"] == ["chat", "größe"]  # numbered as in the whole
-    with pytest.raises(UserError, match="label_column: x is of tables"):
+    with pytest.raises(UserError, match="label_column: x is a column"):
         encode_images(model, photos, tmp_path / "never", SETTINGS.model_copy(update={"label_column": "x"}))
 
 
