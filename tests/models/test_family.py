@@ -221,7 +221,7 @@ IN_VAIN = [
         (
             kind,
             "gradient_checkpointing=true",
-            f"gradient_checkpointing: diffusers has none that is right for this {kind}",
+            f"gradient_checkpointing: diffusers has no correct one for this {kind}",
         )
         for kind in sorted(CANNOT_CHECKPOINT)
     ),

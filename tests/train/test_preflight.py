@@ -89,7 +89,7 @@ def test_a_tracker_that_fails_later_ends_nothing(
     monkeypatch.setattr(SummaryWriter, "add_scalar", away)
     assert main(words(pictures, tmp_path / "run", "report_to=[tensorboard]", "steps=4")) == 0
     error = capsys.readouterr().err
-    assert error.count("report_to: no more goes to tensorboard: the server is away") == 1
+    assert error.count("report_to: logging to tensorboard ends: the server is away") == 1
 
 
 @pytest.fixture
