@@ -1,4 +1,4 @@
-"""What a number depends on besides its settings, written beside it."""
+"""Versions of software, which are stored beside results because the numbers depend on them."""
 
 import platform
 from importlib.metadata import version
@@ -7,5 +7,5 @@ PACKAGES = ("latent-ae", "torch", "diffusers", "accelerate", "datasets", "torch-
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that compute: what checkpoints, latents and results carry."""
+    """Return the versions of Python and of the packages that compute, for checkpoints, latents and results."""
     return {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}
