@@ -122,7 +122,7 @@ class LatentFolder:
                 part.unlink()
             done = frozenset(number for number in range(self.shards) if read_notes(self._path(number)) is not None)
             if done:
-                print(f"going on from {len(done)} of {self.shards} finished files", file=sys.stderr)
+                print(f"resuming from {len(done)} of {self.shards} finished files", file=sys.stderr)
             return done
         except OSError as error:
             raise UserError(f"OUT: cannot write into {self.out}: {error.strerror or error}") from error

@@ -88,7 +88,7 @@ def test_a_killed_evaluation_goes_on_from_its_finished_parts(tmp_path):
     left[0].write_bytes(left[0].read_bytes()[:50])  # a machine that lost power: made again
     done = subprocess.run([sys.executable, "-m", "latent_ae", *words], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert f"going on from {len(stamps) - 1} finished parts" in done.stderr or len(stamps) == 1
+    assert f"resuming from {len(stamps) - 1} finished parts" in done.stderr or len(stamps) == 1
     assert pyarrow.parquet.read_table(out / "images.parquet").to_pylist() == whole["images"]
     result = json.loads(done.stdout)
     assert result["metrics"] == whole["metrics"] and result["intervals"] == whole["intervals"]

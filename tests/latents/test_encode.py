@@ -182,7 +182,7 @@ def test_a_killed_encoding_goes_on_and_ends_like_one_that_was_not(model, photos,
     times = shards[0].stat().st_mtime_ns
     (out / "unfinished" / "train-00003-of-00004.parquet").write_bytes(b"of a machine that lost power")
     encode_images(model, photos, out, SETTINGS)
-    assert f"going on from {len(shards)} of 4 finished files" in capsys.readouterr().err
+    assert f"resuming from {len(shards)} of 4 finished files" in capsys.readouterr().err
     assert (out / "data" / shards[0].name).stat().st_mtime_ns == times
     assert files_of(out) == files_of(cache)
 
