@@ -250,7 +250,7 @@ def _rows(source: StoredImages, settings: InterpolateSettings, data: str) -> lis
             raise UserError(f"images: {several}; give a number, or a name like {', '.join(near)}")
         rows.append(matches[0])
     if len(set(rows)) < len(rows):
-        raise UserError("images: names one twice")
+        raise UserError("images: has the same image twice; give each once")
     return rows
 
 

@@ -33,6 +33,6 @@ class InterpolateSettings(JobSettings):
         if self.steps % 2 == 0:
             yield Problem("steps", f"{self.steps} is even, so no point lies in the middle; use {self.steps + 1}")
         if self.images is not None and len(set(self.images)) < len(self.images):
-            yield Problem("images", "names one twice")
+            yield Problem("images", "has the same image twice; give each once")
         if self.limit is not None:
             yield Problem("limit", "a path visits num_images images, or those that images names; set one of these")
