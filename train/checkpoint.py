@@ -160,7 +160,7 @@ def load_checkpoint(checkpoint: Checkpoint, train_step: TrainStep) -> None:
     except Exception as error:  # each reader raises its own kinds of errors for foreign content
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         raise UserError(
-            f"checkpoint {checkpoint.folder} cannot be read ({reason}): remove it to go on from an earlier one"
+            f"checkpoint {checkpoint.folder} cannot be read ({reason}): remove it to resume from an earlier one"
         ) from error
 
 

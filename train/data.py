@@ -89,7 +89,7 @@ def stream_state_of(checkpoint: Checkpoint | None, accelerator: Accelerator) -> 
     if len(states) != accelerator.num_processes and states[0] is not None:
         raise UserError(
             f"data.streaming: the checkpoint was written by {len(states)} process(es) and now there are "
-            f"{accelerator.num_processes}; a stream goes on only with the same number"
+            f"{accelerator.num_processes}; a stream resumes only with the same number"
         )
     return states[accelerator.process_index] if states[0] is not None else None
 

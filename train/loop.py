@@ -217,7 +217,7 @@ def _say_how_to_go_on(run: Path, number: int, accelerator: Accelerator) -> None:
         return
     saved = complete_checkpoints(run)
     if saved:
-        where = f"the checkpoint of step {saved[-1].step:,} is kept; the same command goes on from it"
+        where = f"the checkpoint of step {saved[-1].step:,} is kept; the same command resumes from it"
     else:
         where = "no checkpoint was due yet (checkpoint.every); the same command starts from the beginning"
     print(f"training stopped in step {number + 1:,}: {where}", file=sys.stderr)

@@ -150,7 +150,7 @@ def find_anomalies(
         },
         "method": {
             "scores": {name: SCORES[name] for name in scorer.names},
-            "threshold": "flagged is what lies above the ceil((n + 1)(1 - rate))-th smallest of n normal scores",
+            "threshold": "flagged are scores above the ceil((n + 1)(1 - rate))-th smallest of n normal scores",
             "interval": "DeLong, on the logit's scale" + (", paired by image" if settings.defects else ""),
             "lpips": settings.lpips if lpips is not None else None,
         },

@@ -160,23 +160,23 @@ def _by_defect(values: Mapping[str, Any]) -> Mapping[str, float]:
 
 def _figures(result: Mapping[str, Any]) -> str:
     lines = []
-    for name, found in result["scores"].items():
+    for name, values in result["scores"].items():
         line: dict[str, Any] = {"score": NAMES[name]}
-        if "auroc" in found:
-            line["AUROC"] = page.estimate(f"{found['auroc']:.3f}", _ends(found["interval"]))
-            line |= {kind: f"{area:.3f}" for kind, area in _by_defect(found).items()}
+        if "auroc" in values:
+            line["AUROC"] = page.estimate(f"{values['auroc']:.3f}", _ends(values["interval"]))
+            line |= {kind: f"{area:.3f}" for kind, area in _by_defect(values).items()}
         if (threshold := result["thresholds"].get(name)) is not None:
             line["threshold"] = f"{threshold:.4g}"
-        if "detection_rate" in found:
-            line["found"] = f"{100 * found['detection_rate']:.1f} %"
-            line["false alarms"] = f"{100 * found['false_positive_rate']:.1f} %"
-        elif found["flagged"] is not None:
-            line["flagged"] = found["flagged"]
+        if "detection_rate" in values:
+            line["found"] = f"{100 * values['detection_rate']:.1f} %"
+            line["false alarms"] = f"{100 * values['false_positive_rate']:.1f} %"
+        elif values["flagged"] is not None:
+            line["flagged"] = values["flagged"]
         lines.append(line)
     text = []
     if "AUROC" in lines[0]:
         text.append("AUROC: the chance that an abnormal image scores above a normal one; 0.5 is guessing. ")
-        text += ["Small: 95 % interval. "] if any(found["interval"] for found in result["scores"].values()) else []
+        text += ["Small: 95 % interval. "] if any(values["interval"] for values in result["scores"].values()) else []
     if "threshold" in lines[0]:
         text.append("Found, false alarms and flagged are images above the threshold.")
     pieces = [page.table(lines), page.paragraph("".join(text), soft=True)]

@@ -63,8 +63,8 @@ def write_factors_report(path: Path, result: Mapping[str, Any], picture: Image.I
             "values": count,
             "entropy (nats)": f"{data['entropies'][name]:.2f}",
             **{
-                f"gap, {kind}": page.estimate(f"{found['gaps'][name]:.3f}", f"dimension {found['dimensions'][name]}")
-                for kind, found in (("mean", mean), ("sample", sample))
+                f"gap, {kind}": page.estimate(f"{values['gaps'][name]:.3f}", f"dimension {values['dimensions'][name]}")
+                for kind, values in (("mean", mean), ("sample", sample))
             },
         }
         for name, count in data["factors"].items()
@@ -80,8 +80,8 @@ def write_factors_report(path: Path, result: Mapping[str, Any], picture: Image.I
     names = list(data["factors"])
     entropies = [data["entropies"][name] for name in names]
     charts = []
-    for kind, found in (("the mean", mean), ("a sample", sample)):
-        parts = [[value / h for value, h in zip(row, entropies, strict=True)] for row in found["mutual_information"]]
+    for kind, values in (("the mean", mean), ("a sample", sample)):
+        parts = [[value / h for value, h in zip(row, entropies, strict=True)] for row in values["mutual_information"]]
         order = sorted(range(len(parts)), key=lambda d: -max(parts[d]))[:MOST_ROWS]
         rows = {str(d): parts[d] for d in sorted(order)}
         charts.append(page.heat_map(rows, names, title=f"of {kind}", y_label="latent dimension"))

@@ -126,7 +126,7 @@ class StreamSource:
         if (state["rank"], state["world_size"], before) != (rank, world_size, workers):
             raise UserError(
                 f"data.streaming: the run streamed with {state['world_size']} process(es) of {before} worker(s), "
-                f"now there are {world_size} of {workers}; a stream goes on only with the same numbers"
+                f"now there are {world_size} of {workers}; a stream resumes only with the same numbers"
             )
 
 
@@ -199,7 +199,7 @@ class StreamReader:
         for file in range(first_file, len(shards)):
             skipped = first_row if file == first_file else 0
             shard = dataset.shard(dataset.num_shards, int(shards[file]), contiguous=False)
-            # iter() instead of __iter__, which would deal the rows out to the DataLoader's workers once more
+            # iter() instead of __iter__, which would deal the rows out to the DataLoader's workers again
             rows = _readable(shard.skip(skipped).iter(batch_size=1), self.source.label)
             for row, batch in enumerate(rows, start=skipped):
                 yield (file, row), batch[self.source.column][0]

@@ -110,7 +110,7 @@ def export_autoencoder(
         RuntimeError: If the check fails.
     """
     if latents_mean_std and keep_scaling:
-        raise UserError("latents_mean and latents_std cannot be measured anew where the latents keep their scaling")
+        raise UserError("latents_mean and latents_std cannot be measured again if the latents keep their scaling")
     folder = Path(os.path.abspath(Path(folder).expanduser()))
     refuse_foreign(folder)
     exported = _twin(autoencoder)

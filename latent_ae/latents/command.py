@@ -17,7 +17,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         EncodeSettings,
         prog="latent-ae encode",
         description="Write the latents of every image and of its mirror image (mean and log-variance), labels and ids\n"
-        "as Parquet files, which datasets and latent_ae.latents.cache read. The same command again goes on after a\n"
+        "as Parquet files, which datasets and latent_ae.latents.cache read. The same command again resumes after a\n"
         "kill. The manifest goes to stdout as JSON.",
         examples="example: latent-ae encode runs/mine /my/photos latents/mine resolution=256\n"
         "on many GPUs: accelerate launch -m latent_ae encode MODEL DATA OUT dtype=bf16 batch_size=64",

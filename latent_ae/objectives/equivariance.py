@@ -52,7 +52,7 @@ class Equivariance(Objective[EquivarianceSettings]):
         if run.compile:
             yield Problem(
                 key,
-                "changes the images' size from step to step, and compiled networks are compiled for each anew: "
+                "changes the images' size from step to step, and networks would be compiled again for each size: "
                 "set compile=false",
             )
         if model is None:

@@ -73,7 +73,7 @@ class TotalCorrelation(Objective[TotalCorrelationSettings]):
         if "equivariance" in run.enabled:
             yield Problem(
                 "latents.equivariance",
-                "changes the latent's size from step to step, and loss.total_correlation judges one size: set one to 0",
+                "changes the latent's size from step to step, and loss.total_correlation needs one size: set one to 0",
             )
         if run.train == "decoder":
             yield Problem(
