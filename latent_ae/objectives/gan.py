@@ -32,7 +32,7 @@ class GanSettings(Settings):
     """The adversarial term."""
 
     weight: Annotated[Weight, SWITCH] = 0.5
-    """0 builds no discriminator."""
+    """Weight of the adversarial term; 0 builds no discriminator."""
     start: NonNegative = 50_000
     """First step at which the discriminator trains."""
     discriminator_warmup: NonNegative = 500
@@ -40,7 +40,8 @@ class GanSettings(Settings):
     warmup: NonNegative = 2000
     """Steps over which the autoencoder's adversarial term then rises to its full weight."""
     loss: Annotated[AdversarialLoss, FIXED] = "hinge"
-    """hinge, or cross-entropy in the discriminator with -D(fake) (vanilla) or softplus(-D(fake)) in the autoencoder."""
+    """hinge; vanilla: cross-entropy for the discriminator and -D(fake) for the autoencoder; non_saturating:
+    cross-entropy and softplus(-D(fake))."""
     init_from: Annotated[str | None, SILENT] = None
     """A checkpoint, or a run with one, from whose discriminator to start."""
     channels: Annotated[Positive, FIXED] = 64
