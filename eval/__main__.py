@@ -8,21 +8,22 @@ from latent_ae.text import printable
 from latent_ae_eval.job import job_of
 
 COMMANDS = {
-    "recon": "how near reconstructions come to their images: FID, KID, LPIPS, PSNR, SSIM, MS-SSIM",
+    "recon": "how close reconstructions are to their images: FID, KID, LPIPS, PSNR, SSIM, MS-SSIM",
     "latents": "how healthy latents are: information, dead channels, rank, outliers, spectrum, what changes cost",
     "interpolate": "what lies between images: paths through latent space beside a cross-fade",
     "probe": "what simple classifiers read from latents when labels are few",
     "anomaly": "which images a first stage cannot reconstruct, and where",
     "likelihood": "how likely a variational autoencoder finds images: ELBO and a tighter bound, rate, distortion",
     "sample": "what latents of a prior decode to: the model's own, a Gaussian, or a flow fitted to the latents",
-    "factors": "which latent dimension stands for which known factor, and for that one alone",
+    "factors": "which latent dimensions represent which known factors, and how separately",
     "diffusion": "how well a diffusion model learns the latents: loss curve, samples, their Frechet distance to data",
     "compare": "which of several measured first stages is better, beyond chance",
 }
-"""All but `compare`, which takes results, are jobs of `latent_ae_eval.job`."""
+"""Commands and their lines of the usage text. All but `compare`, which takes results, are jobs of `job.JOBS`."""
 
 
 def usage() -> str:
+    """Return the usage text with a line for each command."""
     return "\n".join(
         [
             "usage: latent-ae eval COMMAND ...",
@@ -31,13 +32,13 @@ def usage() -> str:
             "",
             *(f"  {name:<12} {summary}" for name, summary in COMMANDS.items()),
             "",
-            "latent-ae eval COMMAND --help tells more. Example: latent-ae eval recon runs/quickstart/export photos",
+            "latent-ae eval COMMAND --help says more. Example: latent-ae eval recon runs/quickstart/export photos",
         ]
     )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command `latent-ae eval`."""
+    """Run the command `latent-ae eval` and return its exit code. Raises UserError like the jobs."""
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in ("-h", "--help"):
         print(usage(), file=sys.stdout if words else sys.stderr)
@@ -55,6 +56,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    from latent_ae.__main__ import main as door
+    from latent_ae.__main__ import main as latent_ae
 
-    sys.exit(door(["eval", *sys.argv[1:]]))
+    sys.exit(latent_ae(["eval", *sys.argv[1:]]))

@@ -1,4 +1,4 @@
-"""What an evaluation job is: its settings and words, `evaluate` for all of them, and how results end on stdout."""
+"""The base of evaluation jobs: their settings and command line, `evaluate` for all of them, and printing of results."""
 
 import argparse
 import importlib
@@ -15,12 +15,12 @@ from latent_ae.metrics.labels import short_name
 from latent_ae.text import printable
 
 JOBS = ("recon", "latents", "interpolate", "probe", "anomaly", "likelihood", "sample", "factors", "diffusion")
-"""Each is a package with a `JOB`; `eval compare` takes results instead of a model and is apart."""
+"""Packages with a `JOB`. `eval compare` is none of them, because it takes results instead of a model."""
 RECONSTRUCTION_FORMAT = "latent-ae reconstruction 1"
-"""What a result of `eval recon` calls itself, and `eval compare` asks for."""
+"""The format that results of `eval recon` state and `eval compare` requires."""
 Kind = TypeVar("Kind", bound=Settings)
 Shown = Callable[[Mapping[str, Any]], str]
-"""A result -> what a terminal shows of it."""
+"""Returns the text that a terminal shows of a result."""
 
 
 @dataclass(frozen=True)
@@ -30,27 +30,27 @@ class Job:
     name: str
     settings: type[Settings]
     measure: str
-    """Function of the package's module `measure`: (model, data, settings=..., out=..., progress=...) -> result."""
+    """Function in the package's module `measure`: (model, data, settings=..., out=..., progress=...) -> result."""
     text: str
-    """Function of its module `report`: result -> what a terminal shows."""
+    """Function in its module `report`: result -> text for a terminal."""
     description: str
     examples: str
     needs_data: bool = True
     batch_key: str = "batch_size"
-    """Setting to lower where memory is too small."""
+    """Setting to lower if memory is too small."""
     on_command_line: Mapping[str, Any] = field(default_factory=dict)
-    """What else `measure` is given there."""
+    """More arguments of `measure` when it is called from the command line."""
 
     def function(self, module: str, name: str) -> Callable[..., Any]:
-        """A function of the package; its heavy imports happen here."""
-        found: Callable[..., Any] = getattr(importlib.import_module(f"{__package__}.{self.name}.{module}"), name)
-        return found
+        """Return a function of the package; this imports its module, which may be slow."""
+        function: Callable[..., Any] = getattr(importlib.import_module(f"{__package__}.{self.name}.{module}"), name)
+        return function
 
     def main(self, argv: Sequence[str]) -> int:
-        """The command `latent-ae eval NAME`. Returns the exit code."""
+        """Run the command `latent-ae eval NAME` and return its exit code. Raises UserError like `evaluate`."""
         words = read_words(self, argv)
         compute, shown = self.function("measure", self.measure), self.function("report", self.text)
-        preset = getattr(words.settings, "chosen", None)  # settings with presets
+        preset = getattr(words.settings, "chosen", None)  # only settings with presets have this method
         batch_size = preset(self.batch_key) if preset else getattr(words.settings, self.batch_key)
         return print_result(
             words,
@@ -68,7 +68,7 @@ class Job:
 
 
 def job_of(name: str) -> Job:
-    """The job of that name. Raises UserError, with the nearest name, where there is none."""
+    """Return the job of a name. Raises UserError, with the nearest name, if there is none."""
     if name not in JOBS:
         close = close_word(name, list(JOBS))
         raise UserError(f"no such evaluation: {name}{f'; did you mean {close}?' if close else ''} ({', '.join(JOBS)})")
@@ -86,23 +86,23 @@ def evaluate(
     progress: bool = False,
     **changes: Any,
 ) -> dict[str, Any]:
-    """Asks one question of a finished first stage, as `latent-ae eval NAME MODEL DATA` does.
+    """Evaluate a finished first stage, like `latent-ae eval NAME MODEL DATA`.
 
     Args:
         name: One of `JOBS`.
         model: Run, checkpoint, diffusers folder, hub id, or an instance of a first stage; `recon` and `anomaly` also
             take a function from NCHW images in [-1, 1] to their reconstructions.
         data: `photos`, a folder of images, Parquet, Arrow or WebDataset files, or a hub id. `sample` needs none.
-        settings: The job's settings; None takes its defaults.
+        settings: The job's settings; None takes the defaults.
         out: Folder for result.json, the report and pictures; None writes nothing.
-        progress: Show bars on stderr.
-        **changes: Single settings by name, in place of those of `settings`: `limit=100`.
+        progress: Show progress bars on stderr.
+        **changes: Single settings by name that replace those in `settings`: `limit=100`.
 
     Returns:
-        What result.json holds, JSON-ready.
+        The content of result.json, JSON-ready.
 
     Raises:
-        UserError: For an unknown job or setting, what cannot be loaded, and what the job refuses.
+        UserError: If the job or a setting is unknown, model or data cannot be loaded, or they do not fit the job.
     """
     job = job_of(name)
     if settings is not None and not isinstance(settings, job.settings):
@@ -116,22 +116,27 @@ def evaluate(
 
 @dataclass(frozen=True)
 class Words(Generic[Kind]):
-    """The command line of one question asked of a first stage."""
+    """The parsed command line of an evaluation."""
 
     model: str
     data: str
-    """Empty where there is none."""
+    """Empty if there is none."""
     settings: Kind
     out: Path
-    """Folder for files; made by whoever writes into it."""
+    """Folder for files; it is made by the function that writes into it."""
     json: bool
-    """Print JSON on a terminal, too."""
+    """Whether to print JSON on a terminal, too."""
 
 
 def read_words(job: Job, argv: Sequence[str]) -> Words[Any]:
-    """Reads `MODEL DATA [key=value ...] [--out DIR]`; exits or raises UserError when it makes no sense.
+    """Parse `MODEL DATA [key=value ...] [--out DIR]`; exits the process if the words are not understood.
 
-    Without the job's `needs_data`, DATA may be left out.
+    Args:
+        job: The job. DATA may be left out if it has no `needs_data`.
+        argv: The words.
+
+    Raises:
+        UserError: If the settings are wrong.
     """
     command, settings, needs_data = job.name, job.settings, job.needs_data
     parser = command_line.SettingsParser(
@@ -141,7 +146,7 @@ def read_words(job: Job, argv: Sequence[str]) -> Words[Any]:
     where = "photos, a folder of images, Parquet or WebDataset files, or a hub id"
     parser.add_argument("data", nargs=None if needs_data else "?", default="", help=where)
     parser.add_argument(
-        "--out", metavar="DIR", type=Path, help=f"where files go; default: {command}-NAME in this folder"
+        "--out", metavar="DIR", type=Path, help=f"folder for files; default: {command}-NAME in this folder"
     )
     add_json(parser)
     words = parser.read(argv)
@@ -152,7 +157,7 @@ def read_words(job: Job, argv: Sequence[str]) -> Words[Any]:
 
 
 def default_folder(command: str, model: str) -> Path:
-    """`COMMAND-NAME` after the model; an export or a pipeline's vae is named by the folder that holds it."""
+    """Return `COMMAND-NAME` after the model; an export or a pipeline's vae is named after the folder that holds it."""
     path = Path(model.rstrip("/")) if not Path(model).exists() else Path(model).resolve()
     # a run may be called vae, too
     inside = path.name == "export" or (path.name == "vae" and (path.parent / "model_index.json").exists())
@@ -160,19 +165,31 @@ def default_folder(command: str, model: str) -> Path:
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:
+    """Add the option --json to a parser."""
     parser.add_argument("--json", action="store_true", help="print JSON on a terminal, too, as into a pipe or a file")
 
 
 def shows_table(json: bool) -> bool:
-    """Whether stdout gets a table for people: on a terminal, where `json` does not ask for the whole result."""
+    """Return whether stdout gets a table for people: on a terminal, unless `json` requests the whole result."""
     return sys.stdout.isatty() and not json
 
 
 def print_result(words: Words[Any], compute: Callable[[], dict[str, Any]], batch_size: int, shown: Shown) -> int:
-    """Prints what `compute` gives: on a terminal as `shown` makes it, elsewhere as JSON; returns the exit code.
+    """Compute a result and print it: on a terminal as a table, elsewhere as JSON.
 
-    A folder of `words.out` that this call made and left empty, because something was refused, is taken away again.
-    Raises UserError when the device's memory is too small for `batch_size`.
+    If `compute` fails, folders of `words.out` that this call made are removed again if they are empty.
+
+    Args:
+        words: The parsed command line.
+        compute: Returns the result.
+        batch_size: Named in the message if memory is too small.
+        shown: Returns the table of a result.
+
+    Returns:
+        The exit code, 0.
+
+    Raises:
+        UserError: If the device has too little memory, or `compute` raises it.
     """
 
     def as_table(result: dict[str, Any]) -> str:
@@ -189,13 +206,13 @@ def print_result(words: Words[Any], compute: Callable[[], dict[str, Any]], batch
             compute, batch_size, as_table if shows_table(words.json) else command_line.as_json
         )
     except BaseException:
-        with suppress(OSError):  # what holds anything stays
+        with suppress(OSError):  # folders that are not empty stay
             for folder in made:
                 folder.rmdir()
         raise
 
 
 def for_stdout(text: str) -> str:
-    """The text as a terminal of few characters can show it."""
+    """Return the text with characters replaced that the encoding of stdout lacks, and control characters escaped."""
     encoding = sys.stdout.encoding or "utf-8"
     return printable(text, lines=True).encode(encoding, "replace").decode(encoding)

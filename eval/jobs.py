@@ -1,4 +1,4 @@
-"""What the jobs have in common: one process, a model, images of one shape at a time, LPIPS where it can be had."""
+"""The common part of jobs: one process, a model, batches of images of one shape, and LPIPS if it is available."""
 
 import json
 import sys
@@ -22,11 +22,11 @@ from latent_ae_eval.inputs import checked_factor, opened_model, processes
 from latent_ae_eval.settings import JobSettings
 
 PROCESS_COUNTS = ["WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"]
-"""Where accelerate's, PyTorch's and MPI's launchers say how many processes they start."""
+"""Environment variables in which the launchers of accelerate, PyTorch and MPI state the number of processes."""
 
 
 def one_process(job: str, settings: JobSettings) -> torch.device:
-    """The device. Raises UserError where several processes were launched."""
+    """Return the device of a job that runs on one process. Raises UserError if several were launched."""
     launched = get_int_from_env(PROCESS_COUNTS, 1)
     if launched > 1:
         raise UserError(
@@ -37,7 +37,7 @@ def one_process(job: str, settings: JobSettings) -> torch.device:
 
 
 def latent_model(job: str, model: Any, settings: JobSettings, device: torch.device) -> FirstStage:
-    """A first stage whose latents can be had. Raises UserError for a plain function of images."""
+    """Load a first stage with latents. Raises UserError if it cannot be loaded or is a plain function of images."""
     stage = opened_model(model, settings, device)
     if stage.module is None:
         raise UserError(f"eval {job} needs latents, and the function {stage.name} has none; give a first stage")
@@ -45,14 +45,32 @@ def latent_model(job: str, model: Any, settings: JobSettings, device: torch.devi
 
 
 def images_for(stage: FirstStage, source: ImageSource, settings: JobSettings, data: str) -> HeldOutImages:
-    """The source's images, framed as the settings say and with sides that the model's factor divides."""
+    """Return the source's images, framed as the settings say, with sides that are multiples of the model's factor.
+
+    Args:
+        stage: The model.
+        source: The images.
+        settings: The framing, and how images are read.
+        data: The location of the images.
+
+    Raises:
+        UserError: If `crop_px` is not a multiple of the factor.
+    """
     factor = checked_factor(stage, settings.crop_px)
     framing = Framing(settings.resize_px, settings.crop_px)
     return HeldOutImages(source, settings.data(data), stage.channels or 3, framing, factor)
 
 
 def watched(images: HeldOutImages, total: int, task: str, bad: list[str], progress: bool) -> Iterator[HeldOutImage]:
-    """The images, with a bar on stderr; names of those that could not be read go into `bad`, with the reason."""
+    """Yield images with a progress bar on stderr.
+
+    Args:
+        images: The images.
+        total: Their number.
+        task: Name of the bar.
+        bad: `name: reason` of unreadable images is appended to it.
+        progress: Whether to show the bar.
+    """
     with progress_bar(task, total, "image", disable=not progress) as shown:
         for item in images.items():
             if item.image is None:
@@ -62,16 +80,23 @@ def watched(images: HeldOutImages, total: int, task: str, bad: list[str], progre
 
 
 def cpu_batch(batch_size: int, image_px: int) -> int:
-    """Images at a time on a CPU, where large feature maps are slower than small ones; see CPU_BATCH_PX."""
+    """Return the number of images of `image_px` pixels at a time on a CPU, where large feature maps are slower than
+    small ones; see CPU_BATCH_PX."""
     return max(1, min(batch_size, CPU_BATCH_PX // image_px))
 
 
 def batches(
     items: Iterable[HeldOutImage], batch_size: int, device: torch.device
 ) -> Iterator[tuple[list[HeldOutImage], Tensor]]:
-    """Readable neighbours of one shape, at most `batch_size` at a time, and their images as NCHW in [-1, 1].
+    """Yield readable neighbouring images of one shape in batches.
 
-    The images are on the CPU; `device` is where they will go.
+    Args:
+        items: The images.
+        batch_size: Largest number of images in a batch; a CPU takes fewer large ones.
+        device: Where the batches will be used.
+
+    Yields:
+        The items, and their images, (N, C, H, W) float32 in [-1, 1] on the CPU.
     """
     batch: list[HeldOutImage] = []
     for item in items:
@@ -99,7 +124,14 @@ def _stacked(batch: Sequence[HeldOutImage]) -> Tensor:
 def lpips_or_reason(
     net: Net | None, channels: int, side_px: int | None, device: torch.device
 ) -> tuple[LPIPS | None, str]:
-    """LPIPS, or in plain words why there is none; `side_px`: the shortest side, where it is known."""
+    """Return LPIPS and an empty text, or None and the reason in plain words why there is none.
+
+    Args:
+        net: "vgg" or "alex"; None returns None without a reason.
+        channels: Channels of the images.
+        side_px: The shortest side, px; None if unknown.
+        device: Where LPIPS goes.
+    """
     if net is None:
         return None, ""
     if channels not in (1, 3):
@@ -115,9 +147,21 @@ def lpips_or_reason(
 def opened(
     job: str, model: Any, settings: JobSettings, out: str | Path | None
 ) -> tuple[torch.device, FirstStage, Path | None]:
-    """What every job of one process begins with: the device, a first stage with latents, and the folder of `out`.
+    """Begin a job that runs on one process.
 
-    The folder is made before the work, so that one that cannot be written costs no waiting.
+    The folder is made before the work, so that one that cannot be written is refused at once.
+
+    Args:
+        job: Name of the job.
+        model: The model, see `evaluate`.
+        settings: The job's settings.
+        out: The folder of --out; None writes nothing.
+
+    Returns:
+        The device, a first stage with latents, and the folder.
+
+    Raises:
+        UserError: If the folder cannot be made, several processes were launched, or the model cannot be loaded.
     """
     folder = None if out is None else Path(out)
     if folder is not None:
@@ -127,7 +171,7 @@ def opened(
 
 
 def make_folder(folder: Path) -> None:
-    """Raises UserError where it cannot be made."""
+    """Make the folder of --out. Raises UserError if it cannot be made."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -136,9 +180,15 @@ def make_folder(folder: Path) -> None:
 
 @contextmanager
 def written_into(folder: Path, names: Sequence[str] = ()) -> Iterator[None]:
-    """A block that writes the files `names` into the folder of --out; then says so. Raises UserError where it fails.
+    """Turn an OSError of a `with` block that writes into the folder of --out into a UserError.
 
-    Without names nothing is said: below a progress bar `say_written` comes after it.
+    Args:
+        folder: The folder.
+        names: Files that are reported on stderr at the end of the block. A caller that shows a progress bar passes
+            none and calls `say_written` after the bar.
+
+    Raises:
+        UserError: If a file cannot be written.
     """
     try:
         yield
@@ -149,11 +199,12 @@ def written_into(folder: Path, names: Sequence[str] = ()) -> Iterator[None]:
 
 
 def say_written(folder: Path, names: Sequence[str]) -> None:
-    """Names on stderr what was written."""
+    """Report the written files on stderr."""
     print(f"wrote {', '.join(names)} into {folder}", file=sys.stderr)
 
 
 def write_json(path: Path, result: dict[str, Any]) -> None:
+    """Write a result as indented JSON; a reader never finds a part. Raises OSError if it cannot be written."""
     part = path.with_name(f"{path.name}.part")
     part.write_text(json.dumps(result, indent=2), encoding="utf-8")
     part.replace(path)

@@ -1,7 +1,7 @@
-"""The pieces of an unfinished evaluation on disk: a killed one goes on from them, on any number of processes.
+"""Files of an unfinished evaluation, from which it resumes after a kill, on any number of processes.
 
-A shard is a block of neighbouring images. Its file holds a row per image (as JSON), what was skipped, and the features
-of its images; it appears whole or not at all.
+A shard is a block of neighbouring images. Its file holds a row per image (as JSON), the skipped images, and the
+features of its images; a kill leaves a whole file or none.
 """
 
 import contextlib
@@ -26,25 +26,34 @@ WHOLE, SMALL, LARGE, MANY_IMAGES = 4, 16, 64, 2048
 
 
 class Shard(NamedTuple):
-    """What was measured of a block of images."""
+    """The measurements of a block of images."""
 
     rows: list[dict[str, Any]]
+    """Metrics of each image, JSON-ready."""
     skipped: list[str]
+    """`name: reason` of each unreadable image."""
     features: dict[str, Tensor]
-    """By name, e.g. inception.mode: float32 (rows, D)."""
+    """Features by name, e.g. inception.mode: (rows, D) float32."""
 
 
 def shard_size(num_images: int | None, whole_images: bool) -> int:
-    """Images per shard, which are in memory together: a function of the data alone."""
+    """Return the number of images per shard, which are in memory together; it depends on the data alone.
+
+    Args:
+        num_images: Number of images; None for a stream.
+        whole_images: Whether images keep their size, so that they may be large.
+    """
     if whole_images:
         return WHOLE
     return LARGE if num_images is None or num_images >= MANY_IMAGES else SMALL
 
 
 class WorkFolder:
-    """The shards of one evaluation, in files that carry its token: those of another one are never taken for its own.
+    """The shards of one evaluation, in files named by its token, so that those of another one are never used.
 
-    `key`: all that the numbers depend on; None for an evaluation that cannot be gone on from.
+    Args:
+        folder: The folder of the files.
+        key: Everything that the numbers depend on, JSON-ready; None for an evaluation that cannot be resumed.
     """
 
     def __init__(self, folder: Path, key: dict[str, Any] | None):
@@ -53,14 +62,17 @@ class WorkFolder:
         self.token = hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def begin(self) -> int:
-        """Called by one process, alone on the folder: removes others' shards, counts those that are left."""
+        """Remove the shards of other evaluations and return the number of finished ones.
+
+        One process calls this while no other uses the folder. Raises UserError if the folder cannot be written.
+        """
         with writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             self._remove_files(lambda path: not path.name.startswith(f"shard-{self.token}-"))
         return len(self.done())
 
     def done(self) -> frozenset[int]:
-        """Numbers of the finished shards; broken files (of a machine that lost power) are removed."""
+        """Return the numbers of the finished shards; broken files (after a power failure) are removed."""
         numbers = set()
         for path in sorted(self.folder.glob(f"shard-{self.token}-*.safetensors")):
             number = int(path.stem.rpartition("-")[2])
@@ -72,17 +84,18 @@ class WorkFolder:
         return frozenset(numbers)
 
     def write(self, number: int, shard: Shard) -> None:
+        """Write a shard; a kill leaves the whole file or none. Raises UserError if it cannot be written."""
         notes = {"rows": json.dumps(shard.rows), "skipped": json.dumps(shard.skipped)}
         with writing(self._path(number), "The finished shards stay; free space, then run the same command again"):
             _save(shard.features, self._path(number), notes)
 
     def read(self, number: int) -> Shard:
-        """Raises ValueError and others when the file is not as it was written."""
+        """Read a shard. Raises ValueError, or another error, if the file is not as it was written."""
         features, notes = _load(self._path(number))
         return Shard(json.loads(notes["rows"]), json.loads(notes["skipped"]), features)
 
     def remove(self) -> None:
-        """Removes what the evaluation wrote, and the folder if nothing else is in it."""
+        """Remove the evaluation's files, and the folder if nothing else is in it."""
         self._remove_files(lambda path: True)
         with contextlib.suppress(OSError):
             self.folder.rmdir()
@@ -98,9 +111,12 @@ class WorkFolder:
 
 
 class ReferenceCache:
-    """Inception's features of originals, kept from one evaluation to the next.
+    """A cache on disk of Inception features of original images, which several evaluations share.
 
-    The key is the content of a shard's files and all that makes features of them, so a changed file misses.
+    The key is the content of a shard's files and everything that the features depend on, so a changed file has none.
+
+    Args:
+        framing: Everything besides the files that the features depend on, JSON-ready.
     """
 
     def __init__(self, framing: dict[str, Any]):
@@ -108,7 +124,7 @@ class ReferenceCache:
         self.folder = cache_folder() / "references"
 
     def find(self, digests: list[str]) -> Tensor | None:
-        """Features (N, D) of the shard whose files have these digests."""
+        """Return the features, (N, D) float32, of the N files with these digests, or None."""
         path = self._path(digests)
         try:
             features = _load(path)[0]["features"] if path.is_file() else None
@@ -117,6 +133,7 @@ class ReferenceCache:
         return features if features is not None and len(features) == len(digests) else None
 
     def keep(self, digests: list[str], features: Tensor) -> None:
+        """Store the features, (N, D), of the N files with these digests; a failure to write is ignored."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             _save({"features": features}, self._path(digests), {})
@@ -129,31 +146,31 @@ class ReferenceCache:
 
 
 class FeatureFile:
-    """Feature vectors in a file of float32, so that any number of them takes no memory."""
+    """Feature vectors in a file of float32 numbers, so that any number of them takes no memory."""
 
     def __init__(self, path: Path):
         self.path, self.count, self.dimensions = path, 0, 0
 
     def append(self, features: np.ndarray) -> None:
-        """(N, D) float32."""
+        """Append features, (N, D) float32. Raises OSError if the file cannot be written."""
         self.dimensions = features.shape[1]
         with self.path.open("ab") as stream:
             stream.write(np.ascontiguousarray(features, dtype=np.float32).tobytes())
         self.count += len(features)
 
     def rows(self, rows: np.ndarray) -> np.ndarray:
-        """(len(rows), D): those rows, in their order."""
+        """Return the features of the row numbers `rows`, in their order: (len(rows), D) float32."""
         size = 4 * self.dimensions
-        found = np.empty((len(rows), self.dimensions), dtype=np.float32)
+        features = np.empty((len(rows), self.dimensions), dtype=np.float32)
         with self.path.open("rb", buffering=0) as stream:
             for position, row in enumerate(rows):
                 stream.seek(int(row) * size)
-                found[position] = np.frombuffer(stream.read(size), dtype=np.float32)
-        return found
+                features[position] = np.frombuffer(stream.read(size), dtype=np.float32)
+        return features
 
 
 def _save(tensors: dict[str, Tensor], path: Path, notes: dict[str, str]) -> None:
-    """Whole or not at all, with a checksum of the tensors and notes."""
+    """Write tensors and notes with their checksum; a kill leaves the whole file or none."""
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     stored = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
     try:
@@ -164,12 +181,12 @@ def _save(tensors: dict[str, Tensor], path: Path, notes: dict[str, str]) -> None
 
 
 def _load(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """What `_save` wrote. Raises ValueError for another checksum."""
+    """Return what `_save` wrote. Raises ValueError if the checksum differs."""
     with safe_open(path, framework="pt") as file:
         notes = dict(file.metadata() or {})
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is not a dict
     if notes.pop("sha256", None) != _checksum(tensors, notes):
-        raise ValueError(f"{path}: another checksum than it was written with")
+        raise ValueError(f"{path}: its content does not match its checksum")
     return tensors, notes
 
 

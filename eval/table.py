@@ -1,4 +1,4 @@
-"""What a command shows on a terminal: a line for each figure, and below them what must not be overlooked."""
+"""Tables for a terminal: a line for each number, and below them important findings."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -6,23 +6,27 @@ from typing import Any, NamedTuple
 from latent_ae.text import printable
 
 VALUE = 2
-"""Which column stands right."""
+"""The column that is aligned right."""
 
 
 class Row(NamedTuple):
-    """A figure."""
+    """A line of a table."""
 
     name: str
     value: str
     interval: str = ""
     of: str = ""
-    """What it is a figure of where there are several: a kind of latent, a set of images, a path."""
+    """What was measured, if there are several: a kind of latent, a set of images, a path."""
     remark: str = ""
 
 
 def aligned(rows: Sequence[Row], interval: str = "95 % interval") -> str:
-    """The rows in columns; a column that all of them leave empty is left out, a name is said once. `interval` is what
-    the intervals are."""
+    """Return rows in aligned columns. Columns without text are left out, and a repeated name is shown once.
+
+    Args:
+        rows: The rows.
+        interval: Heading of the intervals.
+    """
     cells = [["", "", "", interval, ""]] if any(row.interval for row in rows) else []
     for before, row in zip([None, *rows], rows, strict=False):
         repeated = before is not None and row.of and before.name == row.name
@@ -40,5 +44,10 @@ def aligned(rows: Sequence[Row], interval: str = "95 % interval") -> str:
 
 
 def to_look_at(findings: Iterable[Mapping[str, Any]], marks: Mapping[str, str]) -> list[str]:
-    """A line for each finding that is not fine, under its mark."""
+    """Return a line for each finding that is not fine, which begins with the mark of its state.
+
+    Args:
+        findings: Findings with `state`, `name` and `text`.
+        marks: Words for each state.
+    """
     return [f"{marks[one['state']]}: {one['name']}. {one['text']}" for one in findings if one["state"] != "fine"]

@@ -2,7 +2,7 @@
 
     import latent_ae as lae
 
-    vae = lae.load("runs/mine")         # run, checkpoint, export, pipeline's folder or hub id
+    vae = lae.load("runs/mine")         # a run, checkpoint, export, pipeline folder or hub id
     z = vae.encode(images)              # z.mean and z.std, raw latents of NCHW images in [-1, 1]
     lae.psnr(lae.to_uint8(images), lae.to_uint8(vae.decode(z.mean)))
 

@@ -1,4 +1,4 @@
-"""The door: finds a command by its name and imports its package only then."""
+"""The command `latent-ae`: finds a subcommand by its name and imports its package only then."""
 
 import importlib
 import os
@@ -12,8 +12,12 @@ from latent_ae.text import printable
 
 
 class Command(NamedTuple):
+    """A subcommand."""
+
     module: str
+    """Module whose `main` takes the words and returns an exit code."""
     summary: str
+    """A line of the usage text."""
 
 
 COMMANDS = {
@@ -21,12 +25,13 @@ COMMANDS = {
     "export": Command("latent_ae_train.export", "write a run's weights as a diffusers folder"),
     "eval": Command("latent_ae_eval.__main__", "measure a finished first stage"),
     "encode": Command("latent_ae.latents.command", "write the latents of a data set into files, to train on them"),
-    "data": Command("latent_ae.data.command", "read every image of a source once and say what is wrong with it"),
+    "data": Command("latent_ae.data.command", "read every image of a source once and report what is wrong"),
     "weights": Command("latent_ae.pretrained.weights", "fetch the pretrained weights that LPIPS and FID need"),
 }
 
 
 def usage() -> str:
+    """Return the usage text with a line for each command."""
     lines = [f"  {name:<8} {command.summary}" for name, command in COMMANDS.items()]
     return "\n".join(
         [
@@ -34,14 +39,17 @@ def usage() -> str:
             "",
             *lines,
             "",
-            "latent-ae COMMAND --help tells more. Example: latent-ae train quickstart",
+            "latent-ae COMMAND --help says more. Example: latent-ae train quickstart",
             "On many GPUs: accelerate launch -m latent_ae COMMAND ...",
         ]
     )
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs a command and returns its exit code: 0; 2 for a mistake that the user can mend; 130 when interrupted."""
+    """Run a command and return its exit code: 0; 2 for a user's mistake; 75 for a stopped run; 130 if interrupted.
+
+    A UserError is printed without a traceback; any other exception is a bug and keeps its traceback.
+    """
     words = sys.argv[1:] if argv is None else argv
     if not words or words[0] in ("-h", "--help"):
         print(usage())
@@ -58,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     try:
         code = importlib.import_module(COMMANDS[words[0]].module).main(words[1:])
-        sys.stdout.flush()  # where results go may be full, too
+        sys.stdout.flush()  # the disk to which results are redirected may be full
     except ToldElsewhere:
         return 2
     except UserError as error:
@@ -68,7 +76,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"latent-ae {words[0]}: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader of our results went away: `latent-ae ... | head`
+    except BrokenPipeError:  # the reader of the results has ended, as in `latent-ae ... | head`
         _close_stdout()
         return 0
     except OSError as error:
@@ -82,7 +90,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _close_stdout() -> None:
-    """What could not be written is not tried again, with another complaint, at the interpreter's end."""
+    """Discard unwritten output, so that the interpreter does not try again, with another error, when it exits."""
     try:
         sys.stdout.flush()
     except OSError:
@@ -90,9 +98,9 @@ def _close_stdout() -> None:
 
 
 def _leave_the_others() -> None:
-    """Ends gloo's threads, wherever the command stopped: the interpreter's end aborts the process if they still run.
+    """End gloo's threads, wherever the command stopped: the interpreter aborts at exit if they still run.
 
-    pytorch/pytorch#190489. NCCL's group is left as it is: to end it, processes wait for those that may be gone.
+    See pytorch/pytorch#190489. An NCCL group is not ended, because that waits for processes that may be gone.
     """
     distributed = sys.modules.get("torch.distributed")
     started = distributed is not None and distributed.is_available() and distributed.is_initialized()

@@ -1,4 +1,4 @@
-"""How exactly float32 tensors are computed with on a GPU, and which layers an autocast leaves in float32."""
+"""Precision of float32 arithmetic on a GPU, layers that an autocast leaves in float32, and memory formats."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,10 +17,10 @@ class WeightPrecisionConv2d(nn.Conv2d):
 
 
 def training_memory_format(device: torch.device) -> torch.memory_format:
-    """How networks that train and their images lie in memory on `device`, for speed alone.
+    """Return the fastest memory format of trained networks and their images on `device`.
 
-    Channels-last, but on CPUs without AVX-512: there the quickstart's step takes 1.1 times as long in it, for the
-    gradients of its convolutions; docs/performance.md has the figures.
+    It is channels-last, except on CPUs without AVX-512, where the quickstart's step takes 1.1 times as long in it
+    because of the gradients of its convolutions; docs/performance.md has the measurements.
     """
     contiguous = device.type == "cpu" and torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2")
     return torch.contiguous_format if contiguous else torch.channels_last
@@ -28,24 +28,24 @@ def training_memory_format(device: torch.device) -> torch.memory_format:
 
 @contextmanager
 def float32_arithmetic(*, tf32: bool = False, repeatable: bool = False) -> Iterator[None]:
-    """While it is open, float32 convolutions and matrix products on CUDA devices round their inputs to TF32 or not.
+    """Set in a `with` block whether float32 convolutions and matrix products on CUDA devices may use TF32.
 
     PyTorch's own default is TF32 (10 bits of mantissa instead of 23) for convolutions and float32 for matrix products.
-    What held before holds again afterwards. A CPU has no TF32.
+    The previous settings are restored afterwards. A CPU has no TF32.
 
     Args:
-        tf32: whether both kinds of operations may round to TF32.
-        repeatable: also let cuDNN choose only algorithms that give the same result every time.
+        tf32: Whether both kinds of operations may round their inputs to TF32.
+        repeatable: Also restrict cuDNN to algorithms that give the same result every time.
     """
     cudnn, products = torch.backends.cudnn, torch.backends.cuda.matmul
     precisions = [operation.fp32_precision for operation in _operations()]
     choice = cudnn.deterministic, cudnn.benchmark
     try:
         older = cudnn.allow_tf32, torch.get_float32_matmul_precision()
-    except RuntimeError:  # the caller has set fp32_precision to what the older flags cannot express, so they stay
+    except RuntimeError:  # the caller has set an fp32_precision that the older flags cannot express, so they stay
         older = None
         _set_precisions(["tf32"] * 3 if tf32 else [])
-    else:  # these set fp32_precision of torch >= 2.9 as well, and torch.compile reads them
+    else:  # these also set fp32_precision of torch >= 2.9, and torch.compile reads them
         cudnn.allow_tf32 = products.allow_tf32 = tf32
     if not tf32:  # "none", which the older flags leave, would follow torch.backends.fp32_precision
         _set_precisions(["ieee"] * len(precisions))
@@ -67,7 +67,7 @@ def _set_precisions(precisions: list[str]) -> None:
 
 
 def _operations() -> list[Any]:
-    """What has an `fp32_precision` of its own; nothing before torch 2.9."""
+    """Return the backends that have an `fp32_precision` of their own; none before torch 2.9."""
     backends: Any = torch.backends
     if not hasattr(backends.cudnn, "conv"):
         return []

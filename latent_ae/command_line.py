@@ -1,4 +1,4 @@
-"""What commands with settings have in common: their words, their help, and how a result ends on stdout."""
+"""The common part of commands with settings: parsing of their words, their help, and printing of a result."""
 
 import argparse
 import ast
@@ -19,7 +19,14 @@ WIDTH = 100
 
 
 class SettingsParser(argparse.ArgumentParser):
-    """The parser of a command whose settings, those of `kind`, are given as key=value; its help lists them."""
+    """The parser of a command whose settings are written key=value; its help lists them.
+
+    Args:
+        kind: The class of the settings.
+        prog: The command as it is typed.
+        description: Text above the arguments in the help.
+        examples: Text below the settings in the help.
+    """
 
     def __init__(self, kind: type[Settings], *, prog: str, description: str, examples: str):
         super().__init__(
@@ -32,9 +39,16 @@ class SettingsParser(argparse.ArgumentParser):
         return super().add_argument(*names, **options)
 
     def read(self, argv: Sequence[str] | None) -> argparse.Namespace:
-        """The words; those that change settings are `override`. Prints what --help asks for and exits.
+        """Parse the words of a command. For --help, print the help and exit.
 
-        Raises UserError for a setting that is written like an option.
+        Args:
+            argv: The words; None takes those of this process.
+
+        Returns:
+            The arguments; `override` holds the words that change settings.
+
+        Raises:
+            UserError: If a setting is written like an option, or --help names an unknown setting.
         """
         words = list(sys.argv[1:] if argv is None else argv)
         self.add_argument("override", nargs="*", default=[], metavar="key=value", help="changes a setting")
@@ -59,7 +73,7 @@ class SettingsParser(argparse.ArgumentParser):
         return text.rstrip("\n")
 
     def _refuse_settings_as_options(self, words: Sequence[str]) -> None:
-        said, meant = list[str](), list[str]()
+        written_as, meant = list[str](), list[str]()
         for word, following in pairwise([*words, ""]):
             option, equals, value = word.partition("=")
             if not option.startswith("--") or any(known.startswith(option) for known in self.options):
@@ -68,18 +82,19 @@ class SettingsParser(argparse.ArgumentParser):
             if key not in all_keys(self.kind):
                 close = close_word(option, self.options)
                 hint = f"did you mean {close}?" if close else hint_for(self.kind, key.split("."))
-                told = f"no such option{'; ' * bool(hint)}{hint}"
-                raise UserError(f"{option}: {told} (settings are written key=value; {self.prog} --help lists them)")
+                problem = f"no such option{'; ' * bool(hint)}{hint}"
+                raise UserError(f"{option}: {problem} (settings are written key=value; {self.prog} --help lists them)")
             if not equals and following and "=" not in following and not following.startswith("--"):
                 word, value = f"{word} {following}", following
-            said.append(word)
+            written_as.append(word)
             meant.append(f"{key}={value or 'true'}")
-        if said:
-            raise UserError(f"settings are written key=value: give {' '.join(meant)} in place of {' '.join(said)}")
+        if written_as:
+            wrong = " ".join(written_as)
+            raise UserError(f"settings are written key=value: give {' '.join(meant)} in place of {wrong}")
 
 
 def settings_text(kind: type[Settings], prog: str) -> str:
-    """All settings with defaults and meanings; of sections their names and what they are."""
+    """Return help on all settings with their defaults and meanings; sections are listed by name and first paragraph."""
     sections = _sections(kind)
     lines = ["settings, with their defaults:", *_entries(kind)]
     if sections:
@@ -91,7 +106,7 @@ def settings_text(kind: type[Settings], prog: str) -> str:
 
 
 def topic_text(kind: type[Settings], topic: str) -> str | None:
-    """The settings of a section, or one setting, by its key; None where there is no such key."""
+    """Return help on a section or on one setting by its key; None if there is no such key."""
     key = own_key(kind, topic)
     for name, section in _sections(kind).items():
         prefix = key_of(kind, name)
@@ -99,10 +114,10 @@ def topic_text(kind: type[Settings], topic: str) -> str | None:
             lines = textwrap.wrap(inspect.cleandoc(section.__doc__ or ""), WIDTH)
             return "\n".join([*lines, "", *_entries(section, f"{prefix}.")])
         if key.startswith(f"{prefix}."):
-            found = [other for other in names_of(section) if f"{prefix}.{key_of(section, other)}" == key]
-            return "\n".join(_entry(section, found[0], f"{prefix}.")) if found else None
-    found = [name for name in names_of(kind) if key_of(kind, name) == key]
-    return "\n".join(_entry(kind, found[0])) if found else None
+            names = [other for other in names_of(section) if f"{prefix}.{key_of(section, other)}" == key]
+            return "\n".join(_entry(section, names[0], f"{prefix}.")) if names else None
+    names = [name for name in names_of(kind) if key_of(kind, name) == key]
+    return "\n".join(_entry(kind, names[0])) if names else None
 
 
 def _sections(kind: type[Settings]) -> dict[str, type[Settings]]:
@@ -130,7 +145,7 @@ def _entry(kind: type[Settings], name: str, prefix: str = "") -> Iterator[str]:
 
 def _wrapped(text: str, indent: int) -> list[str]:
     head = len(text) - len(text.lstrip())
-    # words of keys and choices stay whole
+    # keys and choices are not broken
     return textwrap.wrap(
         text[head:],
         WIDTH,
@@ -144,8 +159,8 @@ def _wrapped(text: str, indent: int) -> list[str]:
 
 @functools.cache
 def meanings(kind: type[Settings]) -> dict[str, str]:
-    """What stands under each field in the source of `kind`, or else of a class that it extends."""
-    found: dict[str, str] = {}
+    """Return the docstring below each field in the source of `kind` or of a class that it extends."""
+    texts: dict[str, str] = {}
     for base in reversed([base for base in kind.__mro__ if issubclass(base, Settings)]):
         (definition,) = ast.parse(textwrap.dedent(inspect.getsource(base))).body
         assert isinstance(definition, ast.ClassDef)
@@ -153,19 +168,19 @@ def meanings(kind: type[Settings]) -> dict[str, str]:
             if not isinstance(field, ast.AnnAssign) or not isinstance(field.target, ast.Name):
                 continue
             if isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
-                found[field.target.id] = " ".join(str(text.value.value).split())
-    return found
+                texts[field.target.id] = " ".join(str(text.value.value).split())
+    return texts
 
 
 def written(value: Any) -> str:
-    """A value as it is typed after `key=`."""
+    """Return a value as it is typed after `key=`."""
     if isinstance(value, (tuple, list)):
         return f"[{','.join(written(item) for item in value)}]"
     return value if isinstance(value, str) else json.dumps(value)
 
 
 def _values_of(annotation: Any) -> str:
-    """The values that a type admits, in words."""
+    """Return in words which values a type admits."""
     origin, inner = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is typing.Literal:
         return " | ".join(written(value) for value in inner)
@@ -180,15 +195,25 @@ def _values_of(annotation: Any) -> str:
 
 
 def as_json(result: dict[str, Any]) -> str:
+    """Return a result as indented JSON."""
     return json.dumps(result, indent=2)
 
 
 def print_result(
     compute: Callable[[], dict[str, Any]], batch_size: int, as_text: Callable[[dict[str, Any]], str] = as_json
 ) -> int:
-    """Prints the result of `compute`, as the text that `as_text` makes of it, from the main process.
+    """Compute a result and print it from the main process.
 
-    Returns the exit code. Raises UserError when the device's memory is too small for `batch_size`.
+    Args:
+        compute: Returns the result.
+        batch_size: Named in the message if memory is too small.
+        as_text: Turns the result into the text that is printed.
+
+    Returns:
+        The exit code, 0.
+
+    Raises:
+        UserError: If the device has too little memory.
     """
     import torch
     from accelerate import PartialState

@@ -1,6 +1,6 @@
-"""Frozen typed settings: YAML plus key=value, every error at once, with the key's path and the nearest valid key.
+"""Frozen typed settings from YAML and key=value words; all errors are reported at once, with the nearest valid key.
 
-Nothing heavy (torch, diffusers, datasets) is imported here: what needs settings only answers at once.
+This module imports nothing heavy (torch, diffusers, datasets), so that a wrong setting is refused at once.
 """
 
 import difflib
@@ -20,15 +20,15 @@ from latent_ae.other_names import OTHER_NAMES
 
 
 class UserError(ValueError):
-    """A mistake that the user can mend: the command line prints it without a traceback and exits with 2."""
+    """A mistake that the user can correct: the command line prints it without a traceback and exits with code 2."""
 
 
 class ToldElsewhere(UserError):
-    """The same on another process, whose first one prints it: this one only exits with 2."""
+    """A UserError that the main process prints: this process only exits with code 2."""
 
 
 class Problem(typing.NamedTuple):
-    """One thing wrong with the settings: the key's path and what to do about it."""
+    """One problem of the settings: the key's path, and what is wrong and what to do."""
 
     key: str
     message: str
@@ -38,7 +38,7 @@ S = TypeVar("S", bound="Settings")
 
 
 class Settings(BaseModel):
-    """Base of every section: frozen, no unknown keys, finite numbers, and no bool where a number belongs."""
+    """Base class of all sections: frozen, without unknown keys, infinite numbers, or bools in place of numbers."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
 
@@ -67,7 +67,7 @@ class Settings(BaseModel):
 
     @classmethod
     def load(cls: type[S], source: str | None = None, *words: str) -> S:
-        """Settings as the command line reads them: `TrainSettings.load("quickstart", "steps=100", "optim.lr=1e-4")`.
+        """Read settings like the command line: `TrainSettings.load("quickstart", "steps=100", "optim.lr=1e-4")`.
 
         Args:
             source: A YAML file or the name of a recipe; None takes the defaults.
@@ -80,10 +80,10 @@ class Settings(BaseModel):
 
     @classmethod
     def settle(cls, values: dict[str, Any], given: Sequence[str]) -> None:
-        """Takes from a file's values what does not go with the keys that were `given` in words."""
+        """Remove from a file's values, in place, those that do not go with the keys `given` in words."""
 
     def problems(self) -> Iterator[Problem]:
-        """What the types cannot say: relations between keys, files that must exist. Nested sections included."""
+        """Yield problems that types cannot express (relations between keys, missing files), also of nested sections."""
         for name in type(self).model_fields:
             section = getattr(self, name)
             if isinstance(section, Settings):
@@ -92,18 +92,18 @@ class Settings(BaseModel):
 
 
 def key_of(cls: type[Settings], name: str) -> str:
-    """A field's key in YAML; differs from the attribute where pydantic keeps the name for itself (`validate`)."""
+    """Return a field's key in YAML, which differs from the attribute if pydantic reserves that name (`validate`)."""
     return cls.model_fields[name].alias or name
 
 
 def names_of(cls: type[Settings]) -> list[str]:
-    """Fields, its own before those of the classes that it extends."""
+    """Return the names of the fields, those of the class before those of the classes that it extends."""
     bases = [base for base in cls.__mro__ if issubclass(base, Settings)]
     return list(dict.fromkeys(name for base in bases for name in base.__annotations__ if name in cls.model_fields))
 
 
 def close_word(word: str, words: Sequence[str]) -> str | None:
-    """The one of `words` that was probably meant."""
+    """Return the one of `words` that was probably meant, or None."""
     return next(iter(difflib.get_close_matches(word, words, n=1)), None)
 
 
@@ -114,24 +114,30 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 Byte = Annotated[int, Field(ge=0, le=255)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 
-# What a run that goes on from a checkpoint may change: marks for fields, which hold for what is below them, too.
+# Marks of fields: whether a run that is resumed may change them. A mark also holds for the fields of a section.
 FIXED = Field(json_schema_extra={"on_resume": "fixed"})
-"""Nothing: the weights or the order of the samples would no longer fit."""
+"""May not change: the weights or the order of the samples would no longer fit."""
 FREE = Field(json_schema_extra={"on_resume": "free"})
-"""Everything, as where there is no mark; for a field below one that is fixed."""
+"""May change, like a field without a mark; for a field in a fixed section."""
 SWITCH = Field(json_schema_extra={"on_resume": "switch"})
-"""The value, but not to or from nothing: a checkpoint holds what goes with it or it does not."""
+"""May change its value, but may not be turned on or off: a checkpoint either holds its state or does not."""
 SILENT = Field(json_schema_extra={"on_resume": "silent"})
-"""Everything, and it needs no word."""
+"""May change, and the change is not reported."""
 
 
 def fixed_with(name: str) -> Any:
-    """The mark of a field that is fixed where its section's field `name` is on."""
+    """Return the mark of a field that is fixed if the field `name` of its section is on."""
     return Field(json_schema_extra={"on_resume": f"fixed with {name}"})
 
 
 def resume_marks(cls: type["Settings"], prefix: str = "", above: str = "free") -> dict[str, str]:
-    """What a run that goes on may change, by each setting's full key: one of the marks above."""
+    """Return the mark of each setting by its full key.
+
+    Args:
+        cls: The class of the settings.
+        prefix: What precedes their keys.
+        above: The mark of the section that holds them.
+    """
     marks: dict[str, str] = {}
     for name, field in cls.model_fields.items():
         key, extra = f"{prefix}{key_of(cls, name)}", field.json_schema_extra
@@ -143,7 +149,7 @@ def resume_marks(cls: type["Settings"], prefix: str = "", above: str = "free") -
 
 
 def looks_like_path(location: str) -> bool:
-    """True for what can only be meant as a file or folder; `name` and `user/name` may be hub ids."""
+    """Return True if `location` can only mean a file or folder; `name` and `user/name` may be hub ids."""
     return location.startswith(("/", ".", "~")) or location.count("/") > 1 or Path(location).suffix in FILE_SUFFIXES
 
 
@@ -152,7 +158,7 @@ FILE_SUFFIXES = (".parquet", ".arrow", ".tar", ".yaml", ".yml", ".safetensors", 
 
 
 def recipe_names() -> list[str]:
-    """Recipes that ship with the package; `latent-ae train NAME` takes any of them."""
+    """Return the names of the recipes that ship with the package, for `latent-ae train NAME`."""
     return sorted(
         entry.name.removesuffix(".yaml")
         for entry in resources.files("latent_ae_configs").iterdir()
@@ -161,9 +167,15 @@ def recipe_names() -> list[str]:
 
 
 def load_settings(cls: type[S], source: str | None, overrides: Sequence[str] = ()) -> S:
-    """Settings of a YAML file or shipped recipe (`None`: the defaults), changed by `key.path=value` words.
+    """Read settings from a YAML file or a recipe, changed by words.
 
-    Raises UserError with every problem found, one line each.
+    Args:
+        cls: The class of the settings.
+        source: A YAML file or the name of a recipe; None takes the defaults.
+        overrides: Words, each `key=value` or `section.key=value`.
+
+    Raises:
+        UserError: With every problem found, one line each.
     """
     values = _read_yaml(source) if source is not None else {}
     problems = [problem for word in overrides for problem in _apply_override(cls, values, word)]
@@ -172,9 +184,10 @@ def load_settings(cls: type[S], source: str | None, overrides: Sequence[str] = (
 
 
 def changed_settings(settings: S, changes: Mapping[str, Any]) -> S:
-    """A copy of `settings` with other values for some keys.
+    """Return a copy of `settings` with other values for some keys.
 
-    Raises UserError with every problem found, one line each.
+    Raises:
+        UserError: With every problem found, one line each.
     """
     return _checked(type(settings), {**settings.model_dump(by_alias=True), **changes}, [], "")
 
@@ -183,8 +196,8 @@ def _checked(cls: type[S], values: dict[str, Any], problems: list[Problem], wher
     settings, invalid = _validate(cls, values)
     problems += invalid
     if settings is not None:
-        # relations are checked on what is left after wrong keys fell back to their defaults,
-        # so one wrong key does not hide another; what rests on a wrong key is not judged
+        # relations are checked after wrong keys fell back to their defaults, so that one wrong key does not
+        # hide another; problems of a wrong key itself are not reported twice
         broken = {problem.key for problem in invalid}
         problems += [problem for problem in settings.problems() if problem.key not in broken]
     refuse(problems, where)
@@ -193,7 +206,7 @@ def _checked(cls: type[S], values: dict[str, Any], problems: list[Problem], wher
 
 
 def refuse(problems: Iterable[Problem], where: str = "") -> None:
-    """Raises UserError with all problems, one line each, where there are any; `where` follows "in the settings"."""
+    """Raise UserError with all problems, one line each, if there are any; `where` follows "in the settings"."""
     lines = [f"  {problem.key}: {problem.message}" for problem in problems]
     if lines:
         count = "1 problem" if len(lines) == 1 else f"{len(lines)} problems"
@@ -201,7 +214,7 @@ def refuse(problems: Iterable[Problem], where: str = "") -> None:
 
 
 def to_yaml(settings: Settings) -> str:
-    """The settings in full, as YAML that load_settings reads back to an equal object."""
+    """Return all settings as YAML that `load_settings` reads back to an equal object."""
     return yaml.safe_dump(
         settings.model_dump(mode="json", by_alias=True), sort_keys=False, default_flow_style=None, width=100
     )
@@ -222,7 +235,7 @@ def _read_yaml(source: str) -> dict[str, Any]:
         raise UserError(f"no such config: {source}.{hint} Give a YAML file or one of: {', '.join(recipe_names())}")
     try:
         values = _parsed(text, _StrictLoader)
-    except Exception as error:  # of a date or number that is none PyYAML says so in many ways
+    except Exception as error:  # PyYAML raises errors of many kinds, for example for an impossible date
         raise UserError(f"{source} is not valid YAML: {' '.join(str(error).split())[:300]}") from None
     if values is None:
         return {}
@@ -232,13 +245,13 @@ def _read_yaml(source: str) -> dict[str, Any]:
 
 
 def _parsed(text: str, kind: type[yaml.SafeLoader]) -> Any:
-    """The one document of a text. Raises yaml.YAMLError, and whatever a value that cannot be made raises."""
+    """Return the one document of a text. Raises yaml.YAMLError, or other errors for values that cannot be built."""
     loader = kind(text)
     try:
         root = loader.get_single_node()
         if root is None:
             return None
-        # a few lines of anchors within anchors are billions of values, or endless
+        # a few lines of nested anchors can stand for billions of values, or never end
         waiting, count = [root], 0
         while waiting:
             node, count = waiting.pop(), count + 1
@@ -254,19 +267,19 @@ def _parsed(text: str, kind: type[yaml.SafeLoader]) -> Any:
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """Refuses a key given twice (YAML would silently take the last) and a key that is not a word (`on`, `1`)."""
+    """Refuses a key given twice (YAML would silently take the last) and a key that is not text (`on`, `1`)."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
+        keys: set[str] = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
             if not isinstance(key, str):
                 raise yaml.constructor.ConstructorError(
                     None, None, f"the key {key_node.value!r} is read as {key!r}; put it in quotes", key_node.start_mark
                 )
-            if key in seen:
+            if key in keys:
                 raise yaml.constructor.ConstructorError(None, None, f"{key} is given twice", key_node.start_mark)
-            seen.add(key)
+            keys.add(key)
         return super().construct_mapping(node, deep)
 
 
@@ -288,7 +301,7 @@ def _apply_override(cls: type[Settings], values: dict[str, Any], word: str) -> l
 
 
 def own_key(cls: type[Settings], key: str) -> str:
-    """The key as it is, or without training's `data.` where these settings have no such section."""
+    """Return the key, without training's prefix `data.` if these settings have no such section."""
     name = key.removeprefix("data.")
     if name == key or "data" in cls.model_fields:
         return key
@@ -336,7 +349,7 @@ def _drop(values: Any, path: list[str]) -> None:
 def _explain(cls: type[Settings], path: list[str], detail: Any) -> str:
     if detail["type"] == "extra_forbidden":
         inner, path = detail["input"], list(path)
-        while isinstance(inner, dict) and len(inner) == 1:  # the last word of an unknown section says most
+        while isinstance(inner, dict) and len(inner) == 1:  # the innermost key of an unknown section says most
             ((name, inner),) = inner.items()
             path.append(str(name))
         hint = hint_for(cls, path)
@@ -350,7 +363,7 @@ def _explain(cls: type[Settings], path: list[str], detail: Any) -> str:
 
 
 def hint_for(cls: type[Settings], path: list[str]) -> str:
-    """What to write in place of an unknown key: by what other trainers call it, or the nearest; empty if unknown."""
+    """Return what to write in place of an unknown key, from other trainers' names or similarity; may be empty."""
     targets, _, remark = OTHER_NAMES.get(path[-1], "").partition(": ")
     known = {key for path_ in all_keys(cls) for key in (path_, path_.split(".")[0])}
     target = next((key for key in targets.split() if key in known), None)
@@ -363,7 +376,7 @@ def hint_for(cls: type[Settings], path: list[str]) -> str:
 
 
 def nearest_key(cls: type[Settings], path: list[str]) -> str | None:
-    """The key that was probably meant: alike in the same section, of the same name elsewhere, or alike in full."""
+    """Return the key that was probably meant: similar in the section, of the same name elsewhere, or a similar path."""
     keys, depth = list(all_keys(cls)), len(path)
     siblings = [".".join(parts[:depth]) for key in keys if (parts := key.split("."))[: depth - 1] == path[:-1]]
     alike = difflib.get_close_matches(".".join(path), siblings, n=1, cutoff=0.75)
@@ -372,7 +385,7 @@ def nearest_key(cls: type[Settings], path: list[str]) -> str | None:
 
 
 def all_keys(cls: type[Settings], prefix: str = "") -> Iterator[str]:
-    """Every key's dotted path."""
+    """Yield the dotted path of every key."""
     for name, field in cls.model_fields.items():
         key = key_of(cls, name)
         if isinstance(field.annotation, type) and issubclass(field.annotation, Settings):

@@ -1,4 +1,4 @@
-"""Several processes as one: their device, and mistakes that all of them end with together."""
+"""Several processes as one: their device, results from one for all, and errors that end all of them together."""
 
 from collections.abc import Callable
 from datetime import timedelta
@@ -12,22 +12,31 @@ from latent_ae.config import UserError
 
 Device = Literal["auto", "cpu", "cuda"]
 PATIENCE = timedelta(hours=3)
+"""Time for which processes wait for each other."""
 T = TypeVar("T")
 
 
 def processes(device: Device) -> tuple[PartialState, torch.device]:
-    """The distributed state (of one process, when nothing launched several) and this process's device."""
+    """Return the distributed state (of one process, if none were launched) and this process's device.
+
+    Raises:
+        UserError: If `device` is cuda and there is no GPU.
+    """
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("device: cuda, but PyTorch sees no GPU here; set device=cpu")
-    # PartialState alone overlooks the launcher's choice of the CPU, and would take every process for the only one
+    # PartialState alone overlooks that the launcher chose the CPU, and would take every process for the only one
     on_cpu = device == "cpu" or not torch.cuda.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU")
-    # one process sums up while the others wait, and may have to do so for many images
+    # one process summarises while the others wait, which takes long for many images
     state = PartialState(cpu=on_cpu, timeout=PATIENCE)
     return state, torch.device("cpu") if on_cpu else state.device
 
 
 def on_main(state: PartialState, work: Callable[[], T]) -> T:
-    """What `work` gives on the main process, on every process; so is a UserError that it raises there."""
+    """Run `work` on the main process and return its result on every process.
+
+    Raises:
+        UserError: On every process, if `work` raises it.
+    """
     answer: list[Any] = [None]
     if state.is_main_process:
         try:
@@ -39,9 +48,11 @@ def on_main(state: PartialState, work: Callable[[], T]) -> T:
 
 
 def together(work: Callable[[], T]) -> list[T]:
-    """What `work` gave on each process, in their order; the first UserError is raised on all of them.
+    """Run `work` on every process and return all results, in the order of the processes.
 
-    A full disk on one machine must not leave the others waiting.
+    Raises:
+        UserError: On every process, if `work` raises it on one: a full disk on one machine must not leave the others
+            waiting.
     """
     answer: Any
     try:

@@ -1,4 +1,4 @@
-"""A disk that is full, locked or failing: told apart from a bug, and said with the path and the cause."""
+"""Writes files so that a full, locked or failing disk becomes a UserError with the path and the cause."""
 
 import errno
 import json
@@ -15,14 +15,14 @@ TROUBLE = (
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM),
     *(errno.EIO, errno.ESTALE, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG),
 )
-"""What the operating system says of a disk or folder that its owner can mend."""
+"""Error numbers of the operating system about a disk or folder that the user can correct."""
 ADVICE = "Free space there, mend its permissions or choose another place, then run the same command again"
 
 
 def disk_trouble(error: BaseException) -> str | None:
-    """The operating system's words for why a file could not be written; None where `error` is of another kind.
+    """Return the operating system's reason why a file could not be written; None if `error` is of another kind.
 
-    safetensors (SafetensorError) and torch.save (RuntimeError) hide them in their text or in what they came from.
+    safetensors (SafetensorError) and torch.save (RuntimeError) hide the reason in their text or cause.
     """
     reason: BaseException | None = error
     while reason is not None and not isinstance(reason, OSError):
@@ -37,7 +37,15 @@ def disk_trouble(error: BaseException) -> str | None:
 
 @contextmanager
 def writing(path: Path, advice: str = ADVICE) -> Iterator[None]:
-    """What fails in here because `path` cannot be written becomes a UserError that names it and says why."""
+    """Turn errors of a `with` block that writes `path` into a UserError with the path and the reason.
+
+    Args:
+        path: What the block writes, for the message.
+        advice: What to do, the end of the message.
+
+    Raises:
+        UserError: If the disk or folder is at fault. Other exceptions pass.
+    """
     try:
         yield
     except UserError:
@@ -51,9 +59,16 @@ def writing(path: Path, advice: str = ADVICE) -> Iterator[None]:
 
 @contextmanager
 def replacing(path: Path, advice: str = ADVICE) -> Iterator[Path]:
-    """Gives a path beside `path`, of another suffix, that takes its place at the end.
+    """Yield a temporary path beside `path` that replaces it at the end of the `with` block.
 
-    So a reader finds the former file or this one. Raises UserError, and leaves the former, when it cannot be written.
+    So a reader finds either the old file or the new one, never a part.
+
+    Args:
+        path: The file to replace.
+        advice: What to do, the end of a message.
+
+    Raises:
+        UserError: If it cannot be written; the old file stays.
     """
     temporary = path.with_name(f".{path.name}.part")
     with writing(path, advice):
@@ -65,13 +80,13 @@ def replacing(path: Path, advice: str = ADVICE) -> Iterator[Path]:
 
 
 def amount(num_bytes: float) -> str:
-    """So many bytes in the unit that suits them."""
+    """Return a number of bytes as text in a suitable unit, for example "1.5 GB"."""
     units = {"TB": 1e12, "GB": 1e9, "MB": 1e6}
     unit = next((unit for unit, size in units.items() if num_bytes >= size), "kB")
     return f"{num_bytes / units.get(unit, 1e3):.1f} {unit}"
 
 
 def write_json(path: Path, value: Any) -> None:
-    """The value as indented JSON, whole or not at all. Raises UserError."""
+    """Write a value as indented JSON; a reader never finds a part. Raises UserError if it cannot be written."""
     with replacing(path) as part:
         part.write_text(json.dumps(value, indent=2), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Settings of every command that gives images to a finished first stage; light, so that a typo costs no waiting."""
+"""Settings of all commands that run a finished first stage on images. It imports little, so that typos show at once."""
 
 from typing import Any, Literal
 
@@ -7,7 +7,7 @@ from latent_ae.data.settings import DataSettings
 
 
 class StageSettings(Settings):
-    """How images are read, and where the model is found and how it computes."""
+    """How images are read, and where the model is loaded from and how it is run."""
 
     image_column: str = "image"
     """Column of images in tables and hub datasets."""
@@ -18,9 +18,9 @@ class StageSettings(Settings):
     max_pixels: Positive = 200_000_000
     """Larger images are skipped."""
     max_bad_fraction: Fraction = 0.01
-    """More unreadable images than this are an error."""
+    """Largest accepted fraction of unreadable images."""
     num_workers: NonNegative = 2
-    """That decode images, for each process."""
+    """Worker processes that decode images, for each process."""
     subfolder: str | None = None
     """Subfolder of the model; a pipeline's first stage is found without it."""
     revision: str | None = None
@@ -28,22 +28,22 @@ class StageSettings(Settings):
     variant: str | None = None
     """Variant of the model's weight files: fp16, non_ema, ..."""
     ema: bool | None = None
-    """Averaged weights (true) or raw ones (false) where the model has both; null takes what it loads by default."""
+    """Averaged (true) or raw weights (false) if the model has both; null takes those that are loaded by default."""
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """That the model computes in; what is measured or stored of it is computed in float32 or more."""
+    """Type in which the model runs; results are computed from its outputs in float32 or more."""
     batch_size: Positive = 8
-    """At most so many images at a time on each device (on a CPU fewer large ones, which is faster); the results do not
-    depend on it, up to rounding."""
+    """Largest number of images at a time on each device (smaller for large images on a CPU, which is faster); results
+    do not depend on it, up to rounding."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where the model computes; auto takes a GPU where there is one."""
+    """Where the model runs; auto takes a GPU if there is one."""
 
     @property
     def place(self) -> dict[str, Any]:
-        """Which weights of a model are meant, as `models.loading.load` takes it."""
+        """The settings that choose a model's weights, as arguments of `models.loading.load`."""
         return {key: getattr(self, key) for key in ("subfolder", "revision", "variant", "ema")}
 
     def _data(self, **where: Any) -> DataSettings:
-        """What opens images, with these settings' names in training."""
+        """Return the training section `data` that opens images as these settings say."""
         return DataSettings(
             image_column=self.image_column,
             revision=self.data_revision,

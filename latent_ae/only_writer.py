@@ -1,4 +1,4 @@
-"""A folder that one process at a time writes into."""
+"""A lock for a folder into which only one process at a time may write."""
 
 import contextlib
 import errno
@@ -17,11 +17,11 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 _held: set[int] = set()
-"""Descriptors of the locks that this process holds."""
+"""File descriptors of the locks that this process holds."""
 
 
 def _forget() -> None:
-    """Readers of images that outlive a killed run must not keep its lock: a forked process would share it."""
+    """Drop the locks in a forked process, so that image readers that outlive a killed run do not keep its lock."""
     for descriptor in _held:
         os.close(descriptor)
     _held.clear()
@@ -32,14 +32,18 @@ os.register_at_fork(after_in_child=_forget)
 
 @contextlib.contextmanager
 def only_writer(path: Path, refusal: str) -> Iterator[None]:
-    """Holds the lock file `path` during the block; its folder is made where it is missing.
+    """Hold a lock file during a `with` block; its folder is made if it is missing.
 
-    The lock is the operating system's (flock): it ends with the process, however that ends, and it reaches other
-    machines where a shared disk carries locks. The file says who holds it, and is removed afterwards.
+    The lock is the operating system's (flock): it ends with the process, however that ends, and it holds for other
+    machines if the shared disk supports locks. The file says who holds the lock, and is removed afterwards. If the disk
+    has no locks or cannot be written, a note is printed and the block runs without a lock.
 
-    Raises UserError (`refusal`, and who holds the lock since when) without waiting and without a change in the folder
-    when another process holds it. Where the disk has no locks or cannot be written, a note is printed and the block
-    runs without one.
+    Args:
+        path: The lock file.
+        refusal: Beginning of the message if another process holds the lock.
+
+    Raises:
+        UserError: If another process holds the lock, without waiting and without a change in the folder.
     """
     folder, made = path.parent, not path.parent.exists()
     descriptor = None
@@ -63,8 +67,10 @@ def only_writer(path: Path, refusal: str) -> Iterator[None]:
 
 
 def _locked(path: Path, refusal: str) -> int:
-    """The lock file, opened and locked. Raises UserError when another process holds it, OSError where there are no
-    locks."""
+    """Open and lock the lock file and return its descriptor.
+
+    Raises UserError if another process holds the lock, OSError if there are no locks.
+    """
     if fcntl is None:
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
     access = os.O_RDONLY  # a file that is open for writing would keep its disk from being remounted read-only
@@ -85,7 +91,7 @@ def _locked(path: Path, refusal: str) -> int:
             # a holder may have removed this file between the two calls above
             if os.fstat(descriptor).st_nlink:
                 started = datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
-                with contextlib.suppress(OSError):  # a full disk; the lock holds all the same
+                with contextlib.suppress(OSError):  # a full disk; the lock is held nevertheless
                     path.write_text(f"process {os.getpid()} on {socket.gethostname()}, since {started}\n")
                 _held.add(descriptor)
                 return descriptor

@@ -1,4 +1,4 @@
-"""What other trainers call settings, and what they are called here."""
+"""Names of settings in other trainers, and their names here."""
 
 OTHER_NAMES = {
     # diffusers' training scripts, train_autoencoderkl.py above all
@@ -18,29 +18,29 @@ OTHER_NAMES = {
     "adam_beta1": "optim.betas: both, as optim.betas=[0.9,0.95]",
     "adam_beta2": "optim.betas: both, as optim.betas=[0.9,0.95]",
     "adam_weight_decay": "optim.weight_decay",
-    "use_8bit_adam": "optim.kind: adamw and muon are there, none of 8 bits",
+    "use_8bit_adam": "optim.kind: there are adamw and muon, but no 8-bit optimizer",
     "max_grad_norm": "optim.clip",
     "use_ema": "ema.decay: 0 keeps no average",
     "dataset_name": "data.source",
     "train_data_dir": "data.source",
     "dataloader_num_workers": "data.num_workers num_workers",
     "random_flip": "data.flip",
-    "center_crop": "data.resize_px: of what it leaves, training crops anywhere",
-    "max_train_samples": "data.split: of a hub dataset it takes slices, as data.split=train[:1000]",
+    "center_crop": "data.resize_px: training crops at random positions of the resized image",
+    "max_train_samples": "data.split: for a hub dataset it may be a slice, as data.split=train[:1000]",
     "validation_steps": "validate.every",
     "validation_epochs": "validate.every: it counts steps",
     "validation_image": "data.eval_source",
     "num_validation_images": "validate.preview_images",
     "checkpointing_steps": "checkpoint.every",
     "checkpoints_total_limit": "checkpoint.keep",
-    "resume_from_checkpoint": ": the same command with the same output_dir goes on from its newest checkpoint",
-    "overwrite_output_dir": "output_dir: give one that is new",
+    "resume_from_checkpoint": ": the same command with the same output_dir resumes from its newest checkpoint",
+    "overwrite_output_dir": "output_dir: give a new one",
     "logging_steps": "log.every",
     "logging_dir": "report_to: trackers write into output_dir",
     "tracker_project_name": "output_dir: the tracker's project is named after it",
     "hub_model_id": "push_to_hub",
     "enable_xformers_memory_efficient_attention": ": attention is PyTorch's scaled_dot_product_attention",
-    "set_grads_to_none": ": that is so",
+    "set_grads_to_none": ": gradients are always set to None",
     "rec_loss": "loss.pixel",
     "kl_scale": "loss.kl",
     "perceptual_scale": "loss.perceptual",
@@ -100,4 +100,4 @@ OTHER_NAMES = {
     "n_samples": "limit samples",
     "output": "output_dir",
 }
-"""By their name: our keys, of which a command has the first that it knows; after a colon, a word on the difference."""
+"""For each foreign name our keys, of which a command takes the first that it has; after a colon, a remark."""

@@ -1,4 +1,4 @@
-"""What a long job says on stderr while it works."""
+"""Progress of long jobs on stderr."""
 
 import sys
 
@@ -6,7 +6,15 @@ from tqdm import tqdm
 
 
 def progress_bar(what: str | None, total: int | None, unit: str, *, initial: int = 0, disable: bool = False) -> tqdm:
-    """A progress bar named `what` over `total` units (None: unknown); in a file it grows by a line every 15 seconds."""
+    """Return a progress bar on stderr; if stderr is not a terminal it prints a line every 15 seconds at most.
+
+    Args:
+        what: Name of the task; None shows none.
+        total: Number of units; None if unknown.
+        unit: Name of a unit.
+        initial: Number of units that are done already.
+        disable: Show nothing.
+    """
     return tqdm(
         total=total,
         initial=initial,
@@ -20,5 +28,5 @@ def progress_bar(what: str | None, total: int | None, unit: str, *, initial: int
 
 
 def now(what: str) -> None:
-    """Names what begins now and takes seconds."""
+    """Print the name of a task that begins now and takes seconds."""
     print(f"{what} ...", file=sys.stderr, flush=True)

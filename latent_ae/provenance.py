@@ -1,4 +1,4 @@
-"""What a number depends on besides its settings, written beside it."""
+"""Versions of software, which are stored beside results because the numbers depend on them."""
 
 import platform
 from functools import lru_cache
@@ -8,11 +8,11 @@ PACKAGES = ("latent-ae", "torch", "diffusers", "accelerate", "datasets", "torch-
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that compute: what checkpoints, latents and results carry."""
+    """Return the versions of Python and of the packages that compute, for checkpoints, latents and results."""
     return {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES}
 
 
 @lru_cache
 def _version(name: str) -> str:
-    """Looking one up reads the whole description of the package."""
+    """Return the version of a package. Looking it up reads the package's whole description, hence the cache."""
     return version(name)

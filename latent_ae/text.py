@@ -1,20 +1,22 @@
-"""Text for people: that of strangers (names of files and data sets) made safe for a terminal, a page and a log, and
-which images a figure is of."""
+"""Text for people: foreign text (names of files and data sets) made safe for a terminal, a page and a log, and the
+description of a choice of images."""
 
 import re
 from collections.abc import Mapping
 from typing import Any
 
-# C0 and C1 controls (terminals obey them), direction overrides and line separators (they make text look like another),
-# surrogates (no file can hold them); line feeds and tabs apart
+# C0 and C1 controls (terminals obey them), direction overrides and line separators (they disguise text), surrogates (no
+# file can hold them); line feeds and tabs are treated separately
 _LINE = re.compile("[\t\n]")
 _OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def printable(text: str, *, lines: bool = False) -> str:
-    r"""The text with characters that are obeyed instead of shown, or that no file can hold, as `\x1b` or `\u202e`.
+    r"""Return the text with control characters, and characters that no file can hold, escaped as `\x1b` or `\u202e`.
 
-    A name is one line; of a text of many `lines` the line feeds and tabs stay.
+    Args:
+        text: The text.
+        lines: Keep line feeds and tabs; False escapes them, too, so that a name stays on one line.
     """
     text = _OBEYED.sub(_shown, text)
     return text if lines else _LINE.sub(_shown, text)
@@ -25,7 +27,7 @@ def _shown(match: re.Match[str]) -> str:
 
 
 def choice_in_words(facts: Mapping[str, Any] | None) -> str:
-    """Which images were chosen, for a person; None is a choice that was not recorded."""
+    """Return a choice of images (see `rng.choice_facts`) in words; None is a choice that was not recorded."""
     if not facts:
         return "a choice that is not recorded"
     number, size = facts["number"], facts["of"]

@@ -153,7 +153,7 @@ def test_help_loads_nothing_heavy() -> None:
         ("train quickstart max_train_steps=1", "max_train_steps: no such setting; here it is steps"),
         ("train quickstart num_train_epochs=1", "here it is steps (a run counts updates"),
         ("train quickstart loss.disc_start=1", "loss.disc_start: no such setting; here it is gan.start"),
-        ("train quickstart resume_from_checkpoint=latest", "the same command with the same output_dir goes on"),
+        ("train quickstart resume_from_checkpoint=latest", "the same command with the same output_dir resumes"),
         ("train quickstart model.params.ddconfig.ch_mult=[1,2]", "here it is model.block_out_channels"),
         ("train quickstart mixed_precision=bf16", "here it is precision"),
         ("eval recon model photos mixed_precision=bf16", "here it is dtype"),

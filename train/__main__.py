@@ -11,11 +11,15 @@ from .settings import TrainSettings
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command `latent-ae train`."""
+    """Run the command `latent-ae train` and return its exit code: 0, or 75 if a signal stopped the run.
+
+    Raises:
+        UserError: If the settings are wrong, memory is short, compilation fails, or a process of the run is lost.
+    """
     parser = SettingsParser(
         TrainSettings,
         prog="latent-ae train",
-        description="Train a first stage. The same command again goes on from the last checkpoint.",
+        description="Train a first stage. The same command again resumes from the newest checkpoint.",
         examples="example: latent-ae train quickstart data.source=/my/photos output_dir=runs/mine steps=2000",
     )
     parser.add_argument("config", help=f"a YAML file, or a recipe: {', '.join(recipe_names())}")
@@ -47,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
             f"out of memory with micro_batch_size {settings.micro_batch}: halve micro_batch_size; the batch stays the "
             f"same, it is then accumulated ({str(error).splitlines()[0]})"
         ) from error
-    except TorchDynamoException as error:  # no C++ compiler, say
+    except TorchDynamoException as error:  # for example no C++ compiler
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"compile: torch.compile does not work here: {reason}. Set compile=false") from error
     except RuntimeError as error:

@@ -1,7 +1,7 @@
-"""What stops one process stops all of them, with the same message, told once.
+"""An error on one process stops all of them, with the same message, printed once.
 
-Processes wait for each other here through gloo, in a group of their own: NCCL ends a run whose processes come to a
-collective ten minutes apart, and one process alone may export, save or download for longer than that.
+Processes wait for each other here through gloo, in a separate group: NCCL ends a run whose processes reach a collective
+ten minutes apart, and one process alone may export, save or download for longer than that.
 """
 
 import os
@@ -23,7 +23,7 @@ from latent_ae.distributed import PATIENCE
 from latent_ae.files import disk_trouble
 
 SECONDS_TO_DIE = 2.0
-"""How long a process may still be seen after its connections are gone."""
+"""Time for which a process may still be listed after its connections are gone."""
 T = TypeVar("T")
 
 
@@ -31,7 +31,7 @@ class Hosts(NamedTuple):
     """The processes of a run as the operating system knows them."""
 
     group: ProcessGroup
-    """For collectives of tensors on the CPU, which wait for a process as long as PATIENCE."""
+    """For collectives of CPU tensors, which wait up to PATIENCE for a process."""
     places: list[tuple[str, int]]
     """Host name and process id of each rank."""
 
@@ -40,7 +40,7 @@ _hosts: WeakKeyDictionary[ProcessGroup, Hosts] = WeakKeyDictionary()
 
 
 def hosts() -> Hosts | None:
-    """The hosts of all processes, which all call this the first time; None where there is one process."""
+    """Return the hosts of all processes, or None if there is one process. All processes must make the first call."""
     if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
         return None
     world = torch.distributed.group.WORLD
@@ -54,7 +54,7 @@ def hosts() -> Hosts | None:
 
 
 def gathered(value: T) -> list[T]:
-    """The `value` of each process, in the order of their ranks. Every process calls this."""
+    """Return the `value` of each process, in the order of their ranks. Every process calls this."""
     if (among := hosts()) is None:
         return [value]
     values: list[Any] = [None] * len(among.places)
@@ -63,7 +63,11 @@ def gathered(value: T) -> list[T]:
 
 
 def on_main(accelerator: Accelerator, work: Callable[[], T]) -> T:
-    """What `work` gives on the main process, on every process; a UserError of it is raised on all of them."""
+    """Run `work` on the main process and return its result on every process.
+
+    Raises:
+        UserError: On all processes, if `work` raises it.
+    """
     value = None
     with Agreed(accelerator):
         if accelerator.is_main_process:
@@ -72,11 +76,11 @@ def on_main(accelerator: Accelerator, work: Callable[[], T]) -> T:
 
 
 class Agreed:
-    """A `with` block that every process enters: a UserError, or a file that one cannot reach, in it on any process is
-    raised on all of them at the end of the block.
+    """A `with` block that all processes enter and that fails on all of them if it fails on one.
 
-    The block must not wait for other processes: one that has failed would not come. Any other exception is a bug,
-    keeps its traceback and ends the process that met it; the launcher ends the others.
+    A UserError, or an OSError about a disk or folder, on any process becomes a UserError on all of them at the end of
+    the block. The block must not wait for other processes, because a failed one would not come. Any other exception is
+    a bug, keeps its traceback and ends its process; the launcher ends the others.
     """
 
     def __init__(self, accelerator: Accelerator):
@@ -100,16 +104,16 @@ class Agreed:
         failed = [number for number, text in enumerate(reasons) if text is not None]
         if not failed:
             return
-        # one that struck every process alike needs no number
+        # an error that is the same on every process needs no number of a process
         alike = len(failed) == processes and len(set(reasons)) == 1
         message = reasons[failed[0]] if alike or failed[0] == 0 else f"process {failed[0]}: {reasons[failed[0]]}"
         raise (UserError if rank == 0 else ToldElsewhere)(message) from error
 
 
 def lost_process() -> str:
-    """Says which process has ended, as far as this machine knows, when the connection to it is gone."""
-    if (among := next(iter(_hosts.values()), None)) is None:  # it ended before they knew each other
-        return "another process of this run has ended: what it said tells why"
+    """Return a message that names the process that has ended, as far as this machine knows, after a lost connection."""
+    if (among := next(iter(_hosts.values()), None)) is None:  # it ended before the processes exchanged their hosts
+        return "another process of this run has ended: its output says why"
     here, deadline = socket.gethostname(), time.monotonic() + SECONDS_TO_DIE
     while True:
         gone = [rank for rank, (host, pid) in enumerate(among.places) if host == here and not _lives(pid)]
@@ -121,7 +125,7 @@ def lost_process() -> str:
         who = " and ".join(f"process {rank} (pid {among.places[rank][1]} on {here})" for rank in gone)
     else:
         who = f"a process on another machine ({', '.join(others)})" if others else "a process of this run"
-    return f"{who} has ended: what it said tells why. If it said nothing, it was killed, perhaps for want of memory"
+    return f"{who} has ended: its output says why. If it printed nothing, it was killed, perhaps for lack of memory"
 
 
 def _lives(pid: int) -> bool:
@@ -132,16 +136,21 @@ def _lives(pid: int) -> bool:
 
 
 def stop_on_drift(accelerator: Accelerator, done: int, networks: list[nn.Module]) -> None:
-    """Compares a checksum of the weights' bits over processes. Every process calls this, and all raise UserError.
+    """Raise UserError on all processes if their weights differ. Every process calls this.
 
-    Equal gradients give equal weights, so a difference means a process that missed an update or a device that
-    computes wrongly: from then on the processes would train different models and average their gradients.
+    A checksum of the weights' bits is compared. Equal gradients give equal weights, so a difference means that a
+    process missed an update or a device computes wrongly: from then on the processes would train different models.
+
+    Args:
+        accelerator: Connects the processes.
+        done: Number of updates made, for the message.
+        networks: The networks to compare.
     """
     if accelerator.num_processes == 1:
         return
     parameters = [parameter.detach() for network in networks for parameter in network.parameters()]
     sums = torch.stack([weight.contiguous().view(torch.int32).sum(dtype=torch.int64) for weight in parameters])
-    # weighted, or two weights that changed places would pass
+    # weighted, so that two exchanged weights change the checksum
     checksum = (sums * torch.arange(1, len(sums) + 1, device=sums.device)).sum()
     everywhere = accelerator.gather(checksum[None]).tolist()
     others = [rank for rank, value in enumerate(everywhere) if value != everywhere[0]]

@@ -1,4 +1,4 @@
-"""The networks that a run starts from."""
+"""Builds or loads the networks with which a run starts."""
 
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,10 @@ from .settings import TrainSettings
 
 
 def starting_autoencoder(settings: TrainSettings) -> ModelMixin:
-    """A fresh autoencoder of model.*, or the one that init_from names; what does not learn is frozen.
+    """Return a new autoencoder of the section `model`, or the one that init_from names; fixed parts are frozen.
 
-    Raises UserError when the latter does not go with the other settings.
+    Raises:
+        UserError: If it cannot be loaded or does not go with the other settings.
     """
     name, data = settings.init_from, settings.data
     if name is None:
@@ -33,7 +34,7 @@ def starting_autoencoder(settings: TrainSettings) -> ModelMixin:
     else:
         autoencoder = load_autoencoder(_place_of_weights(name))
     refuse_misfit(autoencoder, settings)
-    if settings.export_for is not None:  # of init_from, whose shape the settings do not know
+    if settings.export_for is not None:  # the settings do not know the shape of init_from
         shape = {key: autoencoder.config.get(key) for key in SHAPE}
         pipelines.refuse_misfit(settings.export_for, shape, type(autoencoder).__name__)
     freeze_part(autoencoder.train(), settings)
@@ -43,8 +44,8 @@ def starting_autoencoder(settings: TrainSettings) -> ModelMixin:
 
 
 def _place_of_weights(name: str) -> str:
-    """A run's newest whole checkpoint, or its export if that is of the same step: the export has the measured
-    scaling."""
+    """Return where to load weights from: for a run its newest whole checkpoint, or its export if that is of the same
+    step, because the export has the measured scaling."""
     place = Path(name).expanduser()
     folder = checkpoint_at(place)
     if folder is None:
@@ -53,10 +54,10 @@ def _place_of_weights(name: str) -> str:
 
 
 def freeze_part(autoencoder: ModelMixin, settings: TrainSettings) -> None:
-    """Takes the gradient from what `train` leaves fixed, and from what no image reaches."""
+    """Freeze the parts that the setting `train` leaves fixed, and those that no image reaches."""
     encoder = ("encoder", "quant_conv", "quantize", "flow")
     fixed = {"all": (), "decoder": encoder, "encoder": ("decoder", "post_quant_conv")}
-    if hasattr(autoencoder.decoder, "condition_encoder"):  # of masks, which a first stage is not given
+    if hasattr(autoencoder.decoder, "condition_encoder"):  # encodes masks, which are never passed here
         autoencoder.decoder.condition_encoder.requires_grad_(False)
     for name in fixed[settings.train]:
         if (part := getattr(autoencoder, name, None)) is not None:  # not every model has all of them
@@ -64,23 +65,24 @@ def freeze_part(autoencoder: ModelMixin, settings: TrainSettings) -> None:
 
 
 def build_objectives(settings: TrainSettings, autoencoder: ModelMixin, device: torch.device) -> list[Objective[Any]]:
-    """The objectives that the settings give a weight, with their networks on the device.
+    """Return the enabled objectives, with their networks on the device.
 
-    Raises UserError where one of them cannot be built.
+    Raises:
+        UserError: If one of them cannot be built.
     """
     run = settings.facts()
     return [one.build(settings.section_of(one), run, autoencoder, device) for one in settings.objectives]
 
 
 def compile_blocks(autoencoder: ModelMixin) -> None:
-    """Compiles the autoencoder's blocks (BLOCKS) in place; names of weights do not change.
+    """Compile the autoencoder's blocks (BLOCKS) in place; names of weights do not change.
 
-    Only blocks: the decoder's last layer stays outside, so that the adaptive weight's gradient of it alone does not run
-    a compiled backward of the whole decoder, and equal blocks share their code.
+    Only blocks are compiled, so that equal blocks share their code. The decoder's last layer stays outside, so that the
+    adaptive weight's gradient at this layer does not run a compiled backward pass of the whole decoder.
     """
-    # the step differentiates the discriminator's graph twice (retain_graph), so its buffers must stay
+    # the step differentiates the discriminator's graph twice (retain_graph), so its buffers must be kept
     functorch_config.donated_buffer = False
-    # one code object serves every block, and each shape of block is a variant of it
+    # one code object serves all blocks, and each shape of block needs its own compilation of it
     torch._dynamo.config.recompile_limit = max(128, torch._dynamo.config.recompile_limit)
     for module in autoencoder.modules():
         if isinstance(module, BLOCKS):
@@ -88,37 +90,37 @@ def compile_blocks(autoencoder: ModelMixin) -> None:
 
 
 def refuse_misfit(autoencoder: ModelMixin, settings: TrainSettings) -> None:
-    """Raises UserError when an autoencoder, fresh or that of init_from, does not go with the other settings."""
+    """Raise UserError if an autoencoder, new or from init_from, does not go with the other settings."""
     kind = type(autoencoder).__name__
     channels = int(autoencoder.config.in_channels)
-    if (given := autoencoder.config.get("out_channels", channels)) != channels:
+    if (out_channels := autoencoder.config.get("out_channels", channels)) != channels:
         raise UserError(
-            f"model.config: in_channels is {channels} and out_channels {given}: the loss compares output with input, "
-            "so they must be equal"
+            f"model.config: in_channels is {channels} and out_channels {out_channels}: the loss compares output with "
+            "input, so they must be equal"
         )
     if settings.init_from is not None and settings.model != ModelSettings():
         with torch.device("meta"):
             model = settings.model.model_copy(update={"init": "default"})
-            asked = build_autoencoder(model, sample_size=settings.data.resolution).config
+            requested = build_autoencoder(model, sample_size=settings.data.resolution).config
         if settings.model.kind != kind:
             raise UserError(
                 f"model.kind: {settings.model.kind}, and init_from brings {kind}: its class "
                 "stays, so give model={}, or remove init_from"
             )
-        own = ModelSettings.model_fields.keys() - {"init", "kind", "config"}  # init: how fresh weights begin
+        own = ModelSettings.model_fields.keys() - {"init", "kind", "config"}  # init: how new weights are drawn
         keys = own if settings.model.gives_shape else settings.model.config.keys()
-        for key in sorted(key for key in keys if _plain(asked[key]) != _plain(autoencoder.config[key])):
+        for key in sorted(key for key in keys if _plain(requested[key]) != _plain(autoencoder.config[key])):
             raise UserError(
-                f"model.{key}: {_plain(asked[key])}, and init_from brings {_plain(autoencoder.config[key])}: its shape "
-                "stays, so give model={}, or remove init_from"
+                f"model.{key}: {_plain(requested[key])}, and init_from brings {_plain(autoencoder.config[key])}: its "
+                "shape stays, so give model={}, or remove init_from"
             )
     checkpoints = autoencoder._supports_gradient_checkpointing and family_of(autoencoder).gradient_checkpointing
     if settings.gradient_checkpointing and not checkpoints:
         raise UserError(
-            f"gradient_checkpointing: diffusers has none that is right for {settings.init_from or f'this {kind}'} "
+            f"gradient_checkpointing: diffusers has no correct one for {settings.init_from or f'this {kind}'} "
             f"({kind}): set it to false; a smaller micro_batch_size saves memory, too"
         )
-    known = set(settings.problems_with(None))  # told before the autoencoder was there
+    known = set(settings.problems_with(None))  # reported before the autoencoder was loaded
     problems = settings.problems_with(facts_of(autoencoder, settings.init_from))
     refuse((problem for problem in problems if problem not in known), " with this autoencoder")
 

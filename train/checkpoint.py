@@ -1,13 +1,13 @@
-"""Checkpoints: a folder is complete or it does not exist, and what was written is what is read.
+"""Checkpoints: a folder is complete or does not exist, and its files are checked when they are read.
 
     checkpoints/step-00000300/
         autoencoder.safetensors    weights being trained
-        ema.safetensors            their average, what validation and export use (only with ema.decay > 0)
+        ema.safetensors            their average, used by validation and export (only with ema.decay > 0)
         config.json                the autoencoder's diffusers config
-        discriminator.safetensors  an objective's adversary, by its name (only with such an objective)
-        heads.safetensors          networks on the latent, as alignment's projection (only with such an objective)
+        discriminator.safetensors  an objective's adversary, under its name (only with such an objective)
+        heads.safetensors          networks on the latent, such as alignment's projection (only with such an objective)
         optimizer.pt               the optimizers' state
-        objectives.safetensors     what objectives remember: adaptive and controlled weights, averages
+        objectives.safetensors     the state of objectives: adaptive and controlled weights, averages
         state.json                 step, samples seen, number of processes, versions, the run's settings
         manifest.json              size and SHA-256 of every other file; written last
 
@@ -38,7 +38,7 @@ from .run_config import CheckpointSettings
 from .step import TrainStep
 
 PLACE = ("epoch", "file", "row", "block", "offset")
-"""Where a stream stood."""
+"""Keys of a stream's position."""
 
 
 class Checkpoint(NamedTuple):
@@ -46,18 +46,18 @@ class Checkpoint(NamedTuple):
 
     folder: Path
     step: int
-    """Updates made: training goes on with this step number."""
+    """Number of updates made, which is also the number of the next step."""
 
     def state(self) -> dict[str, Any]:
-        """What state.json holds. Raises UserError for a file that is not this checkpoint's."""
+        """Return the content of state.json. Raises UserError if the file does not belong to this checkpoint."""
         state = read_state(self.folder)
         if state["step"] != self.step:
-            raise UserError(f"{self.folder} is of step {state['step']}: the folder has another one's name")
+            raise UserError(f"{self.folder} holds step {state['step']}: the folder has the name of another checkpoint")
         return state
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """What the state.json of a checkpoint holds. Raises UserError for a file that is not a checkpoint's."""
+    """Return the content of a checkpoint's state.json. Raises UserError if the file is missing or is something else."""
     path = folder / "state.json"
     try:
         state: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
@@ -66,38 +66,48 @@ def read_state(folder: Path) -> dict[str, Any]:
             if not isinstance(state[key], kind):
                 raise TypeError(f"{key} is {state[key]!r}")
         if state["num_processes"] < 1 or not state["stream_states"]:
-            raise ValueError("it tells of no process")
+            raise ValueError("it names no process")
         for stream in state["stream_states"]:
             for worker in stream["workers"] if stream is not None else ():
                 if worker is not None and not all(type(worker[key]) is int and worker[key] >= 0 for key in PLACE):
-                    raise ValueError(f"a stream stood at {worker}")
+                    raise ValueError(f"a stream's position is {worker}")
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path} is not a checkpoint's: {' '.join(str(error).split())[:300]}") from error
     return state
 
 
 def save_checkpoint(run: Path, train_step: TrainStep, state: Mapping[str, Any]) -> Checkpoint:
-    """Writes checkpoints/step-XXXXXXXX. One process calls this.
+    """Write checkpoints/step-XXXXXXXX. One process calls this.
 
-    `state` needs "step". Raises UserError, and writes nothing, when a weight is not finite.
-    The files appear under a temporary name that `complete_checkpoints` does not take for a
-    checkpoint; they are on the disk, listed in the manifest, before the folder gets its name.
+    The files are written under a temporary name that `complete_checkpoints` ignores; they are flushed to the disk and
+    listed in the manifest before the folder gets its name.
+
+    Args:
+        run: The run folder.
+        train_step: Networks, objectives and optimizers.
+        state: Content of state.json, with the key "step"; versions are added.
+
+    Returns:
+        The checkpoint.
+
+    Raises:
+        UserError: If a weight is not finite or the files cannot be written; then there is no new checkpoint.
     """
     refuse_bad_numbers(train_step, state["step"])
     folder = checkpoint_folder(run, state["step"])
     temporary = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed
+    shutil.rmtree(temporary, ignore_errors=True)  # left by a process that was killed
     try:
         temporary.mkdir(parents=True)
         train_step.bare_reconstructor.autoencoder.save_config(temporary)
         for name, module in modules_of(train_step).items():
             _save(module, temporary / f"{name}.safetensors")
-        with open(temporary / "optimizer.pt", "wb") as stream:  # of a file of its own it would not say what failed
+        with open(temporary / "optimizer.pt", "wb") as stream:  # given a path, torch.save would hide why it failed
             torch.save({n: one.state_dict() for n, one in train_step.optimizers.by_name.items()}, stream)
         (temporary / "state.json").write_text(json.dumps({**state, "versions": versions()}, indent=2))
         _seal(temporary)
         os.replace(temporary, folder)
-        for parent in (folder.parent, run):  # a name is on the disk when its folder is
+        for parent in (folder.parent, run):  # a folder's name is on the disk once its parent is flushed
             _sync(parent)
     except (OSError, SafetensorError, RuntimeError) as error:  # torch.save says RuntimeError on a full disk
         shutil.rmtree(temporary, ignore_errors=True)
@@ -111,13 +121,13 @@ def save_checkpoint(run: Path, train_step: TrainStep, state: Mapping[str, Any]) 
 
 
 def prune_checkpoints(run: Path, kept: Container[int]) -> None:
-    """Removes the checkpoints whose steps are not `kept`, and what a killed process left. One process calls this."""
+    """Remove checkpoints whose steps are not in `kept`, and leftovers of a killed process. One process calls this."""
     for pattern in (f"{PREFIX}*.tmp", f"{PREFIX}*.old"):
         for leftover in (run / "checkpoints").glob(pattern):
             shutil.rmtree(leftover, ignore_errors=True)
     for old in complete_checkpoints(run):
         if old.step not in kept:
-            # out of sight first: a folder that is half removed must not be taken for a checkpoint
+            # renamed first, so that a half-removed folder is not taken for a checkpoint
             doomed = old.folder.with_name(f"{old.folder.name}.old")
             try:
                 old.folder.rename(doomed)
@@ -127,7 +137,7 @@ def prune_checkpoints(run: Path, kept: Container[int]) -> None:
 
 
 def refuse_bad_numbers(train_step: TrainStep, step: int) -> None:
-    """Raises UserError when a weight is not finite, so that no such checkpoint replaces a good one."""
+    """Raise UserError if a weight is not finite, so that no such checkpoint replaces a good one."""
     for network in train_step.networks:
         for name, parameter in network.named_parameters():
             if not bool(torch.isfinite(parameter).all()):
@@ -138,33 +148,34 @@ def refuse_bad_numbers(train_step: TrainStep, step: int) -> None:
 
 
 def load_checkpoint(checkpoint: Checkpoint, train_step: TrainStep) -> None:
-    """Restores weights, averages and optimizers in place. Every process calls this.
+    """Restore weights, averages and optimizers in place. Every process calls this.
 
-    Raises UserError for files that match their manifest and yet are not those of a checkpoint.
+    Raises:
+        UserError: If the files do not fit the settings or cannot be read.
     """
     try:
         _restore(checkpoint, train_step)
     except (UserError, torch.OutOfMemoryError):
         raise
-    except Exception as error:  # of foreign content every reader raises kinds of its own
+    except Exception as error:  # each reader raises its own kinds of errors for foreign content
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         raise UserError(
-            f"checkpoint {checkpoint.folder} cannot be read ({reason}): remove it to go on from an earlier one"
+            f"checkpoint {checkpoint.folder} cannot be read ({reason}): remove it to resume from an earlier one"
         ) from error
 
 
 def _restore(checkpoint: Checkpoint, train_step: TrainStep) -> None:
     folder, modules = checkpoint.folder, modules_of(train_step)
-    there = {path.name.removesuffix(".safetensors") for path in folder.glob("[!.]*.safetensors")}
-    if "step_state" in there:
+    present = {path.name.removesuffix(".safetensors") for path in folder.glob("[!.]*.safetensors")}
+    if "step_state" in present:
         raise UserError(
-            f"{folder} was written by an older version, whose checkpoints this one does not go on from: finish the run "
+            f"{folder} was written by an older version, whose checkpoints this one cannot resume: finish the run "
             "with that version, or start a new one from its weights with init_from"
         )
-    for name in sorted(modules.keys() ^ there):
+    for name in sorted(modules.keys() ^ present):
         raise UserError(
-            f"{folder} was written {'with' if name in there else 'without'} {name}, the settings say otherwise: "
-            "restore the settings, and the objectives that train() was given, or choose another output_dir"
+            f"{folder} was written {'with' if name in present else 'without'} {name}, the settings say otherwise: "
+            "restore the settings, and the objectives passed to train(), or choose another output_dir"
         )
     for name, module in modules.items():
         path = folder / f"{name}.safetensors"
@@ -175,50 +186,54 @@ def _restore(checkpoint: Checkpoint, train_step: TrainStep) -> None:
         settings = [{key: group[key] for key in keys} for group in optimizer.param_groups]
         optimizer.load_state_dict(optimizers[name])
         for group, now in zip(optimizer.param_groups, settings, strict=True):
-            group.update(now)  # those of the settings may have been changed; torch brings the old ones back
+            group.update(now)  # the settings may have changed, and torch restores the old values
 
 
 def newest_checkpoint(run: Path) -> Checkpoint | None:
-    """As `newest_whole`."""
+    """Return the run's newest checkpoint that matches its manifest, or None. Raises UserError like `newest_whole`."""
     folder = newest_whole(run)
     return Checkpoint(folder, int(folder.name.removeprefix(PREFIX))) if folder is not None else None
 
 
 def set_damaged_aside(run: Path, newest: int) -> None:
-    """Renames the checkpoints past step `newest`, from which a run goes on, to step-XXXXXXXX.damaged.
+    """Rename the checkpoints past step `newest`, from which a run resumes, to step-XXXXXXXX.damaged.
 
-    They did not match their manifests; what counts, prunes or loads checkpoints is not to meet them again.
+    They do not match their manifests and must not be counted, pruned or loaded later.
     """
     for later in complete_checkpoints(run):
         if later.step > newest:
             aside = later.folder.with_name(f"{later.folder.name}.damaged")
-            shutil.rmtree(aside, ignore_errors=True)  # of an earlier time
+            shutil.rmtree(aside, ignore_errors=True)  # left by an earlier resume
             later.folder.rename(aside)
 
 
 def complete_checkpoints(run: Path) -> list[Checkpoint]:
-    """Checkpoints that were finished, oldest first. Their content is not checked."""
+    """Return the finished checkpoints of a run, oldest first. Their content is not checked."""
     return [Checkpoint(folder, step) for step, folder in finished_checkpoints(run).items()]
 
 
 def checkpoint_folder(run: Path, step: int) -> Path:
-    """The folder of a step's checkpoint."""
+    """Return the folder of a step's checkpoint."""
     return run / "checkpoints" / f"{PREFIX}{step:08d}"
 
 
 def load_weights(folder: Path) -> ModelMixin:
-    """The autoencoder of a whole checkpoint, float32 on the CPU: the averaged weights where there are any."""
+    """Return the autoencoder of a whole checkpoint, float32 on the CPU: the averaged weights if there are any.
+
+    Raises:
+        UserError: If it cannot be read.
+    """
     averaged = folder / "ema.safetensors"
     try:
         autoencoder = untrained(config_of(folder))
         autoencoder.load_state_dict(load_file(averaged if averaged.is_file() else folder / "autoencoder.safetensors"))
-    except Exception as error:  # of foreign content every reader raises kinds of its own
+    except Exception as error:  # each reader raises its own kinds of errors for foreign content
         raise UserError(f"checkpoint {folder} cannot be read: {' '.join(str(error).split())[:300]}") from error
     return autoencoder.eval()
 
 
 def modules_of(train_step: TrainStep) -> dict[str, nn.Module]:
-    """What a checkpoint holds, by the names of its files: only what has tensors."""
+    """Return the modules that a checkpoint holds by the names of their files; modules without tensors are left out."""
     reconstructor = train_step.bare_reconstructor
     adversaries = {
         train_step.objectives[name].network_name: network for name, network in train_step.bare_adversaries.items()
@@ -235,11 +250,11 @@ def _save(module: nn.Module, path: Path) -> None:
 
 
 def _load(module: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
-    """Copies into the module's own tensors, so that memory format and optimizer references stay."""
+    """Copy tensors into the module's own, so that their memory format and the optimizers' references stay."""
     if differing := misfits(module, tensors):
         raise UserError(
             f"{path} does not fit the model of these settings (first difference: {differing[0]}): "
-            "restore the model settings, and the objectives that train() was given, or choose another output_dir"
+            "restore the model settings, and the objectives passed to train(), or choose another output_dir"
         )
     with torch.no_grad():
         for name, tensor in module.state_dict().items():
@@ -247,7 +262,7 @@ def _load(module: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
 
 
 def _seal(folder: Path) -> None:
-    """Flushes every file, then writes the manifest."""
+    """Flush every file, then write the manifest."""
     files = {}
     for path in sorted(folder.iterdir()):
         _sync(path)
@@ -268,10 +283,14 @@ def _sync(path: Path) -> None:
 def kept_steps(
     steps: Iterable[int], settings: CheckpointSettings, gan: GanSettings, distances: Mapping[int, float]
 ) -> set[int]:
-    """Which of the checkpoints at `steps` stay: the newest `keep`, each multiple of `keep_every`, the best, and the
-    last one before the adversarial term (the place to return to when it goes wrong).
+    """Return which checkpoints are kept: the newest `keep`, each multiple of `keep_every`, the best, and the last one
+    before the adversarial term (from which to restart if adversarial training fails).
 
-    `distances`: held-out LPIPS by step, of the steps that were validated; the lowest is the best.
+    Args:
+        steps: Steps of all checkpoints.
+        settings: The numbers to keep.
+        gan: When the adversarial term begins.
+        distances: Held-out LPIPS of the validated steps; the lowest is the best.
     """
     ordered = sorted(steps)
     kept = set(ordered[-settings.keep :])
@@ -285,7 +304,7 @@ def kept_steps(
 
 
 def before_gan(steps: Iterable[int], gan: GanSettings) -> int | None:
-    """The last of `steps` whose weights no discriminator has moved."""
+    """Return the last of `steps` before the adversarial term trains the autoencoder; None if there is none."""
     if not gan.weight:
         return None
     return max((step for step in steps if step <= gan.start + gan.discriminator_warmup), default=None)

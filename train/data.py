@@ -1,4 +1,4 @@
-"""Micro-batches on the device, and what could not be read on the way."""
+"""Feeds micro-batches to the device and reports unreadable images."""
 
 from collections.abc import Callable, Sequence, Sized
 from typing import Any
@@ -21,39 +21,40 @@ from .step import TrainStep
 
 
 class BadFiles:
-    """What `note` and `fail` were told since the last `settle`, and what was met before."""
+    """Collects unreadable images and read errors of all processes; `settle` reports them after each step."""
 
     def __init__(self, accelerator: Accelerator, settings: DataSettings, source: ImageSource, log: Log):
         self.accelerator, self.settings, self.log = accelerator, settings, log
         self.num_images = len(source) if isinstance(source, Sized) else None
         self.num_read = self.num_bad = 0
         self.named = dict[str, None]()
-        """Those of all processes, in the order in which they were met."""
+        """`name: reason` of all processes, in the order in which they were reported."""
         self.new, self.new_bad = list[str](), 0
         self.failure: UserError | None = None
-        # hosts agree among themselves: nobody waits for a GPU
+        # processes communicate through the CPU, so that nothing waits for a GPU
         self.hosts = hosts()
 
     def note(self, batch: LoadedBatch) -> None:
-        """Counts a micro-batch of this process."""
+        """Count a micro-batch of this process."""
         self.num_read += len(batch.numbers) * self.accelerator.num_processes
         self.new += batch.skipped
         self.new_bad += batch.num_replaced
 
     def fail(self, error: UserError) -> None:
-        """This process can read no further. It goes on to the next `settle`, where all stop."""
+        """Record that this process cannot read any further. It continues to the next `settle`, where all stop."""
         self.failure = error
 
     def settle(self, step: int) -> None:
-        """Called by every process once per step: names what is new, in log.jsonl too.
+        """Name new unreadable files on stderr and in log.jsonl. Every process calls this once per step.
 
-        Raises UserError, on every process, when one of them failed or too many of all their files were unreadable.
+        Raises:
+            UserError: On every process, if one of them failed, or too many files of all were unreadable.
         """
         trouble = torch.tensor(bool(self.new or self.failure), dtype=torch.int)
         if self.hosts is not None:
             torch.distributed.all_reduce(trouble, torch.distributed.ReduceOp.MAX, group=self.hosts.group)
         if trouble:
-            self._tell(step)
+            self._report(step)
         if self.num_bad:
             stop_if_too_many_bad(
                 self.num_bad,
@@ -63,41 +64,48 @@ class BadFiles:
                 max_bad_fraction=self.settings.max_bad_fraction,
             )
 
-    def _tell(self, step: int) -> None:
-        told = gathered((self.new, self.new_bad, str(self.failure) if self.failure else ""))
+    def _report(self, step: int) -> None:
+        reports = gathered((self.new, self.new_bad, str(self.failure) if self.failure else ""))
         self.new, self.new_bad = [], 0
-        lines = dict.fromkeys(line for skipped, _, _ in told for line in skipped if line not in self.named)
-        self.num_bad += sum(num_bad for _, num_bad, _ in told)
+        lines = dict.fromkeys(line for skipped, _, _ in reports for line in skipped if line not in self.named)
+        self.num_bad += sum(num_bad for _, num_bad, _ in reports)
         for line in lines:
             self.log.say(f"skipped {line}")
         if lines:
             self.log.write("unreadable", step, {"files": list(lines), "samples_so_far": self.num_bad})
         self.named |= lines
-        for _, _, failure in told:
+        for _, _, failure in reports:
             if failure:
                 raise UserError(failure)
 
 
 def stream_state_of(checkpoint: Checkpoint | None, accelerator: Accelerator) -> dict[str, Any] | None:
-    """Where this process's stream stood at the checkpoint; None for stored images, which need no state."""
+    """Return the position of this process's stream at the checkpoint; None for stored images, which need none.
+
+    Raises:
+        UserError: If the checkpoint was written by another number of processes.
+    """
     states = checkpoint.state()["stream_states"] if checkpoint is not None else [None]
     if len(states) != accelerator.num_processes and states[0] is not None:
         raise UserError(
             f"data.streaming: the checkpoint was written by {len(states)} process(es) and now there are "
-            f"{accelerator.num_processes}; a stream goes on only with the same number"
+            f"{accelerator.num_processes}; a stream resumes only with the same number"
         )
     return states[accelerator.process_index] if states[0] is not None else None
 
 
 class Feed:
-    """The loader's batches as micro-batches on the device; counts the unreadable files met.
+    """Iterates over micro-batches on the device, without end, and counts unreadable files in `bad_files`.
 
     Args:
-        step: What is fed; its objectives draw for the samples, its rank decides on the share of each batch.
+        step: The training step that is fed; its objectives draw random tensors for the samples.
         source: The training images.
         log: Where unreadable files are named.
         first_step: The step to begin with.
-        stream_state: Where this process's stream stands then; None for stored images.
+        stream_state: Position of this process's stream at that step; None for stored images.
+
+    Raises:
+        UserError: If the batch cannot be split, or there are no images.
     """
 
     def __init__(
@@ -130,7 +138,7 @@ class Feed:
         try:
             batch = next(self.batches)
         except (UserError, StopIteration) as error:
-            # the others are in this step too: it is finished on gray images, then all stop, and nothing is saved
+            # the other processes are in this step, too: it is finished on gray images, then all stop without saving
             if isinstance(error, UserError):
                 self.bad_files.fail(error)
             batch = self.gray()
@@ -139,19 +147,19 @@ class Feed:
         return self.on_device(batch)
 
     def gray(self) -> LoadedBatch:
-        """Images that need no file."""
+        """Return a micro-batch of gray images, which needs no file."""
         size = self.settings.micro_batch
         shape = (size, self.channels, *(2 * [self.settings.data.resolution]))
         return LoadedBatch(torch.zeros(shape), list(range(size)), [])
 
     def on_device(self, batch: LoadedBatch) -> Batch:
-        """With all that is drawn for its samples."""
+        """Return a loaded micro-batch on the device, with the random tensors of its samples."""
         images = batch.images.to(self.device, memory_format=training_memory_format(self.device), non_blocking=True)
         noise = self._sent(posterior_noise(self.settings.seed, batch.numbers, self.latent_shape))
         return drawn_batch(images, noise, batch.numbers, self.objectives, self._sent)
 
     def _sent(self, tensor: torch.Tensor) -> torch.Tensor:
-        # from pinned memory, or the host would wait for the copy
+        # from pinned memory, so that the host does not wait for the copy
         tensor = tensor.pin_memory() if self.device.type == "cuda" else tensor
         return tensor.to(self.device, non_blocking=True)
 
@@ -163,6 +171,14 @@ def drawn_batch(
     objectives: Sequence[Objective[Any]],
     send: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor,
 ) -> Batch:
-    """A micro-batch of images and noise on the device, with what the objectives draw for it, `send` there."""
+    """Return a micro-batch with the random tensors that objectives draw for its samples.
+
+    Args:
+        images: (N, C, H, W) float32 in [-1, 1], on the device.
+        noise: (N, c, h, w) standard normal noise, on the device.
+        numbers: Global numbers of the samples.
+        objectives: The objectives in use.
+        send: Moves a CPU tensor to the device.
+    """
     draws = {one.name: tuple(map(send, one.draw(numbers, noise.shape[1:]))) for one in objectives}
     return Batch(images, images, noise, numbers, draws, full_size=images[0].numel())

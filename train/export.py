@@ -1,4 +1,4 @@
-"""latent-ae export: the weights of a run or checkpoint as a diffusers folder."""
+"""latent-ae export: writes the weights of a run or checkpoint as a diffusers folder."""
 
 import argparse
 import json
@@ -14,11 +14,11 @@ from .settings import TrainSettings
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command `latent-ae export`."""
+    """Run the command `latent-ae export` and return its exit code. Raises UserError like `export`."""
     parser = argparse.ArgumentParser(
         prog="latent-ae export",
         description="Write a run's averaged weights as a folder that stock diffusers loads. The latents' scaling "
-        "and shift are measured on the run's training data, so that must still be there.",
+        "and shift are measured on the run's training data, which must still be available.",
         epilog="example: latent-ae export runs/quickstart my-vae --for sd3",
     )
     parser.add_argument("source", metavar="RUN|CHECKPOINT", help="a run folder (its newest checkpoint) or a checkpoint")
@@ -58,9 +58,20 @@ def main(argv: list[str] | None = None) -> int:
 def export(
     source: Path, out: Path, *, pipeline: PipelineName | None = None, latents_mean_std: bool = False
 ) -> dict[str, Any]:
-    """Exports a run's newest checkpoint, or the given one, as `export_autoencoder` does. Returns its facts.
+    """Export the newest checkpoint of a run, or a given checkpoint, with `export_autoencoder`.
 
-    Raises UserError when `source` is neither, or when `pipeline` cannot use the model.
+    Args:
+        source: A run folder or a checkpoint.
+        out: The folder to write.
+        pipeline: Family of pipelines that must be able to use the model; None takes the run's `export_for`.
+        latents_mean_std: Write the mean and standard deviation of each latent channel.
+
+    Returns:
+        The facts of the export, JSON-ready.
+
+    Raises:
+        UserError: If `source` is neither a run nor a checkpoint, its data are gone, or `pipeline` cannot use the model.
+        RuntimeError: If the check of the export fails.
     """
     import torch
     from accelerate import Accelerator
@@ -82,7 +93,7 @@ def export(
         raise UserError(f"{source}: neither a run with a complete checkpoint nor a checkpoint (from {Path.cwd()})")
     try:
         state = json.loads((folder / "state.json").read_text())
-        # the settings have passed every check when the run began; only the data must still be there
+        # the settings passed every check when the run began; only the data must still be available
         settings, step = TrainSettings.model_validate(state["settings"]), int(state["step"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(

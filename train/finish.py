@@ -1,4 +1,4 @@
-"""What follows the last step: latent statistics, export, results, report."""
+"""The end of a run: latent statistics, export, results and report."""
 
 import json
 import sys
@@ -30,12 +30,12 @@ from .settings import TrainSettings
 from .validate import Validator
 
 STATISTICS_CROPS = 512
-"""Training crops whose latents give scaling_factor and shift_factor."""
+"""Number of training crops whose latents determine scaling_factor and shift_factor."""
 CHECK_IMAGES = 4
-"""Held-out images on which an export is compared with the trained model, and tried in half precision."""
+"""Number of held-out images on which an export is compared with the trained model and tried in half precision."""
 CPU_SIDE, CPU_PIXELS = 512, 4 * 256**2
-"""The most of them on a CPU: side, and pixels in all. Each is reconstructed five times, by Stable Diffusion's first
-stage in about ten seconds per 256 x 256 pixels on one core."""
+"""Limits of these images on a CPU: side in px, and pixels in all. Each image is reconstructed five times, which takes
+Stable Diffusion's first stage about ten seconds per 256 x 256 pixels on one core."""
 RESULTS = "results.json"
 
 
@@ -48,7 +48,24 @@ def finish_run(
     validator: Validator,
     objectives: Sequence[Objective[Any]],
 ) -> dict[str, Any]:
-    """Exports the averaged weights, writes results.json and report.html, prints the table. Every process calls this."""
+    """Export the averaged weights, write results.json and report.html, and print the table. Every process calls this.
+
+    Args:
+        run: The run folder.
+        settings: The run's settings.
+        accelerator: Connects the processes.
+        averaged: The autoencoder with averaged weights.
+        source: The training images.
+        validator: The held-out images.
+        objectives: The objectives in use.
+
+    Returns:
+        The content of results.json on the main process, an empty dict on others.
+
+    Raises:
+        UserError: If images cannot be read, the latents cannot be scaled, or files cannot be written.
+        RuntimeError: If the check of the export fails.
+    """
     facts = {key: value for objective in objectives for key, value in objective.facts().items()}
     statistics = measure_latents(averaged, settings, accelerator, source)
     results: dict[str, Any] = {}
@@ -82,14 +99,14 @@ def finish_run(
             results["below_its_start"] = decline(rows)
             now("report")
             write_report(run, settings, rows, remarks_on(results["held_out"]), [type(one) for one in objectives])
-            # last: it says that all of the above is there
+            # written last, because it means that all of the above is complete
             write_json(run / RESULTS, results)
             show_results(run, results)
     return results
 
 
 def check_images(validator: Validator) -> Tensor:
-    """The held-out images that an export is tried on, NCHW in [-1, 1]: on a CPU less of them, from their middles."""
+    """Return the held-out images on which an export is tried, (N, C, H, W) in [-1, 1]; fewer and smaller on a CPU."""
     images = validator.some(CHECK_IMAGES)
     if validator.accelerator.device.type != "cpu":
         return images
@@ -101,7 +118,7 @@ def check_images(validator: Validator) -> Tensor:
 
 
 def push_export(run: Path, settings: TrainSettings) -> None:
-    """Uploads the export when the settings ask for it. What fails there is said, and ends nothing."""
+    """Upload the export if the settings ask for it. A failure is printed and does not end the run."""
     if settings.push_to_hub is None:
         return
     now(f"upload to {settings.push_to_hub}")
@@ -112,7 +129,7 @@ def push_export(run: Path, settings: TrainSettings) -> None:
 
 
 def finished_results(run: Path, step: int) -> dict[str, Any] | None:
-    """The results of a run that was exported and reported at `step`; None when something is missing."""
+    """Return the results of a run that was exported and reported at `step`; None if something is missing."""
     try:
         results: dict[str, Any] = json.loads((run / RESULTS).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -125,7 +142,17 @@ def finished_results(run: Path, step: int) -> dict[str, Any] | None:
 def measure_latents(
     reconstructor: Reconstructor, settings: TrainSettings, accelerator: Accelerator, source: ImageSource
 ) -> LatentStatistics:
-    """Statistics of posterior samples of training crops, over all processes. Every process calls this."""
+    """Return statistics of posterior samples of the first training crops, over all processes. Every process calls this.
+
+    Args:
+        reconstructor: Holds the autoencoder.
+        settings: The run's settings.
+        accelerator: Connects the processes.
+        source: The training images.
+
+    Raises:
+        UserError: On every process, if images cannot be read on one of them.
+    """
     autoencoder, data = reconstructor.autoencoder, settings.data
     factor, processes = factor_of(autoencoder), accelerator.num_processes
     shape = (latent_channels_of(autoencoder), data.resolution // factor, data.resolution // factor)
@@ -146,22 +173,22 @@ def measure_latents(
         for _ in range(-(-STATISTICS_CROPS // (micro_batch * processes))):
             try:
                 batch = next(batches)
-            except UserError as error:  # the others wait below
+            except UserError as error:  # raised below, where the other processes wait
                 failure = str(error)
                 break
             noise = posterior_noise(settings.seed, batch.numbers, shape).to(accelerator.device)
             drawn = draw(autoencoder, batch.images.to(accelerator.device), noise)
-            # the same crops however the batch is split
+            # the same crops, however the batch is split
             rows = [row for row, number in enumerate(batch.numbers) if number < STATISTICS_CROPS]
             if rows and not family_of(autoencoder).one_grid:
-                # thousands of channels of 1 x 1 would have a covariance of millions
+                # thousands of channels of 1 x 1 px would have a covariance matrix of millions of numbers
                 statistics.update(drawn.latent[rows].movedim(1, 2))
             elif rows and drawn.logvar is None:
                 statistics.update(drawn.latent[rows])
             elif rows and drawn.logvar is not None:
                 statistics.update(drawn.latent[rows], drawn.mean[rows], drawn.logvar[rows])
             progress.update(min(micro_batch * processes, STATISTICS_CROPS - progress.n))
-    failures = [told for told in gathered(failure) if told]
+    failures = [text for text in gathered(failure) if text]
     if failures:
         raise UserError(failures[0])
     statistics.gather()
@@ -169,14 +196,22 @@ def measure_latents(
 
 
 def keeps_scaling(settings: TrainSettings) -> bool:
-    """True where the latents are those of init_from or of a teacher, so that their scaling is known."""
+    """Return whether the latents are those of init_from or of a teacher, so that their scaling is known."""
     return settings.distillation.teacher is not None or (settings.train == "decoder" and settings.init_from is not None)
 
 
 def card_facts(
     run: Path, settings: TrainSettings, step: int, after: dict[str, Any], baseline: dict[str, Any]
 ) -> CardFacts:
-    """What the model card says of the weights after `step` updates; the metrics may be empty."""
+    """Return the model card's facts about the weights after `step` updates.
+
+    Args:
+        run: The run folder, whose name becomes the model's.
+        settings: The run's settings.
+        step: Number of updates.
+        after: Validation of these weights; may be empty.
+        baseline: Metrics of the bicubic baseline; may be empty.
+    """
     return CardFacts(
         name=run.absolute().name,
         data_name=settings.data.eval_source or settings.data.source,
@@ -191,7 +226,7 @@ def card_facts(
 
 
 def show_results(run: Path, results: dict[str, Any]) -> None:
-    """The final table on stdout, and how to load the export."""
+    """Print the final table, and how to load the export, on stdout."""
     held_out, export = results["held_out"], results["export"]
     count = held_out["after"].get("n", 0)
     print(f"Held-out images ({count}), before and after training:\n")
@@ -203,7 +238,7 @@ def show_results(run: Path, results: dict[str, Any]) -> None:
     factors = [f"{key} {export[key]:.4f}" for key in ("scaling_factor", "shift_factor") if export[key] is not None]
     print("   ".join([f"\nexport   {run / 'export'}", *factors]))
     print(f"         a fresh process reloads it with a largest difference of {export['max_abs_difference']:.1e}")
-    if export.get("precision"):  # other classes have none, nor results of an older version
+    if export.get("precision"):  # missing for other classes, and in results of an older version
         print(f"         {verdict(export['precision'])}")
     print(f"report   {run / 'report.html'}\n\nLoad it with\n")
     print(loading_lines(run / "export", export.get("class", "AutoencoderKL")))

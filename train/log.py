@@ -1,4 +1,4 @@
-"""log.jsonl, trackers, and the lines on stderr."""
+"""The training log: log.jsonl, trackers, and lines on stderr."""
 
 import json
 import math
@@ -31,11 +31,21 @@ from .settings import TrainSettings
 from .validate import Validator
 
 SHOWN = ("l1", "l2", "charbonnier", "bits_per_dimension", "lpips", "discriminator")
-"""Beside the progress bar."""
+"""Values shown next to the progress bar."""
 
 
 class Log:
-    """log.jsonl always, trackers when asked for, notes on stderr; all from the main process."""
+    """Writes log.jsonl, the requested trackers and notes on stderr, all from the main process.
+
+    Args:
+        run: The run folder.
+        accelerator: Connects the processes, and holds the trackers.
+        settings: The run's settings.
+        objectives: Classes whose `diagnose` is logged.
+
+    Raises:
+        UserError: If a tracker does not start.
+    """
 
     def __init__(
         self,
@@ -47,7 +57,7 @@ class Log:
         self.objectives = objectives
         self.path, self.accelerator, self.settings = run / "log.jsonl", accelerator, settings
         self.last = (time.perf_counter(), -1)
-        before = read_log(run) if accelerator.is_main_process else []  # of a run that goes on
+        before = read_log(run) if accelerator.is_main_process else []  # lines of a run that is resumed
         lines = [event for event in before if event["event"] == "train"]
         self.lines: deque[dict[str, Any]] = deque(lines, maxlen=20)
         self.verdict: str = lines[-1]["verdict"] if lines else ""
@@ -66,15 +76,25 @@ class Log:
                     },
                     init_kwargs={"wandb": {"dir": str(run), "name": run.absolute().name}},
                 )
-            except Exception as error:  # each tracker has kinds of its own
+            except Exception as error:  # each tracker raises its own kinds of errors
                 raise UserError(f"report_to: {', '.join(settings.report_to)} does not start: {error}") from error
 
     def say(self, text: str) -> None:
+        """Print a note on stderr, above the progress bar."""
         if self.accelerator.is_main_process:
             tqdm.write(printable(text, lines=True), file=sys.stderr)
 
     def write(self, event: str, step: int, values: dict[str, Any]) -> None:
-        """One line of log.jsonl; numbers go to the trackers too. Every process calls this."""
+        """Append a line to log.jsonl and send its numbers to the trackers. Every process calls this.
+
+        Args:
+            event: Kind of the line: train, validate, ...
+            step: Number of updates made.
+            values: JSON-ready values.
+
+        Raises:
+            UserError: If the file cannot be written.
+        """
         with Agreed(self.accelerator):
             if self.accelerator.is_main_process:
                 with writing(self.path), open(self.path, "a", encoding="utf-8") as stream:
@@ -85,19 +105,19 @@ class Log:
         numbers = {f"{event}/{name}": value for name, value in values.items() if isinstance(value, (int, float))}
         try:
             self.accelerator.log(numbers, step=step)
-        except Exception as error:  # a server that is away must not end a run of weeks; log.jsonl has it all
+        except Exception as error:  # an unreachable server must not end a run of weeks; log.jsonl has everything
             self.accelerator.trackers = []
             self.say(
-                f"report_to: no more goes to {', '.join(self.settings.report_to)}: {error or type(error).__name__}"
+                f"report_to: logging to {', '.join(self.settings.report_to)} ends: {error or type(error).__name__}"
             )
 
     def sync(self) -> None:
-        """Returns when all lines are on the disk. The main process calls this before a checkpoint of them."""
+        """Flush all lines to the disk. The main process calls this before it saves a checkpoint."""
         with open(self.path, "a", encoding="utf-8") as stream:
             os.fsync(stream.fileno())
 
     def has(self, event: str, step: int) -> bool:
-        """Whether there is such a line; the same on all processes, which all call this."""
+        """Return whether the log has a line of this event and step, on all processes. Every process calls this."""
         run = self.path.parent
         return on_main(
             self.accelerator,
@@ -105,14 +125,20 @@ class Log:
         )
 
     def begin(self, first_step: int, changes: dict[str, list[Any]] | None, validator: Validator) -> None:
-        """Says what a run begins with: the baseline, or what has changed since its checkpoint (None: it is fresh)."""
+        """Log how a run begins: the baseline, or that it is resumed.
+
+        Args:
+            first_step: The step to begin with.
+            changes: What has changed since the checkpoint, {name: [before, now]}; None for a new run.
+            validator: Measures the baseline.
+        """
         size, steps = self.settings.batch_size, self.settings.steps
         disable = not self.accelerator.is_main_process
         self.progress = progress_bar(None, steps * size, "img", initial=first_step * size, disable=disable)
         if validator.chosen[1]["method"] == "first":
             self.say(
-                f"held-out images come as a stream: its first {self.settings.validation.images:,} are measured, not a "
-                "choice spread over all of it"
+                f"held-out images come as a stream: its first {self.settings.validation.images:,} are measured, not "
+                "images spread over all of it"
             )
         if changes is None:
             self.write("baseline", 0, validator.measure_baseline())
@@ -120,26 +146,30 @@ class Log:
             self.resumed(first_step, changes)
 
     def advance(self, samples: int) -> None:
-        """Moves the bar."""
+        """Advance the progress bar by a number of samples."""
         if self.progress is not None:
             self.progress.update(samples)
 
     def close(self) -> None:
-        """Ends the bar."""
+        """Close the progress bar."""
         if self.progress is not None:
             self.progress.close()
 
     def resumed(self, step: int, changes: dict[str, list[Any]]) -> None:
-        """Says that a run goes on, and with what: {name: [before, now]}."""
+        """Log that a run is resumed, and what has changed: {name: [before, now]}."""
         self.say(f"resuming {self.path.parent} at step {step:,} of {self.settings.steps:,}")
         for name, (before, now) in changes.items():
             self.say(f"changed since step {step:,}: {name} from {before} to {now}")
         self.write("resume", step, {"changed": changes})
 
     def gan_alarm(self, done: int, run: Path) -> None:
-        """Warns when held-out images look worse than before the discriminator had a say, and names the way back.
+        """Warn if the held-out LPIPS is worse than before the adversarial term, and name the checkpoint to go back to.
 
         Every process calls this.
+
+        Args:
+            done: Number of updates made.
+            run: The run folder.
         """
         gan = self.settings.gan
         distances = on_main(self.accelerator, lambda: held_out_distances(run))
@@ -157,13 +187,22 @@ class Log:
             )
 
     def restart_clock(self, done: int) -> None:
-        """Counts the next line's rate from here: what took the time was not training."""
+        """Measure the next line's images per second from now on, so that time spent otherwise does not count."""
         self.last = (time.perf_counter(), done)
 
     def skipped(self, done: int, newest: Callable[[], tuple[list[int], int]]) -> int:
-        """Names the steps that were skipped since the last call; returns how many of the newest ones were (`newest`).
+        """Log the steps that were skipped since the last call. Waits for the device; every process calls this.
 
-        Raises UserError when there are too many in a row. Waits for the device; every process calls this.
+        Args:
+            done: Number of updates made.
+            newest: Returns the skipped steps since its last call, and how many of the newest steps in a row were
+                skipped.
+
+        Returns:
+            How many of the newest steps in a row were skipped.
+
+        Raises:
+            UserError: If there are too many in a row.
         """
         steps, in_a_row = newest()
         size = self.settings.batch_size
@@ -178,13 +217,18 @@ class Log:
             terms = f" (not finite: {', '.join(self.not_finite)})" if self.not_finite else ""
             raise UserError(
                 f"the gradients of the last {in_a_row:,} steps to {done:,} were not finite{terms}: training has "
-                "diverged. Go on from an earlier checkpoint with a lower optim.lr, gan.weight or gan.adaptive_cap, or "
+                "diverged. Resume from an earlier checkpoint with a lower optim.lr, gan.weight or gan.adaptive_cap, or "
                 "with optim.clip; samples of skipped steps are in log.jsonl"
             )
         return in_a_row
 
     def train(self, done: int, means: dict[str, torch.Tensor]) -> None:
-        """The losses of the step just made, averaged over processes; the only place where they leave the device."""
+        """Log the means of a step over processes. This is the only place where they leave the device.
+
+        Args:
+            done: Number of updates made.
+            means: Scalars on the device by name, the same names on all processes.
+        """
         stacked = self.accelerator.reduce(torch.stack([value.float() for value in means.values()]), "mean")
         values = dict(zip(means, stacked.tolist(), strict=True))
         self.not_finite = [name for name, value in values.items() if not math.isfinite(value)]
@@ -203,12 +247,12 @@ class Log:
         values["memory_gb"] = memory_gb(self.accelerator.device)
         values |= {"skipped_steps": self.num_skipped} if self.num_skipped else {}
         self.lines.append({"step": done} | values)
-        judged = diagnosis(list(self.lines), self.settings, self.objectives)
-        self.write("train", done, values | {"verdict": judged})
-        # numbers in it change all the time; what stands before them is the news
-        if judged.split(":")[0] != self.verdict.split(":")[0]:
-            self.say(f"step {done:,}: {judged}")
-        self.verdict = judged
+        text = diagnosis(list(self.lines), self.settings, self.objectives)
+        self.write("train", done, values | {"verdict": text})
+        # the numbers in it change all the time, so only a change of the words before them is printed
+        if text.split(":")[0] != self.verdict.split(":")[0]:
+            self.say(f"step {done:,}: {text}")
+        self.verdict = text
 
 
 def diagnosis(
@@ -216,15 +260,20 @@ def diagnosis(
     settings: TrainSettings,
     objectives: Sequence[type[Objective[Any]]] = OBJECTIVES,
 ) -> str:
-    """How training goes, for people who do not read twelve curves: what the objectives say of the newest training
-    lines of log.jsonl (oldest first, at least one)."""
+    """Return in words how training goes, for people who do not read twelve curves: the objectives' diagnoses.
+
+    Args:
+        lines: The newest training lines of log.jsonl, oldest first, at least one.
+        settings: The run's settings.
+        objectives: Classes of objectives.
+    """
     run = settings.facts()
     clauses = (objective.diagnose(settings.section_of(objective), run, lines) for objective in objectives)
     return "; ".join(filter(None, clauses))
 
 
 def _drop_torn_line(path: Path) -> None:
-    """A line that a kill or a full disk cut short would spoil the one that is written after it."""
+    """Remove a last line that a kill or a full disk cut short, because it would spoil the next line."""
     if path.is_file():
         with writing(path), open(path, "rb+") as stream:
             content = stream.read()
@@ -232,7 +281,7 @@ def _drop_torn_line(path: Path) -> None:
 
 
 def memory_gb(device: torch.device) -> float:
-    """The most that this process has held on a GPU so far; on a CPU its resident memory now."""
+    """Return the peak GPU memory of this process in GB; on a CPU its resident memory now."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     return psutil.Process().memory_info().rss / 1e9

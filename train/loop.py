@@ -1,4 +1,4 @@
-"""The training run, top to bottom."""
+"""The training run from top to bottom."""
 
 import sys
 from collections.abc import Sequence
@@ -41,30 +41,32 @@ from .validate import Validator
 
 
 def train(settings: TrainSettings, objectives: Sequence[Objective[Any]] = ()) -> dict[str, Any]:
-    """Trains (or goes on training) until `settings.steps`, then exports and reports.
+    """Train until `settings.steps`, resuming the run folder's newest checkpoint if there is one; export and report.
 
     Args:
-        settings: The run's, for example `TrainSettings.load("quickstart", "steps=100")`.
+        settings: The run's settings, for example `TrainSettings.load("quickstart", "steps=100")`.
         objectives: More terms of training besides those of the settings (docs/objectives.md); they act after them.
 
     Returns:
-        What results.json holds: held-out metrics before and after, statistics of the latents, facts of the export.
+        The content of results.json: held-out metrics before and after, statistics of the latents, facts of the export.
+        With several processes, only the main process has them at the end of a training.
 
     Raises:
-        UserError: For what the user can mend.
+        UserError: If the settings, data or folders do not allow the run, or training diverges.
+        Stopped: If a signal ended the run after a checkpoint.
     """
     run = Path(settings.output_dir).expanduser()
     accelerator = Accelerator(
         cpu=not torch.cuda.is_available(),
-        # the step has its own autocast; a launcher's configuration must not lay another one over it
+        # the step has its own autocast; a launcher's configuration must not add another one
         mixed_precision="no",
-        dynamo_backend="no",  # `compile` compiles blocks; a launcher's would compile whole networks
+        dynamo_backend="no",  # `compile` compiles blocks; a launcher's setting would compile whole networks
         log_with=list(settings.report_to) or None,
         project_dir=run,
-        # the gradients lie where they are reduced: one copy less
+        # gradients are views of the buckets in which they are reduced, which saves a copy
         kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
     )
-    hosts()  # while all processes are here
+    hosts()  # its first call must be made while all processes are here
     with float32_arithmetic(tf32=settings.tf32), only_training_in(run, accelerator):
         return _train(run, settings, accelerator, objectives)
 
@@ -72,7 +74,7 @@ def train(settings: TrainSettings, objectives: Sequence[Objective[Any]] = ()) ->
 def _train(
     run: Path, settings: TrainSettings, accelerator: Accelerator, more: Sequence[Objective[Any]]
 ) -> dict[str, Any]:
-    # one process looks: on a shared disk others may see a newer or an older state
+    # one process looks, because on a shared disk others may see a newer or an older state
     checkpoint = on_main(accelerator, lambda: newest_checkpoint(run))
     first_step = checkpoint.step if checkpoint is not None else 0
     with Agreed(accelerator):
@@ -87,7 +89,7 @@ def _train(
                 show_results(run, results)
         return _ended(accelerator, run, settings, results)
 
-    with Agreed(accelerator):  # a mistake on one process stops all, told once
+    with Agreed(accelerator):  # an error on one process stops all, and is printed once
         source, held_out = open_images(settings.data, "train"), open_images(settings.data, "held_out")
         autoencoder = starting_autoencoder(settings).to(accelerator.device)
         objectives = [*build_objectives(settings, autoencoder, accelerator.device), *more]
@@ -97,7 +99,7 @@ def _train(
             if state is not None:
                 objective.refuse_another(state)
         ema = Ema(autoencoder, settings.ema.decay) if settings.ema.decay else None
-        if accelerator.is_main_process:  # now that nothing above has refused the settings
+        if accelerator.is_main_process:  # only now, because everything above may refuse the settings
             write_config(run, settings)
     if settings.compile:
         compile_blocks(autoencoder)
@@ -139,7 +141,7 @@ def _train(
                 if logging:
                     log.train(done, means)  # the only place where numbers leave the device
                     stop_on_drift(accelerator, done, step.networks)
-                # weights that give no finite gradient must not take the place of those that do
+                # weights without finite gradients must not replace those of good checkpoints
                 if (logging or saving) and log.skipped(done, step.skipped_steps) and saving:
                     log.say(f"step {done:,}: no checkpoint, its gradients were not finite")
                     saving = False
@@ -148,7 +150,7 @@ def _train(
                 if (name := stop.wanted()) and done < settings.steps:
                     if not saving and not log.skipped(done, step.skipped_steps):
                         save(run, step, feed, log, done)
-                    raise Stopped(name)  # a validation and pruning that are due are made up for when it goes on
+                    raise Stopped(name)  # a resumed run makes up for a validation and pruning that are due
                 if due(done, settings.validation.every, settings.steps):
                     validate(log, validator, averaged, done)
                     log.restart_clock(done)
@@ -164,12 +166,12 @@ def _train(
 
 
 def due(done: int, every: int, steps: int) -> bool:
-    """Whether something comes after `done` steps that comes on every `every`-th and the last one."""
+    """Return whether something is due after `done` steps that happens at every `every`-th and at the last step."""
     return done % every == 0 or done == steps
 
 
 def save(run: Path, step: TrainStep, feed: Feed, log: Log, done: int) -> None:
-    """Writes the checkpoint after `done` steps. Every process calls this."""
+    """Write the checkpoint after `done` steps. Every process calls this. Raises UserError if it cannot be written."""
     settings, accelerator = step.settings, step.accelerator
     state = {
         "step": done,
@@ -187,7 +189,7 @@ def save(run: Path, step: TrainStep, feed: Feed, log: Log, done: int) -> None:
 
 
 def validate(log: Log, validator: Validator, averaged: Reconstructor, done: int) -> None:
-    """Measures held-out images after `done` steps, unless that was done before the run was killed."""
+    """Measure held-out images after `done` steps, unless the log has that step already. Every process calls this."""
     run = log.path.parent
     if not log.has("validate", done):
         log.write("validate", done, validator.measure_model(averaged, run / f"previews/step-{done:08d}.png"))
@@ -195,7 +197,7 @@ def validate(log: Log, validator: Validator, averaged: Reconstructor, done: int)
 
 
 def prune(run: Path, settings: TrainSettings, accelerator: Accelerator) -> None:
-    """Removes old checkpoints; it comes after the validation, which tells the best. Every process calls this."""
+    """Remove old checkpoints, after the validation that determines the best one. Every process calls this."""
     with Agreed(accelerator):
         if accelerator.is_main_process:
             saved = [checkpoint.step for checkpoint in complete_checkpoints(run)]
@@ -203,7 +205,7 @@ def prune(run: Path, settings: TrainSettings, accelerator: Accelerator) -> None:
 
 
 def _ended(accelerator: Accelerator, run: Path, settings: TrainSettings, results: dict[str, Any]) -> dict[str, Any]:
-    """Lets the processes go, then uploads from one: nobody waits for that, and all it could lose is on the disk."""
+    """End training on all processes, then upload from the main one, so that the others need not wait."""
     accelerator.end_training()
     if accelerator.is_main_process:
         push_export(run, settings)
@@ -215,7 +217,7 @@ def _say_how_to_go_on(run: Path, number: int, accelerator: Accelerator) -> None:
         return
     saved = complete_checkpoints(run)
     if saved:
-        where = f"the checkpoint of step {saved[-1].step:,} is kept; the same command goes on from it"
+        where = f"the checkpoint of step {saved[-1].step:,} is kept; the same command resumes from it"
     else:
         where = "no checkpoint was due yet (checkpoint.every); the same command starts from the beginning"
     print(f"training stopped in step {number + 1:,}: {where}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""The optimizers of all networks: learning rates, and how a step's gradients are clipped and applied, or skipped."""
+"""The optimizers of all networks: learning rates, clipping, and skipping of steps with non-finite gradients."""
 
 import copy
 import math
@@ -22,9 +22,9 @@ class Optimizers:
     Calling it with the step's number applies the gradients that the parameters hold.
 
     Args:
-        settings: The run's.
-        reconstructor: The autoencoder with its heads, bare.
-        objectives: Their own parameters train with the autoencoder, each objective's in a group of their own.
+        settings: The run's settings.
+        reconstructor: The autoencoder with its heads, not wrapped for distributed training.
+        objectives: Their parameters train with the autoencoder, each objective's in its own group.
     """
 
     def __init__(self, settings: TrainSettings, reconstructor: Reconstructor, objectives: Sequence[Objective[Any]]):
@@ -65,17 +65,23 @@ class Optimizers:
 
     @property
     def by_name(self) -> dict[str, torch.optim.Optimizer]:
-        """All of them, by what a checkpoint calls them."""
+        """All optimizers by their names in a checkpoint."""
         muon = {"muon": self.muon} if self.muon is not None else {}
         adversaries = {one.network_name: self.adversaries[one.name] for one in self.objectives if one.adversary}
         return {"autoencoder": self.autoencoder, **muon, **adversaries}
 
     def __call__(self, step: int) -> tuple[dict[str, Tensor], Tensor]:
-        """Clips and applies the gradients; returns their norms before that, and whether the step was skipped.
+        """Clip and apply the gradients.
 
-        A step whose gradients are not all finite changes neither network nor their optimizers. Nobody waits to find
-        that out: the optimizers' kernels read the flag on the device, and it is equal on all processes because the
-        gradients were averaged over them.
+        A step whose gradients are not all finite changes neither networks nor optimizers. Nothing waits for the device:
+        the optimizers' kernels read the flag there, and it is equal on all processes because the gradients were
+        averaged over them.
+
+        Args:
+            step: Number of the step, from 0.
+
+        Returns:
+            Gradient norms before clipping by name, and a bool scalar, True if the step was skipped; on the device.
         """
         settings = self.settings
         scale = lr_scale_at(step, settings.steps, settings.optim)
@@ -92,7 +98,7 @@ class Optimizers:
             )
             for name, (optimizers, _) in families.items()
         }
-        # not clipped with the networks, but as telling
+        # the gradients of objectives' parameters are not clipped, but they must be finite, too
         checked = [*norms.values(), *(p.grad.norm() for p in self.objective_parameters if p.grad is not None)]
         bad = ~torch.stack([value.float() for value in checked]).isfinite().all()
         self.bad_steps.append((step, bad))
@@ -106,7 +112,7 @@ class Optimizers:
         return norms, bad
 
     def memory_placeholder(self) -> list[Tensor]:
-        """Tensors as large as the optimizers' state after the first step, and as the gradients of earlier passes."""
+        """Return tensors as large as the optimizers' state after the first step and the gradients of earlier passes."""
         copies = 1 if self.settings.accumulation > 1 else 0
         return [
             torch.empty_like(parameter)
@@ -117,7 +123,7 @@ class Optimizers:
         ]
 
     def skipped_steps(self) -> tuple[list[int], int]:
-        """Steps since the last call that were skipped, and how many of the newest ones in a row; reads the device."""
+        """Return the steps skipped since the last call, and how many of the newest in a row. Waits for the device."""
         steps, flags = [step for step, _ in self.bad_steps], [flag for _, flag in self.bad_steps]
         self.bad_steps.clear()
         bad: list[bool] = torch.stack(flags).tolist() if flags else []
@@ -127,7 +133,12 @@ class Optimizers:
 
 
 class Ema:
-    """Keeps `module`, a float32 copy whose parameters follow those of `source`."""
+    """Keeps `module`, a copy of `source` whose parameters are the exponential moving average of the source's.
+
+    Args:
+        source: The float32 network that is averaged.
+        decay: Largest decay of the average, 0 to 1.
+    """
 
     def __init__(self, source: nn.Module, decay: float):
         self.decay = decay
@@ -135,13 +146,19 @@ class Ema:
 
     @torch.no_grad()
     def update(self, source: nn.Module, step: int) -> None:
-        """average <- decay * average + (1 - decay) * source."""
+        """Update the average: average <- decay * average + (1 - decay) * source; `step` counts from 0."""
         averages, weights = list(self.module.parameters()), list(source.parameters())
         torch._foreach_lerp_(averages, weights, 1.0 - ema_decay_at(step, self.decay))
 
 
 def lr_scale_at(step: int, steps: int, optim: OptimSettings) -> float:
-    """Fraction of the learning rate for this step (0-based): linear warm-up, then constant or cosine."""
+    """Return the fraction of the learning rate in a step: linear warm-up, then constant or cosine.
+
+    Args:
+        step: Number of the step, from 0.
+        steps: Number of steps of the run.
+        optim: The schedule.
+    """
     warm = min(1.0, (step + 1) / (optim.warmup + 1))
     if optim.schedule == "constant":
         return warm
@@ -150,5 +167,5 @@ def lr_scale_at(step: int, steps: int, optim: OptimSettings) -> float:
 
 
 def ema_decay_at(step: int, decay: float) -> float:
-    """The average's decay: short at first, so that it does not remember the initial weights."""
+    """Return the decay in a step (from 0): small at first, so that the average forgets the initial weights."""
     return min(decay, (1.0 + step) / (10.0 + step))

@@ -1,4 +1,4 @@
-"""What a run will do, before it does it."""
+"""The plan of a run, as `--dry-run` prints it."""
 
 import torch
 
@@ -10,11 +10,15 @@ from .build import freeze_part, refuse_misfit, starting_autoencoder
 from .settings import TrainSettings
 
 BYTES = 4
-"""Per float32."""
+"""Bytes of a float32."""
 
 
 def describe_plan(settings: TrainSettings) -> str:
-    """Parameters, steps, batch and disk, as lines of text."""
+    """Return the plan as lines of text: parameters, steps, batch, objectives and disk space.
+
+    Raises:
+        UserError: If the autoencoder cannot be loaded or does not go with the settings.
+    """
     if settings.init_from is None:
         with torch.device("meta"):
             model = settings.model.model_copy(update={"init": "default"})
@@ -23,24 +27,24 @@ def describe_plan(settings: TrainSettings) -> str:
             freeze_part(autoencoder, settings)
     else:
         autoencoder = starting_autoencoder(settings)
-    weights, judge = count_parameters(autoencoder), 0
+    weights, discriminator = count_parameters(autoencoder), 0
     if settings.gan.weight:
         with torch.device("meta"):
-            judge = count_parameters(GAN.network(settings.gan, int(autoencoder.config.in_channels)))
+            discriminator = count_parameters(GAN.network(settings.gan, int(autoencoder.config.in_channels)))
     run = settings.facts()
     learning = sum(parameter.numel() for parameter in autoencoder.parameters() if parameter.requires_grad)
-    # weights and their average; AdamW's two moments where something learns, or the one of Muon
+    # weights and their average; AdamW's two moments of trained weights, or Muon's one
     moments = 1 if settings.optim.kind == "muon" else 2
-    copies = (2 if settings.ema.decay else 1) * weights + moments * learning + 3 * judge
+    copies = (2 if settings.ema.decay else 1) * weights + moments * learning + 3 * discriminator
     part = "" if learning == weights else f" ({learning:,} learn)"
     factor = factor_of(autoencoder)
     side = settings.data.resolution // factor
     latent = f"{latent_channels_of(autoencoder)} x {side} x {side}"
     texts: dict[str, list[str]] = {}
     for objective in OBJECTIVES:
-        said = texts.setdefault(objective.plan_line, [])
+        clauses = texts.setdefault(objective.plan_line, [])
         if objective in settings.objectives and (text := objective.describe(settings.section_of(objective), run)):
-            said.append(text)
+            clauses.append(text)
     if not family_of(autoencoder).random:
         texts[KL.plan_line] = []
     most, micro_batch = settings.micro_batch_size, settings.micro_batch
@@ -48,14 +52,16 @@ def describe_plan(settings: TrainSettings) -> str:
     lines = {
         "autoencoder": f"{weights:,} parameters{part}, factor {factor}, latent {latent} for "
         f"{settings.data.resolution} px",
-        "discriminator": f"{judge:,} parameters",
+        "discriminator": f"{discriminator:,} parameters",
         "steps": f"{settings.steps:,}, {settings.steps * settings.batch_size:,} crops",
         "global batch": f"{settings.batch_size} = {settings.processes} process(es) x {micro_batch} "
         f"micro-batch x {settings.accumulation} accumulation{fewer}",
-        **{name: ", ".join(said) or ("as they are" if name == "latents" else "off") for name, said in texts.items()},
+        **{
+            name: ", ".join(clauses) or ("unchanged" if name == "latents" else "off") for name, clauses in texts.items()
+        },
         "checkpoint": f"{copies * BYTES / 1e6:,.0f} MB each, every {settings.checkpoint.every:,} steps, "
         f"the newest {settings.checkpoint.keep} kept",
         "output": settings.output_dir,
     }
-    told = [*lines.items(), *(("warning", text) for text in settings.warnings())]
-    return "\n".join(f"{name + ':':<15}{text}" for name, text in told)
+    rows = [*lines.items(), *(("warning", text) for text in settings.warnings())]
+    return "\n".join(f"{name + ':':<15}{text}" for name, text in rows)

@@ -1,4 +1,4 @@
-"""What can fail at the end is tried before the first step."""
+"""Tries before the first step what could otherwise fail at the end of a run."""
 
 import errno
 import os
@@ -21,16 +21,19 @@ from .settings import TrainSettings
 from .step import TrainStep
 
 BYTES = 4
-"""Per float32."""
+"""Bytes of a float32."""
 DEAREST_OF = 1000
-"""So many of the run's last steps are looked through for the one that needs the most memory."""
+"""Number of the run's last steps among which the one that needs the most memory is tried."""
 
 
 def preflight(run: Path, settings: TrainSettings, train_step: TrainStep) -> None:
-    """Checks the run folder, room for the checkpoints, the way of an export through stock diffusers, the report, and
-    the right to upload. One process calls this.
+    """Check the run folder, disk space, the export through stock diffusers, the report, and the right to upload.
 
-    Raises UserError with what to mend.
+    One process calls this.
+
+    Raises:
+        UserError: If something must be mended before training.
+        RuntimeError: If diffusers loads other weights than those that were saved.
     """
     if settings.push_to_hub is not None:
         check_upload(settings.push_to_hub)
@@ -39,10 +42,10 @@ def preflight(run: Path, settings: TrainSettings, train_step: TrainStep) -> None
     autoencoder: ModelMixin = train_step.bare_reconstructor.autoencoder
     weights = count_parameters(autoencoder) * BYTES
     learning = BYTES * sum(p.numel() for p in autoencoder.parameters() if p.requires_grad)
-    judge = BYTES * sum(count_parameters(network) for network in train_step.bare_adversaries.values())
-    files = [weights, weights if train_step.ema is not None else 0, judge, 2 * learning + 2 * judge]
+    adversaries = BYTES * sum(count_parameters(network) for network in train_step.bare_adversaries.values())
+    files = [weights, weights if train_step.ema is not None else 0, adversaries, 2 * learning + 2 * adversaries]
     each = sum(files)
-    # the newest, the best, the one before the GAN, and the one that is being written before an older one goes
+    # the newest, the best, the one before the GAN, and a new one that is written before an older one is removed
     count = settings.checkpoint.keep + 3
     if settings.checkpoint.keep_every:
         count += settings.steps // settings.checkpoint.keep_every
@@ -67,17 +70,19 @@ def preflight(run: Path, settings: TrainSettings, train_step: TrainStep) -> None
 
 
 def try_passes(step: TrainStep, batch: Batch) -> None:
-    """Takes one micro-batch through the dearest of the run's last steps, beside memory for the optimizers' state.
+    """Run one micro-batch through the most expensive of the run's last steps, with the optimizers' memory reserved.
 
-    It leaves everything as it was and waits for no other process. Raises UserError when the device has not enough
-    memory.
+    Everything is restored afterwards, and no other process is waited for.
+
+    Raises:
+        UserError: If the device has too little memory.
     """
     steps = range(max(0, step.settings.steps - DEAREST_OF), step.settings.steps)
     dearest = max(steps, key=lambda number: sum(one.cost(number) for one in step.objectives.values()))
     buffers = [buffer for network in step.networks for buffer in network.buffers()]
     before = [buffer.clone() for buffer in buffers]
     wrapped = step.reconstructor, step.adversaries
-    # those that are wrapped would wait for the others' buffers
+    # wrapped networks would wait for the buffers of other processes
     step.reconstructor, step.adversaries = step.bare_reconstructor, step.bare_adversaries
     for network in step.bare_adversaries.values():
         network.train()
@@ -90,7 +95,7 @@ def try_passes(step: TrainStep, batch: Batch) -> None:
     except torch.OutOfMemoryError as error:
         raise UserError(
             f"a micro-batch of {len(batch.images)} images of {batch.images.shape[-1]} px does not fit into the memory "
-            f"of {step.accelerator.device} as the last steps will have it: lower micro_batch_size, or set "
+            f"of {step.accelerator.device} in the last steps: lower micro_batch_size, or set "
             f"gradient_checkpointing=true or precision=bf16 ({' '.join(str(error).split())[:200]})"
         ) from error
     finally:
@@ -113,7 +118,7 @@ def _warn_of_slow_bf16(settings: TrainSettings, device: torch.device) -> None:
 
 
 def _check_places(run: Path) -> None:
-    """That every file and folder of the run can be written where it will be, over what lies there already."""
+    """Check that every file and folder of the run can be written, also over existing ones."""
     for name in ("checkpoints", "previews"):
         with writing(run / name):
             (run / name).mkdir(exist_ok=True)
@@ -127,11 +132,11 @@ def _check_places(run: Path) -> None:
 
 
 def _allocate(path: Path, size: int) -> None:
-    """Asks the disk for the room of a file, which quotas and limits on its size may refuse where `df` shows plenty."""
+    """Allocate a file of `size` bytes, which quotas and size limits may refuse although `df` shows free space."""
     with open(path, "wb") as stream:
         if size and hasattr(os, "posix_fallocate"):
             try:
                 os.posix_fallocate(stream.fileno(), 0, size)
             except OSError as error:
-                if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP, errno.ENODEV):  # the disk has no such thing
+                if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP, errno.ENODEV):  # the disk cannot allocate
                     raise

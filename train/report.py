@@ -1,4 +1,4 @@
-"""The run's report: one self-contained page with the result, the curves, the pictures and the settings."""
+"""The report of a run: one self-contained page with results, curves, pictures and settings."""
 
 import json
 import shlex
@@ -22,12 +22,12 @@ OTHER_CHARTS = {
     "Gradient norms": ("grad_norm", "grad_norm_discriminator"),
     "Images per second": ("images_per_second",),
 }
-"""Charts of what no objective logs."""
+"""Charts of values that no objective logs."""
 HIGHER_IS_BETTER = ("psnr", "ssim", "ms_ssim")
 
 
 def read_log(run: Path) -> list[dict[str, Any]]:
-    """The lines of log.jsonl, one per event and step: a resumed run overwrites what it repeats."""
+    """Return the lines of log.jsonl by step, one per event and step: a resumed run replaces lines that it repeats."""
     path = run / "log.jsonl"
     events: dict[tuple[str, int], dict[str, Any]] = {}
     if path.is_file():
@@ -42,10 +42,10 @@ def read_log(run: Path) -> list[dict[str, Any]]:
 
 
 def held_out_distances(run: Path) -> dict[int, float]:
-    """Held-out LPIPS by step, of what was validated."""
+    """Return the held-out LPIPS of the validated steps."""
     events = [event for event in read_log(run) if event["event"] == "validate"]
-    found = {event["step"]: event.get("lpips_vgg", event.get("lpips_alex")) for event in events}
-    return {step: distance for step, distance in found.items() if distance is not None}
+    distances = {event["step"]: event.get("lpips_vgg", event.get("lpips_alex")) for event in events}
+    return {step: distance for step, distance in distances.items() if distance is not None}
 
 
 def write_report(
@@ -55,21 +55,24 @@ def write_report(
     remarks: Sequence[str] = (),
     objectives: Sequence[type[Objective[Any]]] = OBJECTIVES,
 ) -> None:
-    """Writes report.html from the run folder's log and previews.
+    """Write report.html from the run folder's log and previews.
 
     Args:
         run: The run folder.
-        settings: The run's.
-        rows: The final table.
-        remarks: Sentences about it.
-        objectives: Their charts are drawn where something was logged for them.
+        settings: The run's settings.
+        rows: The final table, from `result_rows`.
+        remarks: Sentences about the table.
+        objectives: Classes whose charts are drawn if their values were logged.
+
+    Raises:
+        UserError: If the file cannot be written.
     """
     log = read_log(run)
     training = [event for event in log if event["event"] == "train"]
     held_out = [event for event in log if event["event"] == "validate"]
     framed = (page.paragraph(line, soft=True) for line in framing(run, settings))
-    said = page.notes([*remarks, *filter(None, [decline(rows)])])
-    sections = [page.section("Held-out images, before and after", page.table(rows), said, *framed)]
+    notes = page.notes([*remarks, *filter(None, [decline(rows)])])
+    sections = [page.section("Held-out images, before and after", page.table(rows), notes, *framed)]
     if training and training[-1].get("verdict"):
         sections.append(page.section("How training went", page.paragraph(training[-1]["verdict"])))
     previews = sorted((run / "previews").glob("*.png"))
@@ -83,11 +86,11 @@ def write_report(
         for key, name in NAMES.items()
         if _series(held_out, [key])
     ]
-    drawn = {
+    charted = {
         title: keys for one in (*objectives, None) for title, keys in (one.charts if one else OTHER_CHARTS).items()
     }
     charts += [
-        page.line_chart(series, title=title) for title, keys in drawn.items() if (series := _series(training, keys))
+        page.line_chart(series, title=title) for title, keys in charted.items() if (series := _series(training, keys))
     ]
     sections.append(page.section("Curves", page.grid(*charts)))
     sections.append(page.section("Settings", page.preformatted(to_yaml(settings))))
@@ -96,7 +99,11 @@ def write_report(
 
 
 def result_rows(results: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows of the final table out of summaries by name ("bicubic /4", "before", "after")."""
+    """Return the rows of the final table.
+
+    Args:
+        results: Summaries of held-out images by name ("bicubic /4", "before", "after").
+    """
     keys = [key for key in NAMES if any(summary.get(key) is not None for summary in results.values())]
     return [
         {"": name} | {NAMES[key]: _rounded(key, summary.get(key)) for key in keys} for name, summary in results.items()
@@ -104,19 +111,19 @@ def result_rows(results: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def remarks_on(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """What a reader of the final table should know of the images that it is of; `results` as for `result_rows`."""
+    """Return sentences on which images the final table measures; `results` as for `result_rows`."""
     before, after = (results.get(name, {}).get("choice") for name in ("before", "after"))
-    remarks = [f"Measured were {choice_in_words(after)}."] if after and after["method"] != "all" else []
+    remarks = [f"The table measures {choice_in_words(after)}."] if after and after["method"] != "all" else []
     if results.get("before") and before != after:
         remarks.append(
-            f"The rows are not of the same images: measured before training were {choice_in_words(before)}, and after "
-            f"it {choice_in_words(after)}."
+            f"The rows measure different images: {choice_in_words(before)} before training, and "
+            f"{choice_in_words(after)} after it."
         )
     return remarks
 
 
 def framing(run: Path, settings: TrainSettings) -> list[str]:
-    """How held-out images were framed, and the command of `latent-ae eval recon` that frames them so."""
+    """Return lines on how held-out images were framed, and the `latent-ae eval recon` command that does the same."""
     data, crop_px = settings.data, settings.validation.crop_px or settings.data.resolution
     before = "" if data.resize_px is None else f", after its shorter side was resized to {data.resize_px} px"
     words = ["latent-ae", "eval", "recon", str(run / "export"), data.eval_source or data.source]
@@ -126,15 +133,15 @@ def framing(run: Path, settings: TrainSettings) -> list[str]:
     words += [f"limit={settings.validation.images}"]
     lines = [
         f"Each held-out image is a square of {crop_px} px from its middle{before}. By default `latent-ae eval recon` "
-        f"resizes to 256 px first, so its figures are others; the same ones come from: {shlex.join(words)}"
+        f"resizes to 256 px first, so its results differ; this command gives the same ones: {shlex.join(words)}"
     ]
     if data.eval_source is None and data.eval_split is None and data.source != "photos":
-        lines.append("Where images were held out by data.eval_fraction, that command measures those trained on, too.")
+        lines.append("If images were held out by data.eval_fraction, that command also measures training images.")
     return lines
 
 
 def decline(rows: Sequence[dict[str, Any]]) -> str | None:
-    """One sentence on what the final table shows to be worse than before training; None where nothing is."""
+    """Return a sentence on the metrics that are worse than before training; None if none is."""
     named = {row[""]: row for row in rows}
     before, after = named.get("before", {}), named.get("after", {})
     worse = []
@@ -148,7 +155,7 @@ def decline(rows: Sequence[dict[str, Any]]) -> str | None:
 
 
 def text_table(rows: Sequence[dict[str, Any]]) -> str:
-    """The rows as aligned plain text."""
+    """Return the rows as aligned plain text."""
     columns = list(rows[0])
     cells = [columns] + [["" if row[key] is None else str(row[key]) for key in columns] for row in rows]
     widths = [max(len(line[index]) for line in cells) for index in range(len(columns))]
@@ -166,5 +173,5 @@ def _rounded(key: str, value: float | None) -> str | None:
 
 
 def _series(events: Sequence[dict[str, Any]], keys: Sequence[str]) -> dict[str, list[tuple[float, float]]]:
-    found = {key: [(event["step"], event[key]) for event in events if event.get(key) is not None] for key in keys}
-    return {key: points for key, points in found.items() if points}
+    series = {key: [(event["step"], event[key]) for event in events if event.get(key) is not None] for key in keys}
+    return {key: points for key, points in series.items() if points}

@@ -1,4 +1,4 @@
-"""The run folder: one training at a time in it, what has changed since its checkpoint, and a log cut back to that."""
+"""The run folder: its lock, changes of settings since its checkpoint, and truncation of its log to the checkpoint."""
 
 import itertools
 import json
@@ -24,9 +24,10 @@ from .settings import TrainSettings, micro_batch_of
 
 @contextmanager
 def only_training_in(run: Path, accelerator: Accelerator) -> Iterator[None]:
-    """Keeps other trainings out of the run folder during the block. Every process calls this.
+    """Keep other trainings out of the run folder during the block. Every process calls this.
 
-    Raises UserError on all of them when another training is in it.
+    Raises:
+        UserError: On all processes, if another training writes into it.
     """
     with ExitStack() as stack:
         with Agreed(accelerator):
@@ -39,9 +40,14 @@ def only_training_in(run: Path, accelerator: Accelerator) -> Iterator[None]:
 
 
 def changes_since(checkpoint: Checkpoint, settings: TrainSettings) -> dict[str, list[Any]]:
-    """Holds the settings, processes and versions against those that wrote the checkpoint: {name: [before, now]}.
+    """Compare settings, processes and versions with those that wrote the checkpoint.
 
-    Raises UserError naming the keys, and the way to a new phase, when the recipe differs.
+    Returns:
+        What has changed, {name: [before, now]}.
+
+    Raises:
+        UserError: If a setting that may not change has changed; the message names the keys and how to start a new
+            phase.
     """
     state = checkpoint.state()
     batch_size, processes = settings.batch_size, state["num_processes"]
@@ -62,7 +68,7 @@ def changes_since(checkpoint: Checkpoint, settings: TrainSettings) -> dict[str, 
         lines = "\n".join(f"  {key}: {before[key]} in {checkpoint.folder.name}, now {now[key]}" for key in refused)
         raise UserError(
             f"{run} holds a run with another recipe:\n{lines}\n"
-            "Restore these settings to go on with it. Or start a new phase from its weights: give the same command "
+            "Restore these settings to resume it. Or start a new phase from its weights: give the same command "
             f"with\n  {' '.join(_new_phase(run, trained, settings, refused))}"
         )
     split: dict[str, tuple[Any, Any]] = {
@@ -78,7 +84,7 @@ def changes_since(checkpoint: Checkpoint, settings: TrainSettings) -> dict[str, 
 
 
 def _new_phase(run: Path, trained: bool, settings: TrainSettings, refused: Sequence[str]) -> list[str]:
-    """The words that start another run from this one's weights, and from its `trained` discriminator where it fits."""
+    """Return the words that start a run from this one's weights, and from its trained discriminator if it fits."""
     folder = next(name for number in itertools.count(2) if not os.path.exists(name := f"{run}-{number}"))
     words = [f"output_dir={folder}", f"init_from={run}"]
     if any(key.startswith("model.") for key in refused):
@@ -89,7 +95,7 @@ def _new_phase(run: Path, trained: bool, settings: TrainSettings, refused: Seque
 
 
 def write_config(run: Path, settings: TrainSettings) -> None:
-    """Makes the folder and writes config.yaml. One process calls this. Raises UserError when it cannot."""
+    """Make the run folder and write config.yaml. One process calls this. Raises UserError if it cannot be written."""
     config = run / "config.yaml"
     with writing(run):
         run.mkdir(parents=True, exist_ok=True)
@@ -98,10 +104,17 @@ def write_config(run: Path, settings: TrainSettings) -> None:
 
 
 def cut_back(run: Path, step: int) -> None:
-    """Makes the folder that of a run at the `step` of its checkpoint; -1: it has none. One process calls this.
+    """Truncate the run folder to the step of its checkpoint. One process calls this.
 
-    What was logged later is moved to log.previous.jsonl, and pictures of later steps are removed: those steps are made
-    again. The results of an earlier end become results.previous.json: only a finished run has results.json.
+    Later lines of the log move to log.previous.jsonl, and previews of later steps are removed, because those steps are
+    run again. An existing results.json becomes results.previous.json: only a finished run has results.json.
+
+    Args:
+        run: The run folder.
+        step: Step of the checkpoint; -1 if there is none.
+
+    Raises:
+        UserError: If the log cannot be written.
     """
     set_damaged_aside(run, step)
     log, kept, later = run / "log.jsonl", "", ""
@@ -126,7 +139,7 @@ def cut_back(run: Path, step: int) -> None:
 
 
 def _step_of(line: str) -> int | None:
-    """The step of a line of log.jsonl; None for one that was cut short when the process was killed."""
+    """Return the step of a line of log.jsonl; None for a line that was cut short when the process was killed."""
     try:
         return int(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
@@ -134,7 +147,7 @@ def _step_of(line: str) -> int | None:
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings by dotted key."""
+    """Return nested settings as one dict by dotted key."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
@@ -142,7 +155,7 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def mark_of(key: str, marks: Mapping[str, str]) -> str:
-    """The mark of a setting; below a field that holds a dictionary, that field's."""
+    """Return the mark of a setting; a key inside a field that holds a dictionary has the mark of that field."""
     while key not in marks:
         key = key.rpartition(".")[0]
     return marks[key]

@@ -1,4 +1,4 @@
-"""The settings of how a run goes: optimizer, average, checkpoints, validation and log."""
+"""Settings of a run's optimizer, weight average, checkpoints, validation and log."""
 
 from typing import Annotated, Literal
 
@@ -13,65 +13,65 @@ class OptimSettings(Settings):
     """The learning rate is used as written: nothing scales it by the batch. The discriminator has AdamW."""
 
     kind: Annotated[Literal["adamw", "muon"], FIXED] = "adamw"
-    """muon: Muon for the autoencoder's convolutions and matrices but the first and last, AdamW for the rest of it."""
+    """muon: Muon for the autoencoder's convolutions and matrices except the first and last ones, AdamW for the rest."""
     lr: Rate = 1e-4
     """Learning rate of the autoencoder, used as written."""
     discriminator_lr: Rate | None = None
-    """null: the same as lr."""
+    """Learning rate of the discriminator; null takes lr."""
     betas: tuple[Decay, Decay] = (0.9, 0.95)
     """Adam's betas for the autoencoder."""
     discriminator_betas: tuple[Decay, Decay] = (0.5, 0.9)
     """Adam's betas for the discriminator."""
     eps: Rate = 1e-13
-    """What Adam adds to a gradient's root mean square, for all networks. Losses are means here; the 1e-8 of trainers
-    that sum over an image's C x H x W elements is 1e-8 / (C x H x W), 5e-14 at 256 px."""
+    """Adam's epsilon for all networks, added to a gradient's root mean square. Losses are means here; the 1e-8 of
+    trainers that sum over an image's C x H x W elements is 1e-8 / (C x H x W), 5e-14 at 256 px."""
     weight_decay: Weight = 0.0
-    """Decoupled, as in AdamW, of both networks."""
+    """Decoupled weight decay, as in AdamW, of all networks."""
     warmup: NonNegative = 1000
     """Steps over which the learning rate rises from 0."""
     schedule: Literal["constant", "cosine"] = "cosine"
-    """What follows the warm-up: cosine falls to final_lr at the last step."""
+    """Schedule after the warm-up: cosine falls to final_lr at the last step."""
     final_lr: Fraction = 0.1
     """Learning rate at the end as a fraction of lr (cosine)."""
     clip: Weight = 1.0
     """Largest gradient norm of each network; 0 does not clip."""
     max_skipped: Positive = 20
-    """So many steps in a row with gradients that are not finite stop the run; single ones are skipped and named."""
+    """Number of steps in a row with non-finite gradients that stops the run; fewer are skipped and reported."""
 
 
 class EmaSettings(Settings):
-    """Average of the autoencoder's weights; it is what validation and export use."""
+    """Moving average of the autoencoder's weights, used by validation and export."""
 
     decay: Annotated[Decay, SWITCH] = 0.9999
-    """0 keeps no average. Early on the decay is min(decay, (1 + step) / (10 + step))."""
+    """Decay of the average; 0 keeps none. In the first steps the decay is (1 + step) / (10 + step), if that is less."""
 
 
 class CheckpointSettings(Settings):
-    """Checkpoints hold all that a resumed run needs to go on exactly."""
+    """Checkpoints, which hold everything that an exact resume needs."""
 
     every: Positive = 5000
-    """Steps from one to the next; the last step has one, too."""
+    """Steps between two checkpoints; the last step has one, too."""
     keep: Positive = 2
-    """How many of the newest stay. The best by held-out LPIPS and the last one before the GAN stay besides."""
+    """Number of newest checkpoints that are kept, besides the best by held-out LPIPS and the last before the GAN."""
     keep_every: NonNegative = 0
-    """Checkpoints at multiples of this step stay for good; 0: none."""
+    """Checkpoints at multiples of this step are kept for good; 0 keeps none."""
 
 
 class ValidateSettings(Settings):
     """Measures held-out images with the averaged weights."""
 
     every: Annotated[Positive, SILENT] = 5000
-    """Also before the first and after the last step."""
+    """Steps between two validations; there is also one before the first and one after the last step."""
     images: Annotated[Positive, FIXED] = 500
-    """At most this many, spread over all held-out images, the same ones every time; of a stream the first ones."""
+    """Largest number of images, spread over all held-out images, the same ones every time; of a stream the first."""
     crop_px: Annotated[Positive | None, FIXED] = None
-    """Centre crop, px; null takes data.resolution."""
+    """Side of the centre crop, px; null takes data.resolution."""
     preview_images: Annotated[Positive, SILENT] = 6
-    """How many of the measured images are shown, spread over them."""
+    """Number of measured images that previews show, spread over them."""
 
 
 class LogSettings(Settings):
-    """How often losses are read from the device: the only time that a step waits for it."""
+    """How often losses are read from the device, which is the only time that a step waits for it."""
 
     every: Positive = 50
-    """Steps from one line of the log to the next."""
+    """Steps between two lines of the log."""

@@ -1,4 +1,4 @@
-"""Every setting of a training run."""
+"""All settings of a training run."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -28,7 +28,7 @@ from latent_ae.objectives.total_correlation import TotalCorrelationSettings
 from .run_config import CheckpointSettings, EmaSettings, LogSettings, OptimSettings, ValidateSettings
 
 SHARDED = ("FSDP", "DEEPSPEED", "MEGATRON_LM")
-"""What accelerate's launcher announces in the environment and the step cannot run on."""
+"""Modes that accelerate's launcher announces in the environment and that the training step does not support."""
 
 
 def _refuse_fp16(value: Any) -> Any:
@@ -41,7 +41,13 @@ def _refuse_fp16(value: Any) -> Any:
 
 
 def micro_batch_of(batch_size: int, processes: int, most: int | None) -> int:
-    """The largest number of samples per pass that divides a process's share of the batch and is not above `most`."""
+    """Return the largest micro-batch that divides a process's part of the batch and is not larger than `most`.
+
+    Args:
+        batch_size: Samples of a global batch.
+        processes: Number of processes.
+        most: Largest number of samples per pass; None takes a process's whole part.
+    """
     share = batch_size // processes
     return next((size for size in range(min(most or share, share), 0, -1) if share % size == 0), 1)
 
@@ -52,7 +58,7 @@ class LossSettings(CodebookSettings, TotalCorrelationSettings, KLSettings, Recon
 
 
 class LatentSettings(ChannelMaskingSettings, LatentNoiseSettings, EquivarianceSettings):
-    """What the latents must bear while they train; all off by default. See docs/latents.md."""
+    """Changes to the latents during training; all are off by default. See docs/latents.md."""
 
 
 class TrainSettings(Settings):
@@ -61,33 +67,33 @@ class TrainSettings(Settings):
     output_dir: Annotated[str, SILENT] = "runs/first-stage"
     """The run folder: checkpoints, log, previews, export and report go there."""
     seed: Annotated[int, Field(ge=0, lt=2**63), FIXED] = 0
-    """Seed of first weights, order, crops, flips and noise."""
+    """Seed of the initial weights, order, crops, flips and noise."""
     steps: Positive = 100_000
-    """Updates of the weights."""
+    """Number of updates of the weights."""
     batch_size: Annotated[Positive, FIXED] = 32
-    """Global: over all processes and accumulation."""
+    """Samples per update, over all processes and accumulation."""
     micro_batch_size: Annotated[Positive | None, SILENT] = None
-    """The most samples per process and pass; null takes the whole share of a process. See `micro_batch`."""
+    """Largest number of samples per process and pass; null takes a process's whole part of the batch."""
     precision: Annotated[Literal["fp32", "bf16"], BeforeValidator(_refuse_fp16), FIXED] = "fp32"
-    """bf16: autocast; weights, losses and optimizer stay fp32."""
+    """Precision of the networks' passes. bf16 is autocast; weights, losses and optimizers stay fp32."""
     tf32: bool = False
-    """Whether what is float32 may round its inputs to TF32 on NVIDIA GPUs: faster, with 10 bits instead of 23."""
+    """Let float32 operations round their inputs to TF32 on NVIDIA GPUs: faster, with 10 mantissa bits instead of 23."""
     init_from: Annotated[str | None, FIXED] = None
-    """A run, checkpoint, diffusers folder or hub id whose weights to start with; its shape replaces a recipe's."""
+    """A run, checkpoint, diffusers folder or hub id from whose weights to start; its shape replaces a recipe's."""
     train: Annotated[Literal["all", "decoder", "encoder"], FIXED] = "all"
-    """What learns. decoder: latents stay bit-identical, and so does the scaling of init_from's config."""
+    """The part that is trained. decoder keeps latents bit-identical, and the scaling of init_from's config."""
     compile: Annotated[bool, SILENT] = False
     """torch.compile of the blocks and the discriminator: minutes at the start, then faster steps."""
     gradient_checkpointing: Annotated[bool, SILENT] = False
     """Recompute the autoencoder's blocks in the backward pass: less memory, about a third more time."""
     report_to: Annotated[tuple[Literal["tensorboard", "wandb", "trackio"], ...], SILENT] = ()
-    """Trackers that losses go to besides log.jsonl."""
+    """Trackers to which losses are logged besides log.jsonl."""
     export_for: PipelineName | None = None
-    """Family of diffusers' pipelines that the export must fit; a model that cannot is refused before the first step."""
+    """Family of diffusers pipelines that the export must fit; a model that does not is refused before the start."""
     push_to_hub: Annotated[str | None, SILENT] = None
-    """Repository id that the export is uploaded to at the end."""
+    """Id of the hub repository to which the export is uploaded at the end."""
     weights_dir: str | None = None
-    """Folder with the LPIPS trunk weights; null looks in the usual places (docs/weights.md)."""
+    """Folder with the LPIPS trunk weights; null searches the usual places (docs/weights.md)."""
     model: Annotated[ModelSettings, FIXED] = ModelSettings()
     data: Annotated[DataSettings, FIXED] = DataSettings()
     loss: LossSettings = LossSettings()
@@ -108,7 +114,7 @@ class TrainSettings(Settings):
 
     @property
     def knows_shape(self) -> bool:
-        """Whether these settings say the autoencoder's shape; otherwise it is checked when the autoencoder is there."""
+        """Whether these settings determine the autoencoder's shape; otherwise it is checked after loading."""
         return self.init_from is None and self.model.gives_shape
 
     @property
@@ -122,16 +128,16 @@ class TrainSettings(Settings):
         return self.batch_size // (self.processes * self.micro_batch)
 
     def section_of(self, objective: type[Objective[Any]]) -> Any:
-        """The section of these settings that an objective's own are part of."""
+        """Return the section of these settings that holds an objective's settings."""
         return getattr(self, objective.section) if objective.section else None
 
     @property
     def objectives(self) -> list[type[Objective[Any]]]:
-        """Those that these settings give a weight, in the order in which they act."""
+        """The enabled objectives, in the order in which they act."""
         return [objective for objective in OBJECTIVES if objective.enabled(self.section_of(objective))]
 
     def facts(self) -> RunFacts:
-        """What objectives may know of the run."""
+        """Return the facts of the run that objectives may use."""
         return RunFacts(
             seed=self.seed,
             steps=self.steps,
@@ -149,7 +155,7 @@ class TrainSettings(Settings):
 
     @classmethod
     def settle(cls, values: dict[str, Any], given: Sequence[str]) -> None:
-        """Where words name an init_from and say nothing of the model, its shape replaces the file's."""
+        """Drop the file's model if words name an init_from and no model: the shape of init_from replaces it."""
         sections = {key.split(".")[0] for key in given}
         if "init_from" in sections and "model" not in sections and values.get("init_from") is not None:
             values.pop("model", None)
@@ -172,7 +178,7 @@ class TrainSettings(Settings):
                 yield Problem("report_to", f"{tracker} is not installed: pip install 'latent-ae[{tracker}]'")
 
     def problems_with(self, model: ModelFacts | None) -> Iterator[Problem]:
-        """What does not go together with the autoencoder, or among the objectives; None: it is not known yet."""
+        """Yield settings that do not go with each other or with the autoencoder (None: not known yet)."""
         if model is not None:
             sides = {"data.resolution": self.data.resolution, "validate.crop_px": self.validation.crop_px}
             for key, side in sides.items():
@@ -190,7 +196,7 @@ class TrainSettings(Settings):
             yield from objective.problems(self.section_of(objective), run, model)
 
     def warnings(self) -> Iterator[str]:
-        """What these settings do that is seldom meant."""
+        """Yield sentences on what these settings do that is rarely intended."""
         if self.init_from is None and self.train != "all":
             fixed = {"decoder": "encoder", "encoder": "decoder"}[self.train]
             start = "linear" if self.model.init == "linear" else "random"

@@ -1,4 +1,4 @@
-"""SIGTERM, SIGINT and SIGUSR1 end a run at the next step, on all processes together, with a checkpoint."""
+"""Ends a run on SIGTERM, SIGINT or SIGUSR1 at the next step, on all processes together, with a checkpoint."""
 
 import signal
 import sys
@@ -11,26 +11,26 @@ import torch
 from .agreement import hosts
 
 EXIT_CODE = 75
-"""EX_TEMPFAIL of sysexits.h: not done, the same command goes on."""
+"""EX_TEMPFAIL of sysexits.h: the run is unfinished, and the same command resumes it."""
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class Stopped(Exception):
-    """The run ended on a signal, its checkpoint is written."""
+    """The run ended on a signal, and its checkpoint is written."""
 
 
 class StopSignals:
-    """While entered, the signals are noted instead of ending the process; a second SIGINT stops at once."""
+    """A `with` block in which the signals are recorded instead of ending the process; a second SIGINT stops at once."""
 
     def __init__(self) -> None:
         self.received = 0
         self.interrupted = False
         self.before: dict[int, Any] = {}
-        # hosts agree among themselves: nobody waits for a GPU
+        # processes communicate through the CPU, so that nothing waits for a GPU
         self.hosts = hosts()
 
     def __enter__(self) -> "StopSignals":
-        if threading.current_thread() is threading.main_thread():  # Python allows no other to set handlers
+        if threading.current_thread() is threading.main_thread():  # Python allows only this one to set handlers
             self.before = {number: signal.signal(number, self._note) for number in SIGNALS}
         return self
 
@@ -45,11 +45,11 @@ class StopSignals:
             if self.interrupted:
                 raise KeyboardInterrupt
             self.interrupted = True
-            print("\nstopping after this step; once more stops at once", file=sys.stderr, flush=True)
+            print("\nstopping after this step; interrupt again to stop at once", file=sys.stderr, flush=True)
         self.received = number
 
     def wanted(self) -> str | None:
-        """Name of the signal that any process has received; the same on all of them, which all call this."""
+        """Return the name of a signal that any process has received, or None; every process calls this."""
         number = self.received
         if self.hosts is not None:
             highest = torch.tensor([number])

@@ -1,8 +1,8 @@
 """One training step of all networks from a single autoencoder pass per micro-batch.
 
-The reconstruction is cut out of the graph: every loss is differentiated with respect to the *image*, and the summed
-gradient is sent back through the autoencoder once (`objectives.base.Pass`). So gradients are available apart without a
-second pass, and none reaches a network that it must not train. What the losses are, the objectives say.
+The reconstruction is detached from the graph: every loss is differentiated with respect to the *image*, and the summed
+gradient is sent back through the autoencoder once (`objectives.base.Pass`). So each gradient is available separately
+without a second pass, and none reaches a network that it must not train. The losses are defined by the objectives.
 """
 
 from collections.abc import Iterator, Sequence
@@ -22,18 +22,21 @@ from .optim import Ema, Optimizers
 from .settings import TrainSettings
 
 TAKEN = ("autoencoder", "ema", "muon", "heads", "objectives")
-"""What else has a file or an optimizer in a checkpoint."""
+"""Names of other files or optimizers in a checkpoint."""
 
 
 class TrainStep:
     """Networks, objectives and optimizers; calling it with the step's number makes one update of all of them.
 
     Args:
-        settings: The run's.
-        accelerator: Wraps what is called in training; the bare networks own parameters and state.
-        autoencoder: What is trained, on the CPU or the device.
-        objectives: In the order in which they act.
-        ema: The average of the autoencoder's weights, if there is one.
+        settings: The run's settings.
+        accelerator: Wraps networks for distributed training; the bare networks own parameters and state.
+        autoencoder: The autoencoder that is trained, on the CPU or the device.
+        objectives: The objectives in the order in which they act.
+        ema: The average of the autoencoder's weights, or None.
+
+    Raises:
+        UserError: If two objectives have the same name.
     """
 
     def __init__(
@@ -63,13 +66,19 @@ class TrainStep:
 
     @property
     def networks(self) -> list[nn.Module]:
-        """What trains, bare; the last is what the objectives remember and train themselves."""
+        """The trained networks, not wrapped; the last holds the objectives' own state and parameters."""
         return [self.bare_reconstructor, *self.bare_adversaries.values(), self.state]
 
     def __call__(self, step: int, batches: Iterator[Batch]) -> dict[str, Tensor]:
-        """Update number `step` (0-based) from `settings.accumulation` micro-batches.
+        """Make one update from `settings.accumulation` micro-batches.
 
-        Returns this process's mean losses and diagnostics as tensors on the device; nothing waits for them.
+        Args:
+            step: Number of the step, from 0.
+            batches: Yields micro-batches on the device.
+
+        Returns:
+            This process's mean losses, diagnostics and gradient norms by name, scalars on the device; nothing waits for
+            them.
         """
         passes, logs, means = self.settings.accumulation, dict[str, Tensor](), dict[str, Tensor]()
         before = [buffer.clone() for buffer in self.state.buffers()]
@@ -82,7 +91,7 @@ class TrainStep:
             for sums, values in ((logs, done.logs), (means, done.global_means)):
                 sums |= {name: sums[name] + value if name in sums else value for name, value in values.items()}
         logs = {name: value / passes for name, value in logs.items()}
-        for parameter in self.state.parameters():  # no wrapper averages the gradients of these
+        for parameter in self.state.parameters():  # their gradients are not averaged by a wrapper
             if parameter.grad is not None and self.accelerator.num_processes > 1:
                 parameter.grad = self.accelerator.reduce(parameter.grad, "mean")
         reduced = self.mean_over_processes({name: value / passes for name, value in means.items()}, self.accelerator)
@@ -98,7 +107,16 @@ class TrainStep:
         return logs | norms
 
     def forward_backward(self, batch: Batch, step: int, first: bool = True) -> Pass:
-        """Adds this micro-batch's gradients of all networks."""
+        """Add the gradients of one micro-batch to all networks.
+
+        Args:
+            batch: The micro-batch, on the device.
+            step: Number of the step, from 0.
+            first: Whether it is this process's first pass of the step.
+
+        Returns:
+            The pass, with its logs.
+        """
         with self.autocast():
             for objective in self.objectives.values():
                 batch = objective.prepare(batch, step)
@@ -120,12 +138,12 @@ class TrainStep:
         return done
 
     def autocast(self, enabled: bool = True) -> torch.autocast:
-        """The precision of the networks' passes."""
+        """Return the context of the networks' precision."""
         enabled = enabled and self.settings.precision == "bf16"
         return torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=enabled)
 
     def without_synchronisation(self) -> ExitStack:
-        """Keeps gradients on their processes, for all passes of a step but the last."""
+        """Return a context in which gradients are not averaged over processes, for all passes but the last."""
         stack = ExitStack()
         for network in (self.reconstructor, *self.adversaries.values()):
             stack.enter_context(self.accelerator.no_sync(network))
@@ -133,7 +151,7 @@ class TrainStep:
 
 
 def _refuse_equal_names(objectives: Sequence[Objective[Any]]) -> None:
-    """Raises UserError where two objectives, or what a checkpoint holds of them, would have one name."""
+    """Raise UserError if two objectives, or their files in a checkpoint, would have the same name."""
     names = [objective.name for objective in objectives]
     networks = [objective.network_name for objective in objectives if objective.adversary is not None]
     for kind, all_of in (("a name", names), ("an adversary_name", [*TAKEN, *networks])):
@@ -142,7 +160,7 @@ def _refuse_equal_names(objectives: Sequence[Objective[Any]]) -> None:
 
 
 def mean_over_processes(means: dict[str, Tensor], accelerator: Accelerator) -> dict[str, Tensor]:
-    """Means over all processes, in one collective; all of them have the same names and shapes."""
+    """Return means over all processes, computed in one collective; all must pass the same names and shapes."""
     if accelerator.num_processes == 1 or not means:
         return means
     values = list(means.values())

@@ -1,7 +1,7 @@
 """Measures held-out images with the averaged weights.
 
-Where there are more of them than `validate.images`, the measured ones are spread over all; the same ones at every step,
-on any number of processes and for every seed of a run, so that runs can be compared.
+If there are more than `validate.images`, the measured images are spread over all of them. They are the same at every
+step, on any number of processes and for every seed of a run, so that runs can be compared.
 """
 
 import sys
@@ -32,15 +32,15 @@ from .agreement import Agreed, gathered
 from .settings import TrainSettings
 
 BATCH_PIXELS = 1_000_000
-"""Pixels measured at once, against memory."""
+"""Number of pixels measured at once, which limits memory."""
 FRECHET_FROM = 50
-"""Fewer held-out images say nothing by a Fréchet distance."""
+"""The Fréchet distance of fewer held-out images is meaningless, so it is not computed."""
 CHOICE_SEED = 0
-"""That of `latent-ae eval recon`, too: with `limit` it then measures the same images."""
+"""The seed of `latent-ae eval recon`, too: with the same `limit` it measures the same images."""
 
 
 def figures(summary: dict[str, Any]) -> str:
-    """The held-out means in a few words."""
+    """Return PSNR and LPIPS of a summary in a few words."""
     words = [f"{summary['psnr']:.2f} dB"] if summary.get("psnr") is not None else []
     distance = summary.get("lpips_vgg", summary.get("lpips_alex"))
     return ", ".join([*words, f"LPIPS {distance:.3f}"] if distance is not None else words) or "no figures"
@@ -48,7 +48,17 @@ def figures(summary: dict[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class Validator:
-    """The held-out images and how they are measured; the same pixels at every call."""
+    """Measures held-out images, with the same pixels at every call.
+
+    Args:
+        settings: The run's settings.
+        accelerator: Connects the processes.
+        source: The held-out images.
+        channels: Channels of the images.
+        factor: The model's downsampling factor.
+        perceptual: LPIPS, or None.
+        named: Unreadable files that were reported, once each.
+    """
 
     settings: TrainSettings
     accelerator: Accelerator
@@ -57,23 +67,22 @@ class Validator:
     factor: int
     perceptual: LPIPS | None
     named: list[str] = field(default_factory=list)
-    """Unreadable files that were reported, once each."""
 
     @property
     def chosen(self) -> tuple[ImageSource, dict[str, Any]]:
-        """The images that are measured, and what the results say of the choice."""
+        """The measured images, and how results describe the choice."""
         return part_of(self.source, self.settings.validation.images, CHOICE_SEED)
 
     def some(self, number: int) -> Tensor:
-        """`number` of the measured images that can be read, spread over them: NCHW in [-1, 1]."""
+        """Return `number` of the measured images that are readable, spread over them: (number, C, H, W) in [-1, 1]."""
         source, _ = self.chosen
-        if not isinstance(source, StreamSource):  # the others come after them and stand in for unreadable ones
+        if not isinstance(source, StreamSource):  # the other images follow, to replace unreadable ones
             first = spread(CHOICE_SEED, len(source), number)
             source = source.subset(np.concatenate([first, np.delete(np.arange(len(source)), first)]))
         return torch.stack([image for _, _, image in islice(self._crops(source), number)])
 
     def crops(self, rank: int = 0, world_size: int = 1) -> HeldOutImages:
-        """(index, name, CHW image in [-1, 1]) of this rank's part of the measured images."""
+        """Return an iterator over (index, name, (C, H, W) image in [-1, 1]) of a rank's measured images."""
         return self._crops(self.chosen[0], rank, world_size)
 
     def _crops(self, source: ImageSource, rank: int = 0, world_size: int = 1) -> HeldOutImages:
@@ -89,10 +98,18 @@ class Validator:
         )
 
     def measure(self, reconstruct: Callable[[Tensor], Tensor], preview: Path | None = None) -> dict[str, Any]:
-        """Mean metrics of `reconstruct` (NCHW in [-1, 1] -> the same), and the choice of images that they are of.
+        """Return the mean metrics of a reconstruction over the measured images. Every process calls this.
 
-        Every process calls this. `preview` is where the main process saves `validate.preview_images` of them, spread
-        over all: input | reconstruction | bicubic.
+        Args:
+            reconstruct: Maps images, (N, C, H, W) in [-1, 1], to their reconstructions.
+            preview: Where the main process saves a picture of `validate.preview_images` images, spread over all: input
+                | reconstruction | bicubic. None saves none.
+
+        Returns:
+            Means as `ReconstructionMetrics.summary` returns them, and "choice", which describes the choice of images.
+
+        Raises:
+            UserError: On all processes, if too many images are unreadable or the preview cannot be written.
         """
         perceptual = {self.settings.loss.perceptual_net: self.perceptual} if self.perceptual is not None else {}
         metrics = ReconstructionMetrics(self.accelerator.device, lpips=perceptual, frechet_from=FRECHET_FROM)
@@ -112,7 +129,7 @@ class Validator:
                         pictures[index] = [part.cpu() for part in (image, reconstructions[position], low)]
         except UserError as error:  # a reader that died on one process must not leave the others waiting
             failure = str(error)
-        self._judge(crops.skipped, failure, crops.num_read)
+        self._report_unreadable(crops.skipped, failure, crops.num_read)
         metrics.gather()
         summary = metrics.summary() | {"choice": choice}
         if number:
@@ -130,7 +147,7 @@ class Validator:
         return summary
 
     def try_one_batch(self, model: nn.Module) -> None:
-        """This rank's first held-out images through all that measures them. Waits for no other process."""
+        """Run this rank's first batch of held-out images through model and metrics. Waits for no other process."""
         perceptual = {self.settings.loss.perceptual_net: self.perceptual} if self.perceptual is not None else {}
         metrics = ReconstructionMetrics(self.accelerator.device, lpips=perceptual, frechet_from=FRECHET_FROM)
         training = model.training
@@ -143,19 +160,19 @@ class Validator:
                 break
         model.train(training)
 
-    def _judge(self, skipped: list[str], failure: str, num_read: int) -> None:
-        """Names the unreadable images of all processes once; raises UserError on all of them for too many."""
-        told = gathered((skipped, failure, num_read))
-        lines = [line for skipped, _, _ in told for line in skipped]
+    def _report_unreadable(self, skipped: list[str], failure: str, num_read: int) -> None:
+        """Print the unreadable images of all processes once; raise UserError on all processes if there are too many."""
+        reports = gathered((skipped, failure, num_read))
+        lines = [line for skipped, _, _ in reports for line in skipped]
         for line in lines:
             if line not in self.named:
                 self.named.append(line)
                 if self.accelerator.is_main_process:
                     tqdm.write(f"held-out image left out: {line}", file=sys.stderr)
-        for _, failure, _ in told:
+        for _, failure, _ in reports:
             if failure:
                 raise UserError(failure)
-        total = sum(num_read for _, _, num_read in told)
+        total = sum(num_read for _, _, num_read in reports)
         bound = self.settings.data.max_bad_fraction
         try:
             stop_if_too_many_bad(len(lines), total, lines, num_images=total, max_bad_fraction=bound)
@@ -163,7 +180,7 @@ class Validator:
             raise UserError(f"{error}\nThese are held-out images.") from None
 
     def _batches(self, crops: HeldOutImages) -> Iterator[tuple[list[int], list[str], Tensor]]:
-        """This rank's images in batches of one shape, on the device."""
+        """Yield this rank's images in batches of one shape, on the device."""
         size = max(1, BATCH_PIXELS // (self.settings.validation.crop_px or self.settings.data.resolution) ** 2)
         waiting: list[tuple[int, str, Tensor]] = []
         for item in crops:
@@ -180,7 +197,7 @@ class Validator:
         return list(indices), list(names), batch
 
     def measure_model(self, model: nn.Module, preview: Path | None = None) -> dict[str, Any]:
-        """Metrics of a Reconstructor, at the posterior's mode."""
+        """Return the metrics of a Reconstructor at the posterior's mode; arguments and errors as in `measure`."""
         training = model.training
         model.eval()
         with torch.no_grad():
@@ -189,5 +206,5 @@ class Validator:
         return summary
 
     def measure_baseline(self) -> dict[str, Any]:
-        """Metrics of bicubic down- and upsampling by the model's factor."""
+        """Return the metrics of bicubic down- and upsampling by the model's downsampling factor."""
         return self.measure(lambda images: bicubic_down_up(images, self.factor))

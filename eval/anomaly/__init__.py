@@ -1,4 +1,4 @@
-"""latent-ae eval anomaly: what the command says; settings, measure and report are modules of their own."""
+"""latent-ae eval anomaly: the command's description; settings, measure and report are separate modules."""
 
 from latent_ae_eval.anomaly.settings import AnomalySettings
 from latent_ae_eval.job import Job
@@ -9,9 +9,9 @@ JOB = Job(
     measure="find_anomalies",
     text="anomaly_text",
     description="""\
-Score images by what the first stage fails to reconstruct, with thresholds from normal images, heat maps, and AUROC
-where it is known what is normal. A terminal gets a table, a pipe JSON; result.json, images.parquet, pictures.png and
-report.html go into a folder.""",
+Score images by what the first stage fails to reconstruct, with thresholds from normal images, heat maps, and AUROC if
+it is known which images are normal. A terminal gets a table, a pipe JSON; result.json, images.parquet, pictures.png
+and report.html are written into a folder.""",
     examples="""\
 example: latent-ae eval anomaly runs/bottles bottles/test normal=bottles/held-out
 by labels: latent-ae eval anomaly MODEL bottles/test normal=bottles/held-out normal_class=good

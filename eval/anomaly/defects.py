@@ -1,4 +1,4 @@
-"""Seeded synthetic defects on images, with the mask of what they changed."""
+"""Seeded synthetic defects on images, with masks of the changed pixels."""
 
 from typing import NamedTuple
 
@@ -10,26 +10,35 @@ from torch import Tensor
 KINDS = ("scratch", "blob", "patch")
 SUPERSAMPLED = 4
 LEVEL = 1 / 127.5
-"""A grey level of 255, of values in [-1, 1]."""
+"""Width of an 8-bit grey level for values in [-1, 1]."""
 FEWEST_PX = 4
 TRIES = 100
 
 
 class Defect(NamedTuple):
+    """An image with a pasted defect."""
+
     image: Tensor
-    """CHW in [-1, 1]."""
+    """(C, H, W) in [-1, 1]."""
     mask: Tensor
-    """HW bool: where a channel changed by more than a grey level."""
+    """(H, W) bool, True where a channel changed by more than a grey level."""
     kind: str
 
 
 def paste_defect(image: Tensor, seed: int, number: int) -> Defect:
-    """A copy of `image` (CHW float in [-1, 1]) with one defect, a function of the seed and the image's number.
+    """Return a copy of an image with one defect, which is a function of the seed and the image's number.
 
     scratch: a thin, bent, lighter or darker line. blob: a soft stain of another colour. patch: a rectangle from
     elsewhere in the image, 2 to 15 % of its area with sides at most 1 : 3.3 (CutPaste: Li et al. 2021,
-    arXiv:2104.04015, without its colour jitter). Raises ValueError for an image on which nothing shows, or with a
-    side under 8 px.
+    arXiv:2104.04015, without its colour jitter).
+
+    Args:
+        image: (C, H, W) float in [-1, 1].
+        seed: Seed of the defects.
+        number: Number of the image.
+
+    Raises:
+        ValueError: If a side is under 8 px, or no defect shows on the image.
     """
     rng = np.random.default_rng([seed, number])
     kind = KINDS[rng.integers(len(KINDS))]

@@ -1,4 +1,4 @@
-"""The images of a search for anomalies: which are normal, pasted defects, and their scores batch by batch."""
+"""The images of a search for anomalies: their classes, pasted defects, and scores batch by batch."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -25,7 +25,7 @@ from latent_ae_eval.jobs import batches, images_for
 
 @dataclass
 class Part:
-    """A set of images and what is known of them."""
+    """A set of images, whether they are abnormal, and the rows of their scores."""
 
     name: str
     source: StoredImages
@@ -33,18 +33,29 @@ class Part:
     abnormal: np.ndarray | None
     """(N,) bool; None without labels."""
     rows: list[dict[str, Any]]
+    """Scores of each measured image."""
     skipped: list[str]
+    """`name: reason` of each unreadable image."""
 
 
 def opened_part(key: str, location: str, settings: AnomalySettings) -> Part:
-    """A source and which of its images are abnormal, by their classes."""
+    """Open a source and find which of its images are abnormal, by their classes.
+
+    Args:
+        key: "data", or "normal" for the normal images of the setting.
+        location: The location of the images.
+        settings: The settings.
+
+    Raises:
+        UserError: If the data cannot be opened, or lack the class of normal images.
+    """
     try:
         source, choice = opened_data(location, settings)
     except UserError as error:
         raise UserError(f"{key}: {error}" if key == "normal" else str(error)) from error
     assert not isinstance(source, StreamSource), "jobs do not open streams"
-    wanted = settings.normal_class
-    if wanted is None:
+    normal_class = settings.normal_class
+    if normal_class is None:
         return Part(key, source, choice, None, [], [])
     classes = find_classes(source, source, settings.label_column)
     if classes is None:
@@ -54,32 +65,47 @@ def opened_part(key: str, location: str, settings: AnomalySettings) -> Part:
             f"normal_class: {location} has no labels; give tables with a column of classes or integers "
             "(label_column=NAME), or a folder of images with a folder for each class"
         )
-    number = _class_number(wanted, classes, key)
+    number = _class_number(normal_class, classes, key)
     return Part(key, source, choice, classes.labels != number, [], [])
 
 
-def _class_number(wanted: str | int, classes: Classes, key: str) -> int:
+def _class_number(name: str | int, classes: Classes, key: str) -> int:
     if classes.names is not None:
-        if str(wanted) in classes.names:
-            return classes.names.index(str(wanted))
-        if isinstance(wanted, int) and 0 <= wanted < len(classes.names):
-            return wanted
-    elif isinstance(wanted, int) and wanted in classes.labels:
-        return wanted
+        if str(name) in classes.names:
+            return classes.names.index(str(name))
+        if isinstance(name, int) and 0 <= name < len(classes.names):
+            return name
+    elif isinstance(name, int) and name in classes.labels:
+        return name
     has = ", ".join(classes.names or map(str, sorted(set(classes.labels.tolist()))))
-    raise UserError(f"normal_class: {key} has no class {wanted}; it has: {has[:200]}")
+    raise UserError(f"normal_class: {key} has no class {name}; it has: {has[:200]}")
 
 
 class Work:
-    """Scores parts batch by batch, and chosen images again when they are to be shown."""
+    """Scores parts batch by batch, and chosen images again to show them.
+
+    Args:
+        stage: The model.
+        scorer: Computes the scores.
+        settings: The settings.
+        progress: Show progress bars.
+    """
 
     def __init__(self, stage: FirstStage, scorer: Scorer, settings: AnomalySettings, progress: bool):
         self.stage, self.scorer, self.settings, self.progress = stage, scorer, settings, progress
 
     def scored(self, part: Part, location: str) -> Iterator[tuple[Scored, list[Tensor | None]]]:
-        """Batches with their scores and masks; rows are added to the part."""
+        """Yield scores and defects' masks, (H, W) bool or None, batch by batch; rows are added to the part.
+
+        Args:
+            part: The images.
+            location: Their location.
+
+        Raises:
+            UserError: If images are too small, no defect shows on one, or too many are unreadable.
+        """
         bar = progress_bar(f"anomaly: {part.name}", len(part.source), "image", disable=not self.progress)
-        with bar:  # which an image that is refused closes, too
+        with bar:  # closes the bar also if an image is refused
             for items, scored, defects in self._batches(part, location, range(len(part.source)), bar):
                 for i, item in enumerate(items):
                     defect = defects[i]
@@ -94,12 +120,12 @@ class Work:
         report_skipped(part.skipped, len({row["index"] for row in part.rows}), self.settings)
 
     def findings(self, part: Part, location: str, rows: Sequence[dict[str, Any]]) -> Iterator[Finding]:
-        """Images of `rows`, in the order of their indices, once more with their maps."""
-        wanted = {(row["index"], row["defect"]): row for row in rows}
+        """Score the images of `rows` again and yield them with their maps, in the order of their indices."""
+        by_image = {(row["index"], row["defect"]): row for row in rows}
         indices = sorted({row["index"] for row in rows})
         for items, scored, defects in self._batches(part, location, indices, None):
             for i, (item, defect) in enumerate(zip(items, defects, strict=True)):
-                row = wanted.get((item.index, defect.kind if defect else None))
+                row = by_image.get((item.index, defect.kind if defect else None))
                 if row is not None and item.image is not None:
                     maps = {name: maps[i].cpu() for name, maps in scored.maps.items()}
                     mask = defect.mask if defect else None
@@ -132,9 +158,9 @@ class Work:
                     yield pasted
 
         for items, batch in batches(read(), self.settings.batch_size, self.scorer.device):
-            found = [defects.pop(id(item), None) for item in items]
+            pasted_on = [defects.pop(id(item), None) for item in items]
             self._check_size(items[0])
-            yield items, self.scorer.score(batch, [item.index for item in items]), found
+            yield items, self.scorer.score(batch, [item.index for item in items]), pasted_on
 
     def _check_size(self, item: HeldOutImage) -> None:
         assert item.image is not None

@@ -1,4 +1,4 @@
-"""Which images a first stage cannot reconstruct, and where: scores, thresholds from normal images, heat maps.
+"""Finds images that a first stage cannot reconstruct, and where: scores, thresholds from normal images, heat maps.
 
 from latent_ae_eval.anomaly.measure import find_anomalies
 from latent_ae_eval.anomaly.settings import AnomalySettings
@@ -28,8 +28,8 @@ from latent_ae_eval.jobs import lpips_or_reason, make_folder, one_process, write
 
 FORMAT = "latent-ae anomaly 1"
 FIT = 5
-"""One normal image in so many, drawn evenly, fits the ELBO's variance and gives no threshold: the scores of the others
-then stay exchangeable with those of new images."""
+"""One in this many normal images, drawn evenly, fits the ELBO's variance and is not used for thresholds, so that the
+scores of the others stay exchangeable with those of new images."""
 SCORES = {
     "pixel_mean": "mean squared error, of values in [-1, 1]",
     "pixel_max": "largest value of the smoothed map of squared errors",
@@ -47,10 +47,24 @@ def find_anomalies(
     out: str | Path | None = None,
     progress: bool = False,
 ) -> dict[str, Any]:
-    """Scores every image of `data`, and says how well that tells the abnormal ones where they are known; JSON-ready.
+    """Score every image of `data`, and measure how well the scores detect abnormal images if they are known.
 
-    With `out`, writes result.json, images.parquet, report.html, pictures.png and with `maps` the heat maps there.
-    Raises UserError for what cannot be loaded, classes that are not there, and several processes.
+    Runs on one process.
+
+    Args:
+        model: A folder, a hub id, a first stage of diffusers as a module, or a function from images, (N, C, H, W) in
+            [-1, 1], to their reconstructions.
+        data: `photos`, a folder of images, Parquet or Arrow files, or a hub id.
+        settings: The settings; None takes the defaults.
+        out: Folder for result.json, images.parquet, report.html, pictures.png and, with `maps`, the heat maps; None
+            writes nothing.
+        progress: Show progress bars.
+
+    Returns:
+        The result, JSON-ready.
+
+    Raises:
+        UserError: If model or data cannot be loaded, a class or score is missing, or several processes were launched.
     """
     settings = settings or AnomalySettings()
     if out is not None:
@@ -87,11 +101,11 @@ def find_anomalies(
             fitted = [normal.rows[i] for i in sorted(fits)]
             calibration = [row for i, row in enumerate(normal.rows) if i not in fits]
             variance = sum(r["squares"] for r in fitted) / sum(r["numbers"] for r in fitted)
-            variance = max(variance, 1e-12)  # of a model that reconstructs exactly
+            variance = max(variance, 1e-12)  # above 0 also for a model that reconstructs exactly
             _add_elbo(calibration, variance)
         for name in scorer.names:
-            found = conformal_threshold(np.array([row[name] for row in calibration]), settings.false_positive_rate)
-            thresholds[name] = found
+            values = np.array([row[name] for row in calibration])
+            thresholds[name] = conformal_threshold(values, settings.false_positive_rate)
         if None in thresholds.values():
             rate = settings.false_positive_rate
             needed = math.ceil(1 / rate - 1 - 1e-9)
@@ -136,13 +150,13 @@ def find_anomalies(
         },
         "method": {
             "scores": {name: SCORES[name] for name in scorer.names},
-            "threshold": "flagged is what lies above the ceil((n + 1)(1 - rate))-th smallest of n normal scores",
+            "threshold": "flagged are scores above the ceil((n + 1)(1 - rate))-th smallest of n normal scores",
             "interval": "DeLong, on the logit's scale" + (", paired by image" if settings.defects else ""),
             "lpips": settings.lpips if lpips is not None else None,
         },
         "thresholds": thresholds,
         "scores": scores,
-        "pixel_auroc": {name: found.auroc() for name, found in pixels.items()} or None,
+        "pixel_auroc": {name: scores_of_pixels.auroc() for name, scores_of_pixels in pixels.items()} or None,
         "settings": settings.model_dump(mode="json"),
         "versions": versions(),
         "notes": notes,
@@ -158,7 +172,7 @@ def _add_elbo(rows: list[dict[str, Any]], variance: float) -> None:
 
 
 def _figures(rows: Sequence[dict[str, Any]], name: str, threshold: float | None, *, paired: bool) -> dict[str, Any]:
-    """How a score did: flagged images, and where it is known what is normal also its area and rates."""
+    """Return how many images a score flags, and its area and rates if it is known which images are normal."""
     values = np.array([row[name] for row in rows])
     flagged = None if threshold is None else values > threshold
     figures: dict[str, Any] = {"flagged": None if flagged is None else int(flagged.sum())}
@@ -181,7 +195,7 @@ def _figures(rows: Sequence[dict[str, Any]], name: str, threshold: float | None,
 
 
 def _without_intervals(rows: Sequence[dict[str, Any]], scores: dict[str, dict[str, Any]]) -> list[str]:
-    """Why areas have no interval, where some have none."""
+    """Return a note on why areas have no interval, in a list; an empty list if all have one."""
     lacking = [name for name, figures in scores.items() if "auroc" in figures and figures["interval"] is None]
     if not lacking:
         return []
@@ -192,13 +206,13 @@ def _without_intervals(rows: Sequence[dict[str, Any]], scores: dict[str, dict[st
             f"AUROC without intervals: there are {normal:,} normal and {abnormal:,} abnormal images, and an interval "
             f"needs {FEWEST_SCORES} of each"
         ]
-    return [f"AUROC without intervals: {', '.join(lacking)} put no image out of order, which says nothing of the width"]
+    return [f"AUROC without intervals: {', '.join(lacking)} separate all images, so the width cannot be estimated"]
 
 
 def _write(folder: Path, result: dict[str, Any], part: Part, work: Work, rank_by: str) -> None:
     settings, location = work.settings, result["data"]["location"]
     groups = chosen(part.rows, rank_by, settings.num_pictures)
-    wanted = [row for rows in groups.values() for row in rows]
+    pictured = [row for rows in groups.values() for row in rows]
     tops = {
         name: float(np.quantile([row[score] for row in part.rows], 0.95))
         for name, score in (("pixel_error", "pixel_max"), ("lpips", "lpips_max"))
@@ -211,21 +225,27 @@ def _write(folder: Path, result: dict[str, Any], part: Part, work: Work, rank_by
         pa.parquet.write_table(table, folder / "images.parquet.part")
         (folder / "images.parquet.part").replace(folder / "images.parquet")
         shown: dict[tuple[int, str | None], Finding] = {}
-        for finding in work.findings(part, location, part.rows if settings.maps else wanted):
+        for finding in work.findings(part, location, part.rows if settings.maps else pictured):
             if settings.maps:
                 write_maps(folder / "maps", finding, tops)
-            if any(finding.row is row for row in wanted):
+            if any(finding.row is row for row in pictured):
                 shown[finding.row["index"], finding.row["defect"]] = finding
-        found = {
+        by_heading = {
             heading: [shown[row["index"], row["defect"]] for row in rows if (row["index"], row["defect"]) in shown]
             for heading, rows in groups.items()
         }
-        write_pictures(folder / "pictures.png", found, tops)
-        write_anomaly_report(folder / "report.html", result, part.rows, found, tops, rank_by)
+        write_pictures(folder / "pictures.png", by_heading, tops)
+        write_anomaly_report(folder / "report.html", result, part.rows, by_heading, tops, rank_by)
 
 
 def chosen(rows: Sequence[dict[str, Any]], rank_by: str, count: int) -> dict[str, list[dict[str, Any]]]:
-    """Rows to show by heading: with the highest score first; where it is known what is normal, also both mistakes."""
+    """Return the rows to show by heading, those with the highest score first.
+
+    Args:
+        rows: The rows of all images.
+        rank_by: Name of the score.
+        count: Number of rows in each group.
+    """
     ranked = sorted(rows, key=lambda row: -row[rank_by])
     if rows[0]["abnormal"] is None:
         groups = {"Highest scores": ranked[:count], "Lowest scores": ranked[count:][-count:]}

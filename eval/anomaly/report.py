@@ -1,4 +1,4 @@
-"""Pictures and report.html of a search for anomalies: figures, how scores spread, and heat maps."""
+"""Pictures and report of a search for anomalies: metrics, distributions of scores, and heat maps."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -32,16 +32,25 @@ class Finding:
 
     row: dict[str, Any]
     image: Tensor
-    """CHW in [-1, 1]."""
+    """(C, H, W) in [-1, 1]."""
     reconstruction: Tensor
+    """The same shape."""
     maps: dict[str, Tensor]
-    """HW >= 0."""
+    """(H, W) >= 0 by name."""
     mask: Tensor | None
-    """HW bool: of a pasted defect."""
+    """(H, W) bool, True on a pasted defect."""
 
 
 def heat(values: Tensor, top: float) -> Tensor:
-    """HW >= 0 -> 3HW in [-1, 1]: black is 0, the brightest is `top` or more (matplotlib's inferno)."""
+    """Return a heat map in the colours of matplotlib's inferno.
+
+    Args:
+        values: (H, W) >= 0; 0 is black.
+        top: Value from which on the colour is the brightest.
+
+    Returns:
+        (3, H, W) in [-1, 1].
+    """
     from matplotlib import colormaps
 
     levels = (values / top if top > 0 else values).clamp(0, 1).numpy()
@@ -57,6 +66,13 @@ def _panels(finding: Finding, tops: Mapping[str, float]) -> dict[str, Tensor]:
 
 
 def write_pictures(path: Path, shown: Mapping[str, Sequence[Finding]], tops: Mapping[str, float]) -> None:
+    """Write a picture with a row for each image. Raises OSError if it cannot be written.
+
+    Args:
+        path: The file.
+        shown: Images by heading.
+        tops: Values of the brightest colour by the name of the heat map.
+    """
     rows = [_panels(finding, tops) for findings in shown.values() for finding in findings]
     if rows:
         labels = max((list(row) for row in rows), key=len)
@@ -64,7 +80,13 @@ def write_pictures(path: Path, shown: Mapping[str, Sequence[Finding]], tops: Map
 
 
 def write_maps(folder: Path, finding: Finding, tops: Mapping[str, float]) -> None:
-    """A picture of each heat map, named by the image's number."""
+    """Write a picture of each heat map of an image, named by the image's number. Raises OSError if that fails.
+
+    Args:
+        folder: The folder, which is made if it is missing.
+        finding: The image.
+        tops: Values of the brightest colour by the name of the heat map.
+    """
     folder.mkdir(exist_ok=True)
     which = f"{finding.row['index']:06d}" + ("-defect" if finding.row["defect"] else "")
     for name, values in finding.maps.items():
@@ -79,7 +101,16 @@ def write_anomaly_report(
     tops: Mapping[str, float],
     rank_by: str,
 ) -> None:
-    """Writes one self-contained HTML file, atomically. Raises OSError where it cannot be written."""
+    """Write report.html, one self-contained file. Raises UserError if it cannot be written.
+
+    Args:
+        path: The file.
+        result: The content of result.json.
+        rows: The rows of images.parquet.
+        shown: Images by heading.
+        tops: Values of the brightest colour by the name of the heat map.
+        rank_by: The score that chose the images.
+    """
     model = short_name(result["model"].get("location"), str(result["model"].get("class")))
     normal = result["normal"]
     abnormal = sum(bool(row["abnormal"]) for row in rows)
@@ -87,7 +118,7 @@ def write_anomaly_report(
         "images": f"{result['data']['num_images']:,}",
         "abnormal": f"{abnormal:,}" if rows[0]["abnormal"] is not None else None,
         "normal images for thresholds": f"{normal['thresholds_from']:,}" if normal else None,
-        "false positive rate asked for": f"{result['settings']['false_positive_rate']:g}" if normal else None,
+        "requested false positive rate": f"{result['settings']['false_positive_rate']:g}" if normal else None,
     }
     remarks = list(result["notes"])
     if skipped := len(result["data"]["skipped"]):
@@ -98,24 +129,24 @@ def write_anomaly_report(
     manifest = {key: value for key, value in result.items() if key not in hidden}
     sections.append(page.section("How this was measured", page.manifest(manifest)))
     title = f"{model}: anomalies in {short_name(result['data']['location'], 'images')}"
-    page.write(path, page.page(title, sections, subtitle="A first stage, asked by latent-ae eval anomaly."))
+    page.write(path, page.page(title, sections, subtitle="A first stage, measured by latent-ae eval anomaly."))
 
 
 def anomaly_text(result: Mapping[str, Any]) -> str:
-    """The figures as a table for a terminal."""
+    """Return the metrics of each score as a table for a terminal."""
     rows = [Row("images", f"{result['data']['num_images']:,}")]
-    for name, found in result["scores"].items():
+    for name, values in result["scores"].items():
         label, threshold = NAMES[name], result["thresholds"].get(name)
-        if "auroc" in found:
-            rows.append(Row(label, f"{found['auroc']:.3f}", _ends(found["interval"]), "AUROC"))
-            rows += [Row(label, f"{area:.3f}", "", f"AUROC, {kind}") for kind, area in _by_defect(found).items()]
+        if "auroc" in values:
+            rows.append(Row(label, f"{values['auroc']:.3f}", _ends(values["interval"]), "AUROC"))
+            rows += [Row(label, f"{area:.3f}", "", f"AUROC, {kind}") for kind, area in _by_defect(values).items()]
         if threshold is not None:
             rows.append(Row(label, f"{threshold:.4g}", "", "threshold"))
-        if "detection_rate" in found:
-            rows.append(Row(label, f"{100 * found['detection_rate']:.1f} %", "", "found"))
-            rows.append(Row(label, f"{100 * found['false_positive_rate']:.1f} %", "", "false alarms"))
-        elif found["flagged"] is not None:
-            rows.append(Row(label, f"{found['flagged']:,}", "", "flagged"))
+        if "detection_rate" in values:
+            rows.append(Row(label, f"{100 * values['detection_rate']:.1f} %", "", "found"))
+            rows.append(Row(label, f"{100 * values['false_positive_rate']:.1f} %", "", "false alarms"))
+        elif values["flagged"] is not None:
+            rows.append(Row(label, f"{values['flagged']:,}", "", "flagged"))
     return aligned(rows)
 
 
@@ -123,29 +154,29 @@ def _ends(interval: Sequence[float] | None) -> str:
     return f"{interval[0]:.3f} – {interval[1]:.3f}" if interval else ""
 
 
-def _by_defect(found: Mapping[str, Any]) -> Mapping[str, float]:
-    return found.get("auroc_by_defect") or {}
+def _by_defect(values: Mapping[str, Any]) -> Mapping[str, float]:
+    return values.get("auroc_by_defect") or {}
 
 
 def _figures(result: Mapping[str, Any]) -> str:
     lines = []
-    for name, found in result["scores"].items():
+    for name, values in result["scores"].items():
         line: dict[str, Any] = {"score": NAMES[name]}
-        if "auroc" in found:
-            line["AUROC"] = page.estimate(f"{found['auroc']:.3f}", _ends(found["interval"]))
-            line |= {kind: f"{area:.3f}" for kind, area in _by_defect(found).items()}
+        if "auroc" in values:
+            line["AUROC"] = page.estimate(f"{values['auroc']:.3f}", _ends(values["interval"]))
+            line |= {kind: f"{area:.3f}" for kind, area in _by_defect(values).items()}
         if (threshold := result["thresholds"].get(name)) is not None:
             line["threshold"] = f"{threshold:.4g}"
-        if "detection_rate" in found:
-            line["found"] = f"{100 * found['detection_rate']:.1f} %"
-            line["false alarms"] = f"{100 * found['false_positive_rate']:.1f} %"
-        elif found["flagged"] is not None:
-            line["flagged"] = found["flagged"]
+        if "detection_rate" in values:
+            line["found"] = f"{100 * values['detection_rate']:.1f} %"
+            line["false alarms"] = f"{100 * values['false_positive_rate']:.1f} %"
+        elif values["flagged"] is not None:
+            line["flagged"] = values["flagged"]
         lines.append(line)
     text = []
     if "AUROC" in lines[0]:
         text.append("AUROC: the chance that an abnormal image scores above a normal one; 0.5 is guessing. ")
-        text += ["Small: 95 % interval. "] if any(found["interval"] for found in result["scores"].values()) else []
+        text += ["Small: 95 % interval. "] if any(values["interval"] for values in result["scores"].values()) else []
     if "threshold" in lines[0]:
         text.append("Found, false alarms and flagged are images above the threshold.")
     pieces = [page.table(lines), page.paragraph("".join(text), soft=True)]

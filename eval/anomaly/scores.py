@@ -1,4 +1,4 @@
-"""Scores of images by what their first stage fails to reconstruct, and the maps they are taken from."""
+"""Scores of images by what their first stage fails to reconstruct, and the maps from which scores are computed."""
 
 import math
 from collections.abc import Sequence
@@ -16,24 +16,35 @@ from latent_ae.pretrained.lpips import LPIPS
 
 PIXEL, PERCEPTUAL = "pixel_error", "lpips"
 LARGEST_SQUARE = 4.0
-"""Largest squared difference of two values in [-1, 1]; it stands for what is not finite."""
+"""Largest squared difference of two values in [-1, 1], which also replaces differences that are not finite."""
 
 
 @dataclass(frozen=True)
 class Scored:
-    """A batch: N images of one shape."""
+    """Scores of a batch of N images of one shape."""
 
     reconstruction: Tensor
-    """NCHW float32."""
+    """(N, C, H, W) float32."""
     maps: dict[str, Tensor]
     """(N, H, W) float32 >= 0, by name."""
     scores: dict[str, np.ndarray]
     """(N,) float64, by name: means and largest values of the maps."""
     parts: dict[str, np.ndarray]
-    """(N,) float64: what the ELBO is made of; empty where it is not wanted or there is no posterior."""
+    """(N,) float64 parts of the ELBO; empty if it is not requested or there is no posterior."""
 
 
 class Scorer:
+    """Computes the scores of images.
+
+    Args:
+        stage: The model.
+        lpips: LPIPS, or None.
+        blur_px: Standard deviation by which maps of squared error are smoothed; None depends on the size.
+        seed: Seed of the posterior's noise.
+        elbo: Whether to compute the parts of the ELBO.
+        device: Where the networks run.
+    """
+
     def __init__(
         self,
         stage: FirstStage,
@@ -49,38 +60,43 @@ class Scorer:
 
     @property
     def names(self) -> list[str]:
-        """Names of the scores; `negative_elbo` gives the last one."""
+        """Names of the scores; the last one is computed by `negative_elbo`."""
         lpips = ["lpips_mean", "lpips_max"] if self.lpips is not None else []
         return ["pixel_mean", "pixel_max", *lpips, *(["negative_elbo"] if self.elbo else [])]
 
     @torch.no_grad()
     def score(self, images: Tensor, numbers: Sequence[int]) -> Scored:
-        """`images`: NCHW in [-1, 1]; `numbers`: of the images, which the posterior's noise is a function of."""
+        """Return the scores of images.
+
+        Args:
+            images: (N, C, H, W) float in [-1, 1].
+            numbers: Numbers of the images, which determine the posterior's noise.
+        """
         images = images.to(self.device)
         parts: dict[str, Tensor] = {}
         if self.stage.module is None:
-            made = self.stage.reconstruct(images)
+            reconstruction = self.stage.reconstruct(images)
         else:
             mean, logvar = self.stage.moments(images)
-            made = self.stage.decode(mean)
+            reconstruction = self.stage.decode(mean)
             if self.elbo and logvar is not None:
                 noise = posterior_noise(self.seed, numbers, mean.shape[1:]).to(self.device)
                 sample = self.stage.decode(mean + torch.exp(0.5 * logvar) * noise)
                 parts["squares"] = _squares(images, sample).double().flatten(1).sum(1)
                 mean, logvar = mean.double(), logvar.double()
                 parts["kl"] = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).flatten(1).sum(1)
-        squares = _squares(images, made).mean(1)
+        squares = _squares(images, reconstruction).mean(1)
         maps = {PIXEL: blurred(squares, self.blur_px)}
         scores = {"pixel_mean": squares.double().mean((1, 2)), "pixel_max": maps[PIXEL].amax((1, 2))}
         if self.lpips is not None:
-            shown = made.nan_to_num(nan=-1).clamp(-1, 1)
+            shown = reconstruction.nan_to_num(nan=-1).clamp(-1, 1)
             scores["lpips_mean"], maps[PERCEPTUAL] = self.lpips.maps(images, shown)
             scores["lpips_max"] = maps[PERCEPTUAL].amax((1, 2))
-        return Scored(made, maps, _numbers(scores), _numbers(parts))
+        return Scored(reconstruction, maps, _numbers(scores), _numbers(parts))
 
 
-def _squares(images: Tensor, made: Tensor) -> Tensor:
-    return (images - made).square().nan_to_num(nan=LARGEST_SQUARE, posinf=LARGEST_SQUARE)
+def _squares(images: Tensor, reconstruction: Tensor) -> Tensor:
+    return (images - reconstruction).square().nan_to_num(nan=LARGEST_SQUARE, posinf=LARGEST_SQUARE)
 
 
 def _numbers(values: dict[str, Tensor]) -> dict[str, np.ndarray]:
@@ -88,17 +104,26 @@ def _numbers(values: dict[str, Tensor]) -> dict[str, np.ndarray]:
 
 
 def negative_elbo(row: dict[str, Any], variance: float) -> float:
-    """Nats per pixel and channel of one sample of the posterior, under a Gaussian of this variance around its
-    reconstruction: (squares / (2 variance) + n / 2 log(2 pi variance) + KL) / n (Kingma and Welling 2014)."""
+    """Return the negative ELBO of an image in nats per pixel and channel, from one sample of the posterior.
+
+    (squares / (2 variance) + n / 2 log(2 pi variance) + KL) / n, for a Gaussian around the reconstruction (Kingma &
+    Welling 2014).
+
+    Args:
+        row: Has `squares` (summed squared error), `kl` (nats) and `numbers` (n, values of the image).
+        variance: Variance of the Gaussian, in [-1, 1] units.
+    """
     count = row["numbers"]
     likelihood = row["squares"] / (2 * variance) + count / 2 * math.log(2 * math.pi * variance)
     return float((likelihood + row["kl"]) / count)
 
 
 def blurred(maps: Tensor, sigma_px: float | None) -> Tensor:
-    """(N, H, W) smoothed by a Gaussian cut at three standard deviations, the border repeated outwards.
+    """Smooth maps by a Gaussian cut at three standard deviations; the border is repeated outwards.
 
-    `sigma_px` None: 1/64 of the shorter side, at least 1.
+    Args:
+        maps: (N, H, W) float32.
+        sigma_px: Standard deviation, px; None takes 1/64 of the shorter side, at least 1.
     """
     sigma = sigma_px or max(1.0, min(maps.shape[1:]) / 64)
     radius = int(3 * sigma + 0.5)

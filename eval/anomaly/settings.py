@@ -12,35 +12,36 @@ Score = Literal["pixel_mean", "pixel_max", "lpips_mean", "lpips_max", "negative_
 
 
 class AnomalySettings(JobSettings):
-    """What a first stage fails to reconstruct, taken as a sign of what it has not seen."""
+    """Which images a first stage fails to reconstruct, as a sign that it was not trained on such images."""
 
     normal: str | None = None
-    """Normal images that the model was not trained on, as DATA; thresholds and the ELBO's scale are taken from them."""
+    """Normal images that the model was not trained on, given like DATA, for thresholds and the ELBO's scale."""
     normal_split: str | None = None
-    """Split of the normal images, as `split` is that of DATA."""
+    """Split of the normal images; `split` is that of DATA."""
     false_positive_rate: Annotated[float, Field(gt=0, lt=1)] = 0.05
-    """Rate of false alarms that the thresholds keep on further normal images."""
+    """Rate of false alarms on further normal images that the thresholds guarantee."""
     normal_class: str | int | None = None
-    """Class of the normal images, by name or number: DATA is then judged by its labels, and of `normal` only this
-    class is taken where it has labels."""
+    """Class of the normal images, by name or number: detection in DATA is then measured by its labels, and only this
+    class of `normal` is used if it has labels."""
     label_column: str = "auto"
     """Column of the classes; auto takes a table's column `label`, or the names of the folders of image files."""
     defects: bool = False
-    """Judge DATA, taken as normal, against copies with pasted defects."""
+    """Take DATA as normal and measure the detection of copies with pasted defects."""
     lpips: Literal["vgg", "alex"] | None = "alex"
     """Network of the LPIPS scores; null leaves them out."""
     blur_px: Annotated[float, Field(gt=0)] | None = None
-    """Standard deviation by which maps of squared error are smoothed; null: 1/64 of the shorter side, at least 1."""
+    """Standard deviation by which maps of squared error are smoothed, px; null takes 1/64 of the shorter side, at least
+    1."""
     rank_by: Score | None = None
-    """Score that chooses the pictures; null takes lpips_max, or pixel_max where LPIPS cannot be had."""
+    """Score that chooses the pictures; null takes lpips_max, or pixel_max if LPIPS is not available."""
     num_pictures: NonNegative = 4
-    """Pictures of each group in the report."""
+    """Number of pictures of each group in the report."""
     maps: bool = False
-    """Write the heat maps of every image as pictures, too."""
+    """Also write the heat maps of every image as pictures."""
 
     def problems(self) -> Iterator[Problem]:
         yield from super().problems()
         if self.defects and self.normal_class is not None:
-            yield Problem("defects", "judges pasted defects and normal_class labels; give one of them")
+            yield Problem("defects", "measures pasted defects, and normal_class labelled ones; give one of them")
         if self.normal_split is not None and self.normal is None:
             yield Problem("normal_split", "there is no normal to split; give normal=DATA")

@@ -1,4 +1,4 @@
-"""latent-ae eval compare"""
+"""latent-ae eval compare: compares results of `eval recon`."""
 
 import argparse
 import json
@@ -10,11 +10,12 @@ from latent_ae_eval.job import add_json, for_stdout, shows_table
 
 DESCRIPTION = """\
 Compare results of `eval recon` with the first of them: differences, their 95 % intervals, and whether they are more
-than chance. A terminal gets a table, a pipe JSON; comparison.json and comparison.html go into a folder. Results of
-different protocols, data, N or seeds are refused."""
+than chance. A terminal gets a table, a pipe JSON; comparison.json and comparison.html are written into a folder.
+Results of different protocols, data, N or seeds are refused."""
 
 
 def main(argv: Sequence[str]) -> int:
+    """Run the command `latent-ae eval compare` and return its exit code. Raises UserError like `compare`."""
     parser = argparse.ArgumentParser(
         prog="latent-ae eval compare",
         description=DESCRIPTION,
@@ -22,9 +23,11 @@ def main(argv: Sequence[str]) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("results", nargs="+", metavar="RESULT", help="a result.json, or the folder that holds one")
-    parser.add_argument("--anyway", action="store_true", help="compare what was not measured in the same way, too")
     parser.add_argument(
-        "--out", metavar="DIR", type=Path, default=Path("compare"), help="where files go; default: compare"
+        "--anyway", action="store_true", help="also compare results that were not measured in the same way"
+    )
+    parser.add_argument(
+        "--out", metavar="DIR", type=Path, default=Path("compare"), help="folder for files; default: compare"
     )
     add_json(parser)
     words = parser.parse_intermixed_args(argv)

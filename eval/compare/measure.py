@@ -1,4 +1,4 @@
-"""Which first stage is better, and which differences are more than chance.
+"""Compares measured first stages: which one is better, and which differences are more than chance.
 
 from latent_ae_eval.compare.measure import compare
 comparison = compare(["runs/a/recon", "runs/b/recon/result.json"])
@@ -34,24 +34,32 @@ CONFIDENCE = 0.95
 RESAMPLES = 2000
 SEED = 0
 CHUNK = 1 << 22
-"""Numbers that are drawn at a time: memory does not grow with resamples x images."""
+"""Number of random numbers drawn at a time, so that memory does not grow with resamples x images."""
 FEWEST_IMAGES = 20
-"""With fewer, a bootstrap's interval is so much too narrow that no verdict is given."""
+"""With fewer images a bootstrap interval is much too narrow, so no verdict is given."""
 
 DIFFERS, CHANCE, UNKNOWN = "differs", "no difference beyond chance", "cannot be told"
 PAIRED, INDEPENDENT, NONE = "paired bootstrap", "independent intervals", "no interval"
 
 
 def compare(results: Sequence[str | Path], *, anyway: bool = False, out: str | Path | None = None) -> dict[str, Any]:
-    """Compares each result with the first, and returns the comparison, JSON-ready.
+    """Compare each result with the first one.
 
-    `results` are files that `eval recon` wrote, or their folders, at least two. With `out`, comparison.json and
-    comparison.html go into that folder. A difference is given with its 95 % interval, and "differs" where that does
-    not hold zero: from a paired bootstrap over images where both have images.parquet of the same images, and from the
-    two results' own intervals otherwise.
+    A difference has a 95 % interval: from a paired bootstrap over images if both results have images.parquet of the
+    same images, and otherwise from the two results' own intervals. Its verdict is "differs" if the interval does not
+    contain zero.
 
-    Raises UserError for a file that is no such result, and for results of different protocols, data, N or seeds
-    unless `anyway`.
+    Args:
+        results: At least two files that `eval recon` wrote, or their folders.
+        anyway: Also compare results of different protocols, data, N or seeds.
+        out: Folder for comparison.json and comparison.html; None writes nothing.
+
+    Returns:
+        The comparison, JSON-ready.
+
+    Raises:
+        UserError: If a file is no such result, the results were not measured in the same way, or `out` cannot be
+            written.
     """
     if not 2 <= len(results) <= len(ascii_uppercase):
         raise UserError(f"compare takes 2 to {len(ascii_uppercase)} results, not {len(results)}")
@@ -73,7 +81,7 @@ def compare(results: Sequence[str | Path], *, anyway: bool = False, out: str | P
 def _compared(
     results: Sequence[Result], obstacles: list[str]
 ) -> tuple[dict[str, Any], dict[str, dict[str, np.ndarray]]]:
-    """The comparison, and by metric and name the differences of each image from the first result's."""
+    """Return the comparison, and each image's differences from the first result, by metric and name."""
     tables: dict[str, ImageTable | NoPairs] = {}
     for result in results:
         try:
@@ -114,7 +122,7 @@ def _compared(
 
 
 def _pairs(a: ImageTable | NoPairs, b: ImageTable | NoPairs) -> tuple[dict[Figure, np.ndarray], str | None]:
-    """The images' differences b - a, or none and the reason."""
+    """Return each image's differences b - a, or none and the reason."""
     for table in (a, b):
         if isinstance(table, NoPairs):
             return {}, str(table)
@@ -126,7 +134,7 @@ def _pairs(a: ImageTable | NoPairs, b: ImageTable | NoPairs) -> tuple[dict[Figur
 
 
 def _differences(a: Result, b: Result, paired: Mapping[Figure, np.ndarray]) -> dict[Figure, dict[str, Any]]:
-    """b - a for every figure that both have."""
+    """Return the rows of b - a for every metric that both have."""
     usable = {figure: values for figure, values in paired.items() if np.isfinite(values).any()}
     intervals = dict(zip(usable, mean_intervals(np.stack(list(usable.values()), 1)), strict=True)) if usable else {}
     rows = {}
@@ -161,9 +169,13 @@ def _differences(a: Result, b: Result, paired: Mapping[Figure, np.ndarray]) -> d
 
 
 def mean_intervals(values: np.ndarray) -> np.ndarray:
-    """(n, m), nan where an image has no value -> (m, 2): the percentile bootstrap's interval of each column's mean.
+    """Return the percentile bootstrap interval of each column's mean. All columns use the same resamples.
 
-    All columns see the same resamples. n = 1 gives an interval of no width.
+    Args:
+        values: (n, m) values of n images, nan where an image has none. n = 1 gives intervals of no width.
+
+    Returns:
+        (m, 2) low and high ends.
     """
     n = len(values)
     known = np.isfinite(values)
@@ -183,7 +195,7 @@ def mean_intervals(values: np.ndarray) -> np.ndarray:
 def _independent(
     difference: float, a: tuple[float, float] | None, b: tuple[float, float] | None
 ) -> tuple[float, float] | None:
-    """From two intervals, as if other images had been drawn for each: half-widths add as squares."""
+    """Return the interval of a difference from two intervals, as if they were of different images: squares add."""
     if a is None or b is None:
         return None
     half = float(np.hypot(a[1] - a[0], b[1] - b[0])) / 2
@@ -200,7 +212,7 @@ def _better(metric: str, a: Result, b: Result, difference: float) -> str | None:
 def _metric(
     results: Sequence[Result], figure: Figure, rows: Mapping[frozenset[str], Mapping[str, Any]]
 ) -> dict[str, Any]:
-    """All results' values of a figure; the best is named only if it is better than every other beyond chance."""
+    """Return all results' values of a metric; the best is named only if it is better than every other beyond chance."""
     kind, metric = figure
     values = {result.label: result.value(kind, metric) for result in results}
     having = [label for label, value in values.items() if value is not None]
@@ -221,7 +233,7 @@ def _metric(
 
 
 def _notes(results: Sequence[Result]) -> list[str]:
-    """What a reader should know although it is no obstacle."""
+    """Return notes on differences that do not prevent a comparison."""
     notes = []
     smallest = min(result.num_images for result in results)
     if smallest < FEWEST_IMAGES:
@@ -238,9 +250,9 @@ def _notes(results: Sequence[Result]) -> list[str]:
             notes.append(f"{result.label} lacks {', '.join(label_of(metric).name for metric in missing)}.")
     versions = [result.document.get("versions") or {} for result in results]
     for package in dict.fromkeys(package for known in versions for package in known):
-        found = [str(known.get(package, "not recorded")) for known in versions]
-        if len(set(found)) > 1:
-            listed = ", ".join(f"{result.label} {text}" for result, text in zip(results, found, strict=True))
+        texts = [str(known.get(package, "not recorded")) for known in versions]
+        if len(set(texts)) > 1:
+            listed = ", ".join(f"{result.label} {text}" for result, text in zip(results, texts, strict=True))
             notes.append(f"Versions of {package} differ: {listed}.")
     own: dict[str, list[str]] = {}
     for result in results:

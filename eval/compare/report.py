@@ -1,4 +1,4 @@
-"""A comparison for people: comparison.html, and a table in plain text."""
+"""Reports of a comparison: comparison.html, and a table in plain text."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -22,15 +22,20 @@ from latent_ae.text import printable
 from latent_ae_eval.table import Row, aligned
 
 EXPLANATION = (
-    "A difference counts as one where its 95 % interval does not hold zero; of twenty comparisons of equal models, "
-    "about one will do so by chance. The paired bootstrap draws images and takes both models' values of each. "
-    "Distances between distributions (rFID, KID, Fréchet) have no value per image: their intervals are combined as if "
-    "each model had seen other images, which makes them rather too wide where both saw the same."
+    "A difference counts if its 95 % interval does not contain zero; of twenty comparisons of equal models, one or so "
+    "will count by chance. The paired bootstrap draws images and takes both models' values of each. Distances between "
+    "distributions (rFID, KID, Fréchet) have no value per image: their intervals are combined as if each model had "
+    "been measured on other images, which makes them too wide if both used the same images."
 )
 
 
 def comparison_page(comparison: Mapping[str, Any], per_image: Mapping[str, Mapping[str, np.ndarray]]) -> str:
-    """One self-contained HTML file. `per_image`: by metric and name, each image's difference from the first result."""
+    """Return the comparison as one self-contained HTML file.
+
+    Args:
+        comparison: A result of `compare`.
+        per_image: Each image's differences from the first result, (n,), by metric and name.
+    """
     results = comparison["results"]
     names = {result["label"]: result["name"] for result in results}
     notes = [f"NOT MEASURED IN THE SAME WAY: {line}" for line in comparison["differing"]] + comparison["notes"]
@@ -76,7 +81,7 @@ def comparison_page(comparison: Mapping[str, Any], per_image: Mapping[str, Mappi
 
 
 def _each(values: Iterable[Any]) -> str:
-    """What all results share, or each one's own."""
+    """Return the value that all results share, or all different values."""
     return " / ".join(dict.fromkeys(map(str, values)))
 
 
@@ -96,7 +101,7 @@ def _figures(comparison: Mapping[str, Any], kind: str, names: Mapping[str, str])
 
 
 def _differences(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
-    """Rows of text, for a page or a terminal."""
+    """Return the differences as rows of text, for a page or a terminal."""
     lines = []
     most = max((row["n"] for row in rows), default=0)
     for row in rows:
@@ -129,7 +134,7 @@ def _difference_tables(comparison: Mapping[str, Any], names: Mapping[str, str]) 
         tables += [
             f"<h3>{page.escape(names[of])}</h3>",
             page.table([{key: line[key] for key in order} for line in lines]),
-            *([page.paragraph(f"All by the same way: {how.pop()}.", soft=True)] if len(how) == 1 else []),
+            *([page.paragraph(f"Method of all: {how.pop()}.", soft=True)] if len(how) == 1 else []),
         ]
     return tables
 
@@ -150,18 +155,18 @@ def _interval_charts(comparison: Mapping[str, Any], names: Mapping[str, str]) ->
 
 
 def comparison_text(comparison: Mapping[str, Any]) -> str:
-    """The differences as an aligned table, under what must not be overlooked."""
+    """Return the differences as an aligned table for a terminal, with obstacles above and notes below."""
     lines = [f"NOT MEASURED IN THE SAME WAY: {line}" for line in comparison["differing"]]
     lines += [f"{result['name']}: {result['path']}" for result in comparison["results"]]
     rows = _differences(comparison["differences"])
     if not rows:
-        return printable("\n".join([*lines, "No figure that two of them have."]), lines=True)
+        return printable("\n".join([*lines, "No two results have a metric in common."]), lines=True)
     how = {row["how"] for row in rows}
     shown = []
     for row in rows:
         remark = row["verdict"] if len(how) == 1 else f"{row['verdict']} ({row['how']})"
         of = f"{row['latent']}, {row['']}"
         shown.append(Row(row["metric"], row["difference"], row["95 % interval"], of, remark))
-    table = [aligned(shown), *([f"\nAll by the same way: {how.pop()}."] if len(how) == 1 else [])]
+    table = [aligned(shown), *([f"\nMethod of all: {how.pop()}."] if len(how) == 1 else [])]
     notes = [f"note: {note}" for note in comparison["notes"]]
     return printable("\n".join([*lines, "", *table, "", *notes]).rstrip(), lines=True)

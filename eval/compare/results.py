@@ -1,4 +1,4 @@
-"""Results of `latent-ae eval recon` as files: read safely, and asked whether they can be compared."""
+"""Reads results of `latent-ae eval recon` safely, and checks whether they can be compared."""
 
 import json
 from collections import Counter
@@ -17,9 +17,9 @@ from latent_ae_eval.job import RECONSTRUCTION_FORMAT
 
 NOT_COMPARED = ("latents", "changed", "changed.latents")
 """Keys of a protocol that may differ: each kind of latent is compared with its own kind only, so a deterministic model
-needs no sample; and `changed` without further keys is an empty one."""
+needs no sample; and `changed` without further keys is empty."""
 AGREEMENT = 1e-4
-"""Relative. A table whose means are further from the result's comes from another measurement."""
+"""Relative tolerance: a table whose means differ more from the result's comes from another measurement."""
 
 
 @dataclass(frozen=True)
@@ -33,28 +33,39 @@ class Result:
 
     @property
     def name(self) -> str:
-        """The label and what the model is called."""
+        """The label and the name of the model."""
         model = self.document["model"]
         return f"{self.label} {short_name(model.get('location'), str(model.get('class') or 'model'))}"
 
     @property
     def num_images(self) -> int:
+        """Number of measured images."""
         return int(self.document["data"]["num_images"])
 
     def value(self, kind: str, metric: str) -> float | None:
+        """Return the value of a metric for a kind of latent, or None."""
         return number((self.document["metrics"].get(kind) or {}).get(metric))
 
     def interval(self, kind: str, metric: str) -> tuple[float, float] | None:
+        """Return the 95 % interval of a metric for a kind of latent, or None."""
         return pair(((self.document.get("intervals") or {}).get(kind) or {}).get(metric))
 
     def figures(self) -> list[tuple[str, str]]:
-        """The latent kinds and metrics that it has."""
-        found = [(kind, metric) for kind, values in self.document["metrics"].items() for metric in values or {}]
-        return [(kind, metric) for kind, metric in found if metric != "n" and self.value(kind, metric) is not None]
+        """Return the latent kinds and metrics of which it has a value."""
+        pairs = [(kind, metric) for kind, values in self.document["metrics"].items() for metric in values or {}]
+        return [(kind, metric) for kind, metric in pairs if metric != "n" and self.value(kind, metric) is not None]
 
 
 def read_result(path: str | Path, label: str) -> Result:
-    """`path` is a result.json or the folder that holds one. Raises UserError that names it for anything else."""
+    """Read a result of `eval recon`.
+
+    Args:
+        path: A result.json, or the folder that holds one.
+        label: Label of the result in the comparison.
+
+    Raises:
+        UserError: If there is no such file, or it holds something else.
+    """
     path = Path(path)
     file = path / "result.json" if path.is_dir() else path
     try:
@@ -90,27 +101,27 @@ def _problem(document: Any) -> str | None:
 
 
 def differing(results: Sequence[Result]) -> list[str]:
-    """What keeps the results from being compared, a line for each thing, with every result's value."""
+    """Return what prevents a comparison, a line for each difference with every result's value."""
     settings = [dict(flattened(result.document["protocol"])) for result in results]
     paths = dict.fromkeys(path for values in settings for path in values if path not in NOT_COMPARED)
     lines = {f"protocol.{path}": [values.get(path) for values in settings] for path in paths}
     lines["number of images"] = [f"{result.num_images:,}" for result in results]
-    found = [_differing_line(name, results, values) for name, values in lines.items() if len(set(values)) > 1]
+    obstacles = [_differing_line(name, results, values) for name, values in lines.items() if len(set(values)) > 1]
     prints = [str(result.document["data"].get("fingerprint") or "") for result in results]
-    if len(set(prints)) > 1 or not all(prints):  # what is not recorded may be anything
-        found.append(_differing_line("data.fingerprint", results, [print_[:16] or None for print_ in prints]))
+    if len(set(prints)) > 1 or not all(prints):  # a fingerprint that is not recorded may be any
+        obstacles.append(_differing_line("data.fingerprint", results, [print_[:16] or None for print_ in prints]))
         choices = [result.document["data"].get("choice") for result in results]
         words = [choice_in_words(choice) if isinstance(choice, dict) else None for choice in choices]
         if len(set(words)) > 1:
-            found.append(
+            obstacles.append(
                 _differing_line("images chosen from the data", results, words)
-                + "; where the data is the same, measure again with the same limit and seed"
+                + "; if the data is the same, measure again with the same limit and seed"
             )
     sampled = [result for result in results if result.document["metrics"].get("sample")]
     seeds = [str(result.document.get("seed")) for result in sampled]
     if len(set(seeds)) > 1:
-        found.append(_differing_line("seed of the posterior's samples", sampled, seeds))
-    return found
+        obstacles.append(_differing_line("seed of the posterior's samples", sampled, seeds))
+    return obstacles
 
 
 def _differing_line(name: str, results: Sequence[Result], values: Sequence[str | None]) -> str:
@@ -122,37 +133,37 @@ def _differing_line(name: str, results: Sequence[Result], values: Sequence[str |
 
 
 class NoPairs(ValueError):
-    """Why images cannot be compared one by one."""
+    """Images cannot be compared one by one; the message is the reason."""
 
 
 @dataclass(frozen=True)
 class ImageTable:
-    """images.parquet: a row per image, ordered by what the image is."""
+    """The content of images.parquet: a row per image, sorted by the images' digests."""
 
     keys: list[tuple[str, int]]
-    """Digest and, of images that are the same byte for byte, which of them; sorted."""
+    """Sorted pairs of a digest and a number, which distinguishes images that are equal byte for byte."""
     columns: Mapping[tuple[str, str], np.ndarray]
-    """By latent kind and metric, float64, nan where an image lacks it."""
+    """(n,) float64 by latent kind and metric, nan where an image has no value."""
 
 
 def read_images(result: Result) -> ImageTable:
-    """The table beside a result. Raises NoPairs where there is none, or one of another measurement."""
+    """Read the table next to a result. Raises NoPairs if there is none, or it belongs to another measurement."""
     from pyarrow import ArrowException
     from pyarrow.parquet import read_table
 
     path = result.path.parent / "images.parquet"
-    wanted = {f"{kind}_{metric}": (kind, metric) for kind, metric in result.figures()}
+    names = {f"{kind}_{metric}": (kind, metric) for kind, metric in result.figures()}
     try:
         table = read_table(path, partitioning=None)
-        seen: Counter[str] = Counter()
+        copies: Counter[str] = Counter()
         rows = []
         for digest in table["digest"].to_pylist():
-            rows.append((digest, seen[digest]))
-            seen[digest] += 1
+            rows.append((digest, copies[digest]))
+            copies[digest] += 1
         order = sorted(range(len(rows)), key=rows.__getitem__)
         columns = {
             figure: table[column].to_numpy().astype(np.float64)[order]
-            for column, figure in wanted.items()
+            for column, figure in names.items()
             if column in table.column_names
         }
     except FileNotFoundError:
@@ -164,12 +175,16 @@ def read_images(result: Result) -> ImageTable:
     for figure, values in columns.items():
         mean = np.nanmean(values) if np.isfinite(values).any() else np.nan
         if not np.isclose(mean, result.value(*figure), rtol=AGREEMENT, atol=1e-9):
-            raise NoPairs(f"{path} holds another {'_'.join(figure)} than its result, so it is of another measurement")
+            raise NoPairs(f"{path} and its result differ in {'_'.join(figure)}: they are of different measurements")
     return ImageTable([rows[position] for position in order], columns)
 
 
 def paired_differences(a: ImageTable, b: ImageTable) -> dict[tuple[str, str], np.ndarray]:
-    """b - a by latent kind and metric, (n,), nan where either lacks it. Raises NoPairs for different images."""
+    """Return b - a by latent kind and metric, (n,), nan where either has no value.
+
+    Raises:
+        NoPairs: If the images differ.
+    """
     if a.keys != b.keys:
         raise NoPairs("their images are not the same")
     return {figure: b.columns[figure] - values for figure, values in a.columns.items() if figure in b.columns}

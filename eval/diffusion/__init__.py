@@ -1,4 +1,4 @@
-"""latent-ae eval diffusion: what the command says; settings, measure and report are modules of their own."""
+"""latent-ae eval diffusion: the command's description; settings, measure and report are separate modules."""
 
 from latent_ae_eval.generation.settings import DiffusionSettings
 from latent_ae_eval.job import Job
@@ -13,11 +13,11 @@ JOB = Job(
 Train a small diffusion transformer (DiT) by flow matching on the first stage's latents, on a fixed budget and seed,
 sample from it through a stock DiTPipeline, and measure the Frechet distance between samples and data, beside that of
 reconstructions and of held-out images. preset=cpu: 32 px images, under eight minutes on two cores. preset=gpu: 256
-px. A terminal gets a table, a pipe JSON; result.json, diffusion.html, samples.png, latents and the pipeline go into a
-folder. A run that was killed goes on from its finished latents and a checkpoint every minute; samples are drawn anew.
-One process.""",
+px. A terminal gets a table, a pipe JSON; result.json, diffusion.html, samples.png, latents and the pipeline are
+written into a folder. The same command again resumes a run that was killed, from its finished latents and a checkpoint
+every minute; samples are drawn again. One process.""",
     examples="""\
 example: latent-ae eval diffusion runs/mine/export /data/cifar10 --out mine
-with latents at hand: latent-ae encode MODEL DATA z/train part=train; latent-ae encode MODEL DATA z/val part=held_out
+with existing latents: latent-ae encode MODEL DATA z/train part=train; latent-ae encode MODEL DATA z/val part=held_out
   latent-ae eval diffusion MODEL DATA latents=z/train held_out_latents=z/val""",
 )

@@ -1,4 +1,4 @@
-"""How well a diffusion model learns a first stage's latents: a small transformer, trained on a fixed budget.
+"""Measures how well a diffusion model learns a first stage's latents: a small transformer on a fixed budget.
 
 from latent_ae_eval.diffusion.measure import evaluate_diffusion
 result = evaluate_diffusion("runs/mine/export", "/data/cifar10", out="mine")
@@ -29,13 +29,24 @@ def evaluate_diffusion(
     out: str | Path | None = None,
     progress: bool = False,
 ) -> dict[str, Any]:
-    """Trains a diffusion model on the latents of `data` and returns how well its samples fit, JSON-ready.
+    """Train a diffusion model on the latents of `data` and measure how well its samples fit the data.
 
-    `model` is a folder, a hub id or an instance of a first stage of diffusers; `data` as on the command line. With
-    `out`, result.json, diffusion.html, samples.png, the latents and a pipeline for `DiTPipeline.from_pretrained` are
-    written there, and a call that was killed goes on from its finished latents and its last checkpoint.
+    With `out`, a call that was killed resumes from its finished latents and its last checkpoint.
 
-    Raises UserError for what cannot be loaded or encoded, latents of another model, and a training that diverges.
+    Args:
+        model: A folder, a hub id, or a first stage of diffusers as a module.
+        data: `photos`, a folder of images, Parquet or WebDataset files, or a hub id.
+        settings: The settings; None takes the defaults.
+        out: Folder for result.json, diffusion.html, samples.png, the latents and a pipeline for
+            `DiTPipeline.from_pretrained`; None writes nothing.
+        progress: Show progress bars.
+
+    Returns:
+        The result, JSON-ready.
+
+    Raises:
+        UserError: If model or data cannot be loaded or encoded or do not fit, latents are of another model, or the
+            training diverges.
     """
     settings = settings or DiffusionSettings()
     with ExitStack() as stack:
@@ -43,12 +54,13 @@ def evaluate_diffusion(
 
 
 class _Job(Generation):
-    """One evaluation."""
+    """The evaluation of a diffusion model."""
 
     def run(self) -> dict[str, Any]:
+        """Run the evaluation and return its result."""
         settings, stage = self.settings, self.stage
         self.check_pipeline()
-        # what can be missing is looked for before anything that takes long
+        # first what may be missing, before anything that takes long
         networks, notes = feature_networks(settings, self.device)
         self.check_data()
         flow = self.flow()

@@ -1,4 +1,4 @@
-"""diffusion.html: what a diffusion model made of a first stage's latents."""
+"""The report of a diffusion model on a first stage's latents."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,7 +20,13 @@ from latent_ae_eval.table import Row, aligned
 
 
 def write_diffusion_page(path: Path, result: Mapping[str, Any], pictures: Mapping[str, Image.Image]) -> None:
-    """Writes one self-contained HTML file, atomically. `result` is what result.json holds. Raises OSError."""
+    """Write diffusion.html, one self-contained file. Raises UserError if it cannot be written.
+
+    Args:
+        path: The file.
+        result: The content of result.json.
+        pictures: A picture of each set of images.
+    """
     model = short_name(result["model"].get("location"), str(result["model"].get("class")))
     data = short_name(result["data"].get("location"), "images")
     latents, recipe, loss = result["latents"], result["recipe"], result["loss"]
@@ -41,7 +47,7 @@ def write_diffusion_page(path: Path, result: Mapping[str, Any], pictures: Mappin
             distance_table(result),
             page.paragraph(
                 "Lower is better. Small: 95 % intervals over the images of both sets; another seed of the training "
-                f"moves the samples' distance besides. {APART_BY_ROOTS}",
+                f"also changes the samples' distance. {APART_BY_ROOTS}",
                 soft=True,
             ),
             page.notes(result["notes"]),
@@ -68,20 +74,20 @@ def write_diffusion_page(path: Path, result: Mapping[str, Any], pictures: Mappin
                 ),
             ),
             page.paragraph(
-                "The trivial predictor knows mean and variance of each latent value and takes them for independent; "
+                "The trivial predictor knows mean and variance of each latent value and takes them as independent; "
                 "1 means that nothing was learned beyond that. It differs between first stages, and so does what is "
-                "left to learn: the judge is the Fréchet distance.",
+                "left to learn, so compare first stages by the Fréchet distance.",
                 soft=True,
             ),
         ),
         *how_measured("How this was measured", result, DiffusionSettings),
     ]
     title = f"{model}: a diffusion model of {data}"
-    page.write(path, page.page(title, sections, subtitle="A first stage, judged by latent-ae eval diffusion."))
+    page.write(path, page.page(title, sections, subtitle="A first stage, measured by latent-ae eval diffusion."))
 
 
 def diffusion_text(result: Mapping[str, Any]) -> str:
-    """The distances as a table for a terminal."""
+    """Return the loss and the distances as a table for a terminal."""
     rows = [Row("loss, relative to the trivial predictor's", f"{result['loss']['relative_loss']:.3f}")]
     return aligned(rows + distance_rows(result))
 

@@ -1,4 +1,4 @@
-"""latent-ae eval factors: what the command says; settings, measure and report are modules of their own."""
+"""latent-ae eval factors: the command's description; settings, measure and report are separate modules."""
 
 from latent_ae_eval.factors.settings import FactorsSettings
 from latent_ae_eval.job import Job
@@ -9,9 +9,9 @@ JOB = Job(
     measure="factors",
     text="factors_text",
     description="""\
-Measure how far each latent dimension stands for one known factor of the images: mutual information of every dimension
+Measure how well single latent dimensions represent known factors of the images: mutual information of every dimension
 and factor, and the mutual information gap. DATA needs a table with an integer column for each factor. A terminal gets
-a table, a pipe JSON; result.json, traversals.png and report.html go into a folder.""",
+a table, a pipe JSON; result.json, traversals.png and report.html are written into a folder.""",
     examples="""\
 example: python -m latent_ae.data.synthetic shapes.parquet
          latent-ae eval factors runs/beta-vae blobs.parquet

@@ -1,4 +1,4 @@
-"""Mutual information between latent dimensions and known factors, and the gap that is left of it."""
+"""Mutual information between latent dimensions and known factors, and the mutual information gap."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -6,47 +6,57 @@ from typing import Any, NamedTuple
 import numpy as np
 
 BINS = 20
-"""Bins of equal width between each dimension's least and largest value (Locatello et al. 2019)."""
+"""Number of bins of equal width between each dimension's smallest and largest value (Locatello et al. 2019)."""
 
 
 class Gap(NamedTuple):
-    """How much more the most informative dimension tells of a factor than the next one."""
+    """How much more informative the best dimension is about a factor than the next one."""
 
     value: float
-    """Mutual information relative to the factor's entropy."""
+    """Difference of mutual information, relative to the factor's entropy."""
     dimension: int
-    """The most informative one."""
+    """The most informative dimension."""
 
 
 def binned(codes: np.ndarray, bins: int = BINS) -> np.ndarray:
-    """(N, D) numbers -> (N, D) integers from 0 to bins - 1; a dimension that never varies is 0."""
+    """Return the bins of (N, D) numbers, (N, D) integers from 0 to bins - 1; a constant dimension is 0."""
     low, high = codes.min(0), codes.max(0)
     width = np.where(high > low, high - low, 1.0)
     return np.minimum((codes - low) / width * bins, bins - 1).astype(np.int64)
 
 
 def mutual_information(codes: np.ndarray, factors: np.ndarray) -> np.ndarray:
-    """(D, K) nats, of (N, D) and (N, K) non-negative integers: that of the N pairs' own frequencies."""
-    found = np.empty((codes.shape[1], factors.shape[1]))
+    """Return the mutual information of each dimension and factor, from the frequencies of their pairs.
+
+    Args:
+        codes: (N, D) non-negative integers.
+        factors: (N, K) non-negative integers.
+
+    Returns:
+        (D, K) nats.
+    """
+    information = np.empty((codes.shape[1], factors.shape[1]))
     for k, factor in enumerate(factors.T):
         values = int(factor.max()) + 1
         marginal = entropy(np.bincount(factor))
         for d, code in enumerate(codes.T):
             joint = np.bincount(code * values + factor)
-            found[d, k] = entropy(np.bincount(code)) + marginal - entropy(joint)
-    return np.maximum(found, 0.0)  # rounding
+            information[d, k] = entropy(np.bincount(code)) + marginal - entropy(joint)
+    return np.maximum(information, 0.0)  # rounding errors may be negative
 
 
 def entropy(counts: np.ndarray) -> float:
-    """Nats, of how often each value occurs."""
+    """Return the entropy in nats of a distribution, from how often each value occurs."""
     shares = counts[counts > 0] / counts.sum()
     return float(-(shares * np.log(shares)).sum())
 
 
 def gaps(information: np.ndarray, entropies: np.ndarray) -> list[Gap]:
-    """The mutual information gap of each factor (Chen et al. 2018, eq. 6): (I of the best - I of the next) / H.
+    """Return the mutual information gap of each factor (Chen et al. 2018, eq. 6): (best - next I) / H.
 
-    `information` (D, K) and `entropies` (K,) in nats. Of one dimension, the next is 0.
+    Args:
+        information: (D, K) mutual information, nats. With one dimension the next I is 0.
+        entropies: (K,) entropies H of the factors, nats.
     """
     padded = np.vstack([information, np.zeros_like(information[:1])])
     order = np.argsort(-padded, axis=0, kind="stable")[:2]
@@ -55,10 +65,13 @@ def gaps(information: np.ndarray, entropies: np.ndarray) -> list[Gap]:
 
 
 def gaussian_total_correlation(codes: np.ndarray) -> float:
-    """-ln det R / 2 nats, R the correlations of (N, D) numbers: the total correlation of the Gaussian fitted to them.
+    """Return the total correlation of the Gaussian fitted to codes, -ln det R / 2 nats with R their correlations.
 
-    As Locatello et al. 2019 measure it; what is not linear stays unseen. Dimensions that never vary are left out; where
-    others are copies of each other it is infinite, and computed as far as float64 goes.
+    Locatello et al. 2019 measure it so; dependences that are not linear are not seen. Constant dimensions are left out.
+    If dimensions are copies of each other it is infinite, and computed as far as float64 allows.
+
+    Args:
+        codes: (N, D) numbers.
     """
     varying = codes[:, np.ptp(codes, 0) > 0].astype(np.float64)
     if varying.shape[1] < 2:
@@ -68,17 +81,20 @@ def gaussian_total_correlation(codes: np.ndarray) -> float:
 
 
 def measured(codes: np.ndarray, factors: np.ndarray, names: Sequence[str]) -> dict[str, Any]:
-    """Mutual information, each factor's gap and their mean (MIG), and the total correlation; JSON-ready.
+    """Return mutual information, each factor's gap, their mean (MIG), and the total correlation, JSON-ready.
 
-    `codes` (N, D) float, `factors` (N, K) non-negative integers.
+    Args:
+        codes: (N, D) float.
+        factors: (N, K) non-negative integers.
+        names: Names of the K factors.
     """
     information = mutual_information(binned(codes), factors)
     entropies = np.array([entropy(np.bincount(factor)) for factor in factors.T])
-    found = gaps(information, entropies)
+    each = gaps(information, entropies)
     return {
-        "mig": float(np.mean([gap.value for gap in found])),
-        "gaps": {name: gap.value for name, gap in zip(names, found, strict=True)},
-        "dimensions": {name: gap.dimension for name, gap in zip(names, found, strict=True)},
+        "mig": float(np.mean([gap.value for gap in each])),
+        "gaps": {name: gap.value for name, gap in zip(names, each, strict=True)},
+        "dimensions": {name: gap.dimension for name, gap in zip(names, each, strict=True)},
         "total_correlation": gaussian_total_correlation(codes),
         "mutual_information": information.tolist(),
     }

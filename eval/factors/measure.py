@@ -1,4 +1,4 @@
-"""Which latent dimension stands for which known factor of the images, and how far for that one alone.
+"""Measures which latent dimensions represent which known factors of the images, and how separately.
 
 from latent_ae_eval.factors.measure import factors
 result = factors("runs/beta-vae", "blobs.parquet", out="factors")
@@ -41,11 +41,11 @@ FORMAT = "latent-ae factors 1"
 MOST_DIMENSIONS = 1024
 MOST_VALUES = 1000
 ACTIVE = 0.01
-"""Variance of a dimension's posterior mean over images from which on it is active (Burda et al. 2016)."""
+"""A dimension is active if its posterior mean has a larger variance over images than this (Burda et al. 2016)."""
 TRAVERSED = 12
-"""At most so many dimensions in the picture, those that vary most."""
+"""Largest number of dimensions in the picture, those that vary most."""
 BIASED = 0.02
-"""Mutual information of unrelated things, relative to a factor's entropy, that is worth a word."""
+"""Bias of the mutual information by chance, relative to a factor's entropy, above which a note is given."""
 
 
 @torch.no_grad()
@@ -57,11 +57,21 @@ def factors(
     out: str | Path | None = None,
     progress: bool = False,
 ) -> dict[str, Any]:
-    """Mutual information of latent dimensions and factors, and the mutual information gap; JSON-ready.
+    """Measure mutual information of latent dimensions and factors, and the mutual information gap. Runs on one process.
 
-    With `out`, writes result.json, traversals.png and report.html there. Raises UserError for a model without a
-    Gaussian posterior, data without columns of integers, images of several sizes, latents of more than
-    `MOST_DIMENSIONS` numbers, and several processes.
+    Args:
+        model: A folder, a hub id, or a first stage of diffusers as a module, with a Gaussian posterior.
+        data: A table with a column of integers or classes for each factor.
+        settings: The settings; None takes the defaults.
+        out: Folder for result.json, traversals.png and report.html; None writes nothing.
+        progress: Show a progress bar.
+
+    Returns:
+        The result, JSON-ready.
+
+    Raises:
+        UserError: If the model has no Gaussian posterior or more than `MOST_DIMENSIONS` latent values, data have no
+            factors or several sizes, or several processes were launched.
     """
     settings = settings or FactorsSettings()
     device, stage, folder = opened("factors", model, settings, out)
@@ -86,8 +96,8 @@ def factors(
     notes = []
     if chance[worst] > BIASED * entropies[worst]:
         notes.append(
-            f"{len(rows):,} images are few: by chance alone a dimension seems to tell about {chance[worst]:.2f} nats "
-            f"of {names[worst]} ({chance[worst] / entropies[worst]:.0%} of its entropy)"
+            f"{len(rows):,} images are few: by chance alone a dimension shows about {chance[worst]:.2f} nats of "
+            f"information about {names[worst]} ({chance[worst] / entropies[worst]:.0%} of its entropy)"
         )
     result: dict[str, Any] = {
         "format": FORMAT,
@@ -130,7 +140,7 @@ def factors(
 
 
 def _factors(source: StoredImages, data: str, settings: FactorsSettings) -> tuple[list[str], np.ndarray]:
-    """Names of the factors, and the values of every image: (N, K)."""
+    """Return the names of the factors, and the values of every image, (N, K)."""
     if not isinstance(source, TableSource):
         raise UserError(f"{data} is not a table: eval factors needs one with an integer column for each factor")
     columns = source.others.features
@@ -148,12 +158,12 @@ def _factors(source: StoredImages, data: str, settings: FactorsSettings) -> tupl
             f"factors: {missing[0]} is no column of integers or classes of {data}; it has "
             f"{', '.join(integers) or 'none'}"
         )
-    found = [find_classes(source, source, name) for name in names]
-    return names, np.stack([classes.labels for classes in found if classes is not None], 1)
+    columns_of = [find_classes(source, source, name) for name in names]
+    return names, np.stack([classes.labels for classes in columns_of if classes is not None], 1)
 
 
 def _numbered(labels: np.ndarray, names: Sequence[str], data: str) -> np.ndarray:
-    """Each factor's values as 0, 1, ... in their order."""
+    """Return each factor's values numbered 0, 1, ... in their order, (N, K)."""
     columns = []
     for name, column in zip(names, labels.T, strict=True):
         known, numbers = np.unique(column, return_inverse=True)
@@ -170,15 +180,15 @@ def _numbered(labels: np.ndarray, names: Sequence[str], data: str) -> np.ndarray
 def _codes(
     stage: FirstStage, source: StoredImages, settings: FactorsSettings, data: str, device: torch.device, progress: bool
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, torch.Size, list[str]]:
-    """Means and samples (N, D) of the readable images, their numbers, the latent's shape and what was skipped."""
+    """Return means and samples, (N, D), of readable images, their numbers, the latent's shape and skipped images."""
     bad: list[str] = []
-    seen = watched(images_for(stage, source, settings, data), len(source), "factors: latents", bad, progress)
+    items_read = watched(images_for(stage, source, settings, data), len(source), "factors: latents", bad, progress)
     means: list[np.ndarray] = []
     samples: list[np.ndarray] = []
     rows: list[int] = []
     shape = torch.Size()
     assert stage.module is not None
-    for items, batch in batches(seen, settings.batch_size, device):
+    for items, batch in batches(items_read, settings.batch_size, device):
         batch = batch.to(device, stage.dtype)
         mean = draw(stage.module, batch, None).latent
         if shape and mean.shape[1:] != shape:
@@ -207,7 +217,10 @@ def _traversals(
     settings: FactorsSettings,
     device: torch.device,
 ) -> Image.Image | None:
-    """A row for each dimension: it goes from -2 to 2, the others stay as they are in `latent`. None: none is active."""
+    """Return a picture with a row for each dimension, which goes from -2 to 2 while the others stay as in `latent`.
+
+    None if no dimension is active.
+    """
     if not len(shown):
         return None
     steps = torch.linspace(-2, 2, settings.steps)

@@ -1,4 +1,4 @@
-"""report.html of factors: the gaps, the mutual information as a heat map, and what each dimension does to an image."""
+"""The report of factors: the gaps, the mutual information as a heat map, and the effect of each dimension."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,33 +12,39 @@ from latent_ae_eval.table import Row, aligned
 
 MOST_ROWS = 32
 ABOUT = (
-    "Mutual information gap of a factor: how much more the most informative dimension tells of it than the next one, "
-    "as a part of the factor's entropy (Chen et al. 2018). 1: one dimension tells all of it and no other any; 0: two "
-    "dimensions tell equally much. MIG is the mean. A sample also counts the posterior's noise, which hides what a "
-    "dimension tells by changes too small for the decoder to see."
+    "Mutual information gap of a factor: how much more informative the best dimension is about it than the next one, "
+    "as a fraction of the factor's entropy (Chen et al. 2018). 1: one dimension has all the information and no other "
+    "any; 0: two dimensions have equally much. MIG is the mean. A sample includes the posterior's noise, which hides "
+    "information in changes too small for the decoder to see."
 )
 TRAVERSED = (
     "Each row moves one active dimension from -2 to 2 standard deviations of the prior and leaves the others as they "
-    "are in image {image}. Named are the factors of which no other dimension tells more."
+    "are in image {image}. A row names the factors about which its dimension is the most informative."
 )
 
 
 def factors_text(result: Mapping[str, Any]) -> str:
-    """The gaps as a table for a terminal."""
+    """Return the gaps as a table for a terminal."""
     kinds = {"mean": result["mean"], "sample": result["sample"]}
     rows = [Row("images", f"{result['data']['images']:,}")]
-    rows += [Row("MIG", f"{found['mig']:.3f}", "", kind) for kind, found in kinds.items()]
+    rows += [Row("MIG", f"{values['mig']:.3f}", "", kind) for kind, values in kinds.items()]
     for name in result["data"]["factors"]:
-        for kind, found in kinds.items():
-            teller = f"dimension {found['dimensions'][name]}"
-            rows.append(Row(f"gap of {name}", f"{found['gaps'][name]:.3f}", teller, kind))
+        for kind, values in kinds.items():
+            best = f"dimension {values['dimensions'][name]}"
+            rows.append(Row(f"gap of {name}", f"{values['gaps'][name]:.3f}", best, kind))
     rows.append(Row("total correlation (nats)", f"{result['sample']['total_correlation']:.3f}", "", "sample"))
     rows.append(Row("active dimensions", f"{len(result['active_dimensions'])} of {len(result['variances'])}"))
-    return aligned(rows, "that tells most")
+    return aligned(rows, "most informative")
 
 
 def write_factors_report(path: Path, result: Mapping[str, Any], picture: Image.Image | None) -> None:
-    """Writes one self-contained HTML file, atomically. Raises OSError where it cannot be written."""
+    """Write report.html, one self-contained file. Raises UserError if it cannot be written.
+
+    Args:
+        path: The file.
+        result: The content of result.json.
+        picture: The traversals, or None.
+    """
     model = short_name(result["model"].get("location"), str(result["model"].get("class")))
     data, mean, sample = result["data"], result["mean"], result["sample"]
     facts = {
@@ -57,8 +63,8 @@ def write_factors_report(path: Path, result: Mapping[str, Any], picture: Image.I
             "values": count,
             "entropy (nats)": f"{data['entropies'][name]:.2f}",
             **{
-                f"gap, {kind}": page.estimate(f"{found['gaps'][name]:.3f}", f"dimension {found['dimensions'][name]}")
-                for kind, found in (("mean", mean), ("sample", sample))
+                f"gap, {kind}": page.estimate(f"{values['gaps'][name]:.3f}", f"dimension {values['dimensions'][name]}")
+                for kind, values in (("mean", mean), ("sample", sample))
             },
         }
         for name, count in data["factors"].items()
@@ -74,14 +80,14 @@ def write_factors_report(path: Path, result: Mapping[str, Any], picture: Image.I
     names = list(data["factors"])
     entropies = [data["entropies"][name] for name in names]
     charts = []
-    for kind, found in (("the mean", mean), ("a sample", sample)):
-        parts = [[value / h for value, h in zip(row, entropies, strict=True)] for row in found["mutual_information"]]
+    for kind, values in (("the mean", mean), ("a sample", sample)):
+        parts = [[value / h for value, h in zip(row, entropies, strict=True)] for row in values["mutual_information"]]
         order = sorted(range(len(parts)), key=lambda d: -max(parts[d]))[:MOST_ROWS]
         rows = {str(d): parts[d] for d in sorted(order)}
         charts.append(page.heat_map(rows, names, title=f"of {kind}", y_label="latent dimension"))
     about = page.paragraph(
         "Mutual information of each dimension and factor, in percent of the factor's entropy"
-        + (f"; the {MOST_ROWS} dimensions that tell most." if len(result["variances"]) > MOST_ROWS else "."),
+        + (f"; the {MOST_ROWS} most informative dimensions." if len(result["variances"]) > MOST_ROWS else "."),
         soft=True,
     )
     sections.append(page.section("Mutual information", about, page.grid(*charts)))

@@ -10,17 +10,17 @@ from latent_ae_eval.settings import JobSettings
 
 
 class FactorsSettings(JobSettings):
-    """Which latent dimension stands for which known factor."""
+    """Which latent dimensions represent which known factors."""
 
     factors: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
-    """Columns of integers or classes; null takes all that the table has."""
+    """Columns of integers or classes; null takes all of them."""
     traversed: NonNegative | None = None
-    """Number of the image whose latent's dimensions are moved in the picture, counted from 0 over those that `limit`
-    chooses; null: the middle one."""
+    """Number of the image whose latent's dimensions are moved in the picture, counted from 0 over the images that
+    `limit` chooses; null takes the middle one."""
     steps: Annotated[int, Field(ge=3)] = 9
-    """Points of each row of that picture."""
+    """Number of images in each row of that picture."""
 
     def problems(self) -> Iterator[Problem]:
         yield from super().problems()
         if self.factors is not None and len(set(self.factors)) < len(self.factors):
-            yield Problem("factors", "names one twice")
+            yield Problem("factors", "has the same value twice; give each once")

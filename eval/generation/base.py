@@ -1,5 +1,5 @@
-"""What those who model a first stage's latents have in common: latents of both parts of the data, a flow fitted to
-them, and sets of images that are compared."""
+"""The common part of evaluations that model latents: latents of both parts of the data, a flow fitted to them, and sets
+of images that are compared."""
 
 import hashlib
 import json
@@ -45,14 +45,14 @@ Part = Literal["train", "held_out"]
 PARTS: tuple[Part, ...] = ("train", "held_out")
 LARGE_MEAN, FAR_STD = 0.5, 2.0
 COMPARED = 16
-"""Files of DATA that are looked for among given latents."""
+"""Number of files of DATA that are searched among existing latents."""
 LOSSES = ("loss", "relative_loss", "loss_by_time", "relative_loss_by_time")
 PageWriter = Callable[[Path, Mapping[str, Any], Mapping[str, Image.Image]], None]
 Job = TypeVar("Job", bound="Generation")
 
 
 class Flow(NamedTuple):
-    """A transformer trained on latents, and what it was trained and judged on."""
+    """A transformer trained on latents, its training and validation data, and its loss curve."""
 
     train: LatentCache
     held_out: LatentCache
@@ -62,7 +62,7 @@ class Flow(NamedTuple):
     curve: list[dict[str, Any]]
 
     def describe(self, settings: DiffusionSettings) -> dict[str, Any]:
-        """What a result says of it, JSON-ready."""
+        """Return how a result describes it, JSON-ready."""
         train, trivial, model = self.train, self.trivial, self.trainer.model
         own = {"patch_size": model.config.patch_size, "parameters": sum(p.numel() for p in model.parameters())}
         return {
@@ -93,7 +93,21 @@ def begin(
     out: str | Path | None,
     progress: bool,
 ) -> Job:
-    """A job on one process, in a folder of its own until `stack` ends. Raises UserError for several processes."""
+    """Begin an evaluation on one process, in a folder that is locked until `stack` ends.
+
+    Args:
+        stack: Holds the lock and the arithmetic settings.
+        kind: The class of the evaluation.
+        command: Its name, for messages.
+        model: A folder, a hub id, or a first stage of diffusers as a module.
+        data: The location of the images; may be empty.
+        settings: The settings.
+        out: The folder; None takes a temporary one.
+        progress: Show progress bars.
+
+    Raises:
+        UserError: If several processes were launched, the model cannot be loaded, or the folder cannot be used.
+    """
     state, device = processes(settings.device)
     if state.num_processes > 1:
         raise UserError(
@@ -106,13 +120,13 @@ def begin(
         raise UserError(f"eval {command} needs latents, and the function {stage.name} has none; give a first stage")
     # encoded and sampled as the saved pipeline will be: convolutions round differently in another layout
     stage.module.to(memory_format=torch.contiguous_format)
-    # TF32 convolutions would move the third digit of what is encoded and measured
+    # TF32 convolutions would change the third digit of latents and results
     stack.enter_context(float32_arithmetic(repeatable=True))
     return kind(model, stage, data, settings, device, _taken(stack, out), progress)
 
 
 def _taken(stack: ExitStack, out: str | Path | None) -> Path:
-    """A folder that is nobody else's."""
+    """Return a folder that no other evaluation writes into until `stack` ends."""
     if out is None:
         return Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="latent-ae-")))
     folder = Path(out).expanduser()
@@ -127,7 +141,7 @@ def _taken(stack: ExitStack, out: str | Path | None) -> Path:
 
 @dataclass
 class Generation:
-    """Parts of an evaluation of what is generated."""
+    """Base class of the evaluations that generate images."""
 
     model: str | Path | nn.Module
     stage: FirstStage
@@ -138,12 +152,12 @@ class Generation:
     progress: bool
     seconds: dict[str, float] = field(default_factory=dict)
     processor_seconds: dict[str, float] = field(default_factory=dict)
-    """Processor time of this process, not of those that decode images."""
+    """Processor time of this process, without the workers that decode images."""
     choices: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """How the images that samples are compared with were chosen, by part of the data: see rng.choice_facts."""
+    """The choice of the images with which samples are compared, by part of the data; see rng.choice_facts."""
 
     def check_pipeline(self) -> None:
-        """Raises UserError for a first stage that DiTPipeline cannot decode with."""
+        """Raise UserError if DiTPipeline cannot decode with the first stage."""
         assert self.stage.module is not None
         if not self.stage.module.config.get("scaling_factor"):
             raise UserError(
@@ -152,7 +166,7 @@ class Generation:
             )
 
     def check_data(self) -> None:
-        """Raises UserError for images that samples cannot be compared with."""
+        """Raise UserError if samples cannot be compared with the images."""
         if self.stage.channels not in (1, 3):
             raise UserError(
                 f"images of {self.stage.channels} channels have no features to compare samples by; 1 or 3 are needed"
@@ -164,7 +178,11 @@ class Generation:
             raise UserError(f"DATA: {self.data} holds too few images to hold out two of them")
 
     def flow(self) -> Flow:
-        """Encodes what is missing and trains, from where a killed training left off."""
+        """Encode missing latents and train a flow; a training that was killed is resumed.
+
+        Raises:
+            UserError: If images cannot be encoded, latents do not fit, or the training diverges.
+        """
         settings = self.settings
         with self.timed("encode"):
             train, held_out = (self.latents(part) for part in PARTS)
@@ -182,42 +200,55 @@ class Generation:
     def compared(
         self, samples: ImageSet, networks: dict[str, Features], count: int
     ) -> tuple[dict[str, ImageSet], dict[str, dict[str, Any]], dict[str, dict[str, list[float]]]]:
-        """Samples beside `count` images trained on, as many held out where there are, and reconstructions of these:
-        the sets, and the values and intervals of `distances`."""
+        """Measure distances of samples, and beside them those of held-out images and their reconstructions.
+
+        Args:
+            samples: The samples.
+            networks: Feature networks by the name of the distance.
+            count: Number of training images to compare with; as many held-out images are taken if there are.
+
+        Returns:
+            The sets, and the values and intervals of `distances`.
+        """
         with self.timed("measure"):
             sets = {"samples": samples}
             sets["reference"] = self.image_set(self._images("train", count), networks, count, "images")
             count = min(count, len(self.source("held_out")))
             sets["held_out"] = self.image_set(self._images("held_out", count), networks, count, "held-out images")
-            made = (self._reconstructed(images) for images in self._images("held_out", count))
-            sets["reconstructions"] = self.image_set(made, networks, count, "reconstructions")
+            reconstructions = (self._reconstructed(images) for images in self._images("held_out", count))
+            sets["reconstructions"] = self.image_set(reconstructions, networks, count, "reconstructions")
             return sets, *distances(sets)
 
     def image_set(self, batches: Iterable[Tensor], networks: dict[str, Features], count: int, what: str) -> ImageSet:
+        """Call `sampling.image_set` with a progress bar named `what`."""
         with self.bar(what, count) as bar:
             return image_set(batches, networks, count, bar.update)
 
     def notes(self, metrics: dict[str, Any]) -> list[str]:
-        """On distances of few images."""
+        """Return notes on distances that were measured on few images."""
         notes = []
         if "fid" in metrics["samples"] and metrics["samples"]["n"] < RELIABLE_IMAGES:
             notes.append(
                 f"fid: {metrics['samples']['n']:,} images are fewer than Inception has features ({RELIABLE_IMAGES:,}): "
                 "biased upwards, and not to be compared with values at another number"
             )
-        wanted = self.settings.chosen("samples")
+        requested = self.settings.chosen("samples")
         return notes + [
-            f"{kind}: {metrics[kind]['n']:,} images, fewer than samples={wanted:,}; a Fréchet distance of fewer images "
-            "is larger"
+            f"{kind}: {metrics[kind]['n']:,} images, fewer than samples={requested:,}; a Fréchet distance of fewer "
+            "images is larger"
             for kind in KINDS
-            if metrics[kind]["n"] < wanted
+            if metrics[kind]["n"] < requested
         ]
 
     def latents(self, part: Part) -> LatentCache:
-        """Those that were given, or those of the folder, which are encoded where they are missing."""
-        given = self.settings.latents if part == "train" else self.settings.held_out_latents
-        folder = Path(given).expanduser() if given else self.folder / "latents" / part
-        if not given:
+        """Return the latents that the settings name, or those in the folder, which are encoded if they are missing.
+
+        Raises:
+            UserError: If images cannot be encoded, or the latents are of another model or framing.
+        """
+        existing = self.settings.latents if part == "train" else self.settings.held_out_latents
+        folder = Path(existing).expanduser() if existing else self.folder / "latents" / part
+        if not existing:
             source = self.model if isinstance(self.model, nn.Module) else str(self.model)
             try:
                 encode_images(source, self.data, folder, self.settings.encoding(part), progress=self.progress)
@@ -233,24 +264,24 @@ class Generation:
         return cache
 
     def check_images(self, cache: LatentCache, part: Part) -> None:
-        """Raises UserError for given latents of other images than DATA's."""
+        """Raise UserError if the latents that the settings name are of other images than DATA's."""
         key = "latents" if part == "train" else "held_out_latents"
         if getattr(self.settings, key) and not self._holds_images_of(cache, part):
             location = cache.manifest["data"]["location"]
             raise UserError(f"{key}: {cache.folder} holds latents of other images ({location}) than {self.data}")
 
     def _holds_images_of(self, cache: LatentCache, part: Part) -> bool:
-        """Whether there are as many files, and most of a few of DATA's are among those encoded, by their content."""
+        """Return whether the numbers of files are equal and most of a few of DATA's files were encoded."""
         source = self.source(part)
         if len(source) != cache.manifest["data"]["num_files"]:
             return False
         encoded = set(cache.dataset.data.column("digest").to_pylist())
         drawn = [int(row) for row in spread(CHOICE_SEED, len(source), COMPARED)]
-        found = 0
+        matches = 0
         for row in drawn:
             with suppress(ImageError):
-                found += digest_of(source.read(row)) in encoded
-        return 2 * found > len(drawn)
+                matches += digest_of(source.read(row)) in encoded
+        return 2 * matches > len(drawn)
 
     def _check_latents(self, train: LatentCache, held_out: LatentCache) -> None:
         patch = self.settings.chosen("patch_size")
@@ -258,7 +289,7 @@ class Generation:
             raise UserError(f"patch_size: {patch} does not divide the latents' side of {train.shape[1]}")
         digests = [cache.dataset.data.column("digest").to_pylist() for cache in (train, held_out)]
         shared = len(set(digests[0]) & set(digests[1]))
-        if 2 * shared > len(held_out):  # some are twice in many data sets
+        if 2 * shared > len(held_out):  # many data sets hold some images twice
             raise UserError(
                 f"held_out_latents: {shared} of its {len(held_out)} images are among those trained on; encode with "
                 "part=train and part=held_out"
@@ -271,16 +302,17 @@ class Generation:
             )
 
     def source(self, part: Part) -> StoredImages:
+        """Open the images of a part of the data. Raises UserError if they cannot be opened."""
         try:
             source = open_images(self.settings.encoding(part).data(self.data), part)
         except UserError as error:
-            # the settings have other names here than in training
+            # the settings of evaluations have other names than those of training
             raise UserError(str(error).replace("data.source", "DATA").replace("data.", "")) from error
         assert not isinstance(source, StreamSource)
         return source
 
     def _images(self, part: Part, count: int) -> Iterator[Tensor]:
-        """Batches of `count` images, drawn once for all, framed as the latents' were: uint8 NCHW."""
+        """Yield batches of `count` images, always the same ones, framed like the latents': (N, C, H, W) uint8."""
         encoding = self.settings.encoding(part)
         source, self.choices[part] = part_of(self.source(part), count, CHOICE_SEED)
         images = HeldOutImages(
@@ -304,13 +336,13 @@ class Generation:
         return to_uint8(self.stage.reconstruct(images.to(self.device).float() / 127.5 - 1).cpu())
 
     def _key(self, train: LatentCache, held_out: LatentCache) -> str:
-        """All that the trained weights depend on."""
+        """Return a digest of everything that the trained weights depend on."""
         parts = [self.settings.recipe(), self.settings.seed, self.settings.validations, versions(), self.stage.sha256]
         made = [(fingerprint(cache), cache.manifest["made_from"]["settings"]) for cache in (train, held_out)]
         return hashlib.sha256(json.dumps([parts, made], sort_keys=True).encode()).hexdigest()
 
     def facts(self) -> dict[str, Any]:
-        """How a result came to be, JSON-ready."""
+        """Return how a result was computed, JSON-ready."""
         settings = self.settings
         return {
             "seed": settings.seed,
@@ -323,7 +355,17 @@ class Generation:
         }
 
     def write(self, result: dict[str, Any], sets: dict[str, ImageSet], page: str, write_page: PageWriter) -> None:
-        """result.json, samples.png and the page; what an unfinished training left is removed."""
+        """Write result.json, samples.png and the page, and remove the checkpoint of the training.
+
+        Args:
+            result: The result.
+            sets: The sets of images, of which pictures are shown.
+            page: Name of the page's file.
+            write_page: Writes the page.
+
+        Raises:
+            UserError: If a file cannot be written.
+        """
         folder = self.folder
         pictures = {name: picture_grid([list(row) for row in one.shown.split(GRID)]) for name, one in sets.items()}
         with written_into(folder, ["result.json", "samples.png", page]):
@@ -335,7 +377,7 @@ class Generation:
                 (folder / "unfinished").rmdir()
 
     def save(self, pipeline: DiTPipeline) -> None:
-        """For `DiTPipeline.from_pretrained`."""
+        """Save a pipeline for `DiTPipeline.from_pretrained`. Raises UserError if it cannot be written."""
         try:
             pipeline.save_pretrained(self.folder / "pipeline")
         except OSError as error:
@@ -343,15 +385,17 @@ class Generation:
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
+        """Record the time of a `with` block in `seconds` and `processor_seconds`."""
         started, used = time.perf_counter(), time.process_time()
         yield
         self.seconds[name] = round(time.perf_counter() - started, 1)
         self.processor_seconds[name] = round(time.process_time() - used, 1)
 
     def bar(self, what: str, total: int) -> tqdm:
+        """Return a progress bar over `total` images."""
         return progress_bar(what, total, "image", disable=not self.progress)
 
 
 def fingerprint(cache: LatentCache) -> str:
-    """The fingerprint of a cache's images."""
+    """Return the fingerprint of a cache's images."""
     return str(cache.manifest["data"]["fingerprint"])

@@ -1,8 +1,8 @@
-"""Flow matching on cached latents: what a training sample is, and how a model is judged.
+"""Flow matching on cached latents: training samples, and validation of a model.
 
 Time t goes from 0 (latent) to 1 (noise): x_t = (1 - t) x_0 + t noise, and the model predicts the velocity noise - x_0
-(rectified flow: Liu et al. 2022; the convention of diffusers' flow_prediction). All of a sample (image, flip, posterior
-noise, noise, time, whether its class is dropped) is a function of the seed and the sample's number.
+(rectified flow: Liu et al. 2022; the convention of diffusers' flow_prediction). All random choices for a sample (image,
+flip, posterior noise, noise, time, whether its class is dropped) are functions of the seed and the sample's number.
 """
 
 from collections.abc import Sequence
@@ -18,42 +18,51 @@ from latent_ae.latents.cache import LatentCache
 from latent_ae_eval.generation.settings import DiffusionSettings
 
 NULL_CLASS = 1000
-"""That DiTPipeline takes for guidance, whatever the number of classes."""
+"""The null class of DiTPipeline's guidance, whatever the number of classes."""
 CLASS_DROPOUT = 0.1
 TIMES = 1000
-"""The model is given 1000 t, as a scheduler does."""
+"""The model gets 1000 t as its timestep, as from a scheduler."""
 BINS = 10
 CHOICE_SEED = 0
-"""Chooses the images that stand for all: the same for every seed of a run, so that runs differ by training only."""
+"""Seed of the choice of images, the same for every seed of a run, so that runs differ by training only."""
 VALIDATION, STATISTICS = 2**61, 2**62
-"""Where the numbers of samples that are not trained on begin."""
+"""First numbers of samples that are not trained on."""
 
 
 class FlowBatch(NamedTuple):
-    """What the model sees and what it should say."""
+    """Inputs and target of the model for N samples."""
 
     x: Tensor
-    """x_t (N, C, h, w)."""
+    """x_t, (N, C, h, w)."""
     t: Tensor
     """(N,) in [0, 1]."""
     classes: Tensor
     """(N,) int64."""
     velocity: Tensor
-    """noise - x_0, like x."""
+    """noise - x_0, (N, C, h, w)."""
 
     def to(self, device: torch.device) -> "FlowBatch":
+        """Return the batch on a device."""
         return FlowBatch(*(tensor.to(device, non_blocking=True) for tensor in self))
 
 
 def flow_batch(
     latents: LatentCache, seed: int, numbers: Sequence[int], rows: Sequence[int] | np.ndarray, t: Tensor | None = None
 ) -> FlowBatch:
-    """The samples `numbers` made of the images `rows`; `t` (N,) in place of a random time keeps all classes."""
+    """Return samples for flow matching.
+
+    Args:
+        latents: The latents.
+        seed: Seed of the samples.
+        numbers: Numbers of N samples.
+        rows: Numbers of their N images.
+        t: (N,) times in [0, 1] in place of random ones; then no class is dropped.
+    """
     uniform = augmentation_numbers(seed, numbers, 3)
     posterior, noise = posterior_noise(seed, numbers, (2, *latents.shape)).unbind(1)
     flips = uniform[:, 0] < 0.5 if latents.has_flips else None
     drawn = latents.batch(rows, flips, posterior if latents.has_posterior else None)
-    # scaled and not shifted: DiTPipeline divides by the factor before it decodes, and adds nothing
+    # scaled but not shifted, because DiTPipeline only divides by the factor before it decodes
     x0 = drawn * latents.scaling_factor
     classes = classes_of(latents, rows)
     if t is None:
@@ -65,7 +74,12 @@ def flow_batch(
 
 
 def classes_of(latents: LatentCache, rows: Sequence[int] | np.ndarray) -> Tensor:
-    """(N,) int64: an image without a label has the null class; all have class 0 where there are no classes."""
+    """Return the classes of images, (N,) int64: the null class for an image without a label, 0 if there are no classes.
+
+    Args:
+        latents: The latents.
+        rows: Numbers of N images.
+    """
     if latents.labels is None:
         return torch.zeros(len(rows), dtype=torch.int64)
     labels = torch.from_numpy(latents.labels[np.asarray(rows)])
@@ -73,7 +87,7 @@ def classes_of(latents: LatentCache, rows: Sequence[int] | np.ndarray) -> Tensor
 
 
 def training_batch(latents: LatentCache, settings: DiffusionSettings, step: int) -> FlowBatch:
-    """Batch `step`: each image once per epoch, each epoch in an order of its own."""
+    """Return the training batch of a step; each image occurs once per epoch, each epoch in another order."""
     size, count = settings.chosen("batch_size"), len(latents)
     numbers = range(step * size, (step + 1) * size)
     rows = [int(epoch_order(settings.seed, number // count, count)[number % count]) for number in numbers]
@@ -81,15 +95,16 @@ def training_batch(latents: LatentCache, settings: DiffusionSettings, step: int)
 
 
 class Trivial(NamedTuple):
-    """Every latent value as a Gaussian of its own: the predictor that knows how large values are, and no more."""
+    """The trivial predictor, which knows only mean and variance of each latent value and takes them as independent."""
 
     mean: Tensor
-    """(C, h, w), scaled."""
+    """(C, h, w), of scaled latents."""
     variance: Tensor
+    """(C, h, w), of scaled latents."""
 
     @staticmethod
     def of(latents: LatentCache, seed: int, most: int = 10_000) -> "Trivial":
-        """Measured on up to `most` images, spread over all."""
+        """Measure means and variances on up to `most` images, spread over all."""
         chosen = spread(CHOICE_SEED, len(latents), most)
         count = len(chosen)
         total = squares = torch.zeros(latents.shape, dtype=torch.float64)
@@ -103,17 +118,27 @@ class Trivial(NamedTuple):
         return Trivial(mean.float(), (squares / count - mean.square()).clamp(min=0).float())
 
     def velocity(self, x: Tensor, t: Tensor) -> Tensor:
-        """E[noise - x_0 | x_t] for independent x_0 ~ N(mean, variance): the regression of one Gaussian on another."""
+        """Return E[noise - x_0 | x_t] for independent x_0 ~ N(mean, variance): the regression of Gaussians.
+
+        Args:
+            x: (N, C, h, w) x_t.
+            t: (N,) in [0, 1].
+        """
         s = t.view(-1, 1, 1, 1)
         slope = (s - (1 - s) * self.variance) / ((1 - s).square() * self.variance + s.square())
         return slope * (x - (1 - s) * self.mean) - self.mean
 
 
 class Validation:
-    """The velocity's mean squared error on held-out latents at fixed times and noise, time evenly over [0, 1].
+    """The velocity's mean squared error on held-out latents at fixed noise and times, which are even over [0, 1].
 
-    The loss itself cannot be compared between first stages; its ratio to the trivial predictor's on the same samples
-    says what part of it the model could not explain by how the latent's values hang together.
+    The loss itself cannot be compared between first stages. Its ratio to the trivial predictor's loss on the same
+    samples is the part that the model could not explain by dependences between latent values.
+
+    Args:
+        latents: Held-out latents.
+        trivial: The trivial predictor.
+        settings: The number of images, batch size and seed.
     """
 
     def __init__(self, latents: LatentCache, trivial: Trivial, settings: DiffusionSettings):
@@ -135,6 +160,7 @@ class Validation:
 
     @torch.no_grad()
     def measure(self, model: DiTTransformer2DModel, device: torch.device) -> dict[str, Any]:
+        """Return loss and loss relative to the trivial predictor's, overall and for each tenth of the time."""
         errors = []
         for batch in self.batches:
             placed = batch.to(device)
@@ -148,16 +174,17 @@ class Validation:
         }
 
     def _by_bin(self, errors: Sequence[Tensor]) -> Tensor:
-        """Means over the samples of each tenth of the time that has any, (bins,) float64."""
+        """Return the means over the samples of each non-empty tenth of the time, (bins,) float64."""
         joined = torch.cat(list(errors)).double()
         return torch.stack([joined[self.bins == number].mean() for number in self.bins.unique().tolist()])
 
 
 def squared_error(velocity: Tensor, batch: FlowBatch) -> Tensor:
-    """Mean over each sample's values, (N,) float32."""
+    """Return the mean squared error of a predicted velocity, (N, C, h, w), for each sample: (N,) float32."""
     return (velocity.float() - batch.velocity).square().flatten(1).mean(1)
 
 
 def predicted(model: DiTTransformer2DModel, batch: FlowBatch) -> Tensor:
+    """Return the model's velocity for a batch, (N, C, h, w)."""
     velocity: Tensor = model(batch.x, timestep=TIMES * batch.t, class_labels=batch.classes).sample
     return velocity

@@ -1,4 +1,4 @@
-"""What the reports of `eval diffusion` and `eval sample` share."""
+"""The common part of the reports of `eval diffusion` and `eval sample`."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -12,14 +12,21 @@ from latent_ae_eval.generation.settings import DiffusionSettings
 from latent_ae_eval.table import Row
 
 APART_BY_ROOTS = (
-    "These are squared distances, so one minus another is no part of it. Their roots obey the triangle inequality: the "
-    "distance between samples and reconstructions lies between the difference and the sum of the roots in their rows."
+    "These are squared distances, so their differences mean nothing. Their roots obey the triangle inequality: the "
+    "root of the distance between samples and reconstructions is between the difference and the sum of the roots in "
+    "their rows."
 )
 PICTURE_BYTES = 3_000_000
 
 
 def how_measured(heading: str, result: Mapping[str, Any], kind: type[DiffusionSettings]) -> list[str]:
-    """All that the page does not show above, with the preset's values, and how to get an FID that is missing."""
+    """Return the part of a result that the page does not show above, and how to get FID if it is missing.
+
+    Args:
+        heading: Heading of the section.
+        result: The result; values of its preset are filled in.
+        kind: The class of the settings.
+    """
     settings, used = result["settings"], result.get("recipe") or {}
     preset = kind.presets[settings["preset"]]
     settings = {key: used.get(key, preset[key]) if value == "preset" else value for key, value in settings.items()}
@@ -31,7 +38,7 @@ def how_measured(heading: str, result: Mapping[str, Any], kind: type[DiffusionSe
 
 
 def distance_rows(result: Mapping[str, Any]) -> list[Row]:
-    """A row for each distance and each of ROWS, for a terminal."""
+    """Return a row for each distance and each of ROWS, for a terminal."""
     rows = [Row("images", f"{result['metrics'][kind]['n']:,}", "", short) for kind, short in SHORT.items()]
     for name in _distances(result):
         title = _title(name)
@@ -50,7 +57,7 @@ def _title(name: str) -> str:
 
 
 def distance_table(result: Mapping[str, Any]) -> str:
-    """A row for each of ROWS."""
+    """Return the distances as an HTML table with a row for each of ROWS."""
     rows = []
     for kind, heading in ROWS.items():
         values, intervals = result["metrics"][kind], result["intervals"].get(kind) or {}
@@ -62,7 +69,7 @@ def distance_table(result: Mapping[str, Any]) -> str:
 
 
 def pictures_beside(pictures: Mapping[str, Image.Image], reference: str = "images trained on") -> str:
-    """Pictures of the four sets that are compared."""
+    """Return pictures of the four compared sets side by side, as HTML."""
     captions = {
         "samples": "samples",
         "reference": reference,

@@ -1,4 +1,4 @@
-"""A trained transformer as a stock pipeline, its samples, and how far sets of images are from each other."""
+"""Samples of a trained transformer through a stock pipeline, and distances between sets of images."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -18,27 +18,28 @@ from latent_ae.pretrained.weights import briefly
 from latent_ae_eval.generation.settings import DiffusionSettings
 
 Features = Callable[[Tensor], Tensor]
-"""uint8 NCHW images -> (N, D) float32."""
+"""Returns features, (N, D) float32, of (N, C, H, W) uint8 images."""
 GRID = 8
-"""Images along each side of a picture that shows some."""
+"""Number of images along each side of a picture."""
 KINDS = ("samples", "reconstructions", "held_out")
-"""Sets that are compared with images trained on."""
+"""Sets that are compared with training images."""
 APART = 1_000_000
-"""Between the generators' seeds of equal samples of neighbouring seeds."""
+"""Distance between the generators' seeds for the same sample of two neighbouring seeds."""
 
 
 class ImageSet(NamedTuple):
-    """Images as they are compared."""
+    """Features and a few pictures of a set of images."""
 
     size: int
+    """Number of images N."""
     features: dict[str, np.ndarray]
-    """(N, D) by the name of the distance."""
+    """(N, D) features by the name of the distance."""
     shown: Tensor
-    """A few of the images, spread over all, NCHW in [-1, 1]."""
+    """A few of the images, spread over all, (n, C, H, W) in [-1, 1]."""
 
 
 def stock_pipeline(transformer: DiTTransformer2DModel, vae: nn.Module) -> DiTPipeline:
-    """A DiTPipeline that samples a flow: second-order DPM-Solver++ (Lu et al. 2022) at evenly spaced times."""
+    """Return a DiTPipeline that samples a flow with second-order DPM-Solver++ (Lu et al. 2022) at even times."""
     scheduler = DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
     pipeline = DiTPipeline(transformer, vae, scheduler)
     pipeline.set_progress_bar_config(disable=True)
@@ -46,30 +47,42 @@ def stock_pipeline(transformer: DiTTransformer2DModel, vae: nn.Module) -> DiTPip
 
 
 def generators(seed: int, numbers: Sequence[int]) -> list[torch.Generator]:
-    """One for the noise of each sample."""
-    # PyTorch's generator on a CPU heeds 32 bits of its seed
+    """Return a generator for the noise of each sample."""
+    # PyTorch's generator on a CPU uses 32 bits of its seed
     return [torch.Generator().manual_seed((seed * APART + number) % 2**32) for number in numbers]
 
 
 def samples(pipeline: DiTPipeline, classes: Sequence[int], settings: DiffusionSettings) -> Iterator[Tensor]:
-    """Batches of samples without guidance, uint8 NCHW on the CPU; sample i depends on its class,
-    the seed and i: its noise is that of torch.Generator().manual_seed(1,000,000 seed + i)."""
+    """Yield batches of samples without guidance, (N, C, H, W) uint8 on the CPU.
+
+    Sample i depends on its class, the seed and i: its noise is that of torch.Generator().manual_seed(1,000,000 seed +
+    i).
+
+    Args:
+        pipeline: The pipeline.
+        classes: Class of each sample.
+        settings: Number of images at a time, sampling steps and seed.
+    """
     size, steps = settings.images_at_a_time, settings.chosen("sampling_steps")
     for first in range(0, len(classes), size):
         numbers = range(first, min(first + size, len(classes)))
-        made = pipeline(
+        images = pipeline(
             [classes[number] for number in numbers],
             guidance_scale=1.0,
             generator=generators(settings.seed, numbers),
             num_inference_steps=steps,
             output_type="pt",
         ).images
-        yield to_uint8(2 * made.cpu() - 1)
+        yield to_uint8(2 * images.cpu() - 1)
 
 
 def feature_networks(settings: DiffusionSettings, device: torch.device) -> tuple[dict[str, Features], list[str]]:
-    """By the name of the distance that is measured in them; and what is missing and why."""
-    found: dict[str, Features] = {}
+    """Return the feature networks by the name of their distance, and notes on missing ones.
+
+    Raises:
+        UserError: If no network is available.
+    """
+    networks: dict[str, Features] = {}
     notes = []
     if "vgg16" in settings.chosen("frechet"):
         trunk = LPIPS("vgg").to(device)
@@ -77,40 +90,53 @@ def feature_networks(settings: DiffusionSettings, device: torch.device) -> tuple
         def vgg16(images: Tensor) -> Tensor:
             return trunk.compare(images.to(device).float() / 127.5 - 1, [])[1][0].cpu()
 
-        found["frechet_vgg16"] = vgg16
+        networks["frechet_vgg16"] = vgg16
     if "inception" in settings.chosen("frechet"):
         try:
             network = InceptionFeatures().to(device, memory_format=torch.channels_last)
-            found["fid"] = lambda images: network(images.to(device)).cpu()
+            networks["fid"] = lambda images: network(images.to(device)).cpu()
         except UserError as error:
             notes.append(f"FID is missing: {briefly(error)}")
-            if not found:
+            if not networks:
                 raise
-    return found, notes
+    return networks, notes
 
 
 @torch.no_grad()
 def image_set(
     batches: Iterable[Tensor], networks: dict[str, Features], size: int, progress: Callable[[int], object]
 ) -> ImageSet:
-    """Sees each batch of uint8 NCHW images once; `size` of all are expected."""
-    found: dict[str, list[Tensor]] = {name: [] for name in networks}
-    wanted = set(spread(0, size, GRID**2).tolist())
+    """Compute the features of images, in one pass over the batches.
+
+    Args:
+        batches: (N, C, H, W) uint8 images.
+        networks: Feature networks by the name of their distance.
+        size: Expected number of all images.
+        progress: Is called with the number of images of each batch.
+    """
+    parts: dict[str, list[Tensor]] = {name: [] for name in networks}
+    chosen = set(spread(0, size, GRID**2).tolist())
     shown: list[Tensor] = []
-    seen = 0
+    count = 0
     for images in batches:
         for name, network in networks.items():
-            found[name].append(network(images))
-        shown += [image for number, image in enumerate(images, start=seen) if number in wanted]
-        seen += len(images)
+            parts[name].append(network(images))
+        shown += [image for number, image in enumerate(images, start=count) if number in chosen]
+        count += len(images)
         progress(len(images))
-    features = {name: torch.cat(parts).numpy() for name, parts in found.items()}
-    return ImageSet(seen, features, torch.stack(shown).float() / 127.5 - 1)
+    features = {name: torch.cat(batches_of_one).numpy() for name, batches_of_one in parts.items()}
+    return ImageSet(count, features, torch.stack(shown).float() / 127.5 - 1)
 
 
 def distances(sets: dict[str, ImageSet]) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, list[float]]]]:
-    """Distances of each of KINDS to the set `reference`, and of reconstructions to their originals; values and
-    intervals."""
+    """Return the distances of each of KINDS to the set `reference`, and of reconstructions to their originals.
+
+    Args:
+        sets: The sets "reference", "held_out", "samples" and "reconstructions".
+
+    Returns:
+        Values and 95 % intervals by kind and name of the distance; values also hold the numbers of images.
+    """
     pairs = {kind: (sets[kind], sets["reference"]) for kind in KINDS}
     pairs["reconstructions_of_originals"] = sets["reconstructions"], sets["held_out"]
     metrics: dict[str, dict[str, Any]] = {}
@@ -125,9 +151,14 @@ def distances(sets: dict[str, ImageSet]) -> tuple[dict[str, dict[str, Any]], dic
 
 
 def distance(a: np.ndarray, b: np.ndarray) -> tuple[float, list[float] | None]:
-    """Fréchet distance of (N, D) and (M, D) features of two independent sets, and its 95 % interval.
+    """Return the Fréchet distance of two independent sets, and its 95 % interval (a jackknife over both sets).
 
-    The interval is a jackknife's over both sets; None for fewer than 5 images per group.
+    Args:
+        a: (N, D) features.
+        b: (M, D) features.
+
+    Returns:
+        The distance, and [low, high] or None for fewer than 5 images per group.
     """
     value = frechet_of_features(a, b)
     if min(len(a), len(b)) < 5 * GROUPS:

@@ -1,4 +1,4 @@
-"""Settings of `latent-ae eval diffusion`, which `eval sample` takes over."""
+"""Settings of `latent-ae eval diffusion`, which `eval sample` extends."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -46,58 +46,59 @@ DIFFUSION_PRESETS: dict[str, dict[str, Any]] = {
 
 
 class DiffusionSettings(Settings):
-    """A diffusion model trained on a first stage's latents, and how it is judged; docs/diffusion.md says more."""
+    """A diffusion model trained on a first stage's latents, and how it is measured; docs/diffusion.md says more."""
 
     presets: ClassVar[dict[str, dict[str, Any]]] = DIFFUSION_PRESETS
     preset: Literal["cpu", "gpu"] = "cpu"
     """Small images on two CPU cores, or larger ones on a GPU; the next settings change single parts of it."""
     resolution: Positive | OfPreset = "preset"
-    """Side of the squares cut from the middle of the images, whose shorter side is resized to it, px."""
+    """Side of the centre crop, px; the images' shorter side is resized to it."""
     width: Positive | OfPreset = "preset"
     """Width of the transformer, a multiple of 64, the width of a head."""
     depth: Positive | OfPreset = "preset"
-    """Its blocks."""
+    """Number of blocks of the transformer."""
     patch_size: Positive | OfPreset = "preset"
-    """Latent px along each side of a token; of `eval sample` as preset 2 where it divides the latent's side, else 1."""
+    """Latent px along each side of a token; the preset of `eval sample` is 2 if that divides the latent's side, else
+    1."""
     steps: Positive | OfPreset = "preset"
-    """Steps of training."""
+    """Number of training steps."""
     batch_size: Positive | OfPreset = "preset"
     """Samples of a training step."""
     lr: Annotated[float, Field(gt=0)] | OfPreset = "preset"
     """Learning rate."""
     ema_decay: Annotated[float, Field(ge=0, lt=1)] | OfPreset = "preset"
-    """Decay of the averaged weights, which are validated and sampled from."""
+    """Decay of the averaged weights, which are validated and sampled."""
     precision: Literal["fp32", "bf16"] | OfPreset = "preset"
-    """That the transformer trains in."""
+    """Precision in which the transformer is trained."""
     samples: Annotated[int, Field(ge=2)] | OfPreset = "preset"
-    """Images to draw; as many of the data are compared with them."""
+    """Number of samples; the same number of images is compared with them."""
     sampling_steps: Annotated[int, Field(ge=2)] | OfPreset = "preset"
-    """Steps of the sampler, for each image."""
+    """Steps of the sampler for each image."""
     validation_images: Positive | OfPreset = "preset"
-    """Held-out latents of the loss curve."""
+    """Number of held-out latents for the loss curve."""
     frechet: tuple[Literal["inception", "vgg16"], ...] | OfPreset = "preset"
     """Features of the Fréchet distances; only Inception's is an FID."""
     validations: Annotated[int, Field(ge=2)] = 10
-    """Points of the loss curve, the first before training."""
+    """Number of points of the loss curve, the first before training."""
     seed: NonNegative = 0
-    """Seed of everything: order, flips, noise, times, first weights, samples."""
+    """Seed of everything random: order, flips, noise, times, initial weights, samples."""
     latents: str | None = None
     """Latents to train on that `latent-ae encode` wrote (part=train); null encodes into the folder of --out."""
     held_out_latents: str | None = None
-    """Latents to validate on (part=held_out); null encodes."""
+    """Latents to validate on (part=held_out); null encodes into the folder of --out."""
 
     split: str = "train"
-    """Split of the data, where it has splits; its validation or test split is held out, else `eval_fraction` of it."""
+    """Split of the data, if it has splits; its validation or test split is held out, else `eval_fraction` of it."""
     eval_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.05
-    """Part of the data that is held out where it has no validation or test split."""
+    """Fraction of the data that is held out if there is no validation or test split."""
     image_column: str = "image"
     """Column of images in tables and hub datasets."""
     label_column: str | None = "auto"
-    """Column of classes: `auto` takes `label`, or the names of the folders that image files lie in; null takes none."""
+    """Column of the classes: `auto` takes `label`, or the names of the image files' folders; null takes none."""
     data_revision: str | None = None
     """Commit or tag of a hub dataset."""
     num_workers: NonNegative = 2
-    """That decode images."""
+    """Worker processes that decode images."""
     subfolder: str | None = None
     """Subfolder of the model; a pipeline's first stage is found without it."""
     revision: str | None = None
@@ -105,11 +106,11 @@ class DiffusionSettings(Settings):
     variant: str | None = None
     """Variant of the model's weight files: fp16, non_ema, ..."""
     ema: bool | None = None
-    """Averaged weights (true) or raw ones (false) where the model has both; null takes what it loads by default."""
+    """Averaged (true) or raw weights (false) if the model has both; null takes those that are loaded by default."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where everything computes; auto takes a GPU where there is one."""
+    """Where everything runs; auto takes a GPU if there is one."""
     images_at_a_time: Positive = 50
-    """To encode, sample, decode and measure; changes the results by rounding only."""
+    """Number of images that are encoded, sampled, decoded and measured together; changes results by rounding only."""
 
     def problems(self) -> Iterator[Problem]:
         if self.chosen("width") % HEAD_CHANNELS:
@@ -122,16 +123,16 @@ class DiffusionSettings(Settings):
                 yield Problem(key, f"no such folder: {folder} (from {Path.cwd()})")
 
     def chosen(self, key: str) -> Any:
-        """The value of a setting, or the preset's."""
+        """Return the value of a setting, or the preset's value."""
         value = getattr(self, key)
         return self.presets[self.preset][key] if value == "preset" else value
 
     def recipe(self) -> dict[str, Any]:
-        """All values that the preset gives or that were set in their place."""
+        """Return the values of all settings that a preset has."""
         return {key: self.chosen(key) for key in self.presets[self.preset]}
 
     def encoding(self, part: Literal["train", "held_out"]) -> EncodeSettings:
-        """How latents are encoded where none are given."""
+        """Return the settings with which latents are encoded if the settings name none."""
         same = {key: getattr(self, key) for key in EncodeSettings.model_fields if key in type(self).model_fields}
         own = {"part": part, "resolution": self.chosen("resolution"), "batch_size": self.images_at_a_time}
         return EncodeSettings(**(same | own))

@@ -1,4 +1,4 @@
-"""A transformer trained by flow matching on a fixed budget, from where a killed training left off."""
+"""Trains a transformer by flow matching on a fixed budget; a training that was killed is resumed."""
 
 import math
 import os
@@ -20,10 +20,11 @@ from latent_ae_eval.generation.flow import NULL_CLASS, Validation, predicted, sq
 from latent_ae_eval.generation.settings import HEAD_CHANNELS, DiffusionSettings
 
 CHECKPOINT_SECONDS = 60
+"""Time between checkpoints."""
 
 
 def new_transformer(shape: tuple[int, int, int], settings: DiffusionSettings) -> DiTTransformer2DModel:
-    """A fresh DiT for latents of `shape`, begun as its authors begin it (facebookresearch/DiT, initialize_weights)."""
+    """Return a DiT for latents of `shape`, (C, h, w), initialised like facebookresearch/DiT's initialize_weights."""
     channels, side, _ = shape
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
@@ -48,12 +49,18 @@ def new_transformer(shape: tuple[int, int, int], settings: DiffusionSettings) ->
                 nn.init.normal_(module.weight, std=0.02)
             elif name.endswith("norm1.linear") or name in ("proj_out_1", "proj_out_2"):
                 nn.init.zeros_(module.weight)
-    # in evaluation mode its blocks would each drop other classes; which are dropped is the sample's business
+    # evaluation mode, because in training mode each block would drop classes; `flow_batch` drops them
     return model.eval()
 
 
 class Trainer:
-    """The transformer, its averaged copy and AdamW; `step` counts the batches that they have seen."""
+    """The transformer, its averaged copy and AdamW; `step` counts the training steps made.
+
+    Args:
+        latents: The latents to train on.
+        settings: The recipe.
+        device: Where the transformer is trained.
+    """
 
     def __init__(self, latents: LatentCache, settings: DiffusionSettings, device: torch.device):
         self.latents, self.settings, self.device = latents, settings, device
@@ -64,7 +71,7 @@ class Trainer:
         self.step, self.steps = 0, settings.chosen("steps")
 
     def losses(self) -> Iterator[Tensor]:
-        """Trains up to the last step; after each, its loss as a tensor on the device."""
+        """Train up to the last step, and yield the loss of each step, a scalar on the device."""
         bf16 = torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.chosen("precision") == "bf16")
         while self.step < self.steps:
             batch = training_batch(self.latents, self.settings, self.step).to(self.device)
@@ -78,24 +85,26 @@ class Trainer:
             self.optimizer.step()
             self.optimizer.zero_grad()
             self.step += 1
-            # early on a shorter average, or the fresh weights would stay in it
+            # a shorter average in the first steps, so that it forgets the initial weights
             decay = min(self.settings.chosen("ema_decay"), (1 + self.step) / (10 + self.step))
             own = [parameter.detach() for parameter in self.model.parameters()]
             torch._foreach_lerp_(list(self.average.parameters()), own, 1 - decay)
             yield loss.detach()
 
     def rate(self, step: int) -> float:
-        """Rises over the first twentieth of the steps, then falls as a cosine to a tenth."""
+        """Return the learning rate of a step: it rises over the first twentieth, then falls as a cosine to a tenth."""
         warmup = max(1, self.steps // 20)
         part = (step - warmup) / max(1, self.steps - warmup)
         shape = (step + 1) / warmup if step < warmup else 0.55 + 0.45 * math.cos(math.pi * part)
         return float(self.settings.chosen("lr")) * shape
 
     def state(self) -> dict[str, Any]:
+        """Return everything that `load` restores."""
         networks = {"model": self.model.state_dict(), "average": self.average.state_dict()}
         return networks | {"optimizer": self.optimizer.state_dict(), "step": self.step}
 
     def load(self, state: dict[str, Any]) -> None:
+        """Restore the state of an interrupted training."""
         self.model.load_state_dict(state["model"])
         self.average.load_state_dict(state["average"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -103,18 +112,26 @@ class Trainer:
 
 
 def trained(trainer: Trainer, validation: Validation, path: Path, key: str, bar: tqdm) -> list[dict[str, Any]]:
-    """Trains to the end, from the checkpoint `path` where there is one of this `key`; the points of the loss curve.
+    """Train to the end and return the points of the loss curve.
 
-    Raises UserError when the loss is not finite, or a checkpoint cannot be written.
+    Args:
+        trainer: The training.
+        validation: Measures the points of the curve.
+        path: The checkpoint, from which the training resumes if its key is the same.
+        key: Digest of everything that the weights depend on.
+        bar: Progress bar over samples.
+
+    Raises:
+        UserError: If the loss is not finite, or a checkpoint cannot be written.
     """
     curve: list[dict[str, Any]] = []
     total = torch.zeros((), device=trainer.device)
     steps, size = trainer.steps, trainer.settings.chosen("batch_size")
-    if (found := _loaded(path, key, trainer.device)) is not None:
-        trainer.load(found["trainer"])
-        curve, total = found["curve"], found["total"]
+    if (checkpoint := _loaded(path, key, trainer.device)) is not None:
+        trainer.load(checkpoint["trainer"])
+        curve, total = checkpoint["curve"], checkpoint["total"]
         bar.update(trainer.step * size)
-        bar.write(f"going on from step {trainer.step:,}", file=sys.stderr)
+        bar.write(f"resuming from step {trainer.step:,}", file=sys.stderr)
     points = np.linspace(0, steps, min(trainer.settings.validations, steps + 1)).round().astype(int).tolist()
 
     def measure() -> None:
@@ -142,7 +159,7 @@ def trained(trainer: Trainer, validation: Validation, path: Path, key: str, bar:
 
 
 def _save(state: dict[str, Any], path: Path) -> None:
-    """Whole or not at all."""
+    """Write a checkpoint; a kill leaves the whole file or none."""
     part = path.with_suffix(".part")
     try:
         torch.save(state, part)
@@ -152,7 +169,7 @@ def _save(state: dict[str, Any], path: Path) -> None:
 
 
 def _loaded(path: Path, key: str, device: torch.device) -> dict[str, Any] | None:
-    """A checkpoint of the same training; None for none, another's or a broken one."""
+    """Return the checkpoint of the same training; None if there is none, or it is another's or broken."""
     try:
         state: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
     except Exception:  # torch raises many kinds for a file that is not whole

@@ -1,4 +1,4 @@
-"""Paths between images: through latent space in a line and on a sphere, and across their pixels.
+"""Interpolates between images: through latent space on a line and on a sphere, and between their pixels.
 
 from latent_ae_eval.interpolate.measure import interpolate
 result = interpolate("runs/quickstart/export", "photos", out="paths")
@@ -40,24 +40,40 @@ from latent_ae_eval.jobs import (
 
 FORMAT = "latent-ae interpolation 1"
 PARALLEL = 1e-4
-"""Radians from 0 or from half a turn, under which the great circle is not well defined."""
+"""Angle in radians, from 0 or from pi, under which the great circle is not well defined."""
 PATHS = ("linear", "spherical", "cross-fade")
 GRID_PX, FRAME_PX = 160, 256
 FRAME_MS = 50
 
 
 def linear(a: Tensor, b: Tensor, t: Tensor) -> Tensor:
-    """(1 - t) a + t b for each of `t` (T,): a, b of one shape -> (T, *shape)."""
+    """Return (1 - t) a + t b.
+
+    Args:
+        a: A tensor of any shape.
+        b: A tensor of the same shape.
+        t: (T,) in [0, 1].
+
+    Returns:
+        (T, *shape).
+    """
     t = t.to(a).view(-1, *[1] * a.ndim)
     return (1 - t) * a + t * b
 
 
 def spherical(a: Tensor, b: Tensor, t: Tensor) -> Tensor:
-    """Spherical linear interpolation of the flattened a and b (Shoemake 1985; of latents: White 2016,
-    arXiv:1609.04468): (sin((1 - t) w) a + sin(t w) b) / sin w with w the angle between them.
+    """Return the spherical linear interpolation of the flattened a and b (Shoemake 1985; White 2016, arXiv:1609.04468).
 
-    a, b of one shape -> (T, *shape), in float64 until the end. Linear where one is zero or they are parallel or
-    opposite to within `PARALLEL`.
+    (sin((1 - t) w) a + sin(t w) b) / sin w with w the angle between them, computed in float64. Linear if one is zero or
+    they are parallel or opposite to within `PARALLEL`.
+
+    Args:
+        a: A tensor of any shape.
+        b: A tensor of the same shape.
+        t: (T,) in [0, 1].
+
+    Returns:
+        (T, *shape) of a's type.
     """
     omega = angle(a, b)
     if not is_spherical(omega):
@@ -68,7 +84,7 @@ def spherical(a: Tensor, b: Tensor, t: Tensor) -> Tensor:
 
 
 def angle(a: Tensor, b: Tensor) -> float:
-    """Between the flattened a and b, in radians; 0 where one of them is zero."""
+    """Return the angle between the flattened a and b in radians; 0 if one of them is zero."""
     u, v = (x.flatten().double() for x in (a, b))
     lengths = float(u.norm()), float(v.norm())
     if not all(lengths):
@@ -78,7 +94,7 @@ def angle(a: Tensor, b: Tensor) -> float:
 
 
 def is_spherical(omega: float) -> bool:
-    """Whether ends at this angle (radians) have one great circle through them."""
+    """Return whether there is one great circle through two ends at this angle (radians)."""
     return PARALLEL < omega < math.pi - PARALLEL
 
 
@@ -91,10 +107,21 @@ def interpolate(
     out: str | Path | None = None,
     progress: bool = False,
 ) -> dict[str, Any]:
-    """Interpolates between images of `data` and says how straight and even the paths look; JSON-ready.
+    """Interpolate between images of `data` and measure how straight and even the paths look. Runs on one process.
 
-    With `out`, writes result.json, grid.png, animation.webp (or .gif) and report.html there. Raises UserError for what
-    cannot be loaded, images that are not there or not readable, and several processes.
+    Args:
+        model: A folder, a hub id, or a first stage of diffusers as a module.
+        data: `photos`, a folder of images, Parquet or Arrow files, or a hub id.
+        settings: The settings; None takes the defaults.
+        out: Folder for result.json, grid.png, animation.webp (or .gif) and report.html; None writes nothing.
+        progress: Show a progress bar.
+
+    Returns:
+        The result, JSON-ready.
+
+    Raises:
+        UserError: If model or data cannot be loaded, images are missing or unreadable, or several processes were
+            launched.
     """
     settings = settings or InterpolateSettings()
     device, stage, folder = opened("interpolate", model, settings, out)
@@ -118,17 +145,17 @@ def interpolate(
     with progress_bar("interpolate", work, "image", disable=not progress) as bar:
 
         def walk(leg: tuple[int, int], t: Tensor) -> dict[str, Tensor]:
-            """The images at `t` on each path of a leg."""
+            """Return the images at `t` on each path of a leg, by the kind of path."""
             a, b = latents[leg[0]], latents[leg[1]]
-            made = {}
+            images = {}
             for kind, path in (("linear", linear), ("spherical", spherical)):
                 points = (path(a, b, t) + centre).split(size)
                 decoded = []
                 for part in points:
                     decoded.append(stage.decode(part).clamp(-1, 1))
                     bar.update(len(part))
-                made[kind] = torch.cat(decoded)
-            return made
+                images[kind] = torch.cat(decoded)
+            return images
 
         ends = {}
         measured: list[dict[str, Any]] = []
@@ -177,24 +204,24 @@ def interpolate(
 
 
 def _chosen(stage: FirstStage, data: str, settings: InterpolateSettings) -> tuple[list[str], Tensor, dict[str, Any]]:
-    """Names and images, NCHW on the CPU, and how they were chosen.
+    """Return names and images, (N, C, H, W) on the CPU, and how they were chosen.
 
-    Images of several sizes are cut to the largest square that all of them hold.
+    Images of several sizes are cropped to the largest square that fits into all of them.
     """
     source, _ = opened_data(data, settings)
     assert not isinstance(source, StreamSource), "jobs do not open streams"
     rows = np.array(_rows(source, settings, data))
     method = "spread" if settings.images is None else "named"
-    found = []
+    images = []
     for item in images_for(stage, source.subset(rows), settings, data).items():
         if item.image is None:
             raise UserError(f"{data}: {item.name} cannot be read: {item.reason}")
-        found.append(item.image)
-    if len({image.shape for image in found}) > 1:
-        side = min(min(image.shape[-2:]) for image in found) // stage.factor * stage.factor
-        found = [_middle(image, side) for image in found]
+        images.append(item.image)
+    if len({image.shape for image in images}) > 1:
+        side = min(min(image.shape[-2:]) for image in images) // stage.factor * stage.factor
+        images = [_middle(image, side) for image in images]
     choice = choice_facts(rows, len(source), settings.seed, method)
-    return [source.name(int(row)) for row in rows], torch.stack(found), choice
+    return [source.name(int(row)) for row in rows], torch.stack(images), choice
 
 
 def _middle(image: Tensor, side: int) -> Tensor:
@@ -203,32 +230,32 @@ def _middle(image: Tensor, side: int) -> Tensor:
 
 
 def _rows(source: StoredImages, settings: InterpolateSettings, data: str) -> list[int]:
-    """Numbers of the images that the path visits."""
+    """Return the numbers of the images that the path visits."""
     if settings.images is None:
         if len(source) < 2:
             raise UserError(f"{data} holds one image; a path needs two")
         return [int(row) for row in spread(settings.seed, len(source), settings.num_images)]
     rows, names = [], None
-    for wanted in settings.images:
-        if isinstance(wanted, int):
-            if wanted >= len(source):
-                raise UserError(f"images: there is no number {wanted}; {data} holds {len(source)}, counted from 0")
-            rows.append(wanted)
+    for image in settings.images:
+        if isinstance(image, int):
+            if image >= len(source):
+                raise UserError(f"images: there is no number {image}; {data} holds {len(source)}, counted from 0")
+            rows.append(image)
             continue
         names = names or [source.name(row) for row in range(len(source))]
-        matches = [row for row, name in enumerate(names) if wanted in (name, Path(name).name)]
+        matches = [row for row, name in enumerate(names) if image in (name, Path(name).name)]
         if len(matches) != 1:
-            near = difflib.get_close_matches(wanted, names, n=3, cutoff=0.4) or names[:3]
-            several = f"{len(matches)} images are called {wanted}" if matches else f"{data} holds no {wanted}"
+            near = difflib.get_close_matches(image, names, n=3, cutoff=0.4) or names[:3]
+            several = f"{len(matches)} images are called {image}" if matches else f"{data} holds no {image}"
             raise UserError(f"images: {several}; give a number, or a name like {', '.join(near)}")
         rows.append(matches[0])
     if len(set(rows)) < len(rows):
-        raise UserError("images: names one twice")
+        raise UserError("images: has the same image twice; give each once")
     return rows
 
 
 def _geometry(a: Tensor, b: Tensor) -> dict[str, Any]:
-    """Angle and norms of the centred ends, and how much nearer to the centre a straight line's middle lies."""
+    """Return angle and norms of the centred ends, and how much closer to the centre the middle of a line is."""
     norms = [float(x.double().norm()) for x in (a, b)]
     omega, mean = angle(a, b), sum(norms) / 2
     return {
@@ -240,7 +267,7 @@ def _geometry(a: Tensor, b: Tensor) -> dict[str, Any]:
 
 
 def _measures(kind: str, paths: dict[str, Tensor], lpips: LPIPS | None, size: int) -> dict[str, float | None]:
-    """What docs/jobs.md says of a path's pictures. None: LPIPS cannot be had, or both ends look the same."""
+    """Return the measures of a path that docs/jobs.md describes; None without LPIPS, or if both ends look the same."""
     images = paths[kind]
     middle = len(images) // 2
     figures: dict[str, float | None] = {"length": None, "largest_step": None}
@@ -271,7 +298,7 @@ def _frames(
     ends: dict[int, Tensor],
     count: int,
 ) -> Iterator[Image.Image]:
-    """All paths side by side, from image to image and back to the first, slower near the images."""
+    """Yield pictures of all paths side by side, from image to image and back to the first, slower near the images."""
     times = (1 - torch.cos(math.pi * torch.arange(count, dtype=torch.float64) / count)) / 2
     for leg in legs:
         for part in times.split(8):

@@ -1,4 +1,4 @@
-"""report.html of an interpolation: the animation, each pair's paths, and the figures."""
+"""The report of an interpolation: the animation, the paths of each pair, and the measures."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -28,7 +28,7 @@ EXPLAINED = (
 
 
 def interpolation_text(result: Mapping[str, Any]) -> str:
-    """The means over the pairs as a table for a terminal."""
+    """Return the means over the pairs as a table for a terminal."""
     rows = [Row("images", f"{len(result['data']['images']):,}")]
     for key, name in MEASURES.items():
         known = {kind: values.get(key) for kind, values in result["means"].items()}
@@ -39,7 +39,14 @@ def interpolation_text(result: Mapping[str, Any]) -> str:
 def write_interpolation_report(
     path: Path, result: Mapping[str, Any], grids: Sequence[Image.Image], animation: Path | None
 ) -> None:
-    """Writes one self-contained HTML file, atomically. Raises OSError where it cannot be written."""
+    """Write report.html, one self-contained file. Raises UserError if it cannot be written.
+
+    Args:
+        path: The file.
+        result: The content of result.json.
+        grids: A picture of the paths of each pair.
+        animation: The animation's file, or None.
+    """
     model = short_name(result["model"].get("location"), str(result["model"].get("class")))
     data = result["data"]
     facts = {
@@ -60,7 +67,7 @@ def write_interpolation_report(
         latents = pair["latents"]
         detail = f"{latents['angle_degrees']:.1f}° between the latents"
         if latents["spherical_is_linear"]:
-            detail += ", too near to parallel or opposite for a sphere: the spherical path is the linear one"
+            detail += ", too close to parallel or opposite for a sphere: the spherical path is the linear one"
         lines = [{"path": kind} | _cells(values) for kind, values in pair["paths"].items()]
         picture = page.figure(grid, max_bytes=1_500_000)
         cards.append(page.card(f"{pair['from']} to {pair['to']}", detail, picture, page.table(lines)))
@@ -72,6 +79,6 @@ def write_interpolation_report(
 
 
 def _cells(values: Mapping[str, float | None]) -> dict[str, Any]:
-    """What a table shows of a path; without LPIPS there are no lengths."""
+    """Return the cells of a path's row; without LPIPS there are no lengths."""
     known = {key: name for key, name in MEASURES.items() if key == MIDDLE or values.get(key) is not None}
     return {name: None if (value := values.get(key)) is None else f"{value:.2f}" for key, name in known.items()}

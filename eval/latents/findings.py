@@ -1,4 +1,4 @@
-"""A measurement of latents -> a few plain words on each finding: what it is, whether it is normal, what to do."""
+"""Explains a measurement of latents in plain words: what each finding is, whether it is normal, and what to do."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -7,37 +7,37 @@ from latent_ae.report.page import Finding, State
 
 FEW_VALUES = 100_000
 NOISY, VERY_NOISY = 0.1, 0.5
-"""Share of a latent's variance that is the posterior's noise."""
+"""Fractions of the latents' variance that is posterior noise: more than usual, and a problem."""
 UNEVEN = 4.0
-"""Times that one channel's spread exceeds another's."""
+"""Largest ratio of two channels' standard deviations that is fine."""
 MANY_OUTLIERS = 1e-4
 GAUSSIAN, SKEWED = 0.05, 0.2
 """1-Wasserstein distances: a logistic's is 0.06, a uniform's and a Laplace's 0.15, an exponential's 0.31."""
 FLATTER = 0.5
-"""By which a slope of the latents' spectrum may fall short of the images' unremarked."""
+"""Largest difference between the slopes of the latents' and the images' spectra that is fine."""
 FOLLOWS, LOOSE = 1.0, 3.0
-"""dB that changing the latents instead of the image may cost."""
+"""Loss of PSNR in dB from changing the latents instead of the image: none to speak of, and a usual one."""
 POOR = 20.0
-"""dB under which a reconstruction hardly resembles its image."""
+"""PSNR in dB below which a reconstruction hardly resembles its image."""
 COLLAPSE = "Posterior collapse"
 ROBUST_SIGMA, ROBUST_DB = 0.1, 3.0
 
 
 def findings(result: Mapping[str, Any]) -> list[Finding]:
-    """What stands out in a document as `evaluate_latents` makes it."""
+    """Return the findings on a result of `evaluate_latents` (without its findings)."""
     health, latents = result["health"], result["latents"]
-    found = [*_information(health)]
-    if found[0].name != COLLAPSE:  # of latents that are noise the rest means nothing
-        found += [_scale(health, latents), _rank(health), _outliers(health), _shape(health)]
-        found += [*_spectrum(health), *_transforms(health), *_noise(health)]
+    sentences = [*_information(health)]
+    if sentences[0].name != COLLAPSE:  # the rest means nothing for latents that are noise
+        sentences += [_scale(health, latents), _rank(health), _outliers(health), _shape(health)]
+        sentences += [*_spectrum(health), *_transforms(health), *_noise(health)]
     if latents["count"] < FEW_VALUES or result["data"]["num_images"] < 50:
         count = result["data"]["num_images"]
         text = (
             f"{f'{count:,} images' if count != 1 else 'One image'} gave {latents['count']:,} latent values: enough for "
             "a first look; tails, covariance and rank need hundreds of images."
         )
-        found.append(Finding("Sample", "look", text))
-    return found
+        sentences.append(Finding("Sample", "look", text))
+    return sentences
 
 
 def _information(health: Mapping[str, Any]) -> Iterator[Finding]:
@@ -45,9 +45,7 @@ def _information(health: Mapping[str, Any]) -> Iterator[Finding]:
     alive = len(channels) - len(dead)
     if "kl_nats_per_dim" not in health:
         if dead:
-            text = (
-                f"{_named(dead)} constant over all images. What never varies carries nothing; fewer channels would do."
-            )
+            text = f"{_named(dead)} constant over all images and carry no information; fewer channels would do."
             yield Finding("Dead channels", "problem", text)
         else:
             yield Finding("Dead channels", "fine", f"None of {len(channels)}: every channel varies with the image.")
@@ -75,7 +73,7 @@ def _information(health: Mapping[str, Any]) -> Iterator[Finding]:
         yield Finding(
             "Dead channels",
             "problem",
-            f"{_named(dead)} dead: under 1 % of what is sampled there depends on the image, and a diffusion model "
+            f"{_named(dead)} dead: under 1 % of the variance there depends on the image, and a diffusion model "
             f"would spend capacity on noise. Lower loss.kl, or train with model.latent_channels={alive}.",
         )
     else:
@@ -105,8 +103,8 @@ def _scale(health: Mapping[str, Any], latents: Mapping[str, Any]) -> Finding:
     if ratio <= UNEVEN:
         return Finding("Scale", "fine", text + ", so one factor for all serves well.")
     text += (
-        ". With one factor for all, the narrow ones lie below a diffusion model's noise most of the time; latents_mean "
-        "and latents_std scale each by itself (latent-ae export --latents-mean-std, or your own loader)."
+        ". With one factor for all, the narrow ones are below a diffusion model's noise most of the time; latents_mean "
+        "and latents_std scale each channel separately (latent-ae export --latents-mean-std, or your own loader)."
     )
     return Finding("Scale", "look", text)
 
@@ -188,13 +186,13 @@ def _transforms(health: Mapping[str, Any]) -> Iterator[Finding]:
     if not known:
         return
     gaps = {row["transform"]: row["psnr_in_images"] - row["psnr_in_latents"] for row in known}
-    told = "; ".join(
+    losses = "; ".join(
         f"{row['transform']}: {row['psnr_in_latents']:.1f} dB, against {row['psnr_in_images']:.1f} dB" for row in known
     )
-    text = f"Decoding changed latents, against reconstructing changed images: {told}. "
+    text = f"Decoding changed latents, against reconstructing changed images: {losses}. "
     worst = max(gaps.values())
     if min(row["psnr_in_images"] for row in known) < POOR:
-        text += "With reconstructions that poor it tells nothing about the latents: mend those first."
+        text += "With reconstructions that poor this says nothing about the latents: improve those first."
         yield Finding("Scaling and rotating", "look", text)
     elif worst < FOLLOWS:
         yield Finding("Scaling and rotating", "fine", text + "Latents follow the image.")
@@ -218,9 +216,9 @@ def _noise(health: Mapping[str, Any]) -> Iterator[Finding]:
         "model's latents are never exact, and this is what its errors cost. "
     )
     if loss <= ROBUST_DB:
-        yield Finding("Noise on latents", "fine", text + "The decoder takes it well.")
+        yield Finding("Noise on latents", "fine", text + "The decoder is robust to it.")
     else:
-        cure = "The decoder leans on exact values: a larger loss.kl or noise on latents in training makes it sturdier."
+        cure = "The decoder depends on exact values: a larger loss.kl or latent noise in training makes it more robust."
         yield Finding("Noise on latents", "look", text + cure)
 
 

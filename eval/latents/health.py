@@ -1,7 +1,7 @@
 """Formulas for the health of latents: rank, distance from a Gaussian, spectrum, and changes that they should follow.
 
 spectrum = RadialSpectrum()
-spectrum.update(latents)                    # NCHW; merge() takes in what another saw
+spectrum.update(latents)                    # NCHW; merge() adds another spectrum
 print(spectrum.slope())                     # 0 for white noise, about -2 for photographs
 """
 
@@ -14,22 +14,23 @@ from torch import Tensor
 from torch.nn import functional as F
 
 FAR = 5.0
-"""Standard deviations from which on a value is an outlier: of a Gaussian's, 5.7e-7 are."""
+"""Distance from the mean in standard deviations from which a value is an outlier; 5.7e-7 of a Gaussian are."""
 RINGS = 32
 FITTED = (0.1, 1.0)
-"""Frequencies between which a slope is fitted, in Nyquist's: below, the window's width shows."""
+"""Frequencies between which a slope is fitted, relative to Nyquist's; below, the window distorts the spectrum."""
 TRANSFORMS: dict[str, Callable[[Tensor], Tensor]] = {
     "half size": lambda x: F.avg_pool2d(x, 2),
     "turned by 90 degrees": lambda x: torch.rot90(x, 1, (-2, -1)),
     "turned by 180 degrees": lambda x: torch.rot90(x, 2, (-2, -1)),
 }
-"""Changes of NCHW images and latents alike; half size averages 2 x 2 px, so sides must be even."""
+"""Changes of (N, C, H, W) images and latents; half size averages 2 x 2 px, so sides must be even."""
 
 
 def effective_rank(covariance: np.ndarray | Tensor) -> float:
-    """exp of the entropy of the eigenvalues as shares of their sum (Roy & Vetterli 2007): between 1 and C.
+    """Return exp of the entropy of the eigenvalues as fractions of their sum (Roy & Vetterli 2007), between 1 and C.
 
-    That of a (C, C) covariance whose eigenvalues are all equal is C; of zeros it is 0.
+    Args:
+        covariance: (C, C). Equal eigenvalues give C, zeros give 0.
     """
     eigenvalues = np.linalg.eigvalsh(np.asarray(covariance, dtype=np.float64)).clip(min=0)
     if not eigenvalues.sum() > 0:
@@ -40,10 +41,16 @@ def effective_rank(covariance: np.ndarray | Tensor) -> float:
 
 
 def wasserstein_to_normal(values: np.ndarray, counts: np.ndarray) -> float:
-    """1-Wasserstein distance between the standardised values (each `counts` times) and N(0, 1); 0 for a Gaussian.
+    """Return the 1-Wasserstein distance between standardised values and N(0, 1); 0 for a Gaussian.
 
-    The integral of |Q(p) - Phi^-1(p)| over p, solved on each step of the quantile function Q. `values` ascend. Of
-    equal values it is nan.
+    This is the integral of |Q(p) - Phi^-1(p)| over p, solved on each step of the quantile function Q.
+
+    Args:
+        values: (n,) ascending values.
+        counts: (n,) how often each value occurs.
+
+    Returns:
+        The distance; nan if all values are equal.
     """
     mean, std = _mean_std(values, counts)
     if not std > 0:
@@ -60,13 +67,29 @@ def wasserstein_to_normal(values: np.ndarray, counts: np.ndarray) -> float:
 
 
 def excess_kurtosis(values: np.ndarray, counts: np.ndarray) -> float:
-    """Fourth moment of the standardised values minus 3: 0 for a Gaussian, 3 for a Laplace; nan where all are equal."""
+    """Return the fourth moment of the standardised values minus 3: 0 for a Gaussian, 3 for a Laplace distribution.
+
+    Args:
+        values: (n,) values.
+        counts: (n,) how often each value occurs.
+
+    Returns:
+        The excess kurtosis; nan if all values are equal.
+    """
     mean, std = _mean_std(values, counts)
     return float(np.average(((values - mean) / std) ** 4, weights=counts)) - 3 if std > 0 else math.nan
 
 
 def outlier_share(values: np.ndarray, counts: np.ndarray) -> tuple[float, float]:
-    """Share of the values more than FAR standard deviations from their mean, and how many the farthest is."""
+    """Return the fraction of values more than FAR standard deviations from their mean, and the largest distance.
+
+    Args:
+        values: (n,) values.
+        counts: (n,) how often each value occurs.
+
+    Returns:
+        The fraction, and the largest distance in standard deviations; zeros if all values are equal.
+    """
     mean, std = _mean_std(values, counts)
     if not std > 0:
         return 0.0, 0.0
@@ -86,8 +109,8 @@ def _density(z: Tensor) -> Tensor:
 class RadialSpectrum:
     """Power over spatial frequency, averaged over directions, channels and images, in RINGS up to Nyquist's frequency.
 
-    Each channel is windowed (Hann) and freed of its mean; white noise of variance v has power v in every ring.
-    Frequencies are in Nyquist's, half a cycle per px, so that grids of other sizes can be averaged.
+    The mean of each channel is subtracted and a Hann window applied; white noise of variance v has power v in every
+    ring. Frequencies are relative to Nyquist's, half a cycle per px, so that grids of several sizes can be averaged.
     """
 
     def __init__(self) -> None:
@@ -96,7 +119,7 @@ class RadialSpectrum:
         self.count = np.zeros(RINGS, dtype=np.int64)
 
     def update(self, images: Tensor) -> None:
-        """Takes in NCHW values. Sides under 4 px have no spectrum and are left out."""
+        """Add (N, C, H, W) values. Grids with a side under 4 px have no spectrum and are left out."""
         height, width = images.shape[-2:]
         if min(height, width) < 4:
             return
@@ -109,26 +132,28 @@ class RadialSpectrum:
         down, across = (2 * np.abs(np.fft.fftfreq(n)) for n in (height, width))
         frequency = np.hypot(down[:, None], across)
         ring = np.ceil(frequency * RINGS - 1e-9).astype(int) - 1
-        inside = (ring >= 0) & (ring < RINGS)  # neither the mean nor the corners beyond Nyquist's
+        inside = (ring >= 0) & (ring < RINGS)  # without the mean and the corners beyond Nyquist's frequency
         ring, number = ring[inside], len(images) * images.shape[1]
         self.power_sum += np.bincount(ring, power[inside], RINGS)
         self.frequency_sum += np.bincount(ring, number * frequency[inside], RINGS)
         self.count += number * np.bincount(ring, minlength=RINGS)
 
     def merge(self, other: "RadialSpectrum") -> None:
-        """Takes in what another saw."""
+        """Add another spectrum."""
         self.power_sum = self.power_sum + other.power_sum
         self.frequency_sum = self.frequency_sum + other.frequency_sum
         self.count = self.count + other.count
 
     def rings(self) -> tuple[np.ndarray, np.ndarray]:
-        """Mean frequency (of Nyquist's) and mean power of the rings that some grid has, ascending."""
-        seen = self.count > 0
-        return self.frequency_sum[seen] / self.count[seen], self.power_sum[seen] / self.count[seen]
+        """Return mean frequency, relative to Nyquist's, and mean power of the non-empty rings, ascending, (n,) each."""
+        filled = self.count > 0
+        return self.frequency_sum[filled] / self.count[filled], self.power_sum[filled] / self.count[filled]
 
     def slope(self) -> float | None:
-        """Slope of log power over log frequency, least squares over the rings within FITTED; None for fewer than
-        three."""
+        """Return the slope of log power over log frequency, by least squares over the rings within FITTED.
+
+        None if there are fewer than three.
+        """
         frequency, power = self.rings()
         fitted = (frequency >= FITTED[0]) & (frequency <= FITTED[1]) & (power > 0)
         if fitted.sum() < 3:
@@ -136,7 +161,7 @@ class RadialSpectrum:
         return float(np.polyfit(np.log(frequency[fitted]), np.log(power[fitted]), 1)[0])
 
     def high_share(self) -> float | None:
-        """Share of the power above half of Nyquist's frequency; 3/4 for white noise. None without power."""
+        """Return the fraction of power above half of Nyquist's frequency, 3/4 for white noise; None without power."""
         frequency, _ = self.rings()
         power = self.power_sum[self.count > 0]
         return float(power[frequency > 0.5].sum() / power.sum()) if power.sum() > 0 else None

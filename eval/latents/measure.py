@@ -1,4 +1,4 @@
-"""How healthy a first stage's latents are.
+"""Measures the health of a first stage's latents.
 
 from latent_ae_eval.latents.measure import evaluate_latents
 result = evaluate_latents("runs/quickstart/export", "photos")
@@ -47,7 +47,7 @@ from latent_ae_eval.latents.sums import Decoded, Encoded, LatentsMeasurer
 FORMAT = "latent-ae latents 1"
 MOST_BLOCKS, SMALLEST_BLOCK, STREAM_BLOCK, DECODED_BLOCK = 256, 4, 64, 4
 CONSTANT = 1e-6
-"""A channel of a deterministic model with less than this of the latents' spread carries nothing."""
+"""A channel of a deterministic model is dead if its std is at most this fraction of the latents' std."""
 Sums = TypeVar("Sums", Encoded, Decoded)
 
 
@@ -59,14 +59,25 @@ def evaluate_latents(
     out: str | Path | None = None,
     progress: bool = False,
 ) -> dict[str, Any]:
-    """Measures the latents of `model` on `data` and returns the result, JSON-ready; equal on every process.
+    """Measure the latents of a first stage. Every process of a distributed run calls this.
 
-    `model` is a folder, a hub id or an instance of a first stage of diffusers (which is moved to the device, in
-    evaluation mode); `data` is as on the command line. With `out`, result.json and latents.html are written there. The
-    figures do not depend on the number of processes: sums of blocks of images are merged in the order of the blocks.
+    The numbers do not depend on the number of processes: sums over blocks of images are merged in the order of the
+    blocks.
 
-    Raises UserError for what cannot be loaded, a function (which has no latents), images whose channels do not fit, too
-    many unreadable images, or latents that are all equal or not finite.
+    Args:
+        model: A folder, a hub id, or a first stage of diffusers as a module (it is moved to the device and set to
+            evaluation mode).
+        data: `photos`, a folder of images, Parquet, Arrow or WebDataset files, or a hub id.
+        settings: The settings; None takes the defaults.
+        out: Folder for result.json and latents.html; None writes nothing.
+        progress: Show progress bars.
+
+    Returns:
+        The result, JSON-ready and equal on every process.
+
+    Raises:
+        UserError: If model or data cannot be loaded or do not fit, the model is a function or has latents on several
+            grids, too many images are unreadable, latents are all equal or not finite, or `out` cannot be written.
     """
     settings, started = settings or LatentsSettings(), time.perf_counter()
     if out is not None:
@@ -89,7 +100,7 @@ def evaluate_latents(
         except UserError as error:
             notes.append(f"LPIPS of noised latents is missing: {briefly(error)}")
     measurer = LatentsMeasurer(stage, device, seed=settings.seed, batch_size=settings.batch_size, lpips=lpips)
-    # TF32 convolutions would move the third digit
+    # TF32 convolutions would change the third digit
     with float32_arithmetic(repeatable=True):
         source, choice = opened_data(str(data), settings)
         images, count = _images(stage, source, data, settings), choice["number"]
@@ -136,7 +147,7 @@ def evaluate_latents(
         notes.append(f"{stage.name} has no posterior, so there is no KL and no posterior's spread")
     if "half size/apart" not in decoded.counts and decoded.num_images:
         notes.append(
-            "half size was left out: the latents' sides are odd; choose a crop_px of a multiple of twice the factor"
+            "half size was left out: the latents' sides are odd; set crop_px to a multiple of twice the factor"
         )
     result["notes"] = notes + stream_notes(choice)
     result["findings"] = [finding._asdict() for finding in findings(result)]
@@ -165,7 +176,7 @@ def _over_blocks(
     verb: str,
     shows: bool,
 ) -> Sums:
-    """`total` with the sums of all blocks merged in their order, on every process."""
+    """Return `total` with the sums of all blocks merged in their order, on every process."""
     state = PartialState()
     images = replace(images, part=Part(state.process_index, state.num_processes, size))
     share = None if count is None else sum(1 for index in range(count) if images.part.holds(index))
@@ -186,7 +197,7 @@ def _over_blocks(
                     sketch.merge(sums.statistics.sketch)
                     sums.statistics.sketch = QuantileSketch()
                 mine.append((number, sums))
-        except UserError as error:  # the others must not be left waiting
+        except UserError as error:  # raised below, where the other processes wait
             failure = error
     gathered = gather_object([(failure, mine, sketch)])
     if failures := [one for one, _, _ in gathered if one is not None]:
@@ -200,7 +211,7 @@ def _over_blocks(
 
 
 def _health(stage: FirstStage, encoded: Encoded) -> dict[str, Any]:
-    """Everything that the first pass knows, JSON-ready."""
+    """Return the measurements of the first pass, JSON-ready."""
     statistics = encoded.statistics
     signal = statistics.posterior_means if stage.has_posterior else statistics.latents
     channels = []
@@ -269,7 +280,7 @@ def _spectrum(encoded: Encoded, name: str) -> dict[str, Any]:
 
 
 def _changes(decoded: Decoded, settings: LatentsSettings) -> dict[str, Any]:
-    """What the second pass knows: empty where nothing was decoded."""
+    """Return the measurements of the second pass, JSON-ready; empty if nothing was decoded."""
     if not decoded.num_images:
         return {}
     noise = [

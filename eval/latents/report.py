@@ -1,4 +1,4 @@
-"""latents.html: what a measurement of latents found, in sentences and charts."""
+"""The report of a measurement of latents: findings in sentences, and charts."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +16,7 @@ SHOWN_IN = "health", "findings", "notes", "latents"
 
 
 def write_latents_page(path: Path, result: Mapping[str, Any]) -> None:
-    """Writes one self-contained HTML file, atomically. Raises OSError where it cannot be written."""
+    """Write a result of `evaluate_latents` as one self-contained HTML file. Raises UserError if that fails."""
     model, data = result["model"], result["data"]
     name = short_name(model.get("location"), str(model.get("class") or "model"))
     sections = [
@@ -34,14 +34,14 @@ def write_latents_page(path: Path, result: Mapping[str, Any]) -> None:
 
 
 def latents_text(result: Mapping[str, Any]) -> str:
-    """The figures as a table for a terminal, and every finding that needs a look."""
+    """Return the main numbers as a table for a terminal, and every finding that needs a look."""
     rows = [Row(name, page.format_value(value)) for name, value in _values(result).items()]
-    told = to_look_at(_sorted(result), MARKS)
-    return "\n".join([aligned(rows), "", *(told or ["Nothing among the findings needs a look."])])
+    lines = to_look_at(_sorted(result), MARKS)
+    return "\n".join([aligned(rows), "", *(lines or ["None of the findings needs a look."])])
 
 
 def _sorted(result: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """The findings, those first that need a look."""
+    """Return the findings; those that need a look come first."""
     return sorted(result["findings"], key=lambda one: ORDER.index(one["state"]))
 
 
@@ -54,7 +54,7 @@ def _facts(result: Mapping[str, Any]) -> str:
 
 
 def _values(result: Mapping[str, Any]) -> dict[str, Any]:
-    """The few that sum the latents up, by name."""
+    """Return the main numbers by name."""
     model, health, latents = result["model"], result["health"], result["latents"]
     channels = len(health["channels"])
     facts = {
@@ -85,8 +85,8 @@ def _channel_charts(result: Mapping[str, Any]) -> list[str]:
     title = "distance from a Gaussian (1-Wasserstein)"
     charts.append(page.bar_chart(of("wasserstein_1"), title=title, x_label="channel"))
     ends = {
-        name: (found["0.5"], found["0.01"], found["0.99"])
-        for name, found in zip(names, result["latents"]["channel_quantiles"], strict=True)
+        name: (quantiles["0.5"], quantiles["0.01"], quantiles["0.99"])
+        for name, quantiles in zip(names, result["latents"]["channel_quantiles"], strict=True)
     }
     if len(ends) <= MOST_LINES:
         charts.append(page.interval_chart({"values": ends}, title="median, 1 % and 99 % of the values by channel"))
@@ -106,7 +106,7 @@ def _channel_rows(result: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _spectrum(result: Mapping[str, Any]) -> str:
-    """Both, each as shares of its own mean power."""
+    """Return the spectra of latents and images, each relative to its own mean power."""
     series = {}
     for name, spectrum in result["health"]["spectrum"].items():
         mean = sum(spectrum["power"]) / max(1, len(spectrum["power"]))
@@ -114,8 +114,8 @@ def _spectrum(result: Mapping[str, Any]) -> str:
             series[name] = [(x, y / mean) for x, y in zip(spectrum["frequency"], spectrum["power"], strict=True)]
     words = page.paragraph(
         "Power over spatial frequency, averaged over directions, channels and images, each relative to its own mean. "
-        "Frequencies are in Nyquist's of each grid: 1 is the finest that the pixels, or the latents, can hold. White "
-        "noise is a level line; photographs fall by about a hundredfold per decade.",
+        "Frequencies are relative to Nyquist's of each grid: 1 is the finest that the pixels or the latents can hold. "
+        "White noise is a level line; the power of photographs falls about a hundredfold per decade.",
         soft=True,
     )
     chart = page.line_chart(series, x_label="frequency / Nyquist", y_label="relative power", log_x=True, log_y=True)

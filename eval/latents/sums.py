@@ -1,4 +1,4 @@
-"""A block of images -> sums that merge: statistics and spectra of its latents, and the cost of changing latents."""
+"""Sums over blocks of images, which can be merged: statistics and spectra of latents, and the cost of changing them."""
 
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -16,11 +16,11 @@ from latent_ae_eval.latents.health import TRANSFORMS, RadialSpectrum
 
 CPU_BATCH_PX = 256 * 256
 NOISE_SEED = 2**32
-"""Added to the seed: the noise that perturbs latents is not the one that sampled them."""
+"""Added to the seed, so that the noise that perturbs latents differs from the noise that sampled them."""
 
 
 class Encoded:
-    """What the first pass keeps of a block of images."""
+    """Sums of the first pass over a block of images: its latents and their spectra."""
 
     def __init__(self) -> None:
         self.num_images = 0
@@ -29,6 +29,7 @@ class Encoded:
         self.spectra = {"latents": RadialSpectrum(), "images": RadialSpectrum()}
 
     def merge(self, other: "Encoded") -> None:
+        """Add the sums of another block."""
         self.num_images += other.num_images
         self.skipped += other.skipped
         self.statistics.merge(other.statistics)
@@ -37,7 +38,7 @@ class Encoded:
 
 
 class Decoded:
-    """What the second pass keeps of a block of images: sums over images, and of how many."""
+    """Sums of the second pass over a block of images, and of how many images."""
 
     def __init__(self) -> None:
         self.num_images = 0
@@ -45,24 +46,33 @@ class Decoded:
         self.counts: dict[str, int] = {}
 
     def add(self, key: str, values: Tensor) -> None:
-        """Values of single images; those that are not finite are left out."""
+        """Add values of images, (N,), under a name; those that are not finite are left out."""
         known = values[values.isfinite()].double().cpu()
         self.sums[key] = self.sums.get(key, 0.0) + float(known.sum())
         self.counts[key] = self.counts.get(key, 0) + len(known)
 
     def merge(self, other: "Decoded") -> None:
+        """Add the sums of another block."""
         self.num_images += other.num_images
         for key, value in other.sums.items():
             self.sums[key] = self.sums.get(key, 0.0) + value
             self.counts[key] = self.counts.get(key, 0) + other.counts[key]
 
     def mean(self, key: str) -> float | None:
-        """None where no image has it."""
+        """Return the mean over images, or None if no image has a value."""
         return self.sums[key] / self.counts[key] if self.counts.get(key) else None
 
 
 class LatentsMeasurer:
-    """Holds the networks."""
+    """Measures blocks of images.
+
+    Args:
+        stage: The model.
+        device: Where it runs.
+        seed: Seed of the noise.
+        batch_size: Largest number of images at a time.
+        lpips: LPIPS for images of noised latents, or None.
+    """
 
     def __init__(
         self, stage: FirstStage, device: torch.device, *, seed: int, batch_size: int, lpips: LPIPS | None = None
@@ -71,7 +81,7 @@ class LatentsMeasurer:
 
     @torch.no_grad()
     def encode(self, items: Iterable[HeldOutImage]) -> Encoded:
-        """Statistics of a block's latents: samples of the posterior where there is one."""
+        """Return the sums over a block's latents: samples of the posterior, or the latents of a deterministic model."""
         block = Encoded()
         for batch in self._batches(items, block.skipped):
             images = self._stacked(batch)
@@ -89,7 +99,13 @@ class LatentsMeasurer:
 
     @torch.no_grad()
     def decode(self, items: Iterable[HeldOutImage], sigmas: Sequence[float], latent_std: float) -> Decoded:
-        """PSNR (dB) and LPIPS of a block's images from latents that were noised, scaled or rotated."""
+        """Return sums of PSNR (dB) and LPIPS of a block's images, decoded from noised, scaled or rotated latents.
+
+        Args:
+            items: The images of the block.
+            sigmas: Standard deviations of the noise, relative to that of the latents.
+            latent_std: Standard deviation of the latents.
+        """
         block = Decoded()
         for batch in self._batches(items, []):
             images = self._stacked(batch)
@@ -97,22 +113,22 @@ class LatentsMeasurer:
             noise = self._noise(batch, latents, self.seed + NOISE_SEED)
             plain = self.stage.decode(latents)
             for sigma in sigmas:
-                made = self.stage.decode(latents + sigma * latent_std * noise) if sigma else plain
-                block.add(f"psnr/{sigma}", _psnr(images, made))
+                decoded = self.stage.decode(latents + sigma * latent_std * noise) if sigma else plain
+                block.add(f"psnr/{sigma}", _psnr(images, decoded))
                 if self.lpips is not None and images.shape[1] in (1, 3):
-                    block.add(f"lpips/{sigma}", self.lpips(images, made.clamp(-1, 1)))
+                    block.add(f"lpips/{sigma}", self.lpips(images, decoded.clamp(-1, 1)))
             for name, change in TRANSFORMS.items():
                 if name == "half size" and any(side % 2 for side in latents.shape[-2:]):
                     continue
-                changed, made = change(images), self.stage.decode(change(latents))
-                block.add(f"{name}/in latents", _psnr(changed, made))
+                changed, decoded = change(images), self.stage.decode(change(latents))
+                block.add(f"{name}/in latents", _psnr(changed, decoded))
                 block.add(f"{name}/in images", _psnr(changed, self.stage.decode(self.stage.encode(changed).mean)))
-                block.add(f"{name}/apart", _psnr(change(plain), made))
+                block.add(f"{name}/apart", _psnr(change(plain), decoded))
             block.num_images += len(batch)
         return block
 
     def _batches(self, items: Iterable[HeldOutImage], skipped: list[str]) -> Iterator[list[HeldOutImage]]:
-        """Neighbours of one shape; reasons of unreadable images go to `skipped`. A function of the block alone."""
+        """Yield batches of neighbours of one shape, a function of the block alone; unreadable ones go to `skipped`."""
         waiting: list[HeldOutImage] = []
         for item in items:
             if item.image is None:
@@ -140,6 +156,6 @@ class LatentsMeasurer:
 
 
 def _psnr(a: Tensor, b: Tensor) -> Tensor:
-    """PSNR of 8-bit pixels for each image; nan for an image that is not finite."""
+    """Return the PSNR of 8-bit pixels for each image; nan for an image that is not finite."""
     bad = ~b.isfinite().flatten(1).all(1)
     return psnr(to_uint8(a), to_uint8(b)).masked_fill(bad, torch.nan)

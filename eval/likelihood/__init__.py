@@ -1,4 +1,4 @@
-"""latent-ae eval likelihood: what the command says; settings, measure and report are modules of their own."""
+"""latent-ae eval likelihood: the command's description; settings, measure and report are separate modules."""
 
 from latent_ae_eval.job import Job
 from latent_ae_eval.likelihood.settings import LikelihoodSettings
@@ -10,8 +10,8 @@ JOB = Job(
     text="likelihood_text",
     description="""\
 Bound the likelihood that a variational autoencoder gives to images: the ELBO and an importance-weighted bound in bits
-per dimension and nats per image, rate and distortion apart. A terminal gets a table, a pipe JSON; result.json,
-images.parquet and report.html go into a folder.""",
+per dimension and nats per image, with rate and distortion. A terminal gets a table, a pipe JSON; result.json,
+images.parquet and report.html are written into a folder.""",
     examples="""\
 example: latent-ae eval likelihood runs/vae /data/cifar10/test.parquet limit=1000 batch_size=64
 a tighter bound: latent-ae eval likelihood MODEL DATA samples=1024

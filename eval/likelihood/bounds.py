@@ -14,9 +14,9 @@ from latent_ae.models.loading import FirstStage
 from latent_ae.models.posterior import Drawn, drawer
 
 FIT_VALUES = 2**21
-"""So many pixel values at most fit a scale."""
+"""Largest number of pixel values to which a scale is fitted."""
 SCALES = 1e-4, 4.0
-"""Between these, in [-1, 1] units."""
+"""Range of fitted scales, in [-1, 1] units."""
 
 
 @dataclass(frozen=True)
@@ -24,33 +24,56 @@ class Bounds:
     """Bounds of N images, nats per image."""
 
     distortion: np.ndarray
-    """(N,): minus log p(x | z), mean over the samples."""
+    """(N,) minus log p(x | z), mean over the samples."""
     rates: np.ndarray
-    """(N, levels): KL(q(z | x) || p(z)) of each level of the latent."""
+    """(N, levels) KL(q(z | x) || p(z)) of each level of the latent."""
     curve: np.ndarray
-    """(N, sizes): the importance-weighted bound of so many samples; of one it is minus distortion and rate."""
+    """(N, sizes) importance-weighted bounds for `curve_sizes` samples; for one it is minus distortion and rate."""
     effective: np.ndarray
-    """(N,): effective number of samples."""
+    """(N,) effective number of samples."""
 
 
 def curve_sizes(samples: int) -> list[int]:
-    """1, 2, 4, ... and `samples`."""
+    """Return 1, 2, 4, ... and `samples`: the numbers of samples for which bounds are computed."""
     return sorted({2**power for power in range(samples.bit_length()) if 2**power <= samples} | {samples})
 
 
 def importance_bound(log_weights: Tensor, size: int) -> Tensor:
-    """(N, K) -> (N,): log of the mean of `size` weights (Burda et al. 2016, eq. 8), mean over the K // size groups."""
+    """Return the log of the mean of `size` weights (Burda et al. 2016, eq. 8), mean over the K // size groups of K.
+
+    Args:
+        log_weights: (N, K) log weights of K samples, nats.
+        size: Number of weights in a group.
+
+    Returns:
+        (N,) nats.
+    """
     groups = log_weights[:, : log_weights.shape[1] // size * size].unflatten(1, (-1, size))
     return (torch.logsumexp(groups, 2) - math.log(size)).mean(1)
 
 
 def effective_samples(log_weights: Tensor) -> Tensor:
-    """(N, K) -> (N,): squared sum of the weights over the sum of their squares, 1 to K (Kong 1992)."""
+    """Return the squared sum of the weights over the sum of their squares, 1 to K (Kong 1992).
+
+    Args:
+        log_weights: (N, K) log weights of K samples, nats.
+
+    Returns:
+        (N,).
+    """
     return torch.exp(2.0 * torch.logsumexp(log_weights, 1) - torch.logsumexp(2.0 * log_weights, 1))
 
 
 class Estimator:
-    """Draws from the posterior of a first stage that has one; the noise is a function of seed, image and draw."""
+    """Estimates bounds from posterior samples; the noise is a function of seed, image and number of the sample.
+
+    Args:
+        stage: A first stage with a random posterior.
+        kind: The likelihood of pixels given the latent.
+        seed: Seed of the samples.
+        discretised: For a Gaussian, whether to use the probability of 8-bit levels instead of the density.
+        device: Where the model runs.
+    """
 
     def __init__(
         self, stage: FirstStage, kind: LikelihoodKind, *, seed: int, discretised: bool, device: torch.device
@@ -59,23 +82,29 @@ class Estimator:
 
     @torch.no_grad()
     def measure(self, images: Tensor, numbers: Sequence[int], samples: int, scale: float | None) -> Bounds:
-        """`images`: NCHW in [-1, 1], sides multiples of the factor; `numbers`: of the images; `scale`: see Likelihood.
+        """Return bounds on the log-likelihood of images.
 
-        The log weight of a sample z is log p(x | z) + log p(z) - log q(z | x). For bernoulli x is the images' binary
-        draw, while z comes from the images as they are: any q gives a bound.
+        The log weight of a sample z is log p(x | z) + log p(z) - log q(z | x). For bernoulli x is a binary draw of the
+        images, while z comes from the images themselves: any q gives a bound.
+
+        Args:
+            images: (N, C, H, W) in [-1, 1], sides multiples of the downsampling factor.
+            numbers: Numbers of the images.
+            samples: Number of posterior samples.
+            scale: Scale of the likelihood in [-1, 1] units; None for bernoulli.
         """
         images = images.to(self.device)
         target = (binary_images(self.seed, numbers, images) if self.kind == "bernoulli" else images).double()
         logvar = torch.tensor(2.0 * math.log(scale or 1.0), dtype=torch.float64, device=self.device)
         likelihoods, ratios, rates = [], [], []
-        for drawn, made in self._draws(images, numbers, samples):
-            found = log_likelihood(self.kind, made.double(), target, logvar, discretised=self.discretised)
-            likelihoods.append(found.flatten(1).sum(1))
+        for drawn, decoded in self._draws(images, numbers, samples):
+            by_pixel = log_likelihood(self.kind, decoded.double(), target, logvar, discretised=self.discretised)
+            likelihoods.append(by_pixel.flatten(1).sum(1))
             ratios.append(drawn.log_ratio.double())
             rates.append(torch.stack([rate.double().flatten(1).sum(1) for rate in drawn.rates], 1))
         log_weights = torch.stack(likelihoods, 1) + torch.stack(ratios, 1)
         distortion, rate = -torch.stack(likelihoods, 1).mean(1), torch.stack(rates).mean(0)
-        # of one sample the KL in closed form tells more than the ratios do
+        # for one sample the KL in closed form has less variance than the ratios
         curve = [-distortion - rate.sum(1)]
         curve += [importance_bound(log_weights, size) for size in curve_sizes(samples)[1:]]
         parts = distortion, rate, torch.stack(curve, 1), effective_samples(log_weights)
@@ -83,10 +112,16 @@ class Estimator:
 
     @torch.no_grad()
     def pairs(self, images: Tensor, numbers: Sequence[int], count: int) -> Tensor:
-        """Up to `count` values of each image, decoded from one sample and as they were: (2, N x count) on the CPU."""
-        ((_, made),) = self._draws(images.to(self.device), numbers, 1)
+        """Return up to `count` values of each image, decoded from one sample and true: (2, N x count) on the CPU.
+
+        Args:
+            images: (N, C, H, W) in [-1, 1].
+            numbers: Numbers of the images.
+            count: Number of values per image.
+        """
+        ((_, decoded),) = self._draws(images.to(self.device), numbers, 1)
         chosen = []
-        for number, one in zip(numbers, torch.stack([made.cpu(), images.cpu()], 1).flatten(2), strict=True):
+        for number, one in zip(numbers, torch.stack([decoded.cpu(), images.cpu()], 1).flatten(2), strict=True):
             generator = torch.Generator().manual_seed(number)
             chosen.append(one[:, torch.randperm(one.shape[1], generator=generator)[:count]])
         return torch.cat(chosen, 1)
@@ -103,12 +138,18 @@ class Estimator:
 
 
 def fitted_scale(kind: LikelihoodKind, pairs: Tensor, *, discretised: bool) -> float:
-    """The most likely scale of `pairs` (2, n: decoded, true), by golden section on its logarithm."""
-    made, true = pairs.double()
+    """Return the most likely scale, by golden section on its logarithm.
+
+    Args:
+        kind: The likelihood, gaussian or logistic.
+        pairs: (2, n) decoded and true values in [-1, 1].
+        discretised: Whether probabilities of 8-bit levels are used.
+    """
+    decoded, true = pairs.double()
 
     def loss(log_scale: float) -> float:
         logvar = torch.tensor(2.0 * log_scale, dtype=torch.float64)
-        return -float(log_likelihood(kind, made, true, logvar, discretised=discretised).mean())
+        return -float(log_likelihood(kind, decoded, true, logvar, discretised=discretised).mean())
 
     golden = (math.sqrt(5.0) - 1.0) / 2.0
     low, high = map(math.log, SCALES)

@@ -1,4 +1,4 @@
-"""How likely a variational autoencoder finds images: the ELBO, its rate and distortion, and a tighter bound.
+"""Bounds the likelihood that a variational autoencoder gives to images: ELBO, rate, distortion and a tighter bound.
 
 from latent_ae_eval.likelihood.measure import measure_likelihood
 result = measure_likelihood("runs/vae", "cifar10/test.parquet")
@@ -35,7 +35,7 @@ from latent_ae_eval.likelihood.settings import LikelihoodSettings
 
 FORMAT = "latent-ae likelihood 1"
 FIT = 5
-"""One image in so many, spread over all, fits the scale and is not measured."""
+"""One in this many images, spread over all, fits the scale and is not measured."""
 METHOD = {
     "elbo": "minus distortion and rate (Kingma and Welling 2014)",
     "importance_bound": "log of the mean weight of K posterior samples (Burda et al. 2016, eq. 8); "
@@ -57,17 +57,28 @@ def measure_likelihood(
     out: str | Path | None = None,
     progress: bool = False,
 ) -> dict[str, Any]:
-    """Bounds on log p(x), means over the images of `data` with intervals; JSON-ready.
+    """Measure bounds on log p(x), with means over the images of `data` and intervals. Runs on one process.
 
-    With `out`, writes result.json, images.parquet and report.html there. Raises UserError for a model without a random
-    posterior, a scale that bernoulli has not, and several processes.
+    Args:
+        model: A folder, a hub id, or a first stage of diffusers as a module, with a random posterior.
+        data: `photos`, a folder of images, Parquet or Arrow files, or a hub id.
+        settings: The settings; None takes the defaults.
+        out: Folder for result.json, images.parquet and report.html; None writes nothing.
+        progress: Show progress bars.
+
+    Returns:
+        The result, JSON-ready.
+
+    Raises:
+        UserError: If model or data cannot be loaded, the model has no random posterior, the settings do not fit its
+            likelihood, or several processes were launched.
     """
     settings = settings or LikelihoodSettings()
     device, stage, folder = opened("likelihood", model, settings, out)
     if not stage.random:
         raise UserError(
-            f"eval likelihood needs a posterior to draw from, and the latents of {stage.name} are not random; "
-            "eval recon measures how near its reconstructions come"
+            f"eval likelihood needs a posterior to sample, and the latents of {stage.name} are not random; "
+            "eval recon measures its reconstructions"
         )
     source, choice = opened_data(str(data), settings)
     assert not isinstance(source, StreamSource), "jobs do not open streams"
@@ -75,7 +86,9 @@ def measure_likelihood(
     trained: LikelihoodKind = known.kind if known else "gaussian"
     kind = trained if settings.likelihood == "auto" else settings.likelihood
     if kind == "bernoulli" and settings.scale != "auto":
-        raise UserError("scale: the model was trained with bernoulli, which has none; leave it out or set likelihood")
+        raise UserError(
+            "scale: the model was trained with bernoulli, which has no scale; leave it out or set likelihood"
+        )
     if kind != "gaussian" and not settings.discretised:
         raise UserError(f"discretised: the model was trained with {kind}, which has no density; leave it out")
     estimator = Estimator(stage, kind, seed=settings.seed, discretised=settings.discretised, device=device)
@@ -101,7 +114,7 @@ def measure_likelihood(
     else:
         notes.append(
             "bernoulli: the bits are of binary images, each pixel drawn once with the probability of its brightness; "
-            "they cannot be set beside the bits of 256 levels"
+            "they cannot be compared with the bits of 256 levels"
         )
     rows = work.measured(estimator, measured, scale)
     finite = [row for row in rows if np.isfinite(row["curve"]).all()]
@@ -136,19 +149,19 @@ def measure_likelihood(
         "versions": versions(),
         "notes": notes,
     }
-    result["findings"] = [found._asdict() for found in findings(result)]
+    result["findings"] = [finding._asdict() for finding in findings(result)]
     if folder is not None:
         _write(folder, result, finite, work, settings)
     return result
 
 
 def _figures(rows: Sequence[dict[str, Any]], likelihood: Likelihood, settings: LikelihoodSettings) -> dict[str, Any]:
-    """Adds each image's bits to its row; gives metrics, the curve and effective samples over the images."""
+    """Add each image's bits to its row, and return metrics, the curve and effective samples over the images."""
     none = torch.zeros((), dtype=torch.float64)
     level = float(bits_per_dimension(none, likelihood.kind, discretised=settings.discretised))
 
     def bits(nats: float, row: dict[str, Any], level: float = level) -> float:
-        """A cost in nats as bits; `level` turns a density into a level's probability, and is 0 for the rate."""
+        """Return a cost in nats as bits; `level` turns a density into a level's probability, and is 0 for the rate."""
         return float(nats / row["elements"] / math.log(2.0) + level)
 
     for row in rows:
@@ -193,7 +206,7 @@ def _figures(rows: Sequence[dict[str, Any]], likelihood: Likelihood, settings: L
 
 
 class _Work:
-    """Reads images of a source by their numbers and gives them to an estimator."""
+    """Reads images of a source by their numbers and measures them with an estimator."""
 
     def __init__(
         self,
@@ -210,6 +223,7 @@ class _Work:
         self.num_read = 0
 
     def fitted(self, estimator: Estimator, indices: np.ndarray) -> float:
+        """Return the scale fitted to some of the images."""
         count = max(1, FIT_VALUES // max(1, len(indices)))
         pairs = [
             estimator.pairs(images, [item.index for item in items], count)
@@ -220,10 +234,10 @@ class _Work:
         return fitted_scale(estimator.kind, torch.cat(pairs, 1), discretised=self.settings.discretised)
 
     def measured(self, estimator: Estimator, indices: np.ndarray, scale: float | None) -> list[dict[str, Any]]:
-        """A row of each readable image, in nats; `off_level`: a value of it is no level of 8 bits."""
+        """Return a row for each readable image, in nats; `off_level` is True if a value is between 8-bit levels."""
         rows = []
         for items, images in self.batches(indices, "likelihood"):
-            found = estimator.measure(images, [item.index for item in items], self.settings.samples, scale)
+            bounds = estimator.measure(images, [item.index for item in items], self.settings.samples, scale)
             levels = (images + 1.0) * 127.5
             off_level = ((levels - levels.round()).abs() > 1e-3).flatten(1).any(1)
             dimensions = math.prod(side // self.stage.factor for side in images.shape[2:])
@@ -234,11 +248,11 @@ class _Work:
                         "name": printable(item.name),
                         "elements": images[i].numel(),
                         "latent_dimensions": dimensions * (self.stage.latent_channels or 0),
-                        "distortion": float(found.distortion[i]),
-                        "rate": float(found.rates[i].sum()),
-                        "rate_levels": found.rates[i].tolist(),
-                        "curve": found.curve[i].tolist(),
-                        "effective_samples": float(found.effective[i]),
+                        "distortion": float(bounds.distortion[i]),
+                        "rate": float(bounds.rates[i].sum()),
+                        "rate_levels": bounds.rates[i].tolist(),
+                        "curve": bounds.curve[i].tolist(),
+                        "effective_samples": float(bounds.effective[i]),
                         "off_level": bool(off_level[i]),
                     }
                 )
@@ -246,17 +260,17 @@ class _Work:
         return rows
 
     def shown(self, rows: Sequence[dict[str, Any]]) -> list[Shown]:
-        """The images of rows, in their order, and their reconstructions."""
-        wanted = sorted({row["index"] for row in rows})
-        found: dict[int, tuple[Tensor, Tensor]] = {}
-        for items, images in self.batches(np.array(wanted, dtype=np.int64), None):
+        """Return the images of rows, in their order, with their reconstructions."""
+        indices = sorted({row["index"] for row in rows})
+        pairs: dict[int, tuple[Tensor, Tensor]] = {}
+        for items, images in self.batches(np.array(indices, dtype=np.int64), None):
             with torch.no_grad():
-                made = self.stage.reconstruct(images.to(self.device)).cpu()
-            found |= {item.index: (image, one) for item, image, one in zip(items, images, made, strict=True)}
-        return [Shown(row, *found[row["index"]]) for row in rows]
+                reconstructions = self.stage.reconstruct(images.to(self.device)).cpu()
+            pairs |= {item.index: (image, one) for item, image, one in zip(items, images, reconstructions, strict=True)}
+        return [Shown(row, *pairs[row["index"]]) for row in rows]
 
     def batches(self, indices: np.ndarray, task: str | None) -> Iterator[tuple[list[HeldOutImage], Tensor]]:
-        """Readable neighbours of one shape; without a task nothing is counted or told again."""
+        """Yield batches of readable neighbours of one shape; without a task nothing is counted or reported again."""
         held_out = images_for(self.stage, self.source.subset(indices), self.settings, self.location)
         bar = progress_bar(task, len(indices), "image", disable=not self.progress or task is None)
 

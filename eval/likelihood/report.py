@@ -1,4 +1,4 @@
-"""report.html of a likelihood: what was found in words and figures, the bound's curve, and the images it is of."""
+"""The report of a likelihood: findings in words and numbers, the curve of the bound, and images."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -20,15 +20,15 @@ NAMES = {
 }
 MARKS = {"fine": "normal", "look": "worth a look", "problem": "a problem"}
 UNITS = {"bits per dimension": ("bits_per_dimension", ".4f"), "nats per image": ("nats_per_image", ",.1f")}
-"""Where a result holds them, and how they are written."""
+"""Units by name, with their key in a result and their format."""
 COLLAPSED = 0.01
-"""Nats per latent dimension, as in training's log."""
+"""A smaller rate in nats per latent dimension is a posterior collapse, as in training."""
 FEW_EFFECTIVE = 2.0
 PICTURE_BYTES = 400_000
 
 
 class Shown(NamedTuple):
-    """An image and the reconstruction of its posterior's mean, CHW in [-1, 1] on the CPU."""
+    """An image and the reconstruction of its posterior's mean, (C, H, W) in [-1, 1] on the CPU."""
 
     row: Mapping[str, Any]
     image: Tensor
@@ -36,7 +36,7 @@ class Shown(NamedTuple):
 
 
 def findings(result: Mapping[str, Any]) -> Iterator[Finding]:
-    """What a document of `measure_likelihood` says, in plain sentences."""
+    """Yield the findings on a result of `measure_likelihood` (without its findings), in plain sentences."""
     metrics, curve = result["metrics"], result["curve"]
     bits = {name: values["bits_per_dimension"]["mean"] for name, values in metrics.items() if name != "rate_levels"}
     nats = metrics["rate"]["nats_per_image"]["mean"]
@@ -79,7 +79,14 @@ def findings(result: Mapping[str, Any]) -> Iterator[Finding]:
 def write_likelihood_report(
     path: Path, result: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], shown: Mapping[str, Sequence[Shown]]
 ) -> None:
-    """Writes one self-contained HTML file, atomically. Raises OSError where it cannot be written."""
+    """Write report.html, one self-contained file. Raises UserError if it cannot be written.
+
+    Args:
+        path: The file.
+        result: The content of result.json.
+        rows: The rows of images.parquet.
+        shown: Images by heading.
+    """
     model = short_name(result["model"].get("location"), str(result["model"].get("class")))
     likelihood, curve = result["likelihood"], result["curve"]
     facts = {
@@ -95,7 +102,9 @@ def write_likelihood_report(
     if skipped := len(result["data"]["skipped"]):
         remarks.append(f"Unreadable images that were skipped: {skipped:,}.")
     summary = page.facts({name: value for name, value in facts.items() if value is not None}) + page.notes(remarks)
-    told = page.findings([(one["name"], one["state"], MARKS[one["state"]], one["text"]) for one in result["findings"]])
+    sentences = page.findings(
+        [(one["name"], one["state"], MARKS[one["state"]], one["text"]) for one in result["findings"]]
+    )
     charts = page.grid(
         page.line_chart(
             {"bound": [(point["samples"], point["bits_per_dimension"]) for point in curve]},
@@ -107,25 +116,25 @@ def write_likelihood_report(
     )
     sections = [
         summary,
-        page.section("What was found", told),
+        page.section("Findings", sentences),
         page.section("Figures", _table(result), charts),
-        *(page.section(heading, page.grid(*map(_card, found))) for heading, found in shown.items()),
+        *(page.section(heading, page.grid(*map(_card, images))) for heading, images in shown.items()),
         page.section(
             "How this was measured",
             page.manifest({k: v for k, v in result.items() if k not in ("metrics", "curve", "findings", "notes")}),
         ),
     ]
     title = f"{model}: likelihood of {short_name(result['data']['location'], 'images')}"
-    page.write(path, page.page(title, sections, subtitle="A first stage, asked by latent-ae eval likelihood."))
+    page.write(path, page.page(title, sections, subtitle="A first stage, measured by latent-ae eval likelihood."))
 
 
 def likelihood_text(result: Mapping[str, Any]) -> str:
-    """The figures as a table for a terminal, and every finding that needs a look."""
+    """Return the bounds as a table for a terminal, and every finding that needs a look."""
     rows = [Row("images", f"{result['data']['num_images']:,}")]
     for unit in UNITS:
         rows += [Row(name, *_figure(values, unit), unit) for name, values in _named(result).items()]
-    told = to_look_at(result["findings"], MARKS)
-    return "\n".join([aligned(rows), *([""] if told else []), *told])
+    lines = to_look_at(result["findings"], MARKS)
+    return "\n".join([aligned(rows), *([""] if lines else []), *lines])
 
 
 def _named(result: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
@@ -135,7 +144,7 @@ def _named(result: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
 
 
 def _figure(values: Mapping[str, Any], unit: str) -> tuple[str, str]:
-    """A mean and its interval, as text."""
+    """Return a mean and its interval as text."""
     key, digits = UNITS[unit]
     mean, ends = values[key]["mean"], values[key]["interval"]
     small = " – ".join(format(end, digits) for end in ends) if ends else ""

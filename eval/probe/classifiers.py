@@ -1,4 +1,4 @@
-"""Two classifiers for features at hand: multinomial logistic regression, to its optimum, and nearest neighbours."""
+"""Two classifiers of features: multinomial logistic regression, fitted to its optimum, and nearest neighbours."""
 
 import torch
 from torch import Tensor
@@ -8,22 +8,29 @@ MOST_STEPS = 500
 GRADIENT = 1e-7
 """Largest entry of the gradient at which the optimum counts as reached."""
 BLOCK = 1024
-"""Rows classified at a time."""
+"""Number of rows classified at a time."""
 
 
 def logistic_regression(x: Tensor, y: Tensor, classes: int, l2: float, start: Tensor | None = None) -> Tensor:
-    """Minimises mean cross-entropy + l2 / 2 |W|^2 over W and a bias that is not penalised, by L-BFGS in float64.
+    """Minimise mean cross-entropy + l2 / 2 |W|^2 over weights W and a bias without penalty, by L-BFGS in float64.
 
-    x: (N, D); y: (N,) integers; `start`: where to begin, like the result. Returns (D + 1, classes) float64, the bias
-    last: logits are x @ W[:-1] + W[-1]. The problem is convex, so the start changes the time only.
+    If D > N the weights are sought among combinations of the rows of x, where the optimum is (the representer theorem;
+    Schoelkopf, Herbrich, Smola 2001), after a rotation that does not change the penalty.
 
-    Where D > N the weights are sought among combinations of the rows of x, where the optimum lies (the representer
-    theorem; Schoelkopf, Herbrich, Smola 2001), after a rotation that leaves the penalty as it is.
+    Args:
+        x: (N, D) features.
+        y: (N,) integers from 0 to classes - 1.
+        classes: Number of classes.
+        l2: Weight of the penalty.
+        start: Where to begin, like the result. The problem is convex, so this changes the time only.
+
+    Returns:
+        (D + 1, classes) float64, the bias last: logits are x @ W[:-1] + W[-1].
     """
     x = x.double()
     if x.shape[1] <= x.shape[0]:
         return _fit(x, y, classes, l2, start)
-    # x = u diag(s) v^T; rows of x lie in the span of v, in which their coordinates are u diag(s)
+    # x = u diag(s) v^T; rows of x are in the span of v, in which their coordinates are u diag(s)
     values, u = torch.linalg.eigh(x @ x.T)
     kept = values > values[-1] * len(x) * torch.finfo(torch.float64).eps
     s, u = values[kept].sqrt(), u[:, kept]
@@ -57,12 +64,21 @@ def _fit(x: Tensor, y: Tensor, classes: int, l2: float, start: Tensor | None) ->
 
 
 def nearest(x: Tensor, y: Tensor, classes: int, queries: Tensor, neighbours: tuple[int, ...]) -> dict[int, Tensor]:
-    """The class that most of a query's k nearest rows of x have (Euclidean), for each k of `neighbours`.
+    """Classify queries by the majority of their k nearest rows of x (Euclidean distance), for several k.
 
-    x: (N, D); y: (N,) integers; queries: (M, D). Returns (M,) integers by k. Of classes with equally many, that of the
-    nearest row wins; k above N counts as N.
+    Of classes with equally many rows, that of the nearest row wins; k above N counts as N.
+
+    Args:
+        x: (N, D) features.
+        y: (N,) integers from 0 to classes - 1.
+        classes: Number of classes.
+        queries: (M, D) features.
+        neighbours: The values of k.
+
+    Returns:
+        (M,) integers for each k.
     """
-    found: dict[int, list[Tensor]] = {k: [] for k in neighbours}
+    winners: dict[int, list[Tensor]] = {k: [] for k in neighbours}
     most = min(max(neighbours), len(x))
     norms = x.square().sum(1)
     for part in queries.split(BLOCK):
@@ -71,8 +87,8 @@ def nearest(x: Tensor, y: Tensor, classes: int, queries: Tensor, neighbours: tup
         for k in neighbours:
             near = ranked[:, :k]
             votes = F.one_hot(near, classes).to(x.dtype)
-            # a vote more than all bonuses together
+            # bonuses break ties only: all of them together are less than a vote
             bonus = torch.linspace(0.5, 0, near.shape[1], dtype=x.dtype, device=x.device) / near.shape[1] ** 2
             first = torch.zeros_like(votes[:, 0]).scatter_reduce_(1, near, bonus.expand_as(near), "amax")
-            found[k].append((votes.sum(1) + first).argmax(1))
-    return {k: torch.cat(parts) for k, parts in found.items()}
+            winners[k].append((votes.sum(1) + first).argmax(1))
+    return {k: torch.cat(parts) for k, parts in winners.items()}

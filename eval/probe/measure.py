@@ -1,4 +1,4 @@
-"""What simple classifiers can read from latents when labels are few, beside raw pixels and their principal components.
+"""Measures how well simple classifiers read classes from latents with few labels, beside raw pixels and their PCA.
 
 from latent_ae_eval.probe.measure import probe
 result = probe("runs/cifar/export", "cifar10")
@@ -33,7 +33,7 @@ from latent_ae_eval.probe.settings import ProbeSettings
 
 FORMAT = "latent-ae probe 1"
 VALIDATION = 5
-"""One label in so many is kept to choose settings with."""
+"""One in this many labels is held back to choose l2 and k."""
 MOST_LABELS = 20_000
 ALGORITHM = {
     "latent": "the posterior's mean (of deterministic models the latent), raw, flattened",
@@ -48,10 +48,11 @@ ALGORITHM = {
 
 
 class Labelled(NamedTuple):
-    """Images and their classes, numbered 0, 1, ..."""
+    """Images and their classes."""
 
     source: StoredImages
     labels: np.ndarray
+    """(N,) integers 0, 1, ..."""
 
 
 @torch.no_grad()
@@ -63,10 +64,21 @@ def probe(
     out: str | Path | None = None,
     progress: bool = False,
 ) -> dict[str, Any]:
-    """Test accuracies with few labels, over several random choices of those; JSON-ready.
+    """Measure test accuracies of classifiers with few labels, over several random choices. Runs on one process.
 
-    With `out`, writes result.json and report.html there. Raises UserError for data without labels, too few images of a
-    class, images of several sizes, and several processes.
+    Args:
+        model: A folder, a hub id, or a first stage of diffusers as a module.
+        data: A table with a column of classes, a hub id, or a folder of images with a folder for each class.
+        settings: The settings; None takes the defaults.
+        out: Folder for result.json and report.html; None writes nothing.
+        progress: Show progress bars.
+
+    Returns:
+        The result, JSON-ready; accuracies are from 0 to 1.
+
+    Raises:
+        UserError: If data have no labels, too few images of a class or several sizes, a training image is unreadable,
+            or several processes were launched.
     """
     settings = settings or ProbeSettings()
     device, stage, folder = opened("probe", model, settings, out)
@@ -138,32 +150,32 @@ def _scaling(scale: str) -> str:
 
 
 def _labelled(data: str, settings: ProbeSettings) -> tuple[Labelled, Labelled, list[str], str]:
-    """What labels are drawn from, what is tested on, the classes' names and where they come from."""
+    """Return training and test images, the classes' names, and the column from which they come."""
     try:
         opened = settings.data(data)
         train, test = open_images(opened, "train"), open_images(opened, "held_out")
     except UserError as error:
-        # the settings have other names here than in training
+        # the settings of a probe have other names than those of training
         named = {"data.source": "DATA", "data.eval_split": "split", "data.eval_fraction": "test_fraction"}
         message = str(error).replace("data.split", "train_split")
         for theirs, ours in named.items():
             message = message.replace(theirs, ours)
         raise UserError(message.replace("data.", "")) from error
     assert not isinstance(train, StreamSource) and not isinstance(test, StreamSource)
-    found = find_classes(train, test, settings.label_column), find_classes(test, train, settings.label_column)
-    if found[0] is None or found[1] is None:
+    both = find_classes(train, test, settings.label_column), find_classes(test, train, settings.label_column)
+    if both[0] is None or both[1] is None:
         raise UserError(
             f"label_column: {data} has no labels, and a probe needs them: give tables with a column of classes or "
             "integers (label_column=NAME), or a folder of images with a folder for each class"
         )
-    known = sorted({int(label) for part in found if part for label in part.labels if label >= 0})
+    known = sorted({int(label) for part in both if part for label in part.labels if label >= 0})
     if len(known) < 2:
         raise UserError(f"label_column: {data} has images of {len(known)} class(es); a probe needs two")
-    names = found[0].names
+    names = both[0].names
     numbers = np.full(max(known) + 2, -1)  # -1, no label, is the last one
     numbers[known] = np.arange(len(known))
-    parts = [_with_labels(source, classes, numbers) for source, classes in zip((train, test), found, strict=True)]
-    return parts[0], parts[1], [names[k] if names else str(k) for k in known], found[0].column
+    parts = [_with_labels(source, classes, numbers) for source, classes in zip((train, test), both, strict=True)]
+    return parts[0], parts[1], [names[k] if names else str(k) for k in known], both[0].column
 
 
 def _with_labels(source: StoredImages, classes: Classes | None, numbers: np.ndarray) -> Labelled:
@@ -174,7 +186,7 @@ def _with_labels(source: StoredImages, classes: Classes | None, numbers: np.ndar
 
 
 def _limited(test: Labelled, settings: ProbeSettings) -> tuple[Labelled, dict[str, Any]]:
-    """At most `limit` test images, of each class its share, and how they were chosen."""
+    """Return at most `limit` test images, from each class in proportion, and how they were chosen."""
     by_class = np.argsort(test.labels, kind="stable")
     size = len(by_class)
     rows = np.sort(by_class[spread(settings.seed, size, settings.limit or size)])
@@ -184,7 +196,7 @@ def _limited(test: Labelled, settings: ProbeSettings) -> tuple[Labelled, dict[st
 
 
 def _draws(labels: np.ndarray, names: Sequence[str], settings: ProbeSettings) -> list[list[np.ndarray]]:
-    """For each draw and number of labels, ascending: rows, class after class; smaller sets are parts of the larger."""
+    """Return the rows for each draw and number of labels, ascending; smaller sets are parts of the larger ones."""
     sizes = sorted(settings.labels_per_class)
     if sizes[-1] * len(names) > MOST_LABELS:
         raise UserError(
@@ -200,7 +212,7 @@ def _draws(labels: np.ndarray, names: Sequence[str], settings: ProbeSettings) ->
             if len(rows) < sizes[-1]:
                 raise UserError(
                     f"labels_per_class: class {name} has {len(rows)} training images, fewer than {sizes[-1]}; "
-                    "lower labels_per_class, or test_fraction where that holds images back"
+                    "lower labels_per_class, or test_fraction if that holds images back"
                 )
             orders.append(rng.permutation(rows))
         draws.append([np.concatenate([order[:size] for order in orders]) for size in sizes])
@@ -217,7 +229,7 @@ def _accuracies(
     settings: ProbeSettings,
     bar: tqdm,
 ) -> dict[str, Any]:
-    """Accuracies of both classifiers, by number of labels per class."""
+    """Return the accuracies of both classifiers by number of labels per class."""
     sizes = sorted(settings.labels_per_class)
     runs: dict[str, dict[str, list[tuple[float, float]]]] = {
         kind: {str(size): [] for size in sizes} for kind in ("logistic", "nearest")
@@ -248,7 +260,7 @@ def _accuracies(
 def _logistic(
     x: Tensor, y: Tensor, held: Tensor, classes: int, settings: ProbeSettings, features: Scaled, truth: np.ndarray
 ) -> tuple[float, float]:
-    """Accuracy on the test images, and the l2 that was best on the labels held back (the largest of equals)."""
+    """Return the accuracy on the test images, and the best l2 on the held-back labels (the largest of equals)."""
     best, weights = (-1.0, 0.0), None
     for l2 in sorted(settings.l2, reverse=True):
         weights = logistic_regression(x[~held], y[~held], classes, l2, weights)
@@ -265,9 +277,9 @@ def _classes(x: Tensor, weights: Tensor) -> Tensor:
 def _nearest(
     x: Tensor, y: Tensor, held: Tensor, classes: int, settings: ProbeSettings, features: Scaled, truth: np.ndarray
 ) -> tuple[float, int]:
-    """Accuracy on the test images, and the k that was best on the labels held back (the smallest of equals)."""
-    found = nearest(x[~held], y[~held], classes, x[held], settings.neighbours)
-    accuracies = {k: float((guess == y[held]).double().mean()) for k, guess in found.items()}
+    """Return the accuracy on the test images, and the best k on the held-back labels (the smallest of equals)."""
+    guesses = nearest(x[~held], y[~held], classes, x[held], settings.neighbours)
+    accuracies = {k: float((guess == y[held]).double().mean()) for k, guess in guesses.items()}
     k = min(accuracies, key=lambda k: (-accuracies[k], k))
     return _tested(lambda block: nearest(x, y, classes, block, (k,))[k], features, truth), k
 

@@ -1,4 +1,4 @@
-"""report.html of a probe: accuracy against labels, for each kind of features."""
+"""The report of a probe: accuracy over the number of labels, for each kind of feature."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,22 +18,22 @@ CLASSIFIERS = {"logistic": "Logistic regression", "nearest": "Nearest neighbours
 
 
 def probe_text(result: Mapping[str, Any]) -> str:
-    """The accuracies as a table for a terminal."""
+    """Return the accuracies as a table for a terminal."""
     rows = [
         Row("test images", f"{result['data']['test_images']:,}"),
         Row("largest class", f"{100 * result['chance']:.1f} %"),
     ]
     for kind, title in CLASSIFIERS.items():
         for size in result["features"]["latent"][kind]:
-            for feature, found in result["features"].items():
-                values = found[kind][size]
+            for feature, accuracies in result["features"].items():
+                values = accuracies[kind][size]
                 mean, sd = f"{100 * values['mean']:.1f} %", f"± {100 * values['sd']:.1f}"
                 rows.append(Row(f"{title}, {size} labels", mean, sd, NAMES[feature]))
     return aligned(rows, "deviation over the draws")
 
 
 def write_probe_report(path: Path, result: Mapping[str, Any]) -> None:
-    """Writes one self-contained HTML file, atomically. Raises OSError where it cannot be written."""
+    """Write a result of `probe` as report.html, one self-contained file. Raises UserError if it cannot be written."""
     model = short_name(result["model"].get("location"), str(result["model"].get("class")))
     data, sizes = result["data"], list(result["features"]["latent"]["logistic"])
     facts = {
@@ -49,19 +49,19 @@ def write_probe_report(path: Path, result: Mapping[str, Any]) -> None:
     charts, tables = [], []
     for kind, title in CLASSIFIERS.items():
         series, lines = {}, []
-        for feature, found in result["features"].items():
-            values = found[kind]
+        for feature, accuracies in result["features"].items():
+            values = accuracies[kind]
             series[NAMES[feature]] = [(float(size), 100 * values[size]["mean"]) for size in sizes]
             cells = {
                 f"{size} labels": page.estimate(f"{100 * v['mean']:.1f}", f"± {100 * v['sd']:.1f}")
                 for size, v in values.items()
             }
-            lines.append({title: NAMES[feature], "dimensions": found["dimensions"]} | cells)
+            lines.append({title: NAMES[feature], "dimensions": accuracies["dimensions"]} | cells)
         charts.append(page.line_chart(series, title=title, x_label="labels per class", y_label="accuracy, %"))
         tables.append(page.table(lines))
     about = page.paragraph(
         "Accuracy on the test images in percent, mean over the draws; small: standard deviation over the draws. "
-        "Features that the first stage makes are worth something where they beat the pixels they were made from.",
+        "Features of the first stage are useful where they beat the pixels that they were computed from.",
         soft=True,
     )
     sections.append(page.section("Accuracy", about, *tables))

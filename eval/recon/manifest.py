@@ -1,4 +1,4 @@
-"""What reconstruction figures depend on, written beside them, and the keys of stored work."""
+"""Records what reconstruction metrics depend on, and makes the keys of stored work."""
 
 import json
 from typing import Any
@@ -11,7 +11,7 @@ from latent_ae_eval.recon.settings import ReconSettings
 
 
 def protocol_manifest(settings: ReconSettings) -> dict[str, Any]:
-    """The protocol in full, and what was set apart from it."""
+    """Return the whole protocol, and the settings that differ from it, JSON-ready."""
     own = {"name": settings.protocol, "changed": settings.changes()}
     background = {"background": settings.background, "pixel_range": "[-1, 1]", "arithmetic": "float32 without TF32"}
     manifest = own | settings.resolved().model_dump(mode="json") | background
@@ -20,14 +20,22 @@ def protocol_manifest(settings: ReconSettings) -> dict[str, Any]:
 
 
 def data_fingerprint(table: pa.Table) -> str:
-    """Over the contents of the files measured, in their order."""
+    """Return a digest over the contents of the measured files, in their order."""
     return fingerprint(table["digest"].to_pylist())
 
 
 def evaluation_key(
     settings: ReconSettings, *, model: str, data: str, shard: int, inception: str | None
 ) -> dict[str, Any]:
-    """All that the numbers depend on: shards of another key are not gone on from."""
+    """Return everything that the numbers depend on, JSON-ready: only shards with the same key are used to resume.
+
+    Args:
+        settings: The settings.
+        model: sha256 of the weights.
+        data: Stamp of the images, see `sources.source_stamp`.
+        shard: Images per shard.
+        inception: sha256 of Inception's weights, or None.
+    """
     irrelevant = {"batch_size", "num_workers", "num_pictures", "reference_cache", "max_bad_fraction", "device"}
     return {
         "settings": settings.model_dump(mode="json", exclude=irrelevant),
@@ -40,7 +48,14 @@ def evaluation_key(
 
 
 def reference_key(settings: ReconSettings, channels: int, multiple_of: int, inception: str) -> dict[str, Any]:
-    """All that makes Inception's features of an original, besides its file."""
+    """Return everything besides a file that Inception's features of an original depend on, JSON-ready.
+
+    Args:
+        settings: The settings.
+        channels: Channels of the images.
+        multiple_of: The model's downsampling factor, of which the sides are multiples.
+        inception: sha256 of Inception's weights.
+    """
     framing = ("resize_px", "crop_px", "resample", "crop_rounds", "rounding", "extractor", "extractor_dtype")
     protocol = settings.resolved().model_dump(mode="json", include=set(framing))
     own = {"channels": channels, "background": settings.background, "inception": inception, "versions": versions()}

@@ -1,4 +1,4 @@
-"""How near a first stage's reconstructions come to their images.
+"""Measures how close a first stage's reconstructions are to their images.
 
 from latent_ae_eval.recon.measure import evaluate_reconstruction
 result = evaluate_reconstruction("runs/quickstart/export", "photos")
@@ -59,15 +59,27 @@ def evaluate_reconstruction(
     progress: bool = False,
     rows: bool = True,
 ) -> dict[str, Any]:
-    """Measures `model` on `data` and returns the result, JSON-ready; equal on every process of a distributed run.
+    """Measure the reconstructions of a first stage. Every process of a distributed run calls this.
 
-    `model` is a folder, a hub id, an instance of a first stage of diffusers (which is moved to the device, in
-    evaluation mode) or a function of NCHW images in [-1, 1]; `data` is as on the command line. With `out`, result.json,
-    images.parquet, report.html and pairs.png are written there, and an evaluation that was killed goes on from what it
-    had measured. With `rows`, "images" holds the rows of images.parquet. Each image is measured once, whatever the
-    number of processes; a folder `out` must be one that they all see.
+    Each image is measured once, whatever the number of processes. With `out`, an evaluation that was killed resumes
+    from what it had measured.
 
-    Raises UserError for what cannot be loaded, images whose channels do not fit, or too many unreadable images.
+    Args:
+        model: A folder, a hub id, a first stage of diffusers as a module (it is moved to the device and set to
+            evaluation mode), or a function from images, (N, C, H, W) in [-1, 1], to their reconstructions.
+        data: `photos`, a folder of images, Parquet, Arrow or WebDataset files, or a hub id.
+        settings: The settings; None takes the defaults.
+        out: Folder for result.json, images.parquet, report.html and pairs.png, which all processes must see; None
+            writes nothing.
+        progress: Show a progress bar.
+        rows: Also return the rows of images.parquet as "images".
+
+    Returns:
+        The result, JSON-ready and equal on every process.
+
+    Raises:
+        UserError: If model or data cannot be loaded or do not fit, too many images are unreadable, or `out` cannot be
+            written.
     """
     settings, started = settings or ReconSettings(), time.perf_counter()
     refuse_generation_files(str(data))
@@ -91,7 +103,7 @@ def evaluate_reconstruction(
         cache = ReferenceCache(reference_key(settings, images.channels, images.multiple_of, inception.sha256))
     measurer = Measurer(stage, settings, device, inception, cache)
     with ExitStack() as stack:
-        # TF32 convolutions would move the third digit
+        # TF32 convolutions would change the third digit
         stack.enter_context(float32_arithmetic(repeatable=True))
         size = shard_size(num_images, protocol.crop_px is None)
         key = None
@@ -121,7 +133,7 @@ def evaluate_reconstruction(
 def _begin(
     stack: ExitStack, out: str | Path | None, key: dict[str, Any] | None, state: PartialState
 ) -> tuple[WorkFolder, frozenset[int]]:
-    """The folder of the shards, the same on all processes and nobody else's, and what is done already."""
+    """Open the folder of the shards, the same on all processes, lock it, and return it with the finished shards."""
 
     def begin() -> tuple[WorkFolder, frozenset[int]]:
         try:
@@ -131,8 +143,8 @@ def _begin(
                 refusal = f"--out: another evaluation is writing into {out}; wait for it, or give another folder"
                 stack.enter_context(only_writer(Path(out) / ".evaluation.lock", refusal))
                 work = WorkFolder(Path(out) / "unfinished", key)
-            if found := work.begin():
-                print(f"going on from {found} finished parts in {work.folder}", file=sys.stderr)
+            if count := work.begin():
+                print(f"resuming from {count} finished parts in {work.folder}", file=sys.stderr)
             return work, work.done()
         except OSError as error:
             raise UserError(f"--out: cannot write into {out}: {error}") from error
@@ -146,7 +158,7 @@ def _begin(
 def _measure(
     images: HeldOutImages, measurer: Measurer, work: WorkFolder, num_images: int | None, size: int, shows: bool
 ) -> int:
-    """Measures this process's shards that are not done, each written as soon as it is; returns the number of images."""
+    """Measure and write the unfinished shards of this process one by one; return the number of images."""
     total, count = None, 0
     if num_images is not None:
         mine = (number for number in range(-(-num_images // size)) if images.part.holds(number * size))
@@ -163,9 +175,9 @@ def _measure(
 def _result(
     work: WorkFolder, measurer: Measurer, images: HeldOutImages, data: str, choice: dict[str, Any], why_not: str
 ) -> tuple[dict[str, Any], pa.Table]:
-    """Everything but the time, and the row of every image."""
+    """Return the result without its time, and the rows of all images."""
     settings, stage, inception = measurer.settings, measurer.stage, measurer.inception
-    with writing(work.folder):  # features go from the shards into files of their own
+    with writing(work.folder):  # `collect` writes the features of all shards into files
         table, skipped, files = collect(work, work.done())
     if not table.num_rows:
         reason = f"none of its {len(skipped)} images is readable; {skipped[0]}" if skipped else "it holds no images"
@@ -216,7 +228,7 @@ def _result(
 
 
 def _make_folder(folder: Path) -> None:
-    """Before the measurement, so that a folder that cannot be written costs no waiting."""
+    """Make the folder before the measurement, so that one that cannot be written is refused at once."""
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
 
@@ -226,8 +238,8 @@ def _write(folder: Path, result: dict[str, Any], table: pa.Table, measurer: Meas
         pyarrow.parquet.write_table(table, part)
     write_json(folder / "result.json", result)
     groups = chosen_rows(table, measurer.kinds[0], measurer.settings.num_pictures)
-    wanted = sorted(table["index"][row].as_py() for rows in groups.values() for row in rows)
-    shown = shown_groups(groups, table, reconstructed(wanted, measurer, images) if wanted else {})
+    indices = sorted(table["index"][row].as_py() for rows in groups.values() for row in rows)
+    shown = shown_groups(groups, table, reconstructed(indices, measurer, images) if indices else {})
     write_recon_report(folder / "report.html", result, table.to_pylist(), shown)
     pairs = [
         [one.image, one.reconstruction, error_map(one.image, one.reconstruction)]

@@ -1,4 +1,4 @@
-"""The worst, median and best images of an evaluation, made again to be looked at."""
+"""Reconstructs the worst, median and best images of an evaluation again, for pictures in the report."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,11 +14,20 @@ from latent_ae_eval.recon.report import Shown
 from latent_ae_eval.recon.shard import Measurer
 
 RANKED_BY = (("lpips_vgg", 1), ("lpips_alex", 1), ("psnr", -1))
-"""Metric and sign: larger is worse."""
+"""Metrics by which images are ranked, with a sign that makes larger values worse."""
 
 
 def chosen_rows(table: pa.Table, kind: str, count: int) -> dict[str, list[int]]:
-    """Rows of the table by group, the most telling first; an image is in one group only."""
+    """Return the rows of the worst, median and best images; an image is in one group only.
+
+    Args:
+        table: A row per image.
+        kind: The kind of reconstruction, prefix of the columns.
+        count: Number of images in each group.
+
+    Returns:
+        Row numbers by the heading of the group, the most extreme first.
+    """
     for key, sign in RANKED_BY:
         name = f"{kind}_{key}"
         if name in table.column_names:
@@ -27,7 +36,7 @@ def chosen_rows(table: pa.Table, kind: str, count: int) -> dict[str, list[int]]:
                 break
     else:
         return {}
-    values = np.where(np.isfinite(values), values, np.inf)  # what holds NaN is the worst of all
+    values = np.where(np.isfinite(values), values, np.inf)  # a reconstruction with NaN is the worst of all
     ranked = [int(row) for row in np.argsort(values, kind="stable")]
     count = min(count, max(1, len(ranked) // 3))
     worst, best = ranked[::-1][:count], ranked[:count]
@@ -43,19 +52,34 @@ def chosen_rows(table: pa.Table, kind: str, count: int) -> dict[str, list[int]]:
 def reconstructed(
     indices: Sequence[int], measurer: Measurer, images: HeldOutImages
 ) -> dict[int, tuple[Tensor, Tensor]]:
-    """(image, reconstruction), CHW in [-1, 1] on the CPU, of images by index, at their full size."""
-    found = {}
+    """Return images and their reconstructions at full size, by index.
+
+    Args:
+        indices: Indices of the images.
+        measurer: Holds the model.
+        images: The images of the evaluation.
+
+    Returns:
+        (image, reconstruction) by index, (C, H, W) in [-1, 1] on the CPU. Unreadable images are missing.
+    """
+    pairs = {}
     for item in _items(indices, images):
         if item.image is not None:
-            given, made = measurer.reconstruct([item])
-            found[item.index] = (given[0].cpu(), made[measurer.kinds[0]][0].cpu())
-    return found
+            inputs, reconstructions = measurer.reconstruct([item])
+            pairs[item.index] = (inputs[0].cpu(), reconstructions[measurer.kinds[0]][0].cpu())
+    return pairs
 
 
 def shown_groups(
     groups: dict[str, list[int]], table: pa.Table, pictures: dict[int, tuple[Tensor, Tensor]]
 ) -> dict[str, list[Shown]]:
-    """What the report shows under each heading."""
+    """Return the images that the report shows under each heading.
+
+    Args:
+        groups: Rows by heading, from `chosen_rows`.
+        table: A row per image.
+        pictures: (image, reconstruction) by index, from `reconstructed`.
+    """
     shown: dict[str, list[Shown]] = {}
     for heading, rows in groups.items():
         for row in (table.slice(number, 1).to_pylist()[0] for number in rows):
@@ -65,11 +89,11 @@ def shown_groups(
 
 
 def _items(indices: Sequence[int], images: HeldOutImages) -> list[HeldOutImage]:
-    if isinstance(images.source, StreamSource):  # must be read from its start once more
-        last, wanted = max(indices), set(indices)
+    if isinstance(images.source, StreamSource):  # a stream must be read from its start again
+        last, chosen = max(indices), set(indices)
         items = []
         for item in replace(images, part=Part()).items():
-            items += [item] if item.index in wanted else []
+            items += [item] if item.index in chosen else []
             if item.index == last:
                 break
         return items

@@ -1,7 +1,7 @@
-"""How others measured their first stages, as settings with a name. docs/evaluation.md says more on each.
+"""Named settings after which others measured their first stages. docs/evaluation.md says more on each.
 
-What a source does not say is marked in `remarks`; what no protocol changes: the reference is framed and rounded exactly
-as the input was, PSNR is of 8-bit pixels per image and then averaged, convolutions run in full float32.
+`remarks` states what a source leaves open. No protocol changes these: the reference is framed and rounded exactly as
+the input, PSNR is computed on 8-bit pixels per image and then averaged, and convolutions run in full float32.
 """
 
 from typing import Literal
@@ -17,25 +17,25 @@ Name = Literal["default", "ldm", "vavae", "titok", "rae", "dcae"]
 
 
 class Protocol(Settings):
-    """From an image's file to a number."""
+    """All steps from an image's file to its metrics."""
 
     source: str
-    """Where it comes from."""
+    """Where the protocol comes from."""
     remarks: str = ""
     resize_px: Positive | None = 256
-    """Shorter side that an image is resized to before the crop, px; null keeps its size."""
+    """Shorter side to which an image is resized before the crop, px; null keeps its size."""
     crop_px: Positive | None = 256
-    """Side of the square cut from the middle, px; null takes whole images, cut to a multiple of the factor."""
+    """Side of the centre crop, px; null takes whole images, cut to a multiple of the factor."""
     resample: Resample = "adm"
-    """See latent_ae.data.transforms.resize_shorter."""
+    """Resampling method; see latent_ae.data.transforms.resize_shorter."""
     crop_rounds: Literal["down", "nearest"] = "down"
-    """Where an odd margin goes: nearest is torchvision's CenterCrop."""
+    """Rounding of odd margins; nearest is that of torchvision's CenterCrop."""
     rounding: Rounding = "up"
     """How a float becomes one of 256 levels; see latent_ae.data.images.to_uint8."""
     similarity_of: Literal["levels", "floats"] = "levels"
-    """What SSIM, MS-SSIM and LPIPS see."""
+    """What SSIM, MS-SSIM and LPIPS compare: 8-bit levels or floats."""
     latents: tuple[Latent, ...] = ("mode", "sample")
-    """What is decoded: the posterior's mean, or a sample of it that depends on the seed and the image's number only."""
+    """What is decoded: the posterior's mean, or a sample that depends on the seed and the image's number only."""
     lpips: tuple[Net, ...] = ("vgg", "alex")
     extractor: Extractor = "torch-fidelity"
     """How Inception resizes to 299 px and normalises."""

@@ -1,4 +1,4 @@
-"""report.html of a reconstruction's measurement: the figures, how they spread, pictures, and how they came about."""
+"""The report of a reconstruction's evaluation: metrics, their distribution, pictures, and how they were measured."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from latent_ae_eval.table import Row, aligned
 
 ERROR_GAIN = 4
 PICTURE_BYTES = 14_000_000
-"""For all pictures of a page together; base64 adds a third."""
+"""Largest size of all pictures of a page together; base64 adds a third."""
 SHOWN_IN = "metrics", "intervals", "baseline", "notes"
 """Parts of a result that the page shows above its manifest."""
 
@@ -29,20 +29,26 @@ class Shown:
     name: str
     index: int
     row: Mapping[str, Any]
-    """Its figures, as in images.parquet."""
+    """Its metrics, as in images.parquet."""
     image: Tensor
-    """CHW float in [-1, 1], on the CPU."""
+    """(C, H, W) float in [-1, 1], on the CPU."""
     reconstruction: Tensor
-    """The same shape; what is not finite counts as the largest error."""
+    """The same shape; pixels that are not finite count as the largest error."""
 
 
 def write_recon_report(
     path: Path, result: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], shown: Mapping[str, Sequence[Shown]]
 ) -> None:
-    """Writes one self-contained HTML file, atomically.
+    """Write report.html, one self-contained file of at most about 20 MB; a reader never finds a part.
 
-    `result` is what `result.json` holds, `rows` what `images.parquet` holds, `shown` the images under each heading.
-    The file stays below some 20 MB, whatever the images' sizes. Raises UserError where it cannot be written.
+    Args:
+        path: The file.
+        result: The content of result.json.
+        rows: The rows of images.parquet.
+        shown: The images under each heading.
+
+    Raises:
+        UserError: If it cannot be written.
     """
     model, data = _model_name(result), short_name(result["data"].get("location"), "images")
     sections = [
@@ -57,7 +63,7 @@ def write_recon_report(
 
 
 def recon_text(result: Mapping[str, Any]) -> str:
-    """The figures as a table for a terminal."""
+    """Return the metrics of a result as a table for a terminal."""
     columns = _columns(result)
     rows = [Row("images", f"{result['data']['num_images']:,}")]
     for metric in _metrics(columns):
@@ -70,14 +76,14 @@ def recon_text(result: Mapping[str, Any]) -> str:
 
 
 def _manifest(result: Mapping[str, Any]) -> dict[str, Any]:
-    """What the page does not show above; settings that the protocol gives stand there only."""
+    """Return the part of the result that the page does not show above; settings of the protocol appear only there."""
     rest = {key: value for key, value in result.items() if key not in SHOWN_IN}
     settings = rest.get("settings") or {}
     return rest | {"settings": {key: value for key, value in settings.items() if value != "protocol"}}
 
 
 def _lacks_fid(result: Mapping[str, Any]) -> bool:
-    """Whether it was to be measured and could not."""
+    """Return whether FID was requested and could not be measured."""
     return any("fid" in values and values["fid"] is None for values in result["metrics"].values() if values)
 
 
@@ -109,7 +115,7 @@ def _summary(result: Mapping[str, Any]) -> str:
     remarks += [f"{name}: {n:,.0f} of {data['num_images']:,} images measured." for name, n in counts.items() if n]
     skipped = len(data.get("skipped") or [])
     if skipped:
-        remarks.append(f"Unreadable images that were skipped: {skipped:,}. The list stands at the end of this page.")
+        remarks.append(f"Unreadable images that were skipped: {skipped:,}. They are listed at the end of this page.")
     below = page.paragraph(f"{ARROWS} Small: 95 % intervals over the images.", soft=True), page.notes(remarks)
     known = {name: value for name, value in facts.items() if value not in (None, "")}
     return page.facts(known) + page.section("Result", page.table(lines), *below)
@@ -120,14 +126,14 @@ def _count(parameters: float) -> str:
 
 
 def _framing(protocol: Mapping[str, Any]) -> str:
-    """How an image was cut; a protocol that lacks these keys is an older version's."""
+    """Return how images were cropped; a protocol of an older version may lack these keys."""
     resize_px, crop_px = protocol.get("resize_px"), protocol.get("crop_px")
     cut = "whole" if crop_px is None else f"{crop_px} px from the middle"
     return cut if resize_px is None else f"{cut}, shorter side resized to {resize_px} px"
 
 
 def _columns(result: Mapping[str, Any]) -> dict[str, tuple[Mapping[str, Any], Mapping[str, Any]]]:
-    """What is compared, by name: its metrics and their intervals."""
+    """Return metrics and intervals of each kind of reconstruction and of the baseline."""
     intervals = result.get("intervals") or {}
     columns = {kind: (values or {}, intervals.get(kind) or {}) for kind, values in result["metrics"].items()}
     if baseline := result.get("baseline"):
@@ -136,7 +142,7 @@ def _columns(result: Mapping[str, Any]) -> dict[str, tuple[Mapping[str, Any], Ma
 
 
 def _metrics(columns: Mapping[str, tuple[Mapping[str, Any], Mapping[str, Any]]]) -> list[str]:
-    """What was measured, and FID, whose absence is to be seen."""
+    """Return the measured metrics, and always FID, so that its absence is visible."""
     return in_order(
         {metric for values, _ in columns.values() for metric in values if metric not in ("n", "notes")} | {"fid"}
     )
@@ -152,7 +158,7 @@ def _cells(metric: str, columns: Mapping[str, tuple[Mapping[str, Any], Mapping[s
 
 
 def _prefixes(result: Mapping[str, Any]) -> dict[str, str]:
-    """The beginnings of the rows' columns, and the names that people read."""
+    """Return the prefixes of the rows' columns with the names that the page shows."""
     prefixes = {kind: kind for kind in result["metrics"]}
     return prefixes | ({"baseline": str(result["baseline"].get("name"))} if result.get("baseline") else {})
 
@@ -160,14 +166,14 @@ def _prefixes(result: Mapping[str, Any]) -> dict[str, str]:
 def _spread(result: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
     prefixes = _prefixes(result)
     columns = {column for row in rows for column in row}
-    found = {
+    metrics = {
         metric
         for prefix in prefixes
         for column in columns
         if column.startswith(f"{prefix}_") and (metric := column.removeprefix(f"{prefix}_"))
     }
     charts = []
-    for metric in in_order(found):
+    for metric in in_order(metrics):
         values = {
             name: [value for row in rows if (value := number(row.get(f"{prefix}_{metric}"))) is not None]
             for prefix, name in prefixes.items()
@@ -194,7 +200,7 @@ def _pictures(result: Mapping[str, Any], shown: Mapping[str, Sequence[Shown]]) -
 
 
 def _card(result: Mapping[str, Any], item: Shown, max_bytes: int) -> str:
-    """One image: input, reconstruction and error side by side, and its figures."""
+    """Return an image's input, reconstruction and error side by side, and its metrics."""
     channels, height, width = item.image.shape
     size = f"{width} x {height} px"
     if channels not in (1, 3, 4):
@@ -216,9 +222,15 @@ def _card(result: Mapping[str, Any], item: Shown, max_bytes: int) -> str:
 
 
 def error_map(image: Tensor, reconstruction: Tensor, gain: float = ERROR_GAIN) -> Tensor:
-    """Two CHW images in [-1, 1] -> 1HW in [-1, 1]: the error of their 8-bit pixels, mean over channels, times `gain`.
+    """Return the absolute error of 8-bit pixels, mean over channels, times `gain`.
 
-    -1 is no error; 1 is 255 / gain levels or more, or a reconstruction that is not finite there.
+    Args:
+        image: (C, H, W) in [-1, 1].
+        reconstruction: The same shape.
+        gain: Factor of the error.
+
+    Returns:
+        (1, H, W) in [-1, 1]: -1 is no error, 1 is 255 / gain levels or more, or a pixel that is not finite.
     """
     levels = (to_uint8(image).float() - to_uint8(reconstruction).float()).abs().mean(0, keepdim=True)
     bad = ~reconstruction.isfinite().all(0, keepdim=True)

@@ -12,36 +12,36 @@ OfProtocol = Literal["protocol"]
 
 
 class ReconSettings(EvalSettings):
-    """How reconstructions are measured; docs/evaluation.md says what each choice means for the figures."""
+    """How reconstructions are measured; docs/evaluation.md explains the effect of each choice."""
 
     protocol: Name = "default"
-    """How others measured theirs; the next seven settings change single parts of it."""
+    """Settings with which others measured; the next seven settings change single parts of them."""
     resize_px: Positive | OfProtocol | None = "protocol"
-    """Shorter side that an image is resized to before the crop, px; null keeps its size."""
+    """Shorter side to which an image is resized before the crop, px; null keeps its size."""
     crop_px: Positive | OfProtocol | None = "protocol"
-    """Side of the square cut from the middle, px; null takes whole images, cut to a multiple of the factor."""
+    """Side of the centre crop, px; null takes whole images, cut to a multiple of the factor."""
     resample: Resample | OfProtocol = "protocol"
-    """How an image is resized."""
+    """Resampling method."""
     rounding: Rounding | OfProtocol = "protocol"
-    """How a float becomes one of 256 levels: to the nearest with halves up or to even, or cut off."""
+    """How a float becomes one of 256 levels: to the nearest with halves up or to even, or with fractions cut off."""
     latents: tuple[Latent, ...] | OfProtocol = "protocol"
     """What is decoded: the posterior's mean (mode) or a sample of it."""
     lpips: tuple[Net, ...] | OfProtocol = "protocol"
     """Networks of LPIPS."""
     extractor: Extractor | OfProtocol = "protocol"
-    """Whose Inception: how it resizes to 299 px and normalises."""
+    """Variant of Inception: how it resizes to 299 px and normalises."""
     frechet: tuple[Literal["inception", "vgg16", "alexnet"], ...] = ("inception",)
-    """Features whose Fréchet distance is measured: inception gives FID and KID; the others, at hand wherever LPIPS is,
-    are named after themselves."""
+    """Features whose Fréchet distance is measured: inception gives FID and KID; distances of the other features, which
+    are available wherever LPIPS is, have the features' name."""
     inception_weights: str | None = None
-    """Other weights than the published ones; the distances are then not called FID and KID."""
+    """File with other weights than the published ones; the distances are then not called FID and KID."""
     baseline: bool = True
-    """Measure bicubic down- and upsampling by the model's factor beside it."""
+    """Also measure bicubic down- and upsampling by the model's factor."""
 
     reference_cache: bool = True
     """Keep Inception's features of the originals for the next model, under a key of their content and the protocol."""
     num_pictures: NonNegative = 3
-    """Worst, median and best images in the report, of each."""
+    """Number of worst, of median and of best images in the report."""
 
     def problems(self) -> Iterator[Problem]:
         protocol = self.resolved()
@@ -52,17 +52,17 @@ class ReconSettings(EvalSettings):
         if not protocol.latents:
             yield Problem("latents", "nothing to decode: give [mode], [sample] or [mode, sample]")
         if len(set(protocol.latents)) < len(protocol.latents):
-            yield Problem("latents", "names one twice")
+            yield Problem("latents", "has the same value twice; give each once")
         weights = self.inception_weights
         if weights is not None and not Path(weights).expanduser().is_file():
             yield Problem("inception_weights", f"no such file: {weights} (from {Path.cwd()})")
 
     def changes(self) -> dict[str, Any]:
-        """What is set apart from the protocol."""
+        """Return the settings that differ from the protocol."""
         own = {name: getattr(self, name) for name in Protocol.model_fields if name in type(self).model_fields}
         protocol = PROTOCOLS[self.protocol]
         return {key: value for key, value in own.items() if value not in ("protocol", getattr(protocol, key))}
 
     def resolved(self) -> Protocol:
-        """The protocol with those changes."""
+        """Return the protocol with those changes."""
         return PROTOCOLS[self.protocol].model_copy(update=self.changes())

@@ -1,4 +1,4 @@
-"""A shard of images -> its metrics and features: one pass through the model and each metric's network."""
+"""Measures a shard of images: one pass through the model and through each metric's network."""
 
 from collections.abc import Iterator, Sequence
 from itertools import groupby
@@ -26,7 +26,18 @@ Features = dict[str, Tensor]
 
 
 class Measurer:
-    """Holds the networks; everything stays on the device until a shard is done."""
+    """Measures shards of images; everything stays on the device until a shard is done.
+
+    Args:
+        stage: The model.
+        settings: The settings.
+        device: Where the networks run.
+        inception: Inception, or None.
+        cache: Cache of Inception's features of originals, or None.
+
+    Raises:
+        UserError: If the weights of LPIPS are not available.
+    """
 
     def __init__(
         self,
@@ -38,22 +49,22 @@ class Measurer:
     ):
         self.stage, self.settings, self.protocol, self.device = stage, settings, settings.resolved(), device
         self.inception, self.cache = inception, cache
-        wanted = {"vgg": "vgg16" in settings.frechet, "alex": "alexnet" in settings.frechet}
-        nets = [net for net in TRUNKS if net in self.protocol.lpips or wanted[net]]
+        features = {"vgg": "vgg16" in settings.frechet, "alex": "alexnet" in settings.frechet}
+        nets = [net for net in TRUNKS if net in self.protocol.lpips or features[net]]
         self.lpips = {net: LPIPS(net).to(device) for net in nets}
-        self.frechet_nets = [net for net in nets if wanted[net]]
+        self.frechet_nets = [net for net in nets if features[net]]
         self.kinds = self.protocol.latents if stage.random else ("mode",)
 
     @torch.no_grad()
     def measure(self, items: Sequence[HeldOutImage]) -> Shard:
-        """Rows, skipped files and features of a shard's images."""
+        """Return rows, skipped files and features of a shard's images."""
         readable = [item for item in items if item.image is not None]
         most_px = CPU_BATCH_PX if self.device.type == "cpu" else None
         batches = list(_batches(readable, self.settings.batch_size, most_px))
         ordered = [item for batch in batches for item in batch]
         cached = self._cached_reference(ordered)
         measured = [self._batch(batch, with_reference=cached is None) for batch in batches]
-        # from here on values are read from the device
+        # from here on, values are read from the device
         rows = []
         for batch, (metrics, _) in zip(batches, measured, strict=True):
             numbers = {
@@ -64,7 +75,7 @@ class Measurer:
             }
             rows += [_row(item, {name: column[i] for name, column in numbers.items()}) for i, item in enumerate(batch)]
         names = measured[0][1] if measured else {}
-        features = {name: torch.cat([found[name] for _, found in measured]).cpu() for name in names}
+        features = {name: torch.cat([parts[name] for _, parts in measured]).cpu() for name in names}
         if cached is not None:
             features["inception.input"] = cached
         elif self.cache is not None and rows:
@@ -72,14 +83,18 @@ class Measurer:
         return Shard(rows, [f"{item.name}: {item.reason}" for item in items if item.image is None], features)
 
     def reconstruct(self, items: Sequence[HeldOutImage]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Images of one size as one batch, and their reconstructions by kind (the baseline not among them)."""
+        """Return readable images of one size as a batch, and their reconstructions by kind (without the baseline).
+
+        Returns:
+            (N, C, H, W) float32 in [-1, 1] on the device, and the same by "mode" and "sample".
+        """
         images = torch.stack([item.image for item in items if item.image is not None])
         if self.device.type == "cuda":
             images = images.pin_memory().to(self.device, non_blocking=True)
         if self.stage.function is not None:
             return images, {"mode": self.stage.reconstruct(images)}
         mean, std = self.stage.encode(images.contiguous(memory_format=torch.channels_last))
-        made: dict[str, Tensor] = {}
+        reconstructions: dict[str, Tensor] = {}
         for kind in self.kinds:
             latent = mean
             if kind == "sample":
@@ -89,31 +104,33 @@ class Measurer:
                     latent = mean + std * noise
                 elif self.stage.module is not None:
                     latent = draw(self.stage.module, images.to(self.stage.dtype), noise).latent
-            made[kind] = self.stage.decode(latent)
-        return images, made
+            reconstructions[kind] = self.stage.decode(latent)
+        return images, reconstructions
 
     def _batch(self, batch: Sequence[HeldOutImage], *, with_reference: bool) -> tuple[Metrics, Features]:
-        """The batch's metrics and features, on the device; nan where there are none."""
-        given, made = self.reconstruct(batch)
-        seen = dict(made)
+        """Return the metrics and features of a batch, on the device; nan where there are none."""
+        inputs, reconstructions = self.reconstruct(batch)
+        kinds_of_image = dict(reconstructions)
         if self.settings.baseline and self.stage.factor > 1:
-            seen[BASELINE] = bicubic_down_up(given, self.stage.factor)
-        pixels = {"input": to_uint8(given, self.protocol.rounding)}
-        pixels |= {kind: to_uint8(image, self.protocol.rounding) for kind, image in seen.items()}
+            kinds_of_image[BASELINE] = bicubic_down_up(inputs, self.stage.factor)
+        pixels = {"input": to_uint8(inputs, self.protocol.rounding)}
+        pixels |= {kind: to_uint8(image, self.protocol.rounding) for kind, image in kinds_of_image.items()}
         rounded = self.protocol.similarity_of == "levels"
-        compared = compare(given, seen, self.lpips, rounded=rounded, pixels=pixels)
+        compared = compare(inputs, kinds_of_image, self.lpips, rounded=rounded, pixels=pixels)
         features: Features = {}
         for net in self.frechet_nets:
-            found = dict(zip(("input", *seen), compared.features.get(net, ()), strict=False))
-            missing = given.new_full((len(batch), TRUNKS[net].features), torch.nan)
-            features |= {f"{TRUNKS[net].weights}.{kind}": found.get(kind, missing) for kind in ("input", *made)}
+            by_kind = dict(zip(("input", *kinds_of_image), compared.features.get(net, ()), strict=False))
+            missing = inputs.new_full((len(batch), TRUNKS[net].features), torch.nan)
+            features |= {
+                f"{TRUNKS[net].weights}.{kind}": by_kind.get(kind, missing) for kind in ("input", *reconstructions)
+            }
         if self.inception is not None:
-            kinds = ["input"] * with_reference + list(made)
-            if given.shape[1] in (1, 3):
+            kinds = ["input"] * with_reference + list(reconstructions)
+            if inputs.shape[1] in (1, 3):
                 parts = self.inception(torch.cat([pixels[kind] for kind in kinds])).chunk(len(kinds))
             else:
-                parts = (given.new_full((len(batch), FEATURES), torch.nan),) * len(kinds)
-            bad = {kind: ~image.isfinite().flatten(1).all(1, keepdim=True) for kind, image in made.items()}
+                parts = (inputs.new_full((len(batch), FEATURES), torch.nan),) * len(kinds)
+            bad = {kind: ~image.isfinite().flatten(1).all(1, keepdim=True) for kind, image in reconstructions.items()}
             features |= {
                 f"inception.{kind}": part.masked_fill(bad[kind], torch.nan) if kind in bad else part
                 for kind, part in zip(kinds, parts, strict=True)
@@ -129,13 +146,16 @@ class Measurer:
 def _batches(
     items: Sequence[HeldOutImage], batch_size: int, most_px: int | None = None
 ) -> Iterator[list[HeldOutImage]]:
-    """Images of one shape, up to `batch_size` or `most_px` at a time, in an order that depends on the shard alone."""
+    """Yield batches of images of one shape, of up to `batch_size` images or `most_px` pixels.
+
+    The order depends on the shard alone.
+    """
 
     def shape(item: HeldOutImage) -> tuple[int, ...]:
         assert item.image is not None
         return tuple(item.image.shape)
 
-    for (_, height, width), group in groupby(sorted(items, key=shape), key=shape):  # sorting keeps the order of equals
+    for (_, height, width), group in groupby(sorted(items, key=shape), key=shape):  # sorting is stable
         of_one_shape = list(group)
         size = batch_size if most_px is None else max(1, min(batch_size, most_px // (height * width)))
         for first in range(0, len(of_one_shape), size):
@@ -146,12 +166,16 @@ def _row(item: HeldOutImage, values: dict[str, Any]) -> dict[str, Any]:
     assert item.image is not None
     channels, height, width = item.image.shape
     shape = {"channels": channels, "height": height, "width": width}
-    name = item.name.encode("utf-8", "backslashreplace").decode()  # file names may hold what no table can
+    name = item.name.encode("utf-8", "backslashreplace").decode()  # file names may hold bytes that are no valid UTF-8
     return {"index": item.index, "name": name, "digest": item.digest, "enlarged": item.enlarged} | shape | values
 
 
 def inception_network(settings: ReconSettings, device: torch.device) -> tuple[InceptionFeatures | None, str]:
-    """Inception if it is wanted and its weights can be had, and otherwise why not."""
+    """Return Inception and an empty text, or None and the reason if it is not requested or its weights are missing.
+
+    Raises:
+        UserError: If the weights of the setting `inception_weights` cannot be used.
+    """
     if "inception" not in settings.frechet:
         return None, ""
     protocol = settings.resolved()

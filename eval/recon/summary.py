@@ -1,4 +1,4 @@
-"""Finished shards -> one table, means with intervals, and distances between sets of features."""
+"""Summarises finished shards: one table, means with intervals, and distances between sets of features."""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -21,16 +21,26 @@ from latent_ae.metrics.similarity import FEWEST, METRICS, bootstrap_interval, mi
 from latent_ae_eval.storage import FeatureFile, WorkFolder
 
 BLOCK = 1024
-"""Feature vectors in memory at a time."""
+"""Number of feature vectors in memory at a time."""
 WHOLE_SET = 4000
-"""Images of which KID's interval is taken."""
+"""Largest number of images from which the interval of KID is computed."""
 Note = Callable[[str], None]
 
 
 def collect(work: WorkFolder, numbers: Iterable[int]) -> tuple[pa.Table, list[str], dict[str, FeatureFile]]:
-    """All rows by index, what was skipped, and each kind's features in the same order, in one file.
+    """Join the shards: all rows by index, the skipped images, and each kind's features in the same order, in a file.
 
-    Images with a reconstruction that is not finite, or too small for a network, are left out of that network's files.
+    Images that are too small for a network, or have a reconstruction that is not finite, are missing in its files.
+
+    Args:
+        work: The shards.
+        numbers: Numbers of the shards.
+
+    Returns:
+        The table, `name: reason` of the skipped images, and the files by name of the features.
+
+    Raises:
+        OSError: If a file cannot be written.
     """
     tables, skipped, files = [], [], dict[str, FeatureFile]()
     for number in sorted(numbers):
@@ -50,7 +60,17 @@ def collect(work: WorkFolder, numbers: Iterable[int]) -> tuple[pa.Table, list[st
 
 
 def means(table: pa.Table, kind: str, note: Note, seed: int) -> tuple[dict[str, Any], dict[str, list[float]]]:
-    """Each metric's mean over the images that have it, and its 95 % bootstrap interval. None: no image has it."""
+    """Return each metric's mean over the images that have it, and its 95 % bootstrap interval.
+
+    Args:
+        table: A row per image.
+        kind: The kind of reconstruction, prefix of the columns.
+        note: Is called with a sentence on images that lack a metric.
+        seed: Seed of the bootstrap.
+
+    Returns:
+        `n` and the means (None if no image has the metric), and [low, high] by metric.
+    """
     summary: dict[str, Any] = {"n": table.num_rows}
     intervals: dict[str, list[float]] = {}
     for key in METRICS:
@@ -59,7 +79,7 @@ def means(table: pa.Table, kind: str, note: Note, seed: int) -> tuple[dict[str, 
             continue
         column = table[name].cast(pa.float64()).to_numpy(zero_copy_only=False)
         known = np.isfinite(column)
-        if not known.any() and key == "ms_ssim":  # of small images, which nobody expects to have it
+        if not known.any() and key == "ms_ssim":  # all images are small, and nobody expects MS-SSIM of those
             continue
         summary[key] = float(np.mean(column[known])) if known.any() else None
         if known.sum() >= FEWEST:
@@ -71,7 +91,10 @@ def means(table: pa.Table, kind: str, note: Note, seed: int) -> tuple[dict[str, 
 
 
 def frechet(a: FeatureFile, b: FeatureFile) -> tuple[float, list[float] | None]:
-    """Fréchet distance of two equally long files, and its 95 % interval (None with fewer than 5 images per group)."""
+    """Return the Fréchet distance of two files with equally many rows, and its 95 % interval.
+
+    The interval is None with fewer than 5 images per group of the jackknife.
+    """
     count = a.count
     groups = [np.arange(group, count, GROUPS) for group in range(GROUPS)] if count >= 5 * GROUPS else []
     if count <= a.dimensions:
@@ -100,10 +123,11 @@ def _gaussian(file: FeatureFile, rows: np.ndarray) -> Gaussian:
 
 
 def kernel(a: FeatureFile, b: FeatureFile) -> tuple[float, list[float] | None]:
-    """KID of two equally long files, and its 95 % interval (None with fewer than 5 images per group).
+    """Return KID of two files with equally many rows, and its 95 % interval.
 
-    The interval's width is a jackknife's of the whole-set distance, of up to WHOLE_SET images spread over the file:
-    each reconstruction is left out together with its original, whose resemblance is why it is so narrow.
+    The interval is None with fewer than 5 images per group of the jackknife. Its width is that of a jackknife of the
+    distance of up to WHOLE_SET images, spread over the file: each reconstruction is left out together with its
+    original, and because the two resemble each other the interval is narrow.
     """
     value, _ = kernel_distance(a.rows, b.rows, a.count)
     if a.count < 5 * GROUPS:
@@ -115,9 +139,17 @@ def kernel(a: FeatureFile, b: FeatureFile) -> tuple[float, list[float] | None]:
 def distances(
     files: dict[str, FeatureFile], kind: str, network: str, names: tuple[str, str | None], note: Note
 ) -> tuple[dict[str, float], dict[str, list[float]]]:
-    """Distances between inputs and one kind of reconstruction in a network's features.
+    """Return the distances between originals and one kind of reconstruction in a network's features.
 
-    `names`: of the Fréchet distance and of the kernel distance (None: not measured).
+    Args:
+        files: Features by `network.kind`.
+        kind: The kind of reconstruction.
+        network: The network.
+        names: Names of the Fréchet distance and of the kernel distance (None measures none).
+        note: Is called with a sentence if a distance is missing or unreliable.
+
+    Returns:
+        Values and 95 % intervals, [low, high], by name.
     """
     a, b = files.get(f"{network}.input"), files.get(f"{network}.{kind}")
     if a is None or b is None or a.count < 2:

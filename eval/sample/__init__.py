@@ -1,4 +1,4 @@
-"""latent-ae eval sample: what the command says; settings, measure and report are modules of their own."""
+"""latent-ae eval sample: the command's description; settings, measure and report are separate modules."""
 
 from latent_ae_eval.job import Job
 from latent_ae_eval.sample.settings import SampleSettings
@@ -12,10 +12,10 @@ JOB = Job(
     batch_key="images_at_a_time",
     description="""\
 Draw latents from a prior and decode them: prior=normal, the one that a variational autoencoder was trained with;
-prior=gaussian, of the mean and covariance of the latents of DATA; prior=flow, a small transformer trained by flow
+prior=gaussian, with the mean and covariance of the latents of DATA; prior=flow, a small transformer trained by flow
 matching on them; prior=DIR, a flow fitted before. With DATA the Frechet distance between samples and images is
 measured, beside that of reconstructions and of held-out images. A terminal gets a table, a pipe JSON; result.json,
-samples.png and report.html go into a folder, and for a fitted flow its latents and a stock DiTPipeline.""",
+samples.png and report.html are written into a folder, and for a fitted flow its latents and a stock DiTPipeline.""",
     examples="""\
 example: latent-ae eval sample runs/vae/export
 compared with images: latent-ae eval sample runs/vae/export /data/cifar10 prior=flow --out samples

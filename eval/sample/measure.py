@@ -1,4 +1,4 @@
-"""What a first stage makes of latents drawn from a prior: the model's own, a Gaussian, or a flow fitted to its latents.
+"""Decodes latents drawn from a prior: the model's own, a Gaussian, or a flow fitted to its latents.
 
 from latent_ae_eval.sample.measure import sample
 result = sample("runs/mine/export", "/data/cifar10", "flow", out="samples")
@@ -28,9 +28,9 @@ from latent_ae_eval.sample.settings import PRIORS, SampleSettings
 
 FORMAT = "latent-ae sample 1"
 MOST_VALUES, MOST_LATENTS = 4096, 10_000
-"""Numbers of a latent, and number of images, that a Gaussian with a full covariance is fitted to."""
+"""Largest number of values of a latent, and of images, to which a Gaussian with a full covariance is fitted."""
 NO_CLASS = 0
-"""That a transformer without classes is given."""
+"""The class of all samples of a transformer without classes."""
 
 
 def sample(
@@ -42,12 +42,25 @@ def sample(
     out: str | Path | None = None,
     progress: bool = False,
 ) -> dict[str, Any]:
-    """Draws latents from a prior and decodes them; with `data`, says how far the images are from those of `data`.
+    """Draw latents from a prior and decode them; with `data`, measure how far the images are from those of `data`.
 
-    `prior` takes the place of the settings' one. JSON-ready. With `out`, writes result.json, samples.png and
-    report.html there, and for a fitted flow the latents and a pipeline for `DiTPipeline.from_pretrained`; a fit that
-    was killed goes on from its last checkpoint. Raises UserError for what cannot be loaded or encoded, a first stage
-    that has not that prior, and a training that diverges.
+    With `out`, a fit that was killed resumes from its last checkpoint.
+
+    Args:
+        model: A folder, a hub id, or a first stage of diffusers as a module.
+        data: `photos`, a folder of images, Parquet or WebDataset files, or a hub id; None compares with nothing.
+        prior: Replaces the prior of the settings.
+        settings: The settings; None takes the defaults.
+        out: Folder for result.json, samples.png and report.html, and for a fitted flow the latents and a pipeline for
+            `DiTPipeline.from_pretrained`; None writes nothing.
+        progress: Show progress bars.
+
+    Returns:
+        The result, JSON-ready.
+
+    Raises:
+        UserError: If model or data cannot be loaded or encoded, the model does not have the prior, or a training
+            diverges.
     """
     settings = settings or SampleSettings()
     if prior is not None:
@@ -57,12 +70,13 @@ def sample(
 
 
 class _Job(Generation):
-    """One set of samples."""
+    """The evaluation of samples from a prior."""
 
     settings: SampleSettings
 
     @torch.no_grad()
     def run(self) -> dict[str, Any]:
+        """Run the evaluation and return its result."""
         settings, stage = self.settings, self.stage
         side = self._side()
         networks: dict[str, Features] = {}
@@ -117,7 +131,7 @@ class _Job(Generation):
         return result
 
     def _side(self) -> int:
-        """Side of a latent, px."""
+        """Return the side of a latent, px."""
         resolution, factor = self.settings.chosen("resolution"), self.stage.factor
         if resolution % factor:
             near = max(1, resolution // factor) * factor
@@ -125,7 +139,7 @@ class _Job(Generation):
         return int(resolution // factor)
 
     def _decoded(self, latents: Callable[[Tensor], Tensor], side: int, count: int) -> Iterator[Tensor]:
-        """Batches of samples, uint8 NCHW on the CPU; sample i is a function of the seed and i."""
+        """Yield batches of samples, (N, C, H, W) uint8 on the CPU; sample i is a function of the seed and i."""
         shape, size = (self.stage.latent_channels, side, side), self.settings.images_at_a_time
         for first in range(0, count, size):
             noise = torch.stack(
@@ -138,11 +152,11 @@ class _Job(Generation):
 
     @property
     def has_own_prior(self) -> bool:
-        """Whether the model draws latents from a prior itself, by a method `sample_prior`: noise -> latents."""
+        """Whether the model has a method `sample_prior` that turns noise into latents of its prior."""
         return hasattr(self.stage.module, "sample_prior")
 
     def _own_prior(self) -> Callable[[Tensor], Tensor]:
-        """Noise -> latents of the prior that the model was trained with."""
+        """Return a function that turns noise into latents of the prior with which the model was trained."""
         if not self.stage.random:
             raise UserError(
                 f"prior: {self.stage.name} was trained without one; prior=flow or prior=gaussian fits one to "
@@ -175,14 +189,14 @@ class _Job(Generation):
         }
 
     def _loaded(self, side: int) -> tuple[DiTPipeline, dict[str, Any]]:
-        """A flow that was fitted before."""
+        """Load a flow that was fitted before."""
         folder = Path(self.settings.prior).expanduser()
         try:
             known = json.loads((folder / "result.json").read_text(encoding="utf-8"))
             about = {key: known[key] for key in ("latents", "recipe", "loss", "curve")}
             classes, sha256 = about["latents"]["classes"], known["model"]["sha256"]
             transformer = DiTTransformer2DModel.from_pretrained(folder / "pipeline", subfolder="transformer")
-        except Exception as error:  # a file is missing, damaged or another's
+        except Exception as error:  # a file is missing, damaged or something else
             reason = " ".join(str(error).split())[:200]
             raise UserError(
                 f"prior: {folder} holds no fitted flow ({reason}); `latent-ae eval sample MODEL DATA prior=flow --out "
@@ -192,7 +206,7 @@ class _Job(Generation):
             raise UserError(f"prior: {folder} was fitted to latents of another model ({known['model']['location']})")
         if classes:
             raise UserError(
-                f"prior: {folder} is a model of {classes} classes, and a prior knows none; fit one with prior=flow"
+                f"prior: {folder} is a model of {classes} classes, and a prior has none; fit one with prior=flow"
             )
         if transformer.config.sample_size != side:
             fitted = transformer.config.sample_size * self.stage.factor
@@ -202,8 +216,18 @@ class _Job(Generation):
 
 
 def gaussian_prior(train: LatentCache, seed: int) -> Callable[[Tensor], Tensor]:
-    """Noise -> raw latents of a Gaussian with the mean and covariance of up to MOST_LATENTS samples of posteriors, both
-    (N, C, h, w). Raises UserError for latents of more than MOST_VALUES values."""
+    """Fit a Gaussian with a full covariance to latents and return a function that turns noise into its samples.
+
+    Args:
+        train: The latents, of which up to MOST_LATENTS posterior samples are used.
+        seed: Seed of these samples.
+
+    Returns:
+        A function of (N, C, h, w) standard normal noise that returns raw latents of the same shape.
+
+    Raises:
+        UserError: If a latent has more than MOST_VALUES values.
+    """
     values = math.prod(train.shape)
     if values > MOST_VALUES:
         raise UserError(
@@ -214,7 +238,7 @@ def gaussian_prior(train: LatentCache, seed: int) -> Callable[[Tensor], Tensor]:
     numbers = range(STATISTICS, STATISTICS + len(rows))
     flat = flow_batch(train, seed, numbers, rows, torch.zeros(len(rows))).x.flatten(1).double() / train.scaling_factor
     mean = flat.mean(0)
-    # the root of a covariance that may have no full rank
+    # a root of the covariance, which may not have full rank
     power, axes = torch.linalg.eigh(torch.cov(flat.T).reshape(values, values))
     root = axes * power.clamp(min=0).sqrt()
 

@@ -1,4 +1,4 @@
-"""report.html of samples: the pictures, and how far they are from images."""
+"""The report of samples: pictures, and their distances to images."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,14 +23,20 @@ EXPLAINED = f"Lower is better. Small: 95 % intervals over the images of both set
 
 
 def sample_text(result: Mapping[str, Any]) -> str:
-    """The prior and, where there are images to compare with, the distances as a table for a terminal."""
+    """Return the prior, and the distances to images if there are any, as a table for a terminal."""
     compared = "reconstructions" in result["metrics"]
     rows = distance_rows(result) if compared else [Row("samples", f"{result['metrics']['samples']['n']:,}")]
     return f"prior: {result['prior']['method']}\n\n{aligned(rows)}"
 
 
 def write_sample_report(path: Path, result: Mapping[str, Any], pictures: Mapping[str, Image.Image]) -> None:
-    """Writes one self-contained HTML file, atomically. `result` is what result.json holds. Raises OSError."""
+    """Write report.html, one self-contained file. Raises UserError if it cannot be written.
+
+    Args:
+        path: The file.
+        result: The content of result.json.
+        pictures: A picture of each set of images.
+    """
     model = short_name(result["model"].get("location"), str(result["model"].get("class")))
     facts = {
         "prior": result["prior"]["method"],

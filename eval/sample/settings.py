@@ -11,7 +11,7 @@ PRIORS = ("normal", "gaussian", "flow")
 
 
 class SampleSettings(DiffusionSettings):
-    """Which prior is sampled from, how a flow is fitted, and how samples are judged; docs/jobs.md says more."""
+    """The prior, how a flow is fitted, and how samples are measured; docs/jobs.md says more."""
 
     presets: ClassVar[dict[str, dict[str, Any]]] = {
         "cpu": DIFFUSION_PRESETS["cpu"]
@@ -19,14 +19,14 @@ class SampleSettings(DiffusionSettings):
         "gpu": DIFFUSION_PRESETS["gpu"] | {"patch_size": None},
     }
     prior: str = "normal"
-    """`normal`: N(0, I), or what a model has in its place; `gaussian` and `flow` are fitted to the latents of DATA; or
-    a folder that `prior=flow` wrote."""
+    """`normal`: N(0, I), or the model's own prior; `gaussian` and `flow` are fitted to the latents of DATA; or a folder
+    that `prior=flow` wrote."""
     label_column: str | None = None
-    """A prior knows no classes."""
+    """Must be null, because a prior has no classes."""
 
     def problems(self) -> Iterator[Problem]:
         yield from super().problems()
         if self.prior not in PRIORS and not Path(self.prior).expanduser().is_dir():
             yield Problem("prior", f"neither one of {', '.join(PRIORS)} nor a folder: {self.prior} (from {Path.cwd()})")
         if self.label_column is not None:
-            yield Problem("label_column", "a prior knows no classes; leave it null, or ask eval diffusion")
+            yield Problem("label_column", "a prior has no classes; leave it null, or use eval diffusion")

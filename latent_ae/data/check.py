@@ -1,4 +1,4 @@
-"""latent-ae data check: reads every image once, as training would, and says what is there and what would be skipped."""
+"""latent-ae data check: reads every image once, as training would, and reports what it finds and would skip."""
 
 import contextlib
 import re
@@ -28,29 +28,30 @@ from latent_ae.progress import progress_bar
 from latent_ae.text import printable
 
 SHOWN = 20
-"""Skipped files and groups of duplicates that are named on stderr; the JSON has all."""
+"""Number of skipped files and groups of duplicates named on stderr; the JSON has all of them."""
 
 CHANNELS = re.compile(r"an array of shape \(\d+, \d+, (\d+)\) \(HWC\), but (\d+) channels are expected$")
-"""How images.decode refuses an array of other channels than the model's."""
+"""The message with which images.decode refuses an array with a wrong number of channels."""
 
 
 @dataclass(frozen=True)
-class Seen:
-    """One image."""
+class Checked:
+    """What was learned about one image."""
 
     name: str
     kind: str = ""
-    """Format and mode, like JPEG RGB."""
+    """Format and mode, such as "JPEG RGB"."""
     size: tuple[int, int] = (0, 0)
-    """Width and height, px, upright."""
+    """Width and height in px, after the rotation of its EXIF tag."""
     digest: str = ""
+    """Digest of the stored bytes."""
     reason: str = ""
-    """Why it would be skipped; empty for a good one."""
+    """Why training would skip it; empty for a readable image."""
 
 
 @dataclass
 class _Images(IterableDataset):
-    """What a worker does: every workers-th image from `first` on, up to `end`."""
+    """The work of one worker: every n-th image from `first` to before `end`, for n workers."""
 
     source: ImageSource
     settings: DataSettings
@@ -58,55 +59,67 @@ class _Images(IterableDataset):
     first: int = 0
     end: int = 0
 
-    def __iter__(self) -> Iterator[Seen]:
+    def __iter__(self) -> Iterator[Checked]:
         worker, workers = worker_place()
         if isinstance(self.source, StreamSource):
             for name, value in stream_values(self.source):
-                yield self._seen(name, partial(encoded_image, value))
+                yield self._checked(name, partial(encoded_image, value))
         else:
             for index in range(self.first + worker, self.end, workers):
-                yield self._seen(self.source.name(index), partial(self.source.read, index))
+                yield self._checked(self.source.name(index), partial(self.source.read, index))
 
-    def _seen(self, name: str, read: Callable[[], Encoded]) -> Seen:
+    def _checked(self, name: str, read: Callable[[], Encoded]) -> Checked:
         kind = digest = ""
         try:
             encoded = read()
             digest = digest_of(encoded)
-            with contextlib.suppress(ImageError):  # training's reason counts
+            with contextlib.suppress(ImageError):  # the reason reported is the one that training would give
                 kind = kind_of(encoded)
             pixels = decode_for(encoded, self.settings, self.channels)
             training_crop(pixels, self.settings, np.random.default_rng(0))  # refuses some sizes
-            return Seen(name, kind, (pixels.shape[1], pixels.shape[0]), digest)
+            return Checked(name, kind, (pixels.shape[1], pixels.shape[0]), digest)
         except ImageError as error:
-            return Seen(name, kind, digest=digest, reason=str(error))
+            return Checked(name, kind, digest=digest, reason=str(error))
 
 
-def _seen_images(source: ImageSource, settings: DataSettings, channels: int) -> Iterator[Seen]:
-    """Every image, in order. One that kills its reader is found and named."""
+def _checked_images(source: ImageSource, settings: DataSettings, channels: int) -> Iterator[Checked]:
+    """Check every image, in order. An image that kills its reader is identified and reported."""
     if isinstance(source, StreamSource):
         yield from loaded(_Images(source, settings, channels), 0)
         return
     first, alone = 0, False
     while first < len(source):
-        # after a death one by one, a single image on the way: the one that does not come back is it
+        # after a worker's death images are read one by one, so the one that does not come back is the culprit
         end = first + 3 * settings.num_workers if alone else len(source)
         images = _Images(source, settings, channels, first, min(end, len(source)))
         try:
-            for seen in loaded(images, 1 if alone else settings.num_workers, ahead=1 if alone else 2):
+            for checked in loaded(images, 1 if alone else settings.num_workers, ahead=1 if alone else 2):
                 first += 1
-                yield seen
+                yield checked
             alone = False
         except WorkerDied:
             if alone:
-                yield Seen(source.name(first), reason="it kills the process that reads it (a crash, or out of memory)")
+                yield Checked(
+                    source.name(first), reason="it kills the process that reads it (a crash, or out of memory)"
+                )
                 first += 1
             alone = True
 
 
 def check(data: str, settings: DataSettings, *, channels: int = 3, progress: bool = False) -> dict[str, Any]:
-    """Reads `settings.split` of `data` once, with `settings.num_workers` workers; returns the findings, JSON-ready.
+    """Read every image of a split once and report what training would find.
 
-    Raises UserError when there is no such data or no image in it.
+    Args:
+        data: `photos`, a folder of images, Parquet or WebDataset files, or a hub id.
+        settings: The split, resolution, workers and limits; its `source` is replaced by `data`.
+        channels: Channels of the model's images.
+        progress: Show a progress bar.
+
+    Returns:
+        Counts, sizes (px), skipped files with reasons, and duplicates, JSON-ready.
+
+    Raises:
+        UserError: If there is no such data or it holds no image.
     """
     settings = settings.model_copy(update={"source": data})
     source = open_images(settings, "all")
@@ -115,15 +128,15 @@ def check(data: str, settings: DataSettings, *, channels: int = 3, progress: boo
     names: dict[str, list[str]] = {}
     sizes, skipped = [], []
     with progress_bar("check", total, "image", disable=not progress) as bar:
-        for seen in _seen_images(source, settings, channels):
+        for checked in _checked_images(source, settings, channels):
             bar.update(1)
-            kinds[seen.kind or "unknown"] += 1
-            if seen.digest:
-                names.setdefault(seen.digest, []).append(seen.name)
-            if seen.reason:
-                skipped.append(f"{printable(seen.name)}: {printable(seen.reason)}")
+            kinds[checked.kind or "unknown"] += 1
+            if checked.digest:
+                names.setdefault(checked.digest, []).append(checked.name)
+            if checked.reason:
+                skipped.append(f"{printable(checked.name)}: {printable(checked.reason)}")
             else:
-                sizes.append(seen.size)
+                sizes.append(checked.size)
     count = sum(kinds.values())
     if not count:
         raise UserError(f"{data}: it holds no images")
@@ -154,14 +167,20 @@ def _spread(values: Sequence[int]) -> dict[str, int]:
 
 
 def wrong_channels(skipped: Sequence[str]) -> Counter[tuple[int, int]]:
-    """How many skipped files are arrays of other channels than the model's, from the lines on them: {(has, expected):
-    count}."""
+    """Count the skipped arrays whose number of channels is not the model's.
+
+    Args:
+        skipped: Lines `name: reason`, as `check` returns them.
+
+    Returns:
+        Number of arrays by (channels that they have, channels that are expected).
+    """
     matches = (CHANNELS.search(line) for line in skipped)
     return Counter((int(match[1]), int(match[2])) for match in matches if match)
 
 
 def channel_lines(wrong: Counter[tuple[int, int]]) -> list[str]:
-    """What to do about arrays of other channels, one line for each number of them."""
+    """Return a line for each wrong number of channels that says what to do about such arrays."""
     return [
         f"{count:,} arrays have {has} channels and {expected} are expected: give channels={has}; training then takes "
         f"model.in_channels={has} model.out_channels={has}{' loss.perceptual=0' if has not in (1, 3) else ''}"
@@ -169,34 +188,34 @@ def channel_lines(wrong: Counter[tuple[int, int]]) -> list[str]:
     ]
 
 
-def summary(found: dict[str, Any]) -> str:
-    """The findings for a person."""
-    shorter, lines = found["shorter_side_px"], []
-    readable = f"{found['num_readable']:,} of {found['num_images']:,} images can be read"
-    lines.append(f"{readable} (split {found['split']}, if it has splits)")
-    lines.append("kinds: " + ", ".join(f"{kind} {count:,}" for kind, count in found["kinds"].items()))
-    if found["other_files"]:
-        others = ", ".join(f"{count:,} {suffix}" for suffix, count in found["other_files"].items())
-        lines.append(f"left out, their names are not those of images: {others}")
+def summary(result: dict[str, Any]) -> str:
+    """Return a result of `check` as text for a terminal."""
+    shorter, lines = result["shorter_side_px"], []
+    readable = f"{result['num_readable']:,} of {result['num_images']:,} images can be read"
+    lines.append(f"{readable} (split {result['split']}, if it has splits)")
+    lines.append("kinds: " + ", ".join(f"{kind} {count:,}" for kind, count in result["kinds"].items()))
+    if result["other_files"]:
+        others = ", ".join(f"{count:,} {suffix}" for suffix, count in result["other_files"].items())
+        lines.append(f"left out, because their names are not those of images: {others}")
     if shorter:
         lines.append(f"shorter side: {shorter['min']} to {shorter['max']} px, median {shorter['median']}")
-    if found["smaller_than_resolution"]:
+    if result["smaller_than_resolution"]:
         lines.append(
-            f"{found['smaller_than_resolution']:,} are smaller than data.resolution {found['resolution']} and would be "
-            "enlarged: blurred images teach blur"
+            f"{result['smaller_than_resolution']:,} are smaller than data.resolution {result['resolution']} and would "
+            "be enlarged: blurred images teach blur"
         )
-    if found["skipped"]:
-        verdict = "more" if found["skipped_fraction"] > found["max_bad_fraction"] else "no more"
+    if result["skipped"]:
+        relation = "more" if result["skipped_fraction"] > result["max_bad_fraction"] else "no more"
         lines.append(
-            f"{len(found['skipped']):,} would be skipped ({found['skipped_fraction']:.2%}, {verdict} than "
+            f"{len(result['skipped']):,} would be skipped ({result['skipped_fraction']:.2%}, {relation} than "
             f"data.max_bad_fraction allows):"
         )
-        wrong = wrong_channels(found["skipped"])
+        wrong = wrong_channels(result["skipped"])
         lines += [f"  {line}" for line in channel_lines(wrong)]
-        lines += [f"  {line}" for line in found["skipped"] if not CHANNELS.search(line)][:SHOWN]
-    if found["duplicates"]:
-        lines.append(f"{found['num_superfluous']:,} are the same as another, byte for byte:")
+        lines += [f"  {line}" for line in result["skipped"] if not CHANNELS.search(line)][:SHOWN]
+    if result["duplicates"]:
+        lines.append(f"{result['num_superfluous']:,} are the same as another, byte for byte:")
         lines += [
-            f"  {' = '.join(group[:4])}{' ...' if len(group) > 4 else ''}" for group in found["duplicates"][:SHOWN]
+            f"  {' = '.join(group[:4])}{' ...' if len(group) > 4 else ''}" for group in result["duplicates"][:SHOWN]
         ]
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""latent-ae data check: reads every image once and says what is wrong with it."""
+"""latent-ae data check: reads every image once and reports what is wrong."""
 
 import json
 import sys
@@ -11,7 +11,11 @@ from latent_ae.text import printable
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """`latent-ae data check DATA`: JSON on stdout, a summary on stderr; exit code 2 when training would stop."""
+    """Run `latent-ae data check DATA`: JSON on stdout, a summary on stderr.
+
+    Raises:
+        UserError: If the words are not understood, there is no such data, or training would stop at these files.
+    """
     parser = SettingsParser(
         CheckSettings,
         prog="latent-ae data",
@@ -29,13 +33,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from latent_ae.data.check import check, summary, wrong_channels
 
-    found = check(words.data, settings, channels=settings.channels, progress=True)
-    print(printable(without_section(summary(found)), lines=True), file=sys.stderr)
-    print(json.dumps(found, indent=2))
-    if found["skipped_fraction"] > found["max_bad_fraction"] or not found["num_readable"]:
-        wrong = wrong_channels(found["skipped"])
+    result = check(words.data, settings, channels=settings.channels, progress=True)
+    print(printable(without_section(summary(result)), lines=True), file=sys.stderr)
+    print(json.dumps(result, indent=2))
+    if result["skipped_fraction"] > result["max_bad_fraction"] or not result["num_readable"]:
+        wrong = wrong_channels(result["skipped"])
         advice = "mend or remove them, or raise max_bad_fraction"
-        if wrong.total() == len(found["skipped"]):
+        if wrong.total() == len(result["skipped"]):
             advice = f"give {' or '.join(f'channels={has}' for has, _ in wrong)}"
         raise UserError(f"{words.data}: training would stop at these files; {advice}")
     return 0

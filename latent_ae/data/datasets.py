@@ -1,4 +1,4 @@
-"""Finds the images that settings speak of: demo photographs, a folder, table files or a hub id, and their splits."""
+"""Opens the images that settings name (demo photographs, a folder, table files or a hub id) and finds their splits."""
 
 import functools
 import glob
@@ -37,8 +37,8 @@ SPLIT_NAMES = {
     "testing": "test",
 }
 HELD_OUT_SPLITS = ("validation", "test")
-# the colour photographs inside scikit-image's wheel. Held out: three natural scenes that share nothing with the
-# rest (motorcycle_left and _right are one scene). Trained on: what is left, all with sides of 500 px or more
+# the colour photographs in scikit-image's wheel. Three natural scenes that share nothing with the others are held out
+# (motorcycle_left and _right are one scene); the others have sides of 500 px or more and are trained on
 PHOTOS = {
     "train": (
         "astronaut.png",
@@ -53,9 +53,10 @@ PHOTOS = {
 
 
 class _Library:
-    """A location and the names of its splits; without any it is one heap. `key` is the setting that named it."""
+    """A location and the names of its splits, possibly none. `key` is the setting that names it."""
 
     slices = False
+    """Whether a split may be a slice such as train[:10%]."""
 
     def __init__(self, key: str, location: str, splits: Sequence[str]):
         self.key, self.location, self.splits = key, location, splits
@@ -63,19 +64,20 @@ class _Library:
     def open(self, split: str | None) -> ImageSource:
         raise NotImplementedError
 
-    def find_split(self, wanted: str, key: str) -> str | None:
-        """The split that `wanted` means; None for `train` of a heap."""
-        if not self.splits and wanted == "train":
+    def find_split(self, requested: str, key: str) -> str | None:
+        """Return this location's name of a split; None for `train` where there are no splits."""
+        if not self.splits and requested == "train":
             return None
         # slices of the hub, like train[:10%], are left to datasets
-        name = re.split(r"[\[+]", wanted)[0] if self.slices else wanted
+        name = re.split(r"[\[+]", requested)[0] if self.slices else requested
         for split in self.splits:
             if name == split or SPLIT_NAMES.get(name) == SPLIT_NAMES.get(split, split):
-                return wanted.replace(name, split, 1)
+                return requested.replace(name, split, 1)
         has = f"it has: {', '.join(self.splits)}" if self.splits else "it has none (no folders train/ and val/)"
-        raise UserError(f"data.{key}: {self.location} has no split {wanted!r}; {has}")
+        raise UserError(f"data.{key}: {self.location} has no split {requested!r}; {has}")
 
     def held_out_split(self) -> str | None:
+        """Return the name of the validation or else the test split, or None."""
         splits = {SPLIT_NAMES.get(split, split): split for split in self.splits}
         return next((splits[name] for name in HELD_OUT_SPLITS if name in splits), None)
 
@@ -99,18 +101,18 @@ class _Files(_Library):
     def __init__(self, key: str, path: Path, settings: DataSettings):
         self.root, self.settings = path if path.is_dir() else path.parent, settings
         try:
-            found = sorted(_walk(path)) if path.is_dir() else [path.name]
-        except OSError as error:  # going on without a folder would leave its images out in silence
+            files = sorted(_walk(path)) if path.is_dir() else [path.name]
+        except OSError as error:  # going on without a folder would silently leave out its images
             raise UserError(f"data.{key}: cannot list {error.filename or path}: {reason_of(error)}") from None
-        others = Counter(_suffix(name) or "no extension" for name in found if not _known(name))
+        others = Counter(_suffix(name) or "no extension" for name in files if not _known(name))
         self.others = dict(others.most_common())
-        kinds = Counter(TABLE_KINDS.get(_suffix(name), "image") for name in found if _known(name))
+        kinds = Counter(TABLE_KINDS.get(_suffix(name), "image") for name in files if _known(name))
         if path.is_file() and "image" in kinds:
-            raise UserError(f"data.{key}: {path} is a single image; give the folder that it lies in")
+            raise UserError(f"data.{key}: {path} is a single image; give the folder that it is in")
         if not kinds:
             shown = ", ".join(sorted(others)[:8]) or "nothing"
             raise UserError(
-                f"data.{key}: {path} holds no images (found: {shown}); wanted is a folder with "
+                f"data.{key}: {path} holds no images (it holds: {shown}); give a folder with "
                 f"{' '.join(IMAGE_SUFFIXES)} files, or {' '.join(TABLE_KINDS)} files"
             )
         # a table beside images describes them
@@ -120,7 +122,7 @@ class _Files(_Library):
         if self.kind == "image" and settings.streaming and key == "source":
             raise UserError(f"data.streaming: {path} is read file by file anyway; set data.streaming=false")
         self.groups: dict[str | None, list[str]] = {None: []}
-        for name in found:
+        for name in files:
             if _known(name) and TABLE_KINDS.get(_suffix(name), "image") == self.kind:
                 self.groups[None].append(name)
                 split = _split_of(name, self.kind) if path.is_dir() else None
@@ -136,9 +138,9 @@ class _Files(_Library):
             return FolderSource(self.root, _as_array(names), self.others)
         for name in names:
             if _suffix(name) == ".tar" and not _tar_is_whole(self.root / name):
-                # datasets would read what is left of it in silence
+                # datasets would silently read what is left of it
                 raise UserError(f"data.{self.key}: {self.root / name} is cut off: it does not end as a tar file does")
-        # datasets takes paths for patterns
+        # datasets reads paths as glob patterns
         files = [glob.escape(str((self.root / name).absolute())) for name in names]
         data_files = {"train": files}
         return load_table(self.key, self.location, self.settings, self.kind, data_files=data_files, split="train")
@@ -166,7 +168,7 @@ class _Hub(_Library):
         return load_table(self.key, self.location, self.settings, self.location, split=split, revision=revision)
 
 
-@functools.cache  # training and held-out images are often of the same place
+@functools.cache  # training and held-out images often come from the same location
 def _say_that_the_hub_is_asked(location: str) -> None:
     if os.environ.get("RANK", "0") == "0":
         print(f"{location} is no file or folder here: asking the Hugging Face hub for it", file=sys.stderr)
@@ -174,7 +176,7 @@ def _say_that_the_hub_is_asked(location: str) -> None:
 
 @contextmanager
 def _quiet_hub() -> Iterator[None]:
-    """Without the warnings of each try where there is no network: the error at the end says it once."""
+    """Suppress the hub client's warnings on each retry without a network: the final error says it once."""
     before = hub_logging.get_verbosity()
     hub_logging.set_verbosity_error()
     try:
@@ -204,10 +206,17 @@ def _library(settings: DataSettings, key: Literal["source", "eval_source"]) -> _
 
 
 def open_images(settings: DataSettings, part: Literal["train", "held_out", "all"]) -> ImageSource:
-    """The images to train on, those held out from it, or all of `split` (of `photos`: all photographs).
+    """Open the training images, the held-out images, or a whole split.
 
-    Held out are: `eval_source`; else the source's `eval_split`; else its validation or test split where it has
-    one; else `eval_fraction` of it, which training then never sees. Raises UserError.
+    The held-out images are `eval_source`; else the source's `eval_split`; else its validation or test split if it has
+    one; else `eval_fraction` of its images, which training then never sees.
+
+    Args:
+        settings: The section `data` of the settings.
+        part: "train", "held_out", or "all" for the whole `split` (for `photos`: all photographs).
+
+    Raises:
+        UserError: If there is no such location or split, it holds no images, or none can be held out.
     """
     if part == "held_out" and settings.eval_source is not None:
         library = _library(settings, "eval_source")
@@ -242,23 +251,23 @@ def _fraction(source: ImageSource, settings: DataSettings, part: Literal["train"
             f"data.source: {settings.source} holds {len(source)} image(s), too few to hold out {count} "
             f"(data.eval_fraction={settings.eval_fraction}); add images or set data.eval_source"
         )
-    # by key, not by position: images that are added later move few others across
+    # chosen by key, not by position: images added later move few others between the parts
     ranked = np.argsort(source.keys(), kind="stable")
     return source.subset(np.sort(ranked[:count] if part == "held_out" else ranked[count:]))
 
 
 def _walk(root: Path) -> Iterator[str]:
-    """Relative paths of all files, hidden ones left out; links are followed, but no folder is entered twice.
+    """Yield the relative paths of all files but hidden ones; links are followed, but no folder is entered twice.
 
     Raises OSError for a folder that cannot be listed.
     """
-    seen: set[str] = set()
+    visited: set[str] = set()
     for folder, subfolders, files in os.walk(root, followlinks=True, onerror=_raise):
         real = os.path.realpath(folder)
-        if real in seen:
+        if real in visited:
             subfolders.clear()
             continue
-        seen.add(real)
+        visited.add(real)
         subfolders[:] = sorted(name for name in subfolders if not name.startswith(".") and name != "lost+found")
         relative = os.path.relpath(folder, root)
         yield from (os.path.normpath(os.path.join(relative, name)) for name in files if not name.startswith("."))
@@ -269,7 +278,7 @@ def _raise(error: OSError) -> None:
 
 
 def _tar_is_whole(path: Path) -> bool:
-    """It ends in the block of zeros that marks an archive's end (POSIX pax)."""
+    """Return whether the file ends in the block of zeros that marks an archive's end (POSIX pax)."""
     with path.open("rb") as stream:
         stream.seek(max(0, stream.seek(0, os.SEEK_END) - 512))
         tail = stream.read()
@@ -277,7 +286,7 @@ def _tar_is_whole(path: Path) -> bool:
 
 
 def _split_of(name: str, kind: str) -> str | None:
-    """The split that a relative path speaks of: its topmost folder; of tables also a file name like test-00001."""
+    """Return the split that a relative path names: its topmost folder; for tables also a file name like test-00001."""
     *folders, file = Path(name).parts
     words = folders[:1] if kind == "image" else [*folders, re.split(r"[^a-z]", file.lower())[0]]
     return next((SPLIT_NAMES[word.lower()] for word in words if word.lower() in SPLIT_NAMES), None)

@@ -1,4 +1,4 @@
-"""Held-out images: each once, in the same order and with the same pixels every time, shared out over processes."""
+"""Held-out images: each once, in the same order and with the same pixels every time, split over processes."""
 
 import itertools
 from collections.abc import Callable, Iterator
@@ -20,41 +20,46 @@ from latent_ae.text import printable
 
 
 class Framing(NamedTuple):
-    """How an image is resized and cut from the middle."""
+    """How an image is resized and cropped at its centre."""
 
     resize_px: int | None = None
-    """Shorter side it is resized to first; None keeps its size."""
+    """Shorter side to which it is resized first, px; None keeps its size."""
     crop_px: int | None = None
-    """Side of the square; None takes the largest sides that `multiple_of` divides."""
+    """Side of the square crop, px; None takes the largest sides that are multiples of `multiple_of`."""
     resample: Resample = "adm"
+    """Resampling method, see `transforms.resize_shorter`."""
     nearest: bool = False
-    """See transforms.center_crop."""
+    """Rounding of odd margins, see `transforms.center_crop`."""
 
 
 @dataclass(frozen=True)
 class HeldOutImage:
-    """One image, or why there is none."""
+    """One image, or the reason why it is unreadable."""
 
     index: int
     name: str
     image: torch.Tensor | None
-    """CHW float32 in [-1, 1]."""
+    """(C, H, W) float32 in [-1, 1]; None if it is unreadable."""
     reason: str = ""
+    """Why it is unreadable."""
     digest: str = ""
     """Digest of the file's bytes."""
     enlarged: bool = False
-    """It was smaller than the crop."""
+    """Whether it was smaller than the crop or `resize_px`."""
 
 
 class Part(NamedTuple):
-    """Which images are a process's: blocks of neighbours, dealt out in turn, without those that are done."""
+    """Which images belong to a process: blocks of neighbours, dealt out in turn, without the finished blocks."""
 
     rank: int = 0
     world_size: int = 1
     block: int = 1
+    """Images per block."""
     done: frozenset[int] = frozenset()
+    """Numbers of the finished blocks."""
 
     def holds(self, index: int) -> bool:
+        """Return whether the image belongs to this process and its block is not finished."""
         block = index // self.block
         return block % self.world_size == self.rank and block not in self.done
 
@@ -69,10 +74,19 @@ def held_out_images(
     rank: int = 0,
     world_size: int = 1,
 ) -> "HeldOutImages":
-    """This rank's images (index % world_size == rank) of `source`, cut from the middle: see HeldOutImages.
+    """Return this rank's images of `source` (index % world_size == rank), resized and cropped at the centre.
 
-    Each is resized to `settings.resize_px` where that is set, then cropped to `crop_px`, or with None to the largest
-    sides that `multiple_of` divides.
+    Args:
+        source: The images.
+        settings: Decoding, workers, and the `resize_px` to which the shorter side is resized first.
+        channels: Channels of the images, as `images.decode` makes them.
+        crop_px: Side of the square crop, px; None takes the largest sides that are multiples of `multiple_of`.
+        multiple_of: Number of px of which sides must be a multiple: the model's downsampling factor.
+        rank: Number of this process.
+        world_size: Number of processes.
+
+    Raises:
+        UserError: If `crop_px` is not a multiple of `multiple_of`.
     """
     framing = Framing(settings.resize_px, crop_px)
     return HeldOutImages(source, settings, channels, framing, multiple_of, Part(rank, world_size))
@@ -80,11 +94,14 @@ def held_out_images(
 
 @dataclass
 class HeldOutImages:
-    """Iterates over (index, name, CHW float32 in [-1, 1]), in the same order and with the same pixels every time.
+    """Iterates over (index, name, (C, H, W) float32 in [-1, 1]), the same way every time; `items` yields more facts.
 
-    After an iteration `skipped` holds `name: reason` of the unreadable images, and `num_read` counts all. Raises
-    UserError if there is only one process and all were; of many processes each sees its own images, so the caller must
-    judge. `items` gives more.
+    After an iteration `skipped` holds `name: reason` of the unreadable images, and `num_read` is the number of all.
+
+    Raises:
+        UserError: If a crop is not a multiple of `multiple_of`; and at the end of an iteration if no image was
+            readable. The latter is checked with one process only: of several each sees only its own images, so the
+            caller must check.
     """
 
     source: ImageSource
@@ -113,10 +130,10 @@ class HeldOutImages:
             raise UserError(f"none of the {len(self.skipped)} held-out images is readable; {self.skipped[0]}")
 
     def items(self) -> Iterator[HeldOutImage]:
-        """This part's images in the order of their indices, unreadable ones included."""
-        workers = 0  # those of a stream would each see other files, and their images lose their index
+        """Yield this process's images in the order of their indices, including the unreadable ones."""
+        workers = 0  # the workers of a stream would each read other files, and the images' indices would be lost
         if not isinstance(self.source, StreamSource):
-            # a worker costs more to start than a few images take
+            # starting a worker takes longer than reading a few images
             workers = min(self.settings.num_workers, len(self.source) // (16 * self.part.world_size))
         for item, pixels in loaded(_Middles(self), workers):
             yield item if pixels is None else replace(item, image=to_tensor(pixels))
@@ -124,7 +141,7 @@ class HeldOutImages:
 
 @dataclass
 class _Middles(IterableDataset):
-    """What a worker of HeldOutImages does. Pixels travel as they were decoded, beside the item that will hold them."""
+    """The work of one worker of HeldOutImages. Pixels are sent as decoded, next to the item that will hold them."""
 
     images: HeldOutImages
 

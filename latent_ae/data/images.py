@@ -1,4 +1,4 @@
-"""The only place where pixels change type, range, mode or size, but for crops and for pictures to look at.
+"""Decodes images and converts their type, range and mode; nothing else does, except crops and pictures in reports.
 
 Arrays are HWC: uint8, uint16 (the full range of either) or float32 in [0, 1].
 Tensors are float32 CHW or NCHW in [-1, 1].
@@ -27,7 +27,7 @@ FORMATS = (
     *("AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "MPO", "PCX", "PNG", "PPM", "QOI", "SGI", "TGA"),
     *("TIFF", "WEBP"),
 )
-"""Pillow's others are left alone: for EPS it runs a program on the file."""
+"""Pillow's other formats are not read: for EPS it runs a program on the file."""
 # by the EXIF tag's value
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -38,7 +38,7 @@ UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-# compressed data do not end in so many zero bytes; a file does whose end was allocated and never written
+# compressed data do not end in this many zero bytes, but a file whose end was allocated and never written does
 UNWRITTEN_BYTES = 256
 JPEG_END = b"\xff\xd9"
 SAME_COLOUR_LEVELS = 2
@@ -47,7 +47,7 @@ _pillow_limit = threading.Lock()
 
 
 class ImageError(ValueError):
-    """A file that cannot become an image; the message is the reason, without the file's name."""
+    """A file cannot be decoded to an image; the message is the reason, without the file's name."""
 
 
 def decode(
@@ -57,12 +57,23 @@ def decode(
     background: tuple[int, int, int] = (255, 255, 255),
     max_pixels: int = MAX_PIXELS,
 ) -> np.ndarray:
-    """An encoded picture or .npy array -> HWC array: uint8, uint16 or float32 in [0, 1].
+    """Decode a picture or .npy array.
 
-    Pictures give 1 (luma), 3 (sRGB) or 4 (RGBA) channels, upright after their EXIF tag, the first frame of an
-    animation; transparent pixels are laid on `background` unless 4 channels are asked for. Grayscale may have
-    16 bits; Pillow reads 16-bit colour as 8 bits. Arrays are HW or HWC with exactly `channels` channels
-    (one channel is repeated for 3). Raises ImageError with the reason.
+    A picture is turned upright after its EXIF tag and converted to sRGB; of an animation the first frame is taken.
+    Grayscale may have 16 bits; Pillow reads 16-bit colour as 8 bits. An array is HW or HWC with exactly `channels`
+    channels (one channel is repeated for 3).
+
+    Args:
+        source: The encoded bytes, or a file.
+        channels: 1 (luma), 3 (sRGB) or 4 (RGBA) for pictures; any number for arrays.
+        background: Colour behind transparent pixels, 0 to 255, unless 4 channels are requested.
+        max_pixels: Larger images are refused before they are decoded.
+
+    Returns:
+        (H, W, channels) uint8, uint16 or float32 in [0, 1].
+
+    Raises:
+        ImageError: If it is unreadable, too large, or has other channels.
     """
     with open_encoded(source) as stream:
         try:
@@ -75,7 +86,12 @@ def decode(
 
 
 def open_encoded(source: bytes | str | Path) -> BinaryIO:
-    """The stored bytes. Raises ImageError: a pipe would be waited for, and some devices never end."""
+    """Open stored bytes or a regular file for reading.
+
+    Raises:
+        ImageError: If the file cannot be opened, or is a directory, pipe or device (reading a pipe could wait forever,
+            and some devices never end).
+    """
     if isinstance(source, bytes):
         return io.BytesIO(source)
     try:
@@ -87,14 +103,18 @@ def open_encoded(source: bytes | str | Path) -> BinaryIO:
 
 
 def reason_of(error: Exception) -> str:
-    """In a few words, without the file's name."""
+    """Return the message of an error in a few words, without the file's name."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return str(error) or type(error).__name__
 
 
 def kind_of(source: bytes | str | Path) -> str:
-    """Format and mode of an encoded picture or array, like "JPEG RGB", from its header. Raises ImageError."""
+    """Return format and mode of an encoded picture or array, such as "JPEG RGB", from its header.
+
+    Raises:
+        ImageError: If it is unreadable.
+    """
     with open_encoded(source) as stream:
         if stream.read(len(NUMPY_MAGIC)) == NUMPY_MAGIC:
             return "NumPy array"
@@ -107,7 +127,7 @@ def _open_picture(stream: BinaryIO) -> Image.Image:
     try:
         # Pillow's own limit is a global that may lie below ours; only the header is read while it is off
         with _pillow_limit, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # they name no file
+            warnings.simplefilter("ignore")  # Pillow's warnings name no file
             pillows_limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
             try:
                 Image.init()
@@ -116,12 +136,12 @@ def _open_picture(stream: BinaryIO) -> Image.Image:
                 Image.MAX_IMAGE_PIXELS = pillows_limit
     except Image.UnidentifiedImageError:
         raise ImageError("not a known image format, or damaged at its start") from None
-    except Exception as error:  # on damaged files Pillow raises whatever its readers stumble over
+    except Exception as error:  # on damaged files Pillow raises errors of any kind
         raise ImageError(f"unreadable: {reason_of(error)}") from error
 
 
 def _load_picture(stream: BinaryIO, max_pixels: int) -> Image.Image:
-    """Decoded and upright. What Pillow would fill with black or noise without a word is refused."""
+    """Return the picture decoded and upright. A file whose missing pixels Pillow would fill silently is refused."""
     picture = _open_picture(stream)
     width, height = picture.size
     if width * height > max_pixels:
@@ -134,7 +154,7 @@ def _load_picture(stream: BinaryIO, max_pixels: int) -> Image.Image:
                 stream.seek(0)
                 picture = _open_picture(stream)
             picture.load()
-    except Exception as error:  # on damaged files Pillow raises whatever its readers stumble over
+    except Exception as error:  # on damaged files Pillow raises errors of any kind
         raise ImageError(f"unreadable: {reason_of(error)}") from error
     if picture.format in ("JPEG", "MPO", "WEBP", "AVIF") and _ends_unwritten(stream):
         raise ImageError("unreadable: its end was never written, it is all zeros")
@@ -142,7 +162,7 @@ def _load_picture(stream: BinaryIO, max_pixels: int) -> Image.Image:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             orientation = picture.getexif().get(ExifTags.Base.Orientation)
-    except Exception:  # tags that are damaged turn nothing
+    except Exception:  # damaged tags are ignored
         return picture
     if orientation in UPRIGHT:
         turned = picture.transpose(UPRIGHT[orientation])
@@ -194,7 +214,7 @@ def _picture_pixels(picture: Image.Image, channels: int, background: tuple[int, 
 
 
 def _deep_gray(picture: Image.Image) -> np.ndarray:
-    """Single-channel pictures of more than 8 bits -> HW uint16 or float32."""
+    """Return the pixels of a single-channel picture of more than 8 bits, (H, W) uint16 or float32."""
     pixels = np.asarray(picture)
     if picture.mode == "F":
         return _unit_floats(pixels)
@@ -202,7 +222,7 @@ def _deep_gray(picture: Image.Image) -> np.ndarray:
     if picture.mode == "I" and picture.format not in ("PNG", "PPM"):
         raise ImageError("integers with a sign or of 32 bits have no known range; store 16 bits, or floats in [0, 1]")
     pixels = pixels.astype(np.uint16)
-    tags = getattr(picture, "tag_v2", {})  # of TIFF, where Pillow follows neither tag
+    tags = getattr(picture, "tag_v2", {})  # Pillow follows neither of these TIFF tags
     if tags.get(BITS_PER_SAMPLE) == (12,):
         pixels = (pixels.astype(np.uint32) * 65535 // 4095).astype(np.uint16)
     return 65535 - pixels if tags.get(PHOTOMETRIC) == WHITE_IS_ZERO else pixels
@@ -239,7 +259,7 @@ def _array_pixels(source: bytes | str | Path, stream: BinaryIO, channels: int, m
 
 
 def _array_shape(stream: BinaryIO) -> tuple[int, ...]:
-    """The shape that the header claims, before anything is made of that size; the file must be as long as it says."""
+    """Return the shape in the header, without allocating it. Raises ValueError if the file is shorter than that."""
     stream.seek(0)
     version = np.lib.format.read_magic(stream)
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
@@ -266,13 +286,13 @@ def _repeat_gray(gray: np.ndarray, channels: int) -> np.ndarray:
 
 @lru_cache(maxsize=8)
 def _srgb_transform(icc_profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
-    """From pixels of `mode` to sRGB; None for a profile that is damaged, made for other pixels, or sRGB itself."""
+    """Return a transform from `mode` to sRGB; None for a profile that is damaged, for other pixels, or sRGB itself."""
     try:
         profile = ImageCms.ImageCmsProfile(io.BytesIO(icc_profile))
         transform = ImageCms.buildTransform(profile, ImageCms.createProfile("sRGB"), mode, "RGB")
     except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
         return None
-    # names lie (linear sRGB is another thing), so its effect on a grid of colours decides
+    # a profile's name may mislead (linear sRGB is not sRGB), so its effect on a grid of colours decides
     levels = np.arange(0, 256, 17, dtype=np.uint8)
     grid = np.stack(np.meshgrid(levels, levels, levels), axis=-1).reshape(64, 64, 3)
     colours = Image.fromarray(grid).convert(mode)
@@ -281,7 +301,17 @@ def _srgb_transform(icc_profile: bytes, mode: str) -> ImageCms.ImageCmsTransform
 
 
 def to_tensor(array: np.ndarray) -> torch.Tensor:
-    """HWC uint8, uint16 or float32 in [0, 1] -> CHW float32 in [-1, 1], contiguous."""
+    """Convert decoded pixels to a tensor.
+
+    Args:
+        array: (H, W, C) uint8, uint16, or float32 in [0, 1].
+
+    Returns:
+        (C, H, W) float32 in [-1, 1], contiguous.
+
+    Raises:
+        ValueError: If the array has another type.
+    """
     half = {"uint8": 127.5, "uint16": 32767.5, "float32": 0.5}.get(array.dtype.name)
     if half is None:
         raise ValueError(f"uint8, uint16 or float32 expected, not {array.dtype}")
@@ -292,21 +322,35 @@ def to_tensor(array: np.ndarray) -> torch.Tensor:
 
 
 def to_uint8(images: torch.Tensor, rounding: Rounding = "up") -> torch.Tensor:
-    """Floats in [-1, 1], any shape -> uint8, clamped and rounded in fp32 (bf16 is too coarse for it).
+    """Convert images to 8-bit pixels. They are clamped and rounded in float32, because bf16 is too coarse for it.
 
-    Halves go up (floor(127.5 x + 128)), as files are written nearly everywhere; or to the even level; or all fractions
-    are cut off, which darkens by half a level: protocols that others published do both.
+    Args:
+        images: Floats in [-1, 1], of any shape.
+        rounding: "up" rounds halves up, floor(127.5 x + 128), as nearly all image files are written; "even" rounds
+            halves to the even level; "cut" drops fractions, which darkens by half a level. Published protocols use all
+            three.
+
+    Returns:
+        uint8 of the same shape.
     """
     levels = images.detach().float().clamp(-1, 1)
     if rounding == "up":
         return (levels * 127.5 + 128).floor().to(torch.uint8)
-    # in float64: k / 127.5 - 1 in float32 may come back a hair under k, and cutting would make it k - 1
+    # in float64: k / 127.5 - 1 in float32 may come back slightly below k, and dropping fractions would make it k - 1
     levels = ((levels.double() + 1) * 127.5).mul_(2**16).round_().div_(2**16)
     return (levels.round() if rounding == "even" else levels.floor()).to(torch.uint8)
 
 
 def bicubic_down_up(images: torch.Tensor, factor: int) -> torch.Tensor:
-    """NCHW in [-1, 1] -> same shape: antialiased bicubic down by `factor` and up, the baseline to beat."""
+    """Downsample images by `factor` with antialiased bicubic interpolation and upsample them again: a simple baseline.
+
+    Args:
+        images: (N, C, H, W) float in [-1, 1].
+        factor: The downsampling factor.
+
+    Returns:
+        Float32 of the same shape, in [-1, 1].
+    """
     size = images.shape[-2:]
     small = F.interpolate(images.float(), [max(1, side // factor) for side in size], mode="bicubic", antialias=True)
     return F.interpolate(small, size, mode="bicubic", antialias=True).clamp(-1, 1)

@@ -1,4 +1,4 @@
-"""Which class each image of a source is of."""
+"""Finds the class of each image of a source."""
 
 import os
 from typing import NamedTuple
@@ -16,19 +16,26 @@ class Classes(NamedTuple):
     """Classes of the images of a source, in its order."""
 
     labels: np.ndarray
-    """(N,) int64; -1 where a table says nothing."""
+    """(N,) int64; -1 where a table has no value."""
     names: list[str] | None
-    """Names of the classes 0, 1, ...; None where a table holds numbers only."""
+    """Names of the classes 0, 1, ...; None if a table holds numbers only."""
     column: str
-    """Where they come from."""
+    """The column that they come from, or FOLDER_NAMES."""
 
 
 def find_classes(source: StoredImages, whole: StoredImages, column: str | None) -> Classes | None:
-    """Classes of `source`, numbered as in `whole`, which it is a part of. `column` None: none.
+    """Return the classes of the images of `source`, or None if they have none.
 
-    `auto`: of tables the column `label`, if it holds classes or integers; of image files the name of the folder that
-    each lies in, in the order of the names (the convention of ImageFolder), if there are two or more of them. Raises
-    UserError for a column that is not there or holds something else.
+    With `auto`, a table has the classes of its column `label` if that holds classes or integers. Image files have the
+    names of their folders, sorted (the convention of ImageFolder), if there are two or more.
+
+    Args:
+        source: The images.
+        whole: The source of which `source` is a part; its classes determine the numbers.
+        column: A column of the table, "auto", or None for no classes.
+
+    Raises:
+        UserError: If the column is missing or holds something else.
     """
     if column is None:
         return None
@@ -36,10 +43,10 @@ def find_classes(source: StoredImages, whole: StoredImages, column: str | None) 
         return _of_table(source, column)
     assert isinstance(source, FolderSource) and isinstance(whole, FolderSource)
     if column != "auto":
-        raise UserError(f"label_column: {column} is of tables, but this is a folder of images; use auto or null")
+        raise UserError(f"label_column: {column} is a column, but this is a folder of images; use auto or null")
     folders, all_folders = _folders(source), _folders(whole)
     names = sorted({*folders, *all_folders})
-    if len(names) < 2 or "" in names:  # an image without a folder
+    if len(names) < 2 or "" in names:  # "": an image that is in no folder
         return None
     numbers = {name: number for number, name in enumerate(names)}
     return Classes(np.array([numbers[name] for name in folders], dtype=np.int64), names, FOLDER_NAMES)

@@ -1,8 +1,8 @@
-"""Sources -> one endless, seeded, elastic order of samples.
+"""Loads training batches in one endless, seeded order of samples that does not depend on the number of processes.
 
 Everything about a sample (which image, crop, flip, posterior noise) is a pure function of the seed and the sample's
-global number. So neither the number of workers nor of processes changes what is trained on, and going on after an
-interruption takes one integer. Streams are the exception: see `Batch.stream_state` and docs/data.md.
+global number. So the numbers of workers and processes do not change the samples, and resuming takes one integer.
+Streams are the exception: see `Batch.stream_state` and docs/data.md.
 """
 
 import itertools
@@ -27,12 +27,12 @@ from latent_ae.data.sources import Encoded, ImageSource, StreamReader, StreamSou
 from latent_ae.data.transforms import random_crop
 from latent_ae.text import printable
 
-# where the train loop and eval look for these
+# the names that the train loop and eval import from here
 __all__ = ["Batch", "ImageSource", "open_images", "posterior_noise", "stop_if_too_many_bad", "training_batches"]
 
-# so many unreadable images in a row mean that the source is not what the user thinks
+# this many unreadable images in a row mean that the source is not what the user thinks
 MAX_BAD_IN_A_ROW = 100
-# of a source of few images, like `photos`, every worker keeps the decoded pixels
+# a source of few images, like `photos`: every worker keeps the decoded pixels
 KEPT_IMAGES, KEPT_BYTES_EACH = 16, 2**23
 T = TypeVar("T")
 WORKER_DIED = "DataLoader worker (pid"
@@ -47,11 +47,11 @@ class Batch:
     numbers: list[int]
     """Global number of each sample."""
     skipped: list[str]
-    """`name: reason` of the unreadable images met and replaced."""
+    """`name: reason` of the unreadable images that were replaced."""
     num_replaced: int = 0
-    """Samples that another image stands in for."""
+    """Number of samples whose image was replaced by another."""
     stream_state: dict[str, Any] | None = None
-    """What `training_batches` of this rank needs to go on with a stream after this micro-batch (JSON types)."""
+    """State with which `training_batches` of this rank resumes a stream after this micro-batch (JSON types)."""
 
 
 def training_batches(
@@ -67,13 +67,27 @@ def training_batches(
     first_batch: int = 0,
     stream_state: dict[str, Any] | None = None,
 ) -> Generator[Batch, None, None]:
-    """This rank's micro-batches from global batch `first_batch` on, without end; `close()` stops the workers.
+    """Yield this rank's micro-batches, without end; `close()` stops the workers.
 
     Global batch b holds the samples b * batch_size ... (b + 1) * batch_size - 1, and micro-step m of rank r the
-    `micro_batch_size` from b * batch_size + (m * world_size + r) * micro_batch_size on. An unreadable image is
-    replaced by the next readable one of the epoch. Leaves the global random state alone.
+    `micro_batch_size` samples from b * batch_size + (m * world_size + r) * micro_batch_size on. An unreadable image is
+    replaced by the next readable one of the epoch. The global random state is left alone.
 
-    Raises UserError (some while iterating): sizes that do not divide, a stream of too few files, nothing readable.
+    Args:
+        source: The images.
+        settings: Decoding, crop, flip and workers.
+        channels: Channels of the images, as `images.decode` makes them.
+        seed: Seed of the order, crops and flips.
+        batch_size: Samples of a global batch, over all processes.
+        micro_batch_size: Samples of a micro-batch; batch_size must be a multiple of micro_batch_size * world_size.
+        rank: Number of this process.
+        world_size: Number of processes.
+        first_batch: The global batch to begin with.
+        stream_state: The `Batch.stream_state` after which a stream resumes; None starts from its beginning.
+
+    Raises:
+        UserError: If the sizes do not divide, the source is empty, or a stream has too few files; while iterating if
+            too many images in a row are unreadable or a worker dies.
     """
     share = Share(batch_size, micro_batch_size, rank, world_size)
     if batch_size % (micro_batch_size * world_size):
@@ -91,9 +105,16 @@ def training_batches(
 def stop_if_too_many_bad(
     num_bad: int, num_read: int, examples: Sequence[str], *, num_images: int | None, max_bad_fraction: float
 ) -> None:
-    """Raises UserError when more than `max_bad_fraction` of the `num_read` samples met an unreadable image.
+    """Raise UserError if more than `max_bad_fraction` of the samples met an unreadable image.
 
-    Judges nothing before 100 samples, or a whole epoch of a source of fewer (`num_images`; None for a stream).
+    Nothing is checked before 100 samples, or one epoch of a smaller source.
+
+    Args:
+        num_bad: Number of samples with an unreadable image.
+        num_read: Number of samples read so far.
+        examples: `name: reason` of unreadable images, of which the first five are shown.
+        num_images: Size of the source; None for a stream.
+        max_bad_fraction: Largest accepted fraction, 0 to 1.
     """
     if num_read >= min(100, num_images or 100) and num_bad > max_bad_fraction * num_read:
         shown = "".join(f"\n  {example}" for example in dict.fromkeys(examples[:5]))
@@ -105,7 +126,10 @@ def stop_if_too_many_bad(
 
 @dataclass
 class _Crops(IterableDataset):
-    """What a worker does: every workers-th micro-batch as (crops HWC, numbers, skipped, state), or a UserError."""
+    """The work of one worker: every n-th micro-batch, for n workers, or a UserError.
+
+    Yields (crops HWC, numbers, skipped, num_replaced, stream state).
+    """
 
     source: ImageSource
     settings: DataSettings
@@ -134,10 +158,10 @@ class _Crops(IterableDataset):
                     num_replaced += bool(bad)
                 yield crops, numbers, skipped, num_replaced, stream.state_dict() if stream else None
         except UserError as error:
-            yield error  # raised in the worker it would arrive wrapped in a traceback
+            yield error  # an error raised in a worker would arrive wrapped in a traceback
 
     def _candidates(self, number: int) -> Iterator[tuple[str, Callable[[], Encoded]]]:
-        """The sample's image and those that follow in its epoch."""
+        """Yield the sample's image and those that follow in its epoch."""
         assert not isinstance(self.source, StreamSource)
         epoch, position = divmod(number, len(self.source))
         order = epoch_order(self.seed, epoch, len(self.source))
@@ -148,7 +172,7 @@ class _Crops(IterableDataset):
     def _crop(
         self, number: int, candidates: Iterator[tuple[str, Callable[[], Encoded]]]
     ) -> tuple[np.ndarray, list[str]]:
-        """The sample's crop, and the unreadable images that were passed over for it."""
+        """Return the sample's crop, and `name: reason` of the unreadable images skipped for it."""
         settings = self.settings
         bad = list[str]()
         for name, read in itertools.islice(candidates, MAX_BAD_IN_A_ROW):
@@ -170,29 +194,41 @@ class _Crops(IterableDataset):
 
 
 def decode_for(encoded: Encoded, settings: DataSettings, channels: int) -> np.ndarray:
-    """Pixels as the settings want them, HWC. Raises ImageError."""
+    """Decode an image as the settings say, (H, W, channels). Raises ImageError if it is unreadable."""
     return decode(encoded, channels=channels, background=settings.background, max_pixels=settings.max_pixels)
 
 
 def training_crop(array: np.ndarray, settings: DataSettings, rng: np.random.Generator) -> np.ndarray:
-    """HWC -> (resolution, resolution, C). Raises ImageError."""
+    """Return a random crop as the settings say, (resolution, resolution, C).
+
+    Args:
+        array: (H, W, C) decoded pixels.
+        settings: The section `data` of the settings.
+        rng: Decides position and flip.
+
+    Raises:
+        ImageError: If the image is too elongated to be enlarged.
+    """
     return random_crop(array, settings.resolution, settings.resize_px, settings.flip, rng)
 
 
 def worker_place() -> tuple[int, int]:
-    """Number of this loader's worker, and of all; (0, 1) outside one."""
+    """Return the number of this data loader worker and the number of all; (0, 1) outside of a worker."""
     info = get_worker_info()
     return (info.id, info.num_workers) if info else (0, 1)
 
 
 def _received(crops: _Crops, is_stream: bool) -> Generator[Batch, None, None]:
-    """Parcels of the workers in turn, as Batches. Pixels travel as they were decoded, through pipes: a quarter of
-    the floats' size, and /dev/shm may be small."""
+    """Yield the micro-batches of the workers in turn.
+
+    Pixels are sent through pipes as they were decoded: uint8 is a quarter of the size of floats, and /dev/shm may be
+    small.
+    """
     states = list(crops.states)
-    for count, parcel in enumerate(loaded(crops, crops.settings.num_workers)):
-        if isinstance(parcel, UserError):
-            raise parcel
-        arrays, numbers, skipped, num_replaced, states[count % len(states)] = parcel
+    for count, item in enumerate(loaded(crops, crops.settings.num_workers)):
+        if isinstance(item, UserError):
+            raise item
+        arrays, numbers, skipped, num_replaced, states[count % len(states)] = item
         images = torch.stack([to_tensor(array) for array in arrays])
         if torch.cuda.is_available():
             images = images.pin_memory()
@@ -203,9 +239,16 @@ def _received(crops: _Crops, is_stream: bool) -> Generator[Batch, None, None]:
 
 
 def loaded(dataset: IterableDataset, num_workers: int, ahead: int = 2) -> Iterator[Any]:
-    """The items of `dataset`: of its workers in turn, worker 0 first; each works `ahead` items ahead.
+    """Yield the items of `dataset` from its workers in turn, worker 0 first.
 
-    Raises UserError when the workers cannot be started, WorkerDied when one is killed.
+    Args:
+        dataset: A dataset whose iterator asks `worker_place` for its share.
+        num_workers: Number of worker processes; 0 iterates in this process.
+        ahead: Number of items that each worker prepares ahead.
+
+    Raises:
+        UserError: If the workers cannot be started.
+        WorkerDied: If one is killed.
     """
     loader = DataLoader(
         dataset,
@@ -213,16 +256,16 @@ def loaded(dataset: IterableDataset, num_workers: int, ahead: int = 2) -> Iterat
         num_workers=num_workers,
         collate_fn=_unchanged,
         worker_init_fn=_ignore_interrupts,
-        generator=torch.Generator(),  # otherwise it draws a seed from the global one
+        generator=torch.Generator(),  # without it the loader draws a seed from the global generator
         prefetch_factor=ahead if num_workers else None,
     )
     in_main_thread = threading.current_thread() is threading.main_thread()
     handler = signal.getsignal(signal.SIGCHLD)
     try:
-        multiprocessing.Lock()  # asked here first: torch's half-made workers would print a traceback
+        multiprocessing.Lock()  # fails here first, because torch's half-started workers would print a traceback
         items = iter(loader)
         if in_main_thread:
-            # torch's would raise in whatever is done at the moment, not where the dead worker's item is awaited
+            # torch's handler would raise wherever the program is, not where the dead worker's item is awaited
             signal.signal(signal.SIGCHLD, handler)
     except OSError as error:
         raise UserError(
@@ -254,8 +297,8 @@ def _unchanged(item: T) -> T:
 
 
 def _ignore_interrupts(worker: int) -> None:
-    # Ctrl-C and a scheduler's signals go to every process of the job; the main one stops the workers when it is done
+    # Ctrl-C and a scheduler's signals go to every process of the job; the main process stops the workers itself
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    # the second SIGTERM ends it: that is how a worker that hangs is removed
+    # a second SIGTERM ends the worker: that is how a hanging worker is removed
     signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(signal.SIGTERM, signal.SIG_DFL))

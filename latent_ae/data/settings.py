@@ -1,4 +1,4 @@
-"""The section `data` of a training's settings; light, so that a typo costs no waiting."""
+"""The section `data` of the training settings. This module imports little, so that a typo is refused at once."""
 
 import re
 from collections.abc import Iterator
@@ -16,32 +16,32 @@ class DataSettings(Settings):
     source: str = "photos"
     """`photos` (shipped with scikit-image), a folder, Parquet/Arrow files, or a hub id."""
     split: str = "train"
-    """Split of the source, where it has splits."""
+    """Split of the source, if it has splits."""
     eval_source: str | None = None
     """Held-out images; null holds out `eval_fraction` of the source."""
     eval_split: str | None = None
     """Split of eval_source, or else of the source, that is held out; null takes its validation or test split."""
     eval_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.05
-    """Part of the source that is held out where there are neither of those."""
+    """Fraction of the source that is held out if there is no `eval_source`, validation split or test split."""
     image_column: str = "image"
-    """Column of images in tables and hub datasets. A table without that column and with one of images only gives that
-    one."""
+    """Column of images in tables and hub datasets. If a table lacks the column `image` and has a single column of
+    images, that one is taken."""
     revision: str | None = None
     """Commit or tag of a hub id."""
     streaming: bool = False
-    """Read tables or a hub dataset from their start, without storing them first (docs/data.md)."""
+    """Read tables or a hub dataset from start to end, without storing them first (docs/data.md)."""
     shuffle_buffer: Positive = 1000
     """Streaming only: images held in memory to shuffle from."""
     resolution: Positive = 256
     """Side of a training crop, px."""
     resize_px: Positive | None = None
-    """Shorter side that an image is resized to before the crop, px; null crops from the image as it is."""
+    """Shorter side to which an image is resized before the crop, px; null crops from the image in its own size."""
     flip: bool = True
-    """Mirror every second crop, on average."""
+    """Mirror half of the crops, at random."""
     background: tuple[Byte, Byte, Byte] = (255, 255, 255)
     """Colour put behind transparent pixels."""
     num_workers: Annotated[NonNegative, FREE] = 2
-    """Processes that decode images, for each training process; 0 decodes in that itself."""
+    """Processes that decode images, for each training process; 0 decodes in the training process itself."""
     max_pixels: Positive = 200_000_000
     """Larger images are skipped before they are decoded."""
     max_bad_fraction: Annotated[Fraction, FREE] = 0.01
@@ -60,7 +60,7 @@ class DataSettings(Settings):
 
 
 class CheckSettings(DataSettings):
-    """Those of the section `data` that `latent-ae data check` reads images by, and the model's channels."""
+    """The settings of the section `data`, and the channels of the model's images."""
 
     channels: Positive = 3
     """Channels of the images that the model takes: model.in_channels in training."""
@@ -70,6 +70,6 @@ WORDS = {"source": "DATA", "eval_source": "DATA", "eval_split": "split"}
 
 
 def without_section(text: str) -> str:
-    """A message of training's keys `data.*` with the words of the commands that have no sections."""
+    """Return a message with training's keys `data.*` replaced by the words of commands that have no sections."""
     keys = "|".join(DataSettings.model_fields)
     return re.sub(rf"\bdata\.({keys})\b", lambda match: WORDS.get(match[1], match[1]), text)

@@ -1,4 +1,4 @@
-"""What a source of images is: encoded images by number, or a stream of them. `images.decode` makes pixels of them."""
+"""Sources of encoded images: by number, or as a stream. `images.decode` turns their images into pixels."""
 
 import difflib
 import hashlib
@@ -21,7 +21,7 @@ from latent_ae.text import printable
 
 Encoded = bytes | Path
 LOOKED_AT = 10
-"""Rows among which there is one that says what a column of bytes holds."""
+"""Number of first rows that are searched for a value to learn what a column of bytes holds."""
 
 
 class StoredImages(Protocol):
@@ -30,15 +30,16 @@ class StoredImages(Protocol):
     def __len__(self) -> int: ...
 
     def name(self, i: int) -> str:
-        """What a person can find image i by."""
+        """Return a name by which a person finds image i."""
 
     def read(self, i: int) -> Encoded:
-        """Image i as it is stored. Raises ImageError where a table's row holds none."""
+        """Return the bytes or the file of image i. Raises ImageError if a table's row holds no image."""
 
     def keys(self) -> np.ndarray:
-        """One uint64 per image that stays the same when other images are added."""
+        """Return one key per image, (N,) uint64, that stays the same when other images are added."""
 
-    def subset(self, rows: np.ndarray) -> "StoredImages": ...
+    def subset(self, rows: np.ndarray) -> "StoredImages":
+        """Return a source of the images with these numbers, (n,) integers, in this order."""
 
 
 @dataclass(frozen=True)
@@ -48,13 +49,13 @@ class FolderSource:
     root: Path
     names: np.ndarray
     others: Mapping[str, int] = field(default_factory=dict)
-    """By extension: how many files beside them have no name of an image, and are left out."""
+    """Number of files that were left out, because their names are not those of images, by extension."""
 
     def __len__(self) -> int:
         return len(self.names)
 
     def name(self, i: int) -> str:
-        # a line break would forge lines of a log, and what is no text fits into no table
+        # a line break could forge lines of a log, and bytes that are no text do not fit into a table
         return printable(os.fsdecode(self.names[i]))
 
     def read(self, i: int) -> Path:
@@ -104,7 +105,14 @@ class StreamSource:
     label: str
 
     def check_readers(self, rank: int, world_size: int, workers: int, state: dict[str, Any] | None) -> None:
-        """Raises UserError when some worker would get no file, or `Batch.stream_state` is of other readers."""
+        """Raise UserError if some worker would get no file, or the state is from other numbers of readers.
+
+        Args:
+            rank: Number of this process.
+            world_size: Number of processes.
+            workers: Number of workers of each process.
+            state: The `Batch.stream_state` from which the stream resumes, or None.
+        """
         shards = self.dataset.num_shards
         if shards < workers * world_size:
             raise UserError(
@@ -118,7 +126,7 @@ class StreamSource:
         if (state["rank"], state["world_size"], before) != (rank, world_size, workers):
             raise UserError(
                 f"data.streaming: the run streamed with {state['world_size']} process(es) of {before} worker(s), "
-                f"now there are {world_size} of {workers}; a stream goes on only with the same numbers"
+                f"now there are {world_size} of {workers}; a stream resumes only with the same numbers"
             )
 
 
@@ -126,11 +134,23 @@ ImageSource: TypeAlias = StoredImages | StreamSource
 
 
 class StreamReader:
-    """Endless iterator over (name, function that gives the encoded image): what reader `reader` of many sees.
+    """Endless iterator over the images of one reader of a stream: (name, function that returns the image).
 
-    Each epoch puts the files into another order and deals them out to the readers; a reader takes the images of its
-    files in blocks of half a `buffer_size`, each shuffled, while it reads the next block one by one. `state_dict`
-    knows where the present block began, so that going on from it gives the same images as never having stopped.
+    Each epoch puts the files into another order and deals them out to the readers. A reader takes the images of its
+    files in blocks of `buffer_size` / 2 and yields each block shuffled, while it reads the next block one by one.
+    `state_dict` holds where the current block began, so that a resumed reader yields the same images as one that never
+    stopped.
+
+    Args:
+        source: The stream.
+        seed: Seed of the order.
+        buffer_size: Number of images held in memory to shuffle from.
+        reader: Number of this reader.
+        num_readers: Number of readers, over all processes.
+        state: The `state_dict` from which to resume; None starts at the beginning.
+
+    Raises:
+        UserError: While iterating, if the reader's files hold no image or cannot be read.
     """
 
     def __init__(
@@ -150,7 +170,7 @@ class StreamReader:
         return path or f"{self.source.label} (streamed)", partial(encoded_image, value)
 
     def state_dict(self) -> dict[str, int]:
-        """Position behind the last image given."""
+        """Return the position after the last image, JSON-ready."""
         return dict(self.state)
 
     def _images(self) -> Iterator[Any]:
@@ -173,22 +193,30 @@ class StreamReader:
             first = {"file": 0, "row": 0, "block": 0, "offset": 0}
 
     def _rows(self, epoch: int, first_file: int, first_row: int) -> Iterator[tuple[tuple[int, int], Any]]:
-        """((file, row), value) of this reader's files in the epoch's order, from the given place on."""
+        """Yield ((file, row), value) of this reader's files in the epoch's order, from the given row on."""
         dataset = self.source.dataset
         shards = epoch_order(self.seed, epoch, dataset.num_shards)[self.reader :: self.num_readers]
         for file in range(first_file, len(shards)):
             skipped = first_row if file == first_file else 0
             shard = dataset.shard(dataset.num_shards, int(shards[file]), contiguous=False)
-            # iter() instead of __iter__, which would deal the rows out to the DataLoader's workers once more
+            # iter() instead of __iter__, which would deal the rows out to the DataLoader's workers again
             rows = _readable(shard.skip(skipped).iter(batch_size=1), self.source.label)
             for row, batch in enumerate(rows, start=skipped):
                 yield (file, row), batch[self.source.column][0]
 
 
 def part_of(source: ImageSource, number: int | None, seed: int) -> tuple[ImageSource, dict[str, Any]]:
-    """At most `number` images of a source (None: all of them), and what a result says of the choice, JSON-ready.
+    """Return at most `number` images of a source, spread over it by `seed` (see `rng.spread`), and facts on the choice.
 
-    They are spread over the source by `seed` (see rng.spread). A stream has no numbers: it gives its first ones.
+    A stream cannot be spread: its first images are taken.
+
+    Args:
+        source: The images.
+        number: Largest number of images; None takes all.
+        seed: Seed of the choice.
+
+    Returns:
+        The part of the source, and how a result describes the choice, JSON-ready.
     """
     if isinstance(source, StreamSource):
         if number is None:
@@ -199,23 +227,27 @@ def part_of(source: ImageSource, number: int | None, seed: int) -> tuple[ImageSo
 
 
 def stream_values(source: StreamSource) -> Iterator[tuple[str, Any]]:
-    """(name, value of the image column) of every row, in order. Raises UserError."""
+    """Yield (name, value of the image column) of every row, in order. Raises UserError if a file cannot be read."""
     for index, row in enumerate(_readable(source.dataset, source.label)):
         yield f"{source.label} row {index}", row[source.column]
 
 
 def _readable(rows: Iterable[Any], label: str) -> Iterator[Any]:
-    """The rows; what a damaged file raises under way as a UserError."""
+    """Yield the rows; an error of a damaged file becomes a UserError."""
     try:
         yield from rows
-    except Exception as error:  # each format and each file system has kinds of its own
+    except Exception as error:  # each format and each file system raises its own kinds of errors
         raise UserError(
             f"data.source: {label} cannot be read to its end: {first_line(error)}; is one of its files cut off?"
         ) from error
 
 
 def encoded_image(value: Any) -> Encoded:
-    """A row's image: bytes, or the `{bytes, path}` of an undecoded datasets.Image."""
+    """Return the image in a row's value: bytes, or the `{bytes, path}` of an undecoded datasets.Image.
+
+    Raises:
+        ImageError: If the value holds no image.
+    """
     if isinstance(value, dict):
         value = value.get("bytes") or (Path(value["path"]) if value.get("path") else None)
     if not isinstance(value, (bytes, Path)):
@@ -224,11 +256,15 @@ def encoded_image(value: Any) -> Encoded:
 
 
 def digest_of(encoded: Encoded) -> str:
-    """Digest of the bytes as they are stored: blake2b, 16 bytes in hex. Raises ImageError."""
+    """Return the digest of the stored bytes: blake2b of 16 bytes, in hexadecimal.
+
+    Raises:
+        ImageError: If the file cannot be read.
+    """
     digest = hashlib.blake2b(digest_size=16)
     with open_encoded(encoded) as stream:
         try:
-            while piece := stream.read(1 << 20):  # in pieces: an array's file may be larger than the memory
+            while piece := stream.read(1 << 20):  # in pieces, because an array's file may be larger than the memory
                 digest.update(piece)
         except OSError as error:
             raise ImageError(reason_of(error)) from None
@@ -236,7 +272,7 @@ def digest_of(encoded: Encoded) -> str:
 
 
 def source_stamp(source: ImageSource) -> Any:
-    """Changes when files are added, removed or written to; None for streams, which are not looked at beforehand."""
+    """Return a value that changes when files are added, removed or written to; None for a stream."""
     if isinstance(source, StreamSource):
         return None
     digest = hashlib.sha256()
@@ -255,14 +291,22 @@ def source_stamp(source: ImageSource) -> Any:
 
 
 def fingerprint(digests: Iterable[str]) -> str:
-    """Over the contents of images (`digest_of` each), in their order; not where they lie or what they are called."""
+    """Return a digest over the contents of images (`digest_of` each) in their order, whatever their names."""
     return hashlib.sha256("\n".join(digests).encode()).hexdigest()
 
 
 def load_table(key: str, label: str, settings: DataSettings, path: str, **options: Any) -> TableSource | StreamSource:
-    """`datasets.load_dataset` of a hub id or packaged format, its images left undecoded. Raises UserError.
+    """Open a hub id or table files with `datasets.load_dataset`; the images stay encoded.
 
-    `key` is the setting that named the data, `label` what to call it in messages.
+    Args:
+        key: The setting that names the data, for messages.
+        label: What messages call the data.
+        settings: The image column, and whether to stream.
+        path: A hub id, or a packaged format such as "parquet".
+        **options: More arguments of `load_dataset`.
+
+    Raises:
+        UserError: If the data cannot be read, or there is no column of images.
     """
     try:
         dataset = datasets.load_dataset(path, streaming=settings.streaming, **options)
@@ -282,29 +326,29 @@ def load_table(key: str, label: str, settings: DataSettings, path: str, **option
     return TableSource(images, column, label, np.arange(len(images)), dataset.remove_columns(column))
 
 
-def _image_column(dataset: datasets.Dataset | datasets.IterableDataset, wanted: str, label: str) -> str:
-    """The column `wanted`; where that is the default and there is none, the table's only one with images.
+def _image_column(dataset: datasets.Dataset | datasets.IterableDataset, requested: str, label: str) -> str:
+    """Return the requested column; if that is the default and missing, the table's only column of images.
 
-    Raises UserError naming the columns when neither is there.
+    Raises UserError that names the columns if there is neither.
     """
     features = dataset.features or {}
-    if wanted in features:
-        return wanted
+    if requested in features:
+        return requested
     pictures = [name for name, feature in features.items() if _holds_images(dataset, name, feature)]
-    if len(pictures) == 1 and wanted == DataSettings.model_fields["image_column"].default:
+    if len(pictures) == 1 and requested == DataSettings.model_fields["image_column"].default:
         return pictures[0]
-    near = pictures or difflib.get_close_matches(wanted, list(features), n=1, cutoff=0.3)
+    near = pictures or difflib.get_close_matches(requested, list(features), n=1, cutoff=0.3)
     hint = f"; set {' or '.join(f'data.image_column={name}' for name in near)}" if near else ""
-    raise UserError(f"data.image_column: {label} has no column {wanted!r}; it has: {', '.join(features)}{hint}")
+    raise UserError(f"data.image_column: {label} has no column {requested!r}; it has: {', '.join(features)}{hint}")
 
 
 def _may_hold_images(feature: Any) -> bool:
-    """A type of bytes, or that of an image that has lost its name on the way."""
+    """Return whether the type is one of bytes, or the structure of an image feature that lost its type."""
     return "binary" in getattr(feature, "dtype", "") or (isinstance(feature, dict) and "bytes" in feature)
 
 
 def _holds_images(dataset: datasets.Dataset | datasets.IterableDataset, name: str, feature: Any) -> bool:
-    """A column of images by its type, or one of bytes whose first value is an image."""
+    """Return whether the column is one of images by its type, or holds bytes whose first value is an image."""
     if isinstance(feature, datasets.Image):
         return True
     if not _may_hold_images(feature):
@@ -320,4 +364,5 @@ def _holds_images(dataset: datasets.Dataset | datasets.IterableDataset, name: st
 
 
 def first_line(error: Exception) -> str:
+    """Return the first line of an error's message, or the name of its class."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,13 +1,13 @@
-"""Two small sets of images whose factors of variation are known: one white thing on black, one channel.
+"""Two small sets of images with known factors of variation: a white shape on black, one channel.
 
 python -m latent_ae.data.synthetic shapes.parquet
 python -m latent_ae.data.synthetic blobs.parquet --kind blobs
 
 shapes (32 px): a square, ellipse or heart with sharp edges, after dSprites (Matthey, Higgins, Hassabis and Lerchner
-2017). Turns stay below a quarter, which is where a square comes back to itself.
-blobs (16 px): a Gaussian blob. What has soft edges changes the image nearly linearly as it moves, so that one dimension
-is enough for a factor.
-Every combination of the factors is there once, and no two images are the same.
+2017). Rotations stay below a quarter turn, which maps a square onto itself.
+blobs (16 px): a Gaussian blob. With soft edges the image changes nearly linearly as the blob moves, so that one latent
+dimension is enough for a factor.
+Every combination of the factors occurs once, and no two images are the same.
 """
 
 import argparse
@@ -23,21 +23,27 @@ from PIL import Image
 from latent_ae.files import replacing
 
 FACTORS = {"shape": 3, "scale": 4, "orientation": 8, "x": 8, "y": 8}
-"""Factors of the shapes: columns of the table and how many values each has."""
+"""Factors of the shapes: columns of the table, and the number of values of each."""
 BLOB_FACTORS = {"scale": 6, "x": 12, "y": 12}
 """Factors of the blobs."""
 SHAPES = ("square", "ellipse", "heart")
 SIDE_PX, BLOB_SIDE_PX = 32, 16
 SUBPIXELS = 4
-"""Along each side of a pixel, averaged."""
+"""Number of samples along each side of a pixel, which are averaged."""
 
 
 def draw_shape(values: Sequence[int], counts: Sequence[int] = tuple(FACTORS.values())) -> np.ndarray:
-    """The image of one combination: (32, 32) uint8. `values` and `counts` are in the order of FACTORS.
+    """Draw the image of one combination of factors.
 
-    The shape's half width (of the square 0.7 of it, so that its corners stay inside) goes from an eighth to a quarter
-    of the side, its centre from a quarter to three quarters, its turn from 0 to just below a quarter turn; values are
-    evenly spaced.
+    The half width of the shape (0.7 of it for the square, so that its corners stay inside) goes from 1/8 to 1/4 of the
+    side, its centre from 1/4 to 3/4, its rotation from 0 to just below a quarter turn; values are evenly spaced.
+
+    Args:
+        values: Value of each factor, from 0, in the order of FACTORS.
+        counts: Number of values of each factor.
+
+    Returns:
+        (32, 32) uint8.
     """
     shape, scale, orientation, x, y = values
     spread = [value / max(1, count - 1) for value, count in zip(values, counts, strict=True)]
@@ -59,10 +65,16 @@ def draw_shape(values: Sequence[int], counts: Sequence[int] = tuple(FACTORS.valu
 
 
 def draw_blob(values: Sequence[int], counts: Sequence[int] = tuple(BLOB_FACTORS.values())) -> np.ndarray:
-    """The image of one combination: (16, 16) uint8. `values` and `counts` are in the order of BLOB_FACTORS.
+    """Draw the image of one combination of factors: 255 exp(-d^2 / (2 r^2)) at distance d from the centre.
 
-    255 exp(-d^2 / (2 r^2)) at distance d from the centre. r goes from a tenth to a fifth of the side, the centre from
-    0.3 to 0.7 of it; values are evenly spaced.
+    r goes from 0.1 to 0.2 of the side, the centre from 0.3 to 0.7 of it; values are evenly spaced.
+
+    Args:
+        values: Value of each factor, from 0, in the order of BLOB_FACTORS.
+        counts: Number of values of each factor.
+
+    Returns:
+        (16, 16) uint8.
     """
     scale, x, y = (value / max(1, count - 1) for value, count in zip(values, counts, strict=True))
     grid = (np.arange(BLOB_SIDE_PX) + 0.5) / BLOB_SIDE_PX
@@ -75,7 +87,7 @@ class Kind(NamedTuple):
     """A set of images."""
 
     factors: dict[str, int]
-    """Columns of the table and how many values each has."""
+    """Columns of the table, and the number of values of each."""
     draw: Callable[[Sequence[int], Sequence[int]], np.ndarray]
     """Draws an image from values and counts, in the order of `factors`."""
     side_px: int
@@ -85,10 +97,17 @@ KINDS = {"shapes": Kind(FACTORS, draw_shape, SIDE_PX), "blobs": Kind(BLOB_FACTOR
 
 
 def write_shapes(path: str | Path, counts: Sequence[int] | None = None, kind: str = "shapes") -> Path:
-    """Writes every combination as a Parquet table: `image` (PNG, one channel) and an integer column for each factor.
+    """Write every combination of factors to a Parquet table: `image` (PNG, one channel) and a column for each factor.
 
-    `kind` is one of KINDS, `counts` the numbers of values in the order of its factors (None: its own). Rows are in the
-    order of itertools.product.
+    Rows are in the order of itertools.product.
+
+    Args:
+        path: The file to write.
+        counts: Number of values of each factor, in the order of the kind's factors; None takes the kind's own.
+        kind: A key of KINDS.
+
+    Returns:
+        The path.
     """
     factors, draw, _ = KINDS[kind]
     counts = tuple(factors.values()) if counts is None else counts
@@ -105,6 +124,7 @@ def write_shapes(path: str | Path, counts: Sequence[int] | None = None, kind: st
 
 
 def main() -> None:
+    """Run `python -m latent_ae.data.synthetic`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("path", type=Path, metavar="OUT.parquet")
     parser.add_argument("--kind", choices=KINDS, default="shapes", help="(default: shapes)")

@@ -1,4 +1,4 @@
-"""Resizing and cropping of decoded images: HWC arrays of uint8, uint16 or float32 in [0, 1], as images.decode gives."""
+"""Resizes and crops decoded images: HWC arrays of uint8, uint16 or float32 in [0, 1], as images.decode returns."""
 
 from typing import Literal
 
@@ -12,12 +12,12 @@ from latent_ae.data.images import ImageError
 
 Resample = Literal["adm", "bicubic", "tensor", "linear"]
 LEVELS = {"uint8": 255.0, "uint16": 65535.0}
-# an image this many times longer than wide would fill the memory when its shorter side is enlarged
+# enlarging the shorter side of an image more elongated than this could fill the memory
 MAX_ELONGATION = 64
 
 
 def _resize(array: np.ndarray, height: int, width: int, resample: Image.Resampling) -> np.ndarray:
-    """HWC -> HWC of the same type; antialiased, each channel by itself (four channels need not be RGBA)."""
+    """Resize an HWC array to the same type, antialiased, each channel separately (four channels need not be RGBA)."""
     if array.dtype == np.uint8 and array.shape[2] == 3:
         return np.asarray(Image.fromarray(array).resize((width, height), resample))
     bands = []
@@ -33,13 +33,22 @@ def _resize(array: np.ndarray, height: int, width: int, resample: Image.Resampli
 
 
 def resize_shorter(array: np.ndarray, size_px: int, resample: Resample = "adm") -> np.ndarray:
-    """HWC -> HWC with the shorter side `size_px`, the aspect kept.
+    """Resize an image so that its shorter side is `size_px`; the aspect ratio is kept.
 
-    adm: box halving, then bicubic, as `center_crop_arr` of openai/guided-diffusion (image_datasets.py) does; most
-    published numbers rest on it. bicubic: Pillow's, as torchvision's Resize(BICUBIC) of a picture. tensor: bilinear of
-    floats with antialiasing, as torchvision's Resize of a tensor; the result is not rounded to levels: float32.
-    linear: bilinear without antialiasing, as OpenCV's INTER_LINEAR (albumentations), to within a level.
-    Raises ImageError where enlarging would take absurd memory.
+    Args:
+        array: (H, W, C) uint8, uint16, or float32 in [0, 1].
+        size_px: The new shorter side, px.
+        resample: "adm" halves by boxes, then resizes bicubically, as `center_crop_arr` of openai/guided-diffusion
+            (image_datasets.py) does; most published numbers rest on it. "bicubic" is Pillow's, as torchvision's
+            Resize(BICUBIC) of a picture. "tensor" is bilinear with antialiasing, as torchvision's Resize of a tensor;
+            its result is float32 and not rounded to levels. "linear" is bilinear without antialiasing, as OpenCV's
+            INTER_LINEAR (albumentations), to within a level.
+
+    Returns:
+        The resized array; of the same type, except for "tensor".
+
+    Raises:
+        ImageError: If the image is too elongated to be enlarged.
     """
     height, width = array.shape[:2]
     if min(height, width) == size_px:
@@ -58,7 +67,7 @@ def resize_shorter(array: np.ndarray, size_px: int, resample: Resample = "adm") 
 def _resize_once(array: np.ndarray, size_px: int, resample: Resample) -> np.ndarray:
     height, width = array.shape[:2]
     shorter = min(height, width)
-    # torchvision cuts the longer side's fraction off, albumentations rounds it
+    # torchvision drops the fraction of the longer side, albumentations rounds it
     exact = [side * size_px / shorter for side in (height, width)]
     sides = [round(side) if resample == "linear" else int(side) for side in exact]
     if resample == "bicubic":
@@ -75,7 +84,21 @@ def _resize_once(array: np.ndarray, size_px: int, resample: Resample) -> np.ndar
 def random_crop(
     array: np.ndarray, resolution: int, resize_px: int | None, flip: bool, rng: np.random.Generator
 ) -> np.ndarray:
-    """HWC -> (resolution, resolution, C); smaller images are enlarged to fit. Takes three draws of `rng`."""
+    """Return a random square crop, mirrored half of the time; smaller images are enlarged to fit.
+
+    Args:
+        array: (H, W, C) decoded pixels.
+        resolution: Side of the crop, px.
+        resize_px: Shorter side to which the image is resized first, px; None keeps its size.
+        flip: Whether crops are mirrored.
+        rng: Takes three draws, whatever the other arguments are.
+
+    Returns:
+        (resolution, resolution, C) of the array's type; it may be a view.
+
+    Raises:
+        ImageError: If the image is too elongated to be enlarged.
+    """
     if resize_px is not None:
         array = resize_shorter(array, resize_px)
     if min(array.shape[:2]) < resolution:
@@ -90,10 +113,18 @@ def random_crop(
 def center_crop(
     array: np.ndarray, resolution: int | None, multiple_of: int = 1, *, nearest: bool = False
 ) -> np.ndarray:
-    """HWC -> its middle: a square of `resolution` px; None: the most of it whose sides `multiple_of` divides.
+    """Return the middle of an image; smaller images are enlarged to fit.
 
-    Images smaller than that are enlarged to fit. An odd margin is shared with the smaller half first, or with `nearest`
-    as torchvision's CenterCrop does it: halves go to the even number.
+    Args:
+        array: (H, W, C) decoded pixels.
+        resolution: Side of the square, px; None takes the largest sides that are multiples of `multiple_of`.
+        multiple_of: Number of px of which the sides must be a multiple.
+        nearest: Round half of an odd margin to the even number, as torchvision's CenterCrop does; otherwise the smaller
+            half comes first.
+
+    Raises:
+        UserError: If `resolution` is not a multiple of `multiple_of`.
+        ImageError: If the image is too elongated to be enlarged.
     """
     if resolution is not None and resolution % multiple_of:
         raise UserError(f"a crop of {resolution} px: the model needs a multiple of {multiple_of}")

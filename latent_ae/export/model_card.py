@@ -1,4 +1,4 @@
-"""The README.md of an exported first stage: what it is, how to load it, how good it is; metadata that a hub reads."""
+"""The model card (README.md) of an exported first stage: use, metrics, precision, and the metadata a hub reads."""
 
 import re
 from collections.abc import Mapping
@@ -19,17 +19,17 @@ from latent_ae.text import printable
 
 @dataclass(frozen=True)
 class CardFacts:
-    """What a model card says about how a first stage came to be. Anything unknown stays None and unsaid."""
+    """Facts about the training of a first stage for its model card. None is unknown and left out of the card."""
 
     name: str
     data_name: str
     steps: int | None = None
     num_images: int | None = None
-    """How many held-out images the metrics are means over."""
+    """Number of held-out images over which the metrics are means."""
     metrics: Mapping[str, float | None] = field(default_factory=dict)
     """Means by the keys of `ReconstructionMetrics.summary`; other keys are ignored."""
     baseline: Mapping[str, float | None] = field(default_factory=dict)
-    """The same for bicubic down- and upsampling by the factor."""
+    """The same metrics for bicubic down- and upsampling by the downsampling factor."""
     split: str | None = None
     base_model: str | None = None
     license: str | None = None
@@ -37,7 +37,7 @@ class CardFacts:
 
 
 def loading_lines(folder: str | Path, kind: str = "AutoencoderKL") -> str:
-    """The lines of Python that load an export of class `kind`."""
+    """Return the lines of Python that load an export in `folder` of the diffusers class `kind`."""
     return (
         "import torch\n"
         f"from {module_of(kind)} import {kind}\n"
@@ -53,9 +53,16 @@ def model_card(
     difference: float,
     precision: Mapping[str, Any] | None = None,
 ) -> ModelCard:
-    """A model card with a valid model-index; `autoencoder` carries the config that is exported.
+    """Return the model card of an export, with a valid model-index.
 
-    `precision`: what `probe_precision` found, with that of `probe_tiling` as "tiling", if it was asked.
+    Args:
+        autoencoder: The exported model, with the config that is written.
+        facts: How the model was trained.
+        statistics: Statistics of the latents from which the scaling comes.
+        location: Folder or hub id that the lines of code load.
+        difference: Largest difference between the reconstructions of the trained and the exported model, images in [-1,
+            1].
+        precision: Result of `probe_precision`, with that of `probe_tiling` under "tiling" if it was run.
     """
     measured = {key: facts.metrics[key] for key in NAMES if facts.metrics.get(key) is not None}
     results = [
@@ -101,18 +108,18 @@ def _card_text(
         trained.append(f"from {_plain(facts.base_model)}")
     encoded = family_of(autoencoder).encoded
     if "scaling_factor" not in config:
-        given = "norm = vae.bn  # of patches of 2 x 2 latents: channel after channel, each with its four places\n"
-        scaled, undone = "z", "z"
+        setup = "norm = vae.bn  # of patches of 2 x 2 latents: channel after channel, each with its four places\n"
+        scaled, unscaled = "z", "z"
     elif "shift_factor" not in config:
-        given, scaled, undone = "", "z * vae.config.scaling_factor", "z / vae.config.scaling_factor"
+        setup, scaled, unscaled = "", "z * vae.config.scaling_factor", "z / vae.config.scaling_factor"
     elif config.get("latents_mean") is None:
-        given, scaled = "", "(z - vae.config.shift_factor) * vae.config.scaling_factor"
-        undone = "z / vae.config.scaling_factor + vae.config.shift_factor"
+        setup, scaled = "", "(z - vae.config.shift_factor) * vae.config.scaling_factor"
+        unscaled = "z / vae.config.scaling_factor + vae.config.shift_factor"
     else:
-        given = (
+        setup = (
             "mean, std = (torch.tensor(vae.config[key]).view(1, -1, 1, 1) for key in ('latents_mean', 'latents_std'))\n"
         )
-        scaled, undone = "(z - mean) / std", "z * std + mean"
+        scaled, unscaled = "(z - mean) / std", "z * std + mean"
     sides = "multiples of" if family_of(autoencoder).one_grid else "always"
     loader = "stock diffusers" if module_of(kind) == "diffusers" else module_of(kind)
     parts = [
@@ -124,10 +131,10 @@ def _card_text(
 
 ```python
 {loading_lines(location, kind)}
-{given}with torch.no_grad():
+{setup}with torch.no_grad():
     z = vae.encode(images).{encoded}  # images: N x {config.in_channels} x H x W in [-1, 1]
     z = {scaled}  # what a diffusion model sees
-    images = vae.decode({undone}).sample
+    images = vae.decode({unscaled}).sample
 ```
 
 H and W are {sides} {factor}. {_scaling_text(autoencoder, statistics)}
@@ -226,7 +233,7 @@ def _metric_text(facts: CardFacts, factor: int) -> str:
 
 
 def _plain(name: str) -> str:
-    """A name in Markdown as it is: on one line, and with nothing in it that Markdown or HTML would act on."""
+    """Return a name on one line, with all characters escaped that have a meaning in Markdown or HTML."""
     return re.sub(r"([\\`*<>\[\]|&!$~])", r"\\\1", printable(name))
 
 

@@ -1,7 +1,7 @@
-"""Whether a first stage may run in half precision, and in tiles: tried on real images.
+"""Tries on real images whether a first stage may run in half precision, and in tiles.
 
-found = probe_precision(vae, images)          # images: NCHW in [-1, 1]
-vae.register_to_config(force_upcast=found["force_upcast"])
+result = probe_precision(vae, images)          # images: NCHW in [-1, 1]
+vae.register_to_config(force_upcast=result["force_upcast"])
 """
 
 import copy
@@ -20,28 +20,29 @@ from latent_ae.progress import progress_bar
 
 FP16_MAX = torch.finfo(torch.float16).max
 HEADROOM = 2
-"""Other images than those tried may reach higher: half precision is trusted up to a half of what it can hold."""
+"""Other images may reach higher activations, so fp16 is trusted up to its largest number divided by this."""
 LARGEST = 5
+"""Number of layers with the largest outputs that are reported."""
 NAMED = 20
-"""Layers with values that are not finite, the first of which are named: often all that follow one."""
+"""Number of layers with non-finite outputs that are reported; often all layers after the first one have them."""
 MOST_DB = 100.0
 """PSNR of equal images."""
 TILED_SIDE = 1.5
-"""Side of an image on which tiling is tried, in tiles: two tiles each way, which overlap by a quarter."""
+"""Side of the image on which tiling is tried, in tiles: two tiles each way, which overlap by a quarter."""
 
 
 @dataclass
 class _Watch:
-    """What the outputs of a model's layers held, sums and other inner results of its blocks included."""
+    """Records the outputs of a model's layers, including those of whole blocks."""
 
     progress: tqdm
-    """A bar of passes through layers with weights."""
+    """Progress bar that counts passes through layers with weights."""
     round_to: torch.dtype | None = None
-    """Rounds each output to it: arithmetic in that type, emulated."""
+    """Type to which each output is rounded, which emulates arithmetic in that type."""
     peaks: dict[str, Tensor] = field(default_factory=dict)
-    """Largest absolute output by layer, in the order in which they run."""
+    """Largest absolute output by layer, in the order in which the layers run."""
     bad: list[tuple[str, Tensor]] = field(default_factory=list)
-    """Each output's layer and number of values that are NaN or infinite, in the order in which they were made."""
+    """Layer and number of non-finite values of each output, in the order of computation."""
     last: Tensor | None = None
 
     def attach(self, model: nn.Module) -> None:
@@ -52,7 +53,7 @@ class _Watch:
     def _look(self, name: str) -> Any:
         def look(module: nn.Module, inputs: Any, output: Any) -> Any:
             self.progress.update(has_weights(module))
-            # a block often hands on what its last layer gave: that is the layer's
+            # a block often returns the output of its last layer, which is recorded under the layer
             if not isinstance(output, Tensor) or output is self.last:
                 return None
             if self.round_to is not None:
@@ -66,7 +67,7 @@ class _Watch:
 
 
 def has_weights(module: nn.Module) -> bool:
-    """Whether the module itself holds some, not only the modules in it."""
+    """Return whether the module itself has parameters, apart from those of its submodules."""
     return any(True for _ in module.parameters(recurse=False))
 
 
@@ -74,15 +75,24 @@ def has_weights(module: nn.Module) -> bool:
 def probe_precision(
     autoencoder: AutoencoderKL, images: Tensor, device: torch.device | str | None = None
 ) -> dict[str, Any]:
-    """Reconstructs `images` (NCHW in [-1, 1], at the posterior's mode) in fp32, bf16 and fp16; JSON-ready.
+    """Reconstruct images in fp32, bf16 and fp16, at the posterior's mode, and compare. The model is left unchanged.
 
-    `peaks`: the layers with the largest absolute outputs in fp32. For bf16 and fp16: PSNR (dB) against the fp32
-    reconstruction (None if that holds no finite numbers only), how many of its values are not finite, the first layer
-    that gave such, how many layers did, and how many values each of the first twenty gave, over all images. On a CPU,
-    and on a device that lacks the type, it is emulated, which `emulated` says: weights, images and each layer's output
-    are rounded to it, and computed with in float32. Many CPUs take minutes where that takes seconds. `force_upcast`, as
-    diffusers means it (fp32 even in an fp16 pipeline): something was not finite in fp16, or a layer came within a
-    factor of two of 65504. The model is left as it is; `device` None: where it is.
+    On a CPU, and on a device that lacks a type, that type is emulated: weights, images and each layer's output are
+    rounded to it, and computed with in float32. (Many CPUs take minutes in half precision where emulation takes
+    seconds.)
+
+    Args:
+        autoencoder: The model.
+        images: (N, C, H, W) float in [-1, 1], sides multiples of the downsampling factor.
+        device: Where to run; None takes the model's device.
+
+    Returns:
+        JSON-ready: `images` (N), `device`, `peaks` (the layers with the largest absolute outputs in fp32), `bf16` and
+        `fp16`, and `force_upcast`. The latter is true, as diffusers means it (fp32 even in an fp16 pipeline), if a
+        value was not finite in fp16 or a layer's output came within a factor of two of 65504. `bf16` and `fp16` hold
+        `emulated`, the `psnr` in dB against fp32 (None if a pixel is not finite), `not_finite` (pixels),
+        `first_not_finite` (layer), `layers_not_finite` (their number) and `not_finite_by_layer` (values of the first
+        twenty).
     """
     place = torch.device(device or autoencoder.device)
     layers = sum(map(has_weights, autoencoder.modules()))
@@ -98,24 +108,24 @@ def probe_precision(
         }
     peaks = {name: float(peak) for name, peak in watch.peaks.items()}
     ranked = sorted(peaks, key=lambda name: peaks[name], reverse=True)
-    found: dict[str, Any] = {
+    result: dict[str, Any] = {
         "images": len(images),
         "device": place.type,
         "peaks": [{"layer": name, "max_abs": round(peaks[name], 3)} for name in ranked[:LARGEST]],
     }
-    found |= halves
+    result |= halves
     fits = all(peak * HEADROOM <= FP16_MAX for peak in peaks.values())
-    found["force_upcast"] = not fits or found["fp16"]["first_not_finite"] is not None
-    return found
+    result["force_upcast"] = not fits or result["fp16"]["first_not_finite"] is not None
+    return result
 
 
-def verdict(found: dict[str, Any]) -> str:
-    """What `probe_precision` found, in a sentence without its full stop."""
-    peak, half = found["peaks"][0], found["fp16"]
+def verdict(result: dict[str, Any]) -> str:
+    """Return a result of `probe_precision` as a sentence without its full stop."""
+    peak, half = result["peaks"][0], result["fp16"]
     largest = f"the largest activation is {peak['max_abs']:,.4g} ({peak['layer']}), fp16 holds {FP16_MAX:,.0f}"
     if half["first_not_finite"] is not None:
         return f"fp16 is not safe: values are not finite from {half['first_not_finite']} on; {largest}"
-    if found["force_upcast"]:
+    if result["force_upcast"]:
         return f"fp16 is not safe: {largest}, and other images may reach higher"
     return f"fp16 is safe: {largest}, and reconstructions are {half['psnr']:.1f} dB from those in fp32"
 
@@ -129,7 +139,7 @@ def _in_type(
     progress: tqdm,
     emulated: bool | None = None,
 ) -> dict[str, Any]:
-    """`emulated` None: on a CPU."""
+    """Return the comparison in one type; `emulated` None emulates it on a CPU only."""
     emulated = device.type == "cpu" if emulated is None else emulated
     watch = _Watch(progress, round_to=dtype if emulated else None)
     try:
@@ -138,19 +148,19 @@ def _in_type(
             for tensor in model.state_dict().values():
                 tensor.copy_(tensor.to(dtype))
             images = images.to(dtype)
-        made = _reconstruct(model, images, watch)
+        reconstructions = _reconstruct(model, images, watch)
     except (RuntimeError, NotImplementedError) as error:
         if emulated or ("not implemented" not in str(error) and "not support" not in str(error)):
             raise
         return _in_type(autoencoder, images, device, dtype, expected, progress, emulated=True)
-    not_finite = int((~made.isfinite()).sum())
+    not_finite = int((~reconstructions.isfinite()).sum())
     by_layer: dict[str, int] = {}
     for name, count in watch.bad:
         if count:
             by_layer[name] = by_layer.get(name, 0) + int(count)
     return {
         "emulated": emulated,
-        "psnr": None if not_finite else round(_psnr(made, expected), 2),
+        "psnr": None if not_finite else round(_psnr(reconstructions, expected), 2),
         "not_finite": not_finite,
         "first_not_finite": next(iter(by_layer), None),
         "layers_not_finite": len(by_layer),
@@ -162,12 +172,19 @@ def _in_type(
 def probe_tiling(
     autoencoder: AutoencoderKL, image: Tensor, device: torch.device | str | None = None
 ) -> dict[str, Any] | None:
-    """How `enable_tiling` changes a decoded image; JSON-ready. The model is left as it is. None where diffusers cannot
-    put tiles of that size together: a quarter of a tile, by which they overlap, must be whole latent px.
+    """Measure how `enable_tiling` changes a decoded image. The model is left unchanged.
 
-    `image`: CHW in [-1, 1]; mirrored over and over it makes a square of one and a half tiles, whose side is the
-    config's `sample_size`, so that tiling sets in. Decoded from the same latents, whole and in tiles, float32: PSNR
-    (dB), the largest difference, and the mean one where tiles are blended and elsewhere (images in [-1, 1]).
+    The image is continued by its mirror images to a square of one and a half tiles, so that tiling sets in; the side of
+    a tile is the config's `sample_size`. The same latents are decoded whole and in tiles, in float32.
+
+    Args:
+        autoencoder: The model.
+        image: (C, H, W) float in [-1, 1].
+        device: Where to run; None takes the model's device.
+
+    Returns:
+        `side_px` and the values of `tile_differences`, JSON-ready. None if diffusers cannot put tiles of that size
+        together, because the overlap of a quarter tile is not a whole number of latent px.
     """
     model = _copy(autoencoder, torch.device(device or autoencoder.device), torch.float32)
     factor, tile_px = factor_of(model), int(model.config.sample_size)
@@ -181,7 +198,13 @@ def probe_tiling(
 
 @torch.no_grad()
 def compare_tiled(model: AutoencoderKL, latents: Tensor, tile_px: int) -> dict[str, Any]:
-    """Decodes `latents` (NCHW) whole and in tiles of `tile_px`, as `probe_tiling` says. Sets the model's tiling."""
+    """Decode latents whole and in tiles and return their `tile_differences`. Leaves tiling enabled in the model.
+
+    Args:
+        model: The model.
+        latents: (N, C, h, w) raw latents.
+        tile_px: Side of a tile in image px.
+    """
     model.disable_tiling()
     whole = model.decode(latents).sample
     model.enable_tiling()
@@ -191,9 +214,19 @@ def compare_tiled(model: AutoencoderKL, latents: Tensor, tile_px: int) -> dict[s
 
 
 def tile_differences(whole: Tensor, tiled: Tensor, tile_px: int, overlap_factor: float) -> dict[str, Any]:
-    """How an image (NCHW in [-1, 1]) decoded whole differs from one decoded in tiles that overlap by that part of their
-    side."""
-    # each tile but the first begins a stride after the one before, and is blended with it for the overlap's length
+    """Return how images decoded in tiles differ from the same images decoded whole.
+
+    Args:
+        whole: (N, C, H, W) float in [-1, 1].
+        tiled: The same decoded in tiles.
+        tile_px: Side of a tile in image px.
+        overlap_factor: Fraction of a tile's side by which tiles overlap.
+
+    Returns:
+        `tile_px`, `psnr` (dB), `max_abs`, and the mean absolute difference where tiles are blended
+        (`mean_abs_at_seams`) and elsewhere (`mean_abs_elsewhere`), JSON-ready.
+    """
+    # each tile but the first begins one stride after the one before, and is blended with it over the overlap
     overlap = int(tile_px * overlap_factor)
     stride = tile_px - overlap
     height, width = (
@@ -214,23 +247,23 @@ def _copy(autoencoder: AutoencoderKL, device: torch.device, dtype: torch.dtype) 
     copied: AutoencoderKL = copy.deepcopy(autoencoder)
     copied.disable_tiling()
     copied.disable_slicing()
-    nn.Module.to(copied, device, dtype)  # diffusers' own prints a warning about modules that there are none of
+    nn.Module.to(copied, device, dtype)  # the method of diffusers prints a warning that does not apply here
     return copied.eval().requires_grad_(False)
 
 
 def _reconstruct(model: AutoencoderKL, images: Tensor, watch: _Watch) -> Tensor:
-    """One image at a time; float32 on the CPU. `model` is watched from then on."""
+    """Reconstruct images one at a time and return float32 on the CPU. `watch` stays attached to the model."""
     watch.attach(model)
-    made = []
+    reconstructions = []
     with torch.autocast(model.device.type, enabled=False):
         for image in images:
             latent = model.encode(image[None].to(model.device, model.dtype)).latent_dist.mode()
-            made.append(model.decode(latent).sample.float().cpu())
-    return torch.cat(made)
+            reconstructions.append(model.decode(latent).sample.float().cpu())
+    return torch.cat(reconstructions)
 
 
 def _mirrored(image: Tensor, side: int) -> Tensor:
-    """CHW -> (C, side, side), continued by its mirror images."""
+    """Return a (C, H, W) image as (C, side, side), continued by its mirror images."""
     for axis in (1, 2):
         while image.shape[axis] < side:
             image = torch.cat([image, image.flip(axis)], axis)
@@ -238,6 +271,6 @@ def _mirrored(image: Tensor, side: int) -> Tensor:
 
 
 def _psnr(a: Tensor, b: Tensor) -> float:
-    """dB, of images in [-1, 1], clamped to that."""
+    """Return the PSNR in dB of images clamped to [-1, 1]."""
     error = float((a.clamp(-1, 1).double() - b.clamp(-1, 1).double()).square().mean())
     return min(MOST_DB, 10 * math.log10(4 / error)) if error else MOST_DB

@@ -1,4 +1,4 @@
-"""Writes the folder that stock diffusers loads, with measured latent statistics and a card, and proves it."""
+"""Writes the folder that stock diffusers loads, with measured latent statistics and a model card, and checks it."""
 
 import os
 import shlex
@@ -35,7 +35,7 @@ TOLERANCE = 1e-5
 """Largest difference, in [-1, 1], between the trained model's reconstruction and the exported one's."""
 
 TILES_ON_CPU_PX = 512
-"""A CPU tries no larger ones: decoding one and a half each way, whole, would take minutes and many gigabytes."""
+"""Largest tile that is tried on a CPU: decoding an image of larger ones whole takes minutes and many gigabytes."""
 
 # The fresh process knows nothing of this project: it is what a user of the folder has.
 FRESH_PROCESS = """
@@ -80,25 +80,37 @@ def export_autoencoder(
     latents_mean_std: bool = False,
     likelihood: Likelihood | None = None,
 ) -> dict[str, Any]:
-    """Writes `folder`: config.json, diffusion_pytorch_model.safetensors (float32) and README.md.
+    """Write an export: config.json, diffusion_pytorch_model.safetensors (float32) and README.md.
 
-    And likelihood.json, where it was trained with a `likelihood`.
+    The config carries the measured scaling_factor and shift_factor, sample_size, and the force_upcast that a trial of
+    `check_images` in half precision gives. Everything is written beside `folder` and checked there by `verify_export`
+    before it replaces an older export, so a failed export leaves the older one whole. The model passed in is left
+    unchanged.
 
-    The config carries scaling_factor and shift_factor measured by `statistics`, sample_size (px), and force_upcast from
-    a trial of `check_images` in half precision. `keep_scaling` leaves the scaling of the autoencoder's own config:
-    right where only the decoder was trained, because the diffusion models that know its latents know them scaled so.
-    `latents_mean_std` writes latents_mean and latents_std of each channel, with a scaling_factor of 1 and a
-    shift_factor of 0: (z - latents_mean) / latents_std has unit variance in each. `pipeline` names a family of
-    pipelines that must be able to use the model. The model given is left as it is. Everything is written beside
-    `folder` and checked there by `verify_export` on `check_images` (NCHW in [-1, 1], sides multiples of the factor)
-    before it takes its place, so an export that fails leaves an older one whole.
+    Args:
+        autoencoder: The trained model, of a supported diffusers class.
+        folder: The folder to write; it must be new, empty or an export.
+        statistics: Statistics of the raw latents, from which the scaling is taken.
+        sample_size: Side of the training images, px.
+        card: Facts for the model card.
+        check_images: (N, C, H, W) float in [-1, 1], sides multiples of the downsampling factor.
+        keep_scaling: Keep the scaling in the autoencoder's config. This is right if only the decoder was trained,
+            because diffusion models of these latents know them scaled so.
+        pipeline: Family of pipelines that must be able to use the model; None checks none.
+        latents_mean_std: Write latents_mean and latents_std of each channel, with a scaling_factor of 1 and a
+            shift_factor of 0: each channel of (z - latents_mean) / latents_std has unit variance.
+        likelihood: The likelihood that the model was trained with, written as likelihood.json; None writes none.
 
-    Returns what was written, JSON-ready; "remarks" says what `pipeline` would rather have. Raises UserError when
-    `folder` holds something other than an export, cannot be written, the latents cannot be scaled, or `pipeline` cannot
-    use the model; RuntimeError when the check fails.
+    Returns:
+        What was written, JSON-ready. "remarks" says what is not ideal for `pipeline`.
+
+    Raises:
+        UserError: If `folder` holds something else or cannot be written, the latents cannot be scaled, or `pipeline`
+            cannot use the model.
+        RuntimeError: If the check fails.
     """
     if latents_mean_std and keep_scaling:
-        raise UserError("latents_mean and latents_std cannot be measured anew where the latents keep their scaling")
+        raise UserError("latents_mean and latents_std cannot be measured again if the latents keep their scaling")
     folder = Path(os.path.abspath(Path(folder).expanduser()))
     refuse_foreign(folder)
     exported = _twin(autoencoder)
@@ -108,9 +120,9 @@ def export_autoencoder(
         measured["shift_factor"] = config.get("shift_factor") or 0.0  # pipelines that read it fail on null
     else:
         measured |= {"scaling_factor": statistics.scaling_factor, "shift_factor": statistics.shift_factor}
-        # those of other latents, which some pipelines would apply
+        # a loaded config may carry those of other latents, which some pipelines would apply
         measured |= {"latents_mean": None, "latents_std": None}
-    # each class has some of them
+    # no class has all of these keys
     exported.register_to_config(**{key: value for key, value in measured.items() if key in config})
     if family_of(exported).scaled_by_patches and not keep_scaling:
         _normalise_patches(exported, statistics)
@@ -159,12 +171,23 @@ def export_autoencoder(
 def verify_export(
     folder: str | Path, autoencoder: ModelMixin, images: Tensor, device: torch.device | str = "cpu"
 ) -> float:
-    """Loads `folder` with stock diffusers in a fresh process and compares reconstructions.
+    """Load an export with stock diffusers in a fresh process and compare its reconstructions with the trained model's.
 
-    `images`: NCHW in [-1, 1], sides multiples of the factor. Both sides take the posterior's mode, one image
-    at a time, in float32 (not TF32) on `device`. Returns the largest absolute difference; raises RuntimeError when it
-    is above 1e-5 or the folder does not load. The CPU, where arithmetic is the same on both sides, has the last word:
-    another device may lack memory for two processes, or choose other kernels in the second one.
+    Both sides decode the posterior's mode, one image at a time, in float32 (not TF32). If the check fails on another
+    device it is repeated on the CPU, where the arithmetic is the same on both sides: the device may lack memory for two
+    processes, or choose other kernels in the second one.
+
+    Args:
+        folder: The export.
+        autoencoder: The trained model.
+        images: (N, C, H, W) float in [-1, 1], sides multiples of the downsampling factor.
+        device: Where both models run.
+
+    Returns:
+        The largest absolute difference of the reconstructions, images in [-1, 1].
+
+    Raises:
+        RuntimeError: If the difference is above 1e-5, a reconstruction is not finite, or the folder does not load.
     """
     place = torch.device(device)
     now(f"check of the export in a fresh process, on {len(images)} images ({place})")
@@ -202,9 +225,19 @@ def _largest_difference(folder: Path, autoencoder: ModelMixin, images: Tensor, d
 
 
 def push_to_hub(folder: str | Path, repo_id: str, *, token: str | None = None, private: bool = False) -> str:
-    """Uploads an exported folder to the Hugging Face hub and returns its address there.
+    """Upload an exported folder to the Hugging Face hub. The folder stays as it is, so a failed upload can be repeated.
 
-    Raises UserError when that fails; the folder stays as it is, so the upload can be tried again.
+    Args:
+        folder: The export.
+        repo_id: `user/name` on the hub.
+        token: Access token; None takes the stored one.
+        private: Create a private repository.
+
+    Returns:
+        The address of the repository.
+
+    Raises:
+        UserError: If the folder is no export or the upload fails.
     """
     folder = Path(folder).expanduser()
     if not (folder / "config.json").is_file():
@@ -220,7 +253,11 @@ def push_to_hub(folder: str | Path, repo_id: str, *, token: str | None = None, p
 
 
 def check_upload(repo_id: str) -> None:
-    """Asks the hub, without changing anything there, whether this user may upload to `repo_id`; raises UserError."""
+    """Check that this user may upload to `repo_id`, without changing anything on the hub.
+
+    Raises:
+        UserError: If the hub cannot be reached or refuses, or the token may not write there.
+    """
     owner = repo_id.partition("/")[0] if "/" in repo_id else None
     try:
         validate_repo_id(repo_id)
@@ -239,9 +276,9 @@ def check_upload(repo_id: str) -> None:
 
 
 def _twin(autoencoder: ModelMixin) -> ModelMixin:
-    """The same weights in another model: float32 on the CPU, evaluation mode, plain memory format."""
+    """Return a copy of the model: float32 on the CPU, in evaluation mode, in the plain memory format."""
     with torch.device("meta"):  # no memory, no random numbers drawn
-        # without the place that the weights were once loaded from: it means nothing elsewhere
+        # without the path from which the weights were once loaded, which means nothing elsewhere
         config = {key: value for key, value in autoencoder.config.items() if key != "_name_or_path"}
         twin = type(autoencoder).from_config(config)
     # plain strides, as in a file: a 1x1 kernel in channels-last is "contiguous" either way, and would choose
@@ -254,9 +291,9 @@ def _twin(autoencoder: ModelMixin) -> ModelMixin:
 
 
 def _normalise_patches(autoencoder: ModelMixin, statistics: LatentStatistics) -> None:
-    """Flux.2 scales latents by a batch norm's statistics, one for each channel and place in a patch of 2 x 2 latents.
+    """Write the scaling of Flux.2: batch norm statistics for each channel and place in a patch of 2 x 2 latents.
 
-    Each place gets those of its channel: latents are alike everywhere.
+    Each place gets the statistics of its channel, because latents have the same distribution everywhere.
     """
     places = autoencoder.bn.num_features // len(statistics.channel_mean)
     mean, std = torch.tensor(statistics.channel_mean), torch.tensor(statistics.channel_std)
@@ -265,31 +302,31 @@ def _normalise_patches(autoencoder: ModelMixin, statistics: LatentStatistics) ->
 
 
 def _tried(autoencoder: ModelMixin, images: Tensor, device: torch.device) -> dict[str, Any] | None:
-    """Half precision, and tiling where there is the memory; None for a class that is not tried."""
+    """Return the result of the trials in half precision and in tiles; None for a class that is not tried."""
     if not family_of(autoencoder).tried_in_half_precision:
         return None
     try:
-        found = probe_precision(autoencoder, images, device)
-    except torch.OutOfMemoryError:  # what trained it may still hold the memory
+        result = probe_precision(autoencoder, images, device)
+    except torch.OutOfMemoryError:  # the training may still hold the memory
         return _tried(autoencoder, images[:1], torch.device("cpu"))
     if device.type == "cpu" and autoencoder.config.sample_size > TILES_ON_CPU_PX:
-        return found
+        return result
     now("trial in tiles")
     try:
-        return found | {"tiling": probe_tiling(autoencoder, images[0], device)}
+        return result | {"tiling": probe_tiling(autoencoder, images[0], device)}
     except torch.OutOfMemoryError as error:
         print(f"decoding in tiles was not tried: {' '.join(str(error).split())[:200]}", file=sys.stderr)
-        return found
+        return result
 
 
 def refuse_foreign(folder: Path) -> None:
-    """Raises UserError when an export may not take the place of what is there."""
+    """Raise UserError if `folder` holds something that an export may not replace."""
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not (folder / "config.json").is_file()):
         raise UserError(f"{folder} exists and is not an export; give a new or empty folder")
 
 
 def _take_place(fresh: Path, folder: Path, previous: Path) -> None:
-    """Two renames; whatever stops the second one undoes the first."""
+    """Put `fresh` in the place of `folder` by two renames; a failure of the second one undoes the first."""
     had_previous = folder.exists()
     if had_previous:
         os.replace(folder, previous)
@@ -303,9 +340,9 @@ def _take_place(fresh: Path, folder: Path, previous: Path) -> None:
 
 def _reconstruct_in_fresh_process(folder: Path, kind: str, images: Tensor, device: torch.device) -> Tensor:
     with tempfile.TemporaryDirectory() as scratch:
-        given, result = Path(scratch) / "images.safetensors", Path(scratch) / "result.safetensors"
-        save_file({"images": images}, given)
-        words = [str(folder.resolve()), module_of(kind), kind, str(given), str(result), str(torch.get_num_threads())]
+        inputs, result = Path(scratch) / "images.safetensors", Path(scratch) / "result.safetensors"
+        save_file({"images": images}, inputs)
+        words = [str(folder.resolve()), module_of(kind), kind, str(inputs), str(result), str(torch.get_num_threads())]
         words.append(str(device))
         # offline, because the folder must be enough
         environment = os.environ | {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}

@@ -1,4 +1,4 @@
-"""Latents of images in files, as `latent-ae encode` writes them and a diffusion model is trained on them.
+"""Reads the latents that `latent-ae encode` wrote, to train a diffusion model on them.
 
 cache = open_latents("latents/imagenet")
 z = cache.scaled(cache.batch([0, 5, 9], noise=torch.randn(3, *cache.shape)))   # unit variance
@@ -19,7 +19,17 @@ from latent_ae.latents.parquet import DATA, MANIFEST, STORED, read_manifest
 
 
 def open_latents(folder: str | Path) -> "LatentCache":
-    """A finished cache. Raises UserError where there is none, it is unfinished, or files are missing."""
+    """Open a finished cache of latents that `latent-ae encode` wrote.
+
+    Args:
+        folder: The folder with manifest.json; `~` is expanded.
+
+    Returns:
+        The latents, mapped from the files and not held in memory.
+
+    Raises:
+        UserError: If the folder holds no latents, they are unfinished, or files are missing or damaged.
+    """
     folder = Path(folder).expanduser()
     manifest = read_manifest(folder)
     if manifest is None:
@@ -47,10 +57,10 @@ def open_latents(folder: str | Path) -> "LatentCache":
 
 
 class LatentCache:
-    """Latents by number, mapped from a file and not held in memory; made by `open_latents`.
+    """Latents by image number, mapped from the files and not held in memory; returned by `open_latents`.
 
-    `dataset` has the columns id, digest, label, mean, logvar, mean_flip, logvar_flip; those that do not apply are
-    absent. `manifest` is what manifest.json holds.
+    `dataset` has the columns id, digest, label, mean, logvar, mean_flip and logvar_flip; columns that do not apply are
+    absent. `manifest` is the content of manifest.json.
     """
 
     def __init__(self, folder: Path, manifest: dict[str, Any], dataset: datasets.Dataset):
@@ -70,39 +80,40 @@ class LatentCache:
 
     @property
     def has_posterior(self) -> bool:
-        """Whether latents can be sampled; otherwise they have no variance."""
+        """Whether the cache holds log-variances, so that latents can be sampled from the posterior."""
         return "logvar" in self.dataset.column_names
 
     @property
     def has_flips(self) -> bool:
+        """Whether the cache holds the latents of the mirrored images too."""
         return "mean_flip" in self.dataset.column_names
 
     @property
     def scaling_factor(self) -> float:
-        """The scaling factor of the model's config; 1.0 where it has none."""
+        """The scaling factor in the model's config; 1.0 if it has none."""
         return float(self.manifest["latent"]["scaling_factor"])
 
     @property
     def shift_factor(self) -> float:
-        """The shift factor of the model's config; 0.0 where it has none."""
+        """The shift factor in the model's config; 0.0 if it has none."""
         return float(self.manifest["latent"]["shift_factor"])
 
     @cached_property
     def labels(self) -> np.ndarray | None:
-        """(N,) int64, -1 where there is none; None for images without classes."""
+        """Class of each image, (N,) int64, -1 where it is unknown; None if the images have no classes."""
         if "label" not in self.dataset.column_names:
             return None
-        # a copy: Arrow's memory cannot be written to, of which torch.from_numpy warns
+        # a copy: Arrow's memory is read-only, and torch.from_numpy warns about that
         return self.dataset.data.column("label").to_numpy().astype(np.int64)
 
     @property
     def class_names(self) -> list[str] | None:
-        """None where there are no classes or they have numbers only."""
+        """Names of the classes; None if there are no classes or they only have numbers."""
         return self.manifest["labels"] and self.manifest["labels"]["names"]
 
     @property
     def num_classes(self) -> int:
-        """0 without classes."""
+        """Number of classes; 0 if the images have none."""
         if self.labels is None:
             return 0
         return len(self.class_names) if self.class_names else int(self.labels.max(initial=-1)) + 1
@@ -113,10 +124,19 @@ class LatentCache:
         flips: Sequence[bool] | np.ndarray | Tensor | None = None,
         noise: Tensor | None = None,
     ) -> Tensor:
-        """Raw latents of the images `numbers`: (N, C, h, w) float32 on the CPU; `scaled` makes unit variance of them.
+        """Return raw latents of some images; `scaled` turns them into latents of unit variance.
 
-        `flips`: which are of the mirrored image, one bool each. `noise`: standard normal, (N, C, h, w), draws a sample
-        of each posterior; None takes its mean. Raises ValueError for what the cache does not have.
+        Args:
+            numbers: N image numbers, from 0 to len(self) - 1.
+            flips: N bools, True for the latent of the mirrored image; None takes no mirrored image.
+            noise: (N, C, h, w) standard normal noise, which draws a sample of each posterior; None returns the means.
+
+        Returns:
+            (N, C, h, w) float32 on the CPU.
+
+        Raises:
+            ValueError: If a number is out of range, the numbers of flips and images differ, or the cache holds no flips
+                or no posterior.
         """
         rows = np.asarray(numbers, dtype=np.int64)
         mirrored = np.zeros(len(rows), dtype=bool) if flips is None else np.asarray(flips, dtype=bool)
@@ -134,22 +154,25 @@ class LatentCache:
         return mean + torch.exp(0.5 * self._values("logvar", rows, mirrored)) * noise
 
     def scaled(self, latents: Tensor) -> Tensor:
-        """(z - shift_factor) * scaling_factor: what a diffusion model is fed.
+        """Return (latents - shift_factor) * scaling_factor: the input of a diffusion model.
 
-        Of a model whose config has latents_mean and latents_std, (z - latents_mean) * scaling_factor / latents_std, as
-        SDXL's pipelines do.
+        If the model's config has latents_mean and latents_std, this is (latents - latents_mean) * scaling_factor /
+        latents_std, as in the pipelines of SDXL.
+
+        Args:
+            latents: (N, C, h, w) raw latents.
         """
         mean, std = self._normalisation
         return (latents - mean) * (self.scaling_factor / std)
 
     def unscaled(self, latents: Tensor) -> Tensor:
-        """The inverse of `scaled`: what is decoded."""
+        """Return raw latents from scaled ones: the inverse of `scaled`, and the input of the decoder."""
         mean, std = self._normalisation
         return latents * (std / self.scaling_factor) + mean
 
     @cached_property
     def _normalisation(self) -> tuple[Tensor, Tensor]:
-        """What is subtracted, and what is divided by besides the scaling_factor: numbers, or one for each channel."""
+        """The mean that is subtracted and the std that is divided by: scalars, or (C, 1, 1)."""
         latent = self.manifest["latent"]
         if latent.get("mean") is None or latent.get("std") is None:
             return torch.tensor(self.shift_factor), torch.ones(())
@@ -157,11 +180,11 @@ class LatentCache:
 
     def _values(self, name: str, rows: np.ndarray, mirrored: np.ndarray) -> Tensor:
         values = np.empty((len(rows), *self.shape), dtype=np.float32)
-        for column, wanted in ((name, ~mirrored), (f"{name}_flip", mirrored)):
-            if not wanted.any():
+        for column, selected in ((name, ~mirrored), (f"{name}_flip", mirrored)):
+            if not selected.any():
                 continue
             firsts, chunks = self._chunks[column]
-            places = np.flatnonzero(wanted)
+            places = np.flatnonzero(selected)
             which = np.searchsorted(firsts, rows[places], side="right") - 1
             for number in np.unique(which):
                 here = places[which == number]
@@ -170,18 +193,18 @@ class LatentCache:
 
     @cached_property
     def _chunks(self) -> dict[str, tuple[np.ndarray, list[np.ndarray]]]:
-        """By column: the first row of each piece of the mapped file, and the pieces, not copied."""
-        found = {}
+        """For each column the first row of each chunk of the mapped file, and the chunks, without a copy."""
+        columns = {}
         for name in ("mean", "logvar", "mean_flip", "logvar_flip"):
             if name in self.dataset.column_names:
                 pieces = [_as_array(chunk, self.shape) for chunk in self.dataset.data.column(name).chunks if len(chunk)]
                 sizes = [len(piece) for piece in pieces]
-                found[name] = (np.cumsum([0, *sizes[:-1]]), pieces)
-        return found
+                columns[name] = (np.cumsum([0, *sizes[:-1]]), pieces)
+        return columns
 
 
 def _as_array(chunk: Any, shape: tuple[int, int, int]) -> np.ndarray:
-    """(N, *shape) of a column's piece, without a copy."""
+    """Return a chunk of a column as an array, (N, *shape), without a copy."""
     values = chunk.storage
     for _ in shape:
         values = values.flatten()

@@ -1,4 +1,4 @@
-"""latent-ae encode: the latents of a data set in files, once, for training on them."""
+"""latent-ae encode: computes the latents of a data set once and stores them in files for training."""
 
 from collections.abc import Sequence
 
@@ -8,12 +8,16 @@ from latent_ae.latents.settings import EncodeSettings
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command `latent-ae encode`."""
+    """Run the command `latent-ae encode` and return its exit code.
+
+    Raises:
+        UserError: If the words are not understood, or `encode_images` refuses.
+    """
     parser = SettingsParser(
         EncodeSettings,
         prog="latent-ae encode",
         description="Write the latents of every image and of its mirror image (mean and log-variance), labels and ids\n"
-        "as Parquet files, which datasets and latent_ae.latents.cache read. The same command again goes on after a\n"
+        "as Parquet files, which datasets and latent_ae.latents.cache read. The same command again resumes after a\n"
         "kill. The manifest goes to stdout as JSON.",
         examples="example: latent-ae encode runs/mine /my/photos latents/mine resolution=256\n"
         "on many GPUs: accelerate launch -m latent_ae encode MODEL DATA OUT dtype=bf16 batch_size=64",
@@ -25,6 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     settings = load_settings(EncodeSettings, None, words.override)
 
     def encode() -> dict:
+        # imported late, so that a typo in the words is refused without waiting for torch
         from latent_ae.latents.encode import encode_images
 
         return encode_images(words.model, words.data, words.out, settings, progress=True)

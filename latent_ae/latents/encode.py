@@ -1,4 +1,4 @@
-"""Images -> their latents in files: each image once, on any number of processes, going on after a kill.
+"""Encodes images into files of latents: each image once, on any number of processes, resumable after a kill.
 
 from latent_ae.latents.encode import encode_images
 encode_images("runs/mine/export", "/my/photos", "latents/mine")
@@ -49,14 +49,24 @@ def encode_images(
     *,
     progress: bool = False,
 ) -> dict[str, Any]:
-    """Writes the latents of `data` into the folder `out`; returns its manifest and how long it took, JSON-ready.
+    """Encode the images of `data` and write their latents into the folder `out`.
 
-    `model` is a folder, a hub id or an instance of a first stage of diffusers, `data` as on the command line. A call
-    that was killed goes on from its finished files; a finished folder is left as it is. The files do not depend on
-    the number of processes, which must all see `out`.
+    A call that was killed resumes from its finished files; a finished folder is left unchanged. The files do not depend
+    on the number of processes, which must all see `out`.
 
-    Raises UserError for what cannot be loaded, an `out` that holds other latents or anything else, too many unreadable
-    images, and latents that are not finite.
+    Args:
+        model: A folder, a hub id, or a first stage of diffusers as a module.
+        data: `photos`, a folder of images, Parquet or WebDataset files, or a hub id.
+        out: The folder to write; it must be new, empty or hold the same latents.
+        settings: Which images are encoded, how they are framed and what is stored; None takes the defaults.
+        progress: Show a progress bar.
+
+    Returns:
+        The manifest, JSON-ready, with `folder`, `device`, `processes`, `seconds` and `images_per_second`.
+
+    Raises:
+        UserError: If the model or data cannot be loaded, `out` holds other latents or anything else or cannot be
+            written, too many images are unreadable, or latents are not finite.
     """
     settings, out, started = settings or EncodeSettings(), Path(out).expanduser(), time.perf_counter()
     state, device = processes(settings.device)
@@ -101,7 +111,7 @@ def encode_images(
 
 @dataclass
 class _Encoder:
-    """Makes files of one process's images."""
+    """Encodes the images of one process and writes their files."""
 
     stage: FirstStage
     settings: EncodeSettings
@@ -111,7 +121,7 @@ class _Encoder:
     device: torch.device
 
     def run(self, images: HeldOutImages, shows: bool) -> int:
-        """Encodes this process's shards that are not done, each written as soon as it is; the number of images."""
+        """Encode and write the unfinished shards of this process one by one; return the number of images."""
         size, total, count = self.settings.shard_size, len(self.source), 0
         mine = sum(min(size, total - index) for index in range(0, total, size) if images.part.holds(index))
         with progress_bar("encode", mine, "image", disable=not shows) as bar:
@@ -137,15 +147,15 @@ class _Encoder:
 
     @torch.no_grad()
     def _latents(self, batch: list[Tensor]) -> dict[str, Tensor]:
-        """By column, on the device, in the stored type."""
+        """Return the latents of a batch by column, on the device, in the stored type."""
         images = torch.stack(batch)
         if self.device.type == "cuda":
             images = images.pin_memory().to(self.device, non_blocking=True)
-        found = self._moments(images, "")
-        return found | (self._moments(images.flip(3), "_flip") if self.settings.flips else {})
+        latents = self._moments(images, "")
+        return latents | (self._moments(images.flip(3), "_flip") if self.settings.flips else {})
 
     def _columns(self, parts: list[dict[str, Tensor]], items: list[HeldOutImage]) -> dict[str, np.ndarray]:
-        """A shard's latents; waits for the device."""
+        """Return the latents of a shard by column. Waits for the device."""
         columns = dict[str, np.ndarray]()
         for name, feature in self.folder.features.items():
             if isinstance(feature, Array3D):
@@ -158,8 +168,8 @@ class _Encoder:
     def _moments(self, images: Tensor, suffix: str) -> dict[str, Tensor]:
         mean, logvar = self.stage.moments(images.contiguous(memory_format=torch.channels_last))
         stored = getattr(torch, STORED[self.settings.stored])
-        found = {f"mean{suffix}": mean.to(stored)}
-        return found | ({f"logvar{suffix}": logvar.to(stored)} if logvar is not None else {})
+        moments = {f"mean{suffix}": mean.to(stored)}
+        return moments | ({f"logvar{suffix}": logvar.to(stored)} if logvar is not None else {})
 
     def _refuse_infinite(self, name: str, values: np.ndarray, items: list[HeldOutImage]) -> None:
         bad = ~np.isfinite(values).all(axis=(1, 2, 3))
@@ -171,7 +181,7 @@ class _Encoder:
 
     def _facts(self, items: list[HeldOutImage]) -> dict[str, Any]:
         rows = self.source.rows if isinstance(self.source, TableSource) else None
-        # file names may hold what no table can
+        # file names may hold bytes that are no valid UTF-8
         names = [item.name.encode("utf-8", "backslashreplace").decode() for item in items]
         ids = names if rows is None else [str(rows[item.index]) for item in items]
         facts: dict[str, Any] = {"id": ids, "digest": [item.digest for item in items]}
@@ -185,7 +195,7 @@ def _opened(data: str, settings: EncodeSettings) -> tuple[StoredImages, Classes 
         opened = settings.data(data)
         source, whole = open_images(opened, settings.part), open_images(opened, "all")
     except UserError as error:
-        # the settings have other names here than in training
+        # this command's settings have other names than those of training
         raise UserError(str(error).replace("data.source", "DATA").replace("data.", "")) from error
     assert not isinstance(source, StreamSource) and not isinstance(whole, StreamSource)
     if not len(source):
@@ -205,7 +215,7 @@ def _factor(stage: FirstStage, settings: EncodeSettings) -> int:
 def _manifest(
     stage: FirstStage, data: str, source: StoredImages, classes: Classes | None, settings: EncodeSettings
 ) -> dict[str, Any]:
-    """All that is known before the first image is read."""
+    """Return the part of the manifest that is known before the first image is read."""
     assert stage.module is not None
     config, side = stage.module.config, settings.resolution // stage.factor
     if config.get("scaling_factor") in (None, 1.0) and config.get("latents_std") is None:

@@ -1,7 +1,7 @@
-"""The folder of a latent cache on disk: how it grows file by file, survives a kill, and becomes complete.
+"""The folder of a latent cache: written file by file, resumable after a kill, and marked when it is complete.
 
-OUT/manifest.json says what is in it and whether it is complete; the Parquet files lie in OUT/unfinished, and once all
-are there in OUT/data.
+OUT/manifest.json describes the content and says whether it is complete. The Parquet files are in OUT/unfinished until
+all of them are written, and in OUT/data from then on.
 """
 
 import contextlib
@@ -28,12 +28,12 @@ from latent_ae.only_writer import only_writer
 FORMAT = 1
 MANIFEST, DATA, UNFINISHED, LOCK = "manifest.json", "data", "unfinished", ".encode.lock"
 NOTES = b"latent_ae"
-"""Key of the Parquet files' metadata: the manifest, and of which images there is nothing and why."""
+"""Metadata key of a Parquet file, under which it keeps the manifest and its skipped images with their reasons."""
 STORED = {"fp16": "float16", "fp32": "float32"}
 
 
 class _Checked(pydantic.BaseModel):
-    """What others read in a manifest; there is more in it."""
+    """The part of a manifest that is read again; a manifest holds more."""
 
     class Model(pydantic.BaseModel):
         name: str = pydantic.Field(alias="class")
@@ -69,9 +69,9 @@ class _Checked(pydantic.BaseModel):
     files: pydantic.NonNegativeInt = 0
 
     @pydantic.model_validator(mode="after")
-    def _of_a_finished_one(self) -> "_Checked":
+    def _check_consistency(self) -> "_Checked":
         if self.complete and not (self.files and self.data.num_images):
-            raise ValueError("it says complete, and tells of no latents")
+            raise ValueError("it is marked complete but lists no latents")
         if not self.latent.scaling_factor:
             raise ValueError("scaling_factor is 0")
         for values in (self.latent.mean, self.latent.std):
@@ -81,31 +81,38 @@ class _Checked(pydantic.BaseModel):
 
 
 class LatentFolder:
-    """Where one job, on any number of processes, writes the latents that `manifest` describes."""
+    """The folder into which one job, on any number of processes, writes the latents that `manifest` describes."""
 
     def __init__(self, out: Path, manifest: dict[str, Any], features: datasets.Features):
         self.out, self.manifest, self.features = out, manifest, features
         self.shards, self.unfinished = manifest["shards"], out / UNFINISHED
 
     def begin(self, stack: ExitStack) -> frozenset[int] | None:
-        """Called by one process: takes the folder until `stack` ends; the finished shards, or None when all is done.
+        """Take the folder for writing until `stack` ends. One process calls this.
 
-        Raises UserError for a folder that holds something else, is in use, cannot be written or is too small.
+        Args:
+            stack: Holds the lock of the folder.
+
+        Returns:
+            The numbers of the finished shards, or None if the cache is complete.
+
+        Raises:
+            UserError: If the folder holds something else, is in use, cannot be written or has too little space.
         """
         try:
             self.out.mkdir(parents=True, exist_ok=True)
             refusal = f"OUT: another process is encoding into {self.out}; wait for it"
             stack.enter_context(only_writer(self.out / LOCK, refusal))
-            found = read_manifest(self.out)
-            if found is None:
+            manifest = read_manifest(self.out)
+            if manifest is None:
                 others = [path.name for path in self.out.iterdir() if not path.name.startswith(".")]
                 if others:
                     raise UserError(f"OUT: {self.out} holds other files ({others[0]}); give a new or empty folder")
                 self._check_space()
                 write_manifest(self.out, self.manifest)
             else:
-                _refuse_others(found["made_from"], self.manifest["made_from"], self.out)
-                if found["complete"]:
+                _refuse_others(manifest["made_from"], self.manifest["made_from"], self.out)
+                if manifest["complete"]:
                     print(f"{self.out} is complete already", file=sys.stderr)
                     return None
             if (self.out / DATA).is_dir():  # killed between the last two steps
@@ -115,13 +122,23 @@ class LatentFolder:
                 part.unlink()
             done = frozenset(number for number in range(self.shards) if read_notes(self._path(number)) is not None)
             if done:
-                print(f"going on from {len(done)} of {self.shards} finished files", file=sys.stderr)
+                print(f"resuming from {len(done)} of {self.shards} finished files", file=sys.stderr)
             return done
         except OSError as error:
             raise UserError(f"OUT: cannot write into {self.out}: {error.strerror or error}") from error
 
     def write(self, number: int, columns: dict[str, Any], skipped: list[str], enlarged: int) -> None:
-        """A shard, whole or not at all: a Parquet file that `datasets` loads with `features`."""
+        """Write a shard as a Parquet file that `datasets` loads with `features`; a kill leaves the whole file or none.
+
+        Args:
+            number: Number of the shard.
+            columns: The shard's values by column.
+            skipped: `name: reason` of each unreadable image.
+            enlarged: How many images were smaller than the crop.
+
+        Raises:
+            UserError: If the file cannot be written.
+        """
         notes = {"manifest": self.manifest, "skipped": skipped, "enlarged": enlarged}
         table = datasets.Dataset.from_dict(columns, features=self.features).data.table
         table = table.replace_schema_metadata(
@@ -145,10 +162,16 @@ class LatentFolder:
             part.unlink(missing_ok=True)
 
     def finish(self, max_bad_fraction: float) -> dict[str, Any]:
-        """When all shards are there: counts, names the skipped images, and declares the folder complete.
+        """Count the latents, report skipped images on stderr and mark the cache complete. Needs all shards.
 
-        Returns the manifest. Raises UserError when no image, or more than `max_bad_fraction` less, could be read; the
-        shards stay.
+        Args:
+            max_bad_fraction: Largest accepted fraction of unreadable images, 0 to 1.
+
+        Returns:
+            The manifest, JSON-ready.
+
+        Raises:
+            UserError: If no image or too few images could be read, or the folder cannot be written. The shards stay.
         """
         skipped, digests, enlarged, empty = list[str](), list[str](), 0, list[Path]()
         for number in range(self.shards):
@@ -193,7 +216,16 @@ class LatentFolder:
 def features_of(
     shape: tuple[int, int, int], stored: str, *, posterior: bool, flips: bool, names: list[str] | None, labels: bool
 ) -> datasets.Features:
-    """Columns of a cache. `stored`: fp16 or fp32."""
+    """Return the columns of a cache.
+
+    Args:
+        shape: (C, h, w) of a latent.
+        stored: "fp16" or "fp32".
+        posterior: Whether there are log-variances.
+        flips: Whether mirrored images are encoded too.
+        names: Names of the classes; None stores their numbers.
+        labels: Whether there is a column of classes.
+    """
     columns: dict[str, Any] = {"id": datasets.Value("string"), "digest": datasets.Value("string")}
     if labels:
         columns["label"] = datasets.ClassLabel(names=names) if names else datasets.Value("int64")
@@ -204,7 +236,7 @@ def features_of(
 
 
 def read_notes(path: Path) -> dict[str, Any] | None:
-    """What a shard says of itself; None for a file that was not written whole."""
+    """Return the notes stored in a shard, or None if the file is missing or was not written completely."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         notes: dict[str, Any] = json.loads(pa.parquet.read_schema(path).metadata[NOTES])
         return notes
@@ -212,7 +244,11 @@ def read_notes(path: Path) -> dict[str, Any] | None:
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """None where there is none. Raises UserError for a file that is something else."""
+    """Return the manifest of a cache's folder, or None if there is none.
+
+    Raises:
+        UserError: If the file is no manifest of this version.
+    """
     path = folder / MANIFEST
     if not path.exists():
         return None
@@ -222,27 +258,31 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
         _Checked.model_validate_json(text, strict=True)
     except (OSError, ValueError, RecursionError) as error:
         reason = " ".join(str(error).split())[:300]
-        raise UserError(f"{path} is not of a latent cache (or of another version of this program): {reason}") from None
+        raise UserError(f"{path} is no manifest of a latent cache, or of another version: {reason}") from None
     return manifest
 
 
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
-    """Whole or not at all. Raises OSError."""
+    """Write the manifest; a kill leaves the whole file or none.
+
+    Raises:
+        OSError: If it cannot be written.
+    """
     part = folder / f".{MANIFEST}.part"
     part.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
     os.replace(part, folder / MANIFEST)
 
 
-def _refuse_others(found: dict[str, Any], wanted: dict[str, Any], out: Path) -> None:
-    """Raises UserError naming what is different about the latents that are there."""
+def _refuse_others(existing: dict[str, Any], requested: dict[str, Any], out: Path) -> None:
+    """Raise UserError if the folder's latents were made from something else, and name the differences."""
     differs = []
-    if found["model"] != wanted["model"]:
+    if existing["model"] != requested["model"]:
         differs.append("another model (or other weights)")
-    if found["data"] != wanted["data"]:
+    if existing["data"] != requested["data"]:
         differs.append("other images (or some were added, removed or written to)")
     for name in ("settings", "versions"):
-        keys = [key for key in wanted[name] if found[name].get(key) != wanted[name][key]]
-        differs += [f"{key}={found[name].get(key)}, not {wanted[name][key]}" for key in keys]
+        keys = [key for key in requested[name] if existing[name].get(key) != requested[name][key]]
+        differs += [f"{key}={existing[name].get(key)}, not {requested[name][key]}" for key in keys]
     if differs:
         raise UserError(
             f"OUT: {out} holds latents of {'; '.join(differs)} ({MANIFEST} says more). Give another folder or remove it"

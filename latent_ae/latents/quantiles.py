@@ -15,11 +15,11 @@ MANTISSA_BITS = 8
 RELATIVE_ERROR = 2.0 ** -(MANTISSA_BITS + 1)
 _SHIFT = 23 - MANTISSA_BITS
 _STRIDE = np.int64(1) << 40
-"""Apart on the line of keys are two channels; bins of one channel number less than 2^18."""
+"""Distance of the keys of two channels; one channel has fewer than 2^18 bins."""
 
 
 class QuantileSketch:
-    """Counts of the values of each channel, by bin. Values that are not finite are left out and counted apart."""
+    """Counts the values of each channel by bin. Values that are not finite are left out and counted separately."""
 
     def __init__(self) -> None:
         self.channels = 0
@@ -29,7 +29,7 @@ class QuantileSketch:
         self.counts = np.zeros(0, dtype=np.int64)
 
     def update(self, values: Tensor) -> None:
-        """Takes in NCHW values of any float type."""
+        """Count the values of an (N, C, H, W) tensor of any float type."""
         flat = values.detach().cpu().float().transpose(0, 1).flatten(1).numpy()
         self.channels = max(self.channels, len(flat))
         finite = np.isfinite(flat)
@@ -38,7 +38,7 @@ class QuantileSketch:
         self._add(*np.unique(bins[finite], return_counts=True))
 
     def merge(self, other: "QuantileSketch") -> None:
-        """Takes in what another saw, as if its values had come here."""
+        """Add the counts of another sketch, exactly as if its values had been counted here."""
         self.channels = max(self.channels, other.channels)
         self.num_nonfinite += other.num_nonfinite
         self._add(other.keys, other.counts)
@@ -50,7 +50,14 @@ class QuantileSketch:
         self.counts = total
 
     def distribution(self, channel: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """Middles of the occupied bins, ascending float64, and their counts: of one channel, or of all together."""
+        """Return the occupied bins and their counts.
+
+        Args:
+            channel: The channel; None takes all channels together.
+
+        Returns:
+            The middles of the bins, ascending, (M,) float64, and the number of values in each, (M,) int64.
+        """
         if channel is None:
             bins, places = np.unique((self.keys + _STRIDE // 2) % _STRIDE - _STRIDE // 2, return_inverse=True)
             counts = np.zeros(len(bins), dtype=np.int64)
@@ -61,9 +68,16 @@ class QuantileSketch:
         return (_edges(bins << _SHIFT) + _edges((bins << _SHIFT) | ((1 << _SHIFT) - 1))) / 2, counts
 
     def quantiles(self, fractions: Sequence[float], channel: int | None = None) -> list[float]:
-        """The smallest value that at least these fractions of the values do not exceed (numpy's `inverted_cdf`).
+        """Return for each fraction the smallest value that this part of the values does not exceed.
 
-        Raises ValueError when no finite value was seen.
+        This is numpy's method `inverted_cdf`, to within the relative error of the bins.
+
+        Args:
+            fractions: Numbers from 0 to 1.
+            channel: The channel; None takes all channels together.
+
+        Raises:
+            ValueError: If no finite value was counted.
         """
         values, counts = self.distribution(channel)
         if not len(values):
@@ -75,12 +89,12 @@ class QuantileSketch:
 
 
 def _bins(values: np.ndarray) -> np.ndarray:
-    """float32 -> int64 bins in the order of the values."""
+    """Return the int64 bin of each float32 value; bins are in the order of the values."""
     bits = (values + np.float32(0)).view(np.int32)  # -0 becomes 0
     return (np.where(bits >= 0, bits, bits ^ 0x7FFFFFFF) >> _SHIFT).astype(np.int64)
 
 
 def _edges(ordered: np.ndarray) -> np.ndarray:
-    """The floats at places of the ordered line of bit patterns, float64."""
+    """Return the float64 values at positions in the ordered sequence of float32 bit patterns."""
     ordered = ordered.astype(np.int32)
     return np.where(ordered >= 0, ordered, ordered ^ 0x7FFFFFFF).astype(np.int32).view(np.float32).astype(np.float64)

@@ -1,7 +1,8 @@
-"""Statistics of a first stage's latents, streamed in float64: what a diffusion model needs to scale them by.
+"""Streaming float64 statistics of a first stage's latents, from which a diffusion model's scaling follows.
 
-The channels' count, means and sums of products of deviations are enough: they merge over batches and processes
-without loss (Chan, Golub & LeVeque 1983), and the overall figures follow from them. Quantiles come from integer counts.
+The count, means and sums of products of deviations of the channels are enough: they merge over batches and processes
+without loss (Chan, Golub & LeVeque 1983), and the overall mean and std follow from them. Quantiles come from integer
+counts.
 """
 
 import math
@@ -16,7 +17,7 @@ from latent_ae.latents.quantiles import QuantileSketch
 QUANTILES = (0.001, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 0.999)
 DEAD_SIGNAL_FRACTION = 0.01
 EQUAL_RELATIVE_STD = 1e-12
-"""What rounding in float64 leaves of the spread of equal values."""
+"""Largest std of equal values after rounding in float64, relative to their mean."""
 
 
 class Moments:
@@ -24,13 +25,13 @@ class Moments:
 
     def __init__(self) -> None:
         self.count = 0
-        """Values per channel."""
+        """Number of values per channel."""
         self.mean = torch.zeros(0, dtype=torch.float64)
         self.scatter = torch.zeros(0, 0, dtype=torch.float64)
         """Sums of products of deviations from the means, (C, C)."""
 
     def update(self, values: Tensor) -> None:
-        """Takes in NCHW values of any float type."""
+        """Add the values of an (N, C, H, W) tensor of any float type."""
         batch = Moments()
         # on the CPU: latents are small, and not every accelerator has float64
         flat = values.detach().cpu().double().transpose(0, 1).flatten(1)
@@ -42,7 +43,10 @@ class Moments:
             self.merge(batch)
 
     def merge(self, other: "Moments") -> None:
-        """Takes in what another saw: S = Sa + Sb + delta delta^T * na * nb / n (Chan et al., eq. 2.1, for vectors)."""
+        """Add the values of another object.
+
+        S = Sa + Sb + delta delta^T * na * nb / n (Chan et al., eq. 2.1, for vectors).
+        """
         if not other.count:
             return
         if not self.count:
@@ -65,19 +69,19 @@ class Moments:
         return self.covariance.diagonal()
 
     def overall(self) -> tuple[float, float]:
-        """Mean and standard deviation over all channels together."""
+        """Return the mean and population standard deviation over all channels together."""
         mean = self.mean.mean()
-        # law of total variance; every channel has as many values
+        # law of total variance; every channel has the same number of values
         variance = (self.variance + (self.mean - mean).square()).mean()
         return float(mean), math.sqrt(float(variance))
 
 
 class LatentStatistics:
-    """Mean, covariance, quantiles and information of latents, overall and per channel.
+    """Mean, covariance, quantiles and KL of latents, overall and per channel, updated batch by batch.
 
     statistics = LatentStatistics()
     statistics.update(latents)                  # N x C x h x w, raw: posterior samples or modes
-    statistics.gather()                         # when several processes saw a part each
+    statistics.gather()                         # only if several processes updated it
     z = (latents - statistics.shift_factor) * statistics.scaling_factor
     """
 
@@ -89,9 +93,15 @@ class LatentStatistics:
         self.kl = Moments()
 
     def update(self, latents: Tensor, mean: Tensor | None = None, logvar: Tensor | None = None) -> None:
-        """Takes in raw latents NCHW, and the moments of the posterior that they come from.
+        """Add a batch of latents.
 
-        Raises ValueError when only one of the moments is given.
+        Args:
+            latents: (N, C, h, w) raw latents of any float type: posterior samples or modes.
+            mean: (N, C, h, w) mean of the posterior; None for latents without a posterior.
+            logvar: (N, C, h, w) log-variance of the posterior; None for latents without a posterior.
+
+        Raises:
+            ValueError: If only one of `mean` and `logvar` is given.
         """
         if (mean is None) != (logvar is None):
             raise ValueError("give the posterior's mean and logvar together, or neither")
@@ -106,13 +116,13 @@ class LatentStatistics:
             self.kl.update(0.5 * (mean.square() + variance - 1 - logvar))
 
     def merge(self, other: "LatentStatistics") -> None:
-        """Takes in what another saw, as if its latents had come here."""
+        """Add the latents of another object, as if they had been added here."""
         for mine, theirs in zip(self._moments(), other._moments(), strict=True):
             mine.merge(theirs)
         self.sketch.merge(other.sketch)
 
     def gather(self) -> None:
-        """Merges the statistics of all processes, in rank order. Every process must call it."""
+        """Merge the statistics of all processes, in the order of their ranks. Every process must call it."""
         if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
             return
         parts = [LatentStatistics() for _ in range(torch.distributed.get_world_size())]
@@ -127,21 +137,26 @@ class LatentStatistics:
 
     @property
     def count(self) -> int:
-        """Latent values seen, all channels together."""
+        """Number of latent values, all channels together."""
         return self.latents.count * len(self.latents.mean)
 
     @property
     def mean(self) -> float:
+        """Mean over all values. Raises UserError like `std`."""
         return self._checked()[0]
 
     @property
     def std(self) -> float:
-        """Population standard deviation over all values."""
+        """Population standard deviation over all values.
+
+        Raises:
+            UserError: If there are no latents, some are not finite, or all are equal.
+        """
         return self._checked()[1]
 
     @property
     def shift_factor(self) -> float:
-        """What is subtracted from a latent before scaling: the overall mean. Raises UserError like `std`."""
+        """The overall mean, which is subtracted from a latent before scaling. Raises UserError like `std`."""
         return self.mean
 
     @property
@@ -151,10 +166,12 @@ class LatentStatistics:
 
     @property
     def channel_mean(self) -> list[float]:
+        """Mean of each channel."""
         return [float(value) for value in self.latents.mean]
 
     @property
     def channel_std(self) -> list[float]:
+        """Population standard deviation of each channel."""
         return [float(value) for value in self.latents.variance.sqrt()]
 
     @property
@@ -163,24 +180,28 @@ class LatentStatistics:
         return [[float(value) for value in row] for row in self.latents.covariance]
 
     def quantiles(self, channel: int | None = None) -> dict[str, float]:
-        """The values at QUANTILES of a channel, or of all values, by fraction; see quantiles.py for their error.
+        """Return the quantiles at QUANTILES by fraction; the module quantiles.py states their error.
 
-        Raises ValueError when no finite value was seen.
+        Args:
+            channel: The channel; None takes all channels together.
+
+        Raises:
+            ValueError: If no latent value is finite.
         """
         return dict(zip(map(str, QUANTILES), self.sketch.quantiles(QUANTILES, channel), strict=True))
 
     @property
     def channel_kl(self) -> list[float]:
-        """Mean KL to N(0, 1) per latent value of each channel, nats; empty when no posterior was given."""
+        """Mean KL to N(0, 1) per latent value of each channel, in nats; empty if no posterior was given."""
         return [float(value) for value in self.kl.mean]
 
     @property
     def dead_channels(self) -> list[int]:
-        """Channels whose sampled values hardly depend on the image; empty when no posterior was given.
+        """Channels whose sampled values hardly depend on the image; empty if no posterior was given.
 
-        Dead: the posterior mean's variance is under 1 % of the variance of posterior samples. For a posterior
-        that collapsed to N(0, 1) this is the active-units threshold of Burda et al. 2016, and it does not
-        depend on the latents' scale.
+        A channel is dead if the variance of the posterior mean is at most 1 % of the variance of posterior samples. For
+        a posterior that collapsed to N(0, 1) this is the active-units threshold of Burda et al. 2016, and it does not
+        depend on the scale of the latents.
         """
         if not self.posterior_means.count:
             return []
@@ -189,7 +210,7 @@ class LatentStatistics:
         return [channel for channel, flag in enumerate(dead.tolist()) if flag]
 
     def summary(self) -> dict[str, Any]:
-        """All of it, JSON-ready. Raises UserError like `std`."""
+        """Return all statistics by name, JSON-ready; KL is in nats. Raises UserError like `std`."""
         summary: dict[str, Any] = {
             "count": self.count,
             "mean": self.mean,

@@ -9,14 +9,18 @@ import numpy as np
 RELIABLE_IMAGES = 2048
 """With fewer images than Inception has features, the covariance is singular and the distance biased upwards."""
 GROUPS = 10
-"""Parts of the images that are left out in turn to learn how far a Fréchet distance depends on the images."""
+"""Number of groups of images; each is left out once to estimate how much a Fréchet distance varies with the images."""
 KID_SUBSETS, KID_SUBSET_SIZE, KID_SEED = 100, 1000, 2020
-"""torch-fidelity's defaults."""
+"""The defaults of torch-fidelity."""
 
 
 @dataclass(frozen=True)
 class Gaussian:
-    """Sums over features, from which mean and covariance follow; float64, as large for ten images as for a million."""
+    """Running float64 sums of feature vectors, from which their mean and covariance follow.
+
+    The size is the same for ten images and for a million. Adding two objects merges two sets; subtracting one removes a
+    subset.
+    """
 
     count: int
     total: np.ndarray
@@ -26,7 +30,7 @@ class Gaussian:
 
     @staticmethod
     def of(features: np.ndarray) -> "Gaussian":
-        """The Gaussian that is fitted to features, (N, D)."""
+        """Return the sums of `features`, (N, D) of any float type."""
         x = features.astype(np.float64)
         return Gaussian(len(x), x.sum(0), x.T @ x)
 
@@ -37,7 +41,7 @@ class Gaussian:
         return Gaussian(self.count - other.count, self.total - other.total, self.products - other.products)
 
     def moments(self) -> tuple[np.ndarray, np.ndarray]:
-        """Mean (D,) and unbiased covariance (D, D); needs two vectors or more."""
+        """Return the mean, (D,), and the unbiased covariance, (D, D), float64. Needs a count of at least 2."""
         mean = self.total / self.count
         return mean, (self.products - self.count * np.outer(mean, mean)) / (self.count - 1)
 
@@ -50,12 +54,18 @@ def frechet_distance(
     *,
     quick: bool = False,
 ) -> float:
-    """Squared 2-Wasserstein distance of two Gaussians (Dowson and Landau 1982; as FID: Heusel et al. 2017).
+    """Return the squared 2-Wasserstein distance of two Gaussians (Dowson & Landau 1982; as FID: Heusel et al. 2017).
 
-    |a - b|^2 + tr A + tr B - 2 tr (A B)^(1/2), the last as the sum of singular values of F^T G with A = F F^T and
-    B = G G^T, which stays real and exact to rounding for singular covariances too. `quick` takes them from the
-    eigenvalues of the product with its transpose, in a third of the time: those below 1e-8 of the largest are lost in
-    rounding. float64.
+    |a - b|^2 + tr A + tr B - 2 tr (A B)^(1/2), float64. The last term is the sum of the singular values of F^T G with
+    A = F F^T and B = G G^T, so it stays real, and exact to rounding, for singular covariances too.
+
+    Args:
+        mean_a: (D,).
+        covariance_a: (D, D), symmetric and positive semidefinite.
+        mean_b: (D,).
+        covariance_b: (D, D).
+        quick: Compute the singular values from the eigenvalues of the product with its transpose. This takes a third of
+            the time, but eigenvalues below 1e-8 of the largest are lost in rounding.
     """
     product = _factor(covariance_a).T @ _factor(covariance_b)
     if quick:
@@ -76,10 +86,17 @@ def _factor(covariance: np.ndarray) -> np.ndarray:
 
 
 def frechet_of_features(a: np.ndarray, b: np.ndarray) -> float:
-    """Fréchet distance of (N, D) and (M, D) features that fit into memory.
+    """Return the Fréchet distance of two sets of features that fit into memory.
 
-    With fewer vectors than dimensions it works on N x M products of the centred features, which is faster and, since
-    no root of rounding errors enters, more exact than by covariances.
+    With fewer vectors than dimensions it uses N x M products of the centred features. That is faster, and more exact
+    than going through covariances, because no root of a rounding error is taken.
+
+    Args:
+        a: (N, D) features of any float type.
+        b: (M, D) features.
+
+    Raises:
+        ValueError: If a set has fewer than two vectors.
     """
     if min(len(a), len(b)) < 2:
         raise ValueError("two images or more are needed")
@@ -92,10 +109,14 @@ def frechet_of_features(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def jackknife_interval(value: float, without_one_group: Sequence[float]) -> list[float]:
-    """95 % interval around `value` from its values with each of G groups left out (delete-a-group jackknife).
+    """Return a 95 % confidence interval, [low, high], around `value` (delete-a-group jackknife).
 
     A bootstrap would not do: it repeats images, and a Fréchet distance of repeated images is biased upwards by more
-    than the width that is sought. G groups tell their spread with G - 1 degrees of freedom, hence Student's quantile.
+    than the width of the interval. The spread of G groups has G - 1 degrees of freedom, hence Student's quantile.
+
+    Args:
+        value: The statistic of all images.
+        without_one_group: The same statistic with each of the G groups left out.
     """
     left_out = np.asarray(without_one_group)
     groups = len(left_out)
@@ -106,7 +127,7 @@ def jackknife_interval(value: float, without_one_group: Sequence[float]) -> list
 
 @cache
 def student_quantile(freedom: int) -> float:
-    """The t that |T| exceeds with probability 5 %, for Student's T with so many degrees of freedom (1 or more)."""
+    """Return the t that |T| exceeds with probability 5 %, for Student's T with `freedom` (>= 1) degrees of freedom."""
     # with t = sqrt(freedom) tan(angle) the density is proportional to cos(angle)^(freedom - 1) on [0, pi / 2]
     angles = np.linspace(0, np.pi / 2, 20_001)
     density = np.cos(angles) ** (freedom - 1)
@@ -123,11 +144,19 @@ def kernel_distance(
     subset_size: int = KID_SUBSET_SIZE,
     seed: int = KID_SEED,
 ) -> tuple[float, float]:
-    """KID (Binkowski et al. 2018): mean over random subsets of the unbiased squared MMD with kernel (x.y / D + 1)^3,
-    and its standard deviation over subsets.
+    """Return KID (Binkowski et al. 2018) and its standard deviation over subsets.
 
-    The readers give rows of the two sets; only a subset is in memory. The subsets are torch-fidelity's for the same
-    seed; its subset size needs as many images, so smaller sets are taken whole.
+    KID is the mean over random subsets of the unbiased squared MMD with the kernel (x.y / D + 1)^3. The subsets are
+    those of torch-fidelity for the same seed. torch-fidelity needs at least `subset_size` images; here a smaller set is
+    used whole, once. Only one subset is in memory at a time.
+
+    Args:
+        read_a: Returns the features of the given row numbers of the first set, (n, D) float32.
+        read_b: The same for the second set.
+        count: Number of images in each set.
+        subsets: Number of random subsets.
+        subset_size: Images per subset.
+        seed: Seed of the subsets.
     """
     subset_size = min(subset_size, count)
     rng = np.random.RandomState(seed)
@@ -142,7 +171,12 @@ def kernel_distance(
 
 
 def squared_mmd(a: np.ndarray, b: np.ndarray) -> float:
-    """Unbiased squared maximum mean discrepancy of (N, D) and (N, D) features, kernel (x.y / D + 1)^3."""
+    """Return the unbiased squared maximum mean discrepancy of two sets, with the kernel (x.y / D + 1)^3.
+
+    Args:
+        a: (N, D) float32 features, N >= 2.
+        b: (N, D) features; there must be as many as in `a`.
+    """
     count = len(a)
     inside = [_kernel(x, x) for x in (a, b)]
     diagonal = sum(float((kernel.sum() - np.trace(kernel)) / (count * (count - 1))) for kernel in inside)
@@ -150,7 +184,13 @@ def squared_mmd(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def mmd_without_groups(a: np.ndarray, b: np.ndarray, groups: int) -> list[float]:
-    """`squared_mmd` of both sets without every `groups`-th pair, beginning with pair 0, 1, ...: one value per group."""
+    """Return `squared_mmd` with each group of pairs left out: one value per group.
+
+    Args:
+        a: (N, D) float32 features.
+        b: (N, D) features.
+        groups: Number of groups G; pair i belongs to group i mod G.
+    """
     count, values = len(a), []
     # sums between groups of each kernel, diagonals apart: no kernel is computed twice
     order = np.argsort(np.arange(count) % groups, kind="stable")

@@ -1,4 +1,4 @@
-"""How metrics are named, rounded and ordered wherever people read them."""
+"""Names, rounding and order of the metrics in tables and reports."""
 
 import math
 from collections.abc import Iterable
@@ -6,15 +6,17 @@ from numbers import Real
 from typing import Any, Literal, NamedTuple
 
 METRICS = ("psnr", "ssim", "ms_ssim", "lpips_vgg", "lpips_alex")
-"""Measured image by image."""
+"""Metrics that are measured for each image."""
 
 
 class Label(NamedTuple):
+    """How a metric is shown."""
+
     name: str
     better: Literal["higher", "lower"] | None
-    """None: unknown."""
+    """The better direction; None where it is unknown."""
     digits: int | None
-    """After the point; None: four significant ones."""
+    """Digits after the point; None shows four significant digits."""
 
     @property
     def arrow(self) -> str:
@@ -35,13 +37,13 @@ NAMES = {
     "frechet_vgg16": "Fréchet (VGG16)",
     "frechet_alexnet": "Fréchet (AlexNet)",
 }
-"""What `ReconstructionMetrics` gives, as training and model cards call it."""
+"""Names of the metrics of `ReconstructionMetrics.summary`, as training logs and model cards show them."""
 ARROWS = "↑ higher is better, ↓ lower is better."
 FRECHET, KERNEL = "frechet_", "kernel_"
 
 
 def label_of(metric: str) -> Label:
-    """The label of any metric; one that is not known is named by its key, without a direction."""
+    """Return the label of any metric; an unknown metric is named by its key and has no direction."""
     if metric.startswith(FRECHET):
         return Label(f"Fréchet, {metric.removeprefix(FRECHET)} (not FID)", "lower", 3)
     if metric.startswith(KERNEL):
@@ -50,40 +52,45 @@ def label_of(metric: str) -> Label:
 
 
 def in_order(metrics: Iterable[str]) -> list[str]:
-    """Each once: the known ones in the order of `LABELS`, then the others by name."""
+    """Return the metrics without duplicates: known ones in the order of `LABELS`, then the others by name."""
     known = list(LABELS)
     return sorted(set(metrics), key=lambda metric: (known.index(metric) if metric in LABELS else len(known), metric))
 
 
 def rounded(metric: str, value: float) -> str:
+    """Return a value of the metric as text, with as many digits as its label says."""
     digits = label_of(metric).digits
     return (f"{value:.4g}" if digits is None else f"{value:.{digits}f}").replace("-", "−")
 
 
 def span(metric: str, interval: tuple[float, float] | None) -> str:
-    """An interval as text; empty for none."""
+    """Return an interval as text; an empty string for None."""
     return "" if interval is None else " – ".join(rounded(metric, end) for end in interval)
 
 
 def difference(metric: str, value: float) -> str:
-    """A difference of two values: with its sign, and a digit more, because its interval is the narrower one."""
+    """Return the difference of two values of a metric as text.
+
+    It has its sign, and one digit more than the values, because its interval is narrower than theirs.
+    """
     digits = label_of(metric).digits
     return (f"{value:+.4g}" if digits is None else f"{value:+.{digits + 1}f}").replace("-", "−")
 
 
 def difference_span(metric: str, interval: tuple[float, float] | None) -> str:
+    """Return the interval of a difference as text; an empty string for None."""
     return "" if interval is None else " to ".join(difference(metric, end) for end in interval)
 
 
 def number(value: Any) -> float | None:
-    """A finite number, or None for anything else that a file may hold in its place."""
+    """Return `value` as a float if it is a finite number, else None (a result file may hold anything in its place)."""
     if isinstance(value, bool) or not isinstance(value, Real):  # NumPy's numbers are real ones, too
         return None
     return float(value) if math.isfinite(value) else None
 
 
 def pair(value: Any) -> tuple[float, float] | None:
-    """Both ends of an interval, or None for anything else."""
+    """Return `value` as the two ends of an interval, or None if it is not a pair of finite numbers."""
     if not isinstance(value, (list, tuple)) or len(value) != 2:
         return None
     low, high = map(number, value)
@@ -91,8 +98,10 @@ def pair(value: Any) -> tuple[float, float] | None:
 
 
 def short_name(location: Any, otherwise: str = "") -> str:
-    """The last part of a folder, file or hub id that says something; `vae`, which is a pipeline's or a run, with the
-    part before it."""
+    """Return the last meaningful part of a folder, file or hub id, or `otherwise` if there is none.
+
+    A last part `export` is dropped, and `vae` (a pipeline's or a run's) is shown with the part before it.
+    """
     parts = [part for part in str(location or "").replace("\\", "/").split("/") if part not in ("", ".", "..")]
     while len(parts) > 1 and parts[-1] == "export":
         parts.pop()

@@ -1,7 +1,7 @@
-"""How near reconstructions come to their inputs: PSNR, SSIM, MS-SSIM and LPIPS per image.
+"""How close reconstructions are to their inputs: PSNR, SSIM, MS-SSIM and LPIPS per image.
 
-Unless told otherwise every metric reads what a file would hold: both images rounded to uint8 by `images.to_uint8`. One
-row per image is kept and means are formed over the rows of all processes, so they do not depend on the split.
+By default every metric compares 8-bit images, as a file would hold them: both are rounded by `images.to_uint8`. One row
+is kept per image, and means are taken over the rows of all processes, so they do not depend on how images were split.
 """
 
 import math
@@ -21,22 +21,32 @@ from latent_ae.pretrained.lpips import LPIPS, TRUNKS, Net
 Row = dict[str, Any]
 
 PSNR_CAP_DB = 100.0
-"""Given to identical images, whose PSNR is infinite: JSON has no infinity, and one would swallow the mean."""
+"""PSNR of identical images in place of infinity: JSON has no infinity, and one would dominate the mean."""
 SSIM_WINDOW_PX = 11
 SSIM_SIGMA_PX = 1.5
 SSIM_C1, SSIM_C2 = 0.01**2, 0.03**2
 MS_SSIM_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
 MS_SSIM_MIN_PX = SSIM_WINDOW_PX * 2 ** (len(MS_SSIM_WEIGHTS) - 1)
-"""176: smaller images have no room for the window at the coarsest scale."""
+"""176 px: in smaller images the window does not fit at the coarsest scale."""
 RESAMPLES = 1000
 FEWEST = 20
-"""Images under which a bootstrap's interval is much too narrow to be given."""
+"""With fewer images a bootstrap interval is much too narrow, so none is given."""
 
 
 def psnr(a: Tensor, b: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio of each image, dB, data range 255, at most `PSNR_CAP_DB`.
+    """Return the peak signal-to-noise ratio of each image in dB, at most `PSNR_CAP_DB` (100).
 
-    `a`, `b`: uint8 NCHW. Returns float64 (N,). The squared error is summed in integers, so it is exact.
+    The data range is 255. The squared error is summed in integers, so it is exact.
+
+    Args:
+        a: (N, C, H, W) uint8.
+        b: (N, C, H, W) uint8.
+
+    Returns:
+        (N,) float64.
+
+    Raises:
+        ValueError: If the images are not uint8 or their shapes differ.
     """
     _check_uint8_pair(a, b)
     squared = (a.long() - b.long()).square().flatten(1).sum(1)
@@ -45,26 +55,55 @@ def psnr(a: Tensor, b: Tensor) -> Tensor:
 
 
 def ssim(a: Tensor, b: Tensor) -> Tensor:
-    """Structural similarity of each image: uint8 NCHW, twice -> float64 (N,). See `similarities`."""
+    """Return the structural similarity (Wang et al. 2004) of each image; `similarities` describes the variant.
+
+    Args:
+        a: (N, C, H, W) uint8.
+        b: (N, C, H, W) uint8.
+
+    Returns:
+        (N,) float64; nan for images with a side under 11 px.
+
+    Raises:
+        ValueError: If the images are not uint8 or their shapes differ.
+    """
     _check_uint8_pair(a, b)
     return similarities(a.double() / 255, b.double() / 255)[0]
 
 
 def ms_ssim(a: Tensor, b: Tensor) -> Tensor:
-    """Multi-scale structural similarity of each image: uint8 NCHW, twice -> float64 (N,). See `similarities`."""
+    """Return the multi-scale structural similarity (Wang et al. 2003) of each image; see `similarities`.
+
+    Args:
+        a: (N, C, H, W) uint8.
+        b: (N, C, H, W) uint8.
+
+    Returns:
+        (N,) float64; nan for images with a side under 176 px.
+
+    Raises:
+        ValueError: If the images are not uint8 or their shapes differ.
+    """
     _check_uint8_pair(a, b)
     return similarities(a.double() / 255, b.double() / 255)[1]
 
 
 def similarities(a: Tensor, b: Tensor, data_range: float = 1.0) -> tuple[Tensor, Tensor]:
-    """SSIM (Wang et al. 2004: Gaussian window of 11 px, sigma 1.5 px) and MS-SSIM (Wang et al. 2003, five scales).
+    """Return SSIM (Wang et al. 2004: Gaussian window of 11 px, sigma 1.5 px) and MS-SSIM (Wang et al. 2003, 5 scales).
 
-    `a`, `b`: NCHW, whose values span `data_range`. SSIM's first factor is a ratio of means, so the same images in
-    [-1, 1] with a range of 2 have another SSIM than in [0, 1]. Returns float64 (N,) twice, means over channels and over
-    those positions whose window lies inside the image, like scikit-image's SSIM with `gaussian_weights=True,
-    use_sample_covariance=False`; nan for images smaller than the window, or than MS_SSIM_MIN_PX. Both come from one
-    pass, in float64 because variances are differences of nearly equal numbers, and in sums of shifted images because
-    convolutions in float64 are fifteen times as slow.
+    Both are means over channels and over the positions whose window lies inside the image, like scikit-image's SSIM
+    with `gaussian_weights=True, use_sample_covariance=False`. SSIM's first factor is a ratio of means, so the same
+    images in [-1, 1] with a range of 2 have another SSIM than in [0, 1]. One pass computes both, in float64 because
+    variances are differences of nearly equal numbers, and as sums of shifted images because float64 convolutions are
+    fifteen times as slow.
+
+    Args:
+        a: (N, C, H, W), any type.
+        b: (N, C, H, W).
+        data_range: Largest minus smallest possible value.
+
+    Returns:
+        SSIM and MS-SSIM, (N,) float64 each; nan for images with a side under 11 px and 176 px.
     """
     a, b = a.double(), b.double()
     missing = torch.full((len(a),), math.nan, dtype=torch.float64, device=a.device)
@@ -85,7 +124,7 @@ def similarities(a: Tensor, b: Tensor, data_range: float = 1.0) -> tuple[Tensor,
 
 
 def _similarity(a: Tensor, b: Tensor, data_range: float) -> tuple[Tensor, Tensor]:
-    """Means over an image of SSIM and of its contrast-structure factor, float64 (N,) each."""
+    """Return the means over each image of SSIM and of its contrast-structure factor, (N,) float64 each."""
     c1, c2 = SSIM_C1 * data_range**2, SSIM_C2 * data_range**2
     similarity, contrast = [], []
     for x, y in zip(a.unbind(1), b.unbind(1), strict=True):  # by channel: a quarter of the memory
@@ -99,7 +138,7 @@ def _similarity(a: Tensor, b: Tensor, data_range: float) -> tuple[Tensor, Tensor
 
 
 def _windowed(images: Tensor) -> Tensor:
-    """Gaussian-weighted means of the windows that lie inside: (..., H, W) -> (..., H - 10, W - 10)."""
+    """Return the Gaussian-weighted means of all windows inside the image: (..., H, W) -> (..., H - 10, W - 10)."""
     offsets = torch.arange(SSIM_WINDOW_PX, dtype=torch.float64) - SSIM_WINDOW_PX // 2
     weights = torch.exp(-offsets.square() / (2 * SSIM_SIGMA_PX**2))
     for dim in (-1, -2):
@@ -119,13 +158,13 @@ def _check_uint8_pair(a: Tensor, b: Tensor) -> None:
 
 
 class Compared(NamedTuple):
-    """What `compare` measures of one batch."""
+    """Results of `compare` for one batch of N images."""
 
     metrics: dict[str, dict[str, Tensor]]
-    """By kind of reconstruction, then by metric: float64 (N,), nan where it cannot be had or pixels are not finite."""
+    """(N,) float64 by kind of reconstruction, then by metric; nan where it is undefined or pixels are not finite."""
     features: dict[Net, list[Tensor]]
-    """By network of LPIPS: its last stage averaged over the image, float32 (N, D), of the inputs and then of each kind;
-    empty where images are too small or of other channels."""
+    """Last-stage features of each LPIPS network, averaged over the image: (N, D) float32 of the inputs, then of each
+    kind. A network is missing where images are too small for it or do not have 1 or 3 channels."""
 
 
 @torch.no_grad()
@@ -137,36 +176,43 @@ def compare(
     rounded: bool = True,
     pixels: Mapping[str, Tensor] | None = None,
 ) -> Compared:
-    """Measures kinds of reconstruction of the same inputs: float NCHW in [-1, 1], all on one device.
+    """Measure one or more reconstructions of the same images: PSNR, SSIM, MS-SSIM and LPIPS of each image.
 
-    PSNR is of 8-bit pixels always; SSIM and LPIPS are too if `rounded`, else of the floats in [-1, 1] (LPIPS not
-    clamped), as some published protocols do. `pixels` gives the 8-bit images of the kinds, and of the inputs as
-    "input", where they are made by another rule than `to_uint8`. The trunks of LPIPS see the inputs once for all kinds.
+    PSNR always compares 8-bit pixels. The trunks of LPIPS run once on the inputs for all kinds.
+
+    Args:
+        inputs: (N, C, H, W) float in [-1, 1].
+        reconstructions: Tensors like `inputs`, on the same device, by kind (a name of the caller's choice).
+        lpips: LPIPS networks by name; may be empty.
+        rounded: Compute SSIM and LPIPS of 8-bit pixels too. False uses the floats in [-1, 1] (for LPIPS without
+            clamping), as some published protocols do.
+        pixels: uint8 images by kind, and those of the inputs as "input", where they follow another rule than
+            `to_uint8`.
     """
     kinds = list(reconstructions)
     pixels = pixels or {"input": to_uint8(inputs)} | {kind: to_uint8(reconstructions[kind]) for kind in kinds}
     metrics: dict[str, dict[str, Tensor]] = {}
     for kind in kinds:
-        a, b = (pixels["input"], pixels[kind])
+        a, b = pixels["input"], pixels[kind]
         if rounded:
             similarity, multi_scale = similarities(a.double() / 255, b.double() / 255)
         else:  # as torchmetrics with data_range=(-1, 1): clamped, not shifted
             similarity, multi_scale = similarities(inputs.clamp(-1, 1), reconstructions[kind].clamp(-1, 1), 2.0)
         metrics[kind] = {"psnr": psnr(a, b), "ssim": similarity, "ms_ssim": multi_scale}
-    seen = [inputs, *reconstructions.values()]
+    images = [inputs, *reconstructions.values()]
     if rounded:
-        seen = [pixels[kind].float() / 127.5 - 1 for kind in ("input", *kinds)]
+        images = [pixels[kind].float() / 127.5 - 1 for kind in ("input", *kinds)]
     features: dict[Net, list[Tensor]] = {}
     for net, distance in lpips.items():
         if inputs.shape[1] in (1, 3) and min(inputs.shape[-2:]) >= TRUNKS[net].min_px:
             # an ambient autocast is for training; measurements are float32
             with torch.autocast(inputs.device.type, enabled=False):
-                distances, features[net] = distance.compare(seen[0].float(), [image.float() for image in seen[1:]])
+                distances, features[net] = distance.compare(images[0].float(), [x.float() for x in images[1:]])
         else:
             distances = [torch.full((len(inputs),), math.nan)] * len(kinds)
         for kind, values in zip(kinds, distances, strict=True):
             metrics[kind][f"lpips_{net}"] = values.double().to(inputs.device)
-    for position, kind in enumerate(kinds, start=1):  # as 8-bit pixels, a NaN would pass for a dark one
+    for position, kind in enumerate(kinds, start=1):  # rounding to 8 bits turns a NaN into a dark pixel
         bad = ~reconstructions[kind].isfinite().flatten(1).all(1)
         metrics[kind] = {key: values.masked_fill(bad, math.nan) for key, values in metrics[kind].items()}
         for parts in features.values():
@@ -175,17 +221,24 @@ def compare(
 
 
 class ReconstructionMetrics:
-    """The metrics of many images in memory: rows per image, their means, and a Fréchet distance.
+    """Collects the metrics of many images in memory: rows per image, their means, and a Fréchet distance.
 
         metrics = ReconstructionMetrics("cuda")
-        metrics.update(indices, names, inputs, reconstructions)     # as often as there are batches
+        metrics.update(indices, names, inputs, reconstructions)     # once per batch
         metrics.gather()                                            # rows of all processes, each image once
         metrics.summary()                                           # {"n": 500, "psnr": 27.5, ...}
 
-    `lpips_nets` may be empty. Weights are looked up at once, with UserError when they cannot be had; networks that
-    exist already, by "vgg" or "alex", can be given as `lpips` instead. The Fréchet distance is that of the features
-    that LPIPS's networks leave behind, named after them: it costs nothing and is not an FID. Sets of fewer than
-    `frechet_from` images have none.
+    The Fréchet distance uses the features of the LPIPS networks and is named after them (`frechet_vgg16`): it costs
+    nothing extra and is not an FID.
+
+    Args:
+        device: Where the metrics are computed.
+        lpips_nets: LPIPS networks to load, "vgg" and "alex"; may be empty.
+        lpips: Loaded networks by name, in place of `lpips_nets`.
+        frechet_from: Smallest number of images for which the Fréchet distance is computed.
+
+    Raises:
+        UserError: If the weights of an LPIPS network are not available.
     """
 
     def __init__(
@@ -203,9 +256,13 @@ class ReconstructionMetrics:
         self._features: dict[int, dict[Net, np.ndarray]] = {}
 
     def update(self, indices: Iterable[int], names: Iterable[str], inputs: Tensor, reconstructions: Tensor) -> None:
-        """Measures one batch: float NCHW in [-1, 1], any device; `indices` number the images of the whole set.
+        """Measure one batch. An image whose index was measured before (a padded duplicate) is not counted again.
 
-        An image that was seen already (a padded duplicate) is not counted again.
+        Args:
+            indices: Numbers of the images in the whole set.
+            names: Names of the images.
+            inputs: (N, C, H, W) float in [-1, 1], on any device.
+            reconstructions: Like `inputs`.
         """
         inputs, reconstructions = inputs.to(self.device), reconstructions.to(self.device)
         compared = compare(inputs, {"": reconstructions}, self.lpips)
@@ -219,7 +276,7 @@ class ReconstructionMetrics:
             self._features.setdefault(int(index), {net: pair.numpy() for net, pair in pairs.items()})
 
     def gather(self) -> None:
-        """Brings together the rows of all processes, on every process. Every process must call it."""
+        """Merge the rows of all processes, on every process. Every process must call it."""
         if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
             return
         parts: list[Any] = [None] * torch.distributed.get_world_size()
@@ -228,34 +285,46 @@ class ReconstructionMetrics:
         self._features = {index: kept for _, features in reversed(parts) for index, kept in features.items()}
 
     def rows(self) -> list[Row]:
-        """One dict per image, by index. A metric that cannot be had of an image is None."""
+        """Return one dict per image, sorted by index. A metric that is undefined for an image is None."""
         return [self._rows[index] for index in sorted(self._rows)]
 
     def summary(self) -> dict[str, Any]:
-        """`n` (images), each metric's mean over the images that have it, `frechet_vgg16` or `frechet_alexnet` of enough
-        images, and `notes` on what images lack."""
+        """Return the means over images, JSON-ready.
+
+        Returns:
+            `n` (images), the mean of each metric over the images that have it, `frechet_vgg16` and `frechet_alexnet`
+            where there are enough images, and `notes` about images that lack a metric.
+        """
         summary = summarise(self.rows())
         for net in self.lpips:
             pairs = [self._features[index].get(net) for index in sorted(self._features)]
-            found = np.array([pair for pair in pairs if pair is not None and np.isfinite(pair).all()])
-            if len(found) >= max(2, self.frechet_from):
-                summary[f"frechet_{TRUNKS[net].weights}"] = frechet_of_features(found[:, 0], found[:, 1])
+            features = np.array([pair for pair in pairs if pair is not None and np.isfinite(pair).all()])
+            if len(features) >= max(2, self.frechet_from):
+                summary[f"frechet_{TRUNKS[net].weights}"] = frechet_of_features(features[:, 0], features[:, 1])
         return summary
 
 
 def json_columns(columns: Mapping[str, Tensor]) -> dict[str, list[float | None]]:
-    """A batch's metrics as numbers, None for nan. Waits for the device."""
+    """Return tensors of metrics, (N,) each, as lists of numbers with None for nan or infinity. Waits for the device."""
     return {key: [v if math.isfinite(v) else None for v in column.tolist()] for key, column in columns.items()}
 
 
 def summarise(rows: Sequence[Mapping[str, Any]], prefix: str = "") -> dict[str, Any]:
-    """Means over rows (keys: `prefix` and a metric), JSON-ready: what cannot be measured is None."""
+    """Return `n` and the mean of each metric over rows, JSON-ready; a metric that no row has is None.
+
+    Args:
+        rows: One mapping per image, as `ReconstructionMetrics.rows` returns them.
+        prefix: What precedes each metric's name in the keys of the rows.
+
+    Returns:
+        Means by metric, and `notes` about images that lack one.
+    """
     summary: dict[str, Any] = {"n": len(rows)}
     notes = []
     for key in METRICS:
         column = [(row, row[prefix + key]) for row in rows if prefix + key in row]
         values = [value for _, value in column if value is not None]
-        if key == "ms_ssim" and not values:  # of small images, which nobody expects to have it
+        if key == "ms_ssim" and not values:  # all images are small, and nobody expects MS-SSIM of those
             continue
         if column:
             # fsum does not depend on the order
@@ -267,7 +336,10 @@ def summarise(rows: Sequence[Mapping[str, Any]], prefix: str = "") -> dict[str, 
 
 
 def bootstrap_interval(values: Sequence[float], seed: int = 0) -> list[float]:
-    """95 % percentile bootstrap interval of a mean over images (Efron 1979), the same for the same values and seed."""
+    """Return the 95 % percentile bootstrap interval (Efron 1979), [low, high], of the mean of values, one per image.
+
+    The interval is the same for the same values and seed.
+    """
     array, rng = np.asarray(values, dtype=np.float64), np.random.default_rng(seed)
     means = [array[rng.integers(len(array), size=len(array))].mean() for _ in range(RESAMPLES)]
     low, high = np.percentile(means, [2.5, 97.5])
@@ -275,6 +347,7 @@ def bootstrap_interval(values: Sequence[float], seed: int = 0) -> list[float]:
 
 
 def missing_reason(key: str, row: Mapping[str, Any]) -> str:
+    """Return in words why the image of a row has no value of the metric `key`."""
     if key.startswith("lpips_") and row["channels"] not in (1, 3):
         return f"LPIPS is defined for 1 or 3 channels and they have {row['channels']}"
     least = {"ssim": SSIM_WINDOW_PX, "ms_ssim": MS_SSIM_MIN_PX}.get(key, 1)

@@ -26,5 +26,5 @@ OBJECTIVES: tuple[type[Objective[Any]], ...] = (
     Alignment,
     GAN,
 )
-"""In the order in which they act: latents are changed first, and reconstruction gives the gradient that others are
-balanced against."""
+"""The objectives in the order in which they act: those that change latents come first, and reconstruction comes before
+the objectives that are balanced against its gradient."""

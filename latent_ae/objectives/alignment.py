@@ -16,24 +16,24 @@ from latent_ae.objectives.base import GradientBalance, Objective, Pass, RunFacts
 from latent_ae.pretrained.vision import VisionModel
 
 CAP, SMOOTHING = 100.0, 0.9
-"""Cap and smoothing of the adaptive weight: the ratio lags, so one batch that is aligned already must not send it
-off."""
+"""Cap and smoothing of the adaptive weight. The ratio lags by a step, so both keep it stable after a batch that is
+aligned already and whose gradient is small."""
 
 
 class AlignmentSettings(Settings):
-    """Draws the latents to the features of a frozen vision model, as VA-VAE does; its published values."""
+    """Aligns the latents to the features of a frozen vision model, as VA-VAE does; the defaults are its values."""
 
     model: Annotated[str | None, SWITCH] = None
     """Folder of a vision transformer that transformers loads (config.json, model.safetensors,
-    preprocessor_config.json); null: off."""
+    preprocessor_config.json); null turns alignment off."""
     weight: Annotated[float, Field(gt=0)] = 0.1
     """Weight of both terms."""
     adaptive: Annotated[bool, SWITCH] = True
     """Scale the term by the ratio of gradient norms at the encoder's last layer; false uses the weight as it is."""
     cosine_margin: Fraction = 0.5
-    """Below so much cosine distance of a latent to its feature nothing is drawn any further."""
+    """Cosine distance of a latent to its feature below which there is no loss."""
     distance_margin: Fraction = 0.25
-    """The same of the difference between similarities of latents and those of features."""
+    """Difference between the similarity of two latents and that of their features below which there is no loss."""
 
 
 class Alignment(Objective[AlignmentSettings]):
@@ -81,7 +81,7 @@ class Alignment(Objective[AlignmentSettings]):
         if model.channels not in (1, 3):
             yield Problem(key, f"{model.name} has {model.channels} channels, vision models see 1 or 3: set it to null")
         if not model.one_grid:
-            yield Problem(key, f"needs latents on one grid; those of {model.name} are on several: leave it out")
+            yield Problem(key, f"needs latents on one grid, and {model.name} has several grids: leave it out")
 
     @classmethod
     def build(cls, own: AlignmentSettings, run: RunFacts, autoencoder: nn.Module, device: torch.device) -> "Alignment":
@@ -127,11 +127,19 @@ class Alignment(Objective[AlignmentSettings]):
 def alignment_loss(
     projected: Tensor, features: Tensor, cosine_margin: float, distance_margin: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """VA-VAE's marginal cosine and marginal distance matrix terms (Yao et al. 2025, eq. 2 and 3); and the mean cosine.
+    """Return VA-VAE's marginal cosine and marginal distance matrix losses (Yao et al. 2025, eq. 2 and 3).
 
-    Of projected latents and a vision model's features, both N x C x h x w. Cosine: the mean over samples and positions
-    of relu(1 - margin - cos(z, f)). Distance: the mean over samples and pairs of positions i, j of
-    relu(|cos(z_i, z_j) - cos(f_i, f_j)| - margin).
+    Cosine: the mean over samples and positions of relu(1 - margin - cos(z, f)). Distance: the mean over samples and
+    pairs of positions i, j of relu(|cos(z_i, z_j) - cos(f_i, f_j)| - margin).
+
+    Args:
+        projected: (N, C, h, w) latents z, projected to the features' channels.
+        features: (N, C, h, w) features f of a vision model.
+        cosine_margin: Margin of the cosine loss.
+        distance_margin: Margin of the distance loss.
+
+    Returns:
+        Both losses, and the mean cosine without a gradient; scalars.
     """
     z, f = (F.normalize(x.flatten(2), dim=1) for x in (projected, features))
     cosines = (z * f).sum(1)

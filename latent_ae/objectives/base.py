@@ -1,4 +1,4 @@
-"""What an objective is: one optional term of training, with all that belongs to it in one file (docs/objectives.md)."""
+"""The base of objectives: each is one optional term of training, in one file (docs/objectives.md)."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, NamedTuple, TypeVar
@@ -16,18 +16,18 @@ if TYPE_CHECKING:  # brings diffusers
 S = TypeVar("S", bound=Settings)
 Transform = Callable[[Tensor], Tensor]
 ADAPTIVE_EPS = 1e-4
-"""As latent diffusion has it: it stands beside the adversarial gradient, whose units are the same there and here."""
+"""Latent diffusion's value; it is added to the norm of the adversarial gradient, whose units are the same here."""
 
 
 class RunFacts(NamedTuple):
-    """What an objective may know of the run besides its own settings."""
+    """Facts of the run that an objective may use besides its own settings."""
 
     seed: int
     steps: int
     batch_size: int
-    """Samples of a step over all processes and passes."""
+    """Samples of a step, over all processes and passes."""
     micro_batch: int
-    """Samples of one pass of one process."""
+    """Samples of one pass on one process."""
     accumulation: int
     """Passes of a process in a step."""
     resolution: int
@@ -35,10 +35,13 @@ class RunFacts(NamedTuple):
     validation_px: int
     """Side of the crops that are measured in validation, px."""
     smallest_px: int
-    """Side of the smallest image that every objective in use can look at, px."""
+    """Side of the smallest image that every objective in use can process, px."""
     train: Literal["all", "decoder", "encoder"]
+    """The part of the autoencoder that is trained."""
     compile: bool
+    """Whether networks are compiled."""
     weights_dir: str | None
+    """Folder with the weights of metric networks; None searches for them."""
     enabled: frozenset[str]
     """Names of the objectives in use."""
 
@@ -47,39 +50,49 @@ class Batch(NamedTuple):
     """One micro-batch on the device."""
 
     images: Tensor
-    """What is encoded: float32, N x C x H x W in [-1, 1]."""
+    """The images that are encoded: (N, C, H, W) float32 in [-1, 1]."""
     target: Tensor
-    """What should come out; it differs from `images` under latents.equivariance only."""
+    """The images that should be reconstructed; they differ from `images` only under latents.equivariance."""
     noise: Tensor
-    """Standard normal, N x c x h x w like the latent."""
+    """Standard normal noise of the posterior, (N, c, h, w) like the latent."""
     numbers: Sequence[int]
     """Global numbers of the samples, consecutive."""
     draws: Mapping[str, tuple[Tensor, ...]] = {}
-    """What each objective drew for these samples (`Objective.draw`), by its name."""
+    """Random tensors of each objective for these samples (`Objective.draw`), by its name."""
     transforms: tuple[Transform, ...] = ()
-    """Applied to the latent one after another before it is decoded."""
+    """Functions applied in turn to the latent before it is decoded."""
     decode: Tensor | None = None
-    """A latent that is decoded in place of the sample."""
+    """A latent that is decoded in place of the posterior sample."""
     full_size: int = 0
-    """Numbers of one image as the loader gave it."""
+    """Number of elements (C x H x W) of one image as loaded."""
 
     @property
     def area(self) -> float:
-        """What the target's area is of the full one's: losses of the image count so much, as in EQ-VAE's sums."""
+        """The target's area relative to the loaded image's, by which image losses are weighted, as in EQ-VAE's sums."""
         return self.target[0].numel() / self.full_size
 
     @property
     def encoded_area(self) -> float:
-        """The same of the encoded image, for losses of its latent."""
+        """The encoded image's area relative to the loaded image's, by which losses of its latent are weighted."""
         return self.images[0].numel() / self.full_size
 
 
 class Pass:
-    """A micro-batch after its forward pass: what objectives read, and where they leave gradients and numbers.
+    """A micro-batch after its forward pass, to which objectives send gradients and numbers to log.
 
-    The reconstruction is cut out of the graph at `image`: its losses are differentiated there, so that their gradients
-    are available apart and none reaches a network that it must not train. `backward` sends all of them through the
+    The reconstruction is detached from the graph at `image`: its losses are differentiated there, so that each gradient
+    is available separately and none reaches a network that it must not train. `backward` sends all of them through the
     autoencoder once.
+
+    Args:
+        batch: The micro-batch.
+        out: The result of its forward pass.
+        step: Number of the step, from 0.
+        accumulation: Passes of this process in the step.
+        model: The autoencoder.
+        adversaries: The adversaries' networks, prepared for their passes, by the objective's name.
+        autocast: Returns a context of the training precision.
+        first: Whether it is this process's first pass of the step.
     """
 
     def __init__(
@@ -100,36 +113,52 @@ class Pass:
         """Whether it is this process's first pass of the step."""
         self.image = out.image.detach().requires_grad_()
         self.image_gradient: Tensor | None = None
-        """The weighted sum of what `send_image` got."""
+        """The weighted sum of the gradients passed to `send_image`, (N, C, H, W)."""
         self.reconstruction_gradient: Tensor | None = None
         """The part of it that comes from the reconstruction losses, against which other terms are balanced."""
         self.likelihood: LikelihoodKind | None = None
         """Name in `logs` of the reconstruction's negative log-likelihood per image element in nats, if there is one."""
         self.logs: dict[str, Tensor] = {}
-        """Scalars to log; the step's mean over its passes."""
+        """Scalars to log; the log has their mean over the step's passes."""
         self.global_means: dict[str, Tensor] = {}
-        """Tensors whose mean over the global batch `Objective.remember` gets; keys begin with the objective's name."""
+        """Tensors whose mean over the global batch goes to `Objective.remember`; keys begin with the objective's
+        name."""
         self._tensors: list[Tensor] = []
         self._gradients: list[Tensor] = []
 
     def send_image(self, gradient: Tensor, weight: float | Tensor = 1.0) -> None:
-        """Adds a gradient of the micro-batch's mean loss at `image`."""
+        """Add a gradient of the micro-batch's mean loss at `image`.
+
+        Args:
+            gradient: (N, C, H, W).
+            weight: Factor of the gradient.
+        """
         if self.image_gradient is None:
             self.image_gradient = gradient * weight
         else:
             self.image_gradient = torch.add(self.image_gradient, gradient * weight)
 
     def send(self, tensor: Tensor, gradient: Tensor) -> None:
-        """Adds a gradient of the micro-batch's mean loss at any tensor of the autoencoder's graph."""
+        """Add a gradient of the micro-batch's mean loss at any tensor of the autoencoder's graph.
+
+        Args:
+            tensor: The tensor.
+            gradient: The gradient, of the same shape.
+        """
         self._tensors.append(tensor)
         self._gradients.append(gradient * self.share)
 
     def send_loss(self, loss: Tensor, weight: float | Tensor = 1.0) -> None:
-        """Adds a loss that is itself in the autoencoder's graph, a scalar."""
+        """Add a loss that is itself part of the autoencoder's graph.
+
+        Args:
+            loss: A scalar, mean over the micro-batch.
+            weight: Factor of the loss.
+        """
         self.send(loss, torch.ones_like(loss) * weight)
 
     def backward(self) -> None:
-        """Sends all gradients through the autoencoder."""
+        """Backpropagate all gradients through the autoencoder."""
         image = torch.zeros_like(self.image) if self.image_gradient is None else self.image_gradient
         torch.autograd.backward([self.out.image, *self._tensors], [image * self.share, *self._gradients])
 
@@ -137,23 +166,23 @@ class Pass:
 class Objective(nn.Module, Generic[S]):
     """One term of training. Each hook does nothing unless a subclass overrides it.
 
-    What a subclass registers (parameters, buffers) is saved with every checkpoint; its buffers are rolled back when a
-    step is skipped, and its parameters are trained by the autoencoder's optimizer, in a group of their own. Networks
-    that are no part of that, frozen ones and `adversary`, are kept by `hold`.
+    Parameters and buffers that a subclass registers are saved with every checkpoint. The autoencoder's optimizer trains
+    the parameters, in a group of their own; the buffers are rolled back when a step is skipped. Other networks (frozen
+    ones and the `adversary`) are kept by `hold`.
 
     Class attributes:
-        name: Its key among the objectives, in log names and in checkpoints.
-        section: The section of the run's settings that its `Settings` are a base class of; empty for an objective that
-            is given to `train` as an instance.
-        docs: Where it is explained.
-        plan_line: The heading of the plan (`--dry-run`) under which `describe` is shown.
+        name: Key of the objective among all objectives, in log names and in checkpoints.
+        section: The section of the run's settings of which the objective's settings are a base class; empty for an
+            objective that is passed to `train` as an instance.
+        docs: The page that explains it.
+        plan_line: Heading of the plan (`--dry-run`) under which `describe` is shown.
         charts: Titles of charts in the report, and the logged values that each shows.
-        adversary_name: What the adversary's optimizer, gradient norm and file in a checkpoint are called; or `name`.
+        adversary_name: Name of the adversary's optimizer, gradient norm and file in a checkpoint; empty takes `name`.
         lr_scale: Learning rate of its parameters, relative to the autoencoder's.
 
     Args:
-        own: Its settings; None where it has none.
-        run: What it may know of the run; `train` sets it for objectives that it is given.
+        own: Its settings; None if it has none.
+        run: Facts of the run; `train` sets them for objectives that are passed to it.
     """
 
     name: ClassVar[str]
@@ -165,7 +194,7 @@ class Objective(nn.Module, Generic[S]):
     lr_scale: ClassVar[float] = 1.0
 
     adversary: nn.Module | None = None
-    """A network with an optimizer of its own, which this objective trains."""
+    """A network with an optimizer of its own that this objective trains."""
     own: S
     run: RunFacts
 
@@ -178,111 +207,161 @@ class Objective(nn.Module, Generic[S]):
 
     @property
     def network_name(self) -> str:
-        """What the adversary's optimizer, gradient norm and file are called."""
+        """Name of the adversary's optimizer, gradient norm and file."""
         return self.adversary_name or self.name
 
     def __setattr__(self, name: str, value: Any) -> None:
-        # an adversary is no part of what an objective trains with the autoencoder
+        # an adversary has its own optimizer, so its parameters are not registered
         if name == "adversary":
             self.hold(adversary=value)
         else:
             super().__setattr__(name, value)
 
     def hold(self, **networks: nn.Module | None) -> None:
-        """Keeps networks as attributes without registering them."""
+        """Keep networks as attributes without registering their parameters and buffers."""
         self.__dict__.update(networks)
 
-    # before the networks are there; `own` is the section of the settings
+    # before networks are built; `own` is the objective's section of the settings
 
     @classmethod
     def enabled(cls, own: S) -> bool:
-        """Whether the settings give it a weight; where not, it is not built and costs nothing."""
+        """Return whether the settings turn it on; otherwise it is not built and costs nothing."""
         return True
 
     @classmethod
     def problems(cls, own: S, run: RunFacts, model: ModelFacts | None) -> Iterator[Problem]:
-        """Settings that do not go together, by their full keys; `model` is None as long as it is not known."""
+        """Yield settings that do not go together, by their full keys.
+
+        Args:
+            own: Its settings.
+            run: Facts of the run.
+            model: Facts of the autoencoder; None before they are known.
+        """
         return iter(())
 
     @classmethod
     def needs_px(cls, own: S) -> int:
-        """Side of the smallest image that it can look at, px."""
+        """Return the side of the smallest image that it can process, px."""
         return 1
 
     @classmethod
     def build(cls, own: S, run: RunFacts, autoencoder: nn.Module, device: torch.device) -> "Objective[S]":
-        """Loads or makes its networks. Raises UserError for what does not go with the autoencoder."""
+        """Build the objective and load its networks.
+
+        Args:
+            own: Its settings.
+            run: Facts of the run.
+            autoencoder: The autoencoder that it trains.
+            device: Where its networks go.
+
+        Raises:
+            UserError: If it does not fit the autoencoder, or a network cannot be loaded.
+        """
         return cls(own, run).to(device)
 
     @classmethod
     def describe(cls, own: S, run: RunFacts) -> str:
-        """What it will do, for the plan; called only where it is enabled."""
+        """Return what it will do, for the plan; called only if it is enabled."""
         return ""
 
     @classmethod
     def diagnose(cls, own: S, run: RunFacts, lines: Sequence[Mapping[str, Any]]) -> str:
-        """A clause on how it goes, from the newest training lines of the log (oldest first); empty: nothing to say.
+        """Return a clause on how training goes with respect to this objective; empty if there is nothing to say.
 
-        The project's objectives are asked where they are off, too.
+        The project's own objectives are called even if they are not enabled.
+
+        Args:
+            own: Its settings.
+            run: Facts of the run.
+            lines: The newest training lines of the log, oldest first.
         """
         return ""
 
     # in the step
 
     def head(self) -> nn.Module | None:
-        """A network on the latent that is trained inside the autoencoder's wrapped forward pass (`Pass.out.heads`)."""
+        """Return a network on the latent that is trained inside the autoencoder's wrapped forward pass, or None.
+
+        Its output is `Pass.out.heads[name]`.
+        """
         return None
 
     def draw(self, numbers: Sequence[int], latent_shape: Sequence[int]) -> tuple[Tensor, ...]:
-        """Random tensors on the CPU for the samples, a function of the run's seed and each sample's number alone."""
+        """Return random tensors for samples, on the CPU; they depend on the run's seed and the sample's number alone.
+
+        Args:
+            numbers: Global numbers of N samples.
+            latent_shape: (c, h, w) of a latent.
+
+        Returns:
+            Tensors whose first dimension is N; they become `Batch.draws[name]` on the device.
+        """
         return ()
 
     def prepare(self, batch: Batch, step: int) -> Batch:
-        """Changes a micro-batch before the forward pass; what it draws is a function of seed and step alone."""
+        """Return the micro-batch as the forward pass gets it; random changes depend on seed and step alone."""
         return batch
 
     def backward(self, p: Pass) -> None:
-        """Computes its losses after the forward pass; sends gradients to `p`, and its adversary's to its parameters."""
+        """Compute its losses after the forward pass.
+
+        Gradients for the autoencoder are sent to `p`, those of the adversary to the adversary's parameters.
+        """
 
     def remember(self, means: Mapping[str, Tensor], logs: dict[str, Tensor]) -> None:
-        """Gets the means over the global batch, the same on all processes; may add to `logs`.
+        """Update its state from means over the global batch, which are the same on all processes.
 
-        Weights that are taken from them so lag by one step: no process waits, and any split gives the same ones.
+        A weight that is computed here lags by one step, so that no process waits and every split of a batch gives the
+        same weight.
+
+        Args:
+            means: Means of `Pass.global_means`.
+            logs: Values to log; may be added to.
         """
 
     def after_update(
         self, step: int, skipped: Tensor, model: "Reconstructor", optimizer: torch.optim.Optimizer
     ) -> None:
-        """Follows the autoencoder's update; `skipped` tells on the device whether that was passed over."""
+        """Act after the autoencoder's update.
+
+        Args:
+            step: Number of the step, from 0.
+            skipped: Bool scalar on the device, True if the update was skipped because something was not finite.
+            model: The autoencoder.
+            optimizer: The autoencoder's optimizer.
+        """
 
     def trains_adversary(self, step: int) -> bool:
-        """Whether the adversary gets gradients in this step."""
+        """Return whether the adversary gets gradients in this step."""
         return True
 
     def cost(self, step: int) -> float:
-        """Memory that the step needs beside others; the dearest of the last steps is tried before the first."""
+        """Return how much memory the step needs, relative to other steps.
+
+        The most expensive of the last steps is tried before the first one.
+        """
         return 0.0
 
     # in checkpoints
 
     def facts(self) -> dict[str, Any]:
-        """What state.json of a checkpoint says of it; may read the device."""
+        """Return facts for state.json of a checkpoint, JSON-ready; may wait for the device."""
         return {}
 
     def refuse_another(self, facts: Mapping[str, Any]) -> None:
-        """Raises UserError where the facts of the checkpoint that a run goes on from are of another objective."""
+        """Raise UserError if the facts of the checkpoint from which a run resumes belong to a different objective."""
 
 
 class GradientBalance(nn.Module):
     """The adaptive weight of a term: |gradient of the reconstruction| / |gradient of the term| at one layer.
 
-    Esser et al. 2021, eq. 7, of the global batch, capped, smoothed and one step late, so that it is the same for any
+    Esser et al. 2021, eq. 7, for the global batch, capped, smoothed and one step late, so that it is the same for any
     split and needs no second pass.
 
     Args:
-        name: That of the objective, for the keys in `Pass.global_means`.
+        name: Name of the objective, for the keys in `Pass.global_means`.
         cap: Largest ratio.
-        smoothing: Share of the former value that the ratio keeps in each step.
+        smoothing: Fraction of the previous value that the ratio keeps in each step, 0 to 1.
     """
 
     weight: Tensor
@@ -295,15 +374,15 @@ class GradientBalance(nn.Module):
         self.register_buffer("weight", torch.zeros(()))
 
     def at(self, area: float) -> Tensor:
-        """The weight where the reconstruction's losses count only `area` of what they do at full size."""
+        """Return the weight for images of a relative `area` (0 to 1), to which reconstruction losses are scaled."""
         return (area * self.weight).clamp(max=self.cap)
 
     def measure_at_decoder(self, p: Pass, gradient: Tensor) -> None:
-        """Measures both gradients at the decoder's output convolution; each costs one small product.
+        """Measure both gradients at the decoder's output convolution; each costs one small matrix product.
 
         Args:
-            p: The pass; its reconstruction gradient is there.
-            gradient: Of the term at `p.image`, without a weight.
+            p: The pass, after its `reconstruction_gradient` was set.
+            gradient: (N, C, H, W), gradient of the unweighted term at `p.image`.
         """
         layer = p.model.last_layer
         if not layer.requires_grad:  # train: encoder leaves it fixed
@@ -313,24 +392,30 @@ class GradientBalance(nn.Module):
             (p.global_means[key],) = torch.autograd.grad(p.out.image, layer, at_image, retain_graph=True)
 
     def measure_at_encoder(self, p: Pass, tensor: Tensor, gradient: Tensor) -> None:
-        """Measures both gradients at the encoder's output convolution; the image's when it comes by the latent.
+        """Measure both gradients at the encoder's output convolution; the image's during `Pass.backward`.
 
         Args:
             p: The pass.
-            tensor: Of the autoencoder's graph.
-            gradient: Of the term at it, without a weight.
+            tensor: A tensor of the autoencoder's graph.
+            gradient: Gradient of the unweighted term at `tensor`.
         """
         layer, latent = p.model.encoder_last_layer, p.out.latent
         (p.global_means[self.term],) = torch.autograd.grad(tensor, layer, gradient, retain_graph=True)
 
         def image_gradient_arrives(at_latent: Tensor) -> None:
             (at_layer,) = torch.autograd.grad(latent, layer, at_latent, retain_graph=True)
-            p.global_means[self.reconstruction] = at_layer * p.accumulation  # what arrives is the pass's share
+            p.global_means[self.reconstruction] = at_layer * p.accumulation  # the pass sends only its share
 
         p.out.to_decode.register_hook(image_gradient_arrives)
 
     def update(self, means: Mapping[str, Tensor], area: float, skip_zero: bool = False) -> None:
-        """Takes up the ratio of a step whose images had `area`; `skip_zero`: not where the term had no gradient."""
+        """Update the weight with the ratio of a step.
+
+        Args:
+            means: Means over the global batch; nothing happens if they lack the gradients.
+            area: Relative area of the step's images, see `Batch.area`.
+            skip_zero: Keep the weight if the term has no gradient.
+        """
         if self.term not in means:
             return
         reconstruction, term = means[self.reconstruction], means[self.term]
@@ -341,39 +426,48 @@ class GradientBalance(nn.Module):
 
 
 def adaptive_ratio(reconstruction_gradient: Tensor, adversarial_gradient: Tensor, cap: float) -> Tensor:
-    """|grad of reconstruction| / (|grad of adversarial| + 1e-4) at the last layer, clamped to [0, cap].
+    """Return |grad of reconstruction| / (|grad of adversarial| + 1e-4) at the last layer, clamped to [0, cap].
 
     Esser et al. 2021, eq. 7, in per-element means as all losses here are. Latent diffusion's
     `calculate_adaptive_weight` sums the reconstruction over a sample's C x H x W elements and takes the mean of the
     logits, so its ratio is C H W times this one, and its clamp at 1e4 is `cap = 1e4 / (C H W)`.
 
     Args:
-        reconstruction_gradient: of the reconstruction losses (per-element means) with respect to the layer's weight.
-        adversarial_gradient: of the mean of -D(r) with respect to the same weight, without any weight of its own.
-        cap: the largest ratio.
+        reconstruction_gradient: Gradient of the reconstruction losses (per-element means) at the layer's weight.
+        adversarial_gradient: Gradient of the unweighted adversarial term at the same weight.
+        cap: Largest ratio.
 
     Returns:
-        A scalar; NaN where a gradient or the ratio is not finite.
+        A scalar; NaN if a gradient or the ratio is not finite.
     """
     norm = adversarial_gradient.norm()
     ratio = reconstruction_gradient.norm() / (norm + ADAPTIVE_EPS)
-    # infinity must not pass for the cap, nor below the line for 0: the step passes over what is not finite
+    # an infinite ratio must not become the cap, nor an infinite norm 0: `smooth_` ignores NaN
     return torch.where(ratio.isfinite() & norm.isfinite(), ratio.clamp(0.0, cap), torch.nan)
 
 
 def smooth_(average: Tensor, value: Tensor, smoothing: float) -> None:
-    """Moves the average towards the value, or to it where there is none yet (0); passes over what is not finite."""
+    """Move an average towards a value in place; it becomes the value if it is still 0, and ignores a non-finite one.
+
+    Args:
+        average: Tensor of averages, 0 at the start.
+        value: Tensor of the same shape.
+        smoothing: Fraction of the average that is kept, 0 to 1.
+    """
     smoothed = torch.where(average > 0, torch.lerp(value, average, smoothing), value)
     average.copy_(torch.where(value.isfinite(), smoothed, average))
 
 
 def recent_means(lines: Sequence[Mapping[str, Any]], count: int = 5) -> dict[str, float]:
-    """Means of what each of the newest `count` training lines has: single steps are noise."""
+    """Return the means over the newest `count` training lines of the values that all of them have.
+
+    Single steps are noisy, so a diagnosis uses means.
+    """
     recent = lines[-count:]
     columns = {key: numbers(recent, key) for key in recent[-1]}
     return {key: sum(values) / len(values) for key, values in columns.items() if len(values) == len(recent)}
 
 
 def numbers(lines: Sequence[Mapping[str, Any]], key: str) -> list[float]:
-    """The values of `key` in the training lines that have it."""
+    """Return the values of `key` in the training lines that have it."""
     return [line[key] for line in lines if isinstance(line.get(key), (int, float))]

@@ -1,4 +1,4 @@
-"""Only a sample's first channels are decoded (Rippel et al. 2014; DC-AE 1.5, Chen et al. 2025)."""
+"""Decodes only the first channels of a latent (Rippel et al. 2014; DC-AE 1.5, Chen et al. 2025)."""
 
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -16,11 +16,11 @@ class ChannelMaskingSettings(Settings):
     """Masking of the latents' last channels."""
 
     min_channels: Positive | None = None
-    """Least number of a sample's first channels that are kept, the rest is masked (DC-AE 1.5: an eighth of them)."""
+    """Smallest number of first channels that are kept in a sample; the others are masked (DC-AE 1.5: an eighth)."""
 
 
 class ChannelMasking(Objective[ChannelMaskingSettings]):
-    """Keeps a uniform number of each sample's first channels, from `min_channels` to all, and masks the others."""
+    """Keeps the first n channels of each sample, n uniform from `min_channels` to all, and masks the others."""
 
     name, section, docs = "channel_masking", "latents", "docs/latents.md"
 
@@ -57,6 +57,11 @@ class ChannelMasking(Objective[ChannelMaskingSettings]):
 
 
 def first_channels(latent: Tensor, kept: Tensor) -> Tensor:
-    """The first `kept` (N integers) channels of each sample of an N x c x h x w latent, 0 elsewhere."""
+    """Set all but the first channels of each sample to 0.
+
+    Args:
+        latent: (N, c, h, w).
+        kept: (N,) integers, number of channels that are kept.
+    """
     channels = torch.arange(latent.shape[1], device=latent.device)
     return latent * (channels < kept[:, None])[:, :, None, None]

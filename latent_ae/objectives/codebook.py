@@ -1,4 +1,4 @@
-"""The loss of a codebook, how much of it is in use, and the restart of dead codes (van den Oord et al. 2017)."""
+"""The codebook loss (van den Oord et al. 2017), the use of codes, and the restart of dead codes."""
 
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
@@ -20,20 +20,20 @@ class CodebookSettings(Settings):
     """The loss of a codebook."""
 
     commitment: Weight = 0.25
-    """Weight of the term that draws latents to the codes of a codebook; codes are drawn to latents with weight 1."""
+    """Weight of the term that moves latents to the codes of a codebook; codes move to latents with weight 1."""
     revive_after: NonNegative = 100
-    """Steps without use after which a code of a codebook restarts as a latent of the current step; 0: never."""
+    """Steps without use after which a code of a codebook restarts as a latent of the current step; 0 is never."""
 
 
 class Codebook(Objective[CodebookSettings]):
-    """Draws codes and latents to each other; nothing happens where the model has no codebook.
+    """Moves codes and latents towards each other; does nothing if the model has no codebook.
 
     Dead codes restart as latents of the step's first sample (Dhariwal et al. 2020, random restarts).
 
     Args:
         own: The weights.
         run: Facts of the run.
-        num_codes: Size of the codebook; 0 without one.
+        num_codes: Size of the codebook; 0 if there is none.
     """
 
     name, section, docs = "codebook", "loss", "docs/family.md"
@@ -44,11 +44,11 @@ class Codebook(Objective[CodebookSettings]):
     def __init__(self, own: CodebookSettings, run: RunFacts, num_codes: int = 0) -> None:
         super().__init__(own, run)
         self.counts: Tensor | None = None
-        """How often each code was taken in the newest step, over the global batch."""
+        """Number of uses of each code in the newest step, mean over the global batch, (num_codes,)."""
         self.candidates: Tensor | None = None
-        """Latents that a dead code may restart as, positions x channels."""
+        """Latents as which dead codes may restart, (positions, channels)."""
         if num_codes:
-            # steps since each code was last taken; at the start all wait for a latent to begin as
+            # steps since each code was last used; at the start every code counts as dead, so it begins as a latent
             self.register_buffer("code_age", torch.full((num_codes,), float(own.revive_after)))
 
     @classmethod
@@ -57,7 +57,7 @@ class Codebook(Objective[CodebookSettings]):
             key for key in ("commitment", "revive_after") if getattr(own, key) != getattr(CodebookSettings(), key)
         ]
         if changed and model is not None and model.latent != "codebook":
-            yield Problem(f"loss.{changed[0]}", f"is for a codebook, which {model.name} has not: leave it out")
+            yield Problem(f"loss.{changed[0]}", f"is for a codebook, which {model.name} does not have: leave it out")
 
     @classmethod
     def build(cls, own: CodebookSettings, run: RunFacts, autoencoder: nn.Module, device: torch.device) -> "Codebook":
@@ -74,7 +74,7 @@ class Codebook(Objective[CodebookSettings]):
             p.logs["codebook"] = loss.detach()
             p.send_loss(loss)
         p.global_means["codebook/counts"] = code_counts(codes.indices, p.model.num_codes)
-        if p.first:  # of the step's first sample, which is the same however the batch is split
+        if p.first:  # from the step's first sample, which is the same however the batch is split
             self.candidates = out.mean.detach()[0].flatten(1).T
 
     def remember(self, means: Mapping[str, Tensor], logs: dict[str, Tensor]) -> None:
@@ -87,10 +87,10 @@ class Codebook(Objective[CodebookSettings]):
     def after_update(
         self, step: int, skipped: Tensor, model: "Reconstructor", optimizer: torch.optim.Optimizer
     ) -> None:
-        """Ages the codes, and gives those that were not taken for `loss.revive_after` steps a latent of the step's
-        first sample, drawn by (seed, step), with no memory in the optimizer.
+        """Age the codes, and restart those that were not used for `loss.revive_after` steps.
 
-        Equal on all processes, and nobody waits for the device.
+        A dead code becomes a latent of the step's first sample, drawn by (seed, step), and its moments in the optimizer
+        become 0. The result is the same on all processes, and nothing waits for the device.
         """
         if self.counts is None or self.candidates is None or not self.own.revive_after:
             return
@@ -113,20 +113,35 @@ class Codebook(Objective[CodebookSettings]):
 
 
 def codebook_loss(latent: Tensor, vectors: Tensor, commitment: float) -> Tensor:
-    """Codes drawn to latents, and with weight `commitment` latents to codes (eq. 3); means over latent elements.
+    """Return the codebook loss of van den Oord et al. 2017, eq. 3, as means over latent elements.
 
-    diffusers' own loss has the weight on the other term, for old models' sake.
+    Codes move to latents with weight 1, latents to codes with weight `commitment`. (The loss in diffusers has the
+    weight on the other term, for compatibility with old models.)
+
+    Args:
+        latent: (N, c, h, w) latents before quantisation.
+        vectors: (N, c, h, w) their codes.
+        commitment: Weight of the second term.
     """
     return F.mse_loss(vectors, latent.detach()) + commitment * F.mse_loss(latent, vectors.detach())
 
 
 def code_counts(indices: Tensor, num_codes: int) -> Tensor:
-    """How often each code was taken, float32; nobody waits for the device."""
+    """Return how often each code was used, (num_codes,) float32, without waiting for the device.
+
+    Args:
+        indices: Integer indices of codes, of any shape.
+        num_codes: Size of the codebook.
+    """
     flat = indices.flatten()
     return torch.zeros(num_codes, device=flat.device).scatter_add_(0, flat, torch.ones_like(flat, dtype=torch.float32))
 
 
 def perplexity(counts: Tensor) -> Tensor:
-    """exp of the entropy of the codes' frequencies: so many equally frequent codes would carry as much."""
+    """Return exp of the entropy of the codes' frequencies: that many equally frequent codes carry as much information.
+
+    Args:
+        counts: (num_codes,) number of uses of each code.
+    """
     frequencies = counts / counts.sum().clamp(min=1.0)
     return torch.exp(torch.special.entr(frequencies).sum())

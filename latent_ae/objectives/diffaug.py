@@ -1,7 +1,7 @@
-"""Differentiable augmentation of what the discriminator sees (Zhao et al. 2020, arXiv:2006.10738).
+"""Differentiable augmentation of the discriminator's input (Zhao et al. 2020, arXiv:2006.10738).
 
-The discriminator must tell augmented real images from augmented reconstructions, so it cannot learn a small data set by
-heart; the autoencoder's gradient passes through the augmentation.
+The discriminator must distinguish augmented real images from augmented reconstructions, so it cannot memorise a small
+data set; the autoencoder's gradient passes through the augmentation.
 """
 
 from collections.abc import Sequence
@@ -13,18 +13,24 @@ from torch import Tensor
 
 Augmentation = Literal["color", "translation", "cutout"]
 NUMBERS = 7
-"""Uniform numbers that one image takes: brightness, saturation, contrast, shift y, x, hole y, x."""
+"""Number of uniform numbers per image: brightness, saturation, contrast, shift y, x, hole y, x."""
 TRANSLATION = 0.125
 """Largest shift as a fraction of the side."""
 CUTOUT = 0.5
-"""Side of the hole as a fraction of the image's."""
+"""Side of the hole as a fraction of the image's side."""
 
 
 def augment(images: Tensor, numbers: Tensor, policy: Sequence[Augmentation]) -> Tensor:
-    """NCHW images in [-1, 1] changed by `numbers` (N x 7, uniform in [0, 1)); what is shifted in or cut out is 0.
+    """Augment images differentiably; pixels that are shifted in or cut out are 0.
 
-    color: brightness +- 0.5, saturation x 0 to 2, contrast x 0.5 to 1.5. translation: up to an eighth of the side.
-    cutout: a square hole of half the side, its centre anywhere.
+    Args:
+        images: (N, C, H, W) float in [-1, 1].
+        numbers: (N, 7), uniform in [0, 1), see NUMBERS.
+        policy: Any of color (brightness +- 0.5, saturation x 0 to 2, contrast x 0.5 to 1.5), translation (by up to an
+            eighth of the side) and cutout (a square hole of half the side, its centre anywhere).
+
+    Returns:
+        (N, C, H, W); colours may leave [-1, 1].
     """
     brightness, saturation, contrast = (numbers[:, i].view(-1, 1, 1, 1).to(images) for i in range(3))
     if "color" in policy:
@@ -42,7 +48,7 @@ def augment(images: Tensor, numbers: Tensor, policy: Sequence[Augmentation]) -> 
 
 def _translate(images: Tensor, numbers: Tensor) -> Tensor:
     height, width = images.shape[2:]
-    # one row of zeros on each side; what would come from farther out is clamped onto it
+    # one row of zeros on each side; rows from farther out are clamped onto it
     padded = F.pad(images, (1, 1, 1, 1)).permute(0, 2, 3, 1)
     rows = _shifted(height, numbers[:, 0])[:, :, None]
     columns = _shifted(width, numbers[:, 1])[:, None, :]
@@ -51,14 +57,14 @@ def _translate(images: Tensor, numbers: Tensor) -> Tensor:
 
 
 def _shifted(side: int, uniform: Tensor) -> Tensor:
-    """For each sample, the row of the padded image that each row of the result comes from: N x side."""
+    """Return for each row of the result the row of the padded image that it comes from, (N, side)."""
     most = int(side * TRANSLATION + 0.5)
     shift = (uniform * (2 * most + 1)).floor().long() - most
     return (torch.arange(side, device=uniform.device)[None] - shift[:, None] + 1).clamp(0, side + 1)
 
 
 def _outside_hole(images: Tensor, numbers: Tensor) -> Tensor:
-    """1 where the image stays, 0 in the hole: N x 1 x H x W."""
+    """Return a mask that is 0 in the hole and 1 elsewhere, (N, 1, H, W)."""
     inside = []
     for side, uniform in zip(images.shape[2:], numbers.unbind(1), strict=True):
         hole = int(side * CUTOUT + 0.5)

@@ -1,4 +1,4 @@
-"""A larger first stage that a smaller one learns from, as TAESD does from Stable Diffusion's (docs/family.md)."""
+"""Distils a larger first stage into a smaller one, as TAESD was from Stable Diffusion's (docs/family.md)."""
 
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -17,18 +17,18 @@ if TYPE_CHECKING:  # brings diffusers
 
 
 class DistillationSettings(Settings):
-    """Draws the latents to those of a larger first stage, as TAESD's are to Stable Diffusion's. See docs/family.md."""
+    """Trains the latents to match a larger first stage's, as TAESD's match Stable Diffusion's; see docs/family.md."""
 
     teacher: Annotated[str | None, SWITCH] = None
-    """Folder, run or hub id of that first stage; null: off."""
+    """Folder, run or hub id of that first stage; null turns distillation off."""
     latents: Annotated[float, Field(gt=0)] = 1.0
     """Weight of the mean squared error between the student's latents and the teacher's scaled ones."""
     decode: Literal["teacher", "own"] = "teacher"
-    """What the decoder learns on: samples of the teacher's scaled latents, or the student's own."""
+    """Latents on which the decoder is trained: samples of the teacher's scaled latents, or the student's own."""
 
 
 class Distillation(Objective[DistillationSettings]):
-    """The mean squared error to the teacher's latents; the decoder learns on the teacher's latents or its own.
+    """The mean squared error to the teacher's latents; the decoder is trained on the teacher's latents or its own.
 
     Args:
         own: The settings.
@@ -121,13 +121,13 @@ class Distillation(Objective[DistillationSettings]):
 
 
 class Teacher(nn.Module):
-    """A frozen first stage, with its latents as a diffusion model is fed them.
+    """A frozen first stage that returns the scaled latents which a diffusion model takes.
 
-    They are (z - shift_factor) * scaling_factor, or (z - latents_mean) * scaling_factor / latents_std where its config
-    has these; the student's own latents become the same, so its scaling_factor is 1.
+    They are (z - shift_factor) * scaling_factor, or (z - latents_mean) * scaling_factor / latents_std if its config has
+    these keys. The student's raw latents are trained to match them, so the student's scaling_factor is 1.
 
     Args:
-        stage: The first stage, of a class that is known here.
+        stage: The first stage, a supported class of diffusers.
     """
 
     shift: Tensor
@@ -150,14 +150,14 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """Its latents of images.
+        """Return the teacher's scaled latents of images.
 
         Args:
-            images: N x C x H x W in [-1, 1].
-            noise: Standard normal, shaped like the latent.
+            images: (N, C, H, W) float in [-1, 1].
+            noise: (N, c, h, w) standard normal noise.
 
         Returns:
-            The mean of its posterior (the mode, where that is no Gaussian) and a sample, scaled; float32.
+            The mean of the posterior (its mode, if it is no Gaussian) and a sample of it, (N, c, h, w) float32 each.
         """
         from latent_ae.models.posterior import draw
 
@@ -168,7 +168,14 @@ class Teacher(nn.Module):
 
 
 def refuse_misfit(location: str, stage: "FirstStage", student: nn.Module, side_px: int) -> None:
-    """Raises UserError where images or latents of teacher and student differ in shape."""
+    """Raise UserError if images or latents of teacher and student differ in shape.
+
+    Args:
+        location: Where the teacher was loaded from, for the message.
+        stage: The teacher.
+        student: The autoencoder that is trained.
+        side_px: Side of the training crops, px.
+    """
     from latent_ae.models.build import factor_of, latent_channels_of
 
     kinds = f"{location} ({stage.name})", f"this {type(student).__name__}"
@@ -190,6 +197,6 @@ def refuse_misfit(location: str, stage: "FirstStage", student: nn.Module, side_p
 
 
 def take_its_scale(student: Any) -> None:
-    """The student's raw latents become those that a diffusion model knows, so its config scales by 1."""
+    """Set the scaling in the student's config to 1: its raw latents match the teacher's scaled ones."""
     unit = {"scaling_factor": 1.0, "shift_factor": 0.0, "latents_mean": None, "latents_std": None}
     student.register_to_config(**{key: value for key, value in unit.items() if key in student.config})

@@ -1,4 +1,4 @@
-"""Latents are scaled and turned before decoding, and the images with them (EQ-VAE, Kouzelis et al. 2025)."""
+"""Scales and rotates latents before decoding, and the target images with them (EQ-VAE, Kouzelis et al. 2025)."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -14,28 +14,29 @@ from latent_ae.models.settings import ModelFacts
 from latent_ae.objectives.base import Batch, Objective, Pass, RunFacts
 
 LOW_RESOLUTION = 0.25
-"""Share of the steps without a scaled latent whose images are scaled down instead (p_prior_s of EQ-VAE)."""
+"""Fraction of the steps without a scaled latent whose images are scaled down instead (p_prior_s of EQ-VAE)."""
 
 
 class EquivarianceSettings(Settings):
     """Equivariance of the latents."""
 
     equivariance: Fraction = 0.0
-    """Part of the steps whose latents are scaled and turned before decoding, and the images with them (EQ-VAE: 0.5)."""
+    """Fraction of the steps whose latents are scaled and rotated before decoding, and the target images with them
+    (EQ-VAE: 0.5)."""
 
 
 class Change(NamedTuple):
-    """What is scaled and turned in one step."""
+    """How the latent or the image is changed in one step."""
 
     side_px: int
-    """Latent px."""
+    """Side of the scaled latent, in latent px."""
     quarter_turns: int
     of_latent: bool
-    """The latent, and its target image with it; False: the image before it is encoded."""
+    """True changes the latent and its target image, False the image before it is encoded."""
 
 
 class Equivariance(Objective[EquivarianceSettings]):
-    """Asks the decoder of a scaled and turned latent for the image scaled and turned alike."""
+    """Trains the decoder to decode a scaled and rotated latent to the equally scaled and rotated image."""
 
     name, section, docs = "equivariance", "latents", "docs/latents.md"
 
@@ -51,7 +52,7 @@ class Equivariance(Objective[EquivarianceSettings]):
         if run.compile:
             yield Problem(
                 key,
-                "changes the images' size from step to step, and compiled networks are compiled for each anew: "
+                "changes the images' size from step to step, and networks would be compiled again for each size: "
                 "set compile=false",
             )
         if model is None:
@@ -92,18 +93,18 @@ class Equivariance(Objective[EquivarianceSettings]):
 
 
 def change_at(step: int, own: EquivarianceSettings, run: RunFacts, side_px: int, factor: int) -> Change | None:
-    """How this step's latents, or its images, are scaled and turned; a function of seed and step alone.
+    """Return how this step's latents or images are scaled and rotated, or None; depends on seed and step alone.
 
-    As the authors' code has it: with probability `latents.equivariance` the latent is scaled by a uniform choice of
-    factors in [1/4, 1) and turned by 1 to 3 quarters; otherwise, with probability 1/4, the image is scaled before it
-    is encoded, so that reconstruction at low resolution stays.
+    As in the authors' code: with probability `latents.equivariance` the latent is scaled by a factor drawn uniformly
+    from [1/4, 1) and rotated by 1 to 3 quarter turns; otherwise, with probability 1/4, the image is scaled before it is
+    encoded, so that reconstruction at low resolution is kept.
 
     Args:
-        step: The step's number.
-        own: The share of the steps.
-        run: Seed and smallest image.
-        side_px: Side of the whole latent.
-        factor: Image px per latent px.
+        step: Number of the step.
+        own: The settings, with the fraction of the steps.
+        run: Facts of the run: seed and smallest image.
+        side_px: Side of the whole latent, in latent px.
+        factor: The downsampling factor.
     """
     of_latent, low, size, turns = equivariance_numbers(run.seed, step)
     sides = scaled_sides(side_px, factor, run.smallest_px)
@@ -114,14 +115,23 @@ def change_at(step: int, own: EquivarianceSettings, run: RunFacts, side_px: int,
 
 
 def scaled_sides(side_px: int, factor: int, smallest_px: int) -> range:
-    """Sides, latent px, that latents of `side_px` are scaled to: from a quarter to just below, as in EQ-VAE.
+    """Return the sides to which latents are scaled: from a quarter to just below their own, as in EQ-VAE.
 
-    None whose image would be smaller than `smallest_px`.
+    Args:
+        side_px: Side of the whole latent, in latent px.
+        factor: The downsampling factor.
+        smallest_px: Side of the smallest image that the losses can process, px; smaller ones are left out.
     """
     return range(max(-(-side_px // 4), -(-smallest_px // factor)), side_px)
 
 
 def scaled_and_turned(x: Tensor, side_px: int, quarter_turns: int) -> Tensor:
-    """N x C x H x W scaled bilinearly to a square of `side_px`, then turned, as EQ-VAE does to latents and images."""
+    """Scale latents or images bilinearly to a square and rotate them, as EQ-VAE does.
+
+    Args:
+        x: (N, C, H, W).
+        side_px: Side of the result.
+        quarter_turns: Number of quarter turns.
+    """
     x = F.interpolate(x, size=(side_px, side_px), mode="bilinear", align_corners=False)
     return torch.rot90(x, quarter_turns, (-1, -2)) if quarter_turns else x

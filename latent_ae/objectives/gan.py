@@ -21,69 +21,70 @@ from latent_ae.objectives.diffaug import NUMBERS, augment
 AdversarialLoss = Literal["hinge", "vanilla", "non_saturating"]
 LECAM_DECAY = 0.99
 SURE, BLIND = 0.97, 0.53
-"""Discriminator accuracy above which it has won, and below which it sees nothing."""
+"""Accuracy above which the discriminator has won, and below which it distinguishes nothing."""
 YOUNG_STEPS = 1000
-"""Steps that a discriminator has before it is called blind."""
+"""Steps of training before a discriminator is called blind."""
 DOMINANT, FAINT = 2.0, 0.005
-"""The adversarial gradient at the last layer, relative to the reconstruction's, that is too much; almost nothing."""
+"""Norms of the adversarial gradient at the last layer, relative to the reconstruction's: too large, and negligible."""
 
 
 class GanSettings(Settings):
     """The adversarial term."""
 
     weight: Annotated[Weight, SWITCH] = 0.5
-    """0 builds no discriminator."""
+    """Weight of the adversarial term; 0 builds no discriminator."""
     start: NonNegative = 50_000
     """First step at which the discriminator trains."""
     discriminator_warmup: NonNegative = 500
     """Steps from `start` during which only the discriminator trains."""
     warmup: NonNegative = 2000
-    """Steps over which the autoencoder's adversarial term then rises to its weight."""
+    """Steps over which the autoencoder's adversarial term then rises to its full weight."""
     loss: Annotated[AdversarialLoss, FIXED] = "hinge"
-    """hinge, or cross-entropy in the discriminator with -D(fake) (vanilla) or softplus(-D(fake)) in the autoencoder."""
+    """hinge; vanilla: cross-entropy for the discriminator and -D(fake) for the autoencoder; non_saturating:
+    cross-entropy and softplus(-D(fake))."""
     init_from: Annotated[str | None, SILENT] = None
-    """A checkpoint, or a run with one, whose discriminator to start with."""
+    """A checkpoint, or a run with one, from whose discriminator to start."""
     channels: Annotated[Positive, FIXED] = 64
-    """Width of the discriminator's first layer; the further ones have up to eight times as many."""
+    """Width of the discriminator's first layer; later layers have up to eight times as many channels."""
     layers: Annotated[Positive, FIXED] = 3
     """Layers of the discriminator that halve the resolution."""
     norm: Annotated[Literal["group", "spectral", "batch", "none"], FIXED] = "group"
     """Normalisation in the discriminator."""
     blur: Annotated[bool, FIXED] = False
-    """Low-pass filter before the discriminator subsamples."""
+    """Low-pass filter before each subsampling in the discriminator."""
     diffaug: tuple[Literal["color", "translation", "cutout"], ...] = ()
-    """Differentiable augmentations of what the discriminator sees; they help on small data."""
+    """Differentiable augmentations of the discriminator's input; they help on small data sets."""
     adaptive: bool = True
     """Scale the term by the ratio of gradient norms at the last layer; false uses the weight as it is."""
     adaptive_cap: Annotated[float, Field(gt=0)] = 0.0509
-    """Largest such ratio, in per-element means as all losses are. The default is latent diffusion's clamp, 1e4 of its
-    sums, for RGB at 256 px: 1e4 / (3 x 256 x 256). Taming's VQ loss takes means, and there 1e4 is 1e4."""
+    """Largest such ratio, for losses that are means over elements. The default is latent diffusion's clamp of 1e4 for
+    its sums, converted for RGB at 256 px: 1e4 / (3 x 256 x 256). Taming's VQ loss takes means, so its 1e4 stays 1e4."""
     adaptive_smoothing: Decay = 0.9
-    """Share of the former value that the ratio keeps in each step; 0: every step has the ratio of the one before."""
+    """Fraction of the previous value that the ratio keeps in each step; 0 takes the ratio of the step before."""
     lecam: Weight = 0.0
-    """Weight of LeCam's regularisation of the discriminator."""
+    """Weight of the discriminator's LeCam regularisation."""
     alarm: Annotated[float, Field(gt=1)] = 1.25
-    """Held-out LPIPS so many times that before the adversarial term is worth a warning."""
+    """Warn when the held-out LPIPS exceeds this many times its value before the adversarial term."""
     r1: Weight = 0.0
     """Weight (gamma) of the discriminator's gradient penalty on real images."""
     r1_every: Positive = 16
-    """The penalty is computed on every n-th step and weighs n times as much."""
+    """The penalty is computed on every n-th step, with n times its weight."""
 
     @property
     def felt_from(self) -> int:
-        """First step whose adversarial term moves the autoencoder."""
+        """First step in which the adversarial term trains the autoencoder."""
         return self.start + self.discriminator_warmup
 
 
 SHAPE = ("gan.norm", "gan.channels", "gan.layers", "gan.blur")
-"""Settings that decide whether a discriminator's weights fit."""
+"""Settings that determine the shape of the discriminator."""
 
 
 class Phase(NamedTuple):
-    """What the adversarial part does in one step."""
+    """The adversarial training in one step."""
 
     discriminator: bool
-    """The discriminator trains."""
+    """Whether the discriminator trains."""
     generator: float
     """Weight of the autoencoder's adversarial term before the adaptive factor."""
     r1: float = 0.0
@@ -121,8 +122,8 @@ class GAN(Objective[GanSettings]):
         self.hold(adversary=adversary)
         self.balance = GradientBalance(self.name, own.adaptive_cap, own.adaptive_smoothing)
         self.phase, self.area = Phase(False, 0.0), 1.0
-        """Those of the newest pass."""
-        # of the logits of real and of reconstructed images, both begun at 0; and the share that is not that beginning
+        """Phase and image area of the newest pass."""
+        # moving averages of the logits of real and reconstructed images from 0 on, and the total weight of the steps
         self.register_buffer("lecam_averages", torch.zeros(2))
         self.register_buffer("lecam_share", torch.zeros(()))
 
@@ -173,7 +174,7 @@ class GAN(Objective[GanSettings]):
 
     @classmethod
     def network(cls, own: GanSettings, channels: int) -> PatchDiscriminator:
-        """A fresh discriminator of images with `channels` channels."""
+        """Return a new discriminator of images with `channels` channels."""
         return PatchDiscriminator(channels, own.channels, own.layers, own.norm, own.blur)
 
     @classmethod
@@ -218,7 +219,7 @@ class GAN(Objective[GanSettings]):
         return f"balanced: {tells}"
 
     def draw(self, numbers: Sequence[int], latent_shape: Sequence[int]) -> tuple[Tensor, ...]:
-        """For gan.diffaug: N x 14, the first half for the real image, the other for its reconstruction."""
+        """Return numbers for gan.diffaug, (N, 14): the first half for real images, the other for reconstructions."""
         return (augmentation_numbers(self.run.seed, numbers, 2 * NUMBERS),) if self.own.diffaug else ()
 
     def backward(self, p: Pass) -> None:
@@ -228,7 +229,7 @@ class GAN(Objective[GanSettings]):
             return
         real = p.batch.target.detach().requires_grad_() if phase.r1 else p.batch.target
         fake = p.image if phase.generator else p.image.detach()
-        with p.autocast(enabled=not phase.r1):  # a second derivative in bf16 is far off
+        with p.autocast(enabled=not phase.r1):  # a second derivative in bf16 is too inexact
             real_logits, fake_logits = self.discriminate(p, real, fake)
         p.logs["logits_real"], p.logs["logits_fake"] = real_logits.detach().mean(), fake_logits.detach().mean()
         p.logs["accuracy"] = 0.5 * ((real_logits > 0).float().mean() + (fake_logits < 0).float().mean())
@@ -254,22 +255,28 @@ class GAN(Objective[GanSettings]):
         (loss / p.accumulation).backward(inputs=list(self.adversary.parameters()))
 
     def discriminate(self, p: Pass, real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits of real and reconstructed images, float32."""
+        """Return the logits of real and reconstructed images, float32.
+
+        Args:
+            p: The pass.
+            real: (N, C, H, W) in [-1, 1].
+            fake: (N, C, H, W) reconstructions.
+        """
         network = p.adversaries[self.name]
         if self.own.diffaug:
             (numbers,) = p.batch.draws[self.name]
             real = augment(real, numbers[:, :NUMBERS], self.own.diffaug)
             fake = augment(fake, numbers[:, NUMBERS:], self.own.diffaug)
-        if self.own.norm == "batch":  # each kind by its own statistics, as published
+        if self.own.norm == "batch":  # real and fake images each with their own statistics, as published
             return network(real), network(fake)
         real_logits, fake_logits = network(torch.cat([real, fake])).chunk(2)
         return real_logits, fake_logits
 
     def lecam_anchors(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Running averages of the logits of real and of reconstructed images; whether there are any yet, 0 or 1.
+        """Return running averages of the logits of real and reconstructed images, and whether there are any (0 or 1).
 
-        Divided by the share of the weights that real steps have, as `zero_debias` of TensorFlow's moving averages
-        does in the authors' code (google/lecam-gan, stylegan2/lecam_loss.py): after t steps 1 - decay^t.
+        They are divided by the total weight of the steps, 1 - decay^t after t steps, as `zero_debias` of TensorFlow's
+        moving averages does in the authors' code (google/lecam-gan, stylegan2/lecam_loss.py).
         """
         real, fake = self.lecam_averages / self.lecam_share.clamp(min=1e-6)
         return real, fake, (self.lecam_share > 0).float()
@@ -277,7 +284,7 @@ class GAN(Objective[GanSettings]):
     def remember(self, means: Mapping[str, Tensor], logs: dict[str, Tensor]) -> None:
         balance = self.balance
         if balance.term in means:
-            # the share that the adversarial term has just had in the last layer's gradient
+            # the size of the adversarial gradient at the last layer in this step, relative to the reconstruction's
             weight = self.phase.generator * (balance.at(self.area) if self.own.adaptive else 1.0)
             term, reconstruction = means[balance.term].norm(), means[balance.reconstruction].norm()
             logs["gradient_ratio"] = (weight * term / (reconstruction + 1e-12)).nan_to_num(0.0)
@@ -297,7 +304,12 @@ class GAN(Objective[GanSettings]):
 
 
 def phase_at(step: int, own: GanSettings) -> Phase:
-    """Nothing before `start`; then the discriminator alone; then the autoencoder's term rises linearly."""
+    """Return the phase of a step: nothing before `start`, then the discriminator alone, then a linear rise of the term.
+
+    Args:
+        step: Number of the step, from 0.
+        own: The settings.
+    """
     if not own.weight or step < own.start:
         return Phase(False, 0.0)
     since = step - own.felt_from
@@ -306,7 +318,15 @@ def phase_at(step: int, own: GanSettings) -> Phase:
 
 
 def discriminator_weights(folder: Path, network: PatchDiscriminator) -> dict[str, Tensor]:
-    """The discriminator of a checkpoint, or of a run's newest one. Raises UserError where it does not fit."""
+    """Return the discriminator's weights in a checkpoint, or in the newest checkpoint of a run.
+
+    Args:
+        folder: The checkpoint or run.
+        network: The network that they must fit.
+
+    Raises:
+        UserError: If there are none, they cannot be read, or they do not fit.
+    """
     from latent_ae.models.run_checkpoint import checkpoint_at, misfits
 
     path = (checkpoint_at(folder) or folder) / "discriminator.safetensors"
@@ -325,19 +345,25 @@ def discriminator_weights(folder: Path, network: PatchDiscriminator) -> dict[str
 
 
 def generator_loss(kind: AdversarialLoss, fake_logits: Tensor) -> Tensor:
-    """What the autoencoder minimises, mean over logits.
+    """Return the loss that the autoencoder minimises, mean over logits.
 
-    hinge: -D(fake) (Lim and Ye 2017). vanilla: -D(fake) too, as in taming-transformers and latent diffusion, where
-    the word names the discriminator's loss. non_saturating: softplus(-D(fake)) (Goodfellow et al. 2014, section 3).
+    Args:
+        kind: hinge: -D(fake) (Lim and Ye 2017). vanilla: -D(fake) too, as in taming-transformers and latent diffusion,
+            where the word names the discriminator's loss. non_saturating: softplus(-D(fake)) (Goodfellow et al. 2014,
+            section 3).
+        fake_logits: Logits of reconstructions, of any shape.
     """
     return F.softplus(-fake_logits).mean() if kind == "non_saturating" else -fake_logits.mean()
 
 
 def discriminator_loss(kind: AdversarialLoss, real_logits: Tensor, fake_logits: Tensor) -> Tensor:
-    """What the discriminator minimises, half the sum of the means over real and fake logits, as in latent diffusion.
+    """Return the loss that the discriminator minimises: half the sum of the means over real and fake logits.
 
-    hinge: relu(1 - D(real)), relu(1 + D(fake)). vanilla and non_saturating: the cross entropy softplus(-D(real)),
-    softplus(D(fake)).
+    Args:
+        kind: hinge: relu(1 - D(real)), relu(1 + D(fake)). vanilla and non_saturating: the cross entropy
+            softplus(-D(real)), softplus(D(fake)). As in latent diffusion.
+        real_logits: Logits of real images, of any shape.
+        fake_logits: Logits of reconstructions.
     """
     if kind == "hinge":
         return 0.5 * (F.relu(1.0 - real_logits).mean() + F.relu(1.0 + fake_logits).mean())
@@ -345,19 +371,28 @@ def discriminator_loss(kind: AdversarialLoss, real_logits: Tensor, fake_logits: 
 
 
 def r1_penalty(real_logits: Tensor, images: Tensor) -> Tensor:
-    """Half the squared gradient norm of D at real images, mean over samples (Mescheder et al. 2018, eq. 9).
+    """Return half the squared gradient norm of D at real images, mean over samples (Mescheder et al. 2018, eq. 9).
 
-    A sample's D is the mean of its patches' logits, so that the penalty does not grow with the number of patches.
-    `images` must require a gradient and be what `real_logits` were computed from.
+    The D of a sample is the mean of its patches' logits, so that the penalty does not grow with the number of patches.
+
+    Args:
+        real_logits: (N, ...) logits computed from `images`.
+        images: (N, C, H, W) that require a gradient.
     """
-    judged = real_logits.flatten(1).mean(1).sum()
-    (gradient,) = torch.autograd.grad(judged, images, create_graph=True)
+    total = real_logits.flatten(1).mean(1).sum()
+    (gradient,) = torch.autograd.grad(total, images, create_graph=True)
     return 0.5 * gradient.square().flatten(1).sum(1).mean()
 
 
 def lecam_loss(real_logits: Tensor, fake_logits: Tensor, real_average: Tensor, fake_average: Tensor) -> Tensor:
-    """LeCam regularisation (Tseng et al. 2021, eq. 4): logits are drawn to the other side's running average.
+    """Return LeCam's regularisation (Tseng et al. 2021, eq. 4): logits are drawn to the other side's running average.
 
-    relu as in the authors' code and in taming's successors: only the approach beyond the average is penalised.
+    With relu, as in the authors' code and in successors of taming: only logits beyond that average are penalised.
+
+    Args:
+        real_logits: Logits of real images, of any shape.
+        fake_logits: Logits of reconstructions.
+        real_average: Running average of the logits of real images, a scalar.
+        fake_average: The same of reconstructions.
     """
     return F.relu(real_logits - fake_average).square().mean() + F.relu(real_average - fake_logits).square().mean()

@@ -13,45 +13,46 @@ from latent_ae.models.settings import ModelFacts
 from latent_ae.objectives.base import Objective, Pass, RunFacts, numbers, recent_means
 
 ACTIVE_NATS = 0.01
-"""KL per latent dimension from which on a channel says anything of the image."""
+"""KL per latent dimension from which a channel counts as active."""
 CYCLE_RISE = 0.5
-"""Part of a cycle in which the weight rises (R of Fu et al. 2019)."""
+"""Fraction of a cycle in which the weight rises (R of Fu et al. 2019)."""
 PROPORTIONAL, INTEGRAL = 2.0, 0.02
-"""Gains of the controller: what the weight's logarithm gains per change of the error, and per step."""
+"""Gains of the controller: the change of the weight's logarithm per change of the error, and per error and step."""
 LARGEST_ERROR = 1.0
-"""Errors count no more than this: a KL far off changes the weight by a factor e in 50 steps."""
+"""Errors are clamped to this size: a KL that is far off changes the weight by a factor e in 50 steps."""
 WEIGHT_RANGE = (1e-12, 1e3)
 """Range of the controlled weight."""
 SHAPING = ("kl_warmup", "kl_cycles", "kl_target", "free_bits", "kl_capacity")
-"""Settings that shape the term."""
+"""Settings that shape the KL term."""
 CURES = "loss.kl_warmup, loss.free_bits or a weaker decoder (docs/family.md, posterior collapse)"
 SILENT = 0.05
-"""Share of active channels below which a level counts as collapsed; so many may be silent without a word."""
+"""Fraction of active channels below which a level counts as collapsed, and of inactive ones that is not reported."""
 OFF_TARGET = 0.1
-"""Distance of the KL from its target, relative to that, which is worth a word."""
+"""Relative distance of the KL from its target above which it is reported."""
 
 
 class KLSettings(Settings):
     """The KL term."""
 
     kl: Weight = 1e-6
-    """Weight of the KL divergence, summed per sample and divided by the image's elements."""
+    """Weight of the KL divergence, which is summed per sample and divided by the number of image elements."""
     kl_warmup: NonNegative = 0
     """Steps over which that weight rises from 0."""
     kl_cycles: NonNegative = 0
-    """So many times over the run it rises from 0 in half a cycle and then holds; 0: it does not."""
+    """Number of cycles over the run; in each the weight rises from 0 in the first half and then holds; 0 has none."""
     kl_target: Annotated[Weight, SWITCH] = 0.0
-    """Nats per latent dimension that a controller holds by changing the weight, which starts at `kl`; 0: no control."""
+    """Nats per latent dimension that a controller keeps by changing the weight, which starts at `kl`; 0 has no
+    controller."""
     free_bits: Weight = 0.0
-    """Nats per latent dimension below which a sample's channel is not drawn to the prior any further."""
+    """Nats per latent dimension below which a sample's channel has no KL gradient."""
     kl_capacity: Weight = 0.0
-    """Nats per image that the KL term draws the rate to, from either side, at the end; 0: it draws it down to 0."""
+    """Final KL in nats per image, to which the KL term draws it from either side; 0 draws it to the prior."""
     kl_capacity_steps: Positive | None = None
-    """Steps over which that rises from 0; null: all of them."""
+    """Steps over which the capacity rises from 0; null takes all steps."""
 
 
 class KL(Objective[KLSettings]):
-    """The weighted KL term of a random latent; without gradient, nothing is computed."""
+    """The weighted KL term of a posterior; nothing is computed if the encoder is fixed or there is no posterior."""
 
     name, section, docs = "kl", "loss", "docs/latents.md"
     plan_line = "KL"
@@ -165,12 +166,15 @@ class KL(Objective[KLSettings]):
             self.turn_controller(kl_per_dimension)
 
     def turn_controller(self, kl_per_dimension: Tensor) -> None:
-        """One turn: log w += P (e - e') + I e, e = log(KL / target) and e' that of the step before.
+        """Update the controlled weight: log w += P (e - e') + I e, e = log(KL / target), e' that of the step before.
 
         Proportional and integral control as in ControlVAE (Shao et al. 2020), on the weight's logarithm as in GECO
         (Rezende and Viola 2018): a KL that is off by a factor moves the weight by a factor, whatever their sizes.
+
+        Args:
+            kl_per_dimension: KL in nats per latent dimension, mean over the global batch; a scalar.
         """
-        # one sample's estimate of a KL (`FlowAutoencoderKL`) may be negative
+        # the KL of `FlowAutoencoderKL` is an estimate from one sample and may be negative
         ratio = (kl_per_dimension / self.own.kl_target).clamp(min=1e-6)
         error = torch.log(ratio).clamp(-LARGEST_ERROR, LARGEST_ERROR)
         log_weight, before = self.control
@@ -181,9 +185,14 @@ class KL(Objective[KLSettings]):
 
 
 def weight_at(step: int, own: KLSettings, steps: int) -> float:
-    """Weight of the KL term in this step (0-based): constant, after a linear warm-up, or in cycles.
+    """Return the weight of the KL term in a step: constant, after a linear warm-up, or in cycles.
 
     A cycle rises linearly from 0 over its first half and then holds (Fu et al. 2019, eq. 6 and 7).
+
+    Args:
+        step: Number of the step, from 0.
+        own: The settings.
+        steps: Number of steps of the run.
     """
     if own.kl_cycles:
         period = steps / own.kl_cycles
@@ -192,25 +201,31 @@ def weight_at(step: int, own: KLSettings, steps: int) -> float:
 
 
 def capacity_at(step: int, own: KLSettings, steps: int) -> float:
-    """Nats per image that the KL is drawn to in this step (0-based): from 0 up in a line, then constant."""
+    """Return the capacity in a step, in nats per image: it rises linearly from 0 and is then constant.
+
+    Args:
+        step: Number of the step, from 0.
+        own: The settings.
+        steps: Number of steps of the run.
+    """
     return own.kl_capacity * min(1.0, step / (own.kl_capacity_steps or steps))
 
 
 def kl_terms(
     own: KLSettings, rates: Sequence[Tensor], image_elements: int, capacity: float = 0.0
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The KL term before its weight, and what to log.
+    """Return the unweighted KL term, and values to log.
 
     Args:
-        own: Free bits, and whether there is a capacity.
-        rates: KL of each latent dimension in nats, N x c x h x w, for each level of the latent.
+        own: The settings: free bits, and whether there is a capacity.
+        rates: KL of each latent dimension in nats, (N, c, h, w), for each level of the latent.
         image_elements: C x H x W.
-        capacity: That of this step, nats per image.
+        capacity: Capacity in this step, nats per image.
     """
     loss = kl = kl_loss(rates, image_elements)
     dimensions = sum(rate[0].numel() for rate in rates)
     logs = {"kl": kl.detach(), "kl_per_dimension": kl.detach() * (image_elements / dimensions)}
-    # of the micro-batch; in the log they are averaged over passes and processes
+    # for this micro-batch; in the log these are averaged over passes and processes
     active = [(rate.detach().mean((0, 2, 3)) >= ACTIVE_NATS).float() for rate in rates]
     logs["active_channels"] = torch.cat(active).mean()
     if len(rates) > 1:
@@ -225,21 +240,30 @@ def kl_terms(
 
 
 def kl_loss(rates: Sequence[Tensor], image_elements: int) -> Tensor:
-    """KL in nats summed over a sample's latent, divided by its C x H x W image elements, averaged over samples.
+    """Return the KL in nats summed over a sample's latent, divided by C x H x W image elements, averaged over samples.
 
-    `rates` holds the KL of each latent dimension, N x c x h x w, for each level of the latent.
-    Latent diffusion sums the pixel loss and the KL over a sample and weighs the KL with 1e-6. Dividing both sums by
-    the image's elements leaves that ratio, so with a per-element pixel loss the weight 1e-6 means the same here.
+    Latent diffusion sums the pixel loss and the KL over a sample and weights the KL with 1e-6. Dividing both sums by
+    the number of image elements keeps their ratio, so with a per-element pixel loss the weight 1e-6 means the same
+    here.
+
+    Args:
+        rates: KL of each latent dimension in nats, (N, c, h, w), for each level of the latent.
+        image_elements: C x H x W.
     """
     return torch.stack([rate.sum() for rate in rates]).sum() / (rates[0].shape[0] * image_elements)
 
 
 def free_bits_loss(rates: Sequence[Tensor], image_elements: int, floor: float) -> tuple[Tensor, Tensor]:
-    """`kl_loss` in which a channel below `floor` nats per latent dimension counts as `floor`, and the share of those.
+    """Return `kl_loss` in which a channel below `floor` counts as `floor`, and the fraction of such channels.
 
-    Free bits of Kingma et al. 2016 (section 3 and appendix C.8): sum over channels of max(floor, KL), so a channel has
-    no gradient while it tells less. KL is a sample's mean over the channel's positions; the paper's mean over the
+    Free bits of Kingma et al. 2016 (section 3 and appendix C.8): sum over channels of max(floor, KL), so a channel
+    below the floor has no gradient. KL is a sample's mean over the channel's positions; the paper's mean over the
     minibatch as well would make the gradient depend on how a batch is split over passes and processes.
+
+    Args:
+        rates: KL of each latent dimension in nats, (N, c, h, w), for each level of the latent.
+        image_elements: C x H x W.
+        floor: Nats per latent dimension.
     """
     channels = [rate.mean((2, 3)) for rate in rates]
     elements = rates[0].shape[0] * image_elements
@@ -251,20 +275,30 @@ def free_bits_loss(rates: Sequence[Tensor], image_elements: int, floor: float) -
 
 
 def capacity_loss(rates: Sequence[Tensor], image_elements: int, capacity: float) -> Tensor:
-    """|KL - C| of each sample's whole latent, divided by the image's elements, averaged over samples; C in nats.
+    """Return |KL - C| of each sample's whole latent, divided by the image elements, averaged over samples.
 
-    Burgess et al. 2018, eq. 8. Of each sample, as their equation has it, and not of the batch's mean: that would make
-    the gradient depend on how a batch is split over passes and processes.
+    Burgess et al. 2018, eq. 8, for each sample as in their equation. With the batch's mean the gradient would depend on
+    how a batch is split over passes and processes.
+
+    Args:
+        rates: KL of each latent dimension in nats, (N, c, h, w), for each level of the latent.
+        image_elements: C x H x W.
+        capacity: C in nats per image.
     """
     totals = torch.stack([rate.flatten(1).sum(1) for rate in rates]).sum(0)
     return (totals - capacity).abs().mean() / image_elements
 
 
 def collapsed(mean: Mapping[str, float]) -> str:
-    """What part of the latent says nothing; empty where there is none. Averages of single passes, so a channel that is
-    silent for most of the time counts."""
+    """Return which part of the latent has collapsed to the prior, as a clause; empty if none has.
+
+    The means are averages of single passes, so a channel that is inactive most of the time counts as inactive.
+
+    Args:
+        mean: Means of logged values by name.
+    """
     levels = {key: share for key, share in mean.items() if key.startswith("active_level_") and share < SILENT}
-    # a KL that is not finite is not in the log
+    # the log leaves out a KL that is not finite
     if "kl_per_dimension" not in mean:
         return ""
     if mean.get("active_channels", 1.0) < SILENT or mean["kl_per_dimension"] < ACTIVE_NATS:
@@ -284,7 +318,7 @@ def collapsed(mean: Mapping[str, float]) -> str:
 
 
 def rise_of(lines: Sequence[Mapping[str, Any]], key: str) -> float:
-    """Newest third over oldest third; 1 when there is too little to compare."""
+    """Return the mean of the newest third of the logged values over that of the oldest; 1 if there are too few."""
     values = numbers(lines, key)
     third = len(values) // 3
     if third < 2:

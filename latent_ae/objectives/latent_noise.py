@@ -1,4 +1,4 @@
-"""Latents are mixed with noise before they are decoded (l-DeTok, Yang et al. 2025)."""
+"""Mixes latents with noise before they are decoded (l-DeTok, Yang et al. 2025)."""
 
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -15,11 +15,11 @@ class LatentNoiseSettings(Settings):
     """Noise on the latents."""
 
     noise: Weight = 0.0
-    """Standard deviation of noise that latents are mixed with, in raw latent units (l-DeTok: 3)."""
+    """Standard deviation of the noise mixed into latents, in raw latent units (l-DeTok: 3)."""
 
 
 class LatentNoise(Objective[LatentNoiseSettings]):
-    """Mixes each sample's latent with noise, by a share that is uniform in [0, 1]."""
+    """Mixes each sample's latent with noise; the fraction of noise is uniform in [0, 1]."""
 
     name, section, docs = "latent_noise", "latents", "docs/latents.md"
 
@@ -49,12 +49,13 @@ class LatentNoise(Objective[LatentNoiseSettings]):
 
 
 def noised(latent: Tensor, level: Tensor, noise: Tensor) -> Tensor:
-    """(1 - level) latent + level noise.
+    """Return (1 - level) latent + level noise.
 
     Args:
-        latent: N x c x h x w.
-        level: N, in [0, 1].
-        noise: N x c x at least h x at least w; of independent numbers any part is as good as the whole.
+        latent: (N, c, h, w).
+        level: (N,) in [0, 1].
+        noise: (N, c, H, W) with H >= h and W >= w; its upper left part is used, as good as any, because the numbers are
+            independent.
     """
     height, width = latent.shape[-2:]
     return latent.lerp(noise[..., :height, :width], level[:, None, None, None])

@@ -30,7 +30,7 @@ class ReconstructionSettings(Settings):
     """A distance, or the negative logarithm of a likelihood in nats: with kl=1 and perceptual=0 the loss is minus the
     evidence lower bound."""
     pixel_weight: Weight = 1.0
-    """Weight of that term."""
+    """Weight of the pixel term."""
     scale: Annotated[float, Field(gt=0), fixed_with("learned_logvar")] = 0.1
     """Standard deviation (gaussian) or scale (logistic) of a likelihood, in [-1, 1] units."""
     perceptual: Weight = 1.0
@@ -38,25 +38,26 @@ class ReconstructionSettings(Settings):
     perceptual_net: Annotated[Literal["vgg", "alex"], FIXED] = "vgg"
     """Network of LPIPS."""
     perceptual_every: Positive = 1
-    """LPIPS on every n-th sample only (weighted so that its mean stays the same): cheaper steps on small machines."""
+    """Compute LPIPS on every n-th sample only, weighted so that its mean stays the same: cheaper steps on small
+    machines."""
     learned_logvar: Annotated[bool, FIXED] = False
     """Learn the log-variance s of the reconstruction's likelihood: loss / exp(s) + s. With pixel=gaussian or logistic s
-    is that of the pixels alone, and begins at the logarithm of `scale` squared."""
+    is that of the pixels alone, and starts at the logarithm of `scale` squared."""
 
 
 class Reconstruction(Objective[ReconstructionSettings]):
-    """The weighted sum of the pixel loss and LPIPS, divided by exp(s) where a log-variance s is learned.
+    """The weighted sum of the pixel loss and LPIPS, divided by exp(s) if a log-variance s is learned.
 
     Args:
-        own: The weights.
+        own: The settings.
         run: Facts of the run.
-        perceptual: LPIPS, where it has a weight.
+        perceptual: LPIPS; None if it has no weight.
     """
 
     name, section, docs = "reconstruction", "loss", "docs/losses.md"
     plan_line = "losses"
     charts = {"Reconstruction losses": ("l1", "l2", "charbonnier", "lpips")}
-    lr_scale = 10.0  # the log-variance is one number that has far to go
+    lr_scale = 10.0  # the log-variance is a single number that moves far from its start
 
     perceptual: nn.Module | None
 
@@ -64,7 +65,7 @@ class Reconstruction(Objective[ReconstructionSettings]):
         super().__init__(own, run)
         self.hold(perceptual=perceptual)
         if own.learned_logvar:
-            # of a likelihood: twice the logarithm of its scale
+            # for a likelihood with a scale: twice the logarithm of the scale
             self.logvar = nn.Parameter(torch.tensor(2.0 * math.log(own.scale if own.pixel in SCALED else 1.0)))
 
     @classmethod
@@ -122,7 +123,7 @@ class Reconstruction(Objective[ReconstructionSettings]):
         p.send_image(gradient)
 
     def loss(self, p: Pass) -> Tensor:
-        """The weighted sum of both terms, a scalar with a graph at `p.image`; each is logged."""
+        """Return the weighted sum of the pixel and LPIPS terms, with a graph at `p.image`, and log each term."""
         own, image, target = self.own, p.image, p.batch.target
         terms: list[Tensor] = []
         if own.pixel_weight:
@@ -136,8 +137,8 @@ class Reconstruction(Objective[ReconstructionSettings]):
             terms.append(own.pixel_weight * pixel)
         if own.perceptual and self.perceptual is not None:
             rows = every_nth(p.batch, own.perceptual_every)
-            # a sum over the chosen rows, scaled as if every row had been looked at: the mean over the global
-            # batch is then the same however it is split
+            # a sum over the chosen rows, scaled as if all rows had been computed: its mean over the global batch
+            # is the same however the batch is split
             perceptual = image.new_zeros(())
             if range(*rows.indices(len(image))):
                 with p.autocast():
@@ -149,12 +150,12 @@ class Reconstruction(Objective[ReconstructionSettings]):
 
     def remember(self, means: Mapping[str, Tensor], logs: dict[str, Tensor]) -> None:
         if (gradient := means.get("reconstruction/logvar")) is not None:
-            # it has no upper norm of its own, and one that is far off would still the optimizer for long
+            # gradient clipping leaves it alone, and one very large value would slow down Adam for many steps
             self.logvar.grad = gradient.detach().clamp(-1.0, 1.0)
             logs["logvar"] = self.logvar.detach().clone()
 
     def facts(self) -> dict[str, Any]:
-        """What the pixel loss is the negative logarithm of."""
+        """Return the likelihood of which the pixel loss is the negative logarithm, or None."""
         own = self.own
         if own.pixel not in LIKELIHOODS:
             return {"likelihood": None}
@@ -163,12 +164,18 @@ class Reconstruction(Objective[ReconstructionSettings]):
 
 
 def every_nth(batch: Batch, every: int) -> slice:
-    """The rows of the samples whose number is a multiple of `every`."""
+    """Return the rows of the samples whose global number is a multiple of `every`."""
     return slice(-batch.numbers[0] % every, None, every)
 
 
 def pixel_loss(kind: PixelLoss, reconstruction: Tensor, target: Tensor) -> Tensor:
-    """Mean over all elements of |d|, d^2 or sqrt(d^2 + eps^2) - eps (Charbonnier et al. 1994), d in [-1, 1] units."""
+    """Return the mean over all elements of |d|, d^2 or sqrt(d^2 + eps^2) - eps (Charbonnier et al. 1994).
+
+    Args:
+        kind: "l1", "l2" or "charbonnier" (eps is 1e-3).
+        reconstruction: (N, C, H, W) in [-1, 1] units.
+        target: (N, C, H, W); d is the difference.
+    """
     if kind == "l1":
         return F.l1_loss(reconstruction, target)
     if kind == "l2":

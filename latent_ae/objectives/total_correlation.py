@@ -1,4 +1,4 @@
-"""FactorVAE (Kim and Mnih 2018): a discriminator tells latents from latents whose dimensions were drawn apart."""
+"""FactorVAE (Kim and Mnih 2018): a discriminator estimates how much the latent dimensions depend on each other."""
 
 from collections.abc import Iterator
 from typing import Annotated
@@ -15,14 +15,15 @@ from latent_ae.objectives.base import Objective, Pass, RunFacts
 LAYERS = 6
 SLOPE = 0.2
 LARGEST = 1024
-"""Latent dimensions: published with 10, and a batch's samples say little about the dependence of a thousand."""
+"""Largest number of latent dimensions: FactorVAE was published with 10, and a batch says little about 1000."""
 
 
 class TotalCorrelationSettings(Settings):
     """The total correlation of the latents."""
 
     total_correlation: Annotated[Weight, SWITCH] = 0.0
-    """Weight (gamma) of the latent dimensions' dependence on each other, in nats per image as `kl`; FactorVAE."""
+    """Weight (gamma) of FactorVAE's total correlation: the dependence of latent dimensions on each other, in nats per
+    image, normalised like `kl`."""
     total_correlation_width: Annotated[Positive, FIXED] = 1000
     """Units in each of the five hidden layers of the discriminator that estimates it."""
 
@@ -72,7 +73,7 @@ class TotalCorrelation(Objective[TotalCorrelationSettings]):
         if "equivariance" in run.enabled:
             yield Problem(
                 "latents.equivariance",
-                "changes the latent's size from step to step, and loss.total_correlation judges one size: set one to 0",
+                "changes the latent's size from step to step, and loss.total_correlation needs one size: set one to 0",
             )
         if run.train == "decoder":
             yield Problem(
@@ -82,13 +83,13 @@ class TotalCorrelation(Objective[TotalCorrelationSettings]):
             return
         if model.latent != "posterior":
             yield Problem(
-                "loss.total_correlation", f"needs a Gaussian posterior, which {model.name} has not: set it to 0"
+                "loss.total_correlation", f"needs a Gaussian posterior, which {model.name} does not have: set it to 0"
             )
         elif (dimensions := model.latent_channels * (run.resolution // model.factor) ** 2) > LARGEST:
             yield Problem(
                 "loss.total_correlation",
-                f"the latent has {dimensions:,} dimensions, and what tells them from permuted ones learns nothing of "
-                f"more than {LARGEST:,}: use fewer latent channels, a larger factor or smaller crops",
+                f"the latent has {dimensions:,} dimensions, and its discriminator learns nothing from more than "
+                f"{LARGEST:,}: use fewer latent channels, a larger factor or smaller crops",
             )
 
     @classmethod
@@ -108,18 +109,17 @@ class TotalCorrelation(Objective[TotalCorrelationSettings]):
         return f"independent of each other with weight {own.total_correlation:g}"
 
     def backward(self, p: Pass) -> None:
-        """Sends the estimate's gradient to the latent, and the discriminator's own to its parameters.
+        """Send the estimate's gradient to the latent, and the discriminator's own to its parameters.
 
-        The estimate is the mean over the whole batch. The discriminator learns from the first half as it is and from
-        the second half with each dimension permuted over the samples (Algorithm 2), so what it is to tell apart is
-        independent.
+        The estimate is the mean logit over the whole batch. The discriminator learns to distinguish the first half from
+        the second half with each dimension permuted over the samples (Algorithm 2); the two halves are independent.
         """
-        judge = p.adversaries[self.name]
+        discriminator = p.adversaries[self.name]
         latents = p.out.latent.detach().flatten(1).requires_grad_()
         half = len(latents) // 2
-        logits = judge(latents)
+        logits = discriminator(latents)
         order = torch.from_numpy(permutations(self.run.seed, p.step, half, latents.shape[1]))
-        permuted = judge(latents.detach()[half:].gather(0, order.to(latents.device)))
+        permuted = discriminator(latents.detach()[half:].gather(0, order.to(latents.device)))
         estimate = logits.mean()
         (slope,) = torch.autograd.grad(estimate, latents, retain_graph=True)
         joint = logits[:half]
@@ -133,13 +133,13 @@ class TotalCorrelation(Objective[TotalCorrelationSettings]):
 
 
 class LatentDiscriminator(nn.Module):
-    """Six layers with leaky ReLU, as published.
+    """FactorVAE's discriminator: six linear layers with leaky ReLU.
 
     Its logit is ln of the odds that a latent is a sample of q(z) and not of the product of the marginals q(z_j), so its
     mean over samples of q(z) estimates the total correlation KL(q(z) || prod_j q(z_j)) in nats (eq. 3 of the paper).
 
     Args:
-        dimensions: Numbers of a flattened latent.
+        dimensions: Number of dimensions of a flattened latent.
         width: Units of each hidden layer.
     """
 
@@ -152,6 +152,6 @@ class LatentDiscriminator(nn.Module):
         self.layers = nn.Sequential(*layers[:-1])
 
     def forward(self, latents: Tensor) -> Tensor:
-        """Latents (N, dimensions) to logits (N,)."""
+        """Return the logits, (N,), of flattened latents, (N, dimensions)."""
         logits: Tensor = self.layers(latents).squeeze(1)
         return logits

@@ -1,4 +1,4 @@
-"""Feature vectors of images, for Fréchet and kernel distances."""
+"""Inception features of images, for FID and KID."""
 
 import io
 from pathlib import Path
@@ -21,14 +21,19 @@ FEATURES = 2048
 
 
 class InceptionFeatures(nn.Module):
-    """The 2048 pooled features of FID and KID: torch-fidelity's Inception v3, frozen, float32 or float64.
+    """The 2048 pooled features of FID and KID: torch-fidelity's Inception v3, frozen.
 
-    `resize` says how an image becomes 299 x 299: as TensorFlow 1 did it (torch-fidelity, and every number that descends
-    from the original FID), or by F.interpolate as pytorch-fid does it. Values are (x - 128) / 128, or 2 x / 255 - 1.
+    `is_published` says whether the weights are the published ones: only then is a Fréchet distance an FID.
 
-    `weights`: a file with other weights (a state dict as .pth or .safetensors) than the published ones, which are
-    looked for by `latent_ae.pretrained.weights` otherwise. `is_published` tells the two apart: only with the published
-    weights is a Fréchet distance an FID. Raises UserError when there are no weights.
+    Args:
+        resize: How an image is resized to 299 x 299: "torch-fidelity" as TensorFlow 1 did it (like every number that
+            descends from the original FID; values (x - 128) / 128), "pytorch-fid" by F.interpolate (values 2 x / 255 -
+            1).
+        weights: A file with other weights (a state dict as .pth or .safetensors); None takes the published ones.
+        double: Compute in float64 instead of float32.
+
+    Raises:
+        UserError: If there are no weights, or the file does not hold Inception's.
     """
 
     def __init__(self, resize: Resize = "torch-fidelity", weights: str | Path | None = None, *, double: bool = False):
@@ -47,13 +52,23 @@ class InceptionFeatures(nn.Module):
             raise UserError(
                 f"inception_weights: {weights}: not Inception's state dict ({first_words(error)})"
             ) from error
-        # all but the classifier, in the order in which its forward runs them; the resize before them is ours to choose
+        # all layers but the classifier, in the order of the forward pass; the resize before them is `self.resize`
         self.dtype = torch.float64 if double else torch.float32  # torch-fidelity 0.4 takes float64 for float32
         self.trunk = nn.Sequential(*list(network.children())[:-1]).eval().requires_grad_(False).to(self.dtype)
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
-        """(N, 2048) float32 of uint8 NCHW images with 3 channels, or 1, which is repeated."""
+        """Return the features of images.
+
+        Args:
+            images: (N, C, H, W) uint8; C is 3, or 1, which is repeated to 3.
+
+        Returns:
+            (N, 2048) float32.
+
+        Raises:
+            ValueError: If the images are of another type or shape.
+        """
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3):
             raise ValueError(f"uint8 images N x 3 x H x W are needed, not {images.dtype} {tuple(images.shape)}")
         x = images.expand(-1, 3, -1, -1).to(self.dtype)

@@ -1,4 +1,4 @@
-"""LPIPS made for training: finite gradients everywhere, little memory, any ambient autocast precision."""
+"""LPIPS for training: finite gradients everywhere, little memory, in the ambient autocast precision."""
 
 import importlib.util
 from collections.abc import Sequence
@@ -75,18 +75,21 @@ class LPIPS(nn.Module):
     """Learned perceptual distance, version 0.1 (Zhang et al. 2018, arXiv:1801.03924), frozen.
 
     The linear heads are those of the installed `lpips` package, the trunk comes from `latent_ae.pretrained.weights`.
-    There is no dropout and no mode: `train()` changes nothing. All tensors are buffers that no state dict holds, so
-    optimizers, averages of weights and checkpoints never see them. The trunk runs in the ambient autocast
-    precision, the comparison of features in float32.
+    There is no dropout, so `train()` changes nothing. All tensors are non-persistent buffers, so optimizers, averages
+    of weights and checkpoints never see them. The trunk runs in the ambient autocast precision, the comparison of
+    features in float32.
 
     Distances differ from those of `lpips` by less than 1e-6: the unit normalisation divides by
     sqrt(sum f^2 + 1e-8) where `lpips` divides by sqrt(sum f^2) + 1e-10, whose gradient is not finite where the squares
-    vanish.
-    The gradient can be taken once (no double backward).
+    vanish. Gradients can be taken once (there is no double backward).
 
     Args:
         net: "vgg" (the usual training loss) or "alex" (the usual metric).
-        weights_folder: see `latent_ae.pretrained.weights.weight_file`.
+        weights_folder: The folder to search first; see `latent_ae.pretrained.weights.weight_file`.
+
+    Raises:
+        ValueError: If `net` is unknown.
+        UserError: If the weights are not available.
     """
 
     shift: Tensor
@@ -108,22 +111,22 @@ class LPIPS(nn.Module):
             self._keep(f"head{number}", head)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """Returns the distances of image pairs.
+        """Return the distances of image pairs.
 
         Args:
             x: (N, C, H, W) floating point in [-1, 1]; C is 3, or 1, which is repeated to 3.
-            y: the same shape. Where only one of the two needs a gradient, the other's trunk keeps nothing.
+            y: The same shape. If only one of the two needs a gradient, no activations are kept for the other.
 
         Returns:
             (N,) float32.
 
         Raises:
-            ValueError: other shapes or types, or images too small for the trunk (16 px for vgg, 31 for alex).
+            ValueError: If shapes or types differ from these, or a side is under 16 px (vgg) or 31 px (alex).
         """
         self._check(x, y)
         if not torch.is_grad_enabled() or x.requires_grad == y.requires_grad:
             return self.compare(x, [y])[0][0]
-        # The distance is symmetric: let x be the one with a gradient.
+        # The distance is symmetric, so swap the two where y is the one with a gradient.
         if y.requires_grad:
             x, y = y, x
         x_features, y_features = self._prepare(x), self._prepare(y)
@@ -136,10 +139,18 @@ class LPIPS(nn.Module):
         return distance
 
     def compare(self, x: Tensor, others: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """Distances of x to each of `others` in one pass, so that x is seen once. Shapes and range as in `forward`.
+        """Return the distances of x to each of several image batches. The trunk runs on x only once.
 
-        Returns one (N,) float32 for each of `others`, and for x and each of them the last stage's features, averaged
-        over the image: (N, 512) of vgg or (N, 256) of alex.
+        Args:
+            x: Images as in `forward`.
+            others: Batches of the same shape.
+
+        Returns:
+            A (N,) float32 tensor of distances for each of `others`; and for x and each of them the features of the last
+            stage, averaged over the image: (N, 512) of vgg or (N, 256) of alex.
+
+        Raises:
+            ValueError: As in `forward`.
         """
         for y in others:
             self._check(x, y)
@@ -153,10 +164,18 @@ class LPIPS(nn.Module):
 
     @torch.no_grad()
     def maps(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """The distances of `forward`, and where they come from. Shapes and range as there.
+        """Return the distances of `forward` and a map of where they come from.
 
-        Returns (N,), and (N, H, W): each stage's distances, brought to the image's size by bilinear interpolation, and
-        summed, as `lpips` does with `spatial=True`. Float32.
+        Args:
+            x: Images as in `forward`.
+            y: Images of the same shape.
+
+        Returns:
+            (N,) float32 distances, and (N, H, W) float32 maps: the distances of each stage, resized to the image by
+            bilinear interpolation and summed, as `lpips` does with `spatial=True`.
+
+        Raises:
+            ValueError: As in `forward`.
         """
         self._check(x, y)
         features, size = self._prepare(torch.cat([x, y])), list(x.shape[2:])

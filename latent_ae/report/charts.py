@@ -1,4 +1,4 @@
-"""Charts for a page: inline SVG in the page's own colours. matplotlib is imported when the first one is drawn."""
+"""Charts as inline SVG in the colours of their page. matplotlib is imported when the first one is drawn."""
 
 import io
 import math
@@ -10,17 +10,17 @@ from typing import Any
 from latent_ae.text import printable
 
 LETTERS = 46
-"""That fit beside each other."""
+"""Number of letters in a line of a chart."""
 INK = "#0a0b0c"
-"""Stands for the page's own text colour while a chart is drawn."""
+"""Placeholder for the page's text colour while a chart is drawn."""
 COLOURS = ("#3f8fd2", "#e8833a", "#57a773", "#c65b7c", "#8a78c9", "#8c8f94")
-"""Colours of a chart's series: to be told apart on white and on black."""
+"""Colours of a chart's series, which differ visibly on white and on black."""
 WIDTH, HEIGHT = 4.4, 2.6
-"""Inches: a chart fits a telephone, and two stand beside each other on a screen."""
+"""Size in inches: a chart fits on a telephone, and two fit beside each other on a screen."""
 LEGEND_LINE = 0.2
-"""Inches."""
+"""Height of a line of the legend, inches."""
 FONT_PT, SMALL_PT = 11, 10
-"""A telephone of 320 px shows a chart at 0.7 of its size."""
+"""Font sizes; a telephone of 320 px shows a chart at 0.7 of its size."""
 
 
 def line_chart(
@@ -32,7 +32,16 @@ def line_chart(
     log_x: bool = False,
     log_y: bool = False,
 ) -> str:
-    """Lines of (x, y) points by name, as inline SVG. Points that are not finite are gaps."""
+    """Return lines as inline SVG. Points that are not finite are gaps.
+
+    Args:
+        series: (x, y) points of each line by name.
+        title: Title of the chart.
+        x_label: Label of the x axis.
+        y_label: Label of the y axis.
+        log_x: Use a logarithmic x axis if any x is positive.
+        log_y: Use a logarithmic y axis if any y is positive.
+    """
 
     def draw(axes: Any) -> None:
         for name, points in series.items():
@@ -49,7 +58,13 @@ def line_chart(
 
 
 def bar_chart(values: Mapping[str, float], *, title: str = "", x_label: str = "") -> str:
-    """A bar for each value, by name, as inline SVG. Values that are not finite have none."""
+    """Return a bar for each value as inline SVG. Values that are not finite have no bar.
+
+    Args:
+        values: Values by name.
+        title: Title of the chart.
+        x_label: Label of the x axis.
+    """
 
     def draw(axes: Any) -> None:
         names = list(values)
@@ -69,10 +84,16 @@ def histogram(
     y_label: str = "images",
     mark: float | None = None,
 ) -> str:
-    """How often values occur, by name and over each other in common bins, as inline SVG; `mark` is a line at a value.
+    """Return histograms over each other with common bins, as inline SVG. Values that are not finite are left out.
 
-    Values that are not finite are left out. A series of none keeps its colour, so that one name has one colour in
-    several charts.
+    An empty series keeps its colour, so that a name has the same colour in several charts.
+
+    Args:
+        values: Series of values by name.
+        title: Title of the chart.
+        x_label: Label of the x axis.
+        y_label: Label of the y axis.
+        mark: A value at which a vertical line is drawn.
     """
     finite = {name: [value for value in series if math.isfinite(value)] for name, series in values.items()}
     pooled = [value for series in finite.values() for value in series]
@@ -98,7 +119,14 @@ def histogram(
 
 
 def heat_map(rows: Mapping[str, Sequence[float]], columns: Sequence[str], *, title: str = "", y_label: str = "") -> str:
-    """Numbers from 0 to 1 by row and column, each in percent and as the depth of a colour, as inline SVG."""
+    """Return a table of numbers from 0 to 1 as inline SVG, each in percent on a colour of that depth.
+
+    Args:
+        rows: A number for each column, by the name of the row.
+        columns: Names of the columns.
+        title: Title of the chart.
+        y_label: Label of the y axis.
+    """
 
     def draw(axes: Any) -> None:
         for y, values in enumerate(rows.values()):
@@ -120,9 +148,13 @@ def interval_chart(
     title: str = "",
     x_label: str = "",
 ) -> str:
-    """Estimates with their intervals, as inline SVG: series by name, each of lines by name -> (value, low, high).
+    """Return estimates with their intervals as inline SVG.
 
-    Equal names of different series share a line of the chart. None, or an end that is not finite, draws no interval.
+    Args:
+        series: For each series by name its (value, low, high) by the name of the line; equal names share a line. An end
+            that is None or not finite draws no interval.
+        title: Title of the chart.
+        x_label: Label of the x axis.
     """
     lines = list(dict.fromkeys(name for points in series.values() for name in points))
 
@@ -153,14 +185,14 @@ def _chart(
     *,
     legend: bool,
 ) -> str:
-    """Axes that `draw` fills, as inline SVG in the page's own colours; `height` in inches."""
+    """Return axes that `draw` fills as inline SVG in the colours of the page; `height` is in inches."""
     from cycler import cycler
     from matplotlib import rc_context
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
     settings: dict[str, Any] = {
-        # text as text can be searched and keeps the file small; with a fixed salt, equal charts are equal bytes
+        # text stays text, so that it can be searched and files are small; a fixed salt makes equal charts equal bytes
         "svg.fonttype": "none",
         "svg.hashsalt": "latent-ae",
         "font.family": "sans-serif",
@@ -183,7 +215,7 @@ def _chart(
         axes.spines[["top", "right"]].set_visible(False)
         if isinstance(axes.xaxis.get_major_locator(), MaxNLocator):
             axes.locator_params(axis="x", nbins=6)
-        if legend:  # there is no room within
+        if legend:  # below the chart, because there is no room inside
             labels = axes.get_legend_handles_labels()[1]
             columns = max(1, min(3, LETTERS // (max(map(len, labels)) + 6)))
             drawing.set_figheight(height + LEGEND_LINE * (-(-len(labels) // columns)))
@@ -197,11 +229,11 @@ def _chart(
 
 
 def _plain_ticks(axis: Any) -> None:
-    """Powers of ten as numbers: matplotlib's own formatter writes TeX, which these charts do not parse."""
+    """Write powers of ten as numbers: matplotlib's own formatter writes TeX, which these charts do not parse."""
     axis.set_major_formatter(lambda value, _: f"{value:g}")
     axis.set_minor_formatter("")
 
 
 def _label(name: str) -> str:
-    """A name as matplotlib shows it whole: it hides what begins with an underscore, and stumbles over surrogates."""
+    """Return a name that matplotlib shows: it hides names that begin with an underscore, and fails on surrogates."""
     return printable(name).lstrip("_")

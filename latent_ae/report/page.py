@@ -2,7 +2,7 @@
 
     page("Run 12", [section("Result", table(rows)), section("Losses", line_chart({"l1": points}))])
 
-Every piece is a string of HTML. Text given to them is escaped; only pieces are put together unescaped.
+Every piece is a string of HTML. Functions escape the text that they are given; only pieces are joined unescaped.
 """
 
 import base64
@@ -28,7 +28,7 @@ State = Literal["fine", "look", "problem"]
 
 
 class Finding(NamedTuple):
-    """What a page says of one thing that was measured, in plain words."""
+    """A sentence of a page on one measured property, and whether it is fine."""
 
     name: str
     state: State
@@ -105,11 +105,17 @@ SMALLEST_SHOWN_PX = 128
 
 
 class Html(str):
-    """Text that is HTML already: a table leaves it as it is."""
+    """Text that is HTML already, which a table does not escape."""
 
 
 def page(title: str, sections: Sequence[str], *, subtitle: str = "") -> str:
-    """A whole HTML document out of sections (`section`, or any other pieces)."""
+    """Return a whole HTML document.
+
+    Args:
+        title: Title and first heading.
+        sections: Pieces, for example of `section`.
+        subtitle: A line below the heading.
+    """
     below = f'<p class="soft">{escape(subtitle)}</p>' if subtitle else ""
     body = "\n".join(sections)
     return (
@@ -121,26 +127,30 @@ def page(title: str, sections: Sequence[str], *, subtitle: str = "") -> str:
 
 
 def section(heading: str, *pieces: str) -> str:
-    """A heading above pieces."""
+    """Return pieces under a heading."""
     return f"<section><h2>{escape(heading)}</h2>\n" + "\n".join(pieces) + "</section>"
 
 
 def card(heading: str, detail: str, *pieces: str) -> str:
-    """A smaller heading and a detail in soft print, above pieces."""
+    """Return pieces under a smaller heading with a detail in a softer colour."""
     return f"<article><h3>{escape(heading)} <small>{escape(detail)}</small></h3>{''.join(pieces)}</article>"
 
 
 def paragraph(text: str, *, soft: bool = False) -> str:
+    """Return text as a paragraph, in a softer colour if `soft`."""
     return f'<p class="soft">{escape(text)}</p>' if soft else f"<p>{escape(text)}</p>"
 
 
 def preformatted(text: str) -> str:
-    """Settings, code: in a fixed-width font, as it stands."""
+    """Return text such as settings or code in a fixed-width font, with its line breaks."""
     return f"<pre>{escape(text)}</pre>"
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """A table of rows, the first row's keys as columns. Numbers stand right; None and absent are a dash."""
+    """Return a table with the first row's keys as columns.
+
+    Numbers are aligned right; None and missing values are a dash.
+    """
     if not rows:
         return paragraph("No rows.")
     columns = list(rows[0])
@@ -157,14 +167,14 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def estimate(value: str, interval: str = "", *, best: bool = False) -> Html:
-    """A number as a table's cell, its interval small beside it; `best` marks it."""
+    """Return a table cell with a number and its interval in small print; `best` marks it."""
     mark = ' <span class="best">best</span>' if best else ""
     small = f" <small>{escape(interval)}</small>" if interval else ""
     return Html(f'<span class="estimate"><b>{escape(value)}</b>{mark}{small}</span>')
 
 
 def facts(pairs: Mapping[str, Any]) -> str:
-    """A few short values, each under its name, in a line that wraps."""
+    """Return a few short values, each under its name, in a line that wraps."""
     items = (
         f"<div><dt>{escape(name)}</dt><dd>{escape(format_value(value))}</dd></div>" for name, value in pairs.items()
     )
@@ -172,12 +182,12 @@ def facts(pairs: Mapping[str, Any]) -> str:
 
 
 def notes(lines: Sequence[str]) -> str:
-    """What must not be overlooked, as a list; nothing for no lines."""
+    """Return important notes as a list; an empty string if there are none."""
     return f'<ul class="notes">{"".join(f"<li>{escape(line)}</li>" for line in lines)}</ul>' if lines else ""
 
 
 def findings(lines: Sequence[tuple[str, str, str, str]]) -> str:
-    """Named sentences, each with a mark: (name, state, the mark's words, text); state is fine, look or problem."""
+    """Return named sentences with marks, from (name, state, text of the mark, sentence); see `State`."""
     items = "\n".join(
         f'<div class="{escape(state)}"><dt>{escape(name)} <span class="state">{escape(mark)}</span></dt>'
         f"<dd>{escape(text)}</dd></div>"
@@ -187,7 +197,7 @@ def findings(lines: Sequence[tuple[str, str, str, str]]) -> str:
 
 
 def manifest(values: Mapping[str, Any]) -> str:
-    """Every value of a nested JSON object, in a table of two columns: its path (`data.location`) and itself."""
+    """Return all values of a nested JSON object as a table of two columns: path (`data.location`) and value."""
     rows = "\n".join(
         f'<tr><th scope="row">{_breakable(path)}</th><td>{escape(text)}</td></tr>' for path, text in flattened(values)
     )
@@ -195,17 +205,17 @@ def manifest(values: Mapping[str, Any]) -> str:
 
 
 def _breakable(path: str) -> str:
-    """A path that a narrow page breaks after its points and underscores, and within words only where it must."""
+    """Return a path that a narrow page breaks after points and underscores, and inside words only if it must."""
     return escape(path).replace(".", ".<wbr>").replace("_", "_<wbr>")
 
 
 def details(summary: str, text: str) -> str:
-    """Text that is shown on a click, its line breaks kept."""
+    """Return text that is shown on a click, with its line breaks."""
     return f"<details><summary>{escape(summary)}</summary>{preformatted(text)}</details>"
 
 
 def flattened(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """The paths and values of a nested JSON object; a list's items stand on lines of their own."""
+    """Yield path and value of a nested JSON object as text; the items of a list are on separate lines."""
     for key, value in values.items():
         if isinstance(value, Mapping) and value:
             yield from flattened(value, f"{prefix}{key}.")
@@ -220,7 +230,7 @@ def _as_text(value: Any) -> str:
 
 
 def beside(*pieces: str) -> str:
-    """Pieces side by side; on a telephone three of them, of four two."""
+    """Return pieces side by side; on a telephone up to three, or two of four."""
     count = len(pieces)
     least = f"max({8 if count == 4 else 5.2}rem, (100% - {count - 1} * .8rem) / {count})"
     columns = f"grid-template-columns: repeat(auto-fit, minmax({least}, 1fr))"
@@ -228,17 +238,21 @@ def beside(*pieces: str) -> str:
 
 
 def grid(*pieces: str) -> str:
-    """Pieces in as many columns as there is room for."""
+    """Return pieces in as many columns as fit."""
     return f'<div class="grid">{"".join(pieces)}</div>'
 
 
 def figure(
     image: Image.Image, caption: str = "", *, jpeg_quality: int | None = None, max_bytes: int | None = None
 ) -> str:
-    """An image, embedded as PNG (or JPEG of the given quality); a click shows it at its full size.
+    """Return an image, embedded in the page; a click shows it at its full size.
 
-    `max_bytes` keeps the page small: an image whose PNG is larger becomes a JPEG of the best quality that fits, and,
-    where none does, smaller, which the caption then says.
+    Args:
+        image: The image.
+        caption: Text below it.
+        jpeg_quality: Embed a JPEG of this quality; None embeds a PNG.
+        max_bytes: An image whose PNG is larger becomes a JPEG of the best quality that fits, and if none fits it is
+            made smaller, which the caption then says.
     """
     kind, data, step = _encoded(image, jpeg_quality, max_bytes)
     if step > 1:
@@ -256,13 +270,13 @@ def figure(
 
 
 def animation(data: bytes, kind: str, caption: str) -> str:
-    """An animated file (`kind`: webp or gif), embedded as it is."""
+    """Return an animated file, `kind` webp or gif, embedded unchanged."""
     uri = f"data:image/{kind};base64,{base64.b64encode(data).decode('ascii')}"
     return f'<figure><img src="{uri}" alt="{escape(caption)}"><figcaption>{escape(caption)}</figcaption></figure>'
 
 
 def _encoded(image: Image.Image, jpeg_quality: int | None, max_bytes: int | None) -> tuple[str, bytes, int]:
-    """The format, the file and the factor by which its sides were divided."""
+    """Return the format, the bytes of the file and the factor by which its sides were divided."""
     limit = math.inf if max_bytes is None else max_bytes
 
     def saved(picture: Image.Image, quality: int | None) -> bytes:
@@ -271,13 +285,13 @@ def _encoded(image: Image.Image, jpeg_quality: int | None, max_bytes: int | None
             picture.save(buffer, "PNG", optimize=True)
         else:
             gray = picture.mode == "L"
-            # colour at full resolution: an error there would pass for the model's
+            # colour at full resolution, because its loss would look like an error of the model
             picture.convert("L" if gray else "RGB").save(buffer, "JPEG", quality=quality, subsampling=0)
         return buffer.getvalue()
 
     if jpeg_quality is not None:
         return "jpeg", saved(image, jpeg_quality), 1
-    # a photograph's PNG takes more than a byte per pixel: the largest need not be tried
+    # a photograph's PNG takes more than a byte per pixel, so larger images are not tried
     if image.width * image.height <= limit and len(data := saved(image, None)) <= limit:
         return "png", data, 1
     step = 1
@@ -291,18 +305,18 @@ def _encoded(image: Image.Image, jpeg_quality: int | None, max_bytes: int | None
 
 
 def write(path: Path, text: str) -> None:
-    """Writes a page; a reader finds the former one or this one, never a part. Raises UserError."""
+    """Write a page; a reader finds the old file or the new one, never a part. Raises UserError if that fails."""
     with replacing(path) as part:
         part.write_text(text, encoding="utf-8")
 
 
 def escape(text: str) -> str:
-    """Any text as HTML text or attribute value; characters that are obeyed, or that no file can hold, are shown."""
+    """Escape any text for HTML text or an attribute value; control characters are shown escaped, see `printable`."""
     return html.escape(printable(str(text), lines=True), quote=True)
 
 
 def format_value(value: Any) -> str:
-    """A cell's text: four significant digits for fractions, whole numbers in full, a dash for None."""
+    """Return the text of a cell: floats with four significant digits, other values in full, a dash for None."""
     if value is None:
         return "–"
     if isinstance(value, float):
@@ -311,7 +325,7 @@ def format_value(value: Any) -> str:
 
 
 def _is_number(value: Any) -> bool:
-    """True for numbers and for text that shows one."""
+    """Return True for numbers and for text that is a number."""
     try:
         return not isinstance(value, bool) and math.isfinite(float(value))
     except (TypeError, ValueError):

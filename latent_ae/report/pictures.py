@@ -1,4 +1,4 @@
-"""Pictures to look at, of images that are tensors."""
+"""Pictures of image tensors, for people to look at."""
 
 from collections.abc import Sequence
 
@@ -10,7 +10,12 @@ from latent_ae.data.images import to_uint8
 
 
 def to_picture(image: torch.Tensor) -> Image.Image:
-    """CHW in [-1, 1] -> RGB; alpha on white, of other channel counts the first three or the first."""
+    """Return an image as an RGB picture.
+
+    Args:
+        image: (C, H, W) in [-1, 1]. 4 channels are RGBA, laid on white; of other numbers the first three or the first
+            are shown.
+    """
     pixels = to_uint8(image.cpu()).permute(1, 2, 0).contiguous().numpy()
     if pixels.shape[2] == 4:
         picture = Image.fromarray(pixels)
@@ -33,9 +38,15 @@ def picture_grid(
     row_labels: Sequence[str] = (),
     largest_px: int = 512,
 ) -> Image.Image:
-    """Rows of CHW images in [-1, 1] -> one RGB picture, column `labels` on top and `row_labels` on the left.
+    """Return rows of images as one RGB picture.
 
     All images are scaled to one cell, as large as the largest (at least 128 px, at most `largest_px`), and centred.
+
+    Args:
+        rows: Rows of (C, H, W) images in [-1, 1].
+        labels: Text above each column; None shows none.
+        row_labels: Text left of each row.
+        largest_px: Largest side of a cell, px.
     """
     gap, smallest, largest = 6, 128, largest_px
     font = ImageFont.load_default(13)

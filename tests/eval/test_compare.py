@@ -194,7 +194,7 @@ def test_images_are_matched_by_what_they_are_and_not_by_their_order(tmp_path):
         (lambda rows: rows[:-1], "does not hold the 60 images"),
         (lambda rows: [row | {"digest": None} for row in rows], "does not hold the 60 images"),
         (lambda rows: [row | {"digest": f"other {row['name']}"} for row in rows], "their images are not the same"),
-        (lambda rows: [row | {"mode_psnr": row["mode_psnr"] + 1} for row in rows], "of another measurement"),
+        (lambda rows: [row | {"mode_psnr": row["mode_psnr"] + 1} for row in rows], "of different measurements"),
         (lambda rows: [{"index": row["index"]} for row in rows], "cannot be read"),
         (lambda rows: [row | {"mode_psnr": "much"} for row in rows], "cannot be read"),
     ],

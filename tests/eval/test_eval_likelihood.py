@@ -385,7 +385,7 @@ def test_mistakes_are_named(
         return capsys.readouterr().err
 
     assert "latents of AutoencoderTiny are not random" in complaint(of=tiny_deterministic(tmp_path / "tiny"))
-    assert "scale: bernoulli has none" in complaint("likelihood=bernoulli", "scale=0.1")
+    assert "scale: bernoulli has no scale" in complaint("likelihood=bernoulli", "scale=0.1")
     assert "discretised: logistic" in complaint("likelihood=logistic", "discretised=false")
     assert "scale" in complaint("likelihood=gaussian", "scale=-1")
     assert "likelihood" in complaint("likelihood=poisson")

@@ -86,7 +86,7 @@ def test_a_killed_evaluation_goes_on_from_its_finished_parts(tmp_path):
     left[0].write_bytes(left[0].read_bytes()[:50])  # a machine that lost power: made again
     done = launch_command(1, *words)
     assert done.returncode == 0, done.stderr
-    assert f"going on from {len(stamps) - 1} finished parts" in done.stderr or len(stamps) == 1
+    assert f"resuming from {len(stamps) - 1} finished parts" in done.stderr or len(stamps) == 1
     assert pyarrow.parquet.read_table(out / "images.parquet").to_pylist() == whole["images"]
     result = json.loads(done.stdout)
     assert result["metrics"] == whole["metrics"] and result["intervals"] == whole["intervals"]
@@ -231,7 +231,7 @@ def test_what_is_left_out_is_said(tmp_path, monkeypatch, capsys):
     assert result["metrics"]["mode"] == {"n": 4, "psnr": 100.0, "ssim": 1.0, "fid": None, "kid": None}
     missing, left_out, second, enlarged = result["notes"]
     assert missing == (
-        "FID and KID are missing: the weights of inception could not be had; `latent-ae weights fetch` says why and "
+        "FID and KID are missing: the weights of inception are not available; `latent-ae weights fetch` says why and "
         "what helps"
     )
     assert left_out == "mode_psnr: 1 of 4 images left out, their reconstruction holds NaN or infinity"

@@ -103,7 +103,7 @@ def test_a_path_in_lpips_is_never_shorter_than_the_direct_one(model, photos, lpi
     [
         (["images=[0,9]"], "no number 9; "),
         (["images=[0,größe1.png]"], "holds no größe1.png; give a number, or a name like größe <1>.png"),
-        (["images=[0,0]"], "names one twice"),
+        (["images=[0,0]"], "has the same image twice"),
         (["steps=4"], "use 5"),
         (["crop_px=30"], "not a multiple of the model's factor 4; use 28"),
         (["step=4"], "did you mean steps?"),

@@ -153,10 +153,10 @@ def test_a_table_of_other_images_says_so() -> None:
     spread_over = {"method": "spread", "number": 50, "of": 200, "seed": 0, "fingerprint": "f" * 64}
     other = spread_over | {"of": 210, "fingerprint": "e" * 64}
     alike = {"before": {"psnr": 20.0, "choice": spread_over}, "after": {"psnr": 21.0, "choice": spread_over}}
-    assert remarks_on(alike) == ["Measured were 50 of 200 images, spread over all of them (seed 0)."]
+    assert remarks_on(alike) == ["The table measures 50 of 200 images, spread over all of them (seed 0)."]
     for before, words in ((other, "50 of 210 images"), (None, "a choice that is not recorded")):
         (_, remark) = remarks_on(alike | {"before": {"psnr": 20.0, "choice": before}})
-        assert remark.startswith(f"The rows are not of the same images: measured before training were {words}")
+        assert remark.startswith(f"The rows measure different images: {words}")
 
 
 # evaluation

@@ -121,7 +121,7 @@ def test_a_missing_fid_is_one_line_where_the_figures_are(jobs: Jobs) -> None:
     ended = jobs("recon")
     (line,) = [line for line in ended.out.splitlines() if "FID" in line]
     assert line == (
-        "note: FID and KID are missing: the weights of inception could not be had; `latent-ae weights fetch` says why "
+        "note: FID and KID are missing: the weights of inception are not available; `latent-ae weights fetch` says why "
         "and what helps"
     )
     assert json.loads((ended.folder / "result.json").read_text())["metrics"]["mode"]["fid"] is None

@@ -226,5 +226,5 @@ def test_what_is_not_ideal_is_a_remark():
 
 
 def test_other_classes_than_autoencoderkl_are_refused():
-    with pytest.raises(UserError, match="whether a VQModel fits flux"):
+    with pytest.raises(UserError, match="only an AutoencoderKL can be checked against flux"):
         refuse_misfit("flux", {"latent_channels": 16, "in_channels": 3, "out_channels": 3}, "VQModel")

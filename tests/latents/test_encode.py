@@ -178,7 +178,7 @@ def test_a_killed_encoding_goes_on_and_ends_like_one_that_was_not(model, photos,
     times = shards[0].stat().st_mtime_ns
     (out / "unfinished" / "train-00003-of-00004.parquet").write_bytes(b"of a machine that lost power")
     encode_images(model, photos, out, SETTINGS)
-    assert f"going on from {len(shards)} of 4 finished files" in capsys.readouterr().err
+    assert f"resuming from {len(shards)} of 4 finished files" in capsys.readouterr().err
     assert (out / "data" / shards[0].name).stat().st_mtime_ns == times
     assert files_of(out) == files_of(cache)
 
@@ -325,7 +325,7 @@ def test_folders_are_classes_only_if_every_image_has_one(model, photos, tmp_path
     held_out = SETTINGS.model_copy(update={"part": "held_out", "eval_fraction": 0.1})
     one = encode_images(model, photos, tmp_path / "held", held_out)
     assert one["data"]["num_images"] == 1 and one["labels"]["names"] == ["chat", "größe"]  # numbered as in the whole
-    with pytest.raises(UserError, match="label_column: x is of tables"):
+    with pytest.raises(UserError, match="label_column: x is a column"):
         encode_images(model, photos, tmp_path / "never", SETTINGS.model_copy(update={"label_column": "x"}))
 
 
@@ -337,7 +337,7 @@ def test_a_foreign_manifest_ends_in_a_message(model, photos, cache, tmp_path, ca
     def refused(text):
         (out / "manifest.json").write_text(text)
         for call in (lambda: open_latents(out), lambda: encode_images(model, photos, out, SETTINGS)):
-            with pytest.raises(UserError, match="manifest.json is not of a latent cache"):
+            with pytest.raises(UserError, match="manifest.json is no manifest of a latent cache"):
                 call()
 
     refused('{"format":1,"complete":true}')
@@ -371,7 +371,7 @@ def test_mistakes_end_with_exit_code_2_and_what_to_do(model, photos, cache, tmp_
         ([str(model), str(photos), str(tmp_path / "out"), "split=test"], "split: "),
         ([str(photos), str(photos), str(tmp_path / "out")], "no config.json"),
         ([str(model), str(photos), str(tmp_path / "file"), "resolution=16"], "OUT: cannot write into"),
-        ([str(model), str(photos), str(tmp_path), "resolution=16"], "is not of a latent cache"),
+        ([str(model), str(photos), str(tmp_path), "resolution=16"], "is no manifest of a latent cache"),
     ):
         assert main(["encode", *arguments, "num_workers=0"]) == 2, arguments
         captured = capsys.readouterr()

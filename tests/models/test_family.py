@@ -222,12 +222,16 @@ IN_VAIN = [
         (
             kind,
             "gradient_checkpointing=true",
-            f"gradient_checkpointing: diffusers has none that is right for this {kind}",
+            f"gradient_checkpointing: diffusers has no correct one for this {kind}",
         )
         for kind in sorted(CANNOT_CHECKPOINT)
     ),
     ("FlowAutoencoderKL", "loss.kl_capacity=2", "loss.kl_capacity: the rates of this FlowAutoencoderKL are of single"),
-    ("HierarchicalVAE", "loss.commitment=1", "loss.commitment: is for a codebook, which this HierarchicalVAE has not"),
+    (
+        "HierarchicalVAE",
+        "loss.commitment=1",
+        "loss.commitment: is for a codebook, which this HierarchicalVAE does not have",
+    ),
     ("AutoencoderTiny", "loss.revive_after=5", "loss.revive_after: is for a codebook, which this AutoencoderTiny has"),
     ("AutoencoderKLFlux2", "model.config={in_channels: 1}", "model.config: in_channels is 1 and out_channels 3"),
 ]

@@ -116,7 +116,7 @@ def test_a_run_with_it_goes_on_bit_for_bit_and_not_without_it(
 
     whole = run("whole", 6, 0.5)
     run("parts", 3, 0.5)
-    with pytest.raises(UserError, match="the objectives that train\\(\\) was given"):
+    with pytest.raises(UserError, match="the objectives passed to train\\(\\)"):
         run("parts", 6)
     parts = run("parts", 6, 0.5)
     last = "checkpoints/step-00000006"

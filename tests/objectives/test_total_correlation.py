@@ -219,6 +219,6 @@ def test_models_without_fitting_latents_are_refused(
     )
     assert main([word for word in words(pictures, tmp_path / "b", *judged) if "model." not in word] + [tiny]) == 2
     assert (
-        "loss.total_correlation: needs a Gaussian posterior, which this AutoencoderTiny has not"
+        "loss.total_correlation: needs a Gaussian posterior, which this AutoencoderTiny does not have"
         in capsys.readouterr().err
     )

@@ -304,7 +304,7 @@ def test_command_gives_what_can_be_had_and_names_the_rest(world, capfd):
     for name in ("vgg16", "alexnet", "inception"):
         world.monkeypatch.delitem(weight_files.TRUNKS, name)
     world.monkeypatch.setitem(weight_files.TRUNKS, "absent", absent)
-    with pytest.raises(UserError, match=r"(?s)absent could not be had.*alias-00000000.pth: no such file.*127.0.0.1:9"):
+    with pytest.raises(UserError, match=r"(?s)absent are not available.*alias-00000000.pth: no such file.*127.0.0.1:9"):
         main(["fetch"])
     assert list(json.loads(capfd.readouterr().out)) == ["tiny"]
 

@@ -211,7 +211,7 @@ def test_an_evaluation_goes_on_when_there_is_room_again(model: str, photos: str,
         assert not list(out.rglob("*.part"))
     assert main(arguments) == 0
     captured = capsys.readouterr()
-    assert "going on from 1 finished part" in captured.err and json.loads(captured.out)["data"]["num_images"] == 5
+    assert "resuming from 1 finished part" in captured.err and json.loads(captured.out)["data"]["num_images"] == 5
 
 
 def test_weights_that_cannot_be_kept(world: Any) -> None:

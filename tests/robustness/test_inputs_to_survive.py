@@ -477,7 +477,7 @@ def test_empty_folder_or_wrong_extension(
     for command in (words(folder, tmp_path / "run"), ["data", "check", str(folder)]):
         assert main(command) == 2
         error = capsys.readouterr().err
-        assert f"{folder} holds no images (found: {found})" in error and ".png" in error and ".parquet" in error
+        assert f"{folder} holds no images (it holds: {found})" in error and ".png" in error and ".parquet" in error
 
 
 # NaN, infinity or unscaled arrays

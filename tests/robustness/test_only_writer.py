@@ -68,7 +68,7 @@ def test_a_second_training_is_refused_and_a_killed_one_leaves_no_lock(
     capsys.readouterr()
     assert (run / ".lock").is_file()
     assert main([*endless, "steps=12"]) == 0
-    assert "going on" in capsys.readouterr().err or (run / "checkpoints/step-00000012").is_dir()
+    assert "resuming" in capsys.readouterr().err or (run / "checkpoints/step-00000012").is_dir()
     assert not (run / ".lock").exists()
 
 

@@ -42,7 +42,7 @@ def test_the_process_that_ended_is_named(monkeypatch: pytest.MonkeyPatch) -> Non
         places = [(here, alive.pid), (here, killed.pid), ("elsewhere", 1)]
         monkeypatch.setattr(agreement, "SECONDS_TO_DIE", 0.1)
         monkeypatch.setattr(agreement, "_hosts", {0: agreement.Hosts(None, places)})  # type: ignore[arg-type]
-        assert agreement.lost_process().startswith("a process on another machine (elsewhere) has ended: what it said")
+        assert agreement.lost_process().startswith("a process on another machine (elsewhere) has ended: its output")
         killed.send_signal(signal.SIGKILL)
         named = f"process 1 (pid {killed.pid} on {here}) has ended"
         monkeypatch.setattr(agreement, "SECONDS_TO_DIE", 30)

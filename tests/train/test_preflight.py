@@ -28,7 +28,7 @@ def test_a_trouble_of_one_process_stops_all_with_one_message(pictures: Path, tmp
     first, second = ((out / f"rank{rank}").read_text().splitlines() for rank in (0, 1))
     assert second == ["held-out 2 ", "weights 2 ", "quota 2 ", "preview 2 ", "log 2 "]
     assert first[0].startswith("held-out 2 latent-ae train: process 1: data.eval_source: held-out holds no images")
-    assert first[1].startswith("weights 2 latent-ae train: process 1: the weights of vgg16 could not be had")
+    assert first[1].startswith("weights 2 latent-ae train: process 1: the weights of vgg16 are not available")
     assert first[2].startswith("quota 2 latent-ae train: cannot write the checkpoint") and "quota" in first[2]
     assert "previews/step-00000003.png: Disk quota exceeded" in first[3]
     assert "log.jsonl: No space left on device" in first[4]
@@ -89,7 +89,7 @@ def test_a_tracker_that_fails_later_ends_nothing(
     monkeypatch.setattr(SummaryWriter, "add_scalar", away)
     assert main(words(pictures, tmp_path / "run", "report_to=[tensorboard]", "steps=4")) == 0
     error = capsys.readouterr().err
-    assert error.count("report_to: no more goes to tensorboard: the server is away") == 1
+    assert error.count("report_to: logging to tensorboard ends: the server is away") == 1
 
 
 @pytest.fixture

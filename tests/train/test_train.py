@@ -258,7 +258,7 @@ def test_an_interrupted_run_says_how_to_go_on(
     monkeypatch.setattr(TrainStep, "__call__", stop_at_3)
     run = tmp_path / "run"
     assert main(words(pictures, run)) == 130
-    assert "the checkpoint of step 2 is kept; the same command goes on from it" in capsys.readouterr().err
+    assert "the checkpoint of step 2 is kept; the same command resumes from it" in capsys.readouterr().err
     monkeypatch.setattr(TrainStep, "__call__", original)
     assert main(words(pictures, run)) == 0
 

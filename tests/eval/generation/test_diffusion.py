@@ -229,7 +229,7 @@ def test_the_whole_way_is_repeatable_resumable_and_loads_as_stock(
     with pytest.raises(KeyboardInterrupt):
         evaluate_diffusion(model, images, settings, out=tmp_path / "b")
     again = evaluate_diffusion(model, images, settings, out=tmp_path / "b")
-    assert "going on from step 7" in capsys.readouterr().err
+    assert "resuming from step 7" in capsys.readouterr().err
     for key in ("curve", "metrics", "intervals", "loss"):
         assert again[key] == result[key], key
     assert not (tmp_path / "b" / "latents").exists()
