@@ -116,10 +116,6 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], wrapper: str | None
         save_file(whole, path, metadata={"format": "pt"})
 
 
-def first_dtype(state: Mapping[str, Tensor] | None, folder: Path | None = None) -> torch.dtype:
-    """The type of the first floating tensor of a state or of the safetensors files in a folder, else float32."""
-    if folder is not None:
-        file = next(iter(sorted(folder.glob("*.safetensors"))), None)
-        state = read_tensors(file)[0] if file else {}
-    found = (tensor.dtype for tensor in (state or {}).values() if tensor.is_floating_point())
-    return next(found, torch.float32)
+def dtype_of(tensors: Mapping[str, Tensor]) -> torch.dtype:
+    """The type of the first floating tensor; float32 where there is none."""
+    return next((tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()), torch.float32)

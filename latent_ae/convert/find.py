@@ -110,9 +110,9 @@ def _shadows(keys: dict[str, str]) -> dict[str, str]:
     dotless = {name.removeprefix("model_ema."): key for name, key in keys.items() if name.startswith("model_ema.")}
     if not dotless:
         return {}
-    table = [rule.theirs for layout in LAYOUTS.values() for rule in layout.rules(None) if "{rest}" not in rule.theirs]
+    table = [rule.theirs for layout in LAYOUTS.values() for rule in layout.rules(None)]
     shadows = dict[str, str]()
-    for template in dict.fromkeys(table):
+    for template in dict.fromkeys(name for name in table if "." in name and "{rest}" not in name):
         pattern = compiled(template.replace(".", ""))
         matches = ((pattern.fullmatch(name), key) for name, key in dotless.items())
         shadows |= {template.format(**match.groupdict()): key for match, key in matches if match}
@@ -121,13 +121,8 @@ def _shadows(keys: dict[str, str]) -> dict[str, str]:
 
 def _refusal(path: Path, names: Iterable[str], prefix: str | None) -> str:
     """Why a file cannot be converted, as far as its names tell."""
-    text, some = " ".join(names), ", ".join(printable(name) for name in sorted(names)[:4])
+    some = ", ".join(printable(name) for name in sorted(names)[:4])
     where = "" if prefix is None else f" under the prefix {printable(prefix)!r}"
-    if ".pool." in text:
-        return (
-            f"{path} is a tiny first stage with pooled blocks (taef2): no class of diffusers has them, so it cannot be "
-            "converted"
-        )
     return f"{path} holds no first stage of a known layout{where} (its names begin {some}). Known: " + "; ".join(
         f"{key} ({layout.title})" for key, layout in LAYOUTS.items()
     )

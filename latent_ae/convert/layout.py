@@ -8,7 +8,8 @@ diffusers; `{leaf}` is a parameter of a layer (weight, running_mean, ...); `{res
 import functools
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -57,18 +58,20 @@ class Layout:
     """Image px per latent px along one side."""
     prepare: Callable[["Tensors"], "Tensors"] = lambda tensors: tensors
     """Brings variants of the layout to the one that `rules` knows."""
-    misfit: Callable[[Config], str] = lambda config: ""
-    """Why the original has no place for a model of this config; empty where it has."""
+    complete: Callable[["Tensors", Any], "Tensors"] = lambda tensors, model: tensors
+    """Adds what the original's code insists on finding and diffusers does not store; (tensors, model) -> tensors."""
+    misfit: Callable[[Any], str] = lambda model: ""
+    """Why the original's code has no place for this instance of diffusers' class; empty where it has."""
     wrapper: str | None = None
     """Key of a pickled file under which the original's code looks for the tensors."""
     fixed_scaling: Config | None = None
     """Scaling that the architecture itself defines, so that nobody is asked."""
-    split: bool = False
-    """Encoder and decoder are stored in a file each."""
-    encoder_alone: str = ""
-    """What a file of the encoder alone needs, for the message."""
+    files: Mapping[str, str] = field(default_factory=lambda: {"": ""})
+    """Ends of the names of its files -> what begins the names of the tensors in each, and is not written."""
     decoder_alone: str = "give the file of its encoder with --encoder FILE"
-    """The same of a decoder."""
+    """What a file of a decoder alone needs, for the message."""
+    read_encoder: Callable[[Path], tuple["Tensors", dict[str, Any]]] | None = None
+    """Reads an encoder that is not stored in the layout: its tensors, and what `infer` is told of it."""
 
 
 LEVEL = r"(?:encoder\.(?:down|conv_blocks)|decoder\.(?:up|conv_blocks))"
@@ -84,8 +87,8 @@ def levels_of(names: Iterable[str], pattern: str = LEVEL) -> int:
 def compiled(template: str) -> re.Pattern[str]:
     """The names that a template stands for, its fields as groups."""
     text = re.escape(template)
-    for field, expression in FIELDS.items():
-        text = text.replace(re.escape(f"{{{field}}}"), f"(?P<{field}>{expression})")
+    for name, expression in FIELDS.items():
+        text = text.replace(re.escape(f"{{{name}}}"), f"(?P<{name}>{expression})")
     return re.compile(text)
 
 

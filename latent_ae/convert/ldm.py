@@ -179,11 +179,11 @@ def _infer_kl(state: "Tensors", words: Config) -> dict[str, Any]:
 
 def _infer_flux2(state: "Tensors", words: Config) -> dict[str, Any]:
     config = infer_coders(state, words, double_z=True)
-    if "bn.running_mean" in state:
-        patch = state["bn.running_mean"].shape[0] // config["latent_channels"]
-        side = round(patch**0.5)
-        config["patch_size"] = [side, side]
+    if "bn.running_mean" not in state:
+        raise UserError("it lacks bn.running_mean and bn.running_var, by which FLUX.2's latents are scaled")
+    side = round((state["bn.running_mean"].shape[0] / config["latent_channels"]) ** 0.5)
     return config | {
+        "patch_size": [side, side],
         "use_quant_conv": "quant_conv.weight" in state,
         "use_post_quant_conv": "post_quant_conv.weight" in state,
     }
@@ -233,8 +233,9 @@ def _whole(names: frozenset[str]) -> bool:
     return bool({"encoder.down.0.block.0.conv1.weight", "decoder.up.0.block.0.conv1.weight"} & names)
 
 
-def _without_quant_convs(config: Config) -> str:
-    return "FLUX.1 has no quant convolutions" if config["use_quant_conv"] or config["use_post_quant_conv"] else ""
+def _without_quant_convs(model: Any) -> str:
+    has = model.config.use_quant_conv or model.config.use_post_quant_conv
+    return "FLUX.1 has no quant convolutions, this model has; take ldm" if has else ""
 
 
 ANCHOR = r"(?:encoder|decoder)\.conv_in\.weight"

@@ -22,7 +22,10 @@ from latent_ae.progress import progress_bar
 PLAYGROUND_SCALING = 0.5
 """With which Playground 2.5 uses the statistics in its file (diffusers `loaders/single_file_utils.py`)."""
 STD_EPSILON = 1e-5
-"""Added to a variance by RAE before its root (bytetriper/RAE `src/stage1/rae.py`)."""
+"""Added by RAE (bytetriper/RAE `src/stage1/rae.py`)."""
+
+
+KEYS = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
 
 
 class Scaling(NamedTuple):
@@ -32,6 +35,14 @@ class Scaling(NamedTuple):
     """Keys of the config."""
     source: str
     """Where it comes from, for the result."""
+
+
+def apply(model: Any, scaling: Scaling) -> None:
+    """Writes a scaling into an instance's config, and into the buffers of a class that computes with it."""
+    model.register_to_config(**scaling.config)
+    for key in ("latents_mean", "latents_std"):
+        if hasattr(model, f"_{key}") and scaling.config.get(key) is not None:
+            setattr(model, f"_{key}", torch.tensor(scaling.config[key]))
 
 
 def said(settings: ConvertSettings, keys: Mapping[str, Any], kind: str) -> Scaling | None:
@@ -45,7 +56,7 @@ def said(settings: ConvertSettings, keys: Mapping[str, Any], kind: str) -> Scali
     Raises:
         UserError: For a word that this class has no place for, or of two that belong together only one.
     """
-    words = {key: getattr(settings, key) for key in ("scaling_factor", "shift_factor", "latents_mean", "latents_std")}
+    words = {key: getattr(settings, key) for key in KEYS}
     words = {
         key: list(value) if isinstance(value, tuple) else value for key, value in words.items() if value is not None
     }
@@ -92,14 +103,25 @@ def read_statistics(path: Path, keys: Mapping[str, Any]) -> Scaling:
     if "latents_mean" not in keys:
         raise UserError("--statistics: this class of first stage has no place for a mean per channel")
     mean, std = tensors["mean"].float(), tensors[spread].float()
-    std = (std + STD_EPSILON).sqrt() if spread == "var" else std
-    places = {} if "encoder_type" in keys else {"flat": True}
-    if places:
+    # RAE divides by sqrt(var + 1e-5), and AutoencoderRAE by std + 1e-5
+    std = (std + STD_EPSILON).sqrt() - STD_EPSILON if spread == "var" else std
+    per_place = "encoder_type" in keys
+    if not per_place:
         mean, std = mean.flatten(), std.flatten()
     config: dict[str, Any] = {"latents_mean": mean.tolist(), "latents_std": std.tolist(), "scaling_factor": 1.0}
-    if places:
+    if not per_place:
         _check_channels(config, int(keys["latent_channels"]))
     return Scaling(config | ({"shift_factor": 0.0} if "shift_factor" in keys else {}), f"statistics in {path.name}")
+
+
+def statistics_of(config: Mapping[str, Any]) -> dict[str, Tensor]:
+    """What `read_statistics` reads, from a config: mean and std, of an RAE mean and var; empty where it has none."""
+    if config.get("latents_mean") is None or config.get("latents_std") is None:
+        return {}
+    mean, std = torch.tensor(config["latents_mean"]), torch.tensor(config["latents_std"])
+    if "encoder_type" in config:
+        return {"mean": mean, "var": (std + STD_EPSILON).square() - STD_EPSILON}
+    return {"mean": mean.view(1, -1, 1, 1), "std": std.view(1, -1, 1, 1)}
 
 
 @torch.no_grad()
