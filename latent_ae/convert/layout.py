@@ -126,7 +126,8 @@ def to_ours(tensors: "Tensors", table: Iterable[Rule], levels: int) -> tuple[dic
                 if tensor.shape[2:].numel() != 1:
                     continue
                 tensor = tensor.flatten(1)
-            state.update(zip(map(str, names), tensor.chunk(len(names)), strict=True))
+            parts = tensor.chunk(len(names)) if len(names) > 1 else (tensor,)
+            state.update(zip(map(str, names), parts, strict=True))
             break
         else:
             unknown.append(name)
@@ -148,4 +149,5 @@ def to_theirs(state: "Tensors", table: Iterable[Rule], levels: int) -> tuple[dic
                 break
         else:
             unknown.append(name)
-    return {name: torch.cat([found[place] for place in sorted(found)]) for name, found in parts.items()}, unknown
+    joined = {name: [found[place] for place in sorted(found)] for name, found in parts.items()}
+    return {name: torch.cat(found) if len(found) > 1 else found[0] for name, found in joined.items()}, unknown

@@ -150,7 +150,10 @@ def build(stage: FirstStage, source: Path) -> nn.Module:
                 state.setdefault(name, buffer)
             given = state.pop(name, None) if name not in wanted else None
             if given is not None and (given.shape != buffer.shape or not torch.allclose(given, buffer, atol=1e-4)):
-                raise UserError(f"{source} has another {name} than diffusers' {stage.kind} makes, so it cannot use it")
+                raise UserError(
+                    f"{source} has another {name} than diffusers' {stage.kind} makes for this size and does not store, "
+                    "so its images would be others"
+                )
     misshapen = [
         f"{name} {tuple(state[name].shape)} in place of {tuple(tensor.shape)}"
         for name, tensor in wanted.items()
