@@ -13,7 +13,7 @@ from latent_ae.convert import scaling
 from latent_ae.convert.checkpoint import PICKLED, dtype_of
 from latent_ae.convert.read import FirstStage, build, read_first_stage
 from latent_ae.convert.registry import LAYOUTS, WRITTEN
-from latent_ae.convert.settings import ConvertSettings
+from latent_ae.convert.settings import MEASURING, ConvertSettings
 from latent_ae.convert.write import in_float32, write_files, write_folder
 from latent_ae.data.settings import without_section
 from latent_ae.export.pipelines import refuse_misfit
@@ -117,6 +117,9 @@ def _refuse_words(
     layouts = "|".join(WRITTEN)
     if source.is_dir() and to is None:
         raise UserError(f"{source} is a folder already; name the layout of the file to write: --to {layouts}")
+    idle = [key for key in MEASURING if key in settings.model_fields_set]
+    if measure is None and idle:
+        raise UserError(f"{idle[0]}: nothing is measured; leave it out, or give --measure DATA")
     if to is not None and (measure or statistics or any(getattr(settings, key) is not None for key in scaling.KEYS)):
         raise UserError("a file of an original layout holds no scaling; leave the words about scaling out")
     is_file = out.suffix in (".safetensors", *PICKLED)

@@ -120,10 +120,10 @@ def to_ours(tensors: "Tensors", table: Iterable[Rule], levels: int) -> tuple[dic
     for name, tensor in tensors.items():
         for rule in table:
             names = [_renamed(name, rule.theirs, target, levels, -1) for target in rule.ours]
-            if None in names:
+            if None in names or (len(names) > 1 and (not tensor.ndim or tensor.shape[0] % len(names))):
                 continue
             if rule.linear and name.endswith("weight"):
-                if tensor.shape[2:].numel() != 1:
+                if tensor.ndim < 2 or tensor.shape[2:].numel() != 1:
                     continue
                 tensor = tensor.flatten(1)
             parts = tensor.chunk(len(names)) if len(names) > 1 else (tensor,)

@@ -40,7 +40,7 @@ ENCODERS = {
     "dinov2_with_registers": ("dinov2", "Dinov2WithRegistersModel", IMAGENET),
     "vit_mae": ("mae", "ViTMAEModel", IMAGENET),
     "siglip": ("siglip2", "SiglipVisionModel", HALF),
-    "siglip2": ("siglip2", "SiglipVisionModel", HALF),
+    "siglip_vision_model": ("siglip2", "SiglipVisionModel", HALF),
 }
 """By the model_type of a transformers config: AutoencoderRAE's word, the class, and how images are normalised."""
 HEAD_CHANNELS = 64

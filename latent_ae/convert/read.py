@@ -24,6 +24,10 @@ OWN_BUFFERS = re.compile(r".*num_batches_tracked|_latents_mean|_latents_std|enco
 """Tensors of diffusers' classes that no original stores: made from the config, or without influence."""
 
 
+SHAPES = ("sample_size", "norm_num_groups", "decoder_num_attention_heads")
+"""Settings of a config that no tensor's shape tells."""
+
+
 @dataclass(frozen=True)
 class FirstStage:
     """A first stage under diffusers' names."""
@@ -54,7 +58,7 @@ def read_first_stage(path: Path, settings: ConvertSettings, encoder: Path | None
         UserError: Where there is no first stage, a part of it is missing, or diffusers has no class for it.
     """
     if path.is_dir():
-        for key in ("ema", "prefix", "norm_num_groups", "decoder_num_attention_heads"):
+        for key in ("ema", "prefix", *SHAPES):
             if getattr(settings, key) is not None:
                 raise UserError(f"{key}: a folder of diffusers says this itself; leave it out")
         if encoder is not None:
@@ -70,10 +74,15 @@ def read_first_stage(path: Path, settings: ConvertSettings, encoder: Path | None
         )
     try:
         config = layout.infer(state, settings.model_dump(exclude_none=True) | facts)
-    except KeyError as error:
-        raise UserError(f"{path} is not complete: of the layout {found.layout} it lacks {error}") from None
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
+    except KeyError as error:
+        raise UserError(f"{path} is not complete: of the layout {found.layout} it lacks {error}") from None
+    except (ArithmeticError, IndexError, TypeError, ValueError) as error:  # of tensors that have other dimensions
+        raise UserError(f"{path} has tensors of shapes that {found.layout} has not: {error}") from None
+    for key in SHAPES:
+        if getattr(settings, key) is not None and key not in config:
+            raise UserError(f"{key}: {layout.kind} has no such key; leave it out")
     kept = scaling.kept(found.beside, found.tensors)
     if kept is None and layout.fixed_scaling is not None:
         kept = scaling.Scaling(dict(layout.fixed_scaling), f"{found.layout} has it by design")
@@ -111,9 +120,12 @@ def read_folder(folder: Path) -> FirstStage:
     place = next((place for place in places if (place / "config.json").is_file()), None)
     if place is None:
         raise UserError(f"{folder} has no config.json, nor have export or {', '.join(PIPELINE_FOLDERS)} in it")
-    kind = str(diffusers.AutoencoderKL.load_config(place).get("_class_name"))
-    file = next(iter(sorted(place.glob("*.safetensors"))), None)
+    kinds = dict.fromkeys(layout.kind for layout in LAYOUTS.values())
     try:
+        kind = str(diffusers.AutoencoderKL.load_config(place).get("_class_name"))
+        if kind not in kinds:
+            raise UserError(f"{place} holds the class {kind}; layouts of originals are known of {', '.join(kinds)}")
+        file = next(iter(sorted(place.glob("*.safetensors"))), None)
         model = class_of(kind).from_pretrained(
             place, local_files_only=True, torch_dtype=dtype_of(read_tensors(file)[0] if file else {})
         )
@@ -173,7 +185,7 @@ def build(stage: FirstStage, source: Path) -> nn.Module:
 def _instance(stage: FirstStage) -> Any:
     try:
         return class_of(stage.kind).from_config(stage.config)
-    except (AttributeError, ImportError, NameError, ValueError, TypeError) as error:
+    except Exception as error:  # each class checks its config in its own way, and transformers may be another
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"diffusers {diffusers.__version__} cannot build this {stage.kind}: {reason}") from error
 

@@ -5,6 +5,12 @@ from typing import Literal
 from latent_ae.config import Byte, NonNegative, Positive, Settings
 from latent_ae.data.settings import DataSettings
 
+MEASURING = (
+    *("resolution", "limit", "seed", "batch_size", "split"),
+    *("image_column", "background", "num_workers", "device"),
+)
+"""Settings that go with --measure."""
+
 
 class ConvertSettings(Settings):
     """What no shape tells of a first stage, and how latents are measured; docs/convert.md says more."""
@@ -18,7 +24,7 @@ class ConvertSettings(Settings):
     latents_std: tuple[float, ...] | None = None
     """Standard deviation of each channel, beside latents_mean."""
     sample_size: Positive | None = None
-    """Side of the images, px, from which diffusers derives its tiles; null takes 256, or what a folder says."""
+    """Side of the images, px, from which diffusers derives its tiles; null takes 256."""
     norm_num_groups: Positive | None = None
     """Groups of the group norms; null takes 32, as all published models have."""
     decoder_num_attention_heads: Positive | None = None

@@ -55,7 +55,7 @@ def write_files(model: Any, stage: FirstStage, out: Path, to: str) -> tuple[list
     if layout.kind != stage.kind:
         fitting = [name for name in WRITTEN if LAYOUTS[name].kind == stage.kind]
         advice = f"give --to {' or --to '.join(fitting)}" if fitting else "no layout here holds it"
-        raise UserError(f"--to {to} is a layout of {layout.kind}, and this is a {stage.kind}: {advice}")
+        raise UserError(f"--to {to} is a layout of {layout.kind}, and this first stage is of {stage.kind}: {advice}")
     if reason := layout.misfit(model):
         raise UserError(f"--to {to}: {reason}")
     tensors = theirs(layout, stage.state, model)
@@ -119,9 +119,15 @@ def reconstruction(model: nn.Module, layout: Layout) -> Tensor:
     ramp = torch.linspace(-1, 1, side)
     noise = torch.rand(channels, side, side, generator=torch.Generator().manual_seed(0)) * 2 - 1
     image = torch.where(ramp[:, None] < 0, (ramp[:, None] + ramp) / 2, noise)[None]
-    with float32_arithmetic(repeatable=True):
-        mean, _ = moments_of(model, image)
-        decoded: Tensor = model.decode(mean).sample
+    try:
+        with float32_arithmetic(repeatable=True):
+            mean, _ = moments_of(model, image)
+            decoded: Tensor = model.decode(mean).sample
+    except (RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"the weights make a {type(model).__name__} that does not run: {reason}") from error
+    if not decoded.isfinite().all():
+        raise UserError("the first stage gives NaN or infinity for a test image: its weights have diverged")
     return decoded
 
 

@@ -294,6 +294,34 @@ def test_damaged_and_missing_files(tmp_path: Path) -> None:
             convert_first_stage(tmp_path / name, tmp_path / "out", SCALED)
 
 
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [("{", "cannot load"), ('{"_class_name": "UNet2DModel"}', "holds the class UNet2DModel; layouts of originals are")],
+)
+def test_folders_of_something_else(content: str, told: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(UserError, match=told):
+        convert_first_stage(tmp_path, tmp_path / "out.safetensors", to="ldm")
+
+
+def test_tensors_of_no_shape_and_words_without_effect_are_told(weights: Weights, tmp_path: Path) -> None:
+    flat = {name: tensor.sum() for name, tensor in weights.items()}
+    save_file(flat, tmp_path / "flat.safetensors")
+    save_file(weights, tmp_path / "a.safetensors")
+    not_finite = {name: tensor * float("nan") for name, tensor in weights.items()}
+    save_file(not_finite, tmp_path / "nan.safetensors")
+    for name, words, told in (
+        ("flat", {}, "for which AutoencoderKL has no place"),
+        ("nan", {}, "NaN or infinity"),
+        ("a", {"resolution": 128}, "resolution: nothing is measured"),
+        ("a", {"decoder_num_attention_heads": 2}, "decoder_num_attention_heads: AutoencoderKL has no such key"),
+        ("a", {"norm_num_groups": 24}, "32 channels do not divide into 24 groups"),
+    ):
+        settings = ConvertSettings(scaling_factor=0.5, shift_factor=0.0, **words)
+        with pytest.raises(UserError, match=told):
+            convert_first_stage(tmp_path / f"{name}.safetensors", tmp_path / "out", settings)
+
+
 def test_a_folder_and_its_pipeline_go_back(expected: Weights, weights: Weights, tmp_path: Path) -> None:
     save_file(weights, tmp_path / "a.safetensors")
     convert_first_stage(tmp_path / "a.safetensors", tmp_path / "pipeline" / "vae", SCALED)

@@ -3,10 +3,12 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderDC, AutoencoderKLFlux2, AutoencoderTiny, VQModel
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -173,6 +175,7 @@ def test_variants_of_taesd_that_diffusers_has_not(tmp_path: Path) -> None:
 def test_rae(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
     config = transformers.Dinov2WithRegistersConfig(
         hidden_size=64, num_attention_heads=1, num_hidden_layers=1, image_size=518, patch_size=14
     )
@@ -203,6 +206,18 @@ def test_rae(tmp_path: Path) -> None:
     latent = (tokens.transpose(1, 2).unflatten(2, (16, 16)) - mean) / (var + 1e-5).sqrt()
     torch.testing.assert_close(converted.encode(pixels).latent, latent, rtol=1e-5, atol=2e-5)
     torch.testing.assert_close(converted.decode(latent).sample, decoder(tokens) * scale + shift, rtol=0, atol=5e-5)
+    # measured on one image, its own latent has mean 0 and deviation 1 in each channel
+    Image.fromarray(torch.randint(0, 256, (224, 224, 3), dtype=torch.uint8).numpy()).save(tmp_path / "one.png")
+    (tmp_path / "images").mkdir()
+    (tmp_path / "one.png").rename(tmp_path / "images" / "one.png")
+    settings = ConvertSettings(decoder_num_attention_heads=2, num_workers=0)
+    words = {"encoder": tmp_path / "dino", "measure": str(tmp_path / "images")}
+    convert_first_stage(tmp_path / "a.pt", tmp_path / "measured", settings, **words)
+    measured = diffusers.AutoencoderRAE.from_pretrained(tmp_path / "measured").eval()
+    pixels = torch.from_numpy(np.array(Image.open(tmp_path / "images" / "one.png"))).movedim(-1, 0)[None] / 255
+    values = measured.encode(pixels).latent[0].flatten(1)
+    torch.testing.assert_close(values.mean(1), torch.zeros(64), rtol=0, atol=1e-3)
+    torch.testing.assert_close(values.std(1, correction=0), torch.ones(64), rtol=0, atol=1e-3)
     written = convert_first_stage(tmp_path / "folder", tmp_path / "model.pt", to="rae")["written"]
     assert [Path(name).name for name in written] == ["model.pt", "model_statistics.pt"]
     same(torch.load(written[0], weights_only=True), decoder.state_dict())
@@ -223,5 +238,7 @@ def test_an_rae_of_another_grid_has_positions_that_diffusers_does_not_make(tmp_p
 
 def test_a_layout_of_another_class_is_refused(tmp_path: Path) -> None:
     saved(randomised(Flux2()), tmp_path / "a.safetensors")
-    with pytest.raises(UserError, match="--to ldm is a layout of AutoencoderKL, and this is a AutoencoderKLFlux2"):
+    with pytest.raises(
+        UserError, match="--to ldm is a layout of AutoencoderKL, and this first stage is of AutoencoderKLFlux2"
+    ):
         convert_first_stage(tmp_path / "a.safetensors", tmp_path / "b.safetensors", to="ldm")
