@@ -22,17 +22,26 @@ WRAPPERS = ("ema", "model", "module", "state_dict", "params", "generator")
 
 
 class Stand:
-    """Takes the place of a class of a training library that old checkpoints mention; holds and does nothing."""
+    """Takes the place of what training checkpoints hold besides tensors and nobody here reads; does nothing."""
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
         pass
 
 
 HARMLESS = [
     (Stand, f"{package}.{name}")
-    for package in ("pytorch_lightning", "lightning.pytorch")
-    for name in ("callbacks.model_checkpoint.ModelCheckpoint", "utilities.parsing.AttributeDict")
+    for package, names in {
+        "pytorch_lightning": ("callbacks.model_checkpoint.ModelCheckpoint", "utilities.parsing.AttributeDict"),
+        "lightning.pytorch": ("callbacks.model_checkpoint.ModelCheckpoint", "utilities.parsing.AttributeDict"),
+        "numpy": ("core.multiarray.scalar", "_core.multiarray.scalar", "dtype"),
+        "_codecs": ("encode",),
+    }.items()
+    for name in names
 ]
+"""Names that stand for nothing: callbacks of trainers, and numbers of NumPy such as a best score."""
 
 
 class Tensors(Mapping[str, Tensor]):

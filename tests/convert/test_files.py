@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL
@@ -99,7 +100,7 @@ def test_a_pickled_file_of_weights_is_read_in_its_wrapper(
     assert equal(converted(tmp_path / f"a.{suffix}", tmp_path / "out"), expected)
 
 
-def test_a_class_of_a_training_library_in_a_checkpoint_stands_for_nothing(
+def test_callbacks_and_numbers_of_numpy_in_a_checkpoint_stand_for_nothing(
     weights: Weights, expected: Weights, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import sys
@@ -109,7 +110,7 @@ def test_a_class_of_a_training_library_in_a_checkpoint_stands_for_nothing(
     module.ModelCheckpoint = type("ModelCheckpoint", (), {"__module__": module.__name__})
     for name in ("pytorch_lightning", "pytorch_lightning.callbacks", module.__name__):
         monkeypatch.setitem(sys.modules, name, types.ModuleType(name) if name != module.__name__ else module)
-    content = {"callbacks": {module.ModelCheckpoint: {"best": 1.0}}, "state_dict": weights}
+    content = {"callbacks": {module.ModelCheckpoint: {"best": np.float64(1.0)}}, "state_dict": weights}
     torch.save(content, tmp_path / "v1-5.ckpt")
     monkeypatch.undo()
     assert equal(converted(tmp_path / "v1-5.ckpt", tmp_path / "out"), expected)
