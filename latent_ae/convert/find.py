@@ -123,6 +123,7 @@ def _refusal(path: Path, names: Iterable[str], prefix: str | None) -> str:
     """Why a file cannot be converted, as far as its names tell."""
     some = ", ".join(printable(name) for name in sorted(names)[:4])
     where = "" if prefix is None else f" under the prefix {printable(prefix)!r}"
-    return f"{path} holds no first stage of a known layout{where} (its names begin {some}). Known: " + "; ".join(
-        f"{key} ({layout.title})" for key, layout in LAYOUTS.items()
+    return (
+        f"{path} holds no first stage of a known layout{where}: its names begin {some}. Known are {', '.join(LAYOUTS)} "
+        "(latent-ae convert --help says whose files these are)"
     )

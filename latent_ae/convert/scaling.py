@@ -183,6 +183,8 @@ def question(layout: str, config: Mapping[str, Any], factor: int, path: Path) ->
     channels = int(config.get("latent_channels") or 0)
     lines = [f"  {row.model}: {row.words}" for row in published(layout, factor, channels)]
     told = ["Published for this shape (another model may have it, too, with other latents):", *lines] if lines else []
+    if "num_vq_embeddings" in config:
+        told = ["A model that reads the numbers of codes, a transformer, scales nothing: scaling_factor=1."]
     return "\n".join(
         [
             f"{path} does not say how its latents are scaled, and a wrong scaling looks like a bad diffusion model. "

@@ -84,6 +84,9 @@ def test_codes_and_images_of_a_codebook(name: str, original: Any, settings: Any,
     model = randomised(original())
     model.quantize.embedding.weight.mul_(torch.linspace(0.5, 2, len(model.quantize.embedding.weight))[:, None])
     torch.save({"model": model.state_dict()}, tmp_path / "vq.pt")
+    if name == "taming":
+        with pytest.raises(UserError, match="a transformer, scales nothing: scaling_factor=1"):
+            convert_first_stage(tmp_path / "vq.pt", tmp_path / "folder")
     result = convert_first_stage(tmp_path / "vq.pt", tmp_path / "folder", settings)
     assert result["from"] == name and result["max_abs_difference"] == EXACT
     converted = VQModel.from_pretrained(tmp_path / "folder").eval()
