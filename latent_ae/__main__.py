@@ -25,6 +25,7 @@ COMMANDS = {
     "export": Command("latent_ae_train.export", "write a run's weights as a diffusers folder"),
     "eval": Command("latent_ae_eval.__main__", "measure a finished first stage"),
     "encode": Command("latent_ae.latents.command", "write the latents of a data set into files, to train on them"),
+    "convert": Command("latent_ae.convert.command", "turn an original checkpoint into a diffusers folder, or back"),
     "data": Command("latent_ae.data.command", "read every image of a source once and report what is wrong"),
     "weights": Command("latent_ae.pretrained.weights", "fetch the pretrained weights that LPIPS and FID need"),
 }

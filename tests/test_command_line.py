@@ -10,6 +10,7 @@ import pytest
 from latent_ae.__main__ import main
 from latent_ae.command_line import meanings, topic_text, written
 from latent_ae.config import Settings, all_keys, hint_for, key_of, load_settings, names_of, recipe_names
+from latent_ae.convert.settings import ConvertSettings
 from latent_ae.data.settings import CheckSettings
 from latent_ae.latents.settings import EncodeSettings
 from latent_ae.other_names import OTHER_NAMES
@@ -38,6 +39,7 @@ JOBS = {
 COMMANDS = {
     ("train",): TrainSettings,
     ("encode",): EncodeSettings,
+    ("convert",): ConvertSettings,
     ("data",): CheckSettings,
     **{("eval", job): settings for job, settings in JOBS.items()},
 }
@@ -117,7 +119,7 @@ def test_help_on_a_part(capsys: pytest.CaptureFixture[str]) -> None:
 def test_help_loads_nothing_heavy() -> None:
     code = (
         "import sys; from latent_ae.__main__ import main\n"
-        "for words in (['eval', 'recon'], ['eval', 'diffusion'], ['encode'], ['data']):\n"
+        "for words in (['eval', 'recon'], ['eval', 'diffusion'], ['encode'], ['convert'], ['data']):\n"
         "    try: main([*words, '--help'])\n"
         "    except SystemExit as end: assert end.code == 0\n"
         "heavy = {'torch', 'diffusers', 'datasets', 'accelerate', 'numpy'} & set(sys.modules)\n"

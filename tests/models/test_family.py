@@ -19,6 +19,7 @@ from latent_ae.models.registry import class_of, module_of
 from latent_ae.models.settings import ModelSettings
 from latent_ae.objectives.codebook import code_counts, codebook_loss, perplexity
 from latent_ae_train.build import compile_blocks, starting_autoencoder
+from latent_ae_train.settings import TrainSettings
 from tests.runs import SHAPES, difference_of_the_third_step, differing_tensors, family_words, words
 from tests.tiny import SIDE, build_step, micro_batches, settings_for
 
@@ -46,10 +47,11 @@ def test_every_class_trains_and_its_export_is_stock(
     # a checkpoint is a first stage, too, and another run can begin with the export, told its shape or not
     assert load_first_stage(str(run / "checkpoints/step-00000006")).name == kind
     for model in ({}, {"kind": kind, "config": SHAPES[kind]}):
-        start = starting_autoencoder(settings_for(model=model, init_from=str(run / "export")))
-        assert all(
-            torch.equal(tensor, averaged[name]) for name, tensor in start.state_dict().items() if name in learning
+        settings = TrainSettings.model_validate(
+            {"model": model, "init_from": str(run / "export"), "data": {"resolution": 16}}
         )
+        start = starting_autoencoder(settings).state_dict()
+        assert all(torch.equal(start[name], averaged[name]) for name in learning)
     assert main(words(pictures, tmp_path / "other", f"init_from={run / 'export'}")) == 2
     assert "model.kind: AutoencoderKL, and init_from brings" in capsys.readouterr().err
 
@@ -232,7 +234,11 @@ IN_VAIN = [
         "loss.commitment=1",
         "loss.commitment: is for a codebook, which this HierarchicalVAE does not have",
     ),
-    ("AutoencoderTiny", "loss.revive_after=5", "loss.revive_after: is for a codebook, which this AutoencoderTiny has"),
+    (
+        "AutoencoderTiny",
+        "loss.revive_after=5",
+        "loss.revive_after: is for a codebook, which this AutoencoderTiny",
+    ),
     ("AutoencoderKLFlux2", "model.config={in_channels: 1}", "model.config: in_channels is 1 and out_channels 3"),
 ]
 

@@ -1,0 +1,130 @@
+"""Files of weights, read without running anything that they hold.
+
+Tensors are read one by one, so a full checkpoint of a pipeline costs no more memory than the part that is asked for.
+"""
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from latent_ae.config import UserError
+from latent_ae.text import printable
+
+PICKLED = (".ckpt", ".pt", ".pth", ".bin")
+WRAPPERS = ("ema", "model", "module", "state_dict", "params", "generator")
+"""Keys under which repositories keep the tensors, averaged ones first, as LlamaGen and RAE read their own files."""
+
+
+class Stand:
+    """Takes the place of what training checkpoints hold besides tensors and nobody here reads; does nothing."""
+
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+HARMLESS = [
+    (Stand, f"{package}.{name}")
+    for package, names in {
+        "pytorch_lightning": ("callbacks.model_checkpoint.ModelCheckpoint", "utilities.parsing.AttributeDict"),
+        "lightning.pytorch": ("callbacks.model_checkpoint.ModelCheckpoint", "utilities.parsing.AttributeDict"),
+        "numpy": ("core.multiarray.scalar", "_core.multiarray.scalar", "dtype"),
+        "_codecs": ("encode",),
+    }.items()
+    for name in names
+]
+"""Names that stand for nothing: callbacks of trainers, and numbers of NumPy such as a best score."""
+
+
+class Tensors(Mapping[str, Tensor]):
+    """Tensors by name, each read when it is asked for."""
+
+    def __init__(self, names: list[str], read: Callable[[str], Tensor]) -> None:
+        self.names, self.read = dict.fromkeys(names), read
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self.names:
+            raise KeyError(name)
+        return self.read(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+def read_tensors(path: Path, ema: bool | None = None) -> tuple[Tensors, str]:
+    """All tensors of a file, and which of several sets they are.
+
+    Args:
+        path: A safetensors file, or a pickled one, of which torch's restricted reader takes tensors only.
+        ema: Averaged (true) or raw (false) weights where a pickled file has both; null takes averaged ones.
+
+    Raises:
+        UserError: Where there is no such file, it is damaged, or it holds anything but weights.
+    """
+    if not path.is_file():
+        raise UserError(f"no such file: {path} (from {Path.cwd()})")
+    if path.suffix in PICKLED:
+        return _unpickled(path, ema)
+    try:
+        file = safe_open(path, framework="pt")
+        return Tensors(list(file.keys()), file.get_tensor), "as stored"
+    except Exception as error:  # safetensors raises its own kind, and OSError
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"cannot read {path} as safetensors: {reason} (pickled files end in .ckpt, .pt)") from None
+
+
+def _unpickled(path: Path, ema: bool | None) -> tuple[Tensors, str]:
+    try:
+        with torch.serialization.safe_globals(HARMLESS):
+            try:
+                content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            except RuntimeError:  # a file from before torch 1.6 cannot be mapped
+                content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a foreign pickle can fail in any way
+        text = " ".join(str(error).split())
+        culprit = re.search(r"(?:GLOBAL|global:?|call) (?:GLOBAL )?([\w.]+\.\w+)", text)
+        if "weights_only" in text or "Unsupported" in text:
+            holds = f" ({printable(culprit[1])})" if culprit else ""
+            raise UserError(
+                f"{path} is refused: it holds more than weights{holds}, and reading that could run any code. Get it as "
+                "safetensors, or save its state_dict alone on a machine where you trust it"
+            ) from None
+        raise UserError(f"cannot read {path}: {printable(text)[:200]}; it is damaged or no file of torch") from None
+    weights = "as stored"
+    while isinstance(content, Mapping) and not any(isinstance(value, Tensor) for value in content.values()):
+        inside = [key for key in WRAPPERS if isinstance(content.get(key), Mapping) and content[key]]
+        if "ema" in inside and len(inside) > 1:
+            weights = "raw" if ema is False else "averaged"
+            inside.remove("ema") if ema is False else None
+        if not inside:
+            break
+        content = content[inside[0]]
+    if not isinstance(content, Mapping) or not any(isinstance(value, Tensor) for value in content.values()):
+        raise UserError(f"{path} holds no tensors by name (looked in it and in {', '.join(WRAPPERS)})")
+    named = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
+    return Tensors(list(named), named.__getitem__), weights
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], wrapper: str | None) -> None:
+    """Writes tensors by name: as safetensors, or by torch, then under the key `wrapper` where there is one."""
+    whole = {name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
+    if path.suffix in PICKLED:
+        torch.save(whole if wrapper is None else {wrapper: whole}, path)
+    else:
+        save_file(whole, path, metadata={"format": "pt"})
+
+
+def dtype_of(tensors: Mapping[str, Tensor]) -> torch.dtype:
+    """The type of the first floating tensor; float32 where there is none."""
+    return next((tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()), torch.float32)

@@ -1,0 +1,196 @@
+"""A first stage read from a file of any known layout or from a folder of diffusers, and built."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from torch import Tensor, nn
+
+from latent_ae.config import UserError
+from latent_ae.convert import scaling
+from latent_ae.convert.checkpoint import dtype_of, read_tensors
+from latent_ae.convert.find import Found, find_first_stage
+from latent_ae.convert.layout import levels_of, to_ours
+from latent_ae.convert.registry import LAYOUTS
+from latent_ae.convert.settings import ConvertSettings
+from latent_ae.models.loading import PIPELINE_FOLDERS
+from latent_ae.text import printable
+
+OWN_BUFFERS = re.compile(r".*num_batches_tracked|_latents_mean|_latents_std|encoder_mean|encoder_std")
+"""Tensors of diffusers' classes that no original stores: made from the config, or without influence."""
+
+
+SHAPES = ("sample_size", "norm_num_groups", "decoder_num_attention_heads")
+"""Settings of a config that no tensor's shape tells."""
+
+
+@dataclass(frozen=True)
+class FirstStage:
+    """A first stage under diffusers' names."""
+
+    kind: str
+    """Class of diffusers."""
+    config: dict[str, Any]
+    state: dict[str, Tensor]
+    layout: str
+    """That it was read from; diffusers for a folder."""
+    weights: str
+    """averaged or raw where there were both, else as stored."""
+    kept: scaling.Scaling | None = None
+    """The scaling that the checkpoint carries."""
+    original: Mapping[str, Tensor] = field(default_factory=dict)
+    """The tensors as they were read, under the original's names."""
+
+
+def read_first_stage(path: Path, settings: ConvertSettings, encoder: Path | None = None) -> FirstStage:
+    """The first stage in a file of weights or a folder of diffusers.
+
+    Args:
+        path: The file or folder; of a folder, also a pipeline's or a run of ours.
+        settings: What no shape tells, and which weights are meant.
+        encoder: File or folder of the encoder, where the file holds the decoder alone.
+
+    Raises:
+        UserError: Where there is no first stage, a part of it is missing, or diffusers has no class for it.
+    """
+    if path.is_dir():
+        for key in ("ema", "prefix", *SHAPES):
+            if getattr(settings, key) is not None:
+                raise UserError(f"{key}: a folder of diffusers says this itself; leave it out")
+        if encoder is not None:
+            raise UserError(f"--encoder: {path} is a folder of diffusers and has its own; leave it out")
+        return read_folder(path)
+    found, facts = _completed(find_first_stage(path, ema=settings.ema, prefix=settings.prefix), path, encoder)
+    layout = LAYOUTS[found.layout]
+    state, unknown = to_ours(found.tensors, layout.rules(None), levels_of(found.tensors))
+    if unknown:
+        raise UserError(
+            f"{path} has the names of {found.layout} ({layout.title}), and {some(unknown)} besides, for which "
+            f"{layout.kind} has no place: it is a variant that cannot be converted"
+        )
+    try:
+        config = layout.infer(state, settings.model_dump(exclude_none=True) | facts)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    except KeyError as error:
+        raise UserError(f"{path} is not complete: of the layout {found.layout} it lacks {error}") from None
+    except (ArithmeticError, IndexError, TypeError, ValueError) as error:  # of tensors that have other dimensions
+        raise UserError(f"{path} has tensors of shapes that {found.layout} has not: {error}") from None
+    for key in SHAPES:
+        if getattr(settings, key) is not None and key not in config:
+            raise UserError(f"{key}: {layout.kind} has no such key; leave it out")
+    kept = scaling.kept(found.beside, found.tensors)
+    if kept is None and layout.fixed_scaling is not None:
+        kept = scaling.Scaling(dict(layout.fixed_scaling), f"{found.layout} has it by design")
+    return FirstStage(layout.kind, config, state, found.layout, found.weights, kept, found.tensors)
+
+
+def _completed(found: Found, path: Path, encoder: Path | None) -> tuple[Found, dict[str, Any]]:
+    """With the encoder of another file, where the first holds the decoder alone, and what is known of it."""
+    layout = LAYOUTS[found.layout]
+    if found.half("encoder") and found.half("decoder"):
+        if encoder is not None:
+            raise UserError(f"--encoder: {path} has an encoder of its own; leave it out")
+        return found, {}
+    if not found.half("decoder"):
+        raise UserError(f"{path} holds an encoder alone; give the file of its decoder, and this one with --encoder")
+    if encoder is None:
+        raise UserError(f"{path} holds a decoder alone: {layout.decoder_alone}")
+    if layout.read_encoder is not None:
+        tensors, facts = layout.read_encoder(encoder)
+        return found._replace(tensors={**tensors, **found.tensors}), facts
+    other = find_first_stage(encoder)
+    if not other.half("encoder"):
+        raise UserError(f"--encoder: {encoder} holds no encoder")
+    if LAYOUTS[other.layout].anchor != layout.anchor:
+        raise UserError(f"--encoder: {encoder} is of the layout {other.layout}, and {path} of {found.layout}")
+    rest = {name: tensor for name, tensor in other.tensors.items() if not name.startswith(("decoder.", "post_quant"))}
+    # a decoder without quant convolutions does not tell its layout, and the statistics stand beside FLUX.2's encoder
+    name = other.layout if other.layout == "flux2" else found.layout
+    return found._replace(layout=name, tensors={**rest, **found.tensors}), {}
+
+
+def read_folder(folder: Path) -> FirstStage:
+    """The first stage in a folder of diffusers, a pipeline's or a run's. Raises UserError."""
+    places = [folder, folder / "export", *(folder / name for name in PIPELINE_FOLDERS)]
+    place = next((place for place in places if (place / "config.json").is_file()), None)
+    if place is None:
+        raise UserError(f"{folder} has no config.json, nor have export or {', '.join(PIPELINE_FOLDERS)} in it")
+    kinds = dict.fromkeys(layout.kind for layout in LAYOUTS.values())
+    try:
+        kind = str(diffusers.AutoencoderKL.load_config(place).get("_class_name"))
+        if kind not in kinds:
+            raise UserError(f"{place} holds the class {kind}; layouts of originals are known of {', '.join(kinds)}")
+        file = next(iter(sorted(place.glob("*.safetensors"))), None)
+        model = class_of(kind).from_pretrained(
+            place, local_files_only=True, torch_dtype=dtype_of(read_tensors(file)[0] if file else {})
+        )
+    except UserError:
+        raise
+    except Exception as error:  # diffusers raises many kinds for a missing, truncated or foreign file
+        raise UserError(f"cannot load {place}: {' '.join(str(error).split())[:400]}") from error
+    config = {key: value for key, value in model.config.items() if not key.startswith("_")}
+    state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    return FirstStage(kind, config, state, "diffusers", "as stored", original=state)
+
+
+def class_of(kind: str) -> Any:
+    """A class of diffusers. Raises UserError where the installed one has it not."""
+    found = getattr(diffusers, kind, None)
+    if found is None:
+        raise UserError(f"diffusers {diffusers.__version__} has no class {kind}; a newer one may have it")
+    return found
+
+
+def build(stage: FirstStage, source: Path) -> nn.Module:
+    """An instance of the class with these weights, in their types, in evaluation mode, on the CPU.
+
+    Raises UserError, with the names, where weights are missing, too many or of another shape.
+    """
+    with torch.device("meta"):  # no memory, no random numbers drawn
+        model = _instance(stage)
+    wanted, state = model.state_dict(), dict(stage.state)
+    made = [name for name, _ in model.named_buffers() if name not in state or name not in wanted]
+    if made:
+        model = _instance(stage)
+        for name, buffer in model.named_buffers():
+            if name in wanted and OWN_BUFFERS.fullmatch(name):
+                state.setdefault(name, buffer)
+            given = state.pop(name, None) if name not in wanted else None
+            if given is not None and (given.shape != buffer.shape or not torch.allclose(given, buffer, atol=1e-4)):
+                raise UserError(
+                    f"{source} has another {name} than diffusers' {stage.kind} makes for this size and does not store, "
+                    "so its images would be others"
+                )
+    misshapen = [
+        f"{name} {tuple(state[name].shape)} in place of {tuple(tensor.shape)}"
+        for name, tensor in wanted.items()
+        if name in state and state[name].shape != tensor.shape
+    ]
+    for what, names in (
+        ("lacks", [name for name in wanted if name not in state]),
+        ("has what the class has no place for:", [name for name in state if name not in wanted]),
+        ("has tensors of another shape:", misshapen),
+    ):
+        if names:
+            raise UserError(f"{source} does not make a {stage.kind}: under diffusers' names it {what} {some(names)}")
+    model.load_state_dict(state, assign=True)
+    return model.eval().requires_grad_(False)
+
+
+def _instance(stage: FirstStage) -> Any:
+    try:
+        return class_of(stage.kind).from_config(stage.config)
+    except Exception as error:  # each class checks its config in its own way, and transformers may be another
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"diffusers {diffusers.__version__} cannot build this {stage.kind}: {reason}") from error
+
+
+def some(names: list[str]) -> str:
+    """Names for a message: the first few, and how many more there are."""
+    shown = ", ".join(printable(name) for name in names[:4])
+    return shown + (f" and {len(names) - 4} more" if len(names) > 4 else "")

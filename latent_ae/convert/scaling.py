@@ -1,0 +1,201 @@
+"""The scaling of latents, which no shape tells: said by the user, kept in a file, or measured, and never guessed."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from latent_ae.config import UserError
+from latent_ae.convert.checkpoint import Tensors, read_tensors
+from latent_ae.convert.known import published
+from latent_ae.convert.settings import ConvertSettings
+from latent_ae.data.held_out import Framing, HeldOutImages
+from latent_ae.data.loader import open_images
+from latent_ae.data.sources import part_of
+from latent_ae.distributed import processes
+from latent_ae.latents.statistics import LatentStatistics
+from latent_ae.models.posterior import draw
+from latent_ae.progress import progress_bar
+
+PLAYGROUND_SCALING = 0.5
+"""With which Playground 2.5 uses the statistics in its file (diffusers `loaders/single_file_utils.py`)."""
+STD_EPSILON = 1e-5
+"""Added by RAE (bytetriper/RAE `src/stage1/rae.py`)."""
+
+
+KEYS = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
+
+
+class Scaling(NamedTuple):
+    """What a diffusion model scales latents by."""
+
+    config: dict[str, Any]
+    """Keys of the config."""
+    source: str
+    """Where it comes from, for the result."""
+
+
+def apply(model: Any, scaling: Scaling) -> None:
+    """Writes a scaling into an instance's config, and into the buffers of a class that computes with it."""
+    model.register_to_config(**scaling.config)
+    for key in ("latents_mean", "latents_std"):
+        if hasattr(model, f"_{key}") and scaling.config.get(key) is not None:
+            setattr(model, f"_{key}", torch.tensor(scaling.config[key]))
+
+
+def said(settings: ConvertSettings, keys: Mapping[str, Any], kind: str) -> Scaling | None:
+    """The scaling in the user's words; None where there are none.
+
+    Args:
+        settings: scaling_factor, shift_factor, latents_mean and latents_std are looked at.
+        keys: The config of the model, some of whose keys they are.
+        kind: Its class.
+
+    Raises:
+        UserError: For a word that this class has no place for, or of two that belong together only one.
+    """
+    words = {key: getattr(settings, key) for key in KEYS}
+    words = {
+        key: list(value) if isinstance(value, tuple) else value for key, value in words.items() if value is not None
+    }
+    if not words:
+        return None
+    unknown = [key for key, value in words.items() if key not in keys and not (key == "shift_factor" and value == 0)]
+    if unknown:
+        has = "the statistics in its batch norm" if kind == "AutoencoderKLFlux2" else "no such key in its config"
+        raise UserError(f"{unknown[0]}: {kind} has {has}; leave it out")
+    words = {key: value for key, value in words.items() if key in keys}
+    if ("latents_mean" in words) != ("latents_std" in words):
+        raise UserError("latents_mean and latents_std belong together; give both")
+    per_channel = "latents_mean" in words
+    if not per_channel and "scaling_factor" not in words:
+        raise UserError("shift_factor belongs to a scaling_factor; give both")
+    if not per_channel and "shift_factor" in keys and "shift_factor" not in words:
+        raise UserError("scaling_factor is given without shift_factor; give both, shift_factor=0 where there is none")
+    if per_channel:
+        _check_channels(words, int(keys.get("latent_channels") or 0))
+        words = {"scaling_factor": 1.0, **({"shift_factor": 0.0} if "shift_factor" in keys else {}), **words}
+    return Scaling(words, "as said")
+
+
+def kept(beside: Tensors, tensors: Mapping[str, Tensor]) -> Scaling | None:
+    """The scaling that the checkpoint itself carries; None where it has none."""
+    if "bn.running_mean" in tensors:
+        return Scaling({}, "the batch norm in the file")
+    if "edm_mean" in beside and "edm_std" in beside:
+        mean, std = (beside[name].float().flatten().tolist() for name in ("edm_mean", "edm_std"))
+        config = {"latents_mean": mean, "latents_std": std, "scaling_factor": PLAYGROUND_SCALING, "shift_factor": None}
+        return Scaling(config, "edm_mean and edm_std in the file")
+    return None
+
+
+def read_statistics(path: Path, keys: Mapping[str, Any]) -> Scaling:
+    """The scaling in a file of statistics: mean and std or var, per channel (VA-VAE) or per channel and place (RAE).
+
+    Raises UserError where it holds no such tensors, or the class whose config has the `keys` no place for them.
+    """
+    tensors, _ = read_tensors(path)
+    spread = next((name for name in ("std", "var") if name in tensors), None)
+    if "mean" not in tensors or spread is None:
+        raise UserError(f"{path} holds {', '.join(list(tensors)[:4])}; statistics are mean and std, or mean and var")
+    if "latents_mean" not in keys:
+        raise UserError("--statistics: this class of first stage has no place for a mean per channel")
+    mean, std = tensors["mean"].float(), tensors[spread].float()
+    # RAE divides by sqrt(var + 1e-5), and AutoencoderRAE by std + 1e-5
+    std = (std + STD_EPSILON).sqrt() - STD_EPSILON if spread == "var" else std
+    per_place = "encoder_type" in keys
+    if not per_place:
+        mean, std = mean.flatten(), std.flatten()
+    config: dict[str, Any] = {"latents_mean": mean.tolist(), "latents_std": std.tolist(), "scaling_factor": 1.0}
+    if not per_place:
+        _check_channels(config, int(keys["latent_channels"]))
+    return Scaling(config | ({"shift_factor": 0.0} if "shift_factor" in keys else {}), f"statistics in {path.name}")
+
+
+def statistics_of(config: Mapping[str, Any]) -> dict[str, Tensor]:
+    """What `read_statistics` reads, from a config: mean and std, of an RAE mean and var; empty where it has none."""
+    if config.get("latents_mean") is None or config.get("latents_std") is None:
+        return {}
+    mean, std = torch.tensor(config["latents_mean"]), torch.tensor(config["latents_std"])
+    if "encoder_type" in config:
+        return {"mean": mean, "var": (std + STD_EPSILON).square() - STD_EPSILON}
+    return {"mean": mean.view(1, -1, 1, 1), "std": std.view(1, -1, 1, 1)}
+
+
+@torch.no_grad()
+def measured(model: nn.Module, data: str, factor: int, settings: ConvertSettings) -> LatentStatistics:
+    """Statistics of the latents of images, samples of the posterior where there is one.
+
+    Args:
+        model: An instance of the class, in evaluation mode.
+        data: As on the command line.
+        factor: Image px per latent px.
+        settings: How images are read and how many.
+
+    Raises:
+        UserError: Where images cannot be read, or the model does not take their size.
+    """
+    _, device = processes(settings.device)
+    source, _ = part_of(open_images(settings.data(data), "all"), settings.limit, settings.seed)
+    config = model.config
+    side, channels = settings.resolution, int(config.get("in_channels") or config.get("num_channels") or 3)
+    side = int(config.get("encoder_input_size") or side)
+    framing = Framing(resize_px=side, crop_px=side)
+    images = HeldOutImages(source, settings.data(data), channels, framing, factor)
+    statistics, generator, batch = LatentStatistics(), torch.Generator().manual_seed(settings.seed), list[Tensor]()
+    model = model.to(device)
+
+    def take() -> None:
+        pixels = torch.stack(batch).to(device)
+        pixels = (pixels + 1) / 2 if "encoder_type" in config else pixels
+        drawn = draw(model, pixels, None)
+        noise = torch.randn(drawn.latent.shape, generator=generator).to(device)
+        scale = 0.0 if drawn.logvar is None else torch.exp(0.5 * drawn.logvar)
+        statistics.update(drawn.mean + scale * noise)
+        batch.clear()
+
+    with progress_bar("latent statistics", settings.limit, "img") as bar:
+        for _, _, image in images:
+            batch.append(image)
+            if len(batch) == settings.batch_size:
+                take()
+            bar.update(1)
+        if batch:
+            take()
+    model.to("cpu")
+    return statistics
+
+
+def measured_scaling(statistics: LatentStatistics, keys: Mapping[str, Any], data: str) -> Scaling:
+    """What measured statistics say in the config whose `keys` these are. Raises UserError where they cannot."""
+    source = f"measured on {data}"
+    if "encoder_type" in keys:
+        mean, std = ([[[value]] for value in values] for values in (statistics.channel_mean, statistics.channel_std))
+        return Scaling({"latents_mean": mean, "latents_std": std, "scaling_factor": 1.0}, source)
+    config = {"scaling_factor": statistics.scaling_factor, "shift_factor": statistics.shift_factor}
+    return Scaling({key: value for key, value in config.items() if key in keys}, source)
+
+
+def question(layout: str, config: Mapping[str, Any], factor: int, path: Path) -> str:
+    """What to ask where the scaling is not known, with what was published of models of this shape."""
+    channels = int(config.get("latent_channels") or 0)
+    lines = [f"  {row.model}: {row.words}" for row in published(layout, factor, channels)]
+    told = ["Published for this shape (another model may have it, too, with other latents):", *lines] if lines else []
+    if "num_vq_embeddings" in config:
+        told = ["A model that reads the numbers of codes, a transformer, scales nothing: scaling_factor=1."]
+    return "\n".join(
+        [
+            f"{path} does not say how its latents are scaled, and a wrong scaling looks like a bad diffusion model. "
+            "Give scaling_factor=... (with shift_factor=... where the class has it), --statistics FILE with the mean "
+            "and std of each channel, or --measure DATA.",
+            *told,
+        ]
+    )
+
+
+def _check_channels(config: Mapping[str, Any], channels: int) -> None:
+    for key in ("latents_mean", "latents_std"):
+        if len(config[key]) != channels:
+            raise UserError(f"{key} has {len(config[key])} values for {channels} latent channels")

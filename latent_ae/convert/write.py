@@ -1,0 +1,138 @@
+"""A first stage written as a folder of diffusers or as files of a layout, read again and compared."""
+
+import copy
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from latent_ae.arithmetic import float32_arithmetic
+from latent_ae.config import UserError
+from latent_ae.convert import scaling
+from latent_ae.convert.checkpoint import write_tensors
+from latent_ae.convert.find import find_first_stage
+from latent_ae.convert.layout import Layout, levels_of, to_ours, to_theirs
+from latent_ae.convert.read import FirstStage, build, read_folder, some
+from latent_ae.convert.registry import LAYOUTS, WRITTEN
+from latent_ae.files import writing
+from latent_ae.models.posterior import moments_of
+from latent_ae.progress import now
+
+SMALLEST_TEST_IMAGE_PX = 32
+STATISTICS = "_statistics"
+"""End of the name of a file of the latents' statistics, which is written beside a layout's own where there are any."""
+
+
+def write_folder(model: Any, stage: FirstStage, out: Path) -> dict[str, float]:
+    """Writes `out` and reads it with the stock class; returns the differences that `compared` finds."""
+    layout = LAYOUTS[stage.layout]
+    now(f"writing {out} and reading it again with diffusers' {stage.kind}")
+    with writing(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as scratch:
+            fresh = Path(scratch) / "folder"
+            model.save_pretrained(fresh, safe_serialization=True)
+            for file in fresh.glob("*.safetensors"):
+                file.chmod((fresh / "config.json").stat().st_mode)  # safetensors writes for the owner's eyes only
+            again = read_folder(fresh)
+            difference = compared(
+                stage.original, theirs(layout, again.state, model), model, build(again, fresh), layout
+            )
+            os.replace(fresh, out)
+    return difference
+
+
+def write_files(model: Any, stage: FirstStage, out: Path, to: str) -> tuple[list[str], dict[str, float]]:
+    """Writes the layout `to`; returns the files' names and the differences that `compared` finds.
+
+    Raises UserError where the layout has no place for the model.
+    """
+    layout = LAYOUTS[to]
+    if layout.kind != stage.kind:
+        fitting = [name for name in WRITTEN if LAYOUTS[name].kind == stage.kind]
+        advice = f"give --to {' or --to '.join(fitting)}" if fitting else "no layout here holds it"
+        raise UserError(f"--to {to} is a layout of {layout.kind}, and this first stage is of {stage.kind}: {advice}")
+    if reason := layout.misfit(model):
+        raise UserError(f"--to {to}: {reason}")
+    tensors = theirs(layout, stage.state, model)
+    now(f"writing {out} and reading it again")
+    names = [out.with_stem(out.stem + end) for end in layout.files]
+    statistics = scaling.statistics_of(model.config)
+    beside = [out.with_stem(out.stem + STATISTICS)] if statistics else []
+    for path in (*names, *beside):
+        if path.exists():
+            raise UserError(f"{path} exists; give a new name, so that nothing is overwritten")
+    with writing(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as scratch:
+            found = dict(tensors)
+            for path, begin in zip(names, layout.files.values(), strict=True):
+                part = {key: value for key, value in tensors.items() if key.startswith(begin)}
+                stripped = {key.removeprefix(begin): value for key, value in part.items()}
+                write_tensors(Path(scratch) / path.name, stripped, layout.wrapper)
+                found = {key: value for key, value in found.items() if key not in part}
+                found |= find_first_stage(Path(scratch) / path.name).tensors
+            state, _ = to_ours(found, layout.rules(None), levels_of(found))
+            again = FirstStage(stage.kind, stage.config, state, to, stage.weights)
+            difference = compared(layout.prepare(tensors), found, model, build(again, out), layout)
+            for path in beside:
+                write_tensors(Path(scratch) / path.name, statistics, None)
+            for path in (*names, *beside):
+                os.replace(Path(scratch) / path.name, path)
+    return [str(path) for path in (*names, *beside)], difference
+
+
+def theirs(layout: Layout, state: Mapping[str, Tensor], model: Any) -> dict[str, Tensor]:
+    """Tensors under the original's names, with all that its code looks for. Raises UserError for one without a name."""
+    tensors, unknown = to_theirs(state, layout.rules(model.config), len(model.config.get("block_out_channels") or ()))
+    if unknown:
+        raise UserError(f"{layout.title}: there is no place for {some(unknown)}")
+    return dict(layout.complete(tensors, model))
+
+
+def compared(
+    read: Mapping[str, Tensor], written: Mapping[str, Tensor], model: nn.Module, again: nn.Module, layout: Layout
+) -> dict[str, float]:
+    """Largest absolute differences of tensors of equal names, and of the reconstructions of a test image.
+
+    Raises RuntimeError where a tensor did not arrive at all, which is no mistake of the user's.
+    """
+    lost = [name for name, tensor in read.items() if name not in written or written[name].shape != tensor.shape]
+    if lost:
+        raise RuntimeError(f"what was written lacks {some(lost)}")
+    changed = [name for name, tensor in read.items() if not torch.equal(written[name], tensor)]
+    tensors = [float((written[name].double() - read[name].double()).abs().max()) for name in changed]
+    first, second = (reconstruction(in_float32(module), layout) for module in (model, again))
+    return {"tensors": max(tensors, default=0.0), "reconstruction": float((first - second).abs().max())}
+
+
+@torch.no_grad()
+def reconstruction(model: nn.Module, layout: Layout) -> Tensor:
+    """What an instance makes of a test image, smooth above and rough below: 1 x C x H x W, nominally in [-1, 1]."""
+    config = model.config
+    side = int(config.get("encoder_input_size") or max(SMALLEST_TEST_IMAGE_PX, 2 * layout.factor(config)))
+    channels = int(config.get("in_channels") or config.get("num_channels") or 3)
+    ramp = torch.linspace(-1, 1, side)
+    noise = torch.rand(channels, side, side, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    image = torch.where(ramp[:, None] < 0, (ramp[:, None] + ramp) / 2, noise)[None]
+    try:
+        with float32_arithmetic(repeatable=True):
+            mean, _ = moments_of(model, image)
+            decoded: Tensor = model.decode(mean).sample
+    except (RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"the weights make a {type(model).__name__} that does not run: {reason}") from error
+    if not decoded.isfinite().all():
+        raise UserError("the first stage gives NaN or infinity for a test image: its weights have diverged")
+    return decoded
+
+
+def in_float32(model: nn.Module) -> nn.Module:
+    """The model, or a copy where it is of another type: the one given stays as it is."""
+    if all(parameter.dtype == torch.float32 for parameter in model.parameters()):
+        return model
+    return copy.deepcopy(model).float()
