@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from latent_ae.arithmetic import float32_arithmetic
+from latent_ae.arithmetic import float32_arithmetic, lay_out
 from latent_ae.config import UserError
 from latent_ae.data.held_out import Framing, HeldOutImages
 from latent_ae.data.images import ImageError, to_uint8
@@ -105,7 +105,7 @@ def begin(
     if stage.module is None:
         raise UserError(f"eval {command} needs latents, and the function {stage.name} has none; give a first stage")
     # encoded and sampled as the saved pipeline will be: convolutions round differently in another layout
-    stage.module.to(memory_format=torch.contiguous_format)
+    lay_out(stage.module, torch.contiguous_format)
     # TF32 convolutions would move the third digit of what is encoded and measured
     stack.enter_context(float32_arithmetic(repeatable=True))
     return kind(model, stage, data, settings, device, _taken(stack, out), progress)
