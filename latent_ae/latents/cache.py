@@ -16,6 +16,7 @@ from torch import Tensor
 
 from latent_ae.config import UserError
 from latent_ae.latents.parquet import DATA, MANIFEST, STORED, read_manifest
+from latent_ae.models.family import LatentScaling
 
 
 def open_latents(folder: str | Path) -> "LatentCache":
@@ -139,21 +140,17 @@ class LatentCache:
         Of a model whose config has latents_mean and latents_std, (z - latents_mean) * scaling_factor / latents_std, as
         SDXL's pipelines do.
         """
-        mean, std = self._normalisation
-        return (latents - mean) * (self.scaling_factor / std)
+        return self.scaling.scaled(latents)
 
     def unscaled(self, latents: Tensor) -> Tensor:
         """The inverse of `scaled`: what is decoded."""
-        mean, std = self._normalisation
-        return latents * (std / self.scaling_factor) + mean
+        return self.scaling.unscaled(latents)
 
-    @cached_property
-    def _normalisation(self) -> tuple[Tensor, Tensor]:
-        """What is subtracted, and what is divided by besides the scaling_factor: numbers, or one for each channel."""
+    @property
+    def scaling(self) -> LatentScaling:
+        """What diffusion models of the model's class do with its latents."""
         latent = self.manifest["latent"]
-        if latent.get("mean") is None or latent.get("std") is None:
-            return torch.tensor(self.shift_factor), torch.ones(())
-        return torch.tensor(latent["mean"])[:, None, None], torch.tensor(latent["std"])[:, None, None]
+        return LatentScaling(self.scaling_factor, self.shift_factor, latent.get("mean"), latent.get("std"))
 
     def _values(self, name: str, rows: np.ndarray, mirrored: np.ndarray) -> Tensor:
         values = np.empty((len(rows), *self.shape), dtype=np.float32)

@@ -37,6 +37,22 @@ class LatentScaling(NamedTuple):
     inside: bool = False
     """Whether the class itself scales what it encodes, besides this."""
 
+    def scaled(self, latents: Tensor) -> Tensor:
+        """Raw latents, N x c x h x w, as a diffusion model is fed them."""
+        mean, std = self._normalisation(latents)
+        return (latents - mean) * (self.factor / std)
+
+    def unscaled(self, latents: Tensor) -> Tensor:
+        """The inverse of `scaled`: what is decoded."""
+        mean, std = self._normalisation(latents)
+        return latents * (std / self.factor) + mean
+
+    def _normalisation(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        """What is subtracted, and what is divided by besides the factor: numbers, or one for each channel."""
+        if self.mean is None or self.std is None:
+            return latents.new_tensor(self.shift), latents.new_ones(())
+        return latents.new_tensor(self.mean)[:, None, None], latents.new_tensor(self.std)[:, None, None]
+
     @property
     def measured(self) -> bool:
         """Whether the model says how its latents are scaled."""
@@ -111,6 +127,11 @@ class Family(NamedTuple):
     """DiTPipeline decodes with it."""
     gradient_checkpointing: bool = True
     """False where diffusers' is wrong."""
+
+    @property
+    def plain(self) -> bool:
+        """Whether its `decode` takes N x c x h x w and gives images in [-1, 1], as stock image pipelines expect."""
+        return self.decode is adapters.decode
 
     @property
     def random(self) -> bool:

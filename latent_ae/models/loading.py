@@ -72,6 +72,11 @@ class FirstStage:
         return family_of(self.module) if self.function is None else None
 
     @property
+    def side(self) -> int | None:
+        """The one side of images in px that it takes; None where sides are multiples of the factor."""
+        return None if self.family is None or self.module is None else self.family.side(self.module.config)
+
+    @property
     def random(self) -> bool:
         """Whether a latent is drawn from a posterior."""
         return self.family is not None and self.family.random
