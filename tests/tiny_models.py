@@ -62,7 +62,11 @@ CONFIGS: dict[str, dict[str, Any]] = {
         **{"ch_mult": (1, 2), "sample_size": 32},
     },
     "AutoencoderKLCosmos": {
-        **{"latent_channels": 4, "encoder_block_out_channels": (8, 8, 16), "decode_block_out_channels": (8, 8, 16)},
+        **{
+            "latent_channels": 4,
+            "encoder_block_out_channels": (8, 8, 8, 16),
+            "decode_block_out_channels": (8, 8, 8, 16),
+        },
         **{"attention_resolutions": (8,), "resolution": 32, "num_layers": 1, "patch_size": 2},
         **{"spatial_compression_ratio": 4, "temporal_compression_ratio": 4},
         # of four latent frames

@@ -127,7 +127,10 @@ def end_layers(part: nn.Module) -> list[nn.Module]:
     if hasattr(part, "layers"):  # AutoencoderTiny's
         return [part.layers[0], part.layers[-1]]
     # those of AutoencoderRAE's decoder are linear
-    names = ("conv_in", "decoder_embed", "conv_out", "decoder_pred")
-    layers = [getattr(part, name) for name in names if hasattr(part, name)]
-    # AutoencoderDC's may change the size, too, and hold theirs
-    return [getattr(layer, "conv", layer) for layer in layers]
+    places = {"conv_in": 0, "decoder_embed": 0, "conv_out": -1, "decoder_pred": -1}
+    # AutoencoderDC's may change the size, too, and hold theirs; AutoencoderKLCosmos has two for one, of space and time
+    return [
+        [inner for inner in getattr(part, name).modules() if hasattr(inner, "weight")][place]
+        for name, place in places.items()
+        if hasattr(part, name)
+    ]

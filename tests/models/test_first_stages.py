@@ -53,6 +53,7 @@ def test_each_class_reconstructs_as_diffusers_does(name, tmp_path):
     assert stage.name == name.split()[0] and stage.channels == 3 and stage.latent_channels == encoded.mean.shape[1]
     assert images.shape[-1] == encoded.mean.shape[-1] * stage.factor
     torch.testing.assert_close(made, expected, rtol=0, atol=1e-5)
+    assert made.shape == images.shape
     assert stage.sha256 == first_stage(tiny(name)).sha256 != first_stage(tiny(name, seed=1)).sha256
     assert stage.describe()["parameters"] == sum(p.numel() for p in model.parameters())
     assert stage.family is not None
