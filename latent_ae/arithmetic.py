@@ -2,10 +2,12 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+
+Network = TypeVar("Network", bound=nn.Module)
 
 
 class WeightPrecisionConv2d(nn.Conv2d):
@@ -24,6 +26,17 @@ def training_memory_format(device: torch.device) -> torch.memory_format:
     """
     contiguous = device.type == "cpu" and torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2")
     return torch.contiguous_format if contiguous else torch.channels_last
+
+
+def lay_out(network: Network, layout: torch.memory_format) -> Network:
+    """Puts the weights of the network's 2-D convolutions into a memory format, in place, and returns the network.
+
+    `Module.to` fails on networks with 3-D convolutions, whose weights have five dimensions.
+    """
+    for tensor in (*network.parameters(), *network.buffers()):
+        if tensor.ndim == 4:
+            tensor.data = tensor.data.contiguous(memory_format=layout)
+    return network
 
 
 @contextmanager

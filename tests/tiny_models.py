@@ -1,5 +1,8 @@
 """A small random instance of each class of first stage."""
 
+from typing import Any
+
+import diffusers
 import torch
 from diffusers import (
     AsymmetricAutoencoderKL,
@@ -12,6 +15,7 @@ from diffusers import (
 
 from latent_ae.models.flow import FlowAutoencoderKL
 from latent_ae.models.hierarchical import HierarchicalVAE
+from latent_ae.models.registry import FAMILIES, OWN, class_of
 
 TWO = {
     "block_out_channels": (8, 16),
@@ -19,11 +23,82 @@ TWO = {
     "up_block_types": ("UpDecoderBlock2D",) * 2,
     "norm_num_groups": 4,
 }
+SCALED = {"latents_mean": [0.1, 0.2, -0.3, 0.4], "latents_std": [1.0, 2.0, 0.5, 1.5]}
+VIDEO = SCALED | {"base_dim": 8, "z_dim": 4, "num_res_blocks": 1, "temperal_downsample": [True]}
+VIDTOK = {"ch": 8, "ch_mult": [1, 2], "num_res_blocks": 1, "z_channels": 2, "tempo_ds": [0], "tempo_us": [1]}
+CONFIGS: dict[str, dict[str, Any]] = {
+    "AutoencoderRAE": {
+        "encoder_type": "mae",
+        "encoder_hidden_size": 64,
+        "encoder_patch_size": 8,
+        "encoder_num_hidden_layers": 1,
+        "decoder_hidden_size": 16,
+        "decoder_num_hidden_layers": 1,
+        "decoder_num_attention_heads": 2,
+        "decoder_intermediate_size": 16,
+        "patch_size": 4,
+        "encoder_input_size": 64,
+        "latents_mean": [[[0.1]]] * 64,
+        "latents_std": [[[2.0]]] * 64,
+    },
+    "AutoencoderKLQwenImage": VIDEO | {"dim_mult": [1, 2]},
+    "AutoencoderKLQwenImage21": VIDEO | {"decoder_base_dim": 16, "dim_mult": [1, 1], "scale_factor_spatial": 2},
+    "AutoencoderKLWan": VIDEO | {"dim_mult": [1, 2], "scale_factor_spatial": 2},
+    "AutoencoderKLWan 2.2": VIDEO
+    | {
+        **{"dim_mult": [1, 1], "is_residual": True, "patch_size": 2},
+        **{"in_channels": 12, "out_channels": 12, "scale_factor_spatial": 4},
+    },
+    "AutoencoderKLHunyuanImage": {
+        **{"in_channels": 3, "out_channels": 3, "latent_channels": 4, "block_out_channels": (32, 64)},
+        **{"layers_per_block": 1, "spatial_compression_ratio": 2, "sample_size": 32, "scaling_factor": 0.7},
+    },
+    "AutoencoderKLHunyuanImageRefiner": {
+        **{"latent_channels": 4, "block_out_channels": (12, 24), "layers_per_block": 1},
+        **{"spatial_compression_ratio": 2, "temporal_compression_ratio": 2},
+    },
+    "AutoencoderKLKVAE": {
+        **{"channels": 32, "num_enc_blocks": 1, "num_dec_blocks": 1, "z_channels": 4},
+        **{"ch_mult": (1, 2), "sample_size": 32},
+    },
+    "AutoencoderKLCosmos": {
+        **{
+            "latent_channels": 4,
+            "encoder_block_out_channels": (8, 8, 8, 16),
+            "decode_block_out_channels": (8, 8, 8, 16),
+        },
+        **{"attention_resolutions": (8,), "resolution": 32, "num_layers": 1, "patch_size": 2},
+        **{"spatial_compression_ratio": 4, "temporal_compression_ratio": 4},
+        # of four latent frames
+        **{"latents_mean": [number / 10 for number in range(16)], "latents_std": [1 + number for number in range(16)]},
+    },
+    "AutoencoderVidTok": VIDTOK,
+    "AutoencoderVidTok FSQ": VIDTOK | {"double_z": False, "regularizer": "fsq", "codebook_size": 64},
+    "ConsistencyDecoderVAE": {
+        "encoder_block_out_channels": (8, 16),
+        "encoder_down_block_types": ("DownEncoderBlock2D",) * 2,
+        "encoder_norm_num_groups": 4,
+        "encoder_layers_per_block": 1,
+        "decoder_block_out_channels": (32, 32),
+        "decoder_down_block_types": ("ResnetDownsampleBlock2D",) * 2,
+        "decoder_up_block_types": ("ResnetUpsampleBlock2D",) * 2,
+        "decoder_layers_per_block": 1,
+    },
+}
+"""Configs of classes of diffusers that are measured but not trained from fresh weights, by class and variant."""
+CLASSES = [name for name in FAMILIES if name in OWN or hasattr(diffusers, name)]
+"""Those that the installed diffusers has."""
+TRAINED = [name for name in CLASSES if name not in CONFIGS]
+"""Those that train from fresh weights."""
+MEASURED = [name for name in CONFIGS if name.split()[0] in CLASSES]
+"""The keys of CONFIGS that the installed diffusers has."""
 
 
 def tiny(name: str, seed: int = 0) -> torch.nn.Module:
-    """A small random instance of each class."""
+    """A small random instance of a class, or of a variant of CONFIGS."""
     torch.manual_seed(seed)
+    if name in CONFIGS:
+        return class_of(name.split()[0])(**CONFIGS[name])
     if name == "AutoencoderKL":
         return AutoencoderKL(**TWO, latent_channels=4)
     if name == "AutoencoderKLFlux2":

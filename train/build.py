@@ -11,7 +11,7 @@ from diffusers import ModelMixin
 from latent_ae.config import UserError, refuse
 from latent_ae.export import pipelines
 from latent_ae.export.pipelines import SHAPE
-from latent_ae.models.build import build_autoencoder, facts_of, load_autoencoder
+from latent_ae.models.build import build_autoencoder, channels_of, facts_of, load_autoencoder
 from latent_ae.models.registry import BLOCKS, family_of
 from latent_ae.models.run_checkpoint import checkpoint_at
 from latent_ae.models.settings import ModelSettings
@@ -57,8 +57,9 @@ def freeze_part(autoencoder: ModelMixin, settings: TrainSettings) -> None:
     """Freeze the parts that the setting `train` leaves fixed, and those that no image reaches."""
     encoder = ("encoder", "quant_conv", "quantize", "flow")
     fixed = {"all": (), "decoder": encoder, "encoder": ("decoder", "post_quant_conv")}
-    if hasattr(autoencoder.decoder, "condition_encoder"):  # encodes masks, which are never passed here
-        autoencoder.decoder.condition_encoder.requires_grad_(False)
+    if unreached := family_of(autoencoder).unreached:
+        for name, parameter in autoencoder.named_parameters():
+            parameter.requires_grad_(parameter.requires_grad and unreached not in name)
     for name in fixed[settings.train]:
         if (part := getattr(autoencoder, name, None)) is not None:  # not every model has all of them
             part.requires_grad_(False)
@@ -92,8 +93,8 @@ def compile_blocks(autoencoder: ModelMixin) -> None:
 def refuse_misfit(autoencoder: ModelMixin, settings: TrainSettings) -> None:
     """Raise UserError if an autoencoder, new or from init_from, does not go with the other settings."""
     kind = type(autoencoder).__name__
-    channels = int(autoencoder.config.in_channels)
-    if (out_channels := autoencoder.config.get("out_channels", channels)) != channels:
+    channels = channels_of(autoencoder)
+    if (out_channels := family_of(autoencoder).out_channels(autoencoder.config) or channels) != channels:
         raise UserError(
             f"model.config: in_channels is {channels} and out_channels {out_channels}: the loss compares output with "
             "input, so they must be equal"
@@ -120,6 +121,8 @@ def refuse_misfit(autoencoder: ModelMixin, settings: TrainSettings) -> None:
             f"gradient_checkpointing: diffusers has no correct one for {settings.init_from or f'this {kind}'} "
             f"({kind}): set it to false; a smaller micro_batch_size saves memory, too"
         )
+    if settings.compile and not any(isinstance(module, BLOCKS) for module in autoencoder.modules()):
+        raise UserError(f"compile: this project does not know which blocks of a {kind} to compile: set it to false")
     known = set(settings.problems_with(None))  # reported before the autoencoder was loaded
     problems = settings.problems_with(facts_of(autoencoder, settings.init_from))
     refuse((problem for problem in problems if problem not in known), " with this autoencoder")

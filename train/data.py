@@ -11,7 +11,7 @@ from latent_ae.config import UserError
 from latent_ae.data.loader import Batch as LoadedBatch
 from latent_ae.data.loader import ImageSource, posterior_noise, stop_if_too_many_bad, training_batches
 from latent_ae.data.settings import DataSettings
-from latent_ae.models.build import factor_of, latent_channels_of
+from latent_ae.models.build import channels_of, factor_of, latent_channels_of
 from latent_ae.objectives.base import Batch, Objective
 
 from .agreement import gathered, hosts
@@ -113,7 +113,7 @@ class Feed:
     ):
         self.settings, self.objectives = step.settings, list(step.objectives.values())
         settings, accelerator, autoencoder = step.settings, step.accelerator, step.bare_reconstructor.autoencoder
-        self.channels, self.device = int(autoencoder.config.in_channels), accelerator.device
+        self.channels, self.device = channels_of(autoencoder), accelerator.device
         side = settings.data.resolution // factor_of(autoencoder)
         self.latent_shape = (latent_channels_of(autoencoder), side, side)
         self.bad_files = BadFiles(accelerator, settings.data, source, log)

@@ -78,7 +78,7 @@ def export(
 
     from latent_ae.data.loader import open_images
     from latent_ae.export.write import export_autoencoder
-    from latent_ae.models.build import factor_of
+    from latent_ae.models.build import channels_of, factor_of
     from latent_ae.models.likelihood import read_likelihood
     from latent_ae.models.reconstruct import Reconstructor
     from latent_ae.models.run_checkpoint import checkpoint_at
@@ -113,7 +113,7 @@ def export(
         refuse_misfit(pipeline, shape | (ones if latents_mean_std else {}), type(autoencoder).__name__)
     statistics = measure_latents(Reconstructor(autoencoder), settings, accelerator, open_images(settings.data, "train"))
     held_out = open_images(settings.data, "held_out")
-    channels, factor = int(autoencoder.config.in_channels), factor_of(autoencoder)
+    channels, factor = channels_of(autoencoder), factor_of(autoencoder)
     validator = Validator(settings, accelerator, held_out, channels, factor, None)
     run = source.parent.parent if folder == source else source
     log = {(event["event"], event["step"]): event for event in read_log(run)}

@@ -16,7 +16,7 @@ from latent_ae.export.precision import verdict
 from latent_ae.export.write import CardFacts, export_autoencoder, loading_lines, push_to_hub
 from latent_ae.files import write_json
 from latent_ae.latents.statistics import LatentStatistics
-from latent_ae.models.build import factor_of, latent_channels_of
+from latent_ae.models.build import channels_of, factor_of, latent_channels_of
 from latent_ae.models.likelihood import Likelihood
 from latent_ae.models.posterior import draw
 from latent_ae.models.reconstruct import Reconstructor
@@ -160,7 +160,7 @@ def measure_latents(
     batches = training_batches(
         source,
         data,
-        channels=int(autoencoder.config.in_channels),
+        channels=channels_of(autoencoder),
         seed=settings.seed,
         batch_size=micro_batch * processes,
         micro_batch_size=micro_batch,

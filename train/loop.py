@@ -9,10 +9,10 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
 
-from latent_ae.arithmetic import float32_arithmetic, training_memory_format
+from latent_ae.arithmetic import float32_arithmetic, lay_out, training_memory_format
 from latent_ae.config import UserError
 from latent_ae.data.loader import open_images
-from latent_ae.models.build import factor_of
+from latent_ae.models.build import channels_of, factor_of
 from latent_ae.models.reconstruct import Reconstructor
 from latent_ae.objectives import OBJECTIVES, Reconstruction
 from latent_ae.objectives.base import Objective
@@ -105,9 +105,9 @@ def _train(
         compile_blocks(autoencoder)
     step = TrainStep(settings, accelerator, autoencoder, objectives, ema)
     averaged = Reconstructor(ema.module if ema is not None else autoencoder)
-    averaged = averaged.to(memory_format=training_memory_format(accelerator.device))
+    lay_out(averaged, training_memory_format(accelerator.device))
     perceptual = next((one.perceptual for one in objectives if isinstance(one, Reconstruction)), None)
-    factor, channels = factor_of(autoencoder), int(autoencoder.config.in_channels)
+    factor, channels = factor_of(autoencoder), channels_of(autoencoder)
     validator = Validator(settings, accelerator, held_out, channels, factor, perceptual)
 
     with Agreed(accelerator):

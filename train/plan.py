@@ -2,7 +2,7 @@
 
 import torch
 
-from latent_ae.models.build import build_autoencoder, count_parameters, factor_of, latent_channels_of
+from latent_ae.models.build import build_autoencoder, channels_of, count_parameters, factor_of, latent_channels_of
 from latent_ae.models.registry import family_of
 from latent_ae.objectives import GAN, KL, OBJECTIVES
 
@@ -30,7 +30,7 @@ def describe_plan(settings: TrainSettings) -> str:
     weights, discriminator = count_parameters(autoencoder), 0
     if settings.gan.weight:
         with torch.device("meta"):
-            discriminator = count_parameters(GAN.network(settings.gan, int(autoencoder.config.in_channels)))
+            discriminator = count_parameters(GAN.network(settings.gan, channels_of(autoencoder)))
     run = settings.facts()
     learning = sum(parameter.numel() for parameter in autoencoder.parameters() if parameter.requires_grad)
     # weights and their average; AdamW's two moments of trained weights, or Muon's one

@@ -182,14 +182,21 @@ class TrainSettings(Settings):
         if model is not None:
             sides = {"data.resolution": self.data.resolution, "validate.crop_px": self.validation.crop_px}
             for key, side in sides.items():
-                if side is not None and not model.one_grid and side != model.factor:
-                    yield Problem(key, f"{side}, and {model.name} takes images of {model.factor} px only")
+                if side is not None and model.side is not None and side != model.side:
+                    yield Problem(key, f"{side}, and {model.name} takes images of {model.side} px only")
                 elif side is not None and side % model.factor:
                     near = max(model.factor, side // model.factor * model.factor)
                     yield Problem(key, f"{side} is not a multiple of the model's factor {model.factor}: use {near}")
             if not model.one_grid and self.train != "all":
                 yield Problem(
                     "train", f"{self.train}: the latents of {model.name} are made by both parts: set it to all"
+                )
+            elif not model.trains:
+                yield Problem("train", f"{model.name} is of a class that is measured here and not trained")
+            elif self.train not in model.trains:
+                part = model.trains[0]
+                yield Problem(
+                    "train", f"{self.train}: of {model.name} only the {part} is trained here: set it to {part}"
                 )
         run = self.facts()
         for objective in OBJECTIVES:

@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from latent_ae.arithmetic import training_memory_format
+from latent_ae.arithmetic import lay_out, training_memory_format
 from latent_ae.config import UserError
 from latent_ae.models.reconstruct import Reconstructor
 from latent_ae.objectives.base import Batch, Objective, Pass
@@ -53,7 +53,7 @@ class TrainStep:
         self.state = nn.ModuleDict(self.objectives).to(accelerator.device)
         heads = {name: head for name, one in self.objectives.items() if (head := one.head()) is not None}
         layout = training_memory_format(accelerator.device)
-        self.bare_reconstructor = Reconstructor(autoencoder, heads).to(memory_format=layout)
+        self.bare_reconstructor = lay_out(Reconstructor(autoencoder, heads), layout)
         self.reconstructor = accelerator.prepare_model(self.bare_reconstructor)
         self.bare_adversaries = {n: one.adversary for n, one in self.objectives.items() if one.adversary is not None}
         self.adversaries = {

@@ -15,7 +15,7 @@ from latent_ae.data.rng import spread
 from latent_ae_eval.diffusion.report import write_diffusion_page
 from latent_ae_eval.generation.base import FAR_STD, LARGE_MEAN, Generation, begin, fingerprint
 from latent_ae_eval.generation.flow import CHOICE_SEED, classes_of
-from latent_ae_eval.generation.sampling import feature_networks, samples, stock_pipeline
+from latent_ae_eval.generation.sampling import feature_networks, samples
 from latent_ae_eval.generation.settings import DiffusionSettings
 
 FORMAT = "latent-ae diffusion 1"
@@ -64,8 +64,7 @@ class _Job(Generation):
         networks, notes = feature_networks(settings, self.device)
         self.check_data()
         flow = self.flow()
-        assert stage.module is not None
-        pipeline = stock_pipeline(flow.trainer.average, stage.module)
+        pipeline = self.pipeline(flow.trainer.average)
         self.save(pipeline)
         count = min(settings.chosen("samples"), len(flow.train))
         classes = classes_of(flow.train, spread(CHOICE_SEED, len(flow.train), count)).tolist()

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
-from diffusers import DiTPipeline
+from diffusers import DiTPipeline, DiTTransformer2DModel
 from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from latent_ae.arithmetic import float32_arithmetic
+from latent_ae.arithmetic import float32_arithmetic, lay_out
 from latent_ae.config import UserError
 from latent_ae.data.held_out import Framing, HeldOutImages
 from latent_ae.data.images import ImageError, to_uint8
@@ -29,14 +29,23 @@ from latent_ae.latents.cache import LatentCache, open_latents
 from latent_ae.latents.encode import encode_images
 from latent_ae.metrics.distances import RELIABLE_IMAGES
 from latent_ae.models.loading import FirstStage, load
-from latent_ae.models.registry import FAMILIES
+from latent_ae.models.registry import FAMILIES, scaling_of
 from latent_ae.only_writer import only_writer
 from latent_ae.pretrained.lpips import TRUNKS
 from latent_ae.progress import progress_bar
 from latent_ae.provenance import versions
 from latent_ae.report.pictures import picture_grid
 from latent_ae_eval.generation.flow import CHOICE_SEED, NULL_CLASS, Trivial, Validation
-from latent_ae_eval.generation.sampling import GRID, KINDS, Features, ImageSet, distances, image_set
+from latent_ae_eval.generation.sampling import (
+    GRID,
+    KINDS,
+    Features,
+    ImageSet,
+    StandInDecoder,
+    distances,
+    image_set,
+    stock_pipeline,
+)
 from latent_ae_eval.generation.settings import DiffusionSettings
 from latent_ae_eval.generation.training import Trainer, trained
 from latent_ae_eval.jobs import write_json, written_into
@@ -119,7 +128,7 @@ def begin(
     if stage.module is None:
         raise UserError(f"eval {command} needs latents, and the function {stage.name} has none; give a first stage")
     # encoded and sampled as the saved pipeline will be: convolutions round differently in another layout
-    stage.module.to(memory_format=torch.contiguous_format)
+    lay_out(stage.module, torch.contiguous_format)
     # TF32 convolutions would change the third digit of latents and results
     stack.enter_context(float32_arithmetic(repeatable=True))
     return kind(model, stage, data, settings, device, _taken(stack, out), progress)
@@ -157,13 +166,25 @@ class Generation:
     """The choice of the images with which samples are compared, by part of the data; see rng.choice_facts."""
 
     def check_pipeline(self) -> None:
-        """Raise UserError if DiTPipeline cannot decode with the first stage."""
-        assert self.stage.module is not None
-        if not self.stage.module.config.get("scaling_factor"):
+        """Raise UserError if the config of the first stage does not say how its latents are scaled."""
+        assert self.stage.module is not None and self.stage.family is not None
+        if self.stage.family.scaled_by_patches or not self.stage.module.config.get("scaling_factor", 1.0):
             raise UserError(
                 f"{self.stage.name} has no scaling_factor, so DiTPipeline cannot decode its latents; known to work are "
                 + ", ".join(name for name, family in FAMILIES.items() if family.pipeline_decodes)
             )
+
+    @property
+    def stock(self) -> bool:
+        """Whether a stock DiTPipeline can decode with the first stage: it divides by scaling_factor, and decodes."""
+        assert self.stage.module is not None and self.stage.family is not None
+        has_factor = "scaling_factor" in self.stage.module.config
+        return self.stage.family.plain and has_factor and scaling_of(self.stage.module).mean is None
+
+    def pipeline(self, transformer: DiTTransformer2DModel) -> DiTPipeline:
+        """What samples latents from the transformer and decodes them."""
+        assert self.stage.module is not None
+        return stock_pipeline(transformer, self.stage.module if self.stock else StandInDecoder(self.stage))
 
     def check_data(self) -> None:
         """Raise UserError if samples cannot be compared with the images."""
@@ -227,6 +248,10 @@ class Generation:
     def notes(self, metrics: dict[str, Any]) -> list[str]:
         """Return notes on distances that were measured on few images."""
         notes = []
+        if not self.stock:
+            notes.append(
+                f"DiTPipeline cannot decode with {self.stage.name}: pipeline/ holds the transformer and the scheduler"
+            )
         if "fid" in metrics["samples"] and metrics["samples"]["n"] < RELIABLE_IMAGES:
             notes.append(
                 f"fid: {metrics['samples']['n']:,} images are fewer than Inception has features ({RELIABLE_IMAGES:,}): "
@@ -377,9 +402,16 @@ class Generation:
                 (folder / "unfinished").rmdir()
 
     def save(self, pipeline: DiTPipeline) -> None:
-        """Save a pipeline for `DiTPipeline.from_pretrained`. Raises UserError if it cannot be written."""
+        """Save a pipeline for `DiTPipeline.from_pretrained`, without a first stage that it cannot decode with.
+
+        Raises UserError if it cannot be written.
+        """
         try:
-            pipeline.save_pretrained(self.folder / "pipeline")
+            if self.stock:
+                pipeline.save_pretrained(self.folder / "pipeline")
+            else:
+                pipeline.transformer.save_pretrained(self.folder / "pipeline" / "transformer")
+                pipeline.scheduler.save_pretrained(self.folder / "pipeline" / "scheduler")
         except OSError as error:
             raise UserError(f"--out: cannot write {self.folder}: {error.strerror or error}") from error
 

@@ -62,8 +62,7 @@ def flow_batch(
     posterior, noise = posterior_noise(seed, numbers, (2, *latents.shape)).unbind(1)
     flips = uniform[:, 0] < 0.5 if latents.has_flips else None
     drawn = latents.batch(rows, flips, posterior if latents.has_posterior else None)
-    # scaled but not shifted, because DiTPipeline only divides by the factor before it decodes
-    x0 = drawn * latents.scaling_factor
+    x0 = fed_latents(latents, drawn)
     classes = classes_of(latents, rows)
     if t is None:
         # logit-normal with mean 0 and standard deviation 1: the best of the densities in SD3 (Esser et al. 2024, 3.1)
@@ -71,6 +70,17 @@ def flow_batch(
         classes = torch.where(uniform[:, 2] < CLASS_DROPOUT, NULL_CLASS, classes)
     s = t.view(-1, 1, 1, 1)
     return FlowBatch((1 - s) * x0 + s * noise, t, classes, noise - x0)
+
+
+def fed_latents(latents: LatentCache, raw: Tensor) -> Tensor:
+    """Latents as the model learns them, (N, C, h, w): scaled and, without a mean of each channel, not shifted, since
+    DiTPipeline divides by the factor before it decodes, and adds nothing. `StandInDecoder` undoes the rest."""
+    return raw * latents.scaling_factor if latents.scaling.mean is None else latents.scaled(raw)
+
+
+def raw_latents(latents: LatentCache, fed: Tensor) -> Tensor:
+    """The inverse of `fed_latents`."""
+    return fed / latents.scaling_factor if latents.scaling.mean is None else latents.unscaled(fed)
 
 
 def classes_of(latents: LatentCache, rows: Sequence[int] | np.ndarray) -> Tensor:

@@ -5,13 +5,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from diffusers import DiTPipeline, DiTTransformer2DModel, DPMSolverMultistepScheduler
+from diffusers import ConfigMixin, DiTPipeline, DiTTransformer2DModel, DPMSolverMultistepScheduler, ModelMixin
+from diffusers.models.autoencoders.vae import DecoderOutput
 from torch import Tensor, nn
 
 from latent_ae.config import UserError
 from latent_ae.data.images import to_uint8
 from latent_ae.data.rng import spread
 from latent_ae.metrics.distances import GROUPS, Gaussian, frechet_distance, frechet_of_features, jackknife_interval
+from latent_ae.models.loading import FirstStage
+from latent_ae.models.registry import scaling_of
 from latent_ae.pretrained.inception import InceptionFeatures
 from latent_ae.pretrained.lpips import LPIPS
 from latent_ae.pretrained.weights import briefly
@@ -44,6 +47,20 @@ def stock_pipeline(transformer: DiTTransformer2DModel, vae: nn.Module) -> DiTPip
     pipeline = DiTPipeline(transformer, vae, scheduler)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+class StandInDecoder(ModelMixin, ConfigMixin):
+    """Decodes for DiTPipeline where it could not itself: videos, other ranges, a mean and deviation of each channel."""
+
+    def __init__(self, stage: FirstStage):
+        super().__init__()
+        assert stage.module is not None
+        self.register_to_config(scaling_factor=1.0)  # the pipeline's, which leaves the scaling to this class
+        self.module, self.stage = stage.module, stage
+
+    def decode(self, latents: Tensor) -> DecoderOutput:
+        """Images, NCHW in [-1, 1], of latents as a diffusion model is fed them."""
+        return DecoderOutput(sample=self.stage.decode(scaling_of(self.stage.module).unscaled(latents)))
 
 
 def generators(seed: int, numbers: Sequence[int]) -> list[torch.Generator]:

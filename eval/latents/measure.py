@@ -145,7 +145,9 @@ def evaluate_latents(
         notes.append(f"the posterior of a {stage.name} is not Gaussian: its mode is measured, without KL and spread")
     elif not stage.has_posterior:
         notes.append(f"{stage.name} has no posterior, so there is no KL and no posterior's spread")
-    if "half size/apart" not in decoded.counts and decoded.num_images:
+    if stage.side is not None and decoded.num_images:
+        notes.append(f"half size was left out: {stage.name} takes images of {stage.side} px only")
+    elif "half size/apart" not in decoded.counts and decoded.num_images:
         notes.append(
             "half size was left out: the latents' sides are odd; set crop_px to a multiple of twice the factor"
         )

@@ -118,7 +118,8 @@ class LatentsMeasurer:
                 if self.lpips is not None and images.shape[1] in (1, 3):
                     block.add(f"lpips/{sigma}", self.lpips(images, decoded.clamp(-1, 1)))
             for name, change in TRANSFORMS.items():
-                if name == "half size" and any(side % 2 for side in latents.shape[-2:]):
+                odd = any(side % 2 for side in latents.shape[-2:])
+                if name == "half size" and (odd or self.stage.side is not None):
                     continue
                 changed, decoded = change(images), self.stage.decode(change(latents))
                 block.add(f"{name}/in latents", _psnr(changed, decoded))

@@ -20,9 +20,10 @@ from latent_ae.config import UserError
 from latent_ae.data.images import to_uint8
 from latent_ae.data.rng import spread
 from latent_ae.latents.cache import LatentCache
+from latent_ae.models.registry import scaling_of
 from latent_ae_eval.generation.base import FAR_STD, Generation, begin, fingerprint
-from latent_ae_eval.generation.flow import CHOICE_SEED, STATISTICS, flow_batch
-from latent_ae_eval.generation.sampling import GRID, Features, feature_networks, generators, samples, stock_pipeline
+from latent_ae_eval.generation.flow import CHOICE_SEED, STATISTICS, flow_batch, raw_latents
+from latent_ae_eval.generation.sampling import GRID, Features, feature_networks, generators, samples
 from latent_ae_eval.sample.report import write_sample_report
 from latent_ae_eval.sample.settings import PRIORS, SampleSettings
 
@@ -170,11 +171,13 @@ class _Job(Generation):
 
     def _scale_notes(self) -> list[str]:
         assert self.stage.module is not None
-        factor = float(self.stage.module.config.get("scaling_factor") or 1.0)
-        if self.has_own_prior or 1 / FAR_STD < factor < FAR_STD:
+        scaling = scaling_of(self.stage.module)
+        std = (sum(scaling.std) / len(scaling.std) if scaling.std else 1.0) / scaling.factor
+        if self.has_own_prior or 1 / FAR_STD < std < FAR_STD:
             return []
+        told_by = "latents_std says" if scaling.std else "scaling_factor says"
         return [
-            f"the model's scaling_factor says that its latents' standard deviation is {1 / factor:.3g}, not 1: "
+            f"the model's {told_by} that its latents' standard deviation is {std:.3g}, not 1: "
             "N(0, I) is far from what it decodes well; prior=flow fits a prior to its latents"
         ]
 
@@ -182,7 +185,7 @@ class _Job(Generation):
         with torch.enable_grad():
             flow = self.flow()
         assert self.stage.module is not None
-        pipeline = stock_pipeline(flow.trainer.average, self.stage.module)
+        pipeline = self.pipeline(flow.trainer.average)
         self.save(pipeline)
         return pipeline, flow.describe(self.settings) | {
             "fingerprints": [fingerprint(flow.train), fingerprint(flow.held_out)]
@@ -212,7 +215,7 @@ class _Job(Generation):
             fitted = transformer.config.sample_size * self.stage.factor
             raise UserError(f"resolution: {folder} was fitted at {fitted} px; set resolution={fitted}")
         assert self.stage.module is not None
-        return stock_pipeline(transformer.to(self.device).eval(), self.stage.module), about
+        return self.pipeline(transformer.to(self.device).eval()), about
 
 
 def gaussian_prior(train: LatentCache, seed: int) -> Callable[[Tensor], Tensor]:
@@ -236,7 +239,7 @@ def gaussian_prior(train: LatentCache, seed: int) -> Callable[[Tensor], Tensor]:
         )
     rows = spread(CHOICE_SEED, len(train), MOST_LATENTS)
     numbers = range(STATISTICS, STATISTICS + len(rows))
-    flat = flow_batch(train, seed, numbers, rows, torch.zeros(len(rows))).x.flatten(1).double() / train.scaling_factor
+    flat = raw_latents(train, flow_batch(train, seed, numbers, rows, torch.zeros(len(rows))).x.double()).flatten(1)
     mean = flat.mean(0)
     # a root of the covariance, which may not have full rank
     power, axes = torch.linalg.eigh(torch.cov(flat.T).reshape(values, values))

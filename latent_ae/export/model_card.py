@@ -12,8 +12,8 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from latent_ae.export.precision import verdict
 from latent_ae.latents.statistics import LatentStatistics
 from latent_ae.metrics.labels import NAMES
-from latent_ae.models.build import count_parameters, factor_of, latent_channels_of
-from latent_ae.models.registry import family_of, module_of
+from latent_ae.models.build import channels_of, count_parameters, factor_of, latent_channels_of
+from latent_ae.models.registry import family_of, module_of, scaling_of
 from latent_ae.text import printable
 
 
@@ -106,25 +106,31 @@ def _card_text(
         trained.append(f"for {facts.steps:,} steps")
     if facts.base_model:
         trained.append(f"from {_plain(facts.base_model)}")
-    encoded = family_of(autoencoder).encoded
-    if "scaling_factor" not in config:
+    family, scaling, channels = family_of(autoencoder), scaling_of(autoencoder), channels_of(autoencoder)
+    latent_channels = latent_channels_of(autoencoder)
+    if family.scaled_by_patches:
         setup = "norm = vae.bn  # of patches of 2 x 2 latents: channel after channel, each with its four places\n"
         scaled, unscaled = "z", "z"
-    elif "shift_factor" not in config:
-        setup, scaled, unscaled = "", "z * vae.config.scaling_factor", "z / vae.config.scaling_factor"
-    elif config.get("latents_mean") is None:
-        setup, scaled = "", "(z - vae.config.shift_factor) * vae.config.scaling_factor"
-        unscaled = "z / vae.config.scaling_factor + vae.config.shift_factor"
-    else:
+    elif scaling.mean is not None:
         setup = (
-            "mean, std = (torch.tensor(vae.config[key]).view(1, -1, 1, 1) for key in ('latents_mean', 'latents_std'))\n"
+            f"mean, std = (torch.tensor(vae.config[key]).view(1, {latent_channels}, -1, 1)[:, :, :1]\n"
+            "             for key in ('latents_mean', 'latents_std'))\n"
         )
         scaled, unscaled = "(z - mean) / std", "z * std + mean"
-    sides = "multiples of" if family_of(autoencoder).one_grid else "always"
+    elif scaling.inside or "scaling_factor" not in config:
+        setup, scaled, unscaled = "", "z", "z"
+    elif "shift_factor" not in config:
+        setup, scaled, unscaled = "", "z * vae.config.scaling_factor", "z / vae.config.scaling_factor"
+    else:
+        setup, scaled = "", "(z - vae.config.shift_factor) * vae.config.scaling_factor"
+        unscaled = "z / vae.config.scaling_factor + vae.config.shift_factor"
+    scaling_lines = "" if scaled == "z" else f"    z = {scaled}  # what a diffusion model sees\n    z = {unscaled}\n"
+    side = family.side(config)
+    sides = f"multiples of {factor}" if side is None else f"always {side}"
     loader = "stock diffusers" if module_of(kind) == "diffusers" else module_of(kind)
     parts = [
         f"# {_plain(facts.name)}\n\n{'An' if kind.startswith('A') else 'A'} `{kind}`: images of "
-        f"{config.in_channels} channels in [-1, 1] to latents of {latent_channels_of(autoencoder)} channels, "
+        f"{channels} channels in [-1, 1] to latents of {latent_channels} channels, "
         f"each side divided by {factor}. {count_parameters(autoencoder):,} parameters, float32. "
         f"Trained {' '.join(trained)}.",
         f"""## Use
@@ -132,12 +138,11 @@ def _card_text(
 ```python
 {loading_lines(location, kind)}
 {setup}with torch.no_grad():
-    z = vae.encode(images).{encoded}  # images: N x {config.in_channels} x H x W in [-1, 1]
-    z = {scaled}  # what a diffusion model sees
-    images = vae.decode({unscaled}).sample
+    z = {family.encoded}  # images: N x {channels} x H x W in [-1, 1]
+{scaling_lines}    images = {family.decoded}
 ```
 
-H and W are {sides} {factor}. {_scaling_text(autoencoder, statistics)}
+H and W are {sides}. {_scaling_text(autoencoder, statistics)}
 {_pipeline_text(autoencoder)}""",
         _metric_text(facts, factor),
         f"## Check\n\nLoaded by {loader} in a fresh process, these weights reconstruct like the trained "
@@ -161,23 +166,30 @@ def _scaling_text(autoencoder: ModelMixin, statistics: LatentStatistics) -> str:
         and autoencoder.config.latents_mean == statistics.channel_mean
     ):
         return f"`latents_mean` and `latents_std` of each channel were {measured}"
-    if "scaling_factor" not in autoencoder.config:
+    if family_of(autoencoder).scaled_by_patches:
         return f"The means and variances in `vae.bn` were {measured}"
-    if "shift_factor" not in autoencoder.config:
+    scaling, kept = scaling_of(autoencoder), "those of the model that this one's decoder was tuned from: its\n"
+    kept += f"latents are the same. On this data they were {measured}"
+    if scaling.mean is not None:
+        return f"`latents_mean` and `latents_std` are {kept}"
+    if scaling.inside:
+        return f"It scales its latents itself. On this data they were {measured}"
+    if "scaling_factor" not in autoencoder.config:
+        return f"Its config has no scaling. On this data the latents were {measured}"
+    if "shift_factor" not in autoencoder.config and autoencoder.config.scaling_factor == statistics.scaling_factor:
         return f"`scaling_factor` was {measured}"
     if autoencoder.config.scaling_factor == statistics.scaling_factor:
         return f"`scaling_factor` and `shift_factor` were {measured}"
-    return (
-        "`scaling_factor` and `shift_factor` are those of the model that this one's decoder was tuned from: its\n"
-        f"latents are the same. On this data they were {measured}"
-    )
+    if "shift_factor" not in autoencoder.config:
+        return f"`scaling_factor` is {kept.replace('those', 'that', 1)}"
+    return f"`scaling_factor` and `shift_factor` are {kept}"
 
 
 def _pipeline_text(autoencoder: ModelMixin) -> str:
-    if autoencoder.config.get("latents_mean") is not None:
-        return "Pipelines of the Stable Diffusion XL kind apply `latents_mean` and `latents_std`; others do not."
     if "shift_factor" not in autoencoder.config:
         return ""
+    if autoencoder.config.get("latents_mean") is not None:
+        return "Pipelines of the Stable Diffusion XL kind apply `latents_mean` and `latents_std`; others do not."
     return "Pipelines of the Stable Diffusion 1 and 2 kind apply `scaling_factor` only."
 
 

@@ -44,23 +44,21 @@ import sys
 import torch
 from safetensors.torch import load_file, save_file
 
-folder, module, kind, images, result, threads, device = sys.argv[1:]
+folder, module, kind, encode, decode, images, result, threads, device = sys.argv[1:]
 torch.set_num_threads(int(threads))
 torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
 torch.backends.cudnn.deterministic = True
 kind = getattr(importlib.import_module(module), kind)
-autoencoder = kind.from_pretrained(folder, torch_dtype=torch.float32, local_files_only=True).eval().to(device)
+vae = kind.from_pretrained(folder, torch_dtype=torch.float32, local_files_only=True).eval().to(device)
 
 
-def latent(image):
-    encoded = autoencoder.encode(image[None].to(device))
-    if hasattr(encoded, "latent_dist"):
-        return encoded.latent_dist.mode()
-    return encoded.latents if hasattr(encoded, "latents") else encoded.latent
+def reconstructed(images):
+    z = eval(encode, {"vae": vae, "images": images, "torch": torch})
+    return eval(decode, {"vae": vae, "z": z, "torch": torch})
 
 
 with torch.no_grad():
-    rows = [autoencoder.decode(latent(image)).sample for image in load_file(images)["images"]]
+    rows = [reconstructed(image[None].to(device)) for image in load_file(images)["images"]]
 save_file({"images": torch.cat(rows).cpu().contiguous()}, result)  # AutoencoderDC gives channels-last
 if module == "diffusers":
     assert not any(name.startswith("latent_ae") for name in sys.modules), "the check must not see this project"
@@ -209,7 +207,7 @@ def _largest_difference(folder: Path, autoencoder: ModelMixin, images: Tensor, d
         expected = torch.cat([trained(image[None].to(device)).image.cpu() for image in images])
     if not expected.isfinite().all():
         raise RuntimeError("the trained model itself reconstructs images with NaN or infinity; export an earlier one")
-    actual = _reconstruct_in_fresh_process(folder, type(autoencoder).__name__, images, device)
+    actual = _reconstruct_in_fresh_process(folder, autoencoder, images, device)
     if actual.shape != expected.shape:
         raise RuntimeError(
             f"the exported model in {folder} gives images of {tuple(actual.shape)}, "
@@ -277,9 +275,12 @@ def check_upload(repo_id: str) -> None:
 
 def _twin(autoencoder: ModelMixin) -> ModelMixin:
     """Return a copy of the model: float32 on the CPU, in evaluation mode, in the plain memory format."""
-    with torch.device("meta"):  # no memory, no random numbers drawn
-        # without the path from which the weights were once loaded, which means nothing elsewhere
-        config = {key: value for key, value in autoencoder.config.items() if key != "_name_or_path"}
+    # without the path from which the weights were once loaded, which means nothing elsewhere
+    config = {key: value for key, value in autoencoder.config.items() if key != "_name_or_path"}
+    # without memory, except for classes that make buffers which are not saved with the weights
+    saved = autoencoder.state_dict().keys()
+    place = "meta" if all(name in saved for name, _ in autoencoder.named_buffers()) else "cpu"
+    with torch.device(place), torch.random.fork_rng(devices=[]):
         twin = type(autoencoder).from_config(config)
     # plain strides, as in a file: a 1x1 kernel in channels-last is "contiguous" either way, and would choose
     # another convolution algorithm
@@ -338,12 +339,17 @@ def _take_place(fresh: Path, folder: Path, previous: Path) -> None:
         raise
 
 
-def _reconstruct_in_fresh_process(folder: Path, kind: str, images: Tensor, device: torch.device) -> Tensor:
+def _reconstruct_in_fresh_process(
+    folder: Path, autoencoder: ModelMixin, images: Tensor, device: torch.device
+) -> Tensor:
+    family, kind = family_of(autoencoder), type(autoencoder).__name__
+    # the lines of the model card, with the mode in place of a sample
+    lines = [family.encoded.replace("latent_dist.sample()", "latent_dist.mode()"), family.decoded]
     with tempfile.TemporaryDirectory() as scratch:
         inputs, result = Path(scratch) / "images.safetensors", Path(scratch) / "result.safetensors"
         save_file({"images": images}, inputs)
-        words = [str(folder.resolve()), module_of(kind), kind, str(inputs), str(result), str(torch.get_num_threads())]
-        words.append(str(device))
+        words = [str(folder.resolve()), module_of(kind), kind, *lines, str(inputs), str(result)]
+        words += [str(torch.get_num_threads()), str(device)]
         # offline, because the folder must be enough
         environment = os.environ | {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
         done = subprocess.run(

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from latent_ae.config import UserError
 from latent_ae.latents.parquet import DATA, MANIFEST, STORED, read_manifest
+from latent_ae.models.family import LatentScaling
 
 
 def open_latents(folder: str | Path) -> "LatentCache":
@@ -162,21 +163,17 @@ class LatentCache:
         Args:
             latents: (N, C, h, w) raw latents.
         """
-        mean, std = self._normalisation
-        return (latents - mean) * (self.scaling_factor / std)
+        return self.scaling.scaled(latents)
 
     def unscaled(self, latents: Tensor) -> Tensor:
         """Return raw latents from scaled ones: the inverse of `scaled`, and the input of the decoder."""
-        mean, std = self._normalisation
-        return latents * (std / self.scaling_factor) + mean
+        return self.scaling.unscaled(latents)
 
-    @cached_property
-    def _normalisation(self) -> tuple[Tensor, Tensor]:
-        """The mean that is subtracted and the std that is divided by: scalars, or (C, 1, 1)."""
+    @property
+    def scaling(self) -> LatentScaling:
+        """The scaling that diffusion models of the model's class apply to its latents."""
         latent = self.manifest["latent"]
-        if latent.get("mean") is None or latent.get("std") is None:
-            return torch.tensor(self.shift_factor), torch.ones(())
-        return torch.tensor(latent["mean"])[:, None, None], torch.tensor(latent["std"])[:, None, None]
+        return LatentScaling(self.scaling_factor, self.shift_factor, latent.get("mean"), latent.get("std"))
 
     def _values(self, name: str, rows: np.ndarray, mirrored: np.ndarray) -> Tensor:
         values = np.empty((len(rows), *self.shape), dtype=np.float32)

@@ -28,7 +28,7 @@ from latent_ae.distributed import on_main, processes, together
 from latent_ae.latents.parquet import FORMAT, STORED, LatentFolder, features_of, read_manifest
 from latent_ae.latents.settings import EncodeSettings
 from latent_ae.models.loading import CPU_BATCH_PX, FirstStage, load
-from latent_ae.models.registry import FAMILIES
+from latent_ae.models.registry import scaling_of
 from latent_ae.progress import progress_bar
 from latent_ae.provenance import versions
 
@@ -216,9 +216,9 @@ def _manifest(
     stage: FirstStage, data: str, source: StoredImages, classes: Classes | None, settings: EncodeSettings
 ) -> dict[str, Any]:
     """Return the part of the manifest that is known before the first image is read."""
-    assert stage.module is not None
-    config, side = stage.module.config, settings.resolution // stage.factor
-    if config.get("scaling_factor") in (None, 1.0) and config.get("latents_std") is None:
+    assert stage.module is not None and stage.family is not None
+    scaling, side = scaling_of(stage.module), settings.resolution // stage.factor
+    if not scaling.measured:
         print(
             "the model's config has no measured scaling_factor, so `scaled` will leave the latents as they are; "
             "`latent-ae export` measures it",
@@ -230,13 +230,13 @@ def _manifest(
         "complete": False,
         "model": stage.describe() | {"subfolder": settings.subfolder, "revision": settings.revision},
         "latent": {
-            "kind": KIND_OF_LATENT[FAMILIES[stage.name].latent],
+            "kind": KIND_OF_LATENT[stage.family.latent],
             "shape": [stage.latent_channels, side, side],
             "stored": settings.stored,
-            "scaling_factor": config.get("scaling_factor") or 1.0,
-            "shift_factor": config.get("shift_factor") or 0.0,
-            "mean": config.get("latents_mean"),
-            "std": config.get("latents_std"),
+            "scaling_factor": scaling.factor,
+            "shift_factor": scaling.shift,
+            "mean": scaling.mean,
+            "std": scaling.std,
         },
         "framing": settings.framing(),
         "flips": settings.flips,

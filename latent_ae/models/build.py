@@ -80,9 +80,16 @@ def facts_of(autoencoder: ModelMixin, name: str | None = None) -> ModelFacts:
         name or f"this {type(autoencoder).__name__}",
         family_of(autoencoder).latent,
         factor_of(autoencoder),
-        int(autoencoder.config.in_channels),
+        channels_of(autoencoder),
         latent_channels_of(autoencoder),
+        family_of(autoencoder).side(autoencoder.config),
+        family_of(autoencoder).trains,
     )
+
+
+def channels_of(autoencoder: ModelMixin) -> int:
+    """Channels of its images."""
+    return int(family_of(autoencoder).channels(autoencoder.config))
 
 
 def latent_channels_of(autoencoder: ModelMixin) -> int:

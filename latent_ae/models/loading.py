@@ -18,10 +18,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from latent_ae.arithmetic import lay_out
 from latent_ae.config import UserError, looks_like_path
 from latent_ae.models.likelihood import Likelihood, read_likelihood
 from latent_ae.models.posterior import draw, moments_of
-from latent_ae.models.registry import FAMILIES, Family, class_of, config_of, family_name, untrained
+from latent_ae.models.registry import FAMILIES, Family, class_of, config_of, family_name, family_of, untrained
 from latent_ae.models.run_checkpoint import checkpoint_at
 
 Dtype = Literal["fp32", "bf16", "fp16"]
@@ -68,7 +69,12 @@ class FirstStage:
     @property
     def family(self) -> Family | None:
         """The record of its class; None of a function."""
-        return FAMILIES.get(self.name) if self.function is None else None
+        return family_of(self.module) if self.function is None else None
+
+    @property
+    def side(self) -> int | None:
+        """The one side of images in px that it takes; None where sides are multiples of the factor."""
+        return None if self.family is None or self.module is None else self.family.side(self.module.config)
 
     @property
     def random(self) -> bool:
@@ -91,7 +97,7 @@ class FirstStage:
     def decode(self, latents: Tensor) -> Tensor:
         """NCHW float32, nominally in [-1, 1], not clamped."""
         assert self.module is not None
-        return self.module.decode(latents.to(self.dtype)).sample.float()
+        return family_of(self.module).decode(self.module, latents.to(self.dtype)).float()
 
     def reconstruct(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
         """Reconstructions of the posterior's mean, or with `noise` (shaped like the latent) of a sample.
@@ -152,8 +158,11 @@ def first_stage(
         label = getattr(model, "__name__", name)
         return FirstStage(module, model, label, 1, None, None, has_posterior=False, location=location)
     assert isinstance(original, nn.Module)
-    family, config, model = FAMILIES[name], original.config, original
-    channels, out_channels = config.in_channels, config.get("out_channels", config.in_channels)
+    family, config, model = family_of(original), original.config, original
+    if refusal := family.refusal(config):
+        raise UserError(f"{location or 'the model'} is a {name} that cannot be measured: {refusal}")
+    channels = family.channels(config)
+    out_channels = family.out_channels(config) or channels
     if channels != out_channels:
         raise UserError(
             f"{location or 'the model'} takes images of {channels} channels and gives {out_channels}, "
@@ -165,8 +174,8 @@ def first_stage(
         function=None,
         name=name,
         factor=family.factor(config),
-        channels=int(channels),
-        latent_channels=int(family.latent_channels(config)),
+        channels=channels,
+        latent_channels=family.latent_channels(config),
         has_posterior=family.latent == "posterior",
         location=location,
         weights=weights,
@@ -240,7 +249,7 @@ def load(model: Any, *, device: torch.device | str = "auto", dtype: Dtype = "fp3
     else:
         stage = first_stage(model, dtype=dtype)
     if stage.module is not None:
-        stage.module.to(device, memory_format=torch.channels_last)
+        lay_out(stage.module.to(device), torch.channels_last)
     return stage
 
 

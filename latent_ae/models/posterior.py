@@ -6,6 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from latent_ae.models.registry import family_of
+
 
 class Drawn(NamedTuple):
     """A sample of the posterior q(z | x); all float32."""
@@ -28,10 +30,7 @@ def moments_of(module: nn.Module, images: Tensor) -> tuple[Tensor, Tensor | None
 
     `module` is an instance of one of `registry.FAMILIES`; of a VQModel it is the latent before quantisation.
     """
-    encoded = module.encode(images)
-    if hasattr(encoded, "latent_dist"):
-        return encoded.latent_dist.mean.float(), encoded.latent_dist.logvar.float()
-    return (encoded.latents if hasattr(encoded, "latents") else encoded.latent).float(), None
+    return family_of(module).encode(module, images)
 
 
 def draw(module: nn.Module, images: Tensor, noise: Tensor | None) -> Drawn:

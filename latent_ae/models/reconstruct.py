@@ -1,10 +1,9 @@
 """The one way through an autoencoder while it trains: images to latents to reconstructions."""
 
 from collections.abc import Callable, Mapping, Sequence
-from operator import attrgetter
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from diffusers import ModelMixin, VQModel
+from diffusers import ModelMixin
 from torch import Tensor, nn
 
 from latent_ae.arithmetic import WeightPrecisionConv2d
@@ -65,7 +64,7 @@ class Reconstructor(nn.Module):
         """
         latent, mean, logvar, rates, _ = draw(self.autoencoder, images, noise)
         codes, how = None, {}
-        if isinstance(self.autoencoder, VQModel):
+        if self.num_codes:
             latent, codes = quantised(mean, self.codebook)
             how = {"force_not_quantize": True}  # it is quantised already
         heads = {name: head(latent).float() for name, head in self.heads.items()}
@@ -74,7 +73,7 @@ class Reconstructor(nn.Module):
         decoded = to_decode
         for transform in transforms:
             decoded = transform(decoded)
-        image = self.autoencoder.decode(decoded, **how).sample.float()
+        image = family_of(self.autoencoder).decode(self.autoencoder, decoded, **how).float()
         return Reconstruction(image, mean, logvar, latent, to_decode, heads, codes, rates)
 
     @property
@@ -102,7 +101,7 @@ class Reconstructor(nn.Module):
 
 def num_codes_of(autoencoder: nn.Module) -> int:
     """Size of the codebook; 0 without one."""
-    return len(autoencoder.quantize.embedding.weight) if isinstance(autoencoder, VQModel) else 0
+    return len(autoencoder.quantize.embedding.weight) if family_of(autoencoder).latent == "codebook" else 0
 
 
 def keep_posterior_precise_(module: nn.Module) -> None:
@@ -111,12 +110,15 @@ def keep_posterior_precise_(module: nn.Module) -> None:
     That is the encoder's last convolution, `quant_conv`, `post_quant_conv` and the decoder's first convolution. In
     bfloat16 each would round a latent to 8 bits, often more than the posterior's standard deviation, so that the KL
     term charged for a precision that does not reach the decoder. Names and values of the weights stay. Where there
-    is no such posterior, nothing changes.
+    is no such posterior, and in convolutions of videos, nothing changes.
     """
     if family_of(module).latent not in ("posterior", "flow"):
         return
     for name in ("encoder.conv_out", "quant_conv", "post_quant_conv", "decoder.conv_in"):
-        if (layer := attrgetter(name)(module)) is not None:  # not every model has both quant convolutions
+        layer: Any = module
+        for part in name.split("."):
+            layer = getattr(layer, part, None)  # no class has all of them
+        if type(layer) is nn.Conv2d:
             layer.__class__ = WeightPrecisionConv2d
 
 
@@ -124,6 +126,11 @@ def end_layers(part: nn.Module) -> list[nn.Module]:
     """The first and the last convolution of an encoder or decoder, as far as it has them."""
     if hasattr(part, "layers"):  # AutoencoderTiny's
         return [part.layers[0], part.layers[-1]]
-    layers = [getattr(part, name) for name in ("conv_in", "conv_out") if hasattr(part, name)]
-    # AutoencoderDC's may change the size, too, and hold theirs
-    return [getattr(layer, "conv", layer) for layer in layers]
+    # those of AutoencoderRAE's decoder are linear
+    places = {"conv_in": 0, "decoder_embed": 0, "conv_out": -1, "decoder_pred": -1}
+    # AutoencoderDC's may change the size, too, and hold theirs; AutoencoderKLCosmos has two for one, of space and time
+    return [
+        [inner for inner in getattr(part, name).modules() if hasattr(inner, "weight")][place]
+        for name, place in places.items()
+        if hasattr(part, name)
+    ]

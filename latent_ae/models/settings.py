@@ -34,6 +34,10 @@ class ModelFacts(NamedTuple):
     channels: int
     """Channels of its images."""
     latent_channels: int
+    side: int | None = None
+    """The one side of its images in px; None where sides are multiples of the factor."""
+    trains: tuple[str, ...] = ("all", "decoder", "encoder")
+    """Values of `train` that suit it."""
 
     @property
     def random(self) -> bool:
@@ -101,7 +105,7 @@ class ModelSettings(Settings):
         if self.kind == "HierarchicalVAE":  # it is for images of one size, and its latents are of 1 x 1
             side, channels = self.config.get("sample_size", resolution), self.config.get("in_channels", 3)
             if isinstance(side, int) and side > 0 and isinstance(channels, int):
-                return ModelFacts(name, "hierarchy", side, channels, 0)
+                return ModelFacts(name, "hierarchy", side, channels, 0, side, ("all",))
         return None
 
     @property

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
+from latent_ae.arithmetic import lay_out
 from latent_ae.config import SWITCH, Problem, Settings, UserError
 from latent_ae.models.settings import ModelFacts
 from latent_ae.objectives.base import Batch, Objective, Pass, RunFacts
@@ -135,17 +136,16 @@ class Teacher(nn.Module):
 
     def __init__(self, stage: "FirstStage") -> None:
         from latent_ae.models.reconstruct import keep_posterior_precise_
+        from latent_ae.models.registry import scaling_of
 
         super().__init__()
         assert stage.module is not None
-        self.sha256, config = stage.sha256, stage.module.config
-        self.module = stage.module.requires_grad_(False).to(memory_format=torch.channels_last)
+        self.sha256, scaling = stage.sha256, scaling_of(stage.module)
+        self.module = lay_out(stage.module.requires_grad_(False), torch.channels_last)
         keep_posterior_precise_(self.module)
-        per_channel = config.get("latents_mean") is not None and config.get("latents_std") is not None
-        shift = config.get("latents_mean") if per_channel else [config.get("shift_factor") or 0.0]
-        std = config.get("latents_std") if per_channel else [1.0]
-        self.register_buffer("shift", torch.tensor(shift, dtype=torch.float32).view(-1, 1, 1))
-        scale = (config.get("scaling_factor") or 1.0) / torch.tensor(std, dtype=torch.float32)
+        shift = torch.tensor(scaling.mean or [scaling.shift], dtype=torch.float32)
+        self.register_buffer("shift", shift.view(-1, 1, 1))
+        scale = scaling.factor / torch.tensor(scaling.std or [1.0], dtype=torch.float32)
         self.register_buffer("scale", scale.view(-1, 1, 1))
 
     @torch.no_grad()
@@ -176,13 +176,13 @@ def refuse_misfit(location: str, stage: "FirstStage", student: nn.Module, side_p
         student: The autoencoder that is trained.
         side_px: Side of the training crops, px.
     """
-    from latent_ae.models.build import factor_of, latent_channels_of
+    from latent_ae.models.build import channels_of, factor_of, latent_channels_of
 
     kinds = f"{location} ({stage.name})", f"this {type(student).__name__}"
-    if stage.channels != student.config.in_channels:
+    if stage.channels != channels_of(student):
         raise UserError(
             f"distillation.teacher: {kinds[0]} sees {stage.channels} channels, {kinds[1]} "
-            f"{student.config.in_channels}: they must see the same images"
+            f"{channels_of(student)}: they must see the same images"
         )
     grids = (
         (stage.latent_channels, *2 * [side_px / stage.factor]),

@@ -163,9 +163,11 @@ class GAN(Objective[GanSettings]):
 
     @classmethod
     def build(cls, own: GanSettings, run: RunFacts, autoencoder: nn.Module, device: torch.device) -> "GAN":
+        from latent_ae.models.build import channels_of
+
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(run.seed + 1)
-            network = cls.network(own, int(autoencoder.config.in_channels))
+            network = cls.network(own, channels_of(autoencoder))
         if own.init_from is not None:
             network.load_state_dict(discriminator_weights(Path(own.init_from).expanduser(), network))
         if run.compile:

@@ -21,7 +21,7 @@ from latent_ae_eval.latents.health import effective_rank
 from latent_ae_eval.latents.measure import evaluate_latents
 from tests.distributed.launch import DISTRIBUTED, launch
 from tests.eval.latents_small import SETTINGS, settings_with
-from tests.tiny_models import tiny
+from tests.tiny_models import TRAINED, tiny
 
 HERE = Path(__file__).parent
 
@@ -222,7 +222,7 @@ def test_noise_uneven_channels_and_outliers_are_named(photos):
     assert finding(result, "Posterior noise")["state"] == finding(result, "Scale")["state"] == "fine"
 
 
-@pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if family.latent != "hierarchy"])
+@pytest.mark.parametrize("name", [name for name in TRAINED if FAMILIES[name].latent != "hierarchy"])
 def test_every_class_of_first_stage_is_measured(name, photos, tmp_path):
     result = evaluate_latents(tiny(name), photos, settings_with(limit=3), out=tmp_path / "out")
     health = result["health"]

@@ -23,7 +23,7 @@ from latent_ae_eval.recon.settings import ReconSettings
 from tests.distributed import children
 from tests.distributed.launch import launch_command
 from tests.eval.small import settings_with, write_photos
-from tests.tiny_models import tiny
+from tests.tiny_models import TRAINED, tiny
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -147,7 +147,7 @@ def test_features_of_the_originals_are_kept_until_a_file_changes(tmp_path, incep
     assert measured(0, reference_cache=False)[0] == 40
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", TRAINED)
 def test_every_class_of_first_stage_is_measured(name, tmp_path):
     photos, model = write_photos(tmp_path / "photos", 2), tiny(name)
     result = evaluate_reconstruction(model, photos, settings_with())

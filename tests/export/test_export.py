@@ -185,7 +185,7 @@ def test_the_check_runs_where_the_model_was_trained_and_else_on_the_cpu(exported
     autoencoder, folder, _, _ = exported
     meta = torch.device("meta")
     with pytest.raises(RuntimeError, match="stock diffusers cannot load(.|\n)*meta"):
-        export._reconstruct_in_fresh_process(folder, "AutoencoderKL", IMAGES, meta)
+        export._reconstruct_in_fresh_process(folder, autoencoder, IMAGES, meta)
     assert 0 <= verify_export(folder, autoencoder, IMAGES, meta) <= 1e-5
     error = capsys.readouterr().err
     assert "on 2 images (meta)" in error and "does not pass on meta: " in error and "on 2 images (cpu)" in error

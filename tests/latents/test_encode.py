@@ -29,7 +29,7 @@ from latent_ae.latents.settings import EncodeSettings
 from latent_ae.models.registry import FAMILIES
 from tests.distributed import children
 from tests.distributed.launch import ROOT, launch_command
-from tests.tiny_models import tiny
+from tests.tiny_models import TRAINED, tiny
 
 SETTINGS = EncodeSettings(resolution=16, num_workers=0, shard_size=2, batch_size=2)
 WORDS = ["resolution=16", "num_workers=0", "shard_size=2", "batch_size=2"]
@@ -255,7 +255,7 @@ def test_unreadable_images_are_left_out_named_and_bounded(model, photos, tmp_pat
         encode_images(model, none, tmp_path / "nothing", SETTINGS)
 
 
-@pytest.mark.parametrize("name", [name for name in FAMILIES if name != "AutoencoderKL"])
+@pytest.mark.parametrize("name", [name for name in TRAINED if name != "AutoencoderKL"])
 def test_every_class_of_first_stage_is_encoded(name, photos, tmp_path):
     vae = tiny(name).eval()
     manifest = encode_images(vae, photos, tmp_path / "out", SETTINGS.model_copy(update={"resolution": 32}))

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -16,11 +17,31 @@ from safetensors.torch import save_file
 from latent_ae.config import UserError
 from latent_ae.models.loading import first_stage, load_first_stage
 from latent_ae.models.registry import FAMILIES, OWN
+from latent_ae.models.settings import Kind
 from tests.tiny import reseal
-from tests.tiny_models import pictures, tiny
+from tests.tiny_models import CONFIGS, MEASURED, TRAINED, pictures, tiny
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+def by_hand(model: Any, images: torch.Tensor) -> torch.Tensor:
+    """Reconstructions as pipelines of the class make them, or else its own `forward`."""
+    name, video = type(model).__name__, images[:, :, None]
+    if name == "AutoencoderTiny":  # its own forward squeezes latents through bytes
+        return model.decode(model.encode(images).latents).sample
+    if name == "AutoencoderRAE":
+        return model(images / 2 + 0.5).sample * 2 - 1
+    if name == "AutoencoderKLQwenImage21":  # QwenImage21Pipeline: image.convert("RGBA")
+        opaque = torch.cat([video, torch.ones_like(video[:, :1])], 1)
+        return model(opaque).sample[:, :3, 0]
+    if name == "AutoencoderVidTok":
+        return model(video, sample_posterior=False).sample[:, :, 0]
+    if name == "ConsistencyDecoderVAE":  # as diffusers' own tests: the noise is given
+        return torch.cat([model(image[None], generator=torch.Generator().manual_seed(0)).sample for image in images])
+    if "Wan" in name or "Qwen" in name or "Cosmos" in name or "Refiner" in name:
+        return model(video).sample[:, :, 0]
+    return model(images).sample
+
+
+@pytest.mark.parametrize("name", [*MEASURED, *TRAINED])
 def test_each_class_reconstructs_as_diffusers_does(name, tmp_path):
     model = tiny(name).eval()
     model.save_pretrained(tmp_path / "model")
@@ -28,16 +49,21 @@ def test_each_class_reconstructs_as_diffusers_does(name, tmp_path):
     images = pictures()
     with torch.no_grad():
         encoded, made = stage.encode(images), stage.reconstruct(images)
-        if name == "AutoencoderTiny":  # its own forward squeezes latents through bytes
-            expected = model.decode(model.encode(images).latents).sample
-        else:
-            expected = model(images).sample
-    assert stage.name == name and stage.channels == 3 and stage.latent_channels == encoded.mean.shape[1]
+        expected = by_hand(model, images)
+    assert stage.name == name.split()[0] and stage.channels == 3 and stage.latent_channels == encoded.mean.shape[1]
     assert images.shape[-1] == encoded.mean.shape[-1] * stage.factor
-    torch.testing.assert_close(made, expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(made, expected, rtol=0, atol=1e-5)
+    assert made.shape == images.shape
     assert stage.sha256 == first_stage(tiny(name)).sha256 != first_stage(tiny(name, seed=1)).sha256
     assert stage.describe()["parameters"] == sum(p.numel() for p in model.parameters())
-    assert stage.has_posterior == (encoded.std is not None) == (FAMILIES[name].latent == "posterior")
+    assert stage.family is not None
+    assert stage.has_posterior == (encoded.std is not None) == (stage.family.latent == "posterior")
+    with torch.no_grad():  # the lines that a model card gives
+        encoded_line = stage.family.encoded.replace("latent_dist.sample()", "latent_dist.mode()")
+        z = eval(encoded_line, {"vae": model, "images": images, "torch": torch})
+        torch.testing.assert_close(z, encoded.mean, rtol=0, atol=0)
+        made = stage.decode(z)
+        torch.testing.assert_close(eval(stage.family.decoded, {"vae": model, "z": z, "torch": torch}), made)
 
 
 def test_a_sample_is_the_posteriors(tmp_path):
@@ -176,10 +202,21 @@ def test_what_is_none_gets_a_message(tmp_path):
 
 def test_the_pages_name_the_classes_that_are_known():
     root = Path(__file__).parents[2]
-    named = re.compile(r"\b\w*Autoencoder\w+|\bVQModel\b|\bHierarchicalVAE\b")
+    named = re.compile(r"\b\w*Autoencoder\w+|\bVQModel\b|\bHierarchicalVAE\b|\bConsistencyDecoderVAE\b")
     text = (root / "docs" / "evaluation.md").read_text(encoding="utf-8")
     sentence = text[text.index("MODEL is a first stage of a class") : text.index("any other is refused")]
     assert sorted(named.findall(sentence)) == sorted(FAMILIES)
     text = (root / "README.md").read_text(encoding="utf-8")
     sentence = text[text.index("classes of diffusers (") : text.index("by named protocols")]
     assert sorted(named.findall(sentence)) == sorted(set(FAMILIES) - set(OWN))
+    text = (root / "docs" / "family.md").read_text(encoding="utf-8")
+    sections = text[: text.index("## Classes that are measured")], text[text.index("## Classes that are measured") :]
+    trained, measured = (re.findall(r"^\| (\w+)", section, re.MULTILINE)[1:] for section in sections)
+    measured = measured[: len({name.split()[0] for name in CONFIGS})]
+    assert sorted([*trained, *measured]) == sorted(FAMILIES) and sorted(trained) == sorted(get_args(Kind))
+    text = (root / "docs" / "encode.md").read_text(encoding="utf-8")
+    sentence = text[text.index("First stages without a posterior") : text.index("have no `logvar`")]
+    plain = {name for name in MEASURED if first_stage(tiny(name)).family.latent == "deterministic"}
+    assert set(named.findall(sentence)) == {name.split()[0] for name in plain} | {
+        name for name, family in FAMILIES.items() if family.latent in ("deterministic", "codebook")
+    }
