@@ -10,10 +10,9 @@ import torch
 from PIL import Image
 
 import latent_ae.export.write
-import latent_ae_train.finish
 from latent_ae.config import UserError
 from latent_ae.pretrained.lpips import LPIPS
-from tests import drawing
+from tests import economy
 from tests.distributed import warm
 from tests.made_jobs import Jobs
 from tests.pretrained.weights_world import World
@@ -22,10 +21,23 @@ from tests.tiny_models import SIZES, tiny_autoencoder
 torch.set_num_threads(1)
 # but for one test of the check itself, which has a process that starts as a user's does
 latent_ae.export.write.subprocess = SimpleNamespace(run=warm.run)  # type: ignore[assignment]
-# the latents of a few crops say enough of networks that have learned nothing
-latent_ae_train.finish.STATISTICS_CROPS = 64
-# drawing is a third of the time of a short run or evaluation: charts are drawn where pages are looked at
-drawing.skip()
+economy.apply()
+
+
+LONGEST = (
+    *("train/test_train", "train/test_resume", "models/test_family", "distributed/test_split", "eval/test_eval_whole"),
+    *("test_python_api", "robustness/test_soak", "eval/test_measured_classes", "train/test_signals"),
+    *("latents/test_encode", "train/test_step", "models/test_decoder_training", "train/test_finish", "test_packaging"),
+    *("robustness/test_fuzz", "robustness/test_inputs_to_survive", "eval/generation/test_diffusion"),
+    *("eval/generation/test_sample", "objectives/test_rate", "train/test_reliability", "eval/test_eval_recon"),
+)
+"""Files that take longest. They start first, so that no process is left with one of them at the end."""
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {f"tests/{name}.py": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.nodeid.partition("::")[0], len(places)))
 
 
 @pytest.fixture(scope="session")

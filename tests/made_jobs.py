@@ -16,7 +16,7 @@ from PIL import Image
 from latent_ae.__main__ import main
 from latent_ae.models.build import build_autoencoder
 from latent_ae.models.settings import ModelSettings
-from tests.drawing import drawn
+from tests.economy import drawn
 from tests.made_results import HOSTILE
 
 NAME = HOSTILE.replace("/", "")

@@ -17,6 +17,7 @@ from latent_ae.data.sources import part_of
 from latent_ae.distributed import processes
 from latent_ae.latents.statistics import LatentStatistics
 from latent_ae.models.posterior import draw
+from latent_ae.models.registry import family_of
 from latent_ae.progress import progress_bar
 
 PLAYGROUND_SCALING = 0.5
@@ -139,18 +140,15 @@ def measured(model: nn.Module, data: str, factor: int, settings: ConvertSettings
     """
     _, device = processes(settings.device)
     source, _ = part_of(open_images(settings.data(data), "all"), settings.limit, settings.seed)
-    config = model.config
-    side, channels = settings.resolution, int(config.get("in_channels") or config.get("num_channels") or 3)
-    side = int(config.get("encoder_input_size") or side)
+    family = family_of(model)
+    side, channels = family.side(model.config) or settings.resolution, family.channels(model.config)
     framing = Framing(resize_px=side, crop_px=side)
     images = HeldOutImages(source, settings.data(data), channels, framing, factor)
     statistics, generator, batch = LatentStatistics(), torch.Generator().manual_seed(settings.seed), list[Tensor]()
     model = model.to(device)
 
     def take() -> None:
-        pixels = torch.stack(batch).to(device)
-        pixels = (pixels + 1) / 2 if "encoder_type" in config else pixels
-        drawn = draw(model, pixels, None)
+        drawn = draw(model, torch.stack(batch).to(device), None)
         noise = torch.randn(drawn.latent.shape, generator=generator).to(device)
         scale = 0.0 if drawn.logvar is None else torch.exp(0.5 * drawn.logvar)
         statistics.update(drawn.mean + scale * noise)

@@ -20,6 +20,7 @@ from latent_ae.convert.read import FirstStage, build, read_folder, some
 from latent_ae.convert.registry import LAYOUTS, WRITTEN
 from latent_ae.files import writing
 from latent_ae.models.posterior import moments_of
+from latent_ae.models.registry import family_of
 from latent_ae.progress import now
 
 SMALLEST_TEST_IMAGE_PX = 32
@@ -114,15 +115,16 @@ def compared(
 def reconstruction(model: nn.Module, layout: Layout) -> Tensor:
     """What an instance makes of a test image, smooth above and rough below: 1 x C x H x W, nominally in [-1, 1]."""
     config = model.config
-    side = int(config.get("encoder_input_size") or max(SMALLEST_TEST_IMAGE_PX, 2 * layout.factor(config)))
-    channels = int(config.get("in_channels") or config.get("num_channels") or 3)
+    family = family_of(model)
+    side = family.side(config) or max(SMALLEST_TEST_IMAGE_PX, 2 * layout.factor(config))
+    channels = family.channels(config)
     ramp = torch.linspace(-1, 1, side)
     noise = torch.rand(channels, side, side, generator=torch.Generator().manual_seed(0)) * 2 - 1
     image = torch.where(ramp[:, None] < 0, (ramp[:, None] + ramp) / 2, noise)[None]
     try:
         with float32_arithmetic(repeatable=True):
             mean, _ = moments_of(model, image)
-            decoded: Tensor = model.decode(mean).sample
+            decoded: Tensor = family.decode(model, mean)
     except (RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"the weights make a {type(model).__name__} that does not run: {reason}") from error

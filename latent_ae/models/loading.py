@@ -8,7 +8,8 @@ reconstructions = stage.decode(encoded.mean)
 import copy
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -87,7 +88,8 @@ class FirstStage:
         Of NCHW images in [-1, 1] whose sides are multiples of the factor. A function has none.
         """
         assert self.module is not None
-        return moments_of(self.module, images.to(self.dtype))
+        with self._arithmetic():
+            return moments_of(self.module, images.to(self.dtype))
 
     def encode(self, images: Tensor) -> Encoded:
         """Latents of NCHW images in [-1, 1] whose sides are multiples of the factor. A function has none."""
@@ -97,7 +99,8 @@ class FirstStage:
     def decode(self, latents: Tensor) -> Tensor:
         """NCHW float32, nominally in [-1, 1], not clamped."""
         assert self.module is not None
-        return family_of(self.module).decode(self.module, latents.to(self.dtype)).float()
+        with self._arithmetic():
+            return family_of(self.module).decode(self.module, latents.to(self.dtype)).float()
 
     def reconstruct(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
         """Reconstructions of the posterior's mean, or with `noise` (shaped like the latent) of a sample.
@@ -113,8 +116,21 @@ class FirstStage:
         height, width = images.shape[-2:]
         padded = nn.functional.pad(images, (0, -width % self.factor, 0, -height % self.factor), mode="replicate")
         assert self.module is not None
-        made = self.decode(draw(self.module, padded.to(self.dtype), noise).latent)
-        return made[..., :height, :width]
+        with self._arithmetic():
+            latent = draw(self.module, padded.to(self.dtype), noise).latent
+        return self.decode(latent)[..., :height, :width]
+
+    @contextmanager
+    def _arithmetic(self) -> Iterator[None]:
+        """Raise UserError for a layer that PyTorch does not have in this dtype on this device."""
+        try:
+            yield
+        except RuntimeError as error:
+            if "not implemented for" not in str(error):
+                raise
+            raise UserError(
+                f"dtype: {self.name} cannot compute in it on this device ({error}); set dtype=fp32"
+            ) from error
 
     @property
     def dtype(self) -> torch.dtype:

@@ -21,6 +21,7 @@ import torch
 import latent_ae_train.loop
 from latent_ae.__main__ import main
 from latent_ae_train.validate import Validator
+from tests import economy
 
 WRITES = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree")
 context = multiprocessing.get_context("forkserver")
@@ -107,6 +108,7 @@ def _child(
         os.dup2(stream.fileno(), 2)
     os.environ |= environment | {"ACCELERATE_USE_CPU": "1"}
     torch.set_num_threads(1)
+    economy.apply()
     multiprocessing.set_start_method("fork", force=True)  # of the loader's workers, as in any other run
     function(rank, *arguments)
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.drawing import drawn
+from tests.economy import drawn
 
 
 @pytest.fixture(autouse=True, scope="module")

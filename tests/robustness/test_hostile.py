@@ -37,7 +37,7 @@ from latent_ae.report import page
 from latent_ae.text import printable
 from latent_ae_train.checkpoint import newest_checkpoint
 from latent_ae_train.settings import TrainSettings
-from tests.drawing import drawn
+from tests.economy import drawn
 from tests.runs import words
 from tests.tiny import reseal
 from tests.tiny_models import tiny_autoencoder

@@ -43,7 +43,7 @@ def test_a_second_training_is_refused_and_a_killed_one_leaves_no_lock(
 ) -> None:
     run, log = tmp_path / "run", tmp_path / "run/log.jsonl"
     endless = words(pictures, run, "steps=100000", "checkpoint.every=3", "log.every=1", "validate.every=100000")
-    arguments = (children._train, (endless, tmp_path, None), tmp_path, {}, 0)
+    arguments = (children._train, (endless, tmp_path, None, {}), tmp_path, {}, 0)
     first = children.context.Process(target=children._child, args=arguments)
     first.start()
     try:
