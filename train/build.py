@@ -12,7 +12,7 @@ from latent_ae.config import UserError, refuse
 from latent_ae.export import pipelines
 from latent_ae.export.pipelines import SHAPE
 from latent_ae.models.build import build_autoencoder, channels_of, facts_of, load_autoencoder
-from latent_ae.models.registry import BLOCKS, family_of
+from latent_ae.models.registry import BLOCKS, family_of, recompute_blocks_, recomputes
 from latent_ae.models.run_checkpoint import checkpoint_at
 from latent_ae.models.settings import ModelSettings
 from latent_ae.objectives.base import Objective
@@ -39,7 +39,7 @@ def starting_autoencoder(settings: TrainSettings) -> ModelMixin:
         pipelines.refuse_misfit(settings.export_for, shape, type(autoencoder).__name__)
     freeze_part(autoencoder.train(), settings)
     if settings.gradient_checkpointing:
-        autoencoder.enable_gradient_checkpointing()
+        recompute_blocks_(autoencoder)
     return autoencoder
 
 
@@ -115,8 +115,7 @@ def refuse_misfit(autoencoder: ModelMixin, settings: TrainSettings) -> None:
                 f"model.{key}: {_plain(requested[key])}, and init_from brings {_plain(autoencoder.config[key])}: its "
                 "shape stays, so give model={}, or remove init_from"
             )
-    checkpoints = autoencoder._supports_gradient_checkpointing and family_of(autoencoder).gradient_checkpointing
-    if settings.gradient_checkpointing and not checkpoints:
+    if settings.gradient_checkpointing and not recomputes(autoencoder):
         raise UserError(
             f"gradient_checkpointing: diffusers has no correct one for {settings.init_from or f'this {kind}'} "
             f"({kind}): set it to false; a smaller micro_batch_size saves memory, too"
