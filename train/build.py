@@ -19,6 +19,7 @@ from latent_ae.objectives.base import Objective
 
 from .checkpoint import read_state
 from .finish import finished_results
+from .parts import trained_names
 from .settings import TrainSettings
 
 
@@ -54,15 +55,10 @@ def _place_of_weights(name: str) -> str:
 
 
 def freeze_part(autoencoder: ModelMixin, settings: TrainSettings) -> None:
-    """Freeze the parts that the setting `train` leaves fixed, and those that no image reaches."""
-    encoder = ("encoder", "quant_conv", "quantize", "flow")
-    fixed = {"all": (), "decoder": encoder, "encoder": ("decoder", "post_quant_conv")}
-    if unreached := family_of(autoencoder).unreached:
-        for name, parameter in autoencoder.named_parameters():
-            parameter.requires_grad_(parameter.requires_grad and unreached not in name)
-    for name in fixed[settings.train]:
-        if (part := getattr(autoencoder, name, None)) is not None:  # not every model has all of them
-            part.requires_grad_(False)
+    """Freeze the parameters that the setting `train` leaves fixed, and those that no image reaches."""
+    trained = set(trained_names(settings.train, facts_of(autoencoder).parameters))
+    for name, parameter in autoencoder.named_parameters():
+        parameter.requires_grad_(parameter.requires_grad and name in trained)
 
 
 def build_objectives(settings: TrainSettings, autoencoder: ModelMixin, device: torch.device) -> list[Objective[Any]]:
@@ -71,7 +67,7 @@ def build_objectives(settings: TrainSettings, autoencoder: ModelMixin, device: t
     Raises:
         UserError: If one of them cannot be built.
     """
-    run = settings.facts()
+    run = settings.facts(facts_of(autoencoder))
     return [one.build(settings.section_of(one), run, autoencoder, device) for one in settings.objectives]
 
 

@@ -101,7 +101,7 @@ def export(
         ) from error
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="no")
     autoencoder = load_weights(folder).to(accelerator.device)
-    if latents_mean_std and keeps_scaling(settings):
+    if latents_mean_std and keeps_scaling(settings, autoencoder):
         origin = settings.distillation.teacher or settings.init_from
         raise UserError(
             f"--latents-mean-std: the latents of {source} and their scaling are those of {origin}; leave it out"
@@ -124,7 +124,7 @@ def export(
         sample_size=settings.data.resolution,
         card=card_facts(run, settings, step, log.get(("validate", step), {}), log.get(("baseline", 0), {})),
         check_images=check_images(validator),
-        keep_scaling=keeps_scaling(settings),
+        keep_scaling=keeps_scaling(settings, autoencoder),
         pipeline=pipeline,
         latents_mean_std=latents_mean_std,
         likelihood=read_likelihood(folder),

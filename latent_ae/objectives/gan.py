@@ -149,10 +149,10 @@ class GAN(Objective[GanSettings]):
                 "training would depend on the split. Use group, or one process with micro_batch_size null and "
                 "batch_size of at least 2",
             )
-        if run.train == "encoder" and own.adaptive:
+        if "decoder" in run.fixed_ends and own.adaptive:
             yield Problem(
                 "gan.adaptive",
-                "measures gradients at the decoder's last layer, which train: encoder leaves fixed: set it to false",
+                "measures gradients at the decoder's last layer, which train leaves fixed: set it to false",
             )
         if run.compile and own.r1:
             yield Problem("gan.r1", "needs a second derivative, which compiled networks do not give: set compile=false")
