@@ -4,13 +4,16 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from latent_ae.config import UserError
 from latent_ae.export.pipelines import PIPELINES, SHAPE, PipelineName, refuse_misfit
 from latent_ae.progress import now
 
 from .settings import TrainSettings
+
+if TYPE_CHECKING:  # brings torch
+    from latent_ae.models.discriminator import PatchDiscriminator
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -128,7 +131,20 @@ def export(
         pipeline=pipeline,
         latents_mean_std=latents_mean_std,
         likelihood=read_likelihood(folder),
+        discriminator=_discriminator_of(folder, settings, step, channels),
     )
+
+
+def _discriminator_of(folder: Path, settings: TrainSettings, step: int, channels: int) -> "PatchDiscriminator | None":
+    """Return the discriminator of a checkpoint; None if it has none that was trained. Raises UserError if it is bad."""
+    from latent_ae.objectives import GAN
+    from latent_ae.objectives.gan import discriminator_weights
+
+    if not settings.gan.weight or step <= settings.gan.start:
+        return None
+    network = GAN.network(settings.gan, channels)
+    network.load_state_dict(discriminator_weights(str(folder), network))
+    return network
 
 
 if __name__ == "__main__":
