@@ -1,6 +1,7 @@
 """The model card (README.md) of an exported first stage: use, metrics, precision, and the metadata a hub reads."""
 
 import re
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -192,11 +193,12 @@ def _scaling_text(autoencoder: ModelMixin, statistics: LatentStatistics) -> str:
 def _discriminator_text(discriminator: PatchDiscriminator, location: str) -> str:
     shape = {key: value for key, value in discriminator.shape.items() if key != "in_channels"}
     words = " ".join(f"gan.{key}={str(value).lower()}" for key, value in shape.items())
+    place = shlex.quote(location)
     return (
         "## Discriminator\n\n"
         f"`discriminator.safetensors` holds the patch discriminator of the adversarial loss "
         f"({count_parameters(discriminator):,} parameters), from which training can go on. Diffusers ignores it.\n\n"
-        f"```\nlatent-ae train sd-vae init_from={location} gan.init_from={location} {words}\n```"
+        f"```\nlatent-ae train sd-vae init_from={place} gan.init_from={place} gan.start=0 {words}\n```"
     )
 
 

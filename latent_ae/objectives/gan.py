@@ -347,9 +347,9 @@ def discriminator_weights(location: str, network: PatchDiscriminator) -> dict[st
     path = _discriminator_file(location)
     try:
         weights, shape = read_network(path)
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise UserError(f"gan.init_from: cannot read {path}: {error}") from error
-    other = {key: value for key, value in shape.items() if network.shape.get(key) != value}
+    other = {key: shape[key] for key, own in network.shape.items() if shape.get(key, own) != own}
     if "in_channels" in other:
         raise UserError(
             f"gan.init_from: the discriminator of {path} is of images of {other['in_channels']} channels, and these "

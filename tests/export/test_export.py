@@ -285,7 +285,7 @@ def test_a_discriminator_lies_beside_the_weights_and_diffusers_passes_it_over(tm
     images = torch.rand(2, 3, 16, 16)
     assert torch.equal(again.eval()(images), network.eval()(images)) and facts["discriminator"] == shape
     card = (tmp_path / "export/README.md").read_text()
-    assert "gan.init_from=export gan.channels=4 gan.layers=1 gan.norm=spectral gan.blur=true\n" in card
+    assert "gan.init_from=export gan.start=0 gan.channels=4 gan.layers=1 gan.norm=spectral gan.blur=true\n" in card
     write(autoencoder, tmp_path / "export")
     assert not (tmp_path / "export/discriminator.safetensors").exists(), "it would be that of another model"
     assert "discriminator" not in (tmp_path / "export/README.md").read_text()
