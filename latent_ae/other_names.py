@@ -46,6 +46,7 @@ OTHER_NAMES = {
     "perceptual_scale": "loss.perceptual",
     "disc_scale": "gan.weight",
     "decoder_only": "train: train=decoder",
+    "trainable_modules": "train: a list of names or patterns",
     # latent-diffusion and taming-transformers
     "base_learning_rate": "optim.lr: it is used as written, nothing scales it by the batch",
     "max_epochs": "steps: a run counts updates, each of batch_size images, not epochs",

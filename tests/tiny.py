@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from latent_ae.models.build import facts_of
 from latent_ae.models.run_checkpoint import MANIFEST
 from latent_ae.objectives import GAN as GAN_OBJECTIVE
 from latent_ae.objectives import Reconstruction
@@ -58,7 +59,8 @@ def build_step(
 ) -> TrainStep:
     """The step on a fresh model; equal settings give equal weights, on every process. `more`: further objectives."""
     accelerator = Accelerator(cpu=True)
-    autoencoder, run = starting_autoencoder(settings), settings.facts()
+    autoencoder = starting_autoencoder(settings)
+    run = settings.facts(facts_of(autoencoder))
     objectives = list(more)
     for kind in reversed(settings.objectives):
         own = settings.section_of(kind)

@@ -12,13 +12,14 @@ from latent_ae.config import UserError, refuse
 from latent_ae.export import pipelines
 from latent_ae.export.pipelines import SHAPE
 from latent_ae.models.build import build_autoencoder, channels_of, facts_of, load_autoencoder
-from latent_ae.models.registry import BLOCKS, family_of
+from latent_ae.models.registry import BLOCKS, family_of, recompute_blocks_, recomputes
 from latent_ae.models.run_checkpoint import checkpoint_at
 from latent_ae.models.settings import ModelSettings
 from latent_ae.objectives.base import Objective
 
 from .checkpoint import read_state
 from .finish import finished_results
+from .parts import trained_names
 from .settings import TrainSettings
 
 
@@ -39,7 +40,7 @@ def starting_autoencoder(settings: TrainSettings) -> ModelMixin:
         pipelines.refuse_misfit(settings.export_for, shape, type(autoencoder).__name__)
     freeze_part(autoencoder.train(), settings)
     if settings.gradient_checkpointing:
-        autoencoder.enable_gradient_checkpointing()
+        recompute_blocks_(autoencoder)
     return autoencoder
 
 
@@ -54,15 +55,10 @@ def _place_of_weights(name: str) -> str:
 
 
 def freeze_part(autoencoder: ModelMixin, settings: TrainSettings) -> None:
-    """Freeze the parts that the setting `train` leaves fixed, and those that no image reaches."""
-    encoder = ("encoder", "quant_conv", "quantize", "flow")
-    fixed = {"all": (), "decoder": encoder, "encoder": ("decoder", "post_quant_conv")}
-    if unreached := family_of(autoencoder).unreached:
-        for name, parameter in autoencoder.named_parameters():
-            parameter.requires_grad_(parameter.requires_grad and unreached not in name)
-    for name in fixed[settings.train]:
-        if (part := getattr(autoencoder, name, None)) is not None:  # not every model has all of them
-            part.requires_grad_(False)
+    """Freeze the parameters that the setting `train` leaves fixed, and those that no image reaches."""
+    trained = set(trained_names(settings.train, facts_of(autoencoder).parameters))
+    for name, parameter in autoencoder.named_parameters():
+        parameter.requires_grad_(parameter.requires_grad and name in trained)
 
 
 def build_objectives(settings: TrainSettings, autoencoder: ModelMixin, device: torch.device) -> list[Objective[Any]]:
@@ -71,7 +67,7 @@ def build_objectives(settings: TrainSettings, autoencoder: ModelMixin, device: t
     Raises:
         UserError: If one of them cannot be built.
     """
-    run = settings.facts()
+    run = settings.facts(facts_of(autoencoder))
     return [one.build(settings.section_of(one), run, autoencoder, device) for one in settings.objectives]
 
 
@@ -115,8 +111,7 @@ def refuse_misfit(autoencoder: ModelMixin, settings: TrainSettings) -> None:
                 f"model.{key}: {_plain(requested[key])}, and init_from brings {_plain(autoencoder.config[key])}: its "
                 "shape stays, so give model={}, or remove init_from"
             )
-    checkpoints = autoencoder._supports_gradient_checkpointing and family_of(autoencoder).gradient_checkpointing
-    if settings.gradient_checkpointing and not checkpoints:
+    if settings.gradient_checkpointing and not recomputes(autoencoder):
         raise UserError(
             f"gradient_checkpointing: diffusers has no correct one for {settings.init_from or f'this {kind}'} "
             f"({kind}): set it to false; a smaller micro_batch_size saves memory, too"

@@ -24,11 +24,12 @@ from typing import Any, NamedTuple
 import torch
 from diffusers import ModelMixin
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from latent_ae.config import UserError
 from latent_ae.files import disk_trouble
+from latent_ae.models.discriminator import save_network
 from latent_ae.models.registry import config_of, untrained
 from latent_ae.models.run_checkpoint import MANIFEST, PREFIX, finished_checkpoints, misfits, newest_whole, sha256_of
 from latent_ae.objectives.gan import GanSettings
@@ -101,7 +102,7 @@ def save_checkpoint(run: Path, train_step: TrainStep, state: Mapping[str, Any]) 
         temporary.mkdir(parents=True)
         train_step.bare_reconstructor.autoencoder.save_config(temporary)
         for name, module in modules_of(train_step).items():
-            _save(module, temporary / f"{name}.safetensors")
+            save_network(module, temporary / f"{name}.safetensors")
         with open(temporary / "optimizer.pt", "wb") as stream:  # given a path, torch.save would hide why it failed
             torch.save({n: one.state_dict() for n, one in train_step.optimizers.by_name.items()}, stream)
         (temporary / "state.json").write_text(json.dumps({**state, "versions": versions()}, indent=2))
@@ -243,10 +244,6 @@ def modules_of(train_step: TrainStep) -> dict[str, nn.Module]:
     return {"autoencoder": reconstructor.autoencoder, **ema, **adversaries} | {
         name: module for name, module in own.items() if module.state_dict()
     }
-
-
-def _save(module: nn.Module, path: Path) -> None:
-    save_file({name: tensor.detach().contiguous() for name, tensor in module.state_dict().items()}, path)
 
 
 def _load(module: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:

@@ -4,13 +4,16 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from latent_ae.config import UserError
 from latent_ae.export.pipelines import PIPELINES, SHAPE, PipelineName, refuse_misfit
 from latent_ae.progress import now
 
 from .settings import TrainSettings
+
+if TYPE_CHECKING:  # brings torch
+    from latent_ae.models.discriminator import PatchDiscriminator
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -101,7 +104,7 @@ def export(
         ) from error
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="no")
     autoencoder = load_weights(folder).to(accelerator.device)
-    if latents_mean_std and keeps_scaling(settings):
+    if latents_mean_std and keeps_scaling(settings, autoencoder):
         origin = settings.distillation.teacher or settings.init_from
         raise UserError(
             f"--latents-mean-std: the latents of {source} and their scaling are those of {origin}; leave it out"
@@ -124,11 +127,24 @@ def export(
         sample_size=settings.data.resolution,
         card=card_facts(run, settings, step, log.get(("validate", step), {}), log.get(("baseline", 0), {})),
         check_images=check_images(validator),
-        keep_scaling=keeps_scaling(settings),
+        keep_scaling=keeps_scaling(settings, autoencoder),
         pipeline=pipeline,
         latents_mean_std=latents_mean_std,
         likelihood=read_likelihood(folder),
+        discriminator=_discriminator_of(folder, settings, step, channels),
     )
+
+
+def _discriminator_of(folder: Path, settings: TrainSettings, step: int, channels: int) -> "PatchDiscriminator | None":
+    """Return the discriminator of a checkpoint; None if it has none that was trained. Raises UserError if it is bad."""
+    from latent_ae.objectives import GAN
+    from latent_ae.objectives.gan import discriminator_weights
+
+    if not settings.gan.weight or step <= settings.gan.start:
+        return None
+    network = GAN.network(settings.gan, channels)
+    network.load_state_dict(discriminator_weights(str(folder), network))
+    return network
 
 
 if __name__ == "__main__":

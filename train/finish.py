@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from diffusers import ModelMixin
 from torch import Tensor
 
 from latent_ae.config import UserError, to_yaml
@@ -16,11 +17,13 @@ from latent_ae.export.precision import verdict
 from latent_ae.export.write import CardFacts, export_autoencoder, loading_lines, push_to_hub
 from latent_ae.files import write_json
 from latent_ae.latents.statistics import LatentStatistics
-from latent_ae.models.build import channels_of, factor_of, latent_channels_of
+from latent_ae.models.build import channels_of, factor_of, facts_of, latent_channels_of
+from latent_ae.models.discriminator import PatchDiscriminator
 from latent_ae.models.likelihood import Likelihood
 from latent_ae.models.posterior import draw
 from latent_ae.models.reconstruct import Reconstructor
 from latent_ae.models.registry import family_of
+from latent_ae.objectives import GAN
 from latent_ae.objectives.base import Objective
 from latent_ae.progress import now, progress_bar
 
@@ -88,9 +91,10 @@ def finish_run(
                     run, settings, settings.steps, results["held_out"]["after"], results["held_out"][baseline]
                 ),
                 check_images=check_images(validator),
-                keep_scaling=keeps_scaling(settings),
+                keep_scaling=keeps_scaling(settings, averaged.autoencoder),
                 pipeline=settings.export_for,
                 likelihood=Likelihood(**facts["likelihood"]) if facts.get("likelihood") else None,
+                discriminator=trained_discriminator(objectives, settings.steps),
             )
             for remark in results["export"].get("remarks", ()):
                 print(f"{settings.export_for}: {remark}", file=sys.stderr)
@@ -195,9 +199,16 @@ def measure_latents(
     return statistics
 
 
-def keeps_scaling(settings: TrainSettings) -> bool:
+def keeps_scaling(settings: TrainSettings, autoencoder: ModelMixin) -> bool:
     """Return whether the latents are those of init_from or of a teacher, so that their scaling is known."""
-    return settings.distillation.teacher is not None or (settings.train == "decoder" and settings.init_from is not None)
+    decoder_only = settings.facts(facts_of(autoencoder)).train == "decoder"
+    return settings.distillation.teacher is not None or (decoder_only and settings.init_from is not None)
+
+
+def trained_discriminator(objectives: Sequence[Objective[Any]], steps: int) -> PatchDiscriminator | None:
+    """Return the discriminator of images; None if there is none, or if `steps` updates end before it trains."""
+    gan = next((one for one in objectives if isinstance(one, GAN)), None)
+    return gan.adversary if gan is not None and steps > gan.own.start else None
 
 
 def card_facts(

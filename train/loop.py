@@ -12,7 +12,7 @@ from accelerate.utils import DistributedDataParallelKwargs
 from latent_ae.arithmetic import float32_arithmetic, lay_out, training_memory_format
 from latent_ae.config import UserError
 from latent_ae.data.loader import open_images
-from latent_ae.models.build import channels_of, factor_of
+from latent_ae.models.build import channels_of, factor_of, facts_of
 from latent_ae.models.reconstruct import Reconstructor
 from latent_ae.objectives import OBJECTIVES, Reconstruction
 from latent_ae.objectives.base import Objective
@@ -93,7 +93,7 @@ def _train(
         source, held_out = open_images(settings.data, "train"), open_images(settings.data, "held_out")
         autoencoder = starting_autoencoder(settings).to(accelerator.device)
         objectives = [*build_objectives(settings, autoencoder, accelerator.device), *more]
-        facts, state = settings.facts(), checkpoint.state() if checkpoint is not None else None
+        facts, state = settings.facts(facts_of(autoencoder)), checkpoint.state() if checkpoint is not None else None
         for objective in objectives:
             objective.run = facts
             if state is not None:

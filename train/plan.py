@@ -2,13 +2,23 @@
 
 import torch
 
-from latent_ae.models.build import build_autoencoder, channels_of, count_parameters, factor_of, latent_channels_of
+from latent_ae.models.build import (
+    build_autoencoder,
+    channels_of,
+    count_parameters,
+    factor_of,
+    facts_of,
+    latent_channels_of,
+)
 from latent_ae.models.registry import family_of
 from latent_ae.objectives import GAN, KL, OBJECTIVES
 
 from .build import freeze_part, refuse_misfit, starting_autoencoder
+from .parts import collapsed, trained_names
 from .settings import TrainSettings
 
+MOST_NAMES = 8
+"""Number of names of trained parts that are shown."""
 BYTES = 4
 """Bytes of a float32."""
 
@@ -31,12 +41,13 @@ def describe_plan(settings: TrainSettings) -> str:
     if settings.gan.weight:
         with torch.device("meta"):
             discriminator = count_parameters(GAN.network(settings.gan, channels_of(autoencoder)))
-    run = settings.facts()
+    facts = facts_of(autoencoder)
+    run = settings.facts(facts)
     learning = sum(parameter.numel() for parameter in autoencoder.parameters() if parameter.requires_grad)
     # weights and their average; AdamW's two moments of trained weights, or Muon's one
     moments = 1 if settings.optim.kind == "muon" else 2
     copies = (2 if settings.ema.decay else 1) * weights + moments * learning + 3 * discriminator
-    part = "" if learning == weights else f" ({learning:,} learn)"
+    part = "" if learning == weights else f" ({learning:,} train)"
     factor = factor_of(autoencoder)
     side = settings.data.resolution // factor
     latent = f"{latent_channels_of(autoencoder)} x {side} x {side}"
@@ -49,9 +60,15 @@ def describe_plan(settings: TrainSettings) -> str:
         texts[KL.plan_line] = []
     most, micro_batch = settings.micro_batch_size, settings.micro_batch
     fewer = f" (micro_batch_size {most} is the most; {micro_batch} divides)" if most and most > micro_batch else ""
+    trains = {}
+    if settings.train != "all":
+        whole = collapsed(trained_names(settings.train, facts.parameters), facts.parameters)
+        shown, more = whole[:MOST_NAMES], len(whole) - MOST_NAMES
+        trains["trains"] = ", ".join(shown) + (f" and {more} more" if more > 0 else "")
     lines = {
         "autoencoder": f"{weights:,} parameters{part}, factor {factor}, latent {latent} for "
         f"{settings.data.resolution} px",
+        **trains,
         "discriminator": f"{discriminator:,} parameters",
         "steps": f"{settings.steps:,}, {settings.steps * settings.batch_size:,} crops",
         "global batch": f"{settings.batch_size} = {settings.processes} process(es) x {micro_batch} "

@@ -1,7 +1,7 @@
 """All settings of a training run."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -25,6 +25,7 @@ from latent_ae.objectives.latent_noise import LatentNoiseSettings
 from latent_ae.objectives.reconstruction import ReconstructionSettings
 from latent_ae.objectives.total_correlation import TotalCorrelationSettings
 
+from .parts import read_parts, side_of, trained_names, unmatched
 from .run_config import CheckpointSettings, EmaSettings, LogSettings, OptimSettings, ValidateSettings
 
 SHARDED = ("FSDP", "DEEPSPEED", "MEGATRON_LM")
@@ -80,8 +81,9 @@ class TrainSettings(Settings):
     """Let float32 operations round their inputs to TF32 on NVIDIA GPUs: faster, with 10 mantissa bits instead of 23."""
     init_from: Annotated[str | None, FIXED] = None
     """A run, checkpoint, diffusers folder or hub id from whose weights to start; its shape replaces a recipe's."""
-    train: Annotated[Literal["all", "decoder", "encoder"], FIXED] = "all"
-    """The part that is trained. decoder keeps latents bit-identical, and the scaling of init_from's config."""
+    train: Annotated[str | tuple[str, ...], BeforeValidator(read_parts), FIXED] = "all"
+    """What learns: all, decoder, encoder, or a list of names and patterns, [decoder.up_blocks.*, encoder.conv_out].
+    Where nothing of the encoder learns, latents stay bit-identical and keep the scaling of init_from's config."""
     compile: Annotated[bool, SILENT] = False
     """torch.compile of the blocks and the discriminator: minutes at the start, then faster steps."""
     gradient_checkpointing: Annotated[bool, SILENT] = False
@@ -118,6 +120,11 @@ class TrainSettings(Settings):
         return self.init_from is None and self.model.gives_shape
 
     @property
+    def _train_word(self) -> str:
+        """`train` as a user writes it."""
+        return self.train if isinstance(self.train, str) else f"[{', '.join(self.train)}]"
+
+    @property
     def micro_batch(self) -> int:
         """Samples per process and pass."""
         return micro_batch_of(self.batch_size, self.processes, self.micro_batch_size)
@@ -136,8 +143,21 @@ class TrainSettings(Settings):
         """The enabled objectives, in the order in which they act."""
         return [objective for objective in OBJECTIVES if objective.enabled(self.section_of(objective))]
 
-    def facts(self) -> RunFacts:
-        """Return the facts of the run that objectives may use."""
+    def facts(self, model: ModelFacts | None = None) -> RunFacts:
+        """Return the facts of the run that objectives may use.
+
+        Args:
+            model: The autoencoder, by whose names of parameters patterns in `train` are resolved; without them a run
+                with patterns counts as one that trains all.
+        """
+        names: Sequence[str] = ()
+        ends: Mapping[str, str] = {}
+        if isinstance(self.train, str):
+            names = ("encoder", "decoder")
+            ends = {name: name for name in names}
+        elif model is not None:
+            names, ends = model.parameters, model.last_layers
+        trained = trained_names(self.train, names)
         return RunFacts(
             seed=self.seed,
             steps=self.steps,
@@ -147,7 +167,8 @@ class TrainSettings(Settings):
             resolution=self.data.resolution,
             validation_px=self.validation.crop_px or self.data.resolution,
             smallest_px=max(objective.needs_px(self.section_of(objective)) for objective in OBJECTIVES),
-            train=self.train,
+            train=side_of(trained),
+            fixed_ends=frozenset(part for part, name in ends.items() if name not in trained),
             compile=self.compile,
             weights_dir=self.weights_dir,
             enabled=frozenset(objective.name for objective in self.objectives),
@@ -179,6 +200,7 @@ class TrainSettings(Settings):
 
     def problems_with(self, model: ModelFacts | None) -> Iterator[Problem]:
         """Yield settings that do not go with each other or with the autoencoder (None: not known yet)."""
+        run = self.facts(model)
         if model is not None:
             sides = {"data.resolution": self.data.resolution, "validate.crop_px": self.validation.crop_px}
             for key, side in sides.items():
@@ -187,29 +209,33 @@ class TrainSettings(Settings):
                 elif side is not None and side % model.factor:
                     near = max(model.factor, side // model.factor * model.factor)
                     yield Problem(key, f"{side} is not a multiple of the model's factor {model.factor}: use {near}")
+            known = isinstance(self.train, str) or model.parameters
             if not model.one_grid and self.train != "all":
                 yield Problem(
-                    "train", f"{self.train}: the latents of {model.name} are made by both parts: set it to all"
+                    "train", f"{self._train_word}: the latents of {model.name} are made by both parts: set it to all"
                 )
             elif not model.trains:
                 yield Problem("train", f"{model.name} is of a class that is measured here and not trained")
-            elif self.train not in model.trains:
+            elif known and run.train not in model.trains:
                 part = model.trains[0]
                 yield Problem(
-                    "train", f"{self.train}: of {model.name} only the {part} is trained here: set it to {part}"
+                    "train", f"{self._train_word}: of {model.name} only the {part} is trained here: set it to {part}"
                 )
-        run = self.facts()
+            elif model.parameters and (texts := unmatched(self.train, model.parameters)):
+                yield from (Problem("train", text) for text in texts)
+                return  # what is trained is not known
         for objective in OBJECTIVES:
             yield from objective.problems(self.section_of(objective), run, model)
 
     def warnings(self) -> Iterator[str]:
         """Yield sentences on what these settings do that is rarely intended."""
         if self.init_from is None and self.train != "all":
-            fixed = {"decoder": "encoder", "encoder": "decoder"}[self.train]
+            fixed = {"decoder": "the encoder", "encoder": "the decoder"}.get(self._train_word, "all else")
+            part = f"the {self.train}" if isinstance(self.train, str) else "these parts"
             start = "linear" if self.model.init == "linear" else "random"
             yield (
-                f"train={self.train} without init_from: the {fixed} stays at its {start} start. To train the "
-                f"{self.train} of an existing first stage, give init_from"
+                f"train={self._train_word} without init_from: {fixed} stays at its {start} start. To train {part} of "
+                "an existing first stage, give init_from"
             )
 
     def _batch_problems(self) -> Iterator[Problem]:

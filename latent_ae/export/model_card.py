@@ -1,6 +1,7 @@
 """The model card (README.md) of an exported first stage: use, metrics, precision, and the metadata a hub reads."""
 
 import re
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +14,7 @@ from latent_ae.export.precision import verdict
 from latent_ae.latents.statistics import LatentStatistics
 from latent_ae.metrics.labels import NAMES
 from latent_ae.models.build import channels_of, count_parameters, factor_of, latent_channels_of
+from latent_ae.models.discriminator import PatchDiscriminator
 from latent_ae.models.registry import family_of, module_of, scaling_of
 from latent_ae.text import printable
 
@@ -52,6 +54,7 @@ def model_card(
     location: str,
     difference: float,
     precision: Mapping[str, Any] | None = None,
+    discriminator: PatchDiscriminator | None = None,
 ) -> ModelCard:
     """Return the model card of an export, with a valid model-index.
 
@@ -63,6 +66,7 @@ def model_card(
         difference: Largest difference between the reconstructions of the trained and the exported model, images in [-1,
             1].
         precision: Result of `probe_precision`, with that of `probe_tiling` under "tiling" if it was run.
+        discriminator: The discriminator in the export, if there is one.
     """
     measured = {key: facts.metrics[key] for key in NAMES if facts.metrics.get(key) is not None}
     results = [
@@ -87,9 +91,8 @@ def model_card(
         model_name=facts.name,
         eval_results=results or None,
     )
-    return ModelCard(
-        f"---\n{data.to_yaml()}\n---\n\n" + _card_text(autoencoder, facts, statistics, location, difference, precision)
-    )
+    text = _card_text(autoencoder, facts, statistics, location, difference, precision, discriminator)
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}")
 
 
 def _card_text(
@@ -99,6 +102,7 @@ def _card_text(
     location: str,
     difference: float,
     precision: Mapping[str, Any] | None,
+    discriminator: PatchDiscriminator | None,
 ) -> str:
     config, factor, kind = autoencoder.config, factor_of(autoencoder), type(autoencoder).__name__
     trained = [f"on {_plain(facts.data_name)}"]
@@ -148,6 +152,7 @@ H and W are {sides}. {_scaling_text(autoencoder, statistics)}
         f"## Check\n\nLoaded by {loader} in a fresh process, these weights reconstruct like the trained "
         f"model: largest difference {difference:.1e} in [-1, 1].",
         _precision_text(precision) if precision else "",
+        _discriminator_text(discriminator, location) if discriminator is not None else "",
     ]
     if facts.settings_yaml:
         longest = max(map(len, re.findall("`+", facts.settings_yaml)), default=0)
@@ -183,6 +188,18 @@ def _scaling_text(autoencoder: ModelMixin, statistics: LatentStatistics) -> str:
     if "shift_factor" not in autoencoder.config:
         return f"`scaling_factor` is {kept.replace('those', 'that', 1)}"
     return f"`scaling_factor` and `shift_factor` are {kept}"
+
+
+def _discriminator_text(discriminator: PatchDiscriminator, location: str) -> str:
+    shape = {key: value for key, value in discriminator.shape.items() if key != "in_channels"}
+    words = " ".join(f"gan.{key}={str(value).lower()}" for key, value in shape.items())
+    place = shlex.quote(location)
+    return (
+        "## Discriminator\n\n"
+        f"`discriminator.safetensors` holds the patch discriminator of the adversarial loss "
+        f"({count_parameters(discriminator):,} parameters), from which training can go on. Diffusers ignores it.\n\n"
+        f"```\nlatent-ae train sd-vae init_from={place} gan.init_from={place} gan.start=0 {words}\n```"
+    )
 
 
 def _pipeline_text(autoencoder: ModelMixin) -> str:

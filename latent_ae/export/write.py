@@ -24,6 +24,8 @@ from latent_ae.export.precision import probe_precision, probe_tiling
 from latent_ae.files import write_json, writing
 from latent_ae.latents.statistics import LatentStatistics
 from latent_ae.models.build import count_parameters
+from latent_ae.models.discriminator import FILE as DISCRIMINATOR
+from latent_ae.models.discriminator import PatchDiscriminator, save_network
 from latent_ae.models.likelihood import FILE, Likelihood
 from latent_ae.models.reconstruct import Reconstructor
 from latent_ae.models.registry import family_of, module_of
@@ -77,6 +79,7 @@ def export_autoencoder(
     pipeline: PipelineName | None = None,
     latents_mean_std: bool = False,
     likelihood: Likelihood | None = None,
+    discriminator: PatchDiscriminator | None = None,
 ) -> dict[str, Any]:
     """Write an export: config.json, diffusion_pytorch_model.safetensors (float32) and README.md.
 
@@ -98,6 +101,8 @@ def export_autoencoder(
         latents_mean_std: Write latents_mean and latents_std of each channel, with a scaling_factor of 1 and a
             shift_factor of 0: each channel of (z - latents_mean) / latents_std has unit variance.
         likelihood: The likelihood that the model was trained with, written as likelihood.json; None writes none.
+        discriminator: The discriminator that the model was trained against, written as discriminator.safetensors with
+            its shape in the metadata; diffusers ignores the file. None writes none.
 
     Returns:
         What was written, JSON-ready. "remarks" says what is not ideal for `pipeline`.
@@ -147,6 +152,8 @@ def export_autoencoder(
         "parameters": count_parameters(exported),
         "precision": precision,
     }
+    if discriminator is not None:
+        facts["discriminator"] = discriminator.shape
     if pipeline is not None:
         facts["pipeline"] = pipeline
         facts["remarks"] = remarks(pipeline, exported.config, statistics.mean, statistics.std)
@@ -155,11 +162,14 @@ def export_autoencoder(
         with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
             fresh = Path(scratch) / "export"
             exported.save_pretrained(fresh, safe_serialization=True)
+            if discriminator is not None:
+                save_network(discriminator, fresh / DISCRIMINATOR)
             for file in fresh.glob("*.safetensors"):
                 shutil.copymode(fresh / "config.json", file)  # safetensors writes for the owner's eyes only
             difference = verify_export(fresh, autoencoder, check_images, autoencoder.device)
             facts["max_abs_difference"] = difference
-            model_card(exported, card, statistics, folder.name, difference, precision).save(fresh / "README.md")
+            text = model_card(exported, card, statistics, folder.name, difference, precision, discriminator)
+            text.save(fresh / "README.md")
             if likelihood is not None:
                 write_json(fresh / FILE, likelihood._asdict())
             _take_place(fresh, folder, Path(scratch) / "previous")

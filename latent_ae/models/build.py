@@ -9,6 +9,7 @@ from torch import nn
 from latent_ae.config import UserError
 from latent_ae.models.linear_init import linear_start_
 from latent_ae.models.loading import load_first_stage
+from latent_ae.models.reconstruct import end_layers
 from latent_ae.models.registry import class_of, family_of
 from latent_ae.models.settings import ModelFacts, ModelSettings
 
@@ -76,6 +77,14 @@ def factor_of(autoencoder: ModelMixin) -> int:
 
 def facts_of(autoencoder: ModelMixin, name: str | None = None) -> ModelFacts:
     """What rules may ask of an autoencoder; messages call it `name`, or by its class."""
+    unreached = family_of(autoencoder).unreached
+    names = {
+        id(parameter): key for key, parameter in autoencoder.named_parameters() if not unreached or unreached not in key
+    }
+    last_layers = {}
+    for side in ("encoder", "decoder"):  # of classes that are measured only, one may be missing or have another end
+        layers = end_layers(part) if (part := getattr(autoencoder, side, None)) is not None else [None]
+        last_layers[side] = names.get(id(getattr(layers[-1], "weight", None)), "")
     return ModelFacts(
         name or f"this {type(autoencoder).__name__}",
         family_of(autoencoder).latent,
@@ -84,6 +93,8 @@ def facts_of(autoencoder: ModelMixin, name: str | None = None) -> ModelFacts:
         latent_channels_of(autoencoder),
         family_of(autoencoder).side(autoencoder.config),
         family_of(autoencoder).trains,
+        tuple(names.values()),
+        last_layers,
     )
 
 

@@ -1,12 +1,18 @@
 """The patch discriminator of the adversarial loss."""
 
-from typing import Literal
+import json
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 Norm = Literal["group", "spectral", "batch", "none"]
+FILE = "discriminator.safetensors"
+"""In a checkpoint and in an exported folder."""
 
 
 class PatchDiscriminator(nn.Module):
@@ -21,6 +27,8 @@ class PatchDiscriminator(nn.Module):
 
     def __init__(self, in_channels: int, channels: int = 64, layers: int = 3, norm: Norm = "group", blur: bool = False):
         super().__init__()
+        self.shape = {"in_channels": in_channels, "channels": channels, "layers": layers, "norm": norm, "blur": blur}
+        """The arguments, from which the network can be built again."""
         modules: list[nn.Module] = [
             _convolution(in_channels, channels, stride=2, norm="none"),
             nn.LeakyReLU(0.2),
@@ -46,6 +54,26 @@ class PatchDiscriminator(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return self.layers(images).float()
+
+
+def save_network(network: nn.Module, path: Path) -> None:
+    """Write a network's tensors as safetensors, of a PatchDiscriminator with its `shape`, as JSON, in the metadata."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
+    # under one key: the order of several in the file is left to chance
+    save_file(tensors, path, {"shape": json.dumps(network.shape)} if isinstance(network, PatchDiscriminator) else None)
+
+
+def read_network(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return what `save_network` wrote: the tensors, and the shape, empty where the file has none.
+
+    Raises SafetensorError or ValueError for another file.
+    """
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata() or {}
+    shape = json.loads(metadata.get("shape", "{}"))
+    if not isinstance(shape, dict):
+        raise ValueError(f"its shape is {shape}")
+    return load_file(path), shape
 
 
 class Blur(nn.Module):

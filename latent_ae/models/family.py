@@ -125,8 +125,8 @@ class Family(NamedTuple):
     """Export tries it in half precision and in tiles."""
     pipeline_decodes: bool = False
     """DiTPipeline decodes with it."""
-    gradient_checkpointing: bool = True
-    """False where diffusers' is wrong."""
+    gradient_checkpointing: bool | None = None
+    """Whether its blocks can be recomputed in the backward pass; None: as diffusers' flag of the class says."""
 
     @property
     def plain(self) -> bool:

@@ -69,6 +69,7 @@ FAMILIES = {
         powers_of_two("down_block_out_channels"),
         unreached="condition_encoder",
         pipeline_decodes=True,
+        gradient_checkpointing=True,  # its encoder and decoder can (diffusers 0.42 does not flag it)
     ),
     # its encoder forgets to scale images when it checkpoints (diffusers 0.42)
     "AutoencoderTiny": Family(
@@ -90,6 +91,7 @@ FAMILIES = {
         lambda config: int(config.vq_embed_dim or config.latent_channels),
         encoded="vae.encode(images).latents",
         pipeline_decodes=True,
+        gradient_checkpointing=True,  # as of AsymmetricAutoencoderKL
     ),
     # its levels' latents packed into one of 1 x 1
     "HierarchicalVAE": Family(
@@ -203,6 +205,23 @@ def family_of(module: Any) -> Family:
     """The record of an instance of one of FAMILIES."""
     family = FAMILIES[str(family_name(module))]
     return family._replace(**family.variant(module.config))
+
+
+def recompute_blocks_(module: Any) -> None:
+    """From now on the blocks of an instance of one of FAMILIES are computed again in the backward pass.
+
+    Raises ValueError where they cannot be.
+    """
+    if not recomputes(module):
+        raise ValueError(f"{type(module).__name__} has no gradient checkpointing")
+    module._supports_gradient_checkpointing = True  # of this instance; diffusers' flag of the class may be missing
+    module.enable_gradient_checkpointing()
+
+
+def recomputes(module: Any) -> bool:
+    """Whether the blocks of an instance of one of FAMILIES can be computed again in the backward pass."""
+    known = family_of(module).gradient_checkpointing
+    return bool(module._supports_gradient_checkpointing if known is None else known)
 
 
 def scaling_of(module: Any) -> LatentScaling:

@@ -1,6 +1,6 @@
 """The section `model` of a training's settings; light, so that a typo costs no waiting."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field
@@ -37,7 +37,12 @@ class ModelFacts(NamedTuple):
     side: int | None = None
     """The one side of its images in px; None where sides are multiples of the factor."""
     trains: tuple[str, ...] = ("all", "decoder", "encoder")
-    """Values of `train` that suit it."""
+    """Sides of it that can be trained: values of `RunFacts.train`."""
+    parameters: tuple[str, ...] = ()
+    """Names of the parameters that images reach; empty where they are known only when it is built."""
+    last_layers: Mapping[str, str] = {}
+    """Names of the weights of the last layers of `encoder` and `decoder`, where adaptive weights are measured; empty
+    like `parameters`."""
 
     @property
     def random(self) -> bool:

@@ -73,7 +73,12 @@ class Alignment(Objective[AlignmentSettings]):
         if not Path(own.model).expanduser().is_dir():
             yield Problem(key, f"no such folder: {own.model} (from {Path.cwd()})")
         if run.train == "decoder":
-            yield Problem(key, "moves the encoder, which train: decoder leaves fixed: set it to null")
+            yield Problem(key, "moves the encoder, which train leaves fixed: set it to null")
+        elif "encoder" in run.fixed_ends and own.adaptive:
+            yield Problem(
+                "alignment.adaptive",
+                "measures gradients at the encoder's last layer, which train leaves fixed: set it to false",
+            )
         if "distillation" in run.enabled:
             yield Problem(key, "shapes latents that distillation.teacher gives: keep one, null the other")
         if model is None:

@@ -37,13 +37,15 @@ class RunFacts(NamedTuple):
     smallest_px: int
     """Side of the smallest image that every objective in use can process, px."""
     train: Literal["all", "decoder", "encoder"]
-    """The part of the autoencoder that is trained."""
+    """The side of the autoencoder to which all that is trained belongs."""
     compile: bool
     """Whether networks are compiled."""
     weights_dir: str | None
     """Folder with the weights of metric networks; None searches for them."""
     enabled: frozenset[str]
     """Names of the objectives in use."""
+    fixed_ends: frozenset[str] = frozenset()
+    """Those of `encoder` and `decoder` whose last layer, where adaptive weights are measured, is not trained."""
 
 
 class Batch(NamedTuple):
@@ -160,7 +162,10 @@ class Pass:
     def backward(self) -> None:
         """Backpropagate all gradients through the autoencoder."""
         image = torch.zeros_like(self.image) if self.image_gradient is None else self.image_gradient
-        torch.autograd.backward([self.out.image, *self._tensors], [image * self.share, *self._gradients])
+        tensors, gradients = list(self._tensors), list(self._gradients)
+        if self.out.image.requires_grad:  # it does not where a codebook learns alone
+            tensors, gradients = [self.out.image, *tensors], [image * self.share, *gradients]
+        torch.autograd.backward(tensors, gradients)
 
 
 class Objective(nn.Module, Generic[S]):
@@ -385,7 +390,7 @@ class GradientBalance(nn.Module):
             gradient: (N, C, H, W), gradient of the unweighted term at `p.image`.
         """
         layer = p.model.last_layer
-        if not layer.requires_grad:  # train: encoder leaves it fixed
+        if not layer.requires_grad:  # the setting train leaves it fixed
             return
         assert p.reconstruction_gradient is not None
         for key, at_image in ((self.reconstruction, p.reconstruction_gradient), (self.term, gradient)):

@@ -69,7 +69,7 @@ class Codebook(Objective[CodebookSettings]):
         out, codes = p.out, p.out.codes
         if codes is None:
             return
-        if out.mean.requires_grad:
+        if out.mean.requires_grad or codes.vectors.requires_grad:
             loss = codebook_loss(out.mean, codes.vectors, self.own.commitment)
             p.logs["codebook"] = loss.detach()
             p.send_loss(loss)

@@ -55,11 +55,12 @@ class Distillation(Objective[DistillationSettings]):
         if own.teacher is None:
             return
         if run.train == "encoder" and own.decode == "teacher":
-            yield Problem(
-                "distillation.decode", "teacher moves the decoder, which train: encoder leaves fixed: use own"
-            )
+            yield Problem("distillation.decode", "teacher moves the decoder, which train leaves fixed: use own")
         if run.train == "decoder" and own.decode == "own":
-            yield Problem("distillation.decode", "own, and train: decoder leave nothing to the teacher: use teacher")
+            yield Problem(
+                "distillation.decode",
+                "own, and train leaves the encoder fixed: nothing is left to the teacher: use teacher",
+            )
         if model is None:
             return
         if model.latent == "codebook":

@@ -1,5 +1,6 @@
 """The adversarial term: a discriminator of images, its losses and its regularisers."""
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -8,12 +9,23 @@ import torch
 import torch.nn.functional as F
 from pydantic import Field
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from latent_ae.config import FIXED, SILENT, SWITCH, Decay, NonNegative, Positive, Problem, Settings, UserError, Weight
+from latent_ae.config import (
+    FIXED,
+    SILENT,
+    SWITCH,
+    Decay,
+    NonNegative,
+    Positive,
+    Problem,
+    Settings,
+    UserError,
+    Weight,
+    looks_like_path,
+)
 from latent_ae.data.rng import augmentation_numbers
-from latent_ae.models.discriminator import PatchDiscriminator
+from latent_ae.models.discriminator import FILE, PatchDiscriminator, read_network
 from latent_ae.models.settings import ModelFacts
 from latent_ae.objectives.base import GradientBalance, Objective, Pass, RunFacts, recent_means
 from latent_ae.objectives.diffaug import NUMBERS, augment
@@ -43,7 +55,7 @@ class GanSettings(Settings):
     """hinge; vanilla: cross-entropy for the discriminator and -D(fake) for the autoencoder; non_saturating:
     cross-entropy and softplus(-D(fake))."""
     init_from: Annotated[str | None, SILENT] = None
-    """A checkpoint, or a run with one, from whose discriminator to start."""
+    """A run, checkpoint, export or hub id with an export, from whose discriminator to start."""
     channels: Annotated[Positive, FIXED] = 64
     """Width of the discriminator's first layer; later layers have up to eight times as many channels."""
     layers: Annotated[Positive, FIXED] = 3
@@ -113,11 +125,11 @@ class GAN(Objective[GanSettings]):
     }
     adversary_name = "discriminator"
 
-    adversary: nn.Module
+    adversary: PatchDiscriminator
     lecam_averages: Tensor
     lecam_share: Tensor
 
-    def __init__(self, own: GanSettings, run: RunFacts, adversary: nn.Module) -> None:
+    def __init__(self, own: GanSettings, run: RunFacts, adversary: PatchDiscriminator) -> None:
         super().__init__(own, run)
         self.hold(adversary=adversary)
         self.balance = GradientBalance(self.name, own.adaptive_cap, own.adaptive_smoothing)
@@ -133,8 +145,9 @@ class GAN(Objective[GanSettings]):
 
     @classmethod
     def problems(cls, own: GanSettings, run: RunFacts, model: ModelFacts | None) -> Iterator[Problem]:
-        if own.init_from is not None and not Path(own.init_from).expanduser().is_dir():
-            yield Problem("gan.init_from", f"no such folder: {own.init_from} (from {Path.cwd()})")
+        start = own.init_from
+        if start is not None and looks_like_path(start) and not Path(start).expanduser().is_dir():
+            yield Problem("gan.init_from", f"no such folder: {start} (from {Path.cwd()})")
         if not own.weight:
             return
         if run.resolution < cls.needs_px(own):
@@ -149,10 +162,10 @@ class GAN(Objective[GanSettings]):
                 "training would depend on the split. Use group, or one process with micro_batch_size null and "
                 "batch_size of at least 2",
             )
-        if run.train == "encoder" and own.adaptive:
+        if "decoder" in run.fixed_ends and own.adaptive:
             yield Problem(
                 "gan.adaptive",
-                "measures gradients at the decoder's last layer, which train: encoder leaves fixed: set it to false",
+                "measures gradients at the decoder's last layer, which train leaves fixed: set it to false",
             )
         if run.compile and own.r1:
             yield Problem("gan.r1", "needs a second derivative, which compiled networks do not give: set compile=false")
@@ -169,7 +182,7 @@ class GAN(Objective[GanSettings]):
             torch.manual_seed(run.seed + 1)
             network = cls.network(own, channels_of(autoencoder))
         if own.init_from is not None:
-            network.load_state_dict(discriminator_weights(Path(own.init_from).expanduser(), network))
+            network.load_state_dict(discriminator_weights(own.init_from, network))
         if run.compile:
             network.compile()
         return cls(own, run, network.to(device)).to(device)
@@ -319,31 +332,63 @@ def phase_at(step: int, own: GanSettings) -> Phase:
     return Phase(True, own.weight * min(1.0, max(0, since + 1) / (own.warmup + 1)), r1)
 
 
-def discriminator_weights(folder: Path, network: PatchDiscriminator) -> dict[str, Tensor]:
-    """Return the discriminator's weights in a checkpoint, or in the newest checkpoint of a run.
+def discriminator_weights(location: str, network: PatchDiscriminator) -> dict[str, Tensor]:
+    """Return the discriminator's weights in a checkpoint, the newest checkpoint of a run, or an export.
 
     Args:
-        folder: The checkpoint or run.
+        location: The checkpoint, run or export, or the hub id of an export.
         network: The network that they must fit.
 
     Raises:
         UserError: If there are none, they cannot be read, or they do not fit.
     """
-    from latent_ae.models.run_checkpoint import checkpoint_at, misfits
+    from latent_ae.models.run_checkpoint import misfits
 
-    path = (checkpoint_at(folder) or folder) / "discriminator.safetensors"
-    if not path.is_file():
-        raise UserError(f"gan.init_from: {folder} is neither a checkpoint with a discriminator nor a run with one")
+    path = _discriminator_file(location)
     try:
-        weights = load_file(path)
-    except SafetensorError as error:
+        weights, shape = read_network(path)
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise UserError(f"gan.init_from: cannot read {path}: {error}") from error
+    other = {key: shape[key] for key, own in network.shape.items() if shape.get(key, own) != own}
+    if "in_channels" in other:
+        raise UserError(
+            f"gan.init_from: the discriminator of {path} is of images of {other['in_channels']} channels, and these "
+            f"have {network.shape['in_channels']}: leave gan.init_from out"
+        )
+    if other:
+        words = " ".join(f"gan.{key}={json.dumps(value).strip(chr(34))}" for key, value in other.items())
+        raise UserError(f"gan.init_from: the discriminator of {path} has another shape: set {words}")
     if differing := misfits(network, weights):
         raise UserError(
             f"gan.init_from: the discriminator of {path} has another shape (first difference: {differing[0]}): "
-            "set gan.channels, gan.layers and gan.norm as in its run"
+            "set gan.channels, gan.layers, gan.norm and gan.blur as in its run"
         )
     return weights
+
+
+def _discriminator_file(location: str) -> Path:
+    """Return the file of weights in a checkpoint, run or export. Raises UserError if there is none."""
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+
+    from latent_ae.models.run_checkpoint import checkpoint_at
+
+    folder = Path(location).expanduser()
+    if folder.is_dir():
+        path = (checkpoint_at(folder) or folder) / FILE
+        if not path.is_file():
+            raise UserError(
+                f"gan.init_from: {folder} is neither a checkpoint nor a run nor an export with a discriminator"
+            )
+        return path
+    try:
+        cached = try_to_load_from_cache(location, FILE)  # what was downloaded before needs no network
+        return Path(cached if isinstance(cached, str) else hf_hub_download(location, FILE))
+    except Exception as error:  # no network, offline mode, no permission, no such repository or file
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"gan.init_from: {location} is not a folder here (from {Path.cwd()}), and the hub gives no {FILE} of it "
+            f"({reason}). Give a run, a checkpoint or an export"
+        ) from error
 
 
 def generator_loss(kind: AdversarialLoss, fake_logits: Tensor) -> Tensor:

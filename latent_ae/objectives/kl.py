@@ -102,7 +102,7 @@ class KL(Objective[KLSettings]):
             yield Problem("loss.kl_cycles", f"{own.kl_cycles} cycles in {run.steps} steps: a cycle needs two")
         if run.train == "decoder":
             for key in shaping:
-                yield Problem(f"loss.{key}", "shapes the posterior, which train: decoder leaves fixed: set it to 0")
+                yield Problem(f"loss.{key}", "shapes the posterior, which train leaves fixed: set it to 0")
         if model is None:
             return
         if shaping and not model.random:

@@ -76,9 +76,7 @@ class TotalCorrelation(Objective[TotalCorrelationSettings]):
                 "changes the latent's size from step to step, and loss.total_correlation needs one size: set one to 0",
             )
         if run.train == "decoder":
-            yield Problem(
-                "loss.total_correlation", "shapes the posterior, which train: decoder leaves fixed: set it to 0"
-            )
+            yield Problem("loss.total_correlation", "shapes the posterior, which train leaves fixed: set it to 0")
         if model is None:
             return
         if model.latent != "posterior":

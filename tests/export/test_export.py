@@ -17,6 +17,7 @@ from latent_ae.export import write as export
 from latent_ae.export.model_card import CardFacts, loading_lines, model_card
 from latent_ae.export.write import export_autoencoder, push_to_hub, verify_export
 from latent_ae.latents.statistics import LatentStatistics
+from latent_ae.models.discriminator import PatchDiscriminator, read_network
 
 
 def tiny_autoencoder(seed: int = 0) -> AutoencoderKL:
@@ -270,3 +271,21 @@ def test_an_upload_that_fails_says_what_to_do_and_loses_nothing(exported, tmp_pa
     assert snapshot(folder) == before
     with pytest.raises(UserError, match="not an export"):
         push_to_hub(tmp_path, "user/name")
+
+
+def test_a_discriminator_lies_beside_the_weights_and_diffusers_passes_it_over(tmp_path):
+    autoencoder, network = tiny_autoencoder(), PatchDiscriminator(3, 4, 1, "spectral", True)
+    facts = write(autoencoder, tmp_path / "export", discriminator=network)
+    loaded, report = AutoencoderKL.from_pretrained(tmp_path / "export", output_loading_info=True)
+    assert not any(report.values())
+    assert all(torch.equal(loaded.state_dict()[name], own) for name, own in autoencoder.state_dict().items())
+    tensors, shape = read_network(tmp_path / "export/discriminator.safetensors")
+    again = PatchDiscriminator(**shape)
+    again.load_state_dict(tensors)
+    images = torch.rand(2, 3, 16, 16)
+    assert torch.equal(again.eval()(images), network.eval()(images)) and facts["discriminator"] == shape
+    card = (tmp_path / "export/README.md").read_text()
+    assert "gan.init_from=export gan.start=0 gan.channels=4 gan.layers=1 gan.norm=spectral gan.blur=true\n" in card
+    write(autoencoder, tmp_path / "export")
+    assert not (tmp_path / "export/discriminator.safetensors").exists(), "it would be that of another model"
+    assert "discriminator" not in (tmp_path / "export/README.md").read_text()

@@ -252,7 +252,7 @@ def test_what_cannot_be_its_student_is_refused(tmp_path: Path, config: dict[str,
     ("words", "said"),
     [
         (["train=encoder"], "distillation.decode: teacher moves the decoder"),
-        (["train=decoder", "distillation.decode=own"], "distillation.decode: own, and train: decoder"),
+        (["train=decoder", "distillation.decode=own"], "distillation.decode: own, and train leaves the encoder"),
         (["alignment.model=."], "alignment.model: shapes latents"),
         (["distillation.latents=0"], "distillation.latents"),
     ],

@@ -138,7 +138,7 @@ def test_what_is_off_keeps_no_state() -> None:
         (["loss.kl_warmup=5", "loss.kl_cycles=2"], "loss.kl_cycles: kl_warmup and kl_cycles all set the weight"),
         (["loss.kl_target=1", "loss.kl_cycles=2"], "loss.kl_target: kl_cycles and kl_target all set the weight"),
         (["loss.kl_target=1", "loss.free_bits=1"], "loss.free_bits: 1 nats are kept free of the KL term"),
-        (["train=decoder", "loss.free_bits=1"], "loss.free_bits: shapes the posterior, which train: decoder leaves"),
+        (["train=decoder", "loss.free_bits=1"], "loss.free_bits: shapes the posterior, which train leaves"),
         (["loss.kl_cycles=99", "steps=50"], "loss.kl_cycles: 99 cycles in 50 steps"),
     ],
 )

@@ -11,9 +11,19 @@ import pytest
 import torch
 
 from latent_ae_train import agreement
+from latent_ae_train.finish import trained_discriminator
 from latent_ae_train.preflight import _warn_of_slow_bf16
 from latent_ae_train.settings import TrainSettings
 from tests.distributed.launch import DISTRIBUTED, launch
+from tests.tiny import GAN, build_step, settings_for
+
+
+def test_a_discriminator_is_exported_once_it_has_trained() -> None:
+    step = build_step(settings_for(gan=GAN | {"start": 5}))
+    objectives = list(step.objectives.values())
+    assert trained_discriminator(objectives, 5) is None
+    assert trained_discriminator(objectives, 6) is step.bare_adversaries["gan"]
+    assert trained_discriminator(list(build_step(settings_for()).objectives.values()), 9) is None
 
 
 def test_one_process_works_longer_than_a_collective_waits(pictures: Path, tmp_path: Path) -> None:

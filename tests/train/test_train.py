@@ -337,27 +337,40 @@ def test_decoder_only_keeps_latents_and_scaling(finished: Path, pictures: Path, 
     assert main(["train", str(path), "gan.channels=4", f"output_dir={tmp_path / 'other'}"]) == 2
 
 
-def test_the_discriminator_of_a_checkpoint(finished: Path, tmp_path: Path) -> None:
+def test_the_discriminator_of_a_run(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from latent_ae.config import UserError, load_settings
     from latent_ae.models.build import build_autoencoder
     from latent_ae.objectives import GAN
     from latent_ae_train.settings import TrainSettings
 
     def discriminator(settings: TrainSettings) -> torch.nn.Module:
-        autoencoder = build_autoencoder(settings.model, sample_size=16)
+        model = settings.model.model_copy(update={"block_out_channels": (8, 8), "norm_num_groups": 4})
+        autoencoder = build_autoencoder(model, sample_size=16)
         return GAN.build(settings.gan, settings.facts(), autoencoder, torch.device("cpu")).adversary
 
     stored = load_file(finished / "checkpoints/step-00000006/discriminator.safetensors")
-    for place in (finished, finished / "checkpoints/step-00000006"):
+    monkeypatch.setattr(
+        "huggingface_hub.try_to_load_from_cache",
+        lambda name, file: str(finished / "export" / file) if name == "user/cached" else None,
+    )
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    for place in (finished, finished / "checkpoints/step-00000006", finished / "export", "user/cached"):
         settings = load_settings(TrainSettings, None, ["gan.channels=8", "gan.layers=1", f"gan.init_from={place}"])
         network = discriminator(settings)
         assert all(torch.equal(tensor, stored[name]) for name, tensor in network.state_dict().items())
-    settings = load_settings(TrainSettings, None, [f"gan.init_from={finished}"])
-    with pytest.raises(UserError, match="another shape"):
-        discriminator(settings)
-    settings = load_settings(TrainSettings, None, [f"gan.init_from={tmp_path}"])
-    with pytest.raises(UserError, match="neither a checkpoint with a discriminator nor a run"):
-        discriminator(settings)
+    small = ["gan.channels=8", "gan.layers=1"]
+    gray = [*small, "model.in_channels=1", "model.out_channels=1"]
+    for place, words_, said in (
+        (finished, [], "another shape: set gan.channels=8 gan.layers=1$"),
+        # their weights have the same names and shapes
+        (finished / "export", [*small, "gan.norm=batch"], "another shape: set gan.norm=group$"),
+        (finished / "export", gray, "is of images of 3 channels, and these have 1"),
+        (tmp_path, [], "neither a checkpoint nor a run nor an export with a discriminator"),
+        ("user/missing", [], "user/missing is not a folder here .* the hub gives no discriminator.safetensors of it"),
+    ):
+        settings = load_settings(TrainSettings, None, [*words_, f"gan.init_from={place}"])
+        with pytest.raises(UserError, match=said):
+            discriminator(settings)
 
 
 @pytest.mark.parametrize("dry", [[], ["--dry-run"]])
@@ -412,6 +425,10 @@ def test_export_command(finished: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert ours.config.scaling_factor == pytest.approx(facts["scaling_factor"])
     assert ours.config.scaling_factor == pytest.approx(theirs.config.scaling_factor, rel=1e-6)
     assert all(torch.equal(tensor, theirs.state_dict()[name]) for name, tensor in ours.state_dict().items())
+    file = "discriminator.safetensors"
+    folders = (tmp_path / "vae", finished / "export", finished / "checkpoints/step-00000006")
+    assert len({(folder / file).read_bytes() for folder in folders}) == 1
+    assert facts["discriminator"] == {"in_channels": 3, "channels": 8, "layers": 1, "norm": "group", "blur": False}
     assert main(["export", str(tmp_path), str(tmp_path / "other")]) == 2
     assert "neither a run with a complete checkpoint nor a checkpoint" in capsys.readouterr().err
 
