@@ -233,6 +233,8 @@ def _cure(kind: str, key: str, value: str) -> str:
     """What to do for another value of a config key; only some classes train from fresh weights."""
     if kind not in get_args(Kind):
         return f"begin with a model of {value}"
+    if kind == "VQModel" and key == "latent_channels":
+        key = "vq_embed_dim"  # the channels of its codes, where it is set
     return f"train with model.{'' if kind == 'AutoencoderKL' else 'config.'}{key}={value}"
 
 

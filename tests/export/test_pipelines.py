@@ -335,7 +335,8 @@ def test_an_unfit_model_of_another_class_is_refused(tmp_path, name):
     line = misfits(name, config | {key: 5})[0]
     assert line.startswith("latent_channels is 5, its denoisers take")
     trained = kind in ("AutoencoderKLFlux2", "AutoencoderDC", "VQModel")
-    assert ("train with model.config.latent_channels=" if trained else "begin with a model of ") in line
+    told = "vq_embed_dim" if kind == "VQModel" else "latent_channels"
+    assert (f"train with model.config.{told}=" if trained else "begin with a model of ") in line
     assert list(tmp_path.iterdir()) == []
 
 
