@@ -10,7 +10,6 @@ from diffusers import ModelMixin
 
 from latent_ae.config import UserError, refuse
 from latent_ae.export import pipelines
-from latent_ae.export.pipelines import SHAPE
 from latent_ae.models.build import build_autoencoder, channels_of, facts_of, load_autoencoder
 from latent_ae.models.registry import BLOCKS, family_of, recompute_blocks_, recomputes
 from latent_ae.models.run_checkpoint import checkpoint_at
@@ -36,8 +35,9 @@ def starting_autoencoder(settings: TrainSettings) -> ModelMixin:
         autoencoder = load_autoencoder(_place_of_weights(name))
     refuse_misfit(autoencoder, settings)
     if settings.export_for is not None:  # the settings do not know the shape of init_from
-        shape = {key: autoencoder.config.get(key) for key in SHAPE}
-        pipelines.refuse_misfit(settings.export_for, shape, type(autoencoder).__name__)
+        kept = settings.train == "decoder" and name is not None
+        known = pipelines.before_measuring(autoencoder.config, keep_scaling=kept, latents_mean_std=False)
+        pipelines.refuse_misfit(settings.export_for, known, type(autoencoder).__name__)
     freeze_part(autoencoder.train(), settings)
     if settings.gradient_checkpointing:
         recompute_blocks_(autoencoder)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from latent_ae.config import UserError
-from latent_ae.export.pipelines import PIPELINES, SHAPE, PipelineName, refuse_misfit
+from latent_ae.export.pipelines import PIPELINES, PipelineName, before_measuring, refuse_misfit
 from latent_ae.progress import now
 
 from .settings import TrainSettings
@@ -29,8 +29,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--for",
         dest="pipeline",
-        choices=sorted(PIPELINES),
-        help="check that this family of pipelines can use it: an unfit model is refused before anything is written",
+        choices=list(PIPELINES),
+        metavar="FAMILY",
+        help=f"check that these pipelines can use it: {', '.join(PIPELINES)}; an unfit model is refused before "
+        "anything is written",
     )
     parser.add_argument(
         "--latents-mean-std",
@@ -111,9 +113,9 @@ def export(
         )
     pipeline = pipeline or settings.export_for
     if pipeline is not None:  # before anything is measured
-        shape = {key: autoencoder.config.get(key) for key in SHAPE}
-        ones = dict.fromkeys(("latents_mean", "latents_std"), [1.0] * int(shape["latent_channels"] or 0))
-        refuse_misfit(pipeline, shape | (ones if latents_mean_std else {}), type(autoencoder).__name__)
+        kept = keeps_scaling(settings)
+        known = before_measuring(autoencoder.config, keep_scaling=kept, latents_mean_std=latents_mean_std)
+        refuse_misfit(pipeline, known, type(autoencoder).__name__)
     statistics = measure_latents(Reconstructor(autoencoder), settings, accelerator, open_images(settings.data, "train"))
     held_out = open_images(settings.data, "held_out")
     channels, factor = channels_of(autoencoder), factor_of(autoencoder)

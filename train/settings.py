@@ -10,7 +10,7 @@ from pydantic import BeforeValidator, Field
 
 from latent_ae.config import FIXED, SILENT, Positive, Problem, Settings, looks_like_path
 from latent_ae.data.settings import DataSettings
-from latent_ae.export.pipelines import SHAPE, PipelineName, misfits
+from latent_ae.export.pipelines import PipelineName, Shape, kind_misfit, shape_misfits
 from latent_ae.models.settings import ModelFacts, ModelSettings
 from latent_ae.objectives import OBJECTIVES
 from latent_ae.objectives.alignment import AlignmentSettings
@@ -256,10 +256,14 @@ class TrainSettings(Settings):
                 f"{groups} groups of {groups} channels hold one number each where the latent has no height and width, "
                 "and normalise it away: use fewer groups",
             )
-        if self.export_for is not None and not self.model.gives_shape:
-            yield Problem("export_for", f"knows AutoencoderKL only, not {self.model.kind}: leave it out")
-        if self.export_for is not None and self.knows_shape:
-            for line in misfits(self.export_for, {key: getattr(self.model, key) for key in SHAPE}):
+        if self.export_for is not None and self.init_from is None:
+            wrong_kind = kind_misfit(self.export_for, self.model.kind)
+            lines = [wrong_kind] if wrong_kind is not None else []
+            if wrong_kind is None and self.knows_shape:
+                model = self.model
+                shape = Shape(model.latent_channels, model.in_channels, model.out_channels, factor)
+                lines = shape_misfits(self.export_for, shape)
+            for line in lines:
                 yield Problem("export_for", f"{self.export_for}: {line}")
 
     def _path_problems(self) -> Iterator[Problem]:

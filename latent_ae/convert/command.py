@@ -34,7 +34,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--statistics", metavar="FILE", help="mean and std (or var) of the latents, as tensors")
     parser.add_argument("--measure", metavar="DATA", help="measure scaling and shift on these images")
     parser.add_argument(
-        "--for", dest="pipeline", choices=list(PIPELINES), help="refuse what pipelines of this family cannot use"
+        "--for",
+        dest="pipeline",
+        choices=list(PIPELINES),
+        metavar="FAMILY",
+        help=f"refuse what pipelines of this family cannot use: {', '.join(PIPELINES)}",
     )
     parser.add_argument("--json", action="store_true", help="print JSON on a terminal, too")
     words = parser.read(argv)

@@ -16,7 +16,7 @@ from latent_ae.convert.registry import LAYOUTS, WRITTEN
 from latent_ae.convert.settings import MEASURING, ConvertSettings
 from latent_ae.convert.write import in_float32, write_files, write_folder
 from latent_ae.data.settings import without_section
-from latent_ae.export.pipelines import refuse_misfit
+from latent_ae.export.pipelines import before_measuring, refuse_misfit
 from latent_ae.progress import now
 
 
@@ -56,6 +56,9 @@ def convert_first_stage(
     now(f"reading {source}")
     stage = read_first_stage(source, settings, None if encoder is None else Path(encoder).expanduser())
     model: Any = build(stage, source)
+    if pipeline is not None:  # before anything is measured
+        known = before_measuring(model.config, keep_scaling=False, latents_mean_std=False)
+        refuse_misfit(pipeline, known, stage.kind)
     found = scaling.Scaling({}, "")
     if to is None:
         found = _scaling(stage, model, settings, statistics, measure, source)

@@ -99,7 +99,8 @@ def export_autoencoder(
             because diffusion models of these latents know them scaled so.
         pipeline: Family of pipelines that must be able to use the model; None checks none.
         latents_mean_std: Write latents_mean and latents_std of each channel, with a scaling_factor of 1 and a
-            shift_factor of 0: each channel of (z - latents_mean) / latents_std has unit variance.
+            shift_factor of 0: each channel of (z - latents_mean) / latents_std has unit variance. A class whose config
+            has no scaling_factor beside them always gets them, unless its scaling is kept.
         likelihood: The likelihood that the model was trained with, written as likelihood.json; None writes none.
         discriminator: The discriminator that the model was trained against, written as discriminator.safetensors with
             its shape in the metadata; diffusers ignores the file. None writes none.
@@ -129,14 +130,10 @@ def export_autoencoder(
     exported.register_to_config(**{key: value for key, value in measured.items() if key in config})
     if family_of(exported).scaled_by_patches and not keep_scaling:
         _normalise_patches(exported, statistics)
-    if latents_mean_std:
-        if 0.0 in statistics.channel_std:
-            flat = statistics.channel_std.index(0.0)
-            raise UserError(
-                f"channel {flat} of the latents is constant, its latents_std would be 0: leave --latents-mean-std out"
-            )
-        per_channel = {"latents_mean": statistics.channel_mean, "latents_std": statistics.channel_std}
-        exported.register_to_config(**per_channel, scaling_factor=1.0, shift_factor=0.0)
+    # some classes know no other scaling
+    per_channel = latents_mean_std or (not keep_scaling and "latents_mean" in config and "scaling_factor" not in config)
+    if per_channel:
+        _normalise_channels(exported, statistics)
     if pipeline is not None:
         refuse_misfit(pipeline, exported.config, type(exported).__name__)
     precision = _tried(exported, check_images, autoencoder.device)
@@ -148,7 +145,7 @@ def export_autoencoder(
         "scaling_factor": exported.config.get("scaling_factor"),
         "shift_factor": exported.config.get("shift_factor"),
         "sample_size": sample_size,
-        **({key: exported.config[key] for key in ("latents_mean", "latents_std")} if latents_mean_std else {}),
+        **({key: exported.config[key] for key in ("latents_mean", "latents_std")} if per_channel else {}),
         "parameters": count_parameters(exported),
         "precision": precision,
     }
@@ -299,6 +296,24 @@ def _twin(autoencoder: ModelMixin) -> ModelMixin:
     }
     twin.load_state_dict(state, assign=True)
     return twin.eval().requires_grad_(False)
+
+
+def _normalise_channels(autoencoder: ModelMixin, statistics: LatentStatistics) -> None:
+    """Write latents_mean and latents_std of each channel, and a scaling beside them that changes nothing."""
+    if "latents_mean" not in autoencoder.config:
+        kind = type(autoencoder).__name__
+        raise UserError(f"{kind} has no latents_mean and latents_std in its config: leave --latents-mean-std out")
+    if 0.0 in statistics.channel_std:
+        flat = statistics.channel_std.index(0.0)
+        raise UserError(
+            f"channel {flat} of the latents is constant, its latents_std would be 0: leave --latents-mean-std out"
+        )
+    neutral = {"scaling_factor": 1.0, "shift_factor": 0.0}
+    autoencoder.register_to_config(
+        latents_mean=statistics.channel_mean,
+        latents_std=statistics.channel_std,
+        **{key: value for key, value in neutral.items() if key in autoencoder.config},
+    )
 
 
 def _normalise_patches(autoencoder: ModelMixin, statistics: LatentStatistics) -> None:

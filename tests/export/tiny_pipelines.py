@@ -9,9 +9,17 @@ from diffusers import (
     DDIMScheduler,
     DiTTransformer2DModel,
     FlowMatchEulerDiscreteScheduler,
+    Flux2Transformer2DModel,
     FluxTransformer2DModel,
+    HunyuanImageTransformer2DModel,
+    Lumina2Transformer2DModel,
+    PixArtTransformer2DModel,
+    QwenImageTransformer2DModel,
+    SanaTransformer2DModel,
     SD3Transformer2DModel,
     UNet2DConditionModel,
+    WanTransformer3DModel,
+    ZImageTransformer2DModel,
 )
 from transformers import (
     CLIPTextConfig,
@@ -36,8 +44,9 @@ def pipeline(name: str, vae: torch.nn.Module, *, image_to_image: bool = False) -
     """The pipeline of family `name` with `vae` inside."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        parts = PARTS[name](PIPELINES[name].latent_channels)
-    made = getattr(diffusers, PIPELINES[name].classes[int(image_to_image)])(vae=vae, **parts)
+        parts = PARTS[name](min(PIPELINES[name].published))
+    parts["movq" if name == "kandinsky" else "vae"] = vae
+    made = getattr(diffusers, PIPELINES[name].classes[int(image_to_image)])(**parts)
     made.set_progress_bar_config(disable=True)
     return made
 
@@ -153,4 +162,203 @@ def _dit(channels: int) -> dict[str, Any]:
     return {"transformer": transformer, "scheduler": _noise_schedule()}
 
 
-PARTS = {"sd": _sd, "sdxl": _sdxl, "sd3": _sd3, "flux": _flux, "dit": _dit}
+NO_TEXT = {"text_encoder": None, "tokenizer": None}
+"""Of pipelines that are given what an encoder makes of the text, because the encoder is a language model."""
+
+
+def _flow(transformer: torch.nn.Module, **more: Any) -> dict[str, Any]:
+    scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=STEPS)
+    return {"transformer": transformer.eval(), "scheduler": scheduler, **NO_TEXT, **more}
+
+
+def _flux2(channels: int) -> dict[str, Any]:
+    transformer = Flux2Transformer2DModel(
+        in_channels=4 * channels,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=WIDTH,
+        timestep_guidance_channels=16,
+        axes_dims_rope=(4, 4, 4, 4),
+    )
+    return _flow(transformer)
+
+
+def _sana(channels: int) -> dict[str, Any]:
+    transformer = SanaTransformer2DModel(
+        in_channels=channels,
+        out_channels=channels,
+        num_layers=1,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        num_cross_attention_heads=2,
+        cross_attention_head_dim=8,
+        cross_attention_dim=16,
+        caption_channels=WIDTH,
+        sample_size=LATENT_PX,
+    )
+    return _flow(transformer)
+
+
+def _qwenimage(channels: int) -> dict[str, Any]:
+    transformer = QwenImageTransformer2DModel(
+        in_channels=4 * channels,
+        out_channels=channels,
+        num_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=WIDTH,
+        axes_dims_rope=(8, 4, 4),
+    )
+    return _flow(transformer)
+
+
+def _z_image(channels: int) -> dict[str, Any]:
+    transformer = ZImageTransformer2DModel(
+        in_channels=channels,
+        dim=WIDTH,
+        n_layers=1,
+        n_refiner_layers=1,
+        n_heads=2,
+        n_kv_heads=2,
+        cap_feat_dim=WIDTH,
+        axes_dims=[8, 4, 4],
+        axes_lens=[256, 32, 32],
+    )
+    with torch.no_grad():  # which begin as whatever the memory held
+        transformer.x_pad_token.zero_()
+        transformer.cap_pad_token.zero_()
+    return _flow(transformer)
+
+
+def _wan(channels: int) -> dict[str, Any]:
+    transformer = WanTransformer3DModel(
+        in_channels=channels,
+        out_channels=channels,
+        num_layers=1,
+        attention_head_dim=12,
+        num_attention_heads=2,
+        text_dim=WIDTH,
+        ffn_dim=16,
+        freq_dim=16,
+        rope_max_seq_len=32,
+    )
+    return _flow(transformer)
+
+
+def _pixart(channels: int) -> dict[str, Any]:
+    transformer = PixArtTransformer2DModel(
+        in_channels=channels,
+        out_channels=2 * channels,
+        num_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        cross_attention_dim=16,
+        caption_channels=WIDTH,
+        sample_size=LATENT_PX,
+    )
+    return {"transformer": transformer.eval(), "scheduler": _noise_schedule(), **NO_TEXT}
+
+
+def _hunyuanimage(channels: int) -> dict[str, Any]:
+    transformer = HunyuanImageTransformer2DModel(
+        in_channels=channels,
+        out_channels=channels,
+        num_layers=1,
+        num_single_layers=1,
+        num_refiner_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        text_embed_dim=WIDTH,
+        text_embed_2_dim=WIDTH,
+        rope_axes_dim=(4, 4),
+    )
+    return _flow(transformer, text_encoder_2=None, tokenizer_2=None)
+
+
+def _lumina2(channels: int) -> dict[str, Any]:
+    transformer = Lumina2Transformer2DModel(
+        in_channels=channels,
+        sample_size=LATENT_PX,
+        hidden_size=24,
+        num_layers=1,
+        num_refiner_layers=1,
+        num_attention_heads=2,
+        num_kv_heads=1,
+        multiple_of=16,
+        axes_dim_rope=(4, 4, 4),
+        axes_lens=(32, 32, 32),
+        cap_feat_dim=WIDTH,
+    )
+    return _flow(transformer)
+
+
+def _kandinsky(channels: int) -> dict[str, Any]:
+    unet = UNet2DConditionModel(
+        in_channels=channels,
+        out_channels=2 * channels,
+        block_out_channels=(8, 16),
+        down_block_types=("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),
+        mid_block_type="UNetMidBlock2DSimpleCrossAttn",
+        up_block_types=("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
+        layers_per_block=1,
+        norm_num_groups=4,
+        attention_head_dim=4,
+        addition_embed_type="image",
+        encoder_hid_dim=WIDTH,
+        encoder_hid_dim_type="image_proj",
+        cross_attention_dim=WIDTH,
+        resnet_time_scale_shift="scale_shift",
+    )
+    return {"unet": unet.eval(), "scheduler": _noise_schedule()}
+
+
+PARTS = {
+    "sd": _sd,
+    "sdxl": _sdxl,
+    "sd3": _sd3,
+    "flux": _flux,
+    "dit": _dit,
+    "flux2": _flux2,
+    "sana": _sana,
+    "qwenimage": _qwenimage,
+    "z_image": _z_image,
+    "wan": _wan,
+    "pixart": _pixart,
+    "hunyuanimage": _hunyuanimage,
+    "lumina2": _lumina2,
+    "kandinsky": _kandinsky,
+}
+
+
+def asked(family: str, side: int) -> dict[str, Any]:
+    """What to call a family's pipeline with for an image of `side` px: a class, words, or what an encoder made of them.
+
+    There is guidance away from other words where that is simple.
+    """
+    if family == "dit":
+        return {"class_labels": [3]}
+    sides = {"height": side, "width": side}
+    if family in ("sd", "sdxl", "sd3", "flux"):
+        return {"prompt": "a cat", **sides, **({} if family == "flux" else {"guidance_scale": 2.0})}
+    drawn = torch.randn(2, 1, 4, WIDTH, generator=torch.Generator().manual_seed(1))
+    words, mask = drawn[0], torch.ones(1, 4, dtype=torch.long)
+    if family == "kandinsky":
+        return {"image_embeds": drawn[0, :, 0], "negative_image_embeds": drawn[1, :, 0], **sides}
+    if family == "z_image":
+        return {"prompt_embeds": list(words), "guidance_scale": 0.0, **sides}
+    if family == "flux2":
+        return {"prompt_embeds": words, **sides}
+    if family == "qwenimage":
+        return {"prompt_embeds": words, "prompt_embeds_mask": mask, "true_cfg_scale": 1.0, **sides}
+    if family == "hunyuanimage":
+        second = {"prompt_embeds_2": drawn[1], "prompt_embeds_mask_2": mask}
+        return {"prompt_embeds": words, "prompt_embeds_mask": mask, **second, **sides}
+    guided = {"prompt_embeds": words, "negative_prompt_embeds": drawn[1], "guidance_scale": 2.0, **sides}
+    if family == "wan":
+        return {**guided, "num_frames": 1}
+    guided |= {"prompt_attention_mask": mask, "negative_prompt_attention_mask": mask}
+    if family == "lumina2":
+        return guided
+    return {**guided, "negative_prompt": None, "use_resolution_binning": False}

@@ -56,6 +56,22 @@ def test_every_class_trains_and_its_export_is_stock(
     assert "model.kind: AutoencoderKL, and init_from brings" in capsys.readouterr().err
 
 
+def test_pipelines_that_cannot_use_a_class_or_its_shape_are_refused_before_the_first_step(
+    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    for family, told in (
+        ("sana", "latent_channels is 4, its denoisers take 32: train with model.config.latent_channels=32"),
+        (
+            "flux2",
+            "flux2: its pipelines take the class AutoencoderKLFlux2, not AutoencoderDC: it may fit sana",
+        ),
+    ):
+        assert main(family_words(pictures, run, "AutoencoderDC", f"export_for={family}")) == 2
+        assert told in " ".join(capsys.readouterr().err.split())
+        assert not (run / "checkpoints").exists()
+
+
 def test_flux2_latents_are_normalised_by_its_batch_norm(pictures: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     assert main(family_words(pictures, run, "AutoencoderKLFlux2", "steps=2")) == 0

@@ -190,4 +190,4 @@ def test_training_resumes_and_refuses_what_it_cannot_do(
     assert main(family_words(pictures, tmp_path / "free", "FlowAutoencoderKL", "loss.free_bits=0.1")) == 2
     assert "loss.free_bits: the rates of this FlowAutoencoderKL are of single samples" in capsys.readouterr().err
     assert main(family_words(pictures, tmp_path / "for", "FlowAutoencoderKL", "export_for=sd")) == 2
-    assert "export_for: knows AutoencoderKL only" in capsys.readouterr().err
+    assert "sd: its pipelines take the class AutoencoderKL, not FlowAutoencoderKL" in capsys.readouterr().err
