@@ -26,6 +26,7 @@ from latent_ae_eval.compare.results import (
     read_images,
     read_result,
 )
+from latent_ae_eval.cost import conditions, number_at
 
 Figure = tuple[str, str]
 """A latent kind and a metric."""
@@ -254,11 +255,30 @@ def _notes(results: Sequence[Result]) -> list[str]:
         if len(set(texts)) > 1:
             listed = ", ".join(f"{result.label} {text}" for result, text in zip(results, texts, strict=True))
             notes.append(f"Versions of {package} differ: {listed}.")
+    notes += _cost_notes(results)
     own: dict[str, list[str]] = {}
     for result in results:
         for note in result.document.get("notes") or []:
             own.setdefault(str(note), []).append(result.label)
     return notes + [f"{', '.join(labels)}: {note}" for note, labels in own.items()]
+
+
+def _cost_notes(results: Sequence[Result]) -> list[str]:
+    """Return notes on missing costs, which are then not drawn, and on times that were taken in different ways."""
+    costs = {result.label: result.document.get("cost") for result in results}
+    older = [label for label, cost in costs.items() if not isinstance(cost, dict)]
+    if older:
+        return [
+            f"{', '.join(older)}: measured by an older version that did not record times and sizes, so quality is not "
+            "drawn against them; measure again to see it."
+        ]
+    without = [label for label, cost in costs.items() if number_at(cost, "seconds_per_image", "decode") is None]
+    notes = [f"{', '.join(without)}: no time to decode, so quality is not drawn against it."] if without else []
+    ways = {label: known for label, cost in costs.items() if (known := conditions(cost))}
+    if len(set(ways.values())) > 1:
+        listed = "; ".join(f"{label} {way}" for label, way in ways.items())
+        notes.append(f"Times were not taken in the same way: {listed}.")
+    return notes
 
 
 def _write(folder: Path, comparison: dict[str, Any], per_image: Mapping[str, Mapping[str, np.ndarray]]) -> None:

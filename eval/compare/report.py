@@ -19,8 +19,16 @@ from latent_ae.metrics.labels import (
 )
 from latent_ae.report import page
 from latent_ae.text import printable
+from latent_ae_eval.cost import cost_lines, number_at
 from latent_ae_eval.table import Row, aligned
 
+AXES = {
+    "time to decode, ms per image": (("seconds_per_image", "decode"), 1e3),
+    "latent in fp16, bits per pixel": (("bits_per_pixel", "fp16"), 1.0),
+}
+"""What quality is drawn against: where it is in the section `cost`, and its factor."""
+PERCEPTUAL = ("fid", "lpips_vgg", "lpips_alex")
+"""Of these, the first that all results have is drawn besides PSNR."""
 EXPLANATION = (
     "A difference counts if its 95 % interval does not contain zero; of twenty comparisons of equal models, one or so "
     "will count by chance. The paired bootstrap draws images and takes both models' values of each. Distances between "
@@ -61,6 +69,8 @@ def comparison_page(comparison: Mapping[str, Any], per_image: Mapping[str, Mappi
         ),
         page.section("Values and their 95 % intervals", page.grid(*_interval_charts(comparison, names))),
     ]
+    if any(cost_lines(result.get("cost")) for result in results):
+        sections.append(page.section("Cost", page.table(_costs(results)), page.grid(*_cost_charts(comparison))))
     if per_image:
         charts = (
             page.histogram(
@@ -154,6 +164,37 @@ def _interval_charts(comparison: Mapping[str, Any], names: Mapping[str, str]) ->
     return charts
 
 
+def _costs(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    lines = {result["name"]: cost_lines(result.get("cost")) for result in results}
+    keys = dict.fromkeys(key for known in lines.values() for key in known)
+    return [
+        {"": name, "of": of} | {model: known.get((name, of)) for model, known in lines.items()} for name, of in keys
+    ]
+
+
+def _cost_charts(comparison: Mapping[str, Any]) -> list[str]:
+    """Return PSNR and a perceptual metric against time and size, where all results have both."""
+    results = comparison["results"]
+    values: dict[str, Mapping[str, Any]] = {}
+    for row in comparison["metrics"]:  # the first kind of latent that all have
+        if all(number(row["values"][result["label"]]) is not None for result in results):
+            values.setdefault(row["metric"], row["values"])
+    metrics = [*(["psnr"] if "psnr" in values else []), *[metric for metric in PERCEPTUAL if metric in values][:1]]
+    charts = []
+    for label, (path, factor) in AXES.items():
+        known = {result["label"]: number_at(result.get("cost"), *path) for result in results}
+        if any(value is None for value in known.values()):
+            continue
+        for metric in metrics:
+            points = {
+                result["name"]: (factor * (known[result["label"]] or 0.0), values[metric][result["label"]])
+                for result in results
+            }
+            name = f"{label_of(metric).name}{label_of(metric).arrow}"
+            charts.append(page.scatter_chart(points, title=f"{name} against {label}", x_label=label, y_label=name))
+    return charts
+
+
 def comparison_text(comparison: Mapping[str, Any]) -> str:
     """Return the differences as an aligned table for a terminal, with obstacles above and notes below."""
     lines = [f"NOT MEASURED IN THE SAME WAY: {line}" for line in comparison["differing"]]
@@ -167,6 +208,13 @@ def comparison_text(comparison: Mapping[str, Any]) -> str:
         remark = row["verdict"] if len(how) == 1 else f"{row['verdict']} ({row['how']})"
         of = f"{row['latent']}, {row['']}"
         shown.append(Row(row["metric"], row["difference"], row["95 % interval"], of, remark))
+    costs = [
+        Row(name, text, of=f"{of}, {result['label']}")
+        for name, of in dict.fromkeys(key for result in comparison["results"] for key in cost_lines(result.get("cost")))
+        for result in comparison["results"]
+        if (text := cost_lines(result.get("cost")).get((name, of)))
+    ]
     table = [aligned(shown), *([f"\nMethod of all: {how.pop()}."] if len(how) == 1 else [])]
+    table += ["", aligned(costs)] if costs else []
     notes = [f"note: {note}" for note in comparison["notes"]]
     return printable("\n".join([*lines, "", *table, "", *notes]).rstrip(), lines=True)

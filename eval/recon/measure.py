@@ -41,6 +41,7 @@ from latent_ae_eval.inputs import (
     stream_notes,
 )
 from latent_ae_eval.job import RECONSTRUCTION_FORMAT
+from latent_ae_eval.recon.cost import Costs, cost
 from latent_ae_eval.recon.manifest import data_fingerprint, evaluation_key, protocol_manifest, reference_key
 from latent_ae_eval.recon.pictures import chosen_rows, reconstructed, shown_groups
 from latent_ae_eval.recon.report import ERROR_GAIN, error_map, write_recon_report
@@ -113,13 +114,15 @@ def evaluate_reconstruction(
         work, done = _begin(stack, out, key, state)
         part = Part(state.process_index, state.num_processes, size, done)
         shows = progress and state.is_main_process
-        counts = together(lambda: _measure(replace(images, part=part), measurer, work, num_images, size, shows))
+        measured = together(lambda: _measure(replace(images, part=part), measurer, work, num_images, size, shows))
 
         def finish() -> dict[str, Any]:
             result, table = _result(work, measurer, images, str(data), choice, why_not)
             result |= {"device": device.type, "processes": state.num_processes}
             seconds = time.perf_counter() - started
-            result |= {"seconds": round(seconds, 1), "images_per_second": round(sum(counts) / seconds, 2)}
+            count = sum(count for count, _ in measured)
+            result |= {"seconds": round(seconds, 1), "images_per_second": round(count / seconds, 2)}
+            result["cost"] = cost(stage, device, [costs for _, costs in measured])
             if out is not None:
                 _write(Path(out), result, table, measurer, images)
                 work.remove()
@@ -157,8 +160,8 @@ def _begin(
 
 def _measure(
     images: HeldOutImages, measurer: Measurer, work: WorkFolder, num_images: int | None, size: int, shows: bool
-) -> int:
-    """Measure and write the unfinished shards of this process one by one; return the number of images."""
+) -> tuple[int, Costs]:
+    """Measure and write the unfinished shards of this process one by one; return the number of images and the costs."""
     total, count = None, 0
     if num_images is not None:
         mine = (number for number in range(-(-num_images // size)) if images.part.holds(number * size))
@@ -169,13 +172,13 @@ def _measure(
             work.write(number, measurer.measure(items))
             bar.update(len(items))
             count += len(items)
-    return count
+    return count, measurer.watch.costs()
 
 
 def _result(
     work: WorkFolder, measurer: Measurer, images: HeldOutImages, data: str, choice: dict[str, Any], why_not: str
 ) -> tuple[dict[str, Any], pa.Table]:
-    """Return the result without its time, and the rows of all images."""
+    """Return the result without times and costs, and the rows of all images."""
     settings, stage, inception = measurer.settings, measurer.stage, measurer.inception
     with writing(work.folder):  # `collect` writes the features of all shards into files
         table, skipped, files = collect(work, work.done())

@@ -13,13 +13,16 @@ from latent_ae.metrics.labels import ARROWS, in_order, label_of, number, pair, r
 from latent_ae.pretrained.weights import how_to_get
 from latent_ae.report import page
 from latent_ae.report.pictures import to_picture
+from latent_ae_eval.cost import conditions, cost_lines
 from latent_ae_eval.table import Row, aligned
 
 ERROR_GAIN = 4
 PICTURE_BYTES = 14_000_000
 """Largest size of all pictures of a page together; base64 adds a third."""
-SHOWN_IN = "metrics", "intervals", "baseline", "notes"
+SHOWN_IN = "metrics", "intervals", "baseline", "cost", "notes"
 """Parts of a result that the page shows above its manifest."""
+
+NO_TIMES = "not measured: the first batch of each size is a warm-up, and there was no other"
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,7 @@ def write_recon_report(
     model, data = _model_name(result), short_name(result["data"].get("location"), "images")
     sections = [
         _summary(result),
+        _cost(result),
         _spread(result, rows),
         *_pictures(result, shown),
         page.section("How this was measured", page.manifest(_manifest(result))),
@@ -72,7 +76,9 @@ def recon_text(result: Mapping[str, Any]) -> str:
             if (value := number(values.get(metric))) is not None:
                 ends = span(metric, pair(intervals.get(metric)))
                 rows.append(Row(f"{label.name}{label.arrow}", rounded(metric, value), ends, kind))
-    return aligned(rows)
+    cost = result.get("cost")
+    rows += [Row(name, text, of=of) for (name, of), text in cost_lines(cost).items()]
+    return aligned(rows) + (f"\n\ntimes: {conditions(cost) or NO_TIMES}" if isinstance(cost, Mapping) else "")
 
 
 def _manifest(result: Mapping[str, Any]) -> dict[str, Any]:
@@ -119,6 +125,18 @@ def _summary(result: Mapping[str, Any]) -> str:
     below = page.paragraph(f"{ARROWS} Small: 95 % intervals over the images.", soft=True), page.notes(remarks)
     known = {name: value for name, value in facts.items() if value not in (None, "")}
     return page.facts(known) + page.section("Result", page.table(lines), *below)
+
+
+def _cost(result: Mapping[str, Any]) -> str:
+    """Return the section on time, memory and size; an empty string for a result of an older version."""
+    cost = result.get("cost") or {}
+    if not (lines := cost_lines(cost)):
+        return ""
+    latent = " x ".join(map(str, cost["latent_shape"])) if cost.get("latent_shape") else None
+    facts = {"times": conditions(cost) or NO_TIMES, "batches": cost.get("batches"), "latent": latent}
+    rows = [{"": name, "of": of, "value": text} for (name, of), text in lines.items()]
+    known = {name: value for name, value in facts.items() if value is not None}
+    return page.section("Cost", page.facts(known), page.table(rows))
 
 
 def _count(parameters: float) -> str:

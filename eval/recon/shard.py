@@ -11,12 +11,14 @@ from latent_ae.config import UserError
 from latent_ae.data.held_out import HeldOutImage
 from latent_ae.data.images import bicubic_down_up, to_uint8
 from latent_ae.data.rng import posterior_noise
-from latent_ae.metrics.similarity import compare, json_columns
+from latent_ae.metrics.labels import shift_keys
+from latent_ae.metrics.similarity import colour_shift, compare, json_columns
 from latent_ae.models.loading import CPU_BATCH_PX, FirstStage
 from latent_ae.models.posterior import draw
 from latent_ae.pretrained.inception import FEATURES, InceptionFeatures
 from latent_ae.pretrained.lpips import LPIPS, TRUNKS
 from latent_ae.pretrained.weights import briefly
+from latent_ae_eval.recon.cost import Stopwatch
 from latent_ae_eval.recon.settings import ReconSettings
 from latent_ae_eval.storage import ReferenceCache, Shard
 
@@ -54,6 +56,7 @@ class Measurer:
         self.lpips = {net: LPIPS(net).to(device) for net in nets}
         self.frechet_nets = [net for net in nets if features[net]]
         self.kinds = self.protocol.latents if stage.random else ("mode",)
+        self.watch = Stopwatch(device)
 
     @torch.no_grad()
     def measure(self, items: Sequence[HeldOutImage]) -> Shard:
@@ -92,8 +95,12 @@ class Measurer:
         if self.device.type == "cuda":
             images = images.pin_memory().to(self.device, non_blocking=True)
         if self.stage.function is not None:
-            return images, {"mode": self.stage.reconstruct(images)}
-        mean, std = self.stage.encode(images.contiguous(memory_format=torch.channels_last))
+            with self.watch.lap("whole", images):
+                return images, {"mode": self.stage.reconstruct(images)}
+        laid_out = images.contiguous(memory_format=torch.channels_last)
+        with self.watch.lap("encode", images):
+            mean, std = self.stage.encode(laid_out)
+        self.watch.encoded(images, mean)
         reconstructions: dict[str, Tensor] = {}
         for kind in self.kinds:
             latent = mean
@@ -104,7 +111,8 @@ class Measurer:
                     latent = mean + std * noise
                 elif self.stage.module is not None:
                     latent = draw(self.stage.module, images.to(self.stage.dtype), noise).latent
-            reconstructions[kind] = self.stage.decode(latent)
+            with self.watch.lap("decode", images):
+                reconstructions[kind] = self.stage.decode(latent)
         return images, reconstructions
 
     def _batch(self, batch: Sequence[HeldOutImage], *, with_reference: bool) -> tuple[Metrics, Features]:
@@ -117,6 +125,10 @@ class Measurer:
         pixels |= {kind: to_uint8(image, self.protocol.rounding) for kind, image in kinds_of_image.items()}
         rounded = self.protocol.similarity_of == "levels"
         compared = compare(inputs, kinds_of_image, self.lpips, rounded=rounded, pixels=pixels)
+        for kind, image in kinds_of_image.items():
+            shifts = colour_shift(pixels["input"], pixels[kind])
+            shifts = shifts.masked_fill(~image.isfinite().flatten(1).all(1, keepdim=True), torch.nan)
+            compared.metrics[kind].update(zip(shift_keys(inputs.shape[1]), shifts.unbind(1), strict=True))
         features: Features = {}
         for net in self.frechet_nets:
             by_kind = dict(zip(("input", *kinds_of_image), compared.features.get(net, ()), strict=False))

@@ -17,7 +17,8 @@ from latent_ae.metrics.distances import (
     kernel_distance,
     mmd_without_groups,
 )
-from latent_ae.metrics.similarity import FEWEST, METRICS, bootstrap_interval, missing_reason
+from latent_ae.metrics.labels import METRICS, SHIFT
+from latent_ae.metrics.similarity import FEWEST, bootstrap_interval, missing_reason
 from latent_ae_eval.storage import FeatureFile, WorkFolder
 
 BLOCK = 1024
@@ -73,7 +74,8 @@ def means(table: pa.Table, kind: str, note: Note, seed: int) -> tuple[dict[str, 
     """
     summary: dict[str, Any] = {"n": table.num_rows}
     intervals: dict[str, list[float]] = {}
-    for key in METRICS:
+    shifts = [name.removeprefix(f"{kind}_") for name in table.column_names if name.startswith(f"{kind}_{SHIFT}")]
+    for key in (*METRICS, *shifts):
         name = f"{kind}_{key}"
         if name not in table.column_names:
             continue

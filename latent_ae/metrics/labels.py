@@ -31,6 +31,7 @@ LABELS = {
     "lpips_alex": Label("LPIPS (Alex)", "lower", 4),
     "fid": Label("rFID", "lower", 3),
     "kid": Label("KID", "lower", 5),
+    **{f"shift_{name}": Label(f"{name} shift (levels)", None, 2) for name in ("red", "green", "blue", "alpha", "grey")},
 }
 NAMES = {
     **{key: LABELS[key].name for key in METRICS},
@@ -39,7 +40,14 @@ NAMES = {
 }
 """Names of the metrics of `ReconstructionMetrics.summary`, as training logs and model cards show them."""
 ARROWS = "↑ higher is better, ↓ lower is better."
-FRECHET, KERNEL = "frechet_", "kernel_"
+FRECHET, KERNEL, SHIFT = "frechet_", "kernel_", "shift_"
+CHANNELS = {1: ("grey",), 3: ("red", "green", "blue"), 4: ("red", "green", "blue", "alpha")}
+"""Names of an image's channels by their number; channels of other images have numbers."""
+
+
+def shift_keys(channels: int) -> list[str]:
+    """Return the metric of each channel's mean colour shift, for images of this many channels."""
+    return [f"{SHIFT}{name}" for name in CHANNELS.get(channels) or [f"{number:02d}" for number in range(channels)]]
 
 
 def label_of(metric: str) -> Label:
@@ -48,6 +56,8 @@ def label_of(metric: str) -> Label:
         return Label(f"Fréchet, {metric.removeprefix(FRECHET)} (not FID)", "lower", 3)
     if metric.startswith(KERNEL):
         return Label(f"kernel distance, {metric.removeprefix(KERNEL)} (not KID)", "lower", 5)
+    if metric.startswith(SHIFT) and metric not in LABELS:
+        return Label(f"channel {metric.removeprefix(SHIFT)} shift (levels)", None, 2)
     return LABELS.get(metric, Label(metric, None, None))
 
 
@@ -60,7 +70,8 @@ def in_order(metrics: Iterable[str]) -> list[str]:
 def rounded(metric: str, value: float) -> str:
     """Return a value of the metric as text, with as many digits as its label says."""
     digits = label_of(metric).digits
-    return (f"{value:.4g}" if digits is None else f"{value:.{digits}f}").replace("-", "−")
+    # adding zero turns minus zero into zero
+    return (f"{value:.4g}" if digits is None else f"{round(value, digits) + 0.0:.{digits}f}").replace("-", "−")
 
 
 def span(metric: str, interval: tuple[float, float] | None) -> str:

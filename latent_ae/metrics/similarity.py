@@ -54,6 +54,25 @@ def psnr(a: Tensor, b: Tensor) -> Tensor:
     return (10 * torch.log10(255.0**2 / mse)).clamp(max=PSNR_CAP_DB)
 
 
+def colour_shift(a: Tensor, b: Tensor) -> Tensor:
+    """Return the mean of `b - a` over the pixels of each channel, in 8-bit levels.
+
+    It is summed in integers, so it is exact.
+
+    Args:
+        a: (N, C, H, W) uint8, the originals.
+        b: (N, C, H, W) uint8, their reconstructions.
+
+    Returns:
+        (N, C) float64 in [-255, 255].
+
+    Raises:
+        ValueError: If the images are not uint8 or their shapes differ.
+    """
+    _check_uint8_pair(a, b)
+    return (b.long() - a.long()).sum((2, 3)).double() / a[0, 0].numel()
+
+
 def ssim(a: Tensor, b: Tensor) -> Tensor:
     """Return the structural similarity (Wang et al. 2004) of each image; `similarities` describes the variant.
 

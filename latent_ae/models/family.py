@@ -111,6 +111,8 @@ class Family(NamedTuple):
     decoded: str = "vae.decode(z).sample"
     scaling: Callable[[Any], LatentScaling] = _scaling_of_config
     """Its config -> what its diffusion models do with its latents."""
+    codes: Callable[[Any], int | None] = lambda config: None
+    """Its config -> number of codes that each place of a latent is one of; None where a latent is continuous."""
     variant: Callable[[Any], dict[str, Any]] = lambda config: {}
     """Its config -> fields that differ from these."""
     refusal: Callable[[Any], str | None] = lambda config: None

@@ -50,7 +50,11 @@ def _vidtok_factor(config: Any) -> int:
 
 
 _VIDTOK_FRAMES = "images[:, :, None].expand(-1, -1, vae.temporal_compression_ratio, -1, -1)"
-_QUANTISED = {"latent": "deterministic", "encoded": f"vae.encode({_VIDTOK_FRAMES})[0][:, :, 0]"}
+_QUANTISED = {
+    "latent": "deterministic",
+    "encoded": f"vae.encode({_VIDTOK_FRAMES})[0][:, :, 0]",
+    "codes": of_config("codebook_size"),
+}
 _RGBA = {
     "encoded": "vae.encode(torch.nn.functional.pad(images, (0, 0, 0, 0, 0, 1), value=1.0)[:, :, None])"
     ".latent_dist.sample()[:, :, 0]",
@@ -90,6 +94,7 @@ FAMILIES = {
         powers_of_two("block_out_channels"),
         lambda config: int(config.vq_embed_dim or config.latent_channels),
         encoded="vae.encode(images).latents",
+        codes=of_config("num_vq_embeddings"),
         pipeline_decodes=True,
         gradient_checkpointing=True,  # as of AsymmetricAutoencoderKL
     ),

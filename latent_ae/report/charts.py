@@ -176,6 +176,46 @@ def interval_chart(
     return _chart(draw, 1.2 + 0.42 * len(lines), title, x_label, "", legend=len(series) > 1)
 
 
+def scatter_chart(
+    points: Mapping[str, tuple[float, float]], *, title: str = "", x_label: str = "", y_label: str = ""
+) -> str:
+    """Return named points as inline SVG; the name is written beside its point.
+
+    The x axis is logarithmic if all x are positive and one is more than ten times another.
+
+    Args:
+        points: Finite (x, y) by name.
+        title: Title of the chart.
+        x_label: Label of the x axis.
+        y_label: Label of the y axis.
+    """
+    xs = [x for x, _ in points.values()]
+    low, high = min(xs, default=1.0), max(xs, default=1.0)
+    log_x = 0 < 10 * low < high
+    middle = math.sqrt(low * high) if log_x else (low + high) / 2
+
+    def draw(axes: Any) -> None:
+        for position, (name, (x, y)) in enumerate(points.items()):
+            colour = COLOURS[position % len(COLOURS)]
+            axes.plot([x], [y], "o", color=colour, markersize=6)
+            side = -1 if x > middle else 1  # into the chart
+            label = _label(name)
+            axes.annotate(
+                label if len(label) <= 24 else f"{label[:23]}…",
+                (x, y),
+                (6 * side, 5),
+                textcoords="offset points",
+                ha="left" if side == 1 else "right",
+                fontsize=SMALL_PT,
+            )
+        axes.margins(x=0.12, y=0.2)
+        if log_x:
+            axes.set_xscale("log")
+            _plain_ticks(axes.xaxis)
+
+    return _chart(draw, HEIGHT, title, x_label, y_label, legend=False)
+
+
 def _chart(
     draw: Callable[[Any], None],
     height: float,

@@ -22,6 +22,7 @@ from latent_ae.report.charts import heat_map as heat_map
 from latent_ae.report.charts import histogram as histogram
 from latent_ae.report.charts import interval_chart as interval_chart
 from latent_ae.report.charts import line_chart as line_chart
+from latent_ae.report.charts import scatter_chart as scatter_chart
 from latent_ae.text import printable
 
 State = Literal["fine", "look", "problem"]

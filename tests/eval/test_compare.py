@@ -1,6 +1,7 @@
 """Comparisons: intervals against scipy and the t interval, refusals, and what a reader gets to see."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -13,6 +14,7 @@ from latent_ae.config import UserError
 from latent_ae.metrics.distances import jackknife_interval
 from latent_ae_eval.compare import measure as module
 from latent_ae_eval.compare.measure import CHANCE, DIFFERS, INDEPENDENT, PAIRED, UNKNOWN, compare, mean_intervals
+from tests.drawing import drawn
 from tests.made_results import HOSTILE, result, table, write
 from tests.report.html_reader import read
 
@@ -173,6 +175,56 @@ def test_missing_metrics_are_named(tmp_path):
     assert "B lacks PSNR (dB), rFID, KID." in comparison["notes"]
     assert {row["metric"] for row in comparison["differences"]} == {"ssim", "lpips_vgg"}
     json.loads((tmp_path / "out" / "comparison.json").read_text(), parse_constant=pytest.fail)
+
+
+def shown_charts(tmp_path, *results) -> tuple[list[str], list[str]]:
+    """Titles of the charts of quality against cost, and the notes."""
+    out = tmp_path / "out"
+    with drawn():
+        notes = compare(results, out=out)["notes"]
+    text = (out / "comparison.html").read_text()
+    # a title has several lines in a chart
+    titles = [" ".join(re.findall(r">([^<]+)</text>", svg)) for svg in re.findall(r"<svg.*?</svg>", text, re.S)]
+    return [title for title in titles if "against" in title], notes
+
+
+def test_quality_is_drawn_against_time_and_size_with_names(tmp_path):
+    quick = {"cost": {"seconds_per_image": {"decode": 0.0625}, "bits_per_pixel": {"fp16": 4.0}}}
+    charts, notes = shown_charts(tmp_path, made(tmp_path, "a"), made(tmp_path, "quick", changes=quick))
+    assert not notes and len(charts) == 4
+    expected = [(metric, axis) for axis in ("time to decode", "bits per pixel") for metric in ("PSNR", "rFID")]
+    for chart, words in zip(charts, expected, strict=True):
+        assert all(word in chart for word in (*words, "A a", "B quick"))
+    text = read((tmp_path / "out" / "comparison.html").read_text()).text
+    for line in ("time (ms per image)decode50062.5", "latent (bits per pixel)fp1614", "parametersdecoder49,490,199"):
+        assert line in text.replace("\n", "")
+
+
+def test_a_result_of_an_older_version_is_noted_once_and_nothing_is_drawn(tmp_path):
+    a, b = made(tmp_path, "a"), made(tmp_path, "b", changes={"cost": None})
+    for results in ((a, b), (b, b)):
+        charts, notes = shown_charts(tmp_path, *results)
+        (note,) = (note for note in notes if "older version" in note)
+        assert note.startswith("A, B: " if results == (b, b) else "B: ") and not charts
+    assert "time (ms per image)" not in (tmp_path / "out" / "comparison.html").read_text()  # of the last two
+
+
+def test_what_has_no_time_is_drawn_by_its_size_alone(tmp_path):
+    b = made(tmp_path, "b", changes={"cost": {"seconds_per_image": {"encode": None, "decode": None, "whole": 0.1}}})
+    charts, notes = shown_charts(tmp_path, made(tmp_path, "a"), b)
+    assert len(charts) == 2 and all("bits per pixel" in chart for chart in charts)
+    assert "B: no time to decode, so quality is not drawn against it." in notes
+
+
+def test_times_do_not_prevent_a_comparison_and_other_machines_are_noted(tmp_path):
+    a, b = made(tmp_path, "a"), made(tmp_path, "b", changes={"cost": {"device": "a graphics card", "batch_size": 8}})
+    comparison = compare([a, b])
+    assert comparison["comparable"] and not comparison["differing"]
+    (note,) = comparison["notes"]
+    assert note == (
+        "Times were not taken in the same way: A a processor, float32, batches of 1, 256 x 256 px; "
+        "B a graphics card, float32, batches of 8, 256 x 256 px."
+    )
 
 
 def test_few_images_give_no_verdict(tmp_path):

@@ -232,13 +232,15 @@ def test_what_is_left_out_is_said(tmp_path, monkeypatch, capsys):
         return images
 
     result = evaluate_reconstruction(spoils_the_first, photos, settings_with(frechet=("inception",), batch_size=4))
-    assert result["metrics"]["mode"] == {"n": 4, "psnr": 100.0, "ssim": 1.0, "fid": None, "kid": None}
-    missing, left_out, second, enlarged = result["notes"]
+    shifts = {"shift_red": 0.0, "shift_green": 0.0, "shift_blue": 0.0}
+    assert result["metrics"]["mode"] == {"n": 4, "psnr": 100.0, "ssim": 1.0, "fid": None, "kid": None} | shifts
+    missing, left_out, second, *shifted, enlarged = result["notes"]
     assert missing == (
         "FID and KID are missing: the weights of inception are not available; `latent-ae weights fetch` says why and "
         "what helps"
     )
     assert left_out == "mode_psnr: 1 of 4 images left out, their reconstruction holds NaN or infinity"
+    assert [note.split(":")[0] for note in shifted] == [f"mode_{shift}" for shift in shifts]
     assert second.startswith("mode_ssim: 1 of 4") and enlarged.startswith("4 of 4 images are smaller than the crop")
     assert result["images"][0]["mode_psnr"] is None
 

@@ -94,6 +94,17 @@ def test_interval_chart_draws_points_and_lines_for_what_it_is_given():
     assert "<svg" in page.interval_chart({})
 
 
+def test_scatter_chart_writes_each_name_beside_its_point_and_takes_logarithms_of_wide_ranges():
+    points = {"A": (10.0, 28.0), "B": (10_000.0, 31.0), "n" * 30: (20.0, 29.0)}
+    text = page.scatter_chart(points, title="PSNR", x_label="ms", y_label="dB")
+    written = set(re.findall(r">([^<]+)</text>", text))
+    assert {"A", "B", "n" * 23 + "…", "PSNR", "ms", "dB", "10", "10000"} <= written
+    assert text.count(f"fill: {charts.COLOURS[1]}") == 1  # a point for B
+    near = page.scatter_chart({"A": (10.0, 28.0), "B": (90.0, 31.0)})
+    assert {"20", "40", "60", "80"} <= set(re.findall(r">([^<]+)</text>", near))
+    assert "<svg" in page.scatter_chart({}) and "<svg" in page.scatter_chart({"A": (0.0, 1.0), "B": (5.0, 1.0)})
+
+
 def test_charts_take_the_colour_of_the_pages_text():
     text = page.histogram({"a": [1.0, 2.0]}, title="t")
     assert "currentColor" in text and charts.INK not in text and "#ffffff" not in text

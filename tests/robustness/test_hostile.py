@@ -376,6 +376,7 @@ def test_names_on_a_page() -> None:
                 page.line_chart({name: [(0.0, 1.0), (1.0, 2.0)]}, title=name, x_label=name),
                 page.histogram({name: [1.0, 2.0], "b": [1.0]}, title=name),
                 page.interval_chart({name: {name: (1.0, 0.0, 2.0)}}, title=name),
+                page.scatter_chart({name: (1.0, 2.0)}, title=name, x_label=name, y_label=name),
             ]
         pieces = [
             *charts,

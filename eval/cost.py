@@ -1,0 +1,58 @@
+"""Shows what a first stage costs, as the section `cost` of a result of `eval recon` holds it."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from latent_ae.metrics.labels import number
+
+PLACES = {
+    ("time (ms per image)", "encode"): (("seconds_per_image", "encode"), 1e3, "{:,.4g}"),
+    ("time (ms per image)", "decode"): (("seconds_per_image", "decode"), 1e3, "{:,.4g}"),
+    ("time (ms per image)", "whole"): (("seconds_per_image", "whole"), 1e3, "{:,.4g}"),
+    ("peak memory (MB)", "encode"): (("peak_memory_bytes", "encode"), 1e-6, "{:,.0f}"),
+    ("peak memory (MB)", "decode"): (("peak_memory_bytes", "decode"), 1e-6, "{:,.0f}"),
+    ("latent (bits per pixel)", "fp16"): (("bits_per_pixel", "fp16"), 1, "{:.4g}"),
+    ("latent (bits per pixel)", "indices"): (("bits_per_pixel", "indices"), 1, "{:.4g}"),
+}
+"""Where the numbers are in the section, their factor and format, by the name of a line and what it is of."""
+
+
+def number_at(section: Any, *path: str) -> float | None:
+    """Return the number under the keys of `path`, or None (a result file may hold anything in its place)."""
+    for key in path:
+        section = section.get(key) if isinstance(section, Mapping) else None
+    return number(section)
+
+
+def cost_lines(section: Any) -> dict[tuple[str, str], str]:
+    """Return the numbers of a section `cost` as text, by the name of the line and what it is of; unknown ones lack.
+
+    Args:
+        section: The section; anything else gives no lines.
+    """
+    if not isinstance(section, Mapping):
+        return {}
+    lines = {
+        line: form.format(factor * value)
+        for line, (path, factor, form) in PLACES.items()
+        if (value := number_at(section, *path)) is not None
+    }
+    sides = section.get("parameters")
+    for side, parameters in sides.items() if isinstance(sides, Mapping) else ():
+        if (count := number(parameters)) is not None:
+            lines["parameters", str(side)] = f"{count:,.0f}"
+    return lines
+
+
+def conditions(section: Any) -> str:
+    """Return in words how times were taken; an empty string if none were.
+
+    Args:
+        section: The section `cost`; anything else gives an empty string.
+    """
+    if number_at(section, "seconds_per_image", "whole") is None:
+        return ""
+    sides = section.get("image_px")
+    pixels = " x ".join(str(side) for side in sides) if isinstance(sides, list) else "?"
+    batch = f"batches of {section.get('batch_size')}, {pixels} px"
+    return f"{section.get('device')}, {section.get('dtype')}, {batch}"
