@@ -106,14 +106,14 @@ def export(
         ) from error
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="no")
     autoencoder = load_weights(folder).to(accelerator.device)
-    if latents_mean_std and keeps_scaling(settings, autoencoder):
+    kept = keeps_scaling(settings, autoencoder)
+    if latents_mean_std and kept:
         origin = settings.distillation.teacher or settings.init_from
         raise UserError(
             f"--latents-mean-std: the latents of {source} and their scaling are those of {origin}; leave it out"
         )
     pipeline = pipeline or settings.export_for
     if pipeline is not None:  # before anything is measured
-        kept = keeps_scaling(settings)
         known = before_measuring(autoencoder.config, keep_scaling=kept, latents_mean_std=latents_mean_std)
         refuse_misfit(pipeline, known, type(autoencoder).__name__)
     statistics = measure_latents(Reconstructor(autoencoder), settings, accelerator, open_images(settings.data, "train"))
@@ -129,7 +129,7 @@ def export(
         sample_size=settings.data.resolution,
         card=card_facts(run, settings, step, log.get(("validate", step), {}), log.get(("baseline", 0), {})),
         check_images=check_images(validator),
-        keep_scaling=keeps_scaling(settings, autoencoder),
+        keep_scaling=kept,
         pipeline=pipeline,
         latents_mean_std=latents_mean_std,
         likelihood=read_likelihood(folder),
