@@ -1,7 +1,7 @@
-"""Tiny first stages (TAESD): two files, whose tensors are numbered by their place in a sequence.
+"""The layout of tiny first stages (TAESD): two files, whose tensors have the numbers of their layers in a sequence.
 
-Names after madebyollin/taesd `taesd.py`. The decoder's sequence begins with a clamp there, which has no number in
-diffusers' AutoencoderTiny.
+The names are those of madebyollin/taesd, `taesd.py`. There the decoder's sequence begins with a clamp, which has no
+number in diffusers' AutoencoderTiny.
 """
 
 import re
@@ -20,7 +20,7 @@ RULES = (
 
 
 def _sequence(state: "Tensors", side: str) -> tuple[list[int], list[int]]:
-    """Residual blocks after each convolution but the last, and the channels that each of these convolutions gives."""
+    """Return, for each convolution but the last, the number of residual blocks after it and its output channels."""
     pattern = re.compile(rf"{side}\.layers\.(\d+)\.(weight|conv\.0\.weight)")
     found = sorted((int(match[1]), match[2], name) for name in state if (match := pattern.fullmatch(name)))
     blocks, widths = list[int](), list[int]()
