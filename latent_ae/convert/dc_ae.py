@@ -141,7 +141,7 @@ def _shuffled(state: "Tensors", way: str, stages: list[_Stage]) -> bool:
 def _misfit(model: Any) -> str:
     config = model.config
     if not config.encoder_out_shortcut or not config.decoder_in_shortcut:
-        return "the original always has shortcuts around the ends at the latent, this model has not"
+        return "the original always has shortcuts around the ends at the latent, this model does not"
     if config.encoder_layers_per_block[0] == 0 and config.downsample_block_type != "pixel_unshuffle":
         return "a first stage without blocks goes with pixel_unshuffle only"
     return ""

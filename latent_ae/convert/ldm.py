@@ -173,7 +173,7 @@ def refuse_other_widths(config: dict[str, Any], kind: str) -> dict[str, Any]:
     if "decoder_block_out_channels" in config:
         raise UserError(
             f"the encoder has {config['block_out_channels']} channels and the decoder "
-            f"{config['decoder_block_out_channels']}; {kind} has them alike, only AutoencoderKLFlux2 has not"
+            f"{config['decoder_block_out_channels']}; {kind} needs equal ones, AutoencoderKLFlux2 does not"
         )
     return config
 

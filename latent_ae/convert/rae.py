@@ -75,7 +75,7 @@ def read_encoder(folder: Path) -> tuple[dict[str, "Tensor"], dict[str, Any]]:
         raise UserError(f"cannot load {folder}: {' '.join(str(error).split())[:300]}") from error
     config = model.config
     if config.hidden_size != HEAD_CHANNELS * config.num_attention_heads:
-        raise UserError(f"--encoder: {folder} has heads of other than {HEAD_CHANNELS} channels, AutoencoderRAE has not")
+        raise UserError(f"--encoder: {folder} has no heads of {HEAD_CHANNELS} channels, which AutoencoderRAE needs")
     processor = folder / "preprocessor_config.json"
     if processor.is_file():
         said = json.loads(processor.read_text(encoding="utf-8"))

@@ -79,7 +79,7 @@ def read_first_stage(path: Path, settings: ConvertSettings, encoder: Path | None
     except KeyError as error:
         raise UserError(f"{path} is not complete: of the layout {found.layout} it lacks {error}") from None
     except (ArithmeticError, IndexError, TypeError, ValueError) as error:  # from tensors of other dimensions
-        raise UserError(f"{path} has tensors of shapes that {found.layout} has not: {error}") from None
+        raise UserError(f"{path} has tensors of shapes that {found.layout} does not have: {error}") from None
     for key in SHAPES:
         if getattr(settings, key) is not None and key not in config:
             raise UserError(f"{key}: {layout.kind} has no such key; leave it out")

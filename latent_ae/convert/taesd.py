@@ -35,7 +35,7 @@ def _sequence(state: "Tensors", side: str) -> tuple[list[int], list[int]]:
 
 def _infer(state: "Tensors", words: Config) -> dict[str, Any]:
     if any(".pool." in name for name in state):
-        raise UserError("its blocks have a pooled branch (taef2), which AutoencoderTiny has not")
+        raise UserError("its blocks have a pooled branch (taef2), which AutoencoderTiny does not have")
     (down, widths), (up, up_widths) = _sequence(state, "encoder"), _sequence(state, "decoder")
     if "encoder.layers.1.conv.0.weight" not in state or len({*widths, *up_widths}) > 1:
         raise UserError(
@@ -71,7 +71,7 @@ def _misfit(model: Any) -> str:
         return "TAESD's code has ReLU and upsamples 2x to the nearest pixel, this model does not"
     shape = (list(config.num_encoder_blocks), list(config.num_decoder_blocks), set(config.encoder_block_out_channels))
     if shape != ([1, 3, 3, 3], [3, 3, 3, 1], {64}):
-        return "TAESD's code has 64 channels and 1, 3, 3, 3 blocks, this model has not"
+        return "TAESD's code has 64 channels and 1, 3, 3, 3 blocks, this model does not have them"
     return ""
 
 

@@ -16,7 +16,7 @@ FILE = "discriminator.safetensors"
 
 
 class PatchDiscriminator(nn.Module):
-    """PatchGAN (Isola et al. 2017): each logit judges a patch of the image, 70 px wide with three layers.
+    """PatchGAN (Isola et al. 2017): each logit classifies a patch of the image, 70 px wide with three layers.
 
     `group` is the default norm because it does not look at other samples: a batch statistic (`batch`, the published
     choice) lets the result depend on the split over processes and breaks on one sample. `blur` filters before each
@@ -95,7 +95,7 @@ class Blur(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         taps = torch.tensor([1.0, 3.0, 3.0, 1.0]) / 8
-        # without the channels: DDP cannot broadcast a lone channels-last buffer of one channel a group (torch 2.15)
+        # without the channels: DDP cannot broadcast a lone channels-last buffer of one channel per group (torch 2.15)
         self.register_buffer("kernel", taps[:, None] * taps, persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:

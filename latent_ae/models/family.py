@@ -61,7 +61,7 @@ class LatentScaling(NamedTuple):
 
     @property
     def measured(self) -> bool:
-        """Whether the model knows how to scale its latents."""
+        """Whether the scaling is known: the class applies it itself, or it differs from the default."""
         return self.inside or self.factor != 1.0 or self.std is not None
 
 

@@ -15,7 +15,7 @@ LARGEST_LOG_SCALE = 2.0
 
 
 class FlowAutoencoderKL(AutoencoderKL):
-    """An AutoencoderKL whose posterior need not be Gaussian nor factorise: z = f(z0; x), z0 = mean + std * noise.
+    """An AutoencoderKL whose posterior need not be Gaussian or factorised: z = f(z0; x), z0 = mean + std * noise.
 
     f is a stack of affine coupling layers (real NVP: Dinh et al. 2017, section 3). The encoder's moments are their
     context, as in inverse autoregressive flow (Kingma et al. 2016), so that log q(z | x) = log N(z0; mean, std) -
