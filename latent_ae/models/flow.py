@@ -23,7 +23,7 @@ class FlowAutoencoderKL(AutoencoderKL):
     pass, which also gives its determinant; in addition, its inverse takes one pass.
 
     Args:
-        flow_layers: Number of coupling layers; they mask by turns the halves of the channels and a checkerboard.
+        flow_layers: Number of coupling layers; their masks alternate between halves of the channels and a checkerboard.
         flow_width: Channels of their networks.
 
     The other arguments are those of AutoencoderKL.

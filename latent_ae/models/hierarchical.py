@@ -263,6 +263,7 @@ class Moments(nn.Module):
         nn.init.zeros_(self.conv.bias)
 
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """Return both, (N, channels, side, side), for features, (N, in_channels, side, side)."""
         mean, log_std = self.conv(self.block(features)).float().chunk(2, 1)
         return mean, LARGEST_LOG_STD * torch.tanh(log_std / LARGEST_LOG_STD)
 
@@ -276,6 +277,7 @@ class Stack(nn.Module):
         self.blocks = nn.ModuleList(Residual(width, width, groups) for _ in range(count))
 
     def forward(self, features: Tensor) -> Tensor:
+        """Return features, (N, width, side, side) like the input."""
         for block in self.blocks:
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 features = self._gradient_checkpointing_func(block, features)
@@ -293,5 +295,6 @@ class Residual(ResnetBlock2D):
         nn.init.zeros_(self.conv2.bias)
 
     def forward(self, features: Tensor) -> Tensor:
+        """Return features, (N, out_channels, side, side), for features, (N, in_channels, side, side)."""
         hidden: Tensor = super().forward(features, None)
         return hidden
