@@ -1,4 +1,4 @@
-"""Shows what a first stage costs, as the section `cost` of a result of `eval recon` holds it."""
+"""Shows the cost of a first stage from the section `cost` of a result of `eval recon`."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -14,21 +14,26 @@ PLACES = {
     ("latent (bits per pixel)", "fp16"): (("bits_per_pixel", "fp16"), 1, "{:.4g}"),
     ("latent (bits per pixel)", "indices"): (("bits_per_pixel", "indices"), 1, "{:.4g}"),
 }
-"""Where the numbers are in the section, their factor and format, by the name of a line and what it is of."""
+"""Keys in the section, factor and format of each number, by the name of its line and the part it applies to."""
 
 
 def number_at(section: Any, *path: str) -> float | None:
-    """Return the number under the keys of `path`, or None (a result file may hold anything in its place)."""
+    """Return the number under nested keys; None if there is none, because a result file may hold anything.
+
+    Args:
+        section: The section `cost`.
+        *path: The keys, from the outermost.
+    """
     for key in path:
         section = section.get(key) if isinstance(section, Mapping) else None
     return number(section)
 
 
 def cost_lines(section: Any) -> dict[tuple[str, str], str]:
-    """Return the numbers of a section `cost` as text, by the name of the line and what it is of; unknown ones lack.
+    """Return the known numbers of a section as text, by the name of the line and the part it applies to.
 
     Args:
-        section: The section; anything else gives no lines.
+        section: The section `cost`; anything else gives no lines.
     """
     if not isinstance(section, Mapping):
         return {}
@@ -45,7 +50,7 @@ def cost_lines(section: Any) -> dict[tuple[str, str], str]:
 
 
 def conditions(section: Any) -> str:
-    """Return in words how times were taken; an empty string if none were.
+    """Return device, precision and batches of the measured times as text; an empty string without times.
 
     Args:
         section: The section `cost`; anything else gives an empty string.

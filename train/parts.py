@@ -1,4 +1,4 @@
-"""The setting `train`: which parameters of the autoencoder learn, by groups or by patterns of names."""
+"""The setting `train`, which selects the parameters to train by groups or by patterns of names."""
 
 import difflib
 from collections.abc import Sequence
@@ -10,14 +10,17 @@ FIXED_PARTS: dict[str, tuple[str, ...]] = {
     "decoder": ("encoder", "quant_conv", "quantize", "flow"),
     "encoder": ("decoder", "post_quant_conv"),
 }
-"""The named groups, and the modules that each of them leaves fixed."""
+"""The modules that are not trained, by the named group."""
 
 
 def read_parts(value: Any) -> Any:
-    """Return the value of `train` in its one form: a named group, or a tuple of patterns and groups.
+    """Return a value of `train` in its normal form: a named group, or a tuple of patterns and groups.
+
+    Args:
+        value: The value from YAML or the command line; one that is no string or list is returned unchanged.
 
     Raises:
-        ValueError: If it names nothing, or is a list that YAML could not read.
+        ValueError: If the list is empty, or a string is a list that YAML could not read.
     """
     if isinstance(value, str):
         if value.startswith("["):
@@ -33,13 +36,21 @@ def read_parts(value: Any) -> Any:
 
 
 def trained_names(train: str | Sequence[str], names: Sequence[str]) -> list[str]:
-    """Return which of the names of parameters the setting `train` selects, in their order."""
+    """Return the names of the parameters that the setting `train` selects.
+
+    Args:
+        train: A group or pattern, or several.
+        names: Names of all parameters.
+
+    Returns:
+        Those selected, in the order of `names`.
+    """
     words = (train,) if isinstance(train, str) else train
     return [name for name in names if any(_selects(word, name) for word in words)]
 
 
 def side_of(trained: Sequence[str]) -> Literal["all", "decoder", "encoder"]:
-    """Return the side of the autoencoder to which all these names of parameters belong; "all" if they have none."""
+    """Return the side of the autoencoder to which all trained parameters belong; otherwise "all"."""
     if trained and all(_selects("decoder", name) for name in trained):
         return "decoder"
     if trained and all(_selects("encoder", name) for name in trained):
@@ -48,7 +59,12 @@ def side_of(trained: Sequence[str]) -> Literal["all", "decoder", "encoder"]:
 
 
 def unmatched(train: str | Sequence[str], names: Sequence[str]) -> list[str]:
-    """Return a sentence for each pattern that selects none of the names, with what was probably meant."""
+    """Return a sentence for each pattern that selects no parameter, with the names that were probably meant.
+
+    Args:
+        train: A group or pattern, or several; only several are checked.
+        names: Names of all parameters.
+    """
     patterns = () if isinstance(train, str) else train
     return [
         f"{pattern} matches no parameter of this autoencoder: {_suggestion(pattern, names)}"
@@ -58,7 +74,7 @@ def unmatched(train: str | Sequence[str], names: Sequence[str]) -> list[str]:
 
 
 def collapsed(trained: Sequence[str], names: Sequence[str]) -> list[str]:
-    """Return the largest modules of which every parameter is trained, and the other trained parameters.
+    """Return the names of the largest modules whose parameters are all trained, and of the other trained parameters.
 
     Args:
         trained: Names of the trained parameters.
@@ -70,14 +86,14 @@ def collapsed(trained: Sequence[str], names: Sequence[str]) -> list[str]:
 
 
 def _selects(word: str, name: str) -> bool:
-    """Whether a group or pattern selects a parameter: by its name, or by that of a module that holds it."""
+    """Return whether a group or pattern selects a parameter, by its name or by the name of a module that holds it."""
     if word in FIXED_PARTS:
         return name.split(".")[0] not in FIXED_PARTS[word]
     return any(fnmatchcase(prefix, word) for prefix in _prefixes(name))
 
 
 def _prefixes(name: str) -> list[str]:
-    """Return the names of the modules that hold a parameter, the outermost first, and its own."""
+    """Return the names of the modules that hold a parameter, the outermost first, and then its own name."""
     pieces = name.split(".")
     return [".".join(pieces[:count]) for count in range(1, len(pieces) + 1)]
 
@@ -85,7 +101,7 @@ def _prefixes(name: str) -> list[str]:
 def _suggestion(pattern: str, names: Sequence[str]) -> str:
     paths = dict.fromkeys(prefix for name in names for prefix in _prefixes(name))
     word = pattern.strip("*.?")
-    # without a dot it is one piece of a name, or a group
+    # a word without a dot is one piece of a name, or a group
     known = paths if "." in word else dict.fromkeys([*FIXED_PARTS, *(path.split(".")[-1] for path in paths)])
     if close := difflib.get_close_matches(word, list(known), n=3):
         return f"did you mean {' or '.join(close)}?"

@@ -1,5 +1,4 @@
-"""The common part of evaluations that model latents: latents of both parts of the data, a flow fitted to them, and sets
-of images that are compared."""
+"""The common part of evaluations that model latents: they encode the data, train a flow and compare sets of images."""
 
 import hashlib
 import json
@@ -54,7 +53,7 @@ Part = Literal["train", "held_out"]
 PARTS: tuple[Part, ...] = ("train", "held_out")
 LARGE_MEAN, FAR_STD = 0.5, 2.0
 COMPARED = 16
-"""Number of files of DATA that are searched among existing latents."""
+"""Number of files of DATA that are looked up in existing latents."""
 LOSSES = ("loss", "relative_loss", "loss_by_time", "relative_loss_by_time")
 PageWriter = Callable[[Path, Mapping[str, Any], Mapping[str, Image.Image]], None]
 Job = TypeVar("Job", bound="Generation")
@@ -71,7 +70,7 @@ class Flow(NamedTuple):
     curve: list[dict[str, Any]]
 
     def describe(self, settings: DiffusionSettings) -> dict[str, Any]:
-        """Return how a result describes it, JSON-ready."""
+        """Return the description for a result, JSON-ready."""
         train, trivial, model = self.train, self.trivial, self.trainer.model
         own = {"patch_size": model.config.patch_size, "parameters": sum(p.numel() for p in model.parameters())}
         return {
@@ -127,7 +126,7 @@ def begin(
     stage = load(model, device=device, dtype="fp32", **where)
     if stage.module is None:
         raise UserError(f"eval {command} needs latents, and the function {stage.name} has none; give a first stage")
-    # encoded and sampled as the saved pipeline will be: convolutions round differently in another layout
+    # the layout of the saved pipeline, because convolutions round differently in another layout
     lay_out(stage.module, torch.contiguous_format)
     # TF32 convolutions would change the third digit of latents and results
     stack.enter_context(float32_arithmetic(repeatable=True))
@@ -166,7 +165,7 @@ class Generation:
     """The choice of the images with which samples are compared, by part of the data; see rng.choice_facts."""
 
     def check_pipeline(self) -> None:
-        """Raise UserError if the config of the first stage does not say how its latents are scaled."""
+        """Raise UserError if the config of the first stage does not tell how to scale its latents."""
         assert self.stage.module is not None and self.stage.family is not None
         if self.stage.family.scaled_by_patches or not self.stage.module.config.get("scaling_factor", 1.0):
             raise UserError(
@@ -176,13 +175,13 @@ class Generation:
 
     @property
     def stock(self) -> bool:
-        """Whether a stock DiTPipeline can decode with the first stage: it divides by scaling_factor, and decodes."""
+        """Whether a stock DiTPipeline, which divides by scaling_factor and decodes, can use the first stage."""
         assert self.stage.module is not None and self.stage.family is not None
         has_factor = "scaling_factor" in self.stage.module.config
         return self.stage.family.plain and has_factor and scaling_of(self.stage.module).mean is None
 
     def pipeline(self, transformer: DiTTransformer2DModel) -> DiTPipeline:
-        """What samples latents from the transformer and decodes them."""
+        """Return a pipeline that samples latents with the transformer and decodes them."""
         assert self.stage.module is not None
         return stock_pipeline(transformer, self.stage.module if self.stock else StandInDecoder(self.stage))
 
@@ -221,12 +220,12 @@ class Generation:
     def compared(
         self, samples: ImageSet, networks: dict[str, Features], count: int
     ) -> tuple[dict[str, ImageSet], dict[str, dict[str, Any]], dict[str, dict[str, list[float]]]]:
-        """Measure distances of samples, and beside them those of held-out images and their reconstructions.
+        """Measure distances of samples and, for comparison, of held-out images and their reconstructions.
 
         Args:
             samples: The samples.
             networks: Feature networks by the name of the distance.
-            count: Number of training images to compare with; as many held-out images are taken if there are.
+            count: Number of training images to compare with, and the largest number of held-out images.
 
         Returns:
             The sets, and the values and intervals of `distances`.
@@ -246,7 +245,7 @@ class Generation:
             return image_set(batches, networks, count, bar.update)
 
     def notes(self, metrics: dict[str, Any]) -> list[str]:
-        """Return notes on distances that were measured on few images."""
+        """Return notes on the pipeline and on distances that were measured on few images, for a result."""
         notes = []
         if not self.stock:
             notes.append(
@@ -289,14 +288,14 @@ class Generation:
         return cache
 
     def check_images(self, cache: LatentCache, part: Part) -> None:
-        """Raise UserError if the latents that the settings name are of other images than DATA's."""
+        """Raise UserError if the latents that the settings name belong to other images than DATA's."""
         key = "latents" if part == "train" else "held_out_latents"
         if getattr(self.settings, key) and not self._holds_images_of(cache, part):
             location = cache.manifest["data"]["location"]
             raise UserError(f"{key}: {cache.folder} holds latents of other images ({location}) than {self.data}")
 
     def _holds_images_of(self, cache: LatentCache, part: Part) -> bool:
-        """Return whether the numbers of files are equal and most of a few of DATA's files were encoded."""
+        """Return whether the numbers of files are equal and most of COMPARED files of DATA were encoded."""
         source = self.source(part)
         if len(source) != cache.manifest["data"]["num_files"]:
             return False
@@ -367,7 +366,7 @@ class Generation:
         return hashlib.sha256(json.dumps([parts, made], sort_keys=True).encode()).hexdigest()
 
     def facts(self) -> dict[str, Any]:
-        """Return how a result was computed, JSON-ready."""
+        """Return settings, versions, device and times for a result, JSON-ready."""
         settings = self.settings
         return {
             "seed": settings.seed,
@@ -384,9 +383,9 @@ class Generation:
 
         Args:
             result: The result.
-            sets: The sets of images, of which pictures are shown.
-            page: Name of the page's file.
-            write_page: Writes the page.
+            sets: The sets of images, whose pictures are shown.
+            page: File name of the page.
+            write_page: Function that writes the page.
 
         Raises:
             UserError: If a file cannot be written.
@@ -402,9 +401,10 @@ class Generation:
                 (folder / "unfinished").rmdir()
 
     def save(self, pipeline: DiTPipeline) -> None:
-        """Save a pipeline for `DiTPipeline.from_pretrained`, without a first stage that it cannot decode with.
+        """Save a pipeline for `DiTPipeline.from_pretrained`, without the first stage if DiTPipeline cannot use it.
 
-        Raises UserError if it cannot be written.
+        Raises:
+            UserError: If it cannot be written.
         """
         try:
             if self.stock:
@@ -424,7 +424,7 @@ class Generation:
         self.processor_seconds[name] = round(time.process_time() - used, 1)
 
     def bar(self, what: str, total: int) -> tqdm:
-        """Return a progress bar over `total` images."""
+        """Return a progress bar over `total` images, named `what`."""
         return progress_bar(what, total, "image", disable=not self.progress)
 
 

@@ -26,7 +26,7 @@ BINS = 10
 CHOICE_SEED = 0
 """Seed of the choice of images, the same for every seed of a run, so that runs differ by training only."""
 VALIDATION, STATISTICS = 2**61, 2**62
-"""First numbers of samples that are not trained on."""
+"""First numbers of the samples for validation and for statistics, which are not in the training."""
 
 
 class FlowBatch(NamedTuple):
@@ -73,13 +73,20 @@ def flow_batch(
 
 
 def fed_latents(latents: LatentCache, raw: Tensor) -> Tensor:
-    """Latents as the model learns them, (N, C, h, w): scaled and, without a mean of each channel, not shifted, since
-    DiTPipeline divides by the factor before it decodes, and adds nothing. `StandInDecoder` undoes the rest."""
+    """Return latents as the model learns them, (N, C, h, w), so that the pipeline can decode its samples.
+
+    DiTPipeline divides by the scaling factor and adds nothing before it decodes, so latents are scaled but not shifted.
+    Latents with a mean and std of each channel are normalised completely, and `StandInDecoder` inverts this.
+
+    Args:
+        latents: The cache, which holds the scaling.
+        raw: (N, C, h, w) raw latents.
+    """
     return raw * latents.scaling_factor if latents.scaling.mean is None else latents.scaled(raw)
 
 
 def raw_latents(latents: LatentCache, fed: Tensor) -> Tensor:
-    """The inverse of `fed_latents`."""
+    """Return raw latents, (N, C, h, w), for latents as the model learns them: the inverse of `fed_latents`."""
     return fed / latents.scaling_factor if latents.scaling.mean is None else latents.unscaled(fed)
 
 
@@ -105,7 +112,7 @@ def training_batch(latents: LatentCache, settings: DiffusionSettings, step: int)
 
 
 class Trivial(NamedTuple):
-    """The trivial predictor, which knows only mean and variance of each latent value and takes them as independent."""
+    """The trivial predictor, which knows only the mean and variance of each latent value and assumes independence."""
 
     mean: Tensor
     """(C, h, w), of scaled latents."""
@@ -143,7 +150,7 @@ class Validation:
     """The velocity's mean squared error on held-out latents at fixed noise and times, which are even over [0, 1].
 
     The loss itself cannot be compared between first stages. Its ratio to the trivial predictor's loss on the same
-    samples is the part that the model could not explain by dependences between latent values.
+    samples is the part that the model could not explain by dependencies between latent values.
 
     Args:
         latents: Held-out latents.

@@ -20,12 +20,12 @@ PICTURE_BYTES = 3_000_000
 
 
 def how_measured(heading: str, result: Mapping[str, Any], kind: type[DiffusionSettings]) -> list[str]:
-    """Return the part of a result that the page does not show above, and how to get FID if it is missing.
+    """Return HTML of the part of a result that the page does not show above, and how to get FID if it is missing.
 
     Args:
         heading: Heading of the section.
-        result: The result; values of its preset are filled in.
-        kind: The class of the settings.
+        result: The result; settings that say "preset" are shown with the preset's values.
+        kind: Class of the settings.
     """
     settings, used = result["settings"], result.get("recipe") or {}
     preset = kind.presets[settings["preset"]]

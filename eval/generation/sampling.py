@@ -1,4 +1,4 @@
-"""Samples of a trained transformer through a stock pipeline, and distances between sets of images."""
+"""Samples a trained transformer through a stock pipeline, and measures distances between sets of images."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -27,7 +27,7 @@ GRID = 8
 KINDS = ("samples", "reconstructions", "held_out")
 """Sets that are compared with training images."""
 APART = 1_000_000
-"""Distance between the generators' seeds for the same sample of two neighbouring seeds."""
+"""Difference of the generators' seeds for a sample between two consecutive seeds of the settings."""
 
 
 class ImageSet(NamedTuple):
@@ -50,21 +50,24 @@ def stock_pipeline(transformer: DiTTransformer2DModel, vae: nn.Module) -> DiTPip
 
 
 class StandInDecoder(ModelMixin, ConfigMixin):
-    """Decodes for DiTPipeline where it could not itself: videos, other ranges, a mean and deviation of each channel."""
+    """Decodes for DiTPipeline with a first stage that it cannot use itself.
+
+    Such a first stage takes videos, gives images in another range, or scales latents by a mean and std of each channel.
+    """
 
     def __init__(self, stage: FirstStage):
         super().__init__()
         assert stage.module is not None
-        self.register_to_config(scaling_factor=1.0)  # the pipeline's, which leaves the scaling to this class
+        self.register_to_config(scaling_factor=1.0)  # for the pipeline, so that this class does the scaling
         self.module, self.stage = stage.module, stage
 
     def decode(self, latents: Tensor) -> DecoderOutput:
-        """Images, NCHW in [-1, 1], of latents as a diffusion model is fed them."""
+        """Return the images, (N, C, H, W) in [-1, 1], of a diffusion model's latents, (N, c, h, w)."""
         return DecoderOutput(sample=self.stage.decode(scaling_of(self.stage.module).unscaled(latents)))
 
 
 def generators(seed: int, numbers: Sequence[int]) -> list[torch.Generator]:
-    """Return a generator for the noise of each sample."""
+    """Return a generator for the noise of each sample, from the seed and the numbers of the samples."""
     # PyTorch's generator on a CPU uses 32 bits of its seed
     return [torch.Generator().manual_seed((seed * APART + number) % 2**32) for number in numbers]
 
@@ -72,8 +75,8 @@ def generators(seed: int, numbers: Sequence[int]) -> list[torch.Generator]:
 def samples(pipeline: DiTPipeline, classes: Sequence[int], settings: DiffusionSettings) -> Iterator[Tensor]:
     """Yield batches of samples without guidance, (N, C, H, W) uint8 on the CPU.
 
-    Sample i depends on its class, the seed and i: its noise is that of torch.Generator().manual_seed(1,000,000 seed +
-    i).
+    Sample i depends only on its class, the seed and i: its noise comes from a torch.Generator whose seed
+    is 1,000,000 * seed + i, modulo 2 ** 32.
 
     Args:
         pipeline: The pipeline.

@@ -123,7 +123,7 @@ class DiffusionSettings(Settings):
                 yield Problem(key, f"no such folder: {folder} (from {Path.cwd()})")
 
     def chosen(self, key: str) -> Any:
-        """Return the value of a setting, or the preset's value."""
+        """Return the value of a setting; if it is "preset", the preset's value."""
         value = getattr(self, key)
         return self.presets[self.preset][key] if value == "preset" else value
 

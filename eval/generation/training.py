@@ -1,4 +1,4 @@
-"""Trains a transformer by flow matching on a fixed budget; a training that was killed is resumed."""
+"""Trains a transformer by flow matching on a fixed budget, and resumes a training that was killed."""
 
 import math
 import os
@@ -20,7 +20,7 @@ from latent_ae_eval.generation.flow import NULL_CLASS, Validation, predicted, sq
 from latent_ae_eval.generation.settings import HEAD_CHANNELS, DiffusionSettings
 
 CHECKPOINT_SECONDS = 60
-"""Time between checkpoints."""
+"""Time between checkpoints, s."""
 
 
 def new_transformer(shape: tuple[int, int, int], settings: DiffusionSettings) -> DiTTransformer2DModel:
@@ -159,7 +159,7 @@ def trained(trainer: Trainer, validation: Validation, path: Path, key: str, bar:
 
 
 def _save(state: dict[str, Any], path: Path) -> None:
-    """Write a checkpoint; a kill leaves the whole file or none."""
+    """Write a checkpoint; a process that is killed leaves the whole file or none. Raise UserError if it fails."""
     part = path.with_suffix(".part")
     try:
         torch.save(state, part)
@@ -169,7 +169,7 @@ def _save(state: dict[str, Any], path: Path) -> None:
 
 
 def _loaded(path: Path, key: str, device: torch.device) -> dict[str, Any] | None:
-    """Return the checkpoint of the same training; None if there is none, or it is another's or broken."""
+    """Return the checkpoint of the same training; None if there is none, it is broken, or it has another key."""
     try:
         state: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
     except Exception:  # torch raises many kinds for a file that is not whole

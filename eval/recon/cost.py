@@ -1,4 +1,4 @@
-"""Measures what a first stage costs: time of calls that the evaluation makes anyway, parameters, size of latents."""
+"""Measures the cost of a first stage: times of the calls that the evaluation makes anyway, parameters, latent size."""
 
 import math
 import platform
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from latent_ae.models.loading import FirstStage
 
 Size = tuple[int, int, int]
-"""Images of a batch, their height and width in px."""
+"""Number of images in a batch, and their height and width, px."""
 STORED_BITS = 16
 """Bits of each number of a latent that is stored in fp16."""
 SIDES = {
@@ -28,23 +28,23 @@ SIDES = {
     "post_quant_conv": "decoder",
     "quantize": "codebook",
 }
-"""Which side of a first stage the weights of its parts belong to; other parts are a side of their own name."""
+"""Side of a first stage to which each of its modules belongs; the side of any other module has the module's name."""
 
 
 @dataclass
 class Costs:
-    """What one process measured; it can be sent to another process."""
+    """The measurements of one process; they can be sent to another process."""
 
     seconds: dict[tuple[str, Size], list[float]] = field(default_factory=dict)
-    """Seconds of each call by its name and the size of its batch, without those on the first batch of the size."""
+    """Seconds of each call, by its name and the size of its batch, without the first batch of each size."""
     latents: dict[Size, tuple[int, ...]] = field(default_factory=dict)
-    """Shape of an image's latent, (c, h, w), by the size of the batch."""
+    """Shape of the latent of one image, (c, h, w), by the size of the batch."""
     peak_bytes: dict[str, int] = field(default_factory=dict)
-    """Memory that a call needed besides what was there before it, by the call's name; empty on a CPU."""
+    """Largest memory that a call added to the memory in use before it, by the call's name; empty on a CPU."""
 
 
 class Stopwatch:
-    """Times calls on batches of images. On a GPU events in its queue take the time, so that nothing waits for them.
+    """Times calls on batches of images. On a GPU, events in its queue measure the time, so that no call waits.
 
     Args:
         device: Where the calls compute.
@@ -87,10 +87,10 @@ class Stopwatch:
         self._costs.latents[len(images), images.shape[-2], images.shape[-1]] = tuple(latents.shape[1:])
 
     def costs(self) -> Costs:
-        """Return what was measured, and wait for the device; the first batch of each size is a warm-up."""
+        """Wait for the device and return the measurements; the first batch of each size is a warm-up."""
         for (name, size), laps in self._laps.items():
             batches = min(len(others) for (_, other), others in self._laps.items() if other == size)
-            warm_up = len(laps) // batches  # two kinds of latent are decoded for one that is encoded
+            warm_up = len(laps) // batches  # each batch is encoded once and may be decoded twice
             self._costs.seconds[name, size] = [lap() for lap in laps[warm_up:]]
         return self._costs
 
@@ -103,13 +103,13 @@ def _seconds_between(begin: torch.cuda.Event, end: torch.cuda.Event) -> float:
 def cost(stage: FirstStage, device: torch.device, parts: Sequence[Costs]) -> dict[str, Any]:
     """Return the section `cost` of a result, JSON-ready.
 
-    Times are of the size of batch that most batches had. A function has no parameters, latents or two calls, and an
-    evaluation that resumed after its last batch has no times: those values are None.
+    Times belong to the most frequent size of batches. A function has no parameters, no latents and no separate encoding
+    and decoding, and an evaluation that resumed after its last batch has no times: those values are None.
 
     Args:
         stage: The model.
-        device: Where it computed.
-        parts: What each process measured.
+        device: The device of the computations.
+        parts: The measurements of each process.
     """
     batches = Counter({size: 0 for part in parts for size in part.latents})
     for part in parts:
@@ -142,7 +142,7 @@ def cost(stage: FirstStage, device: torch.device, parts: Sequence[Costs]) -> dic
 
 
 def parameters_by_side(module: nn.Module) -> dict[str, int]:
-    """Return the number of parameters of the encoder's side, the decoder's side, and of parts that are neither."""
+    """Return the number of parameters of each side: encoder, decoder, and modules that belong to neither."""
     counts = {"encoder": 0, "decoder": 0}
     for name, parameter in module.named_parameters():
         part = name.split(".")[0]
@@ -160,8 +160,8 @@ def bits_per_pixel(latent: Sequence[int], image_px: Sequence[int], codes: int | 
         codes: Number of codes of a codebook, or None.
 
     Returns:
-        `fp16`, of the latent's numbers, and `indices`, of the numbers of its codes in whole bits each; None without a
-        codebook.
+        `fp16` for the values of the latent in fp16; `indices` for the indices of its codes in whole bits, None without
+        a codebook.
     """
     pixels = math.prod(image_px)
     indices = None if codes is None else math.prod(latent[1:]) * (codes - 1).bit_length() / pixels
@@ -169,7 +169,7 @@ def bits_per_pixel(latent: Sequence[int], image_px: Sequence[int], codes: int | 
 
 
 def device_name(device: torch.device) -> str:
-    """Return the name of a GPU, or of the processor with the number of threads."""
+    """Return the name of a GPU, or the name of the processor and the number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     file = Path("/proc/cpuinfo")

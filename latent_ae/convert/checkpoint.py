@@ -1,6 +1,6 @@
-"""Files of weights, read without running anything that they hold.
+"""Reads and writes files of weights; nothing in a file is executed.
 
-Tensors are read one by one, so a full checkpoint of a pipeline costs no more memory than the part that is asked for.
+Tensors are read one by one, so a full checkpoint of a pipeline takes no more memory than the part that is used.
 """
 
 import re
@@ -18,11 +18,11 @@ from latent_ae.text import printable
 
 PICKLED = (".ckpt", ".pt", ".pth", ".bin")
 WRAPPERS = ("ema", "model", "module", "state_dict", "params", "generator")
-"""Keys under which repositories keep the tensors, averaged ones first, as LlamaGen and RAE read their own files."""
+"""Keys under which repositories keep the tensors; averaged ones come first, as in the code of LlamaGen and RAE."""
 
 
 class Stand:
-    """Takes the place of what training checkpoints hold besides tensors and nobody here reads; does nothing."""
+    """Replaces the objects in training checkpoints that are not tensors and that this project does not use."""
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
         pass
@@ -41,11 +41,11 @@ HARMLESS = [
     }.items()
     for name in names
 ]
-"""Names that stand for nothing: callbacks of trainers, and numbers of NumPy such as a best score."""
+"""Names that are replaced by `Stand`: callbacks of trainers, and NumPy numbers such as a best score."""
 
 
 class Tensors(Mapping[str, Tensor]):
-    """Tensors by name, each read when it is asked for."""
+    """Tensors by name, each of which is read on access."""
 
     def __init__(self, names: list[str], read: Callable[[str], Tensor]) -> None:
         self.names, self.read = dict.fromkeys(names), read
@@ -63,14 +63,18 @@ class Tensors(Mapping[str, Tensor]):
 
 
 def read_tensors(path: Path, ema: bool | None = None) -> tuple[Tensors, str]:
-    """All tensors of a file, and which of several sets they are.
+    """Read the tensors of a file.
 
     Args:
-        path: A safetensors file, or a pickled one, of which torch's restricted reader takes tensors only.
-        ema: Averaged (true) or raw (false) weights where a pickled file has both; null takes averaged ones.
+        path: A safetensors file, or a pickled one, which torch's restricted reader reads.
+        ema: Whether to take averaged (True) or raw (False) weights if a pickled file has both; None takes averaged
+            ones.
+
+    Returns:
+        The tensors, and "averaged" or "raw" if the file has both, else "as stored".
 
     Raises:
-        UserError: Where there is no such file, it is damaged, or it holds anything but weights.
+        UserError: If there is no such file, it is damaged, or it holds anything but weights.
     """
     if not path.is_file():
         raise UserError(f"no such file: {path} (from {Path.cwd()})")
@@ -117,7 +121,13 @@ def _unpickled(path: Path, ema: bool | None) -> tuple[Tensors, str]:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], wrapper: str | None) -> None:
-    """Writes tensors by name: as safetensors, or by torch, then under the key `wrapper` where there is one."""
+    """Write tensors by name.
+
+    Args:
+        path: The file: a pickled one if its name ends in one of PICKLED, else safetensors.
+        tensors: The tensors by name.
+        wrapper: Key under which a pickled file holds the tensors; None writes them at the top.
+    """
     whole = {name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
     if path.suffix in PICKLED:
         torch.save(whole if wrapper is None else {wrapper: whole}, path)
@@ -126,5 +136,5 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], wrapper: str | None
 
 
 def dtype_of(tensors: Mapping[str, Tensor]) -> torch.dtype:
-    """The type of the first floating tensor; float32 where there is none."""
+    """Return the dtype of the first floating-point tensor; float32 if there is none."""
     return next((tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()), torch.float32)

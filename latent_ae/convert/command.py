@@ -1,4 +1,4 @@
-"""latent-ae convert: checkpoints of original repositories into diffusers folders, and back."""
+"""The command `latent-ae convert`: converts checkpoints of original repositories into diffusers folders, and back."""
 
 import sys
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from latent_ae.text import printable
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command `latent-ae convert`. Returns the exit code."""
+    """Run `latent-ae convert` and return the exit code."""
     layouts = "\n".join(f"  {name:<10} {layout.title}" for name, layout in LAYOUTS.items())
     parser = SettingsParser(
         ConvertSettings,
@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def table(result: dict[str, Any]) -> str:
-    """A result for a terminal: a line for each fact."""
+    """Return a result as text for a terminal, with a line for each fact."""
     shown = list[tuple[str, str]]()
     for key, value in result.items():
         inside = {f"{key}.{name}": inner for name, inner in value.items()} if isinstance(value, dict) else {key: value}

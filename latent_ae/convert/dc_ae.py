@@ -1,6 +1,7 @@
-"""Deep compression autoencoders (DC-AE).
+"""The layout of deep compression autoencoders (DC-AE).
 
-Names after mit-han-lab/efficientvit `efficientvit/models/efficientvit/dc_ae.py` and `efficientvit/models/nn/ops.py`.
+The names are those of mit-han-lab/efficientvit, `efficientvit/models/efficientvit/dc_ae.py` and
+`efficientvit/models/nn/ops.py`.
 """
 
 import re
@@ -61,7 +62,7 @@ class _Stage(NamedTuple):
 
 
 def _stage(state: "Tensors", place: str) -> _Stage | None:
-    """The blocks of one resolution; None where it has none."""
+    """Return the blocks of one resolution; None if it has none. Raise UserError if it mixes kinds."""
     inside = {name.removeprefix(f"{place}."): tensor for name, tensor in state.items() if name.startswith(f"{place}.")}
     residual = [name for name in inside if re.fullmatch(r"\d+\.conv1\.weight", name)]
     transformers = [name for name in inside if re.fullmatch(r"\d+\.attn\.to_q\.weight", name)]
@@ -126,7 +127,7 @@ def _infer(state: "Tensors", words: Config) -> dict[str, Any]:
 
 
 def _shuffled(state: "Tensors", way: str, stages: list[_Stage]) -> bool:
-    """Whether sides change by moving pixels between channels, by the channels of the convolution before or after."""
+    """Return whether resampling moves pixels between channels, which the channels of its convolutions tell."""
     side = "encoder" if way == "down" else "decoder"
     for level in range(len(stages) - 1):
         stage, deeper = stages[level], stages[level + 1]
@@ -140,7 +141,7 @@ def _shuffled(state: "Tensors", way: str, stages: list[_Stage]) -> bool:
 def _misfit(model: Any) -> str:
     config = model.config
     if not config.encoder_out_shortcut or not config.decoder_in_shortcut:
-        return "the original always has shortcuts around the ends at the latent, this model has not"
+        return "the original always has shortcuts around the ends at the latent, this model does not"
     if config.encoder_layers_per_block[0] == 0 and config.downsample_block_type != "pixel_unshuffle":
         return "a first stage without blocks goes with pixel_unshuffle only"
     return ""

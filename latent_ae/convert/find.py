@@ -1,4 +1,4 @@
-"""The first stage in a file of weights: under which prefix it is, of which layout, and with which of two sets."""
+"""Finds the first stage in a file of weights: its prefix, its layout, and averaged or raw weights."""
 
 import re
 from collections.abc import Iterable
@@ -22,12 +22,12 @@ BARE = {
     "0.weight": "encoder.",
     "1.weight": "decoder.",
 }
-"""Names by which a file of one half is known whose names say not which half it is."""
+"""Names that identify a half whose tensors do not have its name as a prefix, and the prefix to add."""
 BESIDE = re.compile(
     r"(?:loss|discriminator|perceptual_loss|lpips|foundation_model|linear_proj|model_ema)\..*"
     r"|logvar|colorize|edm_mean|edm_std"
 )
-"""What trainers keep beside a first stage."""
+"""Names of tensors that trainers keep beside a first stage."""
 
 
 class Found(NamedTuple):
@@ -35,28 +35,28 @@ class Found(NamedTuple):
 
     layout: str
     tensors: dict[str, Tensor]
-    """Under the original's names, without prefix."""
+    """Its tensors by the original's names, without prefix."""
     beside: Tensors
-    """All that the file holds, under its own names."""
+    """All tensors of the file, by their names there."""
     weights: str
-    """averaged or raw where the file has both, else as stored."""
+    """Which weights they are: averaged or raw if the file has both, else as stored."""
 
     def half(self, side: str) -> bool:
-        """Whether the encoder or the decoder is there."""
+        """Return whether it has the half `side`, encoder or decoder."""
         return any(name.startswith(f"{side}.") for name in self.tensors)
 
 
 def find_first_stage(path: Path, *, ema: bool | None = None, prefix: str | None = None) -> Found:
-    """The first stage that a file holds.
+    """Return the first stage in a file.
 
     Args:
-        path: A file of `read_tensors`.
-        ema: Averaged weights (true) or raw ones (false) where the file has both; null takes them as the original's
-            own code does.
-        prefix: What stands before the names, where the file holds several first stages.
+        path: A file that `read_tensors` reads.
+        ema: Whether to take averaged (True) or raw (False) weights if the file has both; None takes those that the
+            original code loads.
+        prefix: Prefix of the tensors' names, which chooses one of several first stages.
 
     Raises:
-        UserError: Where there is none, several, or it is of a layout that is not known.
+        UserError: If the file cannot be read, holds no first stage of a known layout, or holds several.
     """
     beside, weights = read_tensors(path, ema)
     keys = _halves({_plain(name): name for name in beside})
@@ -83,18 +83,18 @@ def find_first_stage(path: Path, *, ema: bool | None = None, prefix: str | None 
 
 
 def _plain(name: str) -> str:
-    """A name without what torch.compile and DDP put into it, and ComfyUI before it."""
+    """Return a name without the parts that torch.compile, DDP and ComfyUI add."""
     return ".".join(part for part in name.split(".") if part not in ("_orig_mod", "module")).replace("taesd_", "", 1)
 
 
 def _halves(keys: dict[str, str]) -> dict[str, str]:
-    """The names, where they are those of one half alone, with that half's name before them."""
+    """Return the names; if they are those of one half without its prefix, add the prefix."""
     half = next((half for name, half in BARE.items() if name in keys), "")
     return {half + name: key for name, key in keys.items()}
 
 
 def _candidates(names: Iterable[str]) -> dict[str, str]:
-    """Prefix -> layout of each first stage among the names."""
+    """Return the layout of each first stage among the names, by its prefix."""
     candidates: dict[str, str] = {}
     for key, layout in LAYOUTS.items():
         matches = [re.fullmatch(rf"((?:.*\.)?){layout.anchor}", name) for name in names]
@@ -106,7 +106,7 @@ def _candidates(names: Iterable[str]) -> dict[str, str]:
 
 
 def _shadows(keys: dict[str, str]) -> dict[str, str]:
-    """Averaged weights of latent-diffusion's LitEma, whose names have lost their dots, under the names they had."""
+    """Return the keys of averaged weights of latent-diffusion's LitEma, which removes dots, by the full names."""
     dotless = {name.removeprefix("model_ema."): key for name, key in keys.items() if name.startswith("model_ema.")}
     if not dotless:
         return {}
@@ -120,7 +120,7 @@ def _shadows(keys: dict[str, str]) -> dict[str, str]:
 
 
 def _refusal(path: Path, names: Iterable[str], prefix: str | None) -> str:
-    """Why a file cannot be converted, as far as its names tell."""
+    """Return the message about a file whose names match no known layout."""
     some = ", ".join(printable(name) for name in sorted(names)[:4])
     where = "" if prefix is None else f" under the prefix {printable(prefix)!r}"
     return (

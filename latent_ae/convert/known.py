@@ -1,4 +1,4 @@
-"""Scaling of published first stages, each with its source: shown to whoever is asked for it, and never applied."""
+"""The scaling of published first stages, each with its source. Messages show it; it is never applied by itself."""
 
 from typing import NamedTuple
 
@@ -11,7 +11,7 @@ class Known(NamedTuple):
     factor: int
     channels: int
     words: str
-    """What to give on the command line."""
+    """The arguments to give on the command line."""
     source: str
 
 
@@ -87,5 +87,11 @@ KNOWN = (
 
 
 def published(layout: str, factor: int, channels: int) -> list[Known]:
-    """The published models that a file of this layout and shape may be."""
+    """Return the published models that have a layout and a shape.
+
+    Args:
+        layout: A key of LAYOUTS.
+        factor: Image px per latent px along one side.
+        channels: Latent channels.
+    """
     return [row for row in KNOWN if layout in row.layouts and (row.factor, row.channels) == (factor, channels)]

@@ -1,8 +1,9 @@
-"""What a layout is: how a repository names the tensors of a first stage, beside how diffusers names them.
+"""The record `Layout`, which describes how a repository stores a first stage, and the renaming of tensors by its rules.
 
-A rule is a pair of templates that is read in both directions, so no name is written twice. In a template
-`{i}`, `{j}` and `{s}` are numbers that both sides share; `{u}` counts levels from the other end; `{n}` is one less in
-diffusers; `{leaf}` is a parameter of a layer (weight, running_mean, ...); `{rest}` is anything.
+A rule is a pair of templates for a name in the repository and in diffusers. It is applied in both directions, so no
+name is written twice. In a template `{i}`, `{j}` and `{s}` are numbers that both sides share; `{u}` counts levels from
+the other end; `{n}` is one less in diffusers; `{leaf}` is a parameter of a layer (weight, running_mean, ...); `{rest}`
+is anything.
 """
 
 import functools
@@ -22,17 +23,24 @@ FIELDS = {"i": r"\d+", "j": r"\d+", "s": r"\d+", "u": r"\d+", "n": r"\d+", "leaf
 
 @dataclass(frozen=True)
 class Rule:
-    """One template of the original and those of diffusers that stand for it."""
+    """A template of the original and the corresponding templates of diffusers."""
 
     theirs: str
     ours: tuple[str, ...]
-    """More than one where the original's tensor is theirs joined along the first axis."""
+    """Several if the original's tensor is a concatenation of theirs along the first axis."""
     linear: bool = False
-    """The weight is (O, I) in diffusers and a convolution (O, I, 1, 1) in the original."""
+    """Whether the weight is (O, I) in diffusers and that of a convolution, (O, I, 1, 1), in the original."""
 
 
 def rules(theirs: str, ours: str, layers: Iterable[tuple[str, str]], linear: Iterable[str] = ()) -> tuple[Rule, ...]:
-    """A rule for each of the `layers` (theirs, ours) of a block; those named in `linear` (theirs) change shape."""
+    """Return a rule for each layer of a block.
+
+    Args:
+        theirs: Template of the block in the original.
+        ours: Template of the block in diffusers.
+        layers: Names of each layer in the original and in diffusers.
+        linear: Original names of layers that are convolutions there and linear in diffusers.
+    """
     return tuple(
         Rule(f"{theirs}.{name}.{{leaf}}", (f"{ours}.{own}.{{leaf}}",), name in set(linear)) for name, own in layers
     )
@@ -40,52 +48,57 @@ def rules(theirs: str, ours: str, layers: Iterable[tuple[str, str]], linear: Ite
 
 @dataclass(frozen=True)
 class Layout:
-    """A repository's way to store a first stage, and the class of diffusers that has its architecture."""
+    """How a repository stores a first stage, and the class of diffusers that has its architecture."""
 
     title: str
-    """Whose files these are, as the docs and the help say it."""
+    """Whose files these are, for the docs and the help."""
     kind: str
     """Class of diffusers."""
     anchor: str
-    """Regular expression of a name that a file of this layout has; what stands before it is the file's prefix."""
+    """Regular expression of a name in files of this layout; whatever precedes it is the prefix of all names."""
     recognise: Callable[[frozenset[str]], bool]
-    """Whether these names, without the prefix, are those of this layout."""
+    """Returns whether names, without the prefix, are those of this layout."""
     rules: Callable[[Config | None], tuple[Rule, ...]]
-    """Those for a config of diffusers, by which one name of theirs belongs to each of ours; None gives all."""
+    """Takes a config and returns the rules that give each diffusers name one original name; None gives all rules."""
     infer: Callable[["Tensors", Config], dict[str, Any]]
-    """(tensors under diffusers' names, what the user said) -> config without scaling. Raises UserError."""
+    """Takes tensors by diffusers' names and the settings; returns a config without scaling. Raises UserError."""
     factor: Callable[[Config], int]
-    """Image px per latent px along one side."""
+    """Takes a diffusers config and returns the image px per latent px along one side."""
     prepare: Callable[["Tensors"], "Tensors"] = lambda tensors: tensors
-    """Brings variants of the layout to the one that `rules` knows."""
+    """Turns tensors of a variant of the layout into those that `rules` covers."""
     complete: Callable[["Tensors", Any], "Tensors"] = lambda tensors, model: tensors
-    """Adds what the original's code insists on finding and diffusers does not store; (tensors, model) -> tensors."""
+    """Takes tensors and the model; adds tensors that the original's code requires and diffusers does not store."""
     misfit: Callable[[Any], str] = lambda model: ""
-    """Why the original's code has no place for this instance of diffusers' class; empty where it has."""
+    """Takes the model and returns why the original's code cannot hold it; an empty string if it can."""
     wrapper: str | None = None
-    """Key of a pickled file under which the original's code looks for the tensors."""
+    """Key under which the original's code finds the tensors in a pickled file; None if they are at the top."""
     fixed_scaling: Config | None = None
-    """Scaling that the architecture itself defines, so that nobody is asked."""
+    """Scaling that the architecture defines, so that the user need not give it."""
     files: Mapping[str, str] = field(default_factory=lambda: {"": ""})
-    """Ends of the names of its files -> what begins the names of the tensors in each, and is not written."""
+    """For each file, by the end of its name: the prefix of the tensors that it holds, which the file leaves out."""
     decoder_alone: str = "give the file of its encoder with --encoder FILE"
-    """What a file of a decoder alone needs, for the message."""
+    """The advice in the message about a file that holds only a decoder."""
     read_encoder: Callable[[Path], tuple["Tensors", dict[str, Any]]] | None = None
-    """Reads an encoder that is not stored in the layout: its tensors, and what `infer` is told of it."""
+    """Reads an encoder that is not stored in the layout; returns its tensors and facts for `infer`."""
 
 
 LEVEL = r"(?:encoder\.(?:down|conv_blocks)|decoder\.(?:up|conv_blocks))"
 
 
 def levels_of(names: Iterable[str], pattern: str = LEVEL) -> int:
-    """Number of resolutions that the original's names tell of; `pattern` is what stands before a level's number."""
+    """Return the number of resolutions in tensors' names.
+
+    Args:
+        names: The names.
+        pattern: Regular expression of everything before the dot and the number of a level.
+    """
     found = [re.match(rf"{pattern}\.(\d+)\.", name) for name in names]
     return 1 + max((int(match[1]) for match in found if match), default=-1)
 
 
 @functools.cache
 def compiled(template: str) -> re.Pattern[str]:
-    """The names that a template stands for, its fields as groups."""
+    """Return a regular expression of the names that match a template, with its fields as groups."""
     text = re.escape(template)
     for name, expression in FIELDS.items():
         text = text.replace(re.escape(f"{{{name}}}"), f"(?P<{name}>{expression})")
@@ -93,7 +106,7 @@ def compiled(template: str) -> re.Pattern[str]:
 
 
 def _renamed(name: str, template: str, target: str, levels: int, step: int) -> str | None:
-    """`name` after the template `target`, or None where it is not one of `template`."""
+    """Return `name` renamed from `template` to `target`; None if it does not match `template`."""
     match = compiled(template).fullmatch(name)
     if match is None:
         return None
@@ -106,15 +119,15 @@ def _renamed(name: str, template: str, target: str, levels: int, step: int) -> s
 
 
 def to_ours(tensors: "Tensors", table: Iterable[Rule], levels: int) -> tuple[dict[str, "Tensor"], list[str]]:
-    """Tensors under the names of diffusers.
+    """Rename tensors from the original's names to those of diffusers.
 
     Args:
-        tensors: Under the original's names, without prefix.
+        tensors: The tensors by the original's names, without prefix.
         table: The layout's rules.
-        levels: Number of resolutions, from whose other end `{u}` counts.
+        levels: Number of resolutions, for `{u}`.
 
     Returns:
-        The tensors, and the names that no rule knows.
+        The tensors by diffusers' names, and the names that match no rule.
     """
     table, state, unknown = tuple(table), dict[str, "Tensor"](), list[str]()
     for name, tensor in tensors.items():
@@ -135,7 +148,16 @@ def to_ours(tensors: "Tensors", table: Iterable[Rule], levels: int) -> tuple[dic
 
 
 def to_theirs(state: "Tensors", table: Iterable[Rule], levels: int) -> tuple[dict[str, "Tensor"], list[str]]:
-    """Tensors under the original's names: `to_ours` the other way, with the same arguments and results."""
+    """Rename tensors from diffusers' names to those of the original: the inverse of `to_ours`.
+
+    Args:
+        state: The tensors by diffusers' names.
+        table: The layout's rules for the config.
+        levels: Number of resolutions, for `{u}`.
+
+    Returns:
+        The tensors by the original's names, and the names that match no rule.
+    """
     import torch
 
     parts, unknown = dict[str, dict[int, "Tensor"]](), list[str]()

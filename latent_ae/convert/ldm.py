@@ -1,7 +1,7 @@
-"""Gaussian first stages of latent-diffusion and its descendants: Stable Diffusion, VA-VAE, FLUX.1 and FLUX.2.
+"""The layouts of Gaussian first stages of latent-diffusion, Stable Diffusion, VA-VAE, FLUX.1 and FLUX.2.
 
-Names after CompVis/latent-diffusion `ldm/modules/diffusionmodules/model.py` and black-forest-labs/flux2
-`src/flux2/autoencoder.py`. Levels may have attention at any resolution, which diffusers' own loader leaves out.
+The names are those of CompVis/latent-diffusion, `ldm/modules/diffusionmodules/model.py`, and black-forest-labs/flux2,
+`src/flux2/autoencoder.py`. Levels may have attention at any resolution, which diffusers' own loader ignores.
 """
 
 import re
@@ -29,12 +29,12 @@ QUANT = (("quant_conv", "quant_conv"), ("post_quant_conv", "post_quant_conv"))
 
 
 class Names(NamedTuple):
-    """What a repository calls the parts of an encoder and a decoder."""
+    """A repository's names for the parts of an encoder and a decoder."""
 
     down: str
     up: str
     own_up: str
-    """Diffusers' place of a decoder's level, whose number is that of `up` or counts from the other end."""
+    """Diffusers' name of a decoder's level; its number is that of `up`, or counts from the other end."""
     resnet: str
     mid: tuple[str, str, str]
 
@@ -43,7 +43,7 @@ LDM = Names("down.{i}", "up.{u}", "up_blocks.{u}", "block", ("mid.block_1", "mid
 
 
 def coder_rules(names: Names) -> tuple[Rule, ...]:
-    """Rules of an encoder and a decoder made of residual and attention blocks."""
+    """Return the rules of an encoder and a decoder with residual and attention blocks."""
     found: tuple[Rule, ...] = ()
     for side, level, own, resample, own_resample in (
         ("encoder", names.down, "down_blocks.{i}", "downsample", "downsamplers.0"),
@@ -61,7 +61,7 @@ def coder_rules(names: Names) -> tuple[Rule, ...]:
 
 
 def quant_rules(theirs: tuple[tuple[str, str], ...] = QUANT) -> tuple[Rule, ...]:
-    """Rules of the 1x1 convolutions between encoder, latent and decoder."""
+    """Return the rules of the 1 x 1 convolutions next to the latent, from their names in both places."""
     return tuple(Rule(f"{name}.{{leaf}}", (f"{own}.{{leaf}}",)) for name, own in theirs)
 
 
@@ -74,13 +74,14 @@ FLUX2_RULES = (
 
 
 class Coder(NamedTuple):
-    """The shape of an encoder or decoder, from its tensors."""
+    """The shape of an encoder or decoder, read from its tensors."""
 
     widths: tuple[int, ...]
-    """Channels of the levels, from the finest on."""
+    """Channels of the levels, from the finest."""
     layers: int
-    """Residual blocks per level, of a decoder one less than it has."""
+    """Residual blocks per level, for a decoder minus one."""
     attention: tuple[bool, ...]
+    """Whether each block of diffusers, in its order, has attention."""
     mid_attention: bool
 
 
@@ -111,15 +112,15 @@ def _coder(state: "Tensors", side: str) -> Coder:
 
 
 def infer_coders(state: "Tensors", words: Config, *, double_z: bool) -> dict[str, Any]:
-    """What AutoencoderKL, AutoencoderKLFlux2 and VQModel have in common, from the shapes of the tensors.
+    """Return the part of the config that AutoencoderKL, AutoencoderKLFlux2 and VQModel share, from the tensors' shapes.
 
     Args:
-        state: Tensors under diffusers' names.
-        words: What the user said; `sample_size` and `norm_num_groups` cannot be seen in a shape.
-        double_z: The encoder gives mean and log-variance.
+        state: Tensors by diffusers' names.
+        words: The user's settings; `sample_size` and `norm_num_groups` are not in any shape.
+        double_z: Whether the encoder gives mean and log-variance.
 
     Raises:
-        UserError: Where no model of these classes has such tensors.
+        UserError: If no model of these classes has such tensors.
     """
     encoder, decoder = _coder(state, "encoder"), _coder(state, "decoder")
     latents, given = state["decoder.conv_in.weight"].shape[1], state["encoder.conv_out.weight"].shape[0]
@@ -160,11 +161,19 @@ def infer_coders(state: "Tensors", words: Config, *, double_z: bool) -> dict[str
 
 
 def refuse_other_widths(config: dict[str, Any], kind: str) -> dict[str, Any]:
-    """The config, where encoder and decoder are as wide; a UserError where `kind` has no place for the difference."""
+    """Return the config if encoder and decoder have the same widths.
+
+    Args:
+        config: Config from `infer_coders`.
+        kind: Class of diffusers, for the message.
+
+    Raises:
+        UserError: If the widths differ.
+    """
     if "decoder_block_out_channels" in config:
         raise UserError(
             f"the encoder has {config['block_out_channels']} channels and the decoder "
-            f"{config['decoder_block_out_channels']}; {kind} has them alike, only AutoencoderKLFlux2 has not"
+            f"{config['decoder_block_out_channels']}; {kind} needs equal ones, AutoencoderKLFlux2 does not"
         )
     return config
 
@@ -196,11 +205,11 @@ ATTENTION_NAMES = {
     **{name: "proj_out" for name in ("to_out.0", "proj_attn")},
     "group_norm": "norm",
 }
-"""Names of diffusers, now and before 0.17, that tools have mixed into files of other layouts."""
+"""Original names by the names of diffusers, now and before 0.17, which tools have mixed into files of other layouts."""
 
 
 def one_attention(tensors: "Tensors") -> dict[str, "Tensor"]:
-    """Attention blocks under the original's names, whichever of its names a file uses."""
+    """Return the tensors with the original's names for attention, whichever names the file uses."""
     mixed = re.compile(rf"(.*\.(?:attn_1|attn\.\d+))\.({'|'.join(map(re.escape, ATTENTION_NAMES))})\.(weight|bias)")
 
     def renamed(name: str) -> str:
@@ -211,7 +220,7 @@ def one_attention(tensors: "Tensors") -> dict[str, "Tensor"]:
 
 
 def _present_attention(tensors: "Tensors") -> dict[str, "Tensor"]:
-    """A file of diffusers itself with the names that its attention has had since 0.17."""
+    """Return a diffusers file's tensors with the names and shapes of attention that diffusers has used since 0.17."""
     present = dict(ATTENTION)
     old = re.compile(r"(.*\.attentions\.\d+)\.(query|key|value|proj_attn)\.(weight|bias)")
     state = dict[str, "Tensor"]()
@@ -225,7 +234,7 @@ def _present_attention(tensors: "Tensors") -> dict[str, "Tensor"]:
 
 
 def factor(config: Config) -> int:
-    """Each level but the last halves the sides."""
+    """Return the downsampling factor: each level but the last halves the sides."""
     return int(2 ** (len(config["block_out_channels"]) - 1))
 
 

@@ -1,6 +1,6 @@
-"""Representation autoencoders (RAE): the trained decoder's file, beside the folder of the frozen encoder.
+"""The layout of representation autoencoders (RAE): a file of the trained decoder and a folder of the frozen encoder.
 
-Names after bytetriper/RAE `src/stage1/decoders/decoder.py`; the encoder is one of transformers'.
+The names are those of bytetriper/RAE, `src/stage1/decoders/decoder.py`; the encoder is a model of transformers.
 """
 
 import json
@@ -33,7 +33,7 @@ RULES = (
     Rule("{leaf}", ("{leaf}",)),
 )
 HEADS = {768: 12, 1024: 16, 1152: 16}
-"""Heads of the published decoders by their width (`configs/decoder/`)."""
+"""Attention heads of the published decoders by their width (`configs/decoder/`)."""
 HALF = ([0.5] * 3, [0.5] * 3)
 IMAGENET = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
 ENCODERS = {
@@ -42,20 +42,21 @@ ENCODERS = {
     "siglip": ("siglip2", "SiglipVisionModel", HALF),
     "siglip_vision_model": ("siglip2", "SiglipVisionModel", HALF),
 }
-"""By the model_type of a transformers config: AutoencoderRAE's word, the class, and how images are normalised."""
+"""By the model_type of a transformers config: AutoencoderRAE's name, the class, and mean and std of images."""
 HEAD_CHANNELS = 64
-"""Channels of a head, which AutoencoderRAE takes for granted in an encoder."""
+"""Channels of an attention head, which AutoencoderRAE assumes in an encoder."""
 
 
 def read_encoder(folder: Path) -> tuple[dict[str, "Tensor"], dict[str, Any]]:
-    """The frozen encoder in a folder of transformers.
+    """Read the frozen encoder in a folder of transformers.
 
     Returns:
-        Its tensors with `encoder.` before their names, without the final norm's weights, which RAE takes away; and what
-        AutoencoderRAE's config says of it.
+        Its tensors with the prefix `encoder.`, without the weights of the final norm, which RAE removes; and the keys
+        of AutoencoderRAE's config that describe it.
 
     Raises:
-        UserError: Where the folder holds none of the three that AutoencoderRAE knows, or transformers is missing.
+        UserError: If the folder holds no encoder that AutoencoderRAE knows, it cannot be read, or transformers is
+            missing.
     """
     if not (folder / "config.json").is_file():
         raise UserError(f"--encoder: {folder} has no config.json; give the encoder's folder of transformers")
@@ -74,7 +75,7 @@ def read_encoder(folder: Path) -> tuple[dict[str, "Tensor"], dict[str, Any]]:
         raise UserError(f"cannot load {folder}: {' '.join(str(error).split())[:300]}") from error
     config = model.config
     if config.hidden_size != HEAD_CHANNELS * config.num_attention_heads:
-        raise UserError(f"--encoder: {folder} has heads of other than {HEAD_CHANNELS} channels, AutoencoderRAE has not")
+        raise UserError(f"--encoder: {folder} has no heads of {HEAD_CHANNELS} channels, which AutoencoderRAE needs")
     processor = folder / "preprocessor_config.json"
     if processor.is_file():
         said = json.loads(processor.read_text(encoding="utf-8"))
@@ -117,12 +118,12 @@ def _infer(state: "Tensors", words: Config) -> dict[str, Any]:
 
 
 def _decoder(tensors: "Tensors") -> dict[str, "Tensor"]:
-    """The decoder alone: the encoder in a whole checkpoint has names of an older transformers."""
+    """Return only the decoder: the encoder in a whole checkpoint has the names of an older version of transformers."""
     return {name: tensor for name, tensor in tensors.items() if name.startswith("decoder.")}
 
 
 def _with_positions(tensors: "Tensors", model: Any) -> dict[str, "Tensor"]:
-    """With the position embedding, which diffusers makes and the original stores."""
+    """Return the tensors with the position embedding, which the original stores and diffusers computes."""
     return {**tensors, "decoder.decoder_pos_embed": model.decoder.decoder_pos_embed}
 
 

@@ -1,4 +1,4 @@
-"""A first stage read from a file of any known layout or from a folder of diffusers, and built."""
+"""Reads a first stage from a file of any known layout or from a diffusers folder, and builds it."""
 
 import re
 from collections.abc import Mapping
@@ -21,7 +21,7 @@ from latent_ae.models.loading import PIPELINE_FOLDERS
 from latent_ae.text import printable
 
 OWN_BUFFERS = re.compile(r".*num_batches_tracked|_latents_mean|_latents_std|encoder_mean|encoder_std")
-"""Tensors of diffusers' classes that no original stores: made from the config, or without influence."""
+"""Tensors of diffusers' classes that no original stores: they follow from the config, or have no effect."""
 
 
 SHAPES = ("sample_size", "norm_num_groups", "decoder_num_attention_heads")
@@ -30,32 +30,32 @@ SHAPES = ("sample_size", "norm_num_groups", "decoder_num_attention_heads")
 
 @dataclass(frozen=True)
 class FirstStage:
-    """A first stage under diffusers' names."""
+    """A first stage with diffusers' names."""
 
     kind: str
     """Class of diffusers."""
     config: dict[str, Any]
     state: dict[str, Tensor]
     layout: str
-    """That it was read from; diffusers for a folder."""
+    """Layout of the file from which it was read; "diffusers" for a folder."""
     weights: str
-    """averaged or raw where there were both, else as stored."""
+    """Which weights they are: averaged or raw if there were both, else as stored."""
     kept: scaling.Scaling | None = None
     """The scaling that the checkpoint carries."""
     original: Mapping[str, Tensor] = field(default_factory=dict)
-    """The tensors as they were read, under the original's names."""
+    """The tensors as they were read, by the original's names."""
 
 
 def read_first_stage(path: Path, settings: ConvertSettings, encoder: Path | None = None) -> FirstStage:
-    """The first stage in a file of weights or a folder of diffusers.
+    """Read the first stage in a file of weights or a folder.
 
     Args:
-        path: The file or folder; of a folder, also a pipeline's or a run of ours.
-        settings: What no shape tells, and which weights are meant.
-        encoder: File or folder of the encoder, where the file holds the decoder alone.
+        path: A file, a diffusers folder, a pipeline's folder or a run of this project.
+        settings: The facts that no shape tells, and which weights to take.
+        encoder: File or folder of the encoder, if the file holds only the decoder.
 
     Raises:
-        UserError: Where there is no first stage, a part of it is missing, or diffusers has no class for it.
+        UserError: If there is no first stage, a part of it is missing, or diffusers has no class for it.
     """
     if path.is_dir():
         for key in ("ema", "prefix", *SHAPES):
@@ -78,8 +78,8 @@ def read_first_stage(path: Path, settings: ConvertSettings, encoder: Path | None
         raise UserError(f"{path}: {error}") from None
     except KeyError as error:
         raise UserError(f"{path} is not complete: of the layout {found.layout} it lacks {error}") from None
-    except (ArithmeticError, IndexError, TypeError, ValueError) as error:  # of tensors that have other dimensions
-        raise UserError(f"{path} has tensors of shapes that {found.layout} has not: {error}") from None
+    except (ArithmeticError, IndexError, TypeError, ValueError) as error:  # from tensors of other dimensions
+        raise UserError(f"{path} has tensors of shapes that {found.layout} does not have: {error}") from None
     for key in SHAPES:
         if getattr(settings, key) is not None and key not in config:
             raise UserError(f"{key}: {layout.kind} has no such key; leave it out")
@@ -90,7 +90,11 @@ def read_first_stage(path: Path, settings: ConvertSettings, encoder: Path | None
 
 
 def _completed(found: Found, path: Path, encoder: Path | None) -> tuple[Found, dict[str, Any]]:
-    """With the encoder of another file, where the first holds the decoder alone, and what is known of it."""
+    """Return a first stage with the encoder from another file if its own holds only the decoder, and facts about it.
+
+    Raises:
+        UserError: If a half is missing, given twice, or belongs to another layout.
+    """
     layout = LAYOUTS[found.layout]
     if found.half("encoder") and found.half("decoder"):
         if encoder is not None:
@@ -109,13 +113,17 @@ def _completed(found: Found, path: Path, encoder: Path | None) -> tuple[Found, d
     if LAYOUTS[other.layout].anchor != layout.anchor:
         raise UserError(f"--encoder: {encoder} is of the layout {other.layout}, and {path} of {found.layout}")
     rest = {name: tensor for name, tensor in other.tensors.items() if not name.startswith(("decoder.", "post_quant"))}
-    # a decoder without quant convolutions does not tell its layout, and the statistics stand beside FLUX.2's encoder
+    # a decoder without quant convolutions does not tell its layout, but FLUX.2's statistics are beside the encoder
     name = other.layout if other.layout == "flux2" else found.layout
     return found._replace(layout=name, tensors={**rest, **found.tensors}), {}
 
 
 def read_folder(folder: Path) -> FirstStage:
-    """The first stage in a folder of diffusers, a pipeline's or a run's. Raises UserError."""
+    """Read the first stage in a diffusers folder, a pipeline's folder or a run.
+
+    Raises:
+        UserError: If the folder has no first stage of a class that a layout covers, or it cannot be read.
+    """
     places = [folder, folder / "export", *(folder / name for name in PIPELINE_FOLDERS)]
     place = next((place for place in places if (place / "config.json").is_file()), None)
     if place is None:
@@ -139,7 +147,11 @@ def read_folder(folder: Path) -> FirstStage:
 
 
 def class_of(kind: str) -> Any:
-    """A class of diffusers. Raises UserError where the installed one has it not."""
+    """Return a class of diffusers by its name.
+
+    Raises:
+        UserError: If the installed diffusers does not have it.
+    """
     found = getattr(diffusers, kind, None)
     if found is None:
         raise UserError(f"diffusers {diffusers.__version__} has no class {kind}; a newer one may have it")
@@ -147,9 +159,14 @@ def class_of(kind: str) -> Any:
 
 
 def build(stage: FirstStage, source: Path) -> nn.Module:
-    """An instance of the class with these weights, in their types, in evaluation mode, on the CPU.
+    """Build an instance of the class with the weights in their dtypes, in evaluation mode, on the CPU.
 
-    Raises UserError, with the names, where weights are missing, too many or of another shape.
+    Args:
+        stage: The first stage.
+        source: File or folder from which it was read, for messages.
+
+    Raises:
+        UserError: If weights are missing, unknown or of another shape, with their names.
     """
     with torch.device("meta"):  # no memory, no random numbers drawn
         model = _instance(stage)
@@ -185,12 +202,14 @@ def build(stage: FirstStage, source: Path) -> nn.Module:
 def _instance(stage: FirstStage) -> Any:
     try:
         return class_of(stage.kind).from_config(stage.config)
-    except Exception as error:  # each class checks its config in its own way, and transformers may be another
+    except (
+        Exception
+    ) as error:  # each class checks its config in its own way, and the version of transformers may not fit
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"diffusers {diffusers.__version__} cannot build this {stage.kind}: {reason}") from error
 
 
 def some(names: list[str]) -> str:
-    """Names for a message: the first few, and how many more there are."""
+    """Return names for a message: the first four, and the number of the others."""
     shown = ", ".join(printable(name) for name in names[:4])
     return shown + (f" and {len(names) - 4} more" if len(names) > 4 else "")

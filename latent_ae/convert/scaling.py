@@ -1,4 +1,4 @@
-"""The scaling of latents, which no shape tells: said by the user, kept in a file, or measured, and never guessed."""
+"""The scaling of latents, which no shape tells: given by the user, read from a file or measured, but never guessed."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,25 +21,25 @@ from latent_ae.models.registry import family_of
 from latent_ae.progress import progress_bar
 
 PLAYGROUND_SCALING = 0.5
-"""With which Playground 2.5 uses the statistics in its file (diffusers `loaders/single_file_utils.py`)."""
+"""Scaling factor of Playground 2.5 besides the statistics in its file (diffusers `loaders/single_file_utils.py`)."""
 STD_EPSILON = 1e-5
-"""Added by RAE (bytetriper/RAE `src/stage1/rae.py`)."""
+"""RAE adds it to the variance (bytetriper/RAE `src/stage1/rae.py`)."""
 
 
 KEYS = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
 
 
 class Scaling(NamedTuple):
-    """What a diffusion model scales latents by."""
+    """The scaling that a diffusion model applies to latents."""
 
     config: dict[str, Any]
-    """Keys of the config."""
+    """Its keys and values in the config."""
     source: str
-    """Where it comes from, for the result."""
+    """Where it comes from, for results."""
 
 
 def apply(model: Any, scaling: Scaling) -> None:
-    """Writes a scaling into an instance's config, and into the buffers of a class that computes with it."""
+    """Write a scaling into an instance's config, and into the buffers of a class that computes with it."""
     model.register_to_config(**scaling.config)
     for key in ("latents_mean", "latents_std"):
         if hasattr(model, f"_{key}") and scaling.config.get(key) is not None:
@@ -47,15 +47,15 @@ def apply(model: Any, scaling: Scaling) -> None:
 
 
 def said(settings: ConvertSettings, keys: Mapping[str, Any], kind: str) -> Scaling | None:
-    """The scaling in the user's words; None where there are none.
+    """Return the scaling that the user gives; None if the user gives none.
 
     Args:
-        settings: scaling_factor, shift_factor, latents_mean and latents_std are looked at.
-        keys: The config of the model, some of whose keys they are.
-        kind: Its class.
+        settings: The settings, of which scaling_factor, shift_factor, latents_mean and latents_std are used.
+        keys: Config of the model.
+        kind: Class of the model.
 
     Raises:
-        UserError: For a word that this class has no place for, or of two that belong together only one.
+        UserError: If the class does not have one of the given keys, or one of two keys that belong together is missing.
     """
     words = {key: getattr(settings, key) for key in KEYS}
     words = {
@@ -82,7 +82,12 @@ def said(settings: ConvertSettings, keys: Mapping[str, Any], kind: str) -> Scali
 
 
 def kept(beside: Tensors, tensors: Mapping[str, Tensor]) -> Scaling | None:
-    """The scaling that the checkpoint itself carries; None where it has none."""
+    """Return the scaling that a checkpoint holds; None if it holds none.
+
+    Args:
+        beside: All tensors of the file.
+        tensors: The tensors of the first stage.
+    """
     if "bn.running_mean" in tensors:
         return Scaling({}, "the batch norm in the file")
     if "edm_mean" in beside and "edm_std" in beside:
@@ -93,9 +98,14 @@ def kept(beside: Tensors, tensors: Mapping[str, Tensor]) -> Scaling | None:
 
 
 def read_statistics(path: Path, keys: Mapping[str, Any]) -> Scaling:
-    """The scaling in a file of statistics: mean and std or var, per channel (VA-VAE) or per channel and place (RAE).
+    """Read the scaling in a file of statistics: mean and std or var, per channel (VA-VAE) or per latent value (RAE).
 
-    Raises UserError where it holds no such tensors, or the class whose config has the `keys` no place for them.
+    Args:
+        path: File of tensors.
+        keys: Config of the model.
+
+    Raises:
+        UserError: If the file holds no such tensors, or the model's config has no keys for them.
     """
     tensors, _ = read_tensors(path)
     spread = next((name for name in ("std", "var") if name in tensors), None)
@@ -116,7 +126,11 @@ def read_statistics(path: Path, keys: Mapping[str, Any]) -> Scaling:
 
 
 def statistics_of(config: Mapping[str, Any]) -> dict[str, Tensor]:
-    """What `read_statistics` reads, from a config: mean and std, of an RAE mean and var; empty where it has none."""
+    """Return a config's statistics as `read_statistics` reads them: mean and std, or mean and var for an RAE.
+
+    Returns:
+        The tensors by name; empty if the config has no statistics.
+    """
     if config.get("latents_mean") is None or config.get("latents_std") is None:
         return {}
     mean, std = torch.tensor(config["latents_mean"]), torch.tensor(config["latents_std"])
@@ -127,16 +141,16 @@ def statistics_of(config: Mapping[str, Any]) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def measured(model: nn.Module, data: str, factor: int, settings: ConvertSettings) -> LatentStatistics:
-    """Statistics of the latents of images, samples of the posterior where there is one.
+    """Measure statistics of images' latents, which are sampled if there is a posterior.
 
     Args:
         model: An instance of the class, in evaluation mode.
-        data: As on the command line.
-        factor: Image px per latent px.
-        settings: How images are read and how many.
+        data: Location of the images, like DATA on the command line.
+        factor: Image px per latent px along one side.
+        settings: How images are read, and how many.
 
     Raises:
-        UserError: Where images cannot be read, or the model does not take their size.
+        UserError: If images cannot be read, or the model does not take their size.
     """
     _, device = processes(settings.device)
     source, _ = part_of(open_images(settings.data(data), "all"), settings.limit, settings.seed)
@@ -167,7 +181,16 @@ def measured(model: nn.Module, data: str, factor: int, settings: ConvertSettings
 
 
 def measured_scaling(statistics: LatentStatistics, keys: Mapping[str, Any], data: str) -> Scaling:
-    """What measured statistics say in the config whose `keys` these are. Raises UserError where they cannot."""
+    """Return measured statistics as the scaling in a model's config.
+
+    Args:
+        statistics: Statistics of the latents.
+        keys: Config of the model.
+        data: Location of the images, for results.
+
+    Raises:
+        UserError: If the statistics are not finite, or all latents are equal.
+    """
     source = f"measured on {data}"
     if "encoder_type" in keys:
         mean, std = ([[[value]] for value in values] for values in (statistics.channel_mean, statistics.channel_std))
@@ -177,7 +200,14 @@ def measured_scaling(statistics: LatentStatistics, keys: Mapping[str, Any], data
 
 
 def question(layout: str, config: Mapping[str, Any], factor: int, path: Path) -> str:
-    """What to ask where the scaling is not known, with what was published of models of this shape."""
+    """Return the message about an unknown scaling, with the published scaling of models of the same shape.
+
+    Args:
+        layout: A key of LAYOUTS.
+        config: Config of the model.
+        factor: Image px per latent px along one side.
+        path: File of the model.
+    """
     channels = int(config.get("latent_channels") or 0)
     lines = [f"  {row.model}: {row.words}" for row in published(layout, factor, channels)]
     told = ["Published for this shape (another model may have it, too, with other latents):", *lines] if lines else []

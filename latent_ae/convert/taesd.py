@@ -1,7 +1,7 @@
-"""Tiny first stages (TAESD): two files, whose tensors are numbered by their place in a sequence.
+"""The layout of tiny first stages (TAESD): two files, whose tensors have the numbers of their layers in a sequence.
 
-Names after madebyollin/taesd `taesd.py`. The decoder's sequence begins with a clamp there, which has no number in
-diffusers' AutoencoderTiny.
+The names are those of madebyollin/taesd, `taesd.py`. There the decoder's sequence begins with a clamp, which has no
+number in diffusers' AutoencoderTiny.
 """
 
 import re
@@ -20,7 +20,7 @@ RULES = (
 
 
 def _sequence(state: "Tensors", side: str) -> tuple[list[int], list[int]]:
-    """Residual blocks after each convolution but the last, and the channels that each of these convolutions gives."""
+    """Return, for each convolution but the last, the number of residual blocks after it and its output channels."""
     pattern = re.compile(rf"{side}\.layers\.(\d+)\.(weight|conv\.0\.weight)")
     found = sorted((int(match[1]), match[2], name) for name in state if (match := pattern.fullmatch(name)))
     blocks, widths = list[int](), list[int]()
@@ -35,7 +35,7 @@ def _sequence(state: "Tensors", side: str) -> tuple[list[int], list[int]]:
 
 def _infer(state: "Tensors", words: Config) -> dict[str, Any]:
     if any(".pool." in name for name in state):
-        raise UserError("its blocks have a pooled branch (taef2), which AutoencoderTiny has not")
+        raise UserError("its blocks have a pooled branch (taef2), which AutoencoderTiny does not have")
     (down, widths), (up, up_widths) = _sequence(state, "encoder"), _sequence(state, "decoder")
     if "encoder.layers.1.conv.0.weight" not in state or len({*widths, *up_widths}) > 1:
         raise UserError(
@@ -71,7 +71,7 @@ def _misfit(model: Any) -> str:
         return "TAESD's code has ReLU and upsamples 2x to the nearest pixel, this model does not"
     shape = (list(config.num_encoder_blocks), list(config.num_decoder_blocks), set(config.encoder_block_out_channels))
     if shape != ([1, 3, 3, 3], [3, 3, 3, 1], {64}):
-        return "TAESD's code has 64 channels and 1, 3, 3, 3 blocks, this model has not"
+        return "TAESD's code has 64 channels and 1, 3, 3, 3 blocks, this model does not have them"
     return ""
 
 

@@ -1,6 +1,6 @@
-"""First stages with a codebook: taming-transformers and latent-diffusion's VQ models, and LlamaGen's.
+"""The layouts of first stages with a codebook: VQ models of taming-transformers, latent-diffusion and LlamaGen.
 
-Names after CompVis/taming-transformers `taming/models/vqgan.py` and FoundationVision/LlamaGen
+The names are those of CompVis/taming-transformers, `taming/models/vqgan.py`, and FoundationVision/LlamaGen,
 `tokenizer/tokenizer_image/vq_model.py`.
 """
 
@@ -30,7 +30,7 @@ TAMING_RULES = LDM_RULES + CODEBOOK
 LLAMAGEN = Names("conv_blocks.{i}", "conv_blocks.{i}", "up_blocks.{i}", "res", ("mid.0", "mid.1", "mid.2"))
 LLAMAGEN_RULES = coder_rules(LLAMAGEN) + quant_rules() + CODEBOOK
 USAGE = 65536
-"""Length of a buffer of recently used codes that LlamaGen's model insists on finding, and trains with only."""
+"""Length of a buffer of recently used codes, which LlamaGen's model requires in a file and uses only in training."""
 
 
 def _infer(state: "Tensors", words: Config) -> dict[str, Any]:
@@ -43,7 +43,7 @@ def _infer(state: "Tensors", words: Config) -> dict[str, Any]:
 
 
 def _normalised(tensors: "Tensors") -> dict[str, "Tensor"]:
-    """With codes of length 1, as LlamaGen's quantiser uses them: then the nearest one is that of the largest cosine."""
+    """Return the tensors with codes of length 1, as in LlamaGen's quantiser: the nearest has the largest cosine."""
     from torch.nn.functional import normalize
 
     kept = {name: tensor for name, tensor in tensors.items() if name != "quantize.codebook_used"}
@@ -70,7 +70,7 @@ def _not_normalised(model: Any) -> str:
 
 
 def _attention_below(model: Any) -> str:
-    """Why LlamaGen's classes, which have attention on the coarsest level and in the middle, cannot hold a model."""
+    """Return why a model does not have attention where LlamaGen's has it: on the coarsest level and in the middle."""
     config = model.config
     wanted = [level == len(config.block_out_channels) - 1 for level in range(len(config.block_out_channels))]
     down = [kind.startswith("Attn") for kind in config.down_block_types]

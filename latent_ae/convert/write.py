@@ -1,4 +1,4 @@
-"""A first stage written as a folder of diffusers or as files of a layout, read again and compared."""
+"""Writes a first stage as a diffusers folder or as files of a layout, reads it again and compares."""
 
 import copy
 import os
@@ -25,11 +25,23 @@ from latent_ae.progress import now
 
 SMALLEST_TEST_IMAGE_PX = 32
 STATISTICS = "_statistics"
-"""End of the name of a file of the latents' statistics, which is written beside a layout's own where there are any."""
+"""End of the name of the file of latent statistics, which is written beside the layout's files if there are any."""
 
 
 def write_folder(model: Any, stage: FirstStage, out: Path) -> dict[str, float]:
-    """Writes `out` and reads it with the stock class; returns the differences that `compared` finds."""
+    """Write a diffusers folder, read it with the stock class and compare.
+
+    Args:
+        model: The built first stage, with its scaling in the config.
+        stage: The first stage as it was read.
+        out: The folder.
+
+    Returns:
+        The differences from `compared`.
+
+    Raises:
+        UserError: If the folder cannot be written, or the model does not run.
+    """
     layout = LAYOUTS[stage.layout]
     now(f"writing {out} and reading it again with diffusers' {stage.kind}")
     with writing(out):
@@ -48,9 +60,19 @@ def write_folder(model: Any, stage: FirstStage, out: Path) -> dict[str, float]:
 
 
 def write_files(model: Any, stage: FirstStage, out: Path, to: str) -> tuple[list[str], dict[str, float]]:
-    """Writes the layout `to`; returns the files' names and the differences that `compared` finds.
+    """Write the files of a layout, read them and compare.
 
-    Raises UserError where the layout has no place for the model.
+    Args:
+        model: The built first stage.
+        stage: The first stage as it was read.
+        out: Name of the file; a layout of several files adds to it.
+        to: Name of the layout.
+
+    Returns:
+        Names of the files, and the differences from `compared`.
+
+    Raises:
+        UserError: If the layout cannot hold the model, or a file exists or cannot be written.
     """
     layout = LAYOUTS[to]
     if layout.kind != stage.kind:
@@ -88,7 +110,16 @@ def write_files(model: Any, stage: FirstStage, out: Path, to: str) -> tuple[list
 
 
 def theirs(layout: Layout, state: Mapping[str, Tensor], model: Any) -> dict[str, Tensor]:
-    """Tensors under the original's names, with all that its code looks for. Raises UserError for one without a name."""
+    """Return tensors by the original's names, including those that only the original's code requires.
+
+    Args:
+        layout: The layout.
+        state: Tensors by diffusers' names.
+        model: The built first stage.
+
+    Raises:
+        UserError: If the layout has no name for a tensor.
+    """
     tensors, unknown = to_theirs(state, layout.rules(model.config), len(model.config.get("block_out_channels") or ()))
     if unknown:
         raise UserError(f"{layout.title}: there is no place for {some(unknown)}")
@@ -98,9 +129,18 @@ def theirs(layout: Layout, state: Mapping[str, Tensor], model: Any) -> dict[str,
 def compared(
     read: Mapping[str, Tensor], written: Mapping[str, Tensor], model: nn.Module, again: nn.Module, layout: Layout
 ) -> dict[str, float]:
-    """Largest absolute differences of tensors of equal names, and of the reconstructions of a test image.
+    """Return the largest absolute differences of tensors and of the reconstructions of a test image.
 
-    Raises RuntimeError where a tensor did not arrive at all, which is no mistake of the user's.
+    Args:
+        read: Tensors as they were read, by the original's names.
+        written: Tensors as they were written, by the same names.
+        model: The first stage before it was written.
+        again: The first stage after it was written and read.
+        layout: The layout of the names.
+
+    Raises:
+        RuntimeError: If a tensor is missing or has another shape, which is not the user's mistake.
+        UserError: If a model does not run, or its reconstruction is not finite.
     """
     lost = [name for name, tensor in read.items() if name not in written or written[name].shape != tensor.shape]
     if lost:
@@ -113,7 +153,14 @@ def compared(
 
 @torch.no_grad()
 def reconstruction(model: nn.Module, layout: Layout) -> Tensor:
-    """What an instance makes of a test image, smooth above and rough below: 1 x C x H x W, nominally in [-1, 1]."""
+    """Return the reconstruction of a test image whose upper half is smooth and whose lower half is noise.
+
+    Returns:
+        (1, C, H, W), nominally in [-1, 1].
+
+    Raises:
+        UserError: If the model does not run, or its reconstruction is not finite.
+    """
     config = model.config
     family = family_of(model)
     side = family.side(config) or max(SMALLEST_TEST_IMAGE_PX, 2 * layout.factor(config))
@@ -134,7 +181,7 @@ def reconstruction(model: nn.Module, layout: Layout) -> Tensor:
 
 
 def in_float32(model: nn.Module) -> nn.Module:
-    """The model, or a copy where it is of another type: the one given stays as it is."""
+    """Return the model if it is float32, else a float32 copy; the model itself does not change."""
     if all(parameter.dtype == torch.float32 for parameter in model.parameters()):
         return model
     return copy.deepcopy(model).float()

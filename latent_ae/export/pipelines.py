@@ -1,4 +1,4 @@
-"""What the pipelines of diffusers require of a first stage and read from its config, and checks against it.
+"""The requirements of diffusers' pipelines on a first stage and its config, and checks of them.
 
 The facts come from the source of diffusers 0.42; a test compares `reads` with the installed source. docs/export.md
 shows them as a table. This module imports nothing heavy until a model is checked.
@@ -36,19 +36,19 @@ NOTABLE_STD = 2.0
 
 
 class Shape(NamedTuple):
-    """The numbers of a first stage that its denoiser depends on."""
+    """The numbers of a first stage on which its denoiser depends."""
 
     latent_channels: int
     in_channels: int
-    """Channels of its images."""
+    """Channels of the images."""
     out_channels: int
-    """Channels of its reconstructions."""
+    """Channels of the reconstructions."""
     factor: int
     """Image px per latent px along one side."""
 
 
 def _each_side(patch: int, multiple_px: int = 1) -> Callable[[int], int]:
-    """The rule that sides are multiples of `patch` latent px and of `multiple_px` image px."""
+    """Return `multiple` of a Pipeline whose sides are multiples of `patch` latent px and of `multiple_px` image px."""
     return lambda factor: math.lcm(factor * patch, multiple_px)
 
 
@@ -59,15 +59,15 @@ class Pipeline(NamedTuple):
     classes: tuple[str, ...]
     """Pipeline classes of diffusers, text- or class-to-image first, then image-to-image where there is one."""
     published: Mapping[int, int]
-    """Latent channels that its denoisers take -> downsampling factor of the published first stage of so many."""
+    """Downsampling factors of the published first stages, by their latent channels, which its denoisers take."""
     reads: frozenset[str]
-    """The keys among SCALING and force_upcast that it reads, and `bn` where it reads the model's batch norm."""
+    """The keys among SCALING and force_upcast that it reads, and `bn` if it reads the model's batch norm."""
     multiple: Callable[[int], int]
-    """Downsampling factor -> number of image px of which each side must be a multiple."""
+    """Takes the downsampling factor and returns the number of image px of which each side must be a multiple."""
     kind: str = "AutoencoderKL"
     """Class of its first stage, a key of the registry's FAMILIES."""
     refusal: Callable[[Shape, Mapping[str, Any]], str | None] = lambda shape, config: None
-    """Shape and config of a first stage -> what else stops its pipelines, and what to do."""
+    """Takes shape and config of a first stage and returns what else stops its pipelines, and what to do; or None."""
 
 
 def _factor_is_8(shape: Shape, config: Mapping[str, Any]) -> str | None:
@@ -178,12 +178,12 @@ def shape_of(kind: str, config: Mapping[str, Any]) -> Shape:
 
 
 def before_measuring(config: Mapping[str, Any], *, keep_scaling: bool, latents_mean_std: bool) -> dict[str, Any]:
-    """Return what is known of an export's config before the latents are measured, as `misfits` takes it.
+    """Return the part of an export's config that is known before the latents are measured, for `misfits`.
 
     Args:
         config: Config of the trained model.
-        keep_scaling: Whether the export keeps the scaling in it.
-        latents_mean_std: Whether the mean and standard deviation of each channel are going to be written.
+        keep_scaling: Whether the export keeps the scaling of this config.
+        latents_mean_std: Whether the export writes the mean and standard deviation of each channel.
     """
     known = dict(config)
     if keep_scaling:
@@ -196,7 +196,12 @@ def before_measuring(config: Mapping[str, Any], *, keep_scaling: bool, latents_m
 
 
 def kind_misfit(name: str, kind: str) -> str | None:
-    """Return why a class of first stages does not go into the pipelines of a family; None if it does."""
+    """Return why the pipelines of a family do not take a class of first stages; None if they do.
+
+    Args:
+        name: A key of PIPELINES.
+        kind: Name of the class.
+    """
     if kind == PIPELINES[name].kind:
         return None
     others = [other for other, pipeline in PIPELINES.items() if pipeline.kind == kind]
@@ -210,7 +215,7 @@ def shape_misfits(name: str, shape: Shape, config: Mapping[str, Any] | None = No
     Args:
         name: A key of PIPELINES.
         shape: Shape of the first stage.
-        config: Its config, where more is known than the shape.
+        config: Config of the first stage; None if only the shape is known.
     """
     pipeline, problems = PIPELINES[name], []
     if shape.latent_channels not in pipeline.published:
@@ -230,7 +235,7 @@ def shape_misfits(name: str, shape: Shape, config: Mapping[str, Any] | None = No
 
 
 def _cure(kind: str, key: str, value: str) -> str:
-    """What to do for another value of a config key; only some classes train from fresh weights."""
+    """Return how to get another value of a config key; only some classes train from fresh weights."""
     if kind not in get_args(Kind):
         return f"begin with a model of {value}"
     if kind == "VQModel" and key == "latent_channels":
@@ -278,7 +283,7 @@ def refuse_misfit(name: str, config: Mapping[str, Any], kind: str = "Autoencoder
     Args:
         name: A key of PIPELINES.
         config: Config of the first stage, as `misfits` takes it.
-        kind: Its diffusers class.
+        kind: Diffusers class of the first stage.
     """
     wrong_kind = kind_misfit(name, kind)
     if problems := misfits(name, config) if wrong_kind is None else [wrong_kind]:
@@ -287,13 +292,13 @@ def refuse_misfit(name: str, config: Mapping[str, Any], kind: str = "Autoencoder
 
 
 def remarks(name: str, config: Mapping[str, Any], mean: float, std: float) -> list[str]:
-    """Return what is not ideal about a first stage that fits a family of pipelines, as sentences.
+    """Return sentences on what is not ideal about a first stage that fits a family of pipelines.
 
     Args:
         name: A key of PIPELINES.
         config: Config of a first stage of the family's class.
-        mean: Mean of all its raw latents.
-        std: Their standard deviation.
+        mean: Mean of all raw latents.
+        std: Standard deviation of all raw latents.
     """
     pipeline, sentences = PIPELINES[name], []
     shape = shape_of(pipeline.kind, config)

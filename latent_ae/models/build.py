@@ -1,4 +1,4 @@
-"""Settings -> a diffusers autoencoder."""
+"""Builds an autoencoder from settings, loads one, and reads facts from it."""
 
 import inspect
 
@@ -15,9 +15,15 @@ from latent_ae.models.settings import ModelFacts, ModelSettings
 
 
 def build_autoencoder(settings: ModelSettings, *, sample_size: int, seed: int = 0) -> ModelMixin:
-    """A fresh float32 autoencoder. The global random state is left as it was.
+    """Return a fresh float32 autoencoder. The global random state does not change.
 
-    Raises UserError for a `config` that its class refuses.
+    Args:
+        settings: The section `model`.
+        sample_size: Side of the training images, px, for the config.
+        seed: Seed of the initial weights.
+
+    Raises:
+        UserError: If the class refuses the keys of `config`.
     """
     if not settings.gives_shape:
         return _of_another_class(settings, sample_size, seed)
@@ -38,7 +44,7 @@ def build_autoencoder(settings: ModelSettings, *, sample_size: int, seed: int = 
             use_quant_conv=settings.use_quant_conv,
             use_post_quant_conv=settings.use_post_quant_conv,
             sample_size=sample_size,
-            # 1.0 until export measures it: a silent 0.18215 belongs to another model
+            # 1.0 until export measures it: the default 0.18215 belongs to another model
             scaling_factor=1.0,
         )
     if settings.init == "linear":
@@ -66,23 +72,37 @@ def _of_another_class(settings: ModelSettings, sample_size: int, seed: int) -> M
 
 
 def load_autoencoder(location: str, *, subfolder: str | None = None, revision: str | None = None) -> ModelMixin:
-    """A first stage in float32, from wherever `load_first_stage` finds one. Raises UserError when there is none."""
+    """Return a first stage in float32.
+
+    Args:
+        location: Run, checkpoint, diffusers folder, pipeline's folder or hub id, as for `load_first_stage`.
+        subfolder: Subfolder that holds the model.
+        revision: Commit or tag of a hub model.
+
+    Raises:
+        UserError: If there is no such model.
+    """
     return load_first_stage(location, subfolder=subfolder, revision=revision).module
 
 
 def factor_of(autoencoder: ModelMixin) -> int:
-    """Image px per latent px along one side."""
+    """Return the image px per latent px along one side."""
     return int(family_of(autoencoder).factor(autoencoder.config))
 
 
 def facts_of(autoencoder: ModelMixin, name: str | None = None) -> ModelFacts:
-    """What rules may ask of an autoencoder; messages call it `name`, or by its class."""
+    """Return the facts about an autoencoder that the rules of settings use.
+
+    Args:
+        autoencoder: An instance of one of FAMILIES.
+        name: What messages call it; None takes its class.
+    """
     unreached = family_of(autoencoder).unreached
     names = {
         id(parameter): key for key, parameter in autoencoder.named_parameters() if not unreached or unreached not in key
     }
     last_layers = {}
-    for side in ("encoder", "decoder"):  # of classes that are measured only, one may be missing or have another end
+    for side in ("encoder", "decoder"):  # classes that are only measured may lack one, or end differently
         layers = end_layers(part) if (part := getattr(autoencoder, side, None)) is not None else [None]
         last_layers[side] = names.get(id(getattr(layers[-1], "weight", None)), "")
     return ModelFacts(
@@ -99,14 +119,15 @@ def facts_of(autoencoder: ModelMixin, name: str | None = None) -> ModelFacts:
 
 
 def channels_of(autoencoder: ModelMixin) -> int:
-    """Channels of its images."""
+    """Return the number of channels of the images."""
     return int(family_of(autoencoder).channels(autoencoder.config))
 
 
 def latent_channels_of(autoencoder: ModelMixin) -> int:
+    """Return the number of channels of a latent."""
     return int(family_of(autoencoder).latent_channels(autoencoder.config))
 
 
 def count_parameters(module: nn.Module) -> int:
-    """Number of scalar parameters."""
+    """Return the number of scalar parameters."""
     return sum(parameter.numel() for parameter in module.parameters())

@@ -1,4 +1,4 @@
-"""What is asked of a class of first stages: the record `Family`, and functions that read its diffusers config."""
+"""The record `Family`, which describes a class of first stages, and functions that read its diffusers config."""
 
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
@@ -10,11 +10,17 @@ from latent_ae.models.adapters import Moments
 
 
 def powers_of_two(key: str, steps: int = -1) -> Callable[[Any], int]:
-    """Downsampling by 2 from each level of the config's `key` to the next; `steps` are those beyond its length."""
+    """Return a function from a config to the downsampling factor of a model that halves the sides level by level.
+
+    Args:
+        key: Key of the config that lists the levels.
+        steps: Number of halvings minus the number of levels.
+    """
     return lambda config: int(2 ** (len(config[key]) + steps))
 
 
 def of_config(key: str) -> Callable[[Any], int]:
+    """Return a function from a config to the number under `key`."""
     return lambda config: int(config[key])
 
 
@@ -24,38 +30,38 @@ def _same_as_input(config: Any) -> int | None:
 
 
 class LatentScaling(NamedTuple):
-    """What diffusion models of a class do with its latents: (z - mean) * factor / std."""
+    """How diffusion models scale the latents z of a class: (z - mean) * factor / std."""
 
     factor: float = 1.0
     """`scaling_factor`."""
     shift: float = 0.0
-    """`shift_factor`, subtracted where there is no mean of each channel."""
+    """`shift_factor`, which is subtracted if there is no mean of each channel."""
     mean: list[float] | None = None
-    """`latents_mean` of each channel, in place of the shift."""
+    """`latents_mean` of each channel, which replaces the shift."""
     std: list[float] | None = None
-    """`latents_std` of each channel; None is 1."""
+    """`latents_std` of each channel; None means 1."""
     inside: bool = False
-    """Whether the class itself scales what it encodes, besides this."""
+    """Whether the class itself scales latents in `encode`."""
 
     def scaled(self, latents: Tensor) -> Tensor:
-        """Raw latents, N x c x h x w, as a diffusion model is fed them."""
+        """Return the inputs of a diffusion model for raw latents, (N, c, h, w)."""
         mean, std = self._normalisation(latents)
         return (latents - mean) * (self.factor / std)
 
     def unscaled(self, latents: Tensor) -> Tensor:
-        """The inverse of `scaled`: what is decoded."""
+        """Return raw latents, (N, c, h, w), which the autoencoder decodes: the inverse of `scaled`."""
         mean, std = self._normalisation(latents)
         return latents * (std / self.factor) + mean
 
     def _normalisation(self, latents: Tensor) -> tuple[Tensor, Tensor]:
-        """What is subtracted, and what is divided by besides the factor: numbers, or one for each channel."""
+        """Return the mean to subtract and the std to divide by: each a scalar, or (c, 1, 1) of one per channel."""
         if self.mean is None or self.std is None:
             return latents.new_tensor(self.shift), latents.new_ones(())
         return latents.new_tensor(self.mean)[:, None, None], latents.new_tensor(self.std)[:, None, None]
 
     @property
     def measured(self) -> bool:
-        """Whether the model says how its latents are scaled."""
+        """Whether the scaling is known: the class applies it itself, or it differs from the default."""
         return self.inside or self.factor != 1.0 or self.std is not None
 
 
@@ -70,7 +76,7 @@ def _scaling_of_config(config: Any) -> LatentScaling:
 
 
 def scaling_of_first_frame(config: Any) -> LatentScaling:
-    """Cosmos has a mean and a deviation for each channel and latent frame, channel after channel."""
+    """Return the scaling of Cosmos for still images: its config lists mean and std by channel, then by latent frame."""
     scaling = _scaling_of_config(config)
     if scaling.mean is None or scaling.std is None:
         return scaling
@@ -79,73 +85,76 @@ def scaling_of_first_frame(config: Any) -> LatentScaling:
 
 
 def patched(key: str) -> Callable[[Any], int]:
-    """Channels of images, of which a patch of pixels gives `key`."""
+    """Return a function from a config to the channels of images, whose patches of pixels have `key` channels."""
     return lambda config: int(config[key] // (config.get("patch_size") or 1) ** 2)
 
 
 def factor_of_patches(config: Any) -> int:
+    """Return the downsampling factor of a model that cuts images into patches and halves their sides level by level."""
     return int(2 ** (len(config.dim_mult) - 1) * (config.get("patch_size") or 1))
 
 
 class Family(NamedTuple):
-    """A class of first stages. A function of the config takes the class's diffusers config."""
+    """A class of first stages. Fields that are functions take its diffusers config, unless they say otherwise."""
 
     latent: Literal["posterior", "deterministic", "codebook", "hierarchy", "flow"]
-    """posterior: one Gaussian. hierarchy, flow: random, but without moments to encode; the class draws it itself."""
+    """Kind of latent. `posterior` is one Gaussian; `hierarchy` and `flow` are random without being one Gaussian, so the
+    class samples them itself."""
     factor: Callable[[Any], int]
-    """Its config -> image px per latent px along one side."""
+    """Image px per latent px along one side."""
     latent_channels: Callable[[Any], int] = of_config("latent_channels")
-    """Its config -> channels of a latent."""
+    """Channels of a latent."""
     channels: Callable[[Any], int] = of_config("in_channels")
-    """Its config -> channels of its images."""
+    """Channels of the images."""
     out_channels: Callable[[Any], int | None] = _same_as_input
-    """Its config -> channels of its reconstructions; None: as many as its images."""
+    """Channels of the reconstructions; None means the same number as the images."""
     side: Callable[[Any], int | None] = lambda config: None
-    """Its config -> the one side of images in px that it takes; None where sides are multiples of the factor."""
+    """The only side of images, px, that the model takes; None if it takes all multiples of the factor."""
     encode: Callable[[Any, Tensor], Moments] = adapters.encode
-    """The autoencoder and images -> what a latent is drawn from, as `adapters` describes it."""
+    """Takes the autoencoder and images; see the encoding functions in `adapters`."""
     decode: Callable[..., Tensor] = adapters.decode
-    """The autoencoder and latents -> images, as `adapters` describes it."""
+    """Takes the autoencoder and latents; see the decoding functions in `adapters`."""
     encoded: str = "vae.encode(images).latent_dist.sample()"
-    """What a user of diffusers writes for it, as Python."""
+    """The Python code with which a user of diffusers encodes."""
     decoded: str = "vae.decode(z).sample"
+    """The Python code with which a user of diffusers decodes."""
     scaling: Callable[[Any], LatentScaling] = _scaling_of_config
-    """Its config -> what its diffusion models do with its latents."""
+    """How diffusion models scale the latents."""
     codes: Callable[[Any], int | None] = lambda config: None
-    """Its config -> number of codes that each place of a latent is one of; None where a latent is continuous."""
+    """Number of codes from which each position of a latent is taken; None if the latents are continuous."""
     variant: Callable[[Any], dict[str, Any]] = lambda config: {}
-    """Its config -> fields that differ from these."""
+    """Fields whose values differ from those of the record, by name."""
     refusal: Callable[[Any], str | None] = lambda config: None
-    """Its config -> why such an instance has no still images or latents on a grid, and what to do."""
+    """Why an instance has no still images or no latents on a grid, and what to do; None if it has both."""
     trains: tuple[Literal["all", "decoder", "encoder"], ...] = ("all", "decoder", "encoder")
-    """Values of `train` in a training's settings that suit it."""
+    """Values of the setting `train` that are allowed for the class."""
     unreached: str = ""
-    """Part of the names of weights that no still image reaches."""
+    """Part of the names of weights that no still image uses; empty if all are used."""
     scaled_by_patches: bool = False
-    """Diffusion models scale its latents by the statistics in its batch norm, not by its config."""
+    """Whether diffusion models scale the latents by the statistics in the model's batch norm, not by its config."""
     tried_in_half_precision: bool = False
-    """Export tries it in half precision and in tiles."""
+    """Whether export tries the model in half precision and in tiles."""
     pipeline_decodes: bool = False
-    """DiTPipeline decodes with it."""
+    """Whether DiTPipeline can decode with the model."""
     gradient_checkpointing: bool | None = None
-    """Whether its blocks can be recomputed in the backward pass; None: as diffusers' flag of the class says."""
+    """Whether the blocks can be recomputed in the backward pass; None follows diffusers' flag of the class."""
 
     @property
     def plain(self) -> bool:
-        """Whether its `decode` takes N x c x h x w and gives images in [-1, 1], as stock image pipelines expect."""
+        """Whether the class's `decode` turns (N, c, h, w) into images in [-1, 1], as stock image pipelines expect."""
         return self.decode is adapters.decode
 
     @property
     def random(self) -> bool:
-        """Whether a latent is drawn from a posterior, so that there is a KL term."""
+        """Whether latents are sampled from a posterior, so that there is a KL term."""
         return self.latent in ("posterior", "hierarchy", "flow")
 
     @property
     def draws_itself(self) -> bool:
-        """Whether the class has a method `draw`, as its posterior is more than one Gaussian."""
+        """Whether the class has a method `draw`, because its posterior is not one Gaussian."""
         return self.latent in ("hierarchy", "flow")
 
     @property
     def one_grid(self) -> bool:
-        """Whether latents lie on one grid over the image; otherwise they are packed into one place."""
+        """Whether latents lie on one grid over the image; otherwise they are packed into one position."""
         return self.latent != "hierarchy"

@@ -11,16 +11,25 @@ from torch import Tensor, nn
 from latent_ae.models.posterior import Drawn
 
 LARGEST_LOG_SCALE = 2.0
-"""Logarithms of scales are drawn into +- this by a tanh, as in real NVP."""
+"""A tanh limits the logarithms of scales to +- this value, as in real NVP."""
 
 
 class FlowAutoencoderKL(AutoencoderKL):
-    """An AutoencoderKL whose posterior need not be Gaussian nor factorise: z = f(z0; x), z0 = mean + std * noise.
+    """An AutoencoderKL whose posterior need not be Gaussian or factorised: z = f(z0; x), z0 = mean + std * noise.
 
-    f is a stack of affine coupling layers (real NVP: Dinh et al. 2017, section 3) given the encoder's moments, as
-    inverse autoregressive flow is given a context (Kingma et al. 2016), so that log q(z | x) = log N(z0; mean, std) -
-    log |det df/dz0|. Before training f is the identity. A coupling layer is drawn and differentiated in one pass like
-    an autoregressive one, and has an inverse in one pass besides.
+    f is a stack of affine coupling layers (real NVP: Dinh et al. 2017, section 3). The encoder's moments are their
+    context, as in inverse autoregressive flow (Kingma et al. 2016), so that log q(z | x) = log N(z0; mean, std) -
+    log |det df/dz0|. Before training f is the identity. Like an autoregressive layer, a coupling layer samples in one
+    pass, which also gives its determinant; in addition, its inverse takes one pass.
+
+    Args:
+        flow_layers: Number of coupling layers; their masks alternate between halves of the channels and a checkerboard.
+        flow_width: Channels of their networks.
+
+    The other arguments are those of AutoencoderKL.
+
+    Raises:
+        ValueError: If `flow_layers` or `flow_width` is less than 1.
     """
 
     @register_to_config
@@ -47,11 +56,6 @@ class FlowAutoencoderKL(AutoencoderKL):
         flow_layers: int = 4,
         flow_width: int = 64,
     ):
-        """`flow_layers`: couplings, by turns of channel halves and of a checkerboard; `flow_width`: channels of their
-        networks. The rest is AutoencoderKL's.
-
-        Raises ValueError for no layer.
-        """
         if flow_layers < 1 or flow_width < 1:
             raise ValueError(f"flow_layers {flow_layers} and flow_width {flow_width} must be at least 1")
         super().__init__(
@@ -77,10 +81,14 @@ class FlowAutoencoderKL(AutoencoderKL):
         self.flow = nn.ModuleList(Coupling(latent_channels, flow_width, number) for number in range(flow_layers))
 
     def draw(self, images: Tensor, noise: Tensor | None) -> Drawn:
-        """As `posterior.draw`, N x c x h x w; without noise z is f(mean).
+        """Sample the posterior, as `posterior.draw` does.
 
-        Of this sample: `rates` are log q(z | x) - log p(z), shared out among the dimensions by where noise, scales and
-        z lie. Their sum is exact, one of them is no KL of its dimension and may be negative.
+        `rates` split log q(z | x) - log p(z) of this sample among the dimensions, by the positions of noise, scales and
+        z. Their sum is exact; a single one is not the KL of its dimension and may be negative.
+
+        Args:
+            images: (N, C, H, W) in [-1, 1].
+            noise: (N, c, h, w) standard normal; None gives z = f(mean).
         """
         posterior = super().encode(images).latent_dist
         mean, logvar = posterior.mean.float(), posterior.logvar.float()
@@ -88,7 +96,7 @@ class FlowAutoencoderKL(AutoencoderKL):
         latent = mean if noise is None else mean + torch.exp(0.5 * logvar) * noise
         surprise = 0.5 * (logvar if noise is None else logvar + noise.square())
         context = torch.cat([mean, logvar], 1)
-        with torch.autocast(images.device.type, enabled=False):  # in bfloat16 it would round what it moves
+        with torch.autocast(images.device.type, enabled=False):  # bfloat16 would round z
             for coupling in self.flow:
                 latent, log_scale = coupling(latent, context)
                 surprise = surprise + log_scale
@@ -97,20 +105,26 @@ class FlowAutoencoderKL(AutoencoderKL):
         return Drawn(latent, latent, None, (rates,), log_ratio)
 
     def encode(self, images: Tensor) -> EncoderOutput:
-        """f of the Gaussian's mean, N x c x h x w."""
+        """Return f(mean) for images, (N, C, H, W) in [-1, 1]: (N, c, h, w)."""
         return EncoderOutput(latent=self.draw(images, None).latent)
 
     def forward(self, images: Tensor) -> DecoderOutput:
-        """Reconstructions of that."""
+        """Return the images decoded from f(mean), (N, C, H, W)."""
         return self.decode(self.encode(images).latent.to(self.dtype))
 
 
 class Coupling(nn.Module):
-    """z -> exp(s) z + t where the mask is 0, s and t functions of the rest of z and of a context."""
+    """Maps z to exp(s) z + t where the mask is 0; s and t are functions of the rest of z and of a context.
+
+    Args:
+        channels: Channels of z.
+        width: Channels of the network that computes s and t.
+        number: Position of the layer, which chooses the mask: 0 and 1 keep one half of the channels and the other
+            half, 2 and 3 one colour of a checkerboard and the other colour (halves again if the latent has one
+            position), and so on.
+    """
 
     def __init__(self, channels: int, width: int, number: int):
-        """`number` of the layer: 0 and 1 keep one half of the channels and the other, 2 and 3 (where the latent has
-        more than one place) one colour of a checkerboard and the other, and so on."""
         super().__init__()
         self.number = number
         self.network = nn.Sequential(
@@ -124,7 +138,15 @@ class Coupling(nn.Module):
             nn.init.zeros_(parameter)
 
     def forward(self, latent: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
-        """N x c x h x w and N x 2c x h x w -> the moved latent, and its log-scales, 0 where it is kept; float32."""
+        """Transform a latent.
+
+        Args:
+            latent: (N, c, h, w).
+            context: (N, 2c, h, w), the mean and log-variance of the Gaussian.
+
+        Returns:
+            The transformed latent and its log-scales, which are 0 where the mask keeps z; both (N, c, h, w) float32.
+        """
         kept = self.mask(latent)
         dtype = self.network[0].weight.dtype
         given = torch.cat([kept * latent, context], 1).to(dtype)
@@ -133,7 +155,7 @@ class Coupling(nn.Module):
         return torch.exp(log_scale) * latent + (1.0 - kept) * shift, log_scale
 
     def mask(self, latent: Tensor) -> Tensor:
-        """1 where z is kept: c x h x w."""
+        """Return the mask for a latent, (N, c, h, w): (c, h, w), 1 where z is kept."""
         channels, height, width = latent.shape[1:]
         kind, parity = divmod(self.number % 4, 2)
         if kind == 0 or height * width == 1:

@@ -1,4 +1,4 @@
-"""A variational autoencoder whose latents are drawn level after level, coarse before fine."""
+"""A variational autoencoder that samples its latents level by level, coarse before fine."""
 
 import itertools
 from collections.abc import Callable, Sequence
@@ -16,17 +16,31 @@ from latent_ae.config import UserError
 from latent_ae.models.posterior import Drawn, kl_per_dimension, log_ratio
 
 LARGEST_LOG_STD = 5.0
-"""Logarithms of standard deviations are drawn into +- this by a tanh, as in NVAE."""
+"""A tanh limits the logarithms of standard deviations to +- this value, as in NVAE."""
 
 
 class HierarchicalVAE(ModelMixin, ConfigMixin):
     """Top-down levels with residual posteriors, as in NVAE (Vahdat and Kautz 2020) and very deep VAEs (Child 2021).
 
-    The prior of a level is a Gaussian given the levels above, p(z) = N(m, s^2); its posterior N(m + s a, (s b)^2) says
-    how it differs, a and b being functions of the image and the levels above. So KL(q || p) = (a^2 + b^2 - log b^2 - 1)
-    / 2 (section 3.2 there, with the shift in units of s), and 0 before training.
+    The prior of a level is a Gaussian given the levels above, p(z) = N(m, s^2). Its posterior is relative to the prior,
+    q(z) = N(m + s a, (s b)^2), where a and b are functions of the image and the levels above. So KL(q || p) =
+    (a^2 + b^2 - log b^2 - 1) / 2 (NVAE, section 3.2, with the shift in units of s), which is 0 before training.
 
-    A latent is the levels' packed into one tensor, the top one first: N x D x 1 x 1 for images of `sample_size`.
+    A latent holds all levels in one tensor, the top level first: (N, D, 1, 1) for images of `sample_size`.
+
+    Args:
+        in_channels: Channels of the images.
+        sample_size: Side of the images, px.
+        width: Channels of the features.
+        level_sides: Side of each level's grid, px, from the top; a side may occur several times.
+        level_channels: Latent channels of each level; a level of 0 channels has layers only.
+        blocks: Residual blocks per level.
+        norm_num_groups: Groups of each group normalisation.
+        scaling_factor: A diffusion model multiplies shifted latents by it.
+        shift_factor: A diffusion model subtracts it from latents.
+
+    Raises:
+        ValueError: If the levels do not fit together.
     """
 
     _supports_gradient_checkpointing = True
@@ -44,12 +58,6 @@ class HierarchicalVAE(ModelMixin, ConfigMixin):
         scaling_factor: float = 1.0,
         shift_factor: float = 0.0,
     ):
-        """`level_sides`: px of each level's grid, from the top; a side may come several times. `level_channels`: latent
-        channels of each; 0 is a level of layers alone. `blocks`: residual blocks per level. `sample_size`: side of
-        the images, px.
-
-        Raises ValueError for levels that do not fit together.
-        """
         super().__init__()
         sides, channels = list(level_sides), list(level_channels)
         if len(sides) != len(channels) or min([*sides, width, *(c + 1 for c in channels)]) < 1 or not any(channels):
@@ -65,10 +73,18 @@ class HierarchicalVAE(ModelMixin, ConfigMixin):
         self.shapes = [(count, side, side) for side, count in zip(sides, channels, strict=True) if count]
 
     def draw(self, images: Tensor, noise: Tensor | None) -> Drawn:
-        """As `posterior.draw`: each level is sampled given the sample above it, or takes its mode given the modes.
+        """Sample each level of the posterior given the samples above it, as `posterior.draw` does.
 
-        `rates` are each level's KL given the sample above, from the top level down. There is no one Gaussian: `mean` is
-        the latent and `logvar` None. Raises UserError for images of another size than `sample_size`.
+        Args:
+            images: (N, C, H, W) in [-1, 1].
+            noise: (N, D, 1, 1) standard normal; None takes the mode of each level given the modes above it.
+
+        Returns:
+            The sample. `rates` holds the KL of each level given the samples above it, from the top level down. The
+            posterior is not one Gaussian, so `mean` is the latent and `logvar` is None.
+
+        Raises:
+            UserError: If the images have another size than `sample_size`.
         """
         size = self.config.sample_size
         height, width = images.shape[-2:]
@@ -83,7 +99,7 @@ class HierarchicalVAE(ModelMixin, ConfigMixin):
         def choose(level: Level, state: Tensor) -> Tensor:
             mean, log_std = level.prior(state)
             state = state.expand(len(images), -1, -1, -1)
-            # in units of the prior's spread, from its mean
+            # relative to the prior: from its mean, in units of its standard deviation
             shift, log_scale = level.posterior(torch.cat([state, features[level.side]], 1))
             rates.append(kl_per_dimension(shift, 2.0 * log_scale))
             shifts.append(shift if noises is None else shift + log_scale.exp() * next(noises))
@@ -97,7 +113,14 @@ class HierarchicalVAE(ModelMixin, ConfigMixin):
         return Drawn(latent, latent, None, tuple(rates), log_ratio(packed(shifts), packed(logvars), noise))
 
     def sample_prior(self, noise: Tensor) -> Tensor:
-        """Latents of the prior for standard normal `noise`, both N x D x 1 x 1; each level given the one above."""
+        """Sample the prior, each level given the levels above it.
+
+        Args:
+            noise: (N, D, 1, 1) standard normal.
+
+        Returns:
+            (N, D, 1, 1) latents.
+        """
         noises, latents = iter(self.unpacked(noise)), list[Tensor]()
 
         def choose(level: Level, state: Tensor) -> Tensor:
@@ -109,20 +132,32 @@ class HierarchicalVAE(ModelMixin, ConfigMixin):
         return packed(latents)
 
     def encode(self, images: Tensor) -> EncoderOutput:
-        """The mode of each level given the modes above, N x D x 1 x 1."""
+        """Return the mode of each level given the modes above it, (N, D, 1, 1), for images in [-1, 1].
+
+        Raises:
+            UserError: If the images have another size than `sample_size`.
+        """
         return EncoderOutput(latent=self.draw(images, None).latent)
 
     def decode(self, latent: Tensor) -> DecoderOutput:
-        """Images of latents N x D x 1 x 1; NCHW, nominally in [-1, 1]."""
+        """Return the images of latents, (N, D, 1, 1): (N, C, H, W), nominally in [-1, 1].
+
+        Raises:
+            ValueError: If the latents have another shape.
+        """
         latents = iter(self.unpacked(latent))
         return DecoderOutput(sample=self.decoder(self.decoder.descend(lambda level, state: next(latents))))
 
     def forward(self, images: Tensor) -> DecoderOutput:
-        """Reconstructions of the mode."""
+        """Return the images decoded from the mode, (N, C, H, W)."""
         return self.decode(self.encode(images).latent)
 
     def unpacked(self, latent: Tensor) -> list[Tensor]:
-        """A latent N x D x 1 x 1 as its levels', each N x c x h x w, from the top. Raises ValueError for others."""
+        """Split a latent, (N, D, 1, 1), into its levels, each (N, c, h, w), from the top.
+
+        Raises:
+            ValueError: If the latent has another shape.
+        """
         sizes = [count * side * side for count, side, _ in self.shapes]
         if latent.shape[1:] != (sum(sizes), 1, 1):
             raise ValueError(f"a latent is N x {sum(sizes)} x 1 x 1, not {' x '.join(map(str, latent.shape))}")
@@ -131,12 +166,12 @@ class HierarchicalVAE(ModelMixin, ConfigMixin):
 
 
 def packed(levels: Sequence[Tensor]) -> Tensor:
-    """N x c x h x w of each level, from the top -> N x D x 1 x 1."""
+    """Join levels, each (N, c, h, w), from the top, into one latent, (N, D, 1, 1)."""
     return torch.cat([level.flatten(1) for level in levels], 1)[:, :, None, None]
 
 
 class Encoder(nn.Module):
-    """Images -> features at each side, bottom-up."""
+    """Computes features of images at each side, bottom-up."""
 
     def __init__(self, in_channels: int, sample_size: int, width: int, sides: list[int], blocks: int, groups: int):
         super().__init__()
@@ -146,6 +181,7 @@ class Encoder(nn.Module):
         self.stacks = nn.ModuleList(Stack(width, blocks, groups) for _ in sides)
 
     def forward(self, images: Tensor) -> dict[int, Tensor]:
+        """Return features, (N, width, side, side), by their side, for images, (N, C, H, W)."""
         features, found = self.conv_in(images), dict[int, Tensor]()
         for side, stack in zip(self.sides, self.stacks, strict=True):
             features = found[side] = stack(F.avg_pool2d(features, features.shape[-1] // side))
@@ -153,7 +189,7 @@ class Encoder(nn.Module):
 
 
 class Level(nn.Module):
-    """One step down: layers on what the levels above say, then, where it has `channels`, a latent."""
+    """One step down: layers on the state from the levels above and, if it has `channels`, a latent."""
 
     prior: "Moments"
     posterior: "Moments"
@@ -169,6 +205,8 @@ class Level(nn.Module):
 
 
 class Decoder(nn.Module):
+    """The levels from the top down, and the layers from the last level to the image."""
+
     def __init__(
         self,
         out_channels: int,
@@ -182,7 +220,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.scale = sample_size // sides[-1]
         self.start = nn.Parameter(torch.randn(1, width, sides[0], sides[0]))
-        # what only sees the start needs no layers: it is learned itself
+        # levels that see only the start need no layers, because the start itself is learned
         above = [any(channels[:number]) for number in range(len(sides))]
         self.levels = nn.ModuleList(
             Level(width, side, count, blocks if fed else 0, groups)
@@ -195,7 +233,11 @@ class Decoder(nn.Module):
         self.conv_out = nn.Conv2d(fine, out_channels, 3, padding=1)
 
     def descend(self, choose: Callable[[Level, Tensor], Tensor]) -> Tensor:
-        """What all levels say; `choose` gives a level's latent for what those above it say."""
+        """Return the state after all levels.
+
+        Args:
+            choose: Returns the latent of a level, (N, c, h, w), for the level and the state from the levels above it.
+        """
         state: Tensor = self.start
         for level in self.levels:
             state = level.stack(F.interpolate(state, size=level.side))
@@ -204,13 +246,14 @@ class Decoder(nn.Module):
         return state
 
     def forward(self, state: Tensor) -> Tensor:
+        """Return the image for the state after all levels."""
         hidden = self.conv_up(F.silu(self.norm_out(self.stack(state))))
         image: Tensor = self.conv_out(F.silu(F.pixel_shuffle(hidden, self.scale)))
         return image
 
 
 class Moments(nn.Module):
-    """The mean and the logarithm of the standard deviation of a Gaussian, float32; 0 and 0 before training."""
+    """Computes mean and log standard deviation of a Gaussian, both float32 and both 0 before training."""
 
     def __init__(self, in_channels: int, width: int, channels: int, groups: int):
         super().__init__()
@@ -220,6 +263,7 @@ class Moments(nn.Module):
         nn.init.zeros_(self.conv.bias)
 
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """Return both, (N, channels, side, side), for features, (N, in_channels, side, side)."""
         mean, log_std = self.conv(self.block(features)).float().chunk(2, 1)
         return mean, LARGEST_LOG_STD * torch.tanh(log_std / LARGEST_LOG_STD)
 
@@ -233,6 +277,7 @@ class Stack(nn.Module):
         self.blocks = nn.ModuleList(Residual(width, width, groups) for _ in range(count))
 
     def forward(self, features: Tensor) -> Tensor:
+        """Return features, (N, width, side, side) like the input."""
         for block in self.blocks:
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 features = self._gradient_checkpointing_func(block, features)
@@ -242,7 +287,7 @@ class Stack(nn.Module):
 
 
 class Residual(ResnetBlock2D):
-    """diffusers' block without a time embedding; its branch is 0 before training, so that depth costs no care."""
+    """diffusers' block without a time embedding; its branch is 0 before training, so that deep stacks train stably."""
 
     def __init__(self, in_channels: int, out_channels: int, groups: int):
         super().__init__(in_channels=in_channels, out_channels=out_channels, temb_channels=None, groups=groups)
@@ -250,5 +295,6 @@ class Residual(ResnetBlock2D):
         nn.init.zeros_(self.conv2.bias)
 
     def forward(self, features: Tensor) -> Tensor:
+        """Return features, (N, out_channels, side, side), for features, (N, in_channels, side, side)."""
         hidden: Tensor = super().forward(features, None)
         return hidden

@@ -1,6 +1,6 @@
-"""The likelihood p(x | z) of a variational autoencoder: what a decoder's image says of the pixels, in nats.
+"""The likelihood p(x | z) of a variational autoencoder: distributions of the pixels around a decoder's image, in nats.
 
-All take images in [-1, 1], as everywhere; a level of 8 bits is 2/255 wide.
+All images are in [-1, 1]; a level of 8 bits is 2/255 wide.
 """
 
 import json
@@ -18,7 +18,7 @@ LikelihoodKind = Literal["bernoulli", "gaussian", "logistic"]
 LIKELIHOODS: tuple[LikelihoodKind, ...] = ("bernoulli", "gaussian", "logistic")
 HALF_LEVEL = 1.0 / 255.0
 FILE = "likelihood.json"
-"""In an exported folder."""
+"""Name of the file in an exported folder."""
 
 
 class Likelihood(NamedTuple):
@@ -32,13 +32,23 @@ class Likelihood(NamedTuple):
 def log_likelihood(
     kind: LikelihoodKind, image: Tensor, target: Tensor, logvar: Tensor, *, discretised: bool = False
 ) -> Tensor:
-    """log p(target | image) of each element in nats; `logvar` is twice the logarithm of the scale.
+    """Return log p(target | image) of each element, in nats.
 
-    bernoulli: the target's (t + 1) / 2 under the logit 2 x image, so that the image meant is tanh(image), which the
-    clamped image resembles (Kingma and Welling 2014, appendix C.1, for binary data). gaussian: the density (appendix
-    C.2), in nats per [-1, 1] unit, or with `discretised` the probability of the target's level of 8 bits. logistic:
-    that probability (Kingma et al. 2016, section 2.4; Salimans et al. 2017, eq. 2). The first and the last level take
+    bernoulli: (target + 1) / 2 has the logit 2 x image, so the mean image is tanh(image), which the clamped image
+    resembles (Kingma and Welling 2014, appendix C.1, for binary data). gaussian: the density (appendix C.2), in nats
+    per [-1, 1] unit, or with `discretised` the probability of the target's level of 8 bits. logistic: the probability
+    of that level (Kingma et al. 2016, section 2.4; Salimans et al. 2017, eq. 2). The first and the last level include
     the tails.
+
+    Args:
+        kind: Family of distributions.
+        image: (N, C, H, W) output of the decoder.
+        target: (N, C, H, W) in [-1, 1].
+        logvar: Twice the logarithm of the scale, which bernoulli does not use; broadcasts with the image.
+        discretised: Whether gaussian gives probabilities of levels.
+
+    Returns:
+        (N, C, H, W).
     """
     if kind == "bernoulli":
         one = 0.5 * (target + 1.0)
@@ -53,7 +63,7 @@ def log_likelihood(
         inside = F.logsigmoid(above) + F.logsigmoid(-below) + log_width
         first, last = F.logsigmoid(above), F.logsigmoid(-below)
     else:
-        # in the lower tail, where the logarithm of the distribution function is exact
+        # mirrored into the lower tail, where log_ndtr is exact
         mirrored = above + below > 0
         high, low = torch.where(mirrored, -below, above), torch.where(mirrored, -above, below)
         top = torch.special.log_ndtr(high)
@@ -64,13 +74,23 @@ def log_likelihood(
 
 
 def bits_per_dimension(nats: Tensor, kind: LikelihoodKind, *, discretised: bool = False) -> Tensor:
-    """A negative log-likelihood per element in bits; a density counts as if it were level over a level of 8 bits."""
+    """Return the bits of negative log-likelihoods in nats; a density is taken as constant within a level of 8 bits.
+
+    Args:
+        nats: Negative log-likelihoods per element, of any shape.
+        kind: Family of distributions.
+        discretised: As for `log_likelihood`.
+    """
     density = kind == "gaussian" and not discretised
     return nats / math.log(2.0) - (math.log2(2.0 * HALF_LEVEL) if density else 0.0)
 
 
 def read_likelihood(folder: Path) -> Likelihood | None:
-    """What training wrote into an exported folder or checkpoint; None where it had no likelihood. Raises UserError."""
+    """Return the likelihood that training wrote into an exported folder or checkpoint; None if there is none.
+
+    Raises:
+        UserError: If the file cannot be read or holds no known likelihood.
+    """
     place, state = folder / FILE, folder / "state.json"
     try:
         if place.is_file():

@@ -1,9 +1,9 @@
-"""An initialisation that begins as a linear down- and upsampler instead of as noise (docs/linear-start.md).
+"""An initialisation that makes an autoencoder a linear down- and upsampler instead of noise (docs/linear-start.md).
 
 A default-initialised autoencoder spends its first thousands of steps learning to copy colours. Here the fresh
 network *is* a linear codec; training improves on it. Neither the architecture nor the exported format changes.
 
-How a linear signal c passes a network of GroupNorm, SiLU and residual blocks:
+A linear signal c passes a network of GroupNorm, SiLU and residual blocks as follows:
 
 * A *pack* is four neighbouring channels (+c, -c, +K, -K). Residual branches start at zero and shortcuts are the
   identity on packs, so the signal passes the blocks untouched.
@@ -22,23 +22,23 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 K = 4.0
-"""The constant pair's amplitude: large against c (in [-1, 1]), so that the group's scale hardly depends on c."""
+"""Amplitude of the constant pair: large compared with c in [-1, 1], so that the group's scale hardly depends on c."""
 SIGNAL_POWER = 0.25
-"""Mean square of a photograph's pixels in [-1, 1], assumed for that scale; 2x off changes it by under 2 %."""
+"""Assumed mean square of a photograph's pixels in [-1, 1]; an error by a factor of 2 changes the scale by under 2 %."""
 INITIAL_LOGVAR = -8.0
-"""Posterior std exp(-4) = 0.018: nearly deterministic, against the std of about 1 of a default start."""
+"""The posterior std is exp(-4) = 0.018: nearly deterministic, while the default initialisation has a std of about 1."""
 FIRST_GAIN, NEXT_GAIN = 4.0, 2.0
-"""Scale a detail at the level that takes it and at each one after, to about the spread of the colour latents."""
+"""Gains of a detail at the level that takes it and at each level after it: its std is about that of the colours."""
 DETAILS = ("h", "v", "d", "hh", "vv", "hd", "vd", "hm", "vm", "hv", "vh", "dd", "dm", "dh", "dv")
-"""Luma details in the order in which latents take them: about that of their variance in photographs.
+"""Luma details in the order in which latents carry them, roughly by their variance in photographs.
 
-A letter is what one level takes of 2 x 2 pixels, the last letter at the coarsest level: m their mean, h left minus
-right, v top minus bottom, d the diagonal difference. Levels before the first letter take the mean.
+Each letter says what one level computes from 2 x 2 pixels; the last letter is for the coarsest level. m is the mean, h
+left minus right, v top minus bottom, d the diagonal difference. Levels before the first letter compute the mean.
 """
 
 
 class Synthesis(NamedTuple):
-    """Taps of the decoder; fitted once for the squared error of the linear codec on photographs (BSDS500)."""
+    """Taps of the decoder, fitted to minimise the squared error of the linear codec on photographs (BSDS500)."""
 
     side: float
     """3-tap smoothing (side, 1 - 2 side, side) across a detail's direction."""
@@ -57,7 +57,7 @@ SMOOTHING = (0.245, 0.2, 0.05)
 
 
 def linear_start_(autoencoder: AutoencoderKL) -> None:
-    """Sets the weights in place so that the fresh autoencoder is a linear codec.
+    """Set the weights in place so that the fresh autoencoder is a linear codec.
 
     Latents 0..C-1 are the local mean of each image channel; the next ones carry DETAILS of the image's mean over
     channels (luma), which the decoder adds back as lapped functions. Latents beyond these keep their default
@@ -75,9 +75,14 @@ def linear_start_(autoencoder: AutoencoderKL) -> None:
 
 
 def signals_at(colours: int, widths: Sequence[int], latents: int) -> list[list[str]]:
-    """The signals after 0, 1, ... downsamplers: colours "0", "1", ... and then luma details as words of DETAILS.
+    """Return the signals after 0, 1, ... downsamplers: colours "0", "1", ..., then luma details, as words of DETAILS.
 
-    As many details as there are latents and as all levels have room for.
+    There are as many details as latents and widths allow.
+
+    Args:
+        colours: Channels of the images.
+        widths: Channels of each level, from the finest.
+        latents: Channels of the latents.
     """
     levels = len(widths) - 1
     words = [word.rjust(levels, "m") for word in DETAILS if len(word) <= levels]
@@ -89,7 +94,7 @@ def signals_at(colours: int, widths: Sequence[int], latents: int) -> list[list[s
         return [[*map(str, range(colours)), *prefixes] for prefixes in kept]
 
     def fits(details: Sequence[str]) -> bool:
-        # both networks hand a level's signals on to the level's neighbours
+        # both networks pass the signals of a level on to its neighbours
         rooms = [min(widths[max(0, level - 1) : level + 2]) // 4 for level in range(levels + 1)]
         return all(len(signals) <= room for signals, room in zip(stages(details), rooms, strict=True))
 
@@ -187,14 +192,14 @@ def _centre(value: float) -> Tensor:
 
 
 def _each(count: int, taps: Tensor) -> Tensor:
-    """The same 3x3 taps for each of `count` signals, none across: count x count x 3 x 3."""
+    """Return weights, (count, count, 3, 3), that apply the same 3 x 3 taps to each signal and mix no signals."""
     return torch.eye(count)[:, :, None, None] * taps
 
 
 def _write_packs_(conv: nn.Conv2d, taps: Tensor, groups: int, *, from_packs: bool) -> None:
-    """Makes the convolution's first channels packs that hold taps (out x in x 3 x 3) applied to its input.
+    """Set weights so that the first output channels are packs of the signals that `taps`, (out, in, 3, 3), compute.
 
-    Packs without a signal fill the last norm group that holds one, so that its mean stays 0.
+    Packs without a signal fill up the last norm group that holds a signal, so that its mean stays 0.
     """
     signals_out, signals_in = taps.shape[:2]
     per_group = conv.out_channels // groups
@@ -204,14 +209,14 @@ def _write_packs_(conv: nn.Conv2d, taps: Tensor, groups: int, *, from_packs: boo
     conv.bias[:packed] = bias.repeat(packed // 4)
     for out in range(signals_out):
         for source in range(signals_in):
-            # (+c) becomes (+c), (-c) becomes (-c); a plain input feeds both
+            # +c of the input gives +c, and -c gives -c; an input without packs gives both
             plus, minus = (4 * source, 4 * source + 1) if from_packs else (source, source)
             conv.weight[4 * out, plus] = taps[out, source]
             conv.weight[4 * out + 1, minus] = taps[out, source] if from_packs else -taps[out, source]
 
 
 def _read_packs(conv: nn.Conv2d, taps: Tensor) -> Tensor:
-    """Weights, out x conv.in_channels x 3 x 3, that apply taps to signals packed before GroupNorm and SiLU."""
+    """Return weights, (out, conv.in_channels, 3, 3), that apply taps to packs that passed GroupNorm and SiLU."""
     signals_out, signals_in = taps.shape[:2]
     # the norm divides by the root mean square of (c, -c, K, -K)
     scale = math.sqrt((SIGNAL_POWER + K**2) / 2)

@@ -1,4 +1,4 @@
-"""First stages of the classes in `registry`, behind one door: what is encoded, what is decoded, how sides shrink.
+"""Loads first stages of all classes in `registry`, and encodes, decodes and reconstructs images with them.
 
 stage = load_first_stage("madebyollin/taesdxl")
 encoded = stage.encode(images)                # images: NCHW float in [-1, 1]
@@ -28,22 +28,22 @@ from latent_ae.models.run_checkpoint import checkpoint_at
 
 Dtype = Literal["fp32", "bf16", "fp16"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-# pipelines keep their first stage in one of these
+# subfolders in which pipelines keep their first stage
 PIPELINE_FOLDERS = ("vae", "vqvae", "movq")
 EMA_FOLDERS = ("{}_ema", "ema")
 CPU_BATCH_PX = 256 * 256
-"""Pixels of an image times images of a batch, on a CPU: the memory of larger feature maps goes back to the system after
-each layer and is fetched anew for the next, which takes a fifth of the time and twice the memory."""
+"""Pixels of all images of a batch on a CPU: the allocator returns the memory of larger feature maps to the system after
+each layer and requests it again for the next, which takes a fifth of the time and twice the memory."""
 ImageFunction = Callable[[Tensor], Tensor]
 
 
 class Encoded(NamedTuple):
-    """Latents, float32, raw: no scaling factor."""
+    """Raw latents (without scaling factor), float32."""
 
     mean: Tensor
-    """What a deterministic model gives, or the posterior's mean; of a VQModel before quantisation."""
+    """Mean of the posterior, or the latent of a deterministic model, (N, c, h, w); a VQModel's is not quantised yet."""
     std: Tensor | None
-    """The posterior's standard deviation, like `mean`; None where there is no posterior."""
+    """Standard deviation of the posterior, shaped like `mean`; None if there is no Gaussian posterior."""
 
 
 @dataclass(frozen=True)
@@ -54,58 +54,93 @@ class FirstStage:
     """None for a plain function."""
     function: ImageFunction | None
     name: str
-    """Class name."""
+    """Name of the class or function."""
     factor: int
+    """Image px per latent px along one side."""
     channels: int | None
-    """Channels of its images; None where a function does not say."""
+    """Channels of the images; None for a function."""
     latent_channels: int | None
     has_posterior: bool
     location: str | None = None
     weights: str = "as stored"
     sha256: str | None = None
-    """Over the class, the config, and the names, shapes and bytes of all tensors, as they were loaded."""
+    """Digest of the class, the config, and the names, shapes and bytes of all tensors as they were loaded."""
     likelihood: Likelihood | None = None
-    """That it was trained with, where it was and the folder says so."""
+    """Likelihood that the model was trained with, if the folder names one."""
 
     @property
     def family(self) -> Family | None:
-        """The record of its class; None of a function."""
+        """The record of the class; None for a function."""
         return family_of(self.module) if self.function is None else None
 
     @property
     def side(self) -> int | None:
-        """The one side of images in px that it takes; None where sides are multiples of the factor."""
+        """The only side of images, px, that the model takes; None if it takes all multiples of the factor."""
         return None if self.family is None or self.module is None else self.family.side(self.module.config)
 
     @property
     def random(self) -> bool:
-        """Whether a latent is drawn from a posterior."""
+        """Whether latents are sampled from a posterior."""
         return self.family is not None and self.family.random
 
     def moments(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
-        """What a latent is drawn from, float32: the posterior's mean and log-variance, or the latent and None.
+        """Return the posterior's mean and log-variance, or the latent and None if there is no Gaussian posterior.
 
-        Of NCHW images in [-1, 1] whose sides are multiples of the factor. A function has none.
+        Args:
+            images: (N, C, H, W) in [-1, 1], whose sides are multiples of the factor.
+
+        Returns:
+            (N, c, h, w) float32 each, raw.
+
+        Raises:
+            UserError: If the device cannot compute in the model's dtype.
         """
         assert self.module is not None
         with self._arithmetic():
             return moments_of(self.module, images.to(self.dtype))
 
     def encode(self, images: Tensor) -> Encoded:
-        """Latents of NCHW images in [-1, 1] whose sides are multiples of the factor. A function has none."""
+        """Encode images.
+
+        Args:
+            images: (N, C, H, W) in [-1, 1], whose sides are multiples of the factor.
+
+        Raises:
+            UserError: If the device cannot compute in the model's dtype.
+        """
         mean, logvar = self.moments(images)
         return Encoded(mean, None if logvar is None else torch.exp(0.5 * logvar))
 
     def decode(self, latents: Tensor) -> Tensor:
-        """NCHW float32, nominally in [-1, 1], not clamped."""
+        """Decode latents.
+
+        Args:
+            latents: (N, c, h, w), raw.
+
+        Returns:
+            (N, C, H, W) float32, nominally in [-1, 1], not clamped.
+
+        Raises:
+            UserError: If the device cannot compute in the model's dtype.
+        """
         assert self.module is not None
         with self._arithmetic():
             return family_of(self.module).decode(self.module, latents.to(self.dtype)).float()
 
     def reconstruct(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
-        """Reconstructions of the posterior's mean, or with `noise` (shaped like the latent) of a sample.
+        """Return reconstructions from the posterior's mean, or from a sample.
 
-        Sides that are no multiples of the factor are padded with their last row or column, and cropped back.
+        Sides that are not multiples of the factor are padded with the last row or column, and cropped afterwards.
+
+        Args:
+            images: (N, C, H, W) in [-1, 1].
+            noise: Standard normal, shaped like the latent, to sample the posterior; None takes the mean.
+
+        Returns:
+            (N, C, H, W) float32, nominally in [-1, 1], not clamped.
+
+        Raises:
+            UserError: If a function returns another shape, or the device cannot compute in the model's dtype.
         """
         if self.function is not None:
             made = self.function(images)
@@ -122,7 +157,7 @@ class FirstStage:
 
     @contextmanager
     def _arithmetic(self) -> Iterator[None]:
-        """Raise UserError for a layer that PyTorch does not have in this dtype on this device."""
+        """Raise UserError if PyTorch lacks a layer of the `with` block in this dtype on this device."""
         try:
             yield
         except RuntimeError as error:
@@ -134,12 +169,12 @@ class FirstStage:
 
     @property
     def dtype(self) -> torch.dtype:
-        """That the model computes in."""
+        """The dtype in which the model computes; float32 for a function."""
         parameter = None if self.module is None else next(self.module.parameters(), None)
         return torch.float32 if parameter is None else parameter.dtype
 
     def describe(self) -> dict[str, Any]:
-        """What a result says of the model, JSON-ready."""
+        """Return how a result describes the model, JSON-ready."""
         return {
             "location": self.location,
             "class": self.name,
@@ -161,11 +196,20 @@ def first_stage(
     dtype: Dtype = "fp32",
     likelihood: Likelihood | None = None,
 ) -> FirstStage:
-    """Wraps an instance of one of FAMILIES (put into evaluation mode), or a function of NCHW images in [-1, 1].
+    """Wrap an instance of one of FAMILIES, which is put into evaluation mode, or a function.
 
-    Raises UserError for a model whose output has other channels than its input, ValueError for what is neither.
+    Args:
+        model: The instance, or a function from (N, C, H, W) images in [-1, 1] to their reconstructions.
+        location: Where the model comes from, for results and messages.
+        weights: Which weights they are, for results.
+        dtype: Precision of the computations; an instance of another dtype is copied.
+        likelihood: Likelihood that the model was trained with.
+
+    Raises:
+        UserError: If the model cannot be measured, or its output has other channels than its input.
+        ValueError: If `model` is neither an instance nor a function.
     """
-    original = getattr(model, "_orig_mod", model)  # of torch.compile
+    original = getattr(model, "_orig_mod", model)  # torch.compile wraps the module
     name = family_name(original) or type(original).__name__
     if name not in FAMILIES:
         if not callable(model) or isinstance(original, diffusers.ModelMixin):
@@ -209,12 +253,20 @@ def load_first_stage(
     ema: bool | None = None,
     dtype: Dtype = "fp32",
 ) -> FirstStage:
-    """A first stage from a diffusers folder, a pipeline's folder, a hub id, or a run or checkpoint of ours.
+    """Load a first stage.
 
-    `variant` names weight files as diffusers does (fp16, non_ema, ...). `ema`: None takes the weights as they are
-    stored; True and False ask for the averaged or the raw ones: of a run or checkpoint of ours (which gives its
-    averaged weights by default), or of the folders and variants under which diffusers' scripts keep them
-    (`vae_ema/`, `ema/`, variant non_ema). Raises UserError when there is no such model.
+    Args:
+        location: A diffusers folder, a pipeline's folder, a hub id, or a run or checkpoint of this project.
+        subfolder: Subfolder that holds the model; a pipeline's first stage is found without it.
+        revision: Commit or tag of a hub model.
+        variant: Variant of the weight files as diffusers names it (fp16, non_ema, ...).
+        ema: Whether to load averaged (True) or raw (False) weights: those of a run or checkpoint, or those in the
+            folders and variants of diffusers' scripts (`vae_ema/`, `ema/`, variant non_ema). None loads the averaged
+            weights of a run or checkpoint if it has them, and the default weights of other models.
+        dtype: Precision of the computations.
+
+    Raises:
+        UserError: If there is no such model, or it cannot be read or measured.
     """
     folder = Path(location).expanduser()
     if folder.exists():
@@ -243,20 +295,20 @@ def load_first_stage(
 
 
 def load(model: Any, *, device: torch.device | str = "auto", dtype: Dtype = "fp32", **where: Any) -> FirstStage:
-    """A first stage in evaluation mode, from wherever it is.
+    """Load or wrap a first stage in evaluation mode.
 
     Args:
         model: Run, checkpoint, diffusers folder, pipeline's folder or hub id; or an instance of a known class, or a
-            function from NCHW images in [-1, 1] to their reconstructions.
-        device: Where it computes; `auto` takes a GPU where there is one.
-        dtype: What it computes in. An instance of another dtype is copied.
+            function from (N, C, H, W) images in [-1, 1] to their reconstructions.
+        device: Where the model computes; `auto` takes a GPU if there is one.
+        dtype: Precision of the computations. An instance of another dtype is copied.
         **where: `subfolder`, `revision`, `variant` and `ema` of `load_first_stage`.
 
     Returns:
-        Its `encode`, `decode` and `reconstruct` take and give NCHW images in [-1, 1] and raw latents.
+        The first stage; its `encode`, `decode` and `reconstruct` work with images in [-1, 1] and raw latents.
 
     Raises:
-        UserError: When there is no such model, or its class is not known.
+        UserError: If there is no such model, or its class is not known.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -270,7 +322,7 @@ def load(model: Any, *, device: torch.device | str = "auto", dtype: Dtype = "fp3
 
 
 def _subfolder_in(folder: Path, subfolder: str | None, ema: bool | None, location: str) -> str | None:
-    """Which part of a folder holds the model."""
+    """Return the subfolder that holds the model; None if the folder itself holds it. Raise UserError if none does."""
     if subfolder is None and not (folder / "config.json").is_file():
         subfolder = next((name for name in PIPELINE_FOLDERS if (folder / name / "config.json").is_file()), None)
     if ema:
@@ -308,12 +360,12 @@ def _from_pretrained(
 
 
 def _subfolder_on_hub(repository: str, revision: str | None) -> str | None:
-    """None where the repository is the model itself; a pipeline has its first stage in a subfolder."""
+    """Return the subfolder of a pipeline's first stage; None if the repository is the model itself."""
     from huggingface_hub import file_exists, try_to_load_from_cache
 
     places = [None, *PIPELINE_FOLDERS]
     files = [f"{place}/config.json" if place else "config.json" for place in places]
-    for place, file in zip(places, files, strict=True):  # what was downloaded before needs no network
+    for place, file in zip(places, files, strict=True):  # files that were downloaded before need no network
         if isinstance(try_to_load_from_cache(repository, file, revision=revision), str):
             return place
     try:
@@ -330,7 +382,7 @@ def _subfolder_on_hub(repository: str, revision: str | None) -> str | None:
 
 
 def _load_checkpoint(folder: Path, location: str, ema: bool | None, dtype: Dtype) -> FirstStage:
-    """The weights of a training checkpoint: their average, or those being trained."""
+    """Return the first stage in a training checkpoint, with averaged or raw weights."""
     has_average = (folder / "ema.safetensors").is_file()
     if ema and not has_average:
         raise UserError(f"ema: {folder} was trained without an average; give ema=false or leave it out")
@@ -347,7 +399,7 @@ def _load_checkpoint(folder: Path, location: str, ema: bool | None, dtype: Dtype
 
 
 def _in(module: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """The module if it computes in `dtype`, else a copy that does: the caller's stays as it is."""
+    """Return the module if it has the dtype, else a copy that has it: the caller's module does not change."""
     if all(parameter.dtype == dtype for parameter in module.parameters()):
         return module
     return copy.deepcopy(module).to(dtype)

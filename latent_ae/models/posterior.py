@@ -1,4 +1,4 @@
-"""Images -> what their latents are drawn from, the draw, and what it costs."""
+"""The posterior of images: its moments, samples from it, and their KL and log-ratio to the prior."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -10,39 +10,49 @@ from latent_ae.models.registry import family_of
 
 
 class Drawn(NamedTuple):
-    """A sample of the posterior q(z | x); all float32."""
+    """A sample of the posterior q(z | x). All tensors are float32."""
 
     latent: Tensor
-    """What the decoder takes, N x c x h x w."""
+    """The sample, which the decoder takes, (N, c, h, w)."""
     mean: Tensor
-    """Mean of a Gaussian posterior; without one the latent, of a codebook before quantisation."""
+    """Mean of a Gaussian posterior; otherwise the latent, which is not quantised yet if there is a codebook."""
     logvar: Tensor | None
-    """Log-variance of a Gaussian posterior, like `mean`."""
+    """Log-variance of a Gaussian posterior, shaped like `mean`; otherwise None."""
     rates: tuple[Tensor, ...]
-    """KL(q || p) in nats of each latent dimension, N x c x h x w, for each level of the latent; behind a flow one
-    sample's estimate. Empty where nothing is random."""
+    """KL(q || p) of each latent dimension in nats, (N, c, h, w), for each level of the latent; a flow gives an estimate
+    from the sample. Empty if the latent is not random."""
     log_ratio: Tensor
-    """log p(z) - log q(z | x) of this sample, N, nats; 0 where nothing is random."""
+    """log p(z) - log q(z | x) of the sample in nats, (N,); 0 if the latent is not random."""
 
 
 def moments_of(module: nn.Module, images: Tensor) -> tuple[Tensor, Tensor | None]:
-    """What a latent is drawn from, float32: the posterior's mean and log-variance, or the latent and None.
+    """Return the posterior's mean and log-variance, or the latent and None if there is no Gaussian posterior.
 
-    `module` is an instance of one of `registry.FAMILIES`; of a VQModel it is the latent before quantisation.
+    Args:
+        module: An instance of one of `registry.FAMILIES`.
+        images: (N, C, H, W) in [-1, 1], whose sides are multiples of the factor.
+
+    Returns:
+        (N, c, h, w) float32 each; the latent of a VQModel is not quantised yet.
     """
     return family_of(module).encode(module, images)
 
 
 def draw(module: nn.Module, images: Tensor, noise: Tensor | None) -> Drawn:
-    """Samples the posterior with `noise` (standard normal, shaped like the latent); None takes its mode.
+    """Sample the posterior.
 
-    A class of ours whose posterior is more than one Gaussian has a method `draw` of the same meaning.
+    A class of this project whose posterior is not one Gaussian has a method `draw`, which is called.
+
+    Args:
+        module: An instance of one of `registry.FAMILIES`.
+        images: (N, C, H, W) in [-1, 1], whose sides are multiples of the factor.
+        noise: Standard normal, shaped like the latent; None takes the mode.
     """
     return drawer(module, images)(noise)
 
 
 def drawer(module: nn.Module, images: Tensor) -> Callable[[Tensor | None], Drawn]:
-    """`draw` from the same images many times, which are encoded once where the class allows it."""
+    """Return a function of noise that samples like `draw`, and encodes the images only once if the class allows it."""
     if hasattr(module, "draw"):
 
         def own(noise: Tensor | None) -> Drawn:
@@ -69,7 +79,18 @@ def log_ratio(
     prior_mean: Tensor | float = 0.0,
     prior_logvar: Tensor | float = 0.0,
 ) -> Tensor:
-    """log p(z) - log q(z | x), N, of Gaussians: z = mean + exp(logvar / 2) noise, and the prior's two moments."""
+    """Return log p(z) - log q(z | x) of Gaussians for z = mean + exp(logvar / 2) noise, in nats.
+
+    Args:
+        latent: z, (N, c, h, w).
+        logvar: Log-variance of the posterior, (N, c, h, w).
+        noise: The standard normal noise of z, (N, c, h, w); None stands for 0.
+        prior_mean: Mean of the prior.
+        prior_logvar: Log-variance of the prior.
+
+    Returns:
+        (N,) float32.
+    """
     prior = torch.as_tensor(prior_logvar, device=latent.device, dtype=latent.dtype)
     distance = (latent - prior_mean).square() * torch.exp(-prior) + prior
     own = logvar if noise is None else logvar + noise.square()
@@ -77,5 +98,5 @@ def log_ratio(
 
 
 def kl_per_dimension(mean: Tensor, logvar: Tensor) -> Tensor:
-    """KL(N(mean, exp(logvar)) || N(0, 1)) of each latent dimension in nats, N x c x h x w (Kingma and Welling 2014)."""
+    """Return KL(N(mean, exp(logvar)) || N(0, 1)) of each dimension in nats (Kingma and Welling 2014, appendix B)."""
     return 0.5 * (mean.square() + logvar.exp() - 1.0 - logvar)

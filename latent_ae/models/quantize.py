@@ -1,4 +1,4 @@
-"""Vector quantisation (van den Oord et al. 2017): nearest codes."""
+"""Vector quantisation: the nearest codes of a latent (van den Oord et al. 2017)."""
 
 from typing import NamedTuple
 
@@ -8,18 +8,23 @@ from torch import Tensor
 
 
 class Codes(NamedTuple):
-    """What a latent was quantised to."""
+    """The codes of a quantised latent."""
 
     indices: Tensor
-    """N x h x w, int64."""
+    """(N, h, w) int64."""
     vectors: Tensor
-    """N x c x h x w, with the gradient's way to the codebook."""
+    """(N, c, h, w); gradients flow from here to the codebook."""
 
 
 def quantised(latent: Tensor, codebook: Tensor) -> tuple[Tensor, Codes]:
-    """The nearest code of every place, as the decoder gets it, whose gradient goes straight through to `latent`.
+    """Replace the vector at each position of a latent by its nearest code.
 
-    `latent` is N x c x h x w, `codebook` codes x c.
+    Args:
+        latent: (N, c, h, w).
+        codebook: (codes, c).
+
+    Returns:
+        The quantised latent, (N, c, h, w), whose gradient passes straight through to `latent`; and the codes.
     """
     places = latent.detach().movedim(1, -1)
     indices = torch.cdist(places.flatten(0, 2), codebook.detach()).argmin(1).view(places.shape[:3])

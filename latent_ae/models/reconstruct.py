@@ -1,4 +1,4 @@
-"""The one way through an autoencoder while it trains: images to latents to reconstructions."""
+"""The forward pass of an autoencoder in training: images to latents to reconstructions."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -13,35 +13,38 @@ from latent_ae.models.registry import family_of
 
 
 class Reconstruction(NamedTuple):
-    """What one pass gives; all float32."""
+    """The results of a forward pass. All tensors are float32 except the codes' indices."""
 
     image: Tensor
-    """NCHW like the input, nominally in [-1, 1], not clamped."""
+    """(N, C, H, W) like the input, nominally in [-1, 1], not clamped."""
     mean: Tensor
-    """Posterior mean, N x latent_channels x H/f x W/f (raw: no scaling factor); without a posterior the latent."""
+    """Posterior mean, (N, c, H/f, W/f), raw (without scaling factor); the latent if there is no Gaussian posterior."""
     logvar: Tensor | None
-    """Posterior log-variance, like `mean`; None without a posterior."""
+    """Posterior log-variance, shaped like `mean`; None if there is no Gaussian posterior."""
     latent: Tensor
-    """mean + exp(logvar / 2) * noise, the mean, or its nearest codes; decoded, after transforms."""
+    """mean + exp(logvar / 2) * noise, the mean, or its nearest codes, before transforms."""
     to_decode: Tensor
-    """The latent, or one given, on its way to the decoder, before transforms; its gradient is the image's alone."""
+    """The latent, or the one given, that is transformed and decoded; only the image contributes to its gradient."""
     heads: Mapping[str, Tensor] = {}
-    """What the heads make of the latent, float32, by their names."""
+    """Outputs of the heads by their names."""
     codes: Codes | None = None
-    """What the latent was quantised to, where there is a codebook."""
+    """The codes of the latent; None if there is no codebook."""
     rates: tuple[Tensor, ...] = ()
-    """KL of each latent dimension in nats, level by level (`posterior.Drawn`); empty without a posterior."""
+    """KL of each latent dimension in nats, level by level (see `posterior.Drawn`); empty without a posterior."""
 
 
 class Reconstructor(nn.Module):
-    """The one way through an autoencoder. What wraps it (DDP, autocast, compile) sees every use.
+    """Encodes and decodes in a single `forward`, so that wrappers (DDP, autocast, compile) see every use.
 
     Calling `autoencoder.encode` or `.decode` of a wrapped model bypasses the wrapper's hooks, so that
-    gradients are not synchronised; hence this single `forward`.
+    gradients are not synchronised.
+
+    Args:
+        autoencoder: An instance of one of FAMILIES.
+        heads: Networks on the latent that train with the autoencoder and are not part of it, by name.
     """
 
     def __init__(self, autoencoder: ModelMixin, heads: Mapping[str, nn.Module] | None = None):
-        """`heads` are networks on the latent that train with the autoencoder and are no part of it."""
         super().__init__()
         self.autoencoder, self.heads = autoencoder, nn.ModuleDict(dict(heads or {}))
         keep_posterior_precise_(autoencoder)
@@ -53,23 +56,23 @@ class Reconstructor(nn.Module):
         transforms: Sequence[Callable[[Tensor], Tensor]] = (),
         decode: Tensor | None = None,
     ) -> Reconstruction:
-        """Reconstructs images.
+        """Reconstruct images.
 
         Args:
-            images: N x C x H x W in [-1, 1]; the sides are multiples of the factor.
-            noise: Standard normal, shaped like the latent; it samples the posterior. None takes its mode.
-            transforms: Applied to the latent one after another before it is decoded; a scaled or turned latent gives an
-                image of that size and turn.
-            decode: A latent that is decoded in place of the images' own.
+            images: (N, C, H, W) in [-1, 1], whose sides are multiples of the factor.
+            noise: Standard normal, shaped like the latent, to sample the posterior; None takes the mode.
+            transforms: Applied to the latent one after another before it is decoded; a scaled or rotated latent gives a
+                scaled or rotated image.
+            decode: A latent to decode instead of the images' latent.
         """
         latent, mean, logvar, rates, _ = draw(self.autoencoder, images, noise)
         codes, how = None, {}
         if self.num_codes:
             latent, codes = quantised(mean, self.codebook)
-            how = {"force_not_quantize": True}  # it is quantised already
+            how = {"force_not_quantize": True}  # because it is quantised already
         heads = {name: head(latent).float() for name, head in self.heads.items()}
         to_decode = latent if decode is None else decode
-        to_decode = to_decode.view_as(to_decode)  # a node of its own: its gradient is that of the image alone
+        to_decode = to_decode.view_as(to_decode)  # a separate node, whose gradient comes only from the image
         decoded = to_decode
         for transform in transforms:
             decoded = transform(decoded)
@@ -78,12 +81,12 @@ class Reconstructor(nn.Module):
 
     @property
     def codebook(self) -> Tensor:
-        """The vectors of a VQModel, codes x channels."""
+        """The codebook of a VQModel, (codes, c)."""
         return self.autoencoder.quantize.embedding.weight
 
     @property
     def num_codes(self) -> int:
-        """0 without a codebook."""
+        """Number of codes; 0 without a codebook."""
         return num_codes_of(self.autoencoder)
 
     @property
@@ -100,17 +103,17 @@ class Reconstructor(nn.Module):
 
 
 def num_codes_of(autoencoder: nn.Module) -> int:
-    """Size of the codebook; 0 without one."""
+    """Return the number of codes; 0 without a codebook."""
     return len(autoencoder.quantize.embedding.weight) if family_of(autoencoder).latent == "codebook" else 0
 
 
 def keep_posterior_precise_(module: nn.Module) -> None:
-    """From now on an autocast leaves in float32 what a Gaussian posterior and a sample of it pass through.
+    """Keep the convolutions around a Gaussian posterior in float32 under autocast, in place.
 
-    That is the encoder's last convolution, `quant_conv`, `post_quant_conv` and the decoder's first convolution. In
-    bfloat16 each would round a latent to 8 bits, often more than the posterior's standard deviation, so that the KL
-    term charged for a precision that does not reach the decoder. Names and values of the weights stay. Where there
-    is no such posterior, and in convolutions of videos, nothing changes.
+    They are the encoder's last convolution, `quant_conv`, `post_quant_conv` and the decoder's first convolution. In
+    bfloat16 each would round a latent to 8 bits. The error is often larger than the posterior's standard deviation, so
+    the KL term would charge for a precision that does not reach the decoder. Names and values of the weights stay.
+    Models without such a posterior and convolutions of videos do not change.
     """
     if family_of(module).latent not in ("posterior", "flow"):
         return
@@ -123,12 +126,12 @@ def keep_posterior_precise_(module: nn.Module) -> None:
 
 
 def end_layers(part: nn.Module) -> list[nn.Module]:
-    """The first and the last convolution of an encoder or decoder, as far as it has them."""
-    if hasattr(part, "layers"):  # AutoencoderTiny's
+    """Return the first and the last convolution of an encoder or decoder, as far as it has them."""
+    if hasattr(part, "layers"):  # AutoencoderTiny
         return [part.layers[0], part.layers[-1]]
-    # those of AutoencoderRAE's decoder are linear
+    # in AutoencoderRAE's decoder they are linear layers
     places = {"conv_in": 0, "decoder_embed": 0, "conv_out": -1, "decoder_pred": -1}
-    # AutoencoderDC's may change the size, too, and hold theirs; AutoencoderKLCosmos has two for one, of space and time
+    # AutoencoderDC's may be wrapped in a block that resamples; AutoencoderKLCosmos has two in a row, of space and time
     return [
         [inner for inner in getattr(part, name).modules() if hasattr(inner, "weight")][place]
         for name, place in places.items()

@@ -1,4 +1,4 @@
-"""The classes of first stages that are known here: a record for each, with all that is asked of a class elsewhere."""
+"""The known classes of first stages: a record for each, which tells the rest of the project how to use it."""
 
 import importlib
 from collections.abc import Callable
@@ -24,7 +24,7 @@ from latent_ae.models.family import (
 )
 
 BLOCKS = (ResnetBlock2D, AutoencoderTinyBlock, ResBlock, EfficientViTBlock)
-"""Blocks that the classes are made of, which `compile` compiles."""
+"""Building blocks of the classes, which `compile` compiles."""
 
 
 LATENT_CHANNELS = of_config("latent_channels")
@@ -33,7 +33,7 @@ LATENT_CHANNELS = of_config("latent_channels")
 def _one_frame(
     factor: Callable[[Any], int], latent_channels: Callable[[Any], int] = LATENT_CHANNELS, **fields: Any
 ) -> Family:
-    """A class of videos, N x C x T x H x W, to which an image is a video of one frame."""
+    """Return the record of a class for videos, (N, C, T, H, W), which takes an image as a video of one frame."""
     own: dict[str, Any] = {
         "latent": "posterior",
         "encode": adapters.encode_frame,
@@ -59,7 +59,7 @@ _RGBA = {
     "encoded": "vae.encode(torch.nn.functional.pad(images, (0, 0, 0, 0, 0, 1), value=1.0)[:, :, None])"
     ".latent_dist.sample()[:, :, 0]",
     "decoded": "vae.decode(z[:, :, None]).sample[:, :3, 0]",
-    "trains": (),  # nothing would hold its alpha in place
+    "trains": (),  # no loss would keep the alpha channel at 1
 }
 
 FAMILIES = {
@@ -67,15 +67,15 @@ FAMILIES = {
         "posterior", powers_of_two("block_out_channels"), tried_in_half_precision=True, pipeline_decodes=True
     ),
     "AutoencoderKLFlux2": Family("posterior", powers_of_two("block_out_channels"), scaled_by_patches=True),
-    # its decoder has weights for masks, which a first stage is not given
+    # its decoder has weights for masks, which a first stage does not get
     "AsymmetricAutoencoderKL": Family(
         "posterior",
         powers_of_two("down_block_out_channels"),
         unreached="condition_encoder",
         pipeline_decodes=True,
-        gradient_checkpointing=True,  # its encoder and decoder can (diffusers 0.42 does not flag it)
+        gradient_checkpointing=True,  # its encoder and decoder support it, though diffusers 0.42 does not flag it
     ),
-    # its encoder forgets to scale images when it checkpoints (diffusers 0.42)
+    # with checkpointing, its encoder does not scale the images (diffusers 0.42)
     "AutoencoderTiny": Family(
         "deterministic",
         powers_of_two("encoder_block_out_channels"),
@@ -96,9 +96,9 @@ FAMILIES = {
         encoded="vae.encode(images).latents",
         codes=of_config("num_vq_embeddings"),
         pipeline_decodes=True,
-        gradient_checkpointing=True,  # as of AsymmetricAutoencoderKL
+        gradient_checkpointing=True,  # as for AsymmetricAutoencoderKL
     ),
-    # its levels' latents packed into one of 1 x 1
+    # its latent packs those of all levels into one of 1 x 1
     "HierarchicalVAE": Family(
         "hierarchy",
         lambda config: int(config.sample_size),
@@ -120,7 +120,7 @@ FAMILIES = {
         decode=adapters.decode_unit_range,
         encoded="vae.encode((images + 1) / 2).latent",
         decoded="2 * vae.decode(z).sample - 1",
-        # its `encode` has scaled them
+        # its `encode` scales them
         scaling=lambda config: LatentScaling(inside=config.latents_std is not None or config.scaling_factor != 1.0),
         refusal=lambda config: (
             None if config.reshape_to_2d else "its latents are tokens without a grid: set reshape_to_2d in config.json"
@@ -133,7 +133,7 @@ FAMILIES = {
         channels=of_config("input_channels"),
         unreached="time_conv",
     ),
-    # of RGBA images; a still image is given to it as an opaque one
+    # for RGBA images; a still image becomes an opaque one
     "AutoencoderKLQwenImage21": _one_frame(
         factor_of_patches,
         of_config("z_dim"),
@@ -183,11 +183,15 @@ FAMILIES = {
 }
 
 OWN = {"FlowAutoencoderKL": "latent_ae.models.flow", "HierarchicalVAE": "latent_ae.models.hierarchical"}
-"""Modules of the classes that diffusers has not, saved and loaded as its are. FAMILIES has them, too."""
+"""Modules of this project's own classes, which save and load like those of diffusers; they are in FAMILIES, too."""
 
 
 def class_of(name: str) -> Any:
-    """The class of one of FAMILIES. Raises UserError where the installed diffusers is older than it."""
+    """Return a class of FAMILIES by its name.
+
+    Raises:
+        UserError: If the installed diffusers does not have it.
+    """
     found = getattr(importlib.import_module(module_of(name)), name, None)
     if found is None:
         raise UserError(
@@ -197,45 +201,51 @@ def class_of(name: str) -> Any:
 
 
 def module_of(name: str) -> str:
-    """From which the class can be imported."""
+    """Return the name of the module from which a class of FAMILIES can be imported."""
     return OWN.get(name, "diffusers")
 
 
 def family_name(module: object) -> str | None:
-    """Which of FAMILIES this is an instance of."""
+    """Return the name in FAMILIES of the class of an instance; None if it is not in FAMILIES."""
     return next((cls.__name__ for cls in type(module).__mro__ if cls.__name__ in FAMILIES), None)
 
 
 def family_of(module: Any) -> Family:
-    """The record of an instance of one of FAMILIES."""
+    """Return the record of an instance of one of FAMILIES, with the fields of its variant."""
     family = FAMILIES[str(family_name(module))]
     return family._replace(**family.variant(module.config))
 
 
 def recompute_blocks_(module: Any) -> None:
-    """From now on the blocks of an instance of one of FAMILIES are computed again in the backward pass.
+    """Switch on gradient checkpointing in an instance of one of FAMILIES, in place.
 
-    Raises ValueError where they cannot be.
+    Raises:
+        ValueError: If the class does not support it.
     """
     if not recomputes(module):
         raise ValueError(f"{type(module).__name__} has no gradient checkpointing")
-    module._supports_gradient_checkpointing = True  # of this instance; diffusers' flag of the class may be missing
+    module._supports_gradient_checkpointing = True  # on this instance, because the class may lack diffusers' flag
     module.enable_gradient_checkpointing()
 
 
 def recomputes(module: Any) -> bool:
-    """Whether the blocks of an instance of one of FAMILIES can be computed again in the backward pass."""
+    """Return whether an instance of one of FAMILIES supports gradient checkpointing."""
     known = family_of(module).gradient_checkpointing
     return bool(module._supports_gradient_checkpointing if known is None else known)
 
 
 def scaling_of(module: Any) -> LatentScaling:
-    """What diffusion models do with the latents of an instance of one of FAMILIES."""
+    """Return how diffusion models scale the latents of an instance of one of FAMILIES."""
     return family_of(module).scaling(module.config)
 
 
 def untrained(config: dict[str, Any]) -> nn.Module:
-    """A fresh instance of the class of FAMILIES that a diffusers config names. Raises what diffusers does."""
+    """Return a fresh instance of the class that a diffusers config names.
+
+    Raises:
+        ValueError: If the class is not in FAMILIES. The errors of diffusers pass through.
+        UserError: If the installed diffusers does not have the class.
+    """
     name = config.get("_class_name", "AutoencoderKL")
     if name not in FAMILIES:
         raise ValueError(f"{name} is not a first stage known here: {', '.join(FAMILIES)}")
@@ -244,6 +254,6 @@ def untrained(config: dict[str, Any]) -> nn.Module:
 
 
 def config_of(folder: str | Path) -> dict[str, Any]:
-    """The diffusers config in a folder. Raises what diffusers does."""
+    """Return the diffusers config in a folder. The errors of diffusers pass through."""
     config: dict[str, Any] = diffusers.AutoencoderKL.load_config(folder)
     return config

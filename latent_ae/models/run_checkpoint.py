@@ -1,4 +1,4 @@
-"""Which checkpoint of a training run can be trusted: finished, and as its manifest says."""
+"""Finds the checkpoints of a training run that are finished and match their manifests."""
 
 import errno
 import hashlib
@@ -15,20 +15,23 @@ PREFIX = "step-"
 MANIFEST = "manifest.json"
 ALWAYS = ("autoencoder.safetensors", "config.json", "optimizer.pt", "state.json")
 DAMAGE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EIO)
-"""What reading a damaged checkpoint may end in; anything else can be mended, and the checkpoint is whole."""
+"""Errors that mean a damaged checkpoint; after any other the user can repair the access to a whole one."""
 
 
 def finished_checkpoints(run: Path) -> dict[int, Path]:
-    """Folders of the checkpoints of a run that were finished, by step, oldest first. Their content is not checked."""
+    """Return the folders of a run's finished checkpoints, by step, oldest first, without checking their content."""
     names = {path.name.removeprefix(PREFIX): path for path in (run / "checkpoints").glob(f"{PREFIX}*")}
     return dict(sorted((int(name), path) for name, path in names.items() if name.isdigit()))
 
 
 def newest_whole(run: Path) -> Path | None:
-    """The newest checkpoint whose files match its manifest; a damaged one is named on stderr and passed over.
+    """Return the newest checkpoint of a run whose files match its manifest; None if the run has no checkpoint.
 
-    None where there are none. Raises UserError when all are damaged (starting from the beginning would overwrite what
-    can perhaps be saved), or one cannot be read.
+    Damaged ones are skipped, with a line on stderr.
+
+    Raises:
+        UserError: If all are damaged, since a fresh start would overwrite what can perhaps be saved, or if one cannot
+            be read.
     """
     folders = finished_checkpoints(run)
     for folder in reversed(folders.values()):
@@ -45,9 +48,10 @@ def newest_whole(run: Path) -> Path | None:
 
 
 def checkpoint_at(place: Path) -> Path | None:
-    """The checkpoint that `place` is, or of a run the newest whole one; None: it is neither.
+    """Return the checkpoint at `place`, or the newest whole one of the run there; None if it is neither.
 
-    Raises UserError when there are only damaged ones, or one cannot be read.
+    Raises:
+        UserError: If all checkpoints are damaged, or one cannot be read.
     """
     if (place / MANIFEST).is_file() and (place / ALWAYS[0]).is_file():
         damage = find_damage(place)
@@ -58,12 +62,16 @@ def checkpoint_at(place: Path) -> Path | None:
 
 
 def find_damage(folder: Path) -> str | None:
-    """What differs from the manifest, or None. Raises UserError when the disk does not let it be read."""
+    """Return what differs from a checkpoint's manifest; None if nothing does.
+
+    Raises:
+        UserError: If the checkpoint cannot be read for a reason other than damage.
+    """
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
         if missing := [name for name in ALWAYS if name not in manifest["files"]]:
             return f"{MANIFEST} does not name {', '.join(missing)}"
-        # a file by the name of a network would be loaded; hidden ones are the system's
+        # a file with the name of a network would be loaded; hidden files belong to the system
         names = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
         if strange := sorted(names - manifest["files"].keys() - {MANIFEST}):
             return f"{strange[0]} is not in {MANIFEST}"
@@ -88,6 +96,7 @@ def find_damage(folder: Path) -> str | None:
 
 
 def sha256_of(path: Path) -> str:
+    """Return the SHA-256 digest of a file's content, in hexadecimal."""
     digest = hashlib.sha256()
     with open(path, "rb") as stream:
         while block := stream.read(1 << 20):
@@ -96,7 +105,7 @@ def sha256_of(path: Path) -> str:
 
 
 def misfits(module: nn.Module, tensors: Mapping[str, Tensor]) -> list[str]:
-    """Names that only one of the two has, or whose shapes differ."""
+    """Return the names that only the module or only `tensors` has, and those whose shapes differ, sorted."""
     own = module.state_dict()
     return sorted(
         name

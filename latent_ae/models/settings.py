@@ -1,4 +1,4 @@
-"""The section `model` of a training's settings; light, so that a typo costs no waiting."""
+"""The section `model` of the training settings; imports nothing heavy, so that typos are reported at once."""
 
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal, NamedTuple
@@ -23,40 +23,40 @@ Kind = Literal[
 
 
 class ModelFacts(NamedTuple):
-    """What rules may ask of a first stage, known from its settings or from the autoencoder itself."""
+    """The facts about a first stage that rules use, known from its settings or from the autoencoder itself."""
 
     name: str
-    """What messages call it."""
+    """Its name in messages."""
     latent: Literal["posterior", "deterministic", "codebook", "hierarchy", "flow"]
-    """As `registry.Family` has it."""
+    """Kind of latent, as in `family.Family`."""
     factor: int
     """Image px per latent px along one side."""
     channels: int
-    """Channels of its images."""
+    """Channels of the images."""
     latent_channels: int
     side: int | None = None
-    """The one side of its images in px; None where sides are multiples of the factor."""
+    """The only side of images, px, that it takes; None if it takes all multiples of the factor."""
     trains: tuple[str, ...] = ("all", "decoder", "encoder")
-    """Sides of it that can be trained: values of `RunFacts.train`."""
+    """Values of the setting `train` that it allows: sides that can be trained."""
     parameters: tuple[str, ...] = ()
-    """Names of the parameters that images reach; empty where they are known only when it is built."""
+    """Names of the parameters that images use; empty if they are known only once the autoencoder is built."""
     last_layers: Mapping[str, str] = {}
-    """Names of the weights of the last layers of `encoder` and `decoder`, where adaptive weights are measured; empty
-    like `parameters`."""
+    """Names of the weights of the last layers of `encoder` and `decoder`, where adaptive weights are measured; empty if
+    they are known only once the autoencoder is built."""
 
     @property
     def random(self) -> bool:
-        """Whether a latent is drawn from a posterior, so that there is a KL term."""
+        """Whether latents are sampled from a posterior, so that there is a KL term."""
         return self.latent in ("posterior", "hierarchy", "flow")
 
     @property
     def one_grid(self) -> bool:
-        """Whether latents lie on one grid over the image; otherwise they are packed into one place."""
+        """Whether latents lie on one grid over the image; otherwise they are packed into one position."""
         return self.latent != "hierarchy"
 
     @property
     def fixed_latent(self) -> str:
-        """Why a latent on several grids cannot be changed before it is decoded."""
+        """The message about settings that change a latent before it is decoded, for latents on several grids."""
         return (
             f"changes a latent before it is decoded, and the finer levels of {self.name} rest on the coarser ones as "
             "they were: leave it out"
@@ -64,30 +64,30 @@ class ModelFacts(NamedTuple):
 
 
 class ModelSettings(Settings):
-    """An AutoencoderKL by the key names of its diffusers config, and how its weights begin; or another class."""
+    """An AutoencoderKL, given by the keys of its diffusers config and its initialisation, or another class."""
 
     kind: Kind = "AutoencoderKL"
-    """Class of diffusers or ours. Of the others, `config` gives the shape and the keys below it must be left alone."""
+    """Class of the autoencoder. For all but AutoencoderKL, `config` gives the shape; leave out the keys below it."""
     config: dict[str, Any] = {}
     """Keys and values of the diffusers config of another kind."""
     in_channels: Positive = 3
     """Channels of the images."""
     out_channels: Positive = 3
-    """Channels of the reconstructions: the same."""
+    """Channels of the reconstructions, which must equal in_channels."""
     block_out_channels: Annotated[tuple[Positive, ...], Field(min_length=1)] = (128, 256, 512, 512)
     """Width of each level; n levels downsample by 2 ** (n - 1)."""
     layers_per_block: Positive = 2
     """ResNet blocks of each level of the encoder; the decoder has one more."""
     latent_channels: Positive = 4
-    """Channels of the latents; at each position a mean and a log-variance for each."""
+    """Channels of the latents; the encoder gives a mean and a log-variance for each."""
     norm_num_groups: Positive = 32
-    """Groups of each group normalisation; it divides every width."""
+    """Groups of each group normalisation, a divisor of every width."""
     mid_block_add_attention: bool = True
     """Self-attention at the lowest resolution, in encoder and decoder."""
     down_block_types: tuple[DownBlock, ...] | None = None
     """One per level; null means DownEncoderBlock2D everywhere (attention only in the middle)."""
     up_block_types: tuple[UpBlock, ...] | None = None
-    """The same of the decoder, from the lowest resolution up; null means UpDecoderBlock2D everywhere."""
+    """The same for the decoder, from the lowest resolution up; null means UpDecoderBlock2D everywhere."""
     act_fn: Literal["silu"] = "silu"
     """Activation."""
     use_quant_conv: bool = True
@@ -99,15 +99,19 @@ class ModelSettings(Settings):
 
     @property
     def gives_shape(self) -> bool:
-        """Whether the keys below `config` say the shape; of another kind it is known when the autoencoder is there."""
+        """Whether the keys below `config` give the shape; for another kind only the built autoencoder gives it."""
         return self.kind == "AutoencoderKL"
 
     def facts(self, resolution: int) -> ModelFacts | None:
-        """What these settings tell of the autoencoder for images of `resolution`; None where it must be built first."""
+        """Return the facts that the settings determine; None if the autoencoder must be built first.
+
+        Args:
+            resolution: Side of the training images, px.
+        """
         name = f"this {self.kind}"
         if self.gives_shape:
             return ModelFacts(name, "posterior", self.factor, self.in_channels, self.latent_channels)
-        if self.kind == "HierarchicalVAE":  # it is for images of one size, and its latents are of 1 x 1
+        if self.kind == "HierarchicalVAE":  # takes images of one size only, and its latents are 1 x 1
             side, channels = self.config.get("sample_size", resolution), self.config.get("in_channels", 3)
             if isinstance(side, int) and side > 0 and isinstance(channels, int):
                 return ModelFacts(name, "hierarchy", side, channels, 0, side, ("all",))
