@@ -14,7 +14,7 @@ from latent_ae.config import UserError
 from latent_ae.metrics.distances import jackknife_interval
 from latent_ae_eval.compare import measure as module
 from latent_ae_eval.compare.measure import CHANCE, DIFFERS, INDEPENDENT, PAIRED, UNKNOWN, compare, mean_intervals
-from tests.drawing import drawn
+from tests.economy import drawn
 from tests.made_results import HOSTILE, result, table, write
 from tests.report.html_reader import read
 
