@@ -13,6 +13,8 @@ from latent_ae.objectives.base import adaptive_ratio
 from latent_ae.objectives.gan import discriminator_loss, generator_loss, lecam_loss, r1_penalty
 from latent_ae.objectives.kl import kl_loss
 from latent_ae.objectives.reconstruction import CHARBONNIER_EPS, pixel_loss
+from tests.runs import SHAPES
+from tests.tiny import build_step, micro_batches, settings_for
 
 
 def test_pixel_losses_by_hand() -> None:
@@ -139,3 +141,25 @@ def test_blur_keeps_constants_and_removes_the_finest_stripes() -> None:
     # a slow ramp moves by half a pixel, as an even number of taps must
     ramp = torch.arange(8.0).expand(1, 2, 8, 8)
     torch.testing.assert_close(blur(ramp)[..., 2:5], ramp[..., 2:5] + 0.5)
+
+
+def test_the_gradient_of_a_codebook_is_the_textbook_one() -> None:
+    """Against one autograd pass over van den Oord et al. 2017, eq. 3, written out."""
+    model = {"kind": "VQModel", "config": SHAPES["VQModel"]}
+    settings = settings_for(model=model, batch_size=4, optim={"lr": 1e-30}, loss={"commitment": 0.25})
+    step = build_step(settings)
+    gradients: dict[str, torch.Tensor] = {}
+    step.optimizers.autoencoder.register_step_pre_hook(
+        lambda *_: gradients.update({n: p.grad.clone() for n, p in step.bare_reconstructor.named_parameters()})
+    )
+    batches = list(micro_batches(0, settings, latent=(3, 8, 8)))
+    step(0, iter(batches))
+    reference, (batch,) = build_step(settings).bare_reconstructor, batches
+    out = reference(batch.images, batch.noise)
+    codebook = (out.codes.vectors - out.mean.detach()).square().mean()
+    commitment = (out.mean - out.codes.vectors.detach()).square().mean()
+    ((out.image - batch.images).abs().mean() + codebook + 0.25 * commitment).backward()
+    compared = {name: p.grad for name, p in reference.named_parameters() if p.grad is not None}
+    assert any("quantize" in name for name in compared) and len(compared) > 20
+    for name, gradient in compared.items():
+        torch.testing.assert_close(gradients[name], gradient, rtol=1e-4, atol=1e-7, msg=name)
