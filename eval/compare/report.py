@@ -28,7 +28,7 @@ AXES = {
 }
 """What quality is drawn against: where it is in the section `cost`, and its factor."""
 PERCEPTUAL = ("fid", "lpips_vgg", "lpips_alex")
-"""Of these, the first that all results have is drawn besides PSNR."""
+"""The first of these metrics that all results have is drawn besides PSNR."""
 EXPLANATION = (
     "A difference counts if its 95 % interval does not contain zero; of twenty comparisons of equal models, one or so "
     "will count by chance. The paired bootstrap draws images and takes both models' values of each. Distances between "

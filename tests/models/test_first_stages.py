@@ -15,7 +15,7 @@ from diffusers import (
 from safetensors.torch import save_file
 
 from latent_ae.config import UserError
-from latent_ae.models.loading import first_stage, load_first_stage
+from latent_ae.models.loading import first_stage, load, load_first_stage
 from latent_ae.models.registry import FAMILIES, OWN
 from latent_ae.models.settings import Kind
 from tests.tiny import reseal
@@ -198,6 +198,13 @@ def test_what_is_none_gets_a_message(tmp_path):
         first_stage(3)
     with pytest.raises(UserError, match="3 channels and gives 1"):
         first_stage(AutoencoderKL(in_channels=3, out_channels=1))
+
+
+def test_a_dtype_that_a_layer_does_not_have_ends_in_one_message():
+    """PyTorch has no avg_pool3d in bfloat16 on a CPU."""
+    stage = load(tiny("AutoencoderKLCosmos"), device="cpu", dtype="bf16")
+    with pytest.raises(UserError, match="cannot compute in it on this device .*; set dtype=fp32"):
+        stage.encode(torch.zeros(1, 3, 32, 32))
 
 
 def test_the_pages_name_the_classes_that_are_known():
