@@ -4,7 +4,7 @@
 
 Trains a tiny first stage for 3,000 steps on one thread, with its discriminator, two loader workers, a checkpoint every
 25 steps, validation with pictures every 50, a tracker, and one unreadable file among the images. Looks at the training
-process and all its children after every tenth step, from outside. Writes benchmarks/results/soak.json; exits with 1
+process and all its children after every fifth step, from outside. Writes benchmarks/results/soak.json; exits with 1
 when something grew.
 """
 
@@ -63,7 +63,7 @@ def soak(steps: int, folder: Path) -> list[dict[str, Any]]:
         *(f"steps={steps}", "batch_size=2", "optim.warmup=0", "loss.perceptual=0", "validate.crop_px=16"),
         *("model.block_out_channels=[16,16]", "model.norm_num_groups=4", "model.latent_channels=4", "gan.start=20"),
         *("gan.channels=4", "gan.layers=1", "gan.discriminator_warmup=5", "gan.warmup=5", "gan.lecam=0.01"),
-        *("checkpoint.every=25", "validate.every=50", "log.every=10"),
+        *("checkpoint.every=25", "validate.every=50", "log.every=5"),
         *(["report_to=[tensorboard]"] if find_spec("tensorboard") else []),
     ]
     log, seen = run / "log.jsonl", list[dict[str, Any]]()
@@ -71,7 +71,7 @@ def soak(steps: int, folder: Path) -> list[dict[str, Any]]:
         training = subprocess.Popen(words, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=output, stderr=output)
         process = psutil.Process(training.pid)
         while training.poll() is None:
-            time.sleep(0.02)
+            time.sleep(0.05)
             lines = log.read_text().splitlines() if log.is_file() else []
             done = max((event["step"] for line in lines if (event := _event(line)).get("event") == "train"), default=0)
             if done > (seen[-1]["step"] if seen else 0) and done < steps:

@@ -1,27 +1,44 @@
-"""What several test files need: the real LPIPS trunk, and one thread, so that small tests do not fight for cores."""
+"""What several test files need: the real LPIPS trunk, and one thread, so that small tests do not fight for cores.
+
+The imports of a process that runs tests stand in `_prepare` and in the fixtures, because the process of xdist that only
+gives out the tests reads this file, too, and importing torch and diffusers takes long.
+"""
+
+from __future__ import annotations
 
 from pathlib import Path
 from types import SimpleNamespace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
-import skimage
-import torch
 from PIL import Image
 
-import latent_ae.export.write
-from latent_ae.config import UserError
-from latent_ae.pretrained.lpips import LPIPS
-from tests import economy
-from tests.distributed import warm
-from tests.made_jobs import Jobs
-from tests.pretrained.weights_world import World
-from tests.tiny_models import SIZES, tiny_autoencoder
+if TYPE_CHECKING:
+    from latent_ae.pretrained.lpips import LPIPS
+    from tests.made_jobs import Jobs
 
-torch.set_num_threads(1)
-# but for one test of the check itself, which has a process that starts as a user's does
-latent_ae.export.write.subprocess = SimpleNamespace(run=warm.run)  # type: ignore[assignment]
-economy.apply()
+
+def pytest_configure(config: pytest.Config) -> None:
+    if not getattr(config.option, "numprocesses", None) or hasattr(config, "workerinput"):
+        _prepare()
+
+
+def _prepare() -> None:
+    from tests.distributed import warm
+
+    warm.start()
+    import torch
+
+    import latent_ae.export.write
+    from tests import economy
+    from tests.distributed import children
+
+    torch.set_num_threads(1)
+    # but for one test of the check itself, which has a process that starts as a user's does
+    latent_ae.export.write.subprocess = SimpleNamespace(run=warm.run)  # type: ignore[assignment]
+    economy.apply()
+    children.start(warm.streams())
 
 
 LONGEST = (
@@ -43,6 +60,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def lpips_vgg() -> LPIPS:
     """LPIPS on the trained VGG16 trunk."""
+    from latent_ae.config import UserError
+    from latent_ae.pretrained.lpips import LPIPS
+
     try:
         return LPIPS("vgg")
     except UserError as error:
@@ -52,6 +72,8 @@ def lpips_vgg() -> LPIPS:
 @pytest.fixture(scope="session")
 def jobs(tmp_path_factory: pytest.TempPathFactory) -> Jobs:
     """Every command of `latent-ae eval`, each run once."""
+    from tests.made_jobs import Jobs
+
     return Jobs(tmp_path_factory.mktemp("jobs"))
 
 
@@ -74,12 +96,16 @@ def no_finish(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def world(tmp_path, monkeypatch):
+    from tests.pretrained.weights_world import World
+
     return World(tmp_path, monkeypatch)
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A tiny first stage in a folder."""
+    from tests.tiny_models import tiny_autoencoder
+
     folder = tmp_path_factory.mktemp("model") / "export"
     tiny_autoencoder().save_pretrained(folder)
     return str(folder)
@@ -88,6 +114,10 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A folder of photographs of several sizes, with a name that is hard to print."""
+    import skimage
+
+    from tests.tiny_models import SIZES
+
     folder = tmp_path_factory.mktemp("photos")
     astronaut = skimage.data.astronaut()
     for number, (width, height) in enumerate(SIZES):

@@ -20,6 +20,7 @@ def apply() -> None:
     charts._chart = _title  # type: ignore[assignment]
     latent_ae_train.finish.STATISTICS_CROPS = 64
     latent_ae_train.finish.CHECK_IMAGES = 2
+    latent_ae_train.finish.CPU_SIDE = 128
 
 
 @contextmanager

@@ -116,7 +116,7 @@ def test_help_on_a_part(capsys: pytest.CaptureFixture[str]) -> None:
     assert shown(capsys, "train", "--help", "steps=3") == shown(capsys, "train", "quickstart", "--help")
 
 
-def test_help_loads_nothing_heavy() -> None:
+def test_help_and_mistakes_load_nothing_heavy() -> None:
     code = (
         "import sys; from latent_ae.__main__ import main\n"
         "for words in (['eval', 'recon'], ['eval', 'diffusion'], ['encode'], ['convert'], ['data']):\n"
@@ -126,12 +126,14 @@ def test_help_loads_nothing_heavy() -> None:
         "assert not heavy, heavy\n"
         "try: main(['train', '--help'])\n"
         "except SystemExit as end: assert end.code == 0\n"
+        "assert main(['train', 'quickstart', 'stesp=1']) == 2\n"
         # torch is there: objectives have their settings beside their gradients
         "heavy = {'diffusers', 'datasets', 'accelerate', 'transformers', 'matplotlib'} & set(sys.modules)\n"
         "assert not heavy, heavy"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
+    assert "Traceback" not in result.stderr and "did you mean steps?" in result.stderr
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import latent_ae
+from latent_ae_train import TrainSettings
 
 ROOT = Path(__file__).parent.parent
 EXAMPLE = ROOT / "examples/first_stage.py"
@@ -41,6 +42,8 @@ def test_the_page_shows_what_the_example_does() -> None:
 
 def test_the_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", [str(EXAMPLE), str(tmp_path), "2"])
+    load = TrainSettings.load  # with smaller images to validate on
+    monkeypatch.setattr(TrainSettings, "load", lambda *words: load(*words, "validate.crop_px=64"))
     left = runpy.run_path(str(EXAMPLE))
     assert left["mine"].grad.isfinite().all()
     assert left["z"].mean.shape == (1, 8, 128, 128)

@@ -3,6 +3,7 @@
 So a run costs no start-up, may have several processes, and can be killed with SIGKILL, which no clean-up code survives.
 """
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -12,10 +13,12 @@ import signal
 import socket
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from multiprocessing import forkserver
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 import latent_ae_train.loop
@@ -25,7 +28,33 @@ from tests import economy
 
 WRITES = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree")
 context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload([__name__, "latent_ae_eval.recon.measure", "latent_ae_eval.latents.measure"])
+
+
+def start(kept_open: Sequence[int]) -> None:
+    """Forks the process whose children the runs are, before this one trains anything or has more threads.
+
+    multiprocessing would start it as a new process, which would import all of it again. `kept_open`: descriptors that
+    it keeps of this one's.
+    """
+
+    def forked(path: bytes, words: Sequence[Any], kept: Sequence[int]) -> int:
+        if process := os.fork():
+            return process
+        try:
+            os.dup2(silent := os.open(os.devnull, os.O_RDWR), 0)  # the three streams are pytest's
+            os.dup2(silent, 1), os.dup2(silent, 2)
+            sys.stdout = sys.stderr = open(silent, "w", closefd=False)  # noqa: SIM115
+            for number in map(int, os.listdir("/proc/self/fd")):
+                if number not in (0, 1, 2, *kept, *kept_open):
+                    with contextlib.suppress(OSError):
+                        os.close(number)
+            exec(words[-1], {})  # multiprocessing.forkserver.main(...)
+        finally:
+            os._exit(1)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("multiprocessing.util.spawnv_passfds", forked)
+        forkserver.ensure_running()
 
 
 def run(

@@ -29,7 +29,7 @@ pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def test_fid_and_kid_are_those_of_torch_fidelitys_own_command(tmp_path, inception):
-    count, model = 10, tiny("AutoencoderKL").eval()
+    count, model = 6, tiny("AutoencoderKL").eval()
     originals = write_photos(tmp_path / "originals", count, side=32)
     (tmp_path / "made").mkdir()
     for path in sorted(originals.iterdir()):  # by diffusers and Pillow alone
@@ -39,11 +39,11 @@ def test_fid_and_kid_are_those_of_torch_fidelitys_own_command(tmp_path, inceptio
         Image.fromarray(((y + 1) * 127.5).round().to(torch.uint8).numpy()).save(tmp_path / "made" / path.name)
     words = ["--input1", str(tmp_path / "made"), "--input2", str(originals), "--cpu", "--fid", "--kid", "--json"]
     words += ["--kid-subset-size", str(count), "--feature-extractor-weights-path", inception, "--no-datasets-cache"]
-    command = [sys.executable, "-m", "torch_fidelity.fidelity", *words[:-1], "--batch-size", "5"]
+    command = [sys.executable, "-m", "torch_fidelity.fidelity", *words[:-1], "--batch-size", "3"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     expected = json.loads(done.stdout)
-    settings = settings_with(frechet=("inception",), inception_weights=inception)
+    settings = settings_with(frechet=("inception",), inception_weights=inception, latents=("mode",))
     metrics = evaluate_reconstruction(model, originals, settings)["metrics"]["mode"]
     (fid,) = (value for key, value in metrics.items() if key.startswith("frechet_inception_"))
     (kid,) = (value for key, value in metrics.items() if key.startswith("kernel_inception_"))

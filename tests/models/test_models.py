@@ -94,7 +94,8 @@ def test_a_linear_start_reconstructs_like_the_linear_codec(
     )
     assert not list(settings.problems())
     model = Reconstructor(build_autoencoder(settings, sample_size=64)).eval()
-    for image in photographs():
+    # one where the attention has 128 x 128 positions, which takes long
+    for image in photographs()[: 1 if len(widths) == 2 else 3]:
         with torch.no_grad():
             result = model(image)
         expected = linear_codec(image, len(widths) - 1, details)
@@ -123,7 +124,7 @@ def test_a_linear_start_without_downsampling_is_the_identity() -> None:
         block_out_channels=(16,), norm_num_groups=4, latent_channels=3, layers_per_block=1, init="linear"
     )
     model = Reconstructor(build_autoencoder(settings, sample_size=64)).eval()
-    image = photographs()[0]
+    image = photographs()[0][..., :64, :64]
     with torch.no_grad():
         assert psnr(model(image).image, image) > 40
 

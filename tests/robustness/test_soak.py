@@ -6,7 +6,7 @@ from benchmarks.soak import MEMORY_MB, grew, growth, soak
 
 
 def test_a_run_keeps_its_memory_files_and_threads(tmp_path: Path) -> None:
-    seen = soak(140, tmp_path)
+    seen = soak(100, tmp_path)
     assert len(seen) >= 9, "too few looks to judge by"
     assert grew(growth(seen)) == []
 

@@ -1,10 +1,7 @@
 """Which checkpoints stay, when the GAN is blamed, and that processes that drift apart are noticed."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,7 +13,9 @@ from latent_ae.objectives.gan import GanSettings
 from latent_ae_train.checkpoint import before_gan, complete_checkpoints, kept_steps, newest_checkpoint
 from latent_ae_train.run_config import CheckpointSettings
 from latent_ae_train.step import TrainStep
-from tests.distributed.launch import DISTRIBUTED, ROOT, launch
+from tests.distributed import children
+from tests.distributed.launch import DISTRIBUTED, launch
+from tests.robustness.kill_saves import kill_many
 from tests.runs import words
 
 
@@ -105,18 +104,12 @@ def test_processes_that_drift_apart_are_stopped_together(tmp_path: Path) -> None
     assert answers[0][1].startswith("after step 50 the weights of process 1 differ from those of process 0")
 
 
+def killed_while_saving(rank: int, run: Path) -> None:
+    (run.parent / "said/steps.json").write_text(json.dumps(kill_many(run, 8, seed=1)))
+
+
 def test_a_kill_while_saving_loses_nothing_that_was_saved(tmp_path: Path) -> None:
-    script = (
-        "import pathlib; from tests.robustness.kill_saves import kill_many; "
-        "print(kill_many(pathlib.Path({!r}), 8, seed=1))"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", script.format(str(tmp_path / "run"))],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    steps = json.loads(done.stdout)
+    code, error = children.call(1, killed_while_saving, tmp_path / "run", folder=tmp_path / "said")
+    assert code == 0, error
+    steps = json.loads((tmp_path / "said/steps.json").read_text())
     assert steps == sorted(steps) and steps[-1] >= 2, "too slow to show anything"

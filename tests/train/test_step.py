@@ -1,6 +1,7 @@
 """The training step's properties, on tiny real networks."""
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,18 @@ from latent_ae.objectives.kl import kl_loss
 from latent_ae.pretrained.lpips import LPIPS
 from latent_ae_train.settings import TrainSettings
 from latent_ae_train.step import TrainStep
-from tests.tiny import GAN, adversary_of, build_step, global_batch, micro_batches, moved, settings_for, weights
+from tests.tiny import (
+    GAN,
+    LATENT,
+    SIDE,
+    adversary_of,
+    build_step,
+    global_batch,
+    micro_batches,
+    moved,
+    settings_for,
+    weights,
+)
 from tests.tiny_vision import save_vision_model
 
 
@@ -303,7 +315,7 @@ def test_encoder_only_keeps_the_decoder() -> None:
     assert changed == {name for name in before if ".encoder." in name or ".quant_conv." in name}
 
 
-def gradients_of(step: TrainStep, settings: TrainSettings) -> dict[str, torch.Tensor]:
+def gradients_of(step: TrainStep, settings: TrainSettings, latent: Sequence[int] = LATENT) -> dict[str, torch.Tensor]:
     """Of both networks, on one step with the adversarial term felt."""
     found: dict[str, torch.Tensor] = {}
     for optimizer, network in (
@@ -315,7 +327,7 @@ def gradients_of(step: TrainStep, settings: TrainSettings) -> dict[str, torch.Te
         )
     with torch.no_grad():
         step.objectives["gan"].balance.weight.fill_(0.3)
-    step(0, micro_batches(0, settings))
+    step(0, micro_batches(0, settings, latent=latent))
     return found
 
 
@@ -325,12 +337,13 @@ def test_saving_memory_or_time_gives_the_same_step(
 ) -> None:
     # the compiler's cache takes no account of ATEN_CPU_CAPABILITY, and would give code for another processor
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "compiled"))
-    shape = {"block_out_channels": [8, 8]} if setting == "compile" else {}
+    # one level of blocks, so that the compiler has few of them
+    shape, latent = ({"block_out_channels": [8]}, (4, SIDE, SIDE)) if setting == "compile" else ({}, LATENT)
     plain, other = (settings_for(gan=GAN, loss={"kl": 1e-3}, model=shape, **{setting: on}) for on in (False, True))
-    expected, step = gradients_of(build_step(plain), plain), build_step(other)
+    expected, step = gradients_of(build_step(plain), plain, latent), build_step(other)
     block = step.bare_reconstructor.autoencoder.decoder.up_blocks[0].resnets[0]
     passes = count_calls(block.conv1) if setting == "gradient_checkpointing" else []
-    actual = gradients_of(step, other)
+    actual = gradients_of(step, other, latent)
     assert expected.keys() == actual.keys()
     for name, gradient in expected.items():
         torch.testing.assert_close(actual[name], gradient, rtol=1e-3, atol=1e-6, msg=name)
