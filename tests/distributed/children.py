@@ -43,7 +43,7 @@ def start(kept_open: Sequence[int]) -> None:
         try:
             os.dup2(silent := os.open(os.devnull, os.O_RDWR), 0)  # the three streams are pytest's
             os.dup2(silent, 1), os.dup2(silent, 2)
-            sys.stdout = sys.stderr = open(silent, "w", closefd=False)  # noqa: SIM115
+            sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
             for number in map(int, os.listdir("/proc/self/fd")):
                 if number not in (0, 1, 2, *kept, *kept_open):
                     with contextlib.suppress(OSError):
