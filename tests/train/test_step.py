@@ -200,6 +200,13 @@ def test_master_weights_and_optimizer_stay_fp32_under_bf16() -> None:
     assert {value.dtype for value in means.values()} == {torch.float32}
 
 
+def test_the_gradient_of_the_learned_log_variance_stays_within_one() -> None:
+    reconstruction = build_step(settings_for(loss={"learned_logvar": True})).objectives["reconstruction"]
+    for gradient, expected in ((0.3, 0.3), (1.5, 1.0), (-1.5, -1.0)):
+        reconstruction.remember({"reconstruction/logvar": torch.tensor(gradient)}, {})
+        assert float(reconstruction.logvar.grad) == pytest.approx(expected)
+
+
 def test_the_learned_log_variance_is_that_of_the_textbook() -> None:
     """loss / exp(s) + s as in latent diffusion: both gradients, and where s goes."""
     settings = settings_for(loss={"learned_logvar": True}, optim={"lr": 1e-2})

@@ -3,7 +3,7 @@
 SMALL = {
     "resolution": 16,
     "width": 64,
-    "depth": 2,
+    "depth": 1,
     "steps": 12,
     "batch_size": 16,
     "samples": 60,
