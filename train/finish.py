@@ -225,7 +225,7 @@ def card_facts(
     """
     return CardFacts(
         name=run.absolute().name,
-        data_name=settings.data.eval_source or settings.data.source,
+        data_name=settings.data.eval_source or settings.data.title,
         steps=step,
         num_images=after.get("n"),
         metrics=after,

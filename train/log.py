@@ -16,6 +16,8 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 from latent_ae.config import UserError
+from latent_ae.data.loader import ImageSource
+from latent_ae.data.mixture import Mixture
 from latent_ae.files import writing
 from latent_ae.objectives import OBJECTIVES
 from latent_ae.objectives.base import Objective
@@ -42,6 +44,7 @@ class Log:
         accelerator: Connects the processes, and holds the trackers.
         settings: The run's settings.
         objectives: Classes whose `diagnose` is logged.
+        source: The training images; of a mixture, the samples of each source are logged.
 
     Raises:
         UserError: If a tracker does not start.
@@ -53,8 +56,9 @@ class Log:
         accelerator: Accelerator,
         settings: TrainSettings,
         objectives: Sequence[type[Objective[Any]]] = OBJECTIVES,
+        source: ImageSource | None = None,
     ):
-        self.objectives = objectives
+        self.objectives, self.source = objectives, source
         self.path, self.accelerator, self.settings = run / "log.jsonl", accelerator, settings
         self.last = (time.perf_counter(), -1)
         before = read_log(run) if accelerator.is_main_process else []  # lines of a run that is resumed
@@ -246,6 +250,9 @@ class Log:
             values["logit_gap"] = values["logits_real"] - values["logits_fake"]
         values["memory_gb"] = memory_gb(self.accelerator.device)
         values |= {"skipped_steps": self.num_skipped} if self.num_skipped else {}
+        if isinstance(self.source, Mixture):
+            taken = self.source.samples_before(self.settings.seed, done * self.settings.batch_size)
+            values |= {f"samples/{label}": count for label, count in zip(self.source.labels, taken, strict=True)}
         self.lines.append({"step": done} | values)
         text = diagnosis(list(self.lines), self.settings, self.objectives)
         self.write("train", done, values | {"verdict": text})

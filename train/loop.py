@@ -118,7 +118,7 @@ def _train(
         if accelerator.is_main_process:
             preflight(run, settings, step)
             cut_back(run, first_step if checkpoint is not None else -1)
-        log = Log(run, accelerator, settings, [*OBJECTIVES, *(type(objective) for objective in more)])
+        log = Log(run, accelerator, settings, [*OBJECTIVES, *(type(objective) for objective in more)], source)
     feed = Feed(step, source, log, first_step, stream_state)
     with Agreed(accelerator):
         if first_step < settings.steps:

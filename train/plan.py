@@ -2,6 +2,7 @@
 
 import torch
 
+from latent_ae.data.settings import MixedSource
 from latent_ae.models.build import (
     build_autoencoder,
     channels_of,
@@ -21,6 +22,11 @@ MOST_NAMES = 8
 """Number of names of trained parts that are shown."""
 BYTES = 4
 """Bytes of a float32."""
+
+
+def described(part: MixedSource) -> str:
+    """Return a source of a mixture and how much of it is taken, in words."""
+    return f"{part.source} ({f'weight {part.weight:g}' if part.weight else f'{part.repeats:g} x'})"
 
 
 def describe_plan(settings: TrainSettings) -> str:
@@ -69,6 +75,7 @@ def describe_plan(settings: TrainSettings) -> str:
         "autoencoder": f"{weights:,} parameters{part}, factor {factor}, latent {latent} for "
         f"{settings.data.resolution} px",
         **trains,
+        **({"mixture": ", ".join(map(described, settings.data.mixture))} if settings.data.mixture else {}),
         "discriminator": f"{discriminator:,} parameters",
         "steps": f"{settings.steps:,}, {settings.steps * settings.batch_size:,} crops",
         "global batch": f"{settings.batch_size} = {settings.processes} process(es) x {micro_batch} "

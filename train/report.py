@@ -126,16 +126,21 @@ def framing(run: Path, settings: TrainSettings) -> list[str]:
     """Return lines on how held-out images were framed, and the `latent-ae eval recon` command that does the same."""
     data, crop_px = settings.data, settings.validation.crop_px or settings.data.resolution
     before = "" if data.resize_px is None else f", after its shorter side was resized to {data.resize_px} px"
-    words = ["latent-ae", "eval", "recon", str(run / "export"), data.eval_source or data.source]
-    words += [f"split={data.eval_split}"] if data.eval_split else []
-    words += [f"image_column={data.image_column}"] if data.image_column != "image" else []
-    words += [f"resize_px={'null' if data.resize_px is None else data.resize_px}", f"crop_px={crop_px}"]
-    words += [f"limit={settings.validation.images}"]
+    before = ", framed as its source" if data.mixture else before
+    commands = []
+    for one in data.sources() or (data,):
+        words = ["latent-ae", "eval", "recon", str(run / "export"), one.eval_source or one.source]
+        words += [f"split={one.eval_split}"] if one.eval_split else []
+        words += [f"image_column={one.image_column}"] if one.image_column != "image" else []
+        words += [f"resize_px={'null' if one.resize_px is None else one.resize_px}", f"crop_px={crop_px}"]
+        words += [f"limit={settings.validation.images}"]
+        commands.append(shlex.join(words))
+    same = "these commands measure each source" if data.mixture else "this command gives the same ones"
     lines = [
         f"Each held-out image is a square of {crop_px} px from its middle{before}. By default `latent-ae eval recon` "
-        f"resizes to 256 px first, so its results differ; this command gives the same ones: {shlex.join(words)}"
+        f"resizes to 256 px first, so its results differ; {same}: {' ; '.join(commands)}"
     ]
-    if data.eval_source is None and data.eval_split is None and data.source != "photos":
+    if data.eval_source is None and data.eval_split is None and data.title != "photos":
         lines.append("If images were held out by data.eval_fraction, that command also measures training images.")
     return lines
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 
 from latent_ae.config import FIXED, SILENT, Positive, Problem, Settings, looks_like_path
-from latent_ae.data.settings import DataSettings
+from latent_ae.data.settings import TrainingData
 from latent_ae.export.pipelines import PipelineName, Shape, kind_misfit, shape_misfits
 from latent_ae.models.settings import ModelFacts, ModelSettings
 from latent_ae.objectives import OBJECTIVES
@@ -97,7 +97,7 @@ class TrainSettings(Settings):
     weights_dir: str | None = None
     """Folder with the LPIPS trunk weights; null searches the usual places (docs/weights.md)."""
     model: Annotated[ModelSettings, FIXED] = ModelSettings()
-    data: Annotated[DataSettings, FIXED] = DataSettings()
+    data: Annotated[TrainingData, FIXED] = TrainingData()
     loss: LossSettings = LossSettings()
     latents: LatentSettings = LatentSettings()
     alignment: AlignmentSettings = AlignmentSettings()

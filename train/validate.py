@@ -143,7 +143,7 @@ class Validator:
                 with replacing(preview) as part:
                     picture_grid(rows, labels=labels).save(part, format="PNG")
         if not summary["n"]:
-            raise UserError(f"none of the held-out images of {self.settings.data.source} is readable")
+            raise UserError(f"none of the held-out images of {self.settings.data.title} is readable")
         return summary
 
     def try_one_batch(self, model: nn.Module) -> None:

@@ -18,7 +18,8 @@ from huggingface_hub.utils import logging as hub_logging
 
 from latent_ae.config import UserError, looks_like_path
 from latent_ae.data.images import reason_of
-from latent_ae.data.settings import DataSettings
+from latent_ae.data.mixture import open_mixture
+from latent_ae.data.settings import DataSettings, TrainingData
 from latent_ae.data.sources import FolderSource, ImageSource, StreamSource, first_line, load_table
 
 IMAGE_SUFFIXES = (
@@ -211,6 +212,8 @@ def open_images(settings: DataSettings, part: Literal["train", "held_out", "all"
     The held-out images are `eval_source`; else the source's `eval_split`; else its validation or test split if it has
     one; else `eval_fraction` of its images, which training then never sees.
 
+    A mixture holds that part of each of its sources.
+
     Args:
         settings: The section `data` of the settings.
         part: "train", "held_out", or "all" for the whole `split` (for `photos`: all photographs).
@@ -218,6 +221,8 @@ def open_images(settings: DataSettings, part: Literal["train", "held_out", "all"
     Raises:
         UserError: If there is no such location or split, it holds no images, or none can be held out.
     """
+    if isinstance(settings, TrainingData) and settings.mixture:
+        return open_mixture(settings, part, open_images)
     if part == "held_out" and settings.eval_source is not None:
         library = _library(settings, "eval_source")
         if settings.eval_split is not None:

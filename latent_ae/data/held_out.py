@@ -13,6 +13,7 @@ from torch.utils.data import IterableDataset
 from latent_ae.config import UserError
 from latent_ae.data.images import ImageError, to_tensor
 from latent_ae.data.loader import decode_for, loaded, worker_place
+from latent_ae.data.mixture import Mixture
 from latent_ae.data.settings import DataSettings
 from latent_ae.data.sources import Encoded, ImageSource, StreamSource, digest_of, encoded_image, stream_values
 from latent_ae.data.transforms import Resample, center_crop, resize_shorter
@@ -147,12 +148,16 @@ class _Middles(IterableDataset):
 
     def __iter__(self) -> Iterator[tuple[HeldOutImage, np.ndarray | None]]:
         images, framing = self.images, self.images.framing
+        mixture = images.source if isinstance(images.source, Mixture) else None
         for index, name, read in self._stored():
-            digest = ""
+            digest, settings = "", images.settings
+            if mixture is not None:
+                settings = mixture.settings_of(index)
+                framing = images.framing._replace(resize_px=settings.resize_px)
             try:
                 encoded = read()
                 digest = digest_of(encoded)
-                array = decode_for(encoded, images.settings, images.channels)
+                array = decode_for(encoded, settings, images.channels)
                 enlarged = min(array.shape[:2]) < (framing.resize_px or framing.crop_px or images.multiple_of)
                 if framing.resize_px is not None:
                     array = resize_shorter(array, framing.resize_px, framing.resample)

@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from latent_ae.config import UserError
 from latent_ae.data.datasets import open_images
 from latent_ae.data.images import ImageError, decode, reason_of, to_tensor
+from latent_ae.data.mixture import Candidate, Mixture
 from latent_ae.data.rng import Share, crop_rng, epoch_order, posterior_noise
 from latent_ae.data.settings import DataSettings
 from latent_ae.data.sources import Encoded, ImageSource, StreamReader, StreamSource, first_line
@@ -138,7 +139,7 @@ class _Crops(IterableDataset):
     share: Share
     first_step: int
     states: Sequence[dict[str, Any] | None]
-    kept: dict[str, np.ndarray] = field(default_factory=dict)
+    kept: dict[tuple[str, tuple[int, int, int]], np.ndarray] = field(default_factory=dict)
 
     def __iter__(self) -> Iterator[Any]:
         worker, workers = worker_place()
@@ -152,7 +153,7 @@ class _Crops(IterableDataset):
                 numbers, skipped, num_replaced = self.share.numbers(step), list[str](), 0
                 crops = []
                 for number in numbers:
-                    crop, bad = self._crop(number, stream or self._candidates(number))
+                    crop, bad = self._crop(number, self._of_stream(stream) if stream else self._candidates(number))
                     crops.append(crop)
                     skipped += bad
                     num_replaced += bool(bad)
@@ -160,36 +161,40 @@ class _Crops(IterableDataset):
         except UserError as error:
             yield error  # an error raised in a worker would arrive wrapped in a traceback
 
-    def _candidates(self, number: int) -> Iterator[tuple[str, Callable[[], Encoded]]]:
-        """Yield the sample's image and those that follow in its epoch."""
+    def _of_stream(self, stream: StreamReader) -> Iterator[Candidate]:
+        return ((name, read, self.settings) for name, read in stream)
+
+    def _candidates(self, number: int) -> Iterator[Candidate]:
+        """Yield the sample's image and those that follow in its epoch, with the settings of their source."""
         assert not isinstance(self.source, StreamSource)
+        if isinstance(self.source, Mixture):
+            yield from self.source.candidates(self.seed, number)
+            return
         epoch, position = divmod(number, len(self.source))
         order = epoch_order(self.seed, epoch, len(self.source))
         for offset in range(len(order)):
             i = int(order[(position + offset) % len(order)])
-            yield self.source.name(i), partial(self.source.read, i)
+            yield self.source.name(i), partial(self.source.read, i), self.settings
 
-    def _crop(
-        self, number: int, candidates: Iterator[tuple[str, Callable[[], Encoded]]]
-    ) -> tuple[np.ndarray, list[str]]:
+    def _crop(self, number: int, candidates: Iterator[Candidate]) -> tuple[np.ndarray, list[str]]:
         """Return the sample's crop, and `name: reason` of the unreadable images skipped for it."""
-        settings = self.settings
         bad = list[str]()
-        for name, read in itertools.islice(candidates, MAX_BAD_IN_A_ROW):
+        for name, read, settings in itertools.islice(candidates, MAX_BAD_IN_A_ROW):
             try:
-                return training_crop(self._pixels(name, read), settings, crop_rng(self.seed, number)), bad
+                return training_crop(self._pixels(name, read, settings), settings, crop_rng(self.seed, number)), bad
             except ImageError as error:
                 bad.append(f"{printable(name)}: {printable(str(error))}")
         shown = "".join(f"\n  {line}" for line in bad[:5])
         raise UserError(f"data.source: {len(bad)} images in a row of {settings.source} are unreadable:{shown}")
 
-    def _pixels(self, name: str, read: Callable[[], Encoded]) -> np.ndarray:
-        if name in self.kept:
-            return self.kept[name]
-        array = decode_for(read(), self.settings, self.channels)
+    def _pixels(self, name: str, read: Callable[[], Encoded], settings: DataSettings) -> np.ndarray:
+        key = (name, settings.background)
+        if key in self.kept:
+            return self.kept[key]
+        array = decode_for(read(), settings, self.channels)
         few = not isinstance(self.source, StreamSource) and len(self.source) <= KEPT_IMAGES
         if few and array.nbytes <= KEPT_BYTES_EACH:
-            self.kept[name] = array
+            self.kept[key] = array
         return array
 
 

@@ -13,7 +13,9 @@ import numpy as np
 import torch
 
 # streams of random numbers that must never overlap: the highest word of Philox's counter
-CROP, NOISE, ORDER, BLOCK, AUGMENT, LATENT_NOISE, CHANNELS, EQUIVARIANCE, BINARY, PERMUTATION, SPREAD = range(11)
+CROP, NOISE, ORDER, BLOCK, AUGMENT, LATENT_NOISE, CHANNELS, EQUIVARIANCE, BINARY, PERMUTATION, SPREAD, MIXTURE = range(
+    12
+)
 
 
 def crop_rng(seed: int, number: int) -> np.random.Generator:
@@ -21,12 +23,42 @@ def crop_rng(seed: int, number: int) -> np.random.Generator:
     return np.random.Generator(_philox(seed, number, CROP))
 
 
-@lru_cache(maxsize=2)
-def epoch_order(seed: int, epoch: int, num_images: int) -> np.ndarray:
-    """Return the order of the images in an epoch, each once: (num_images,) integers."""
+def epoch_permutation(seed: int, epoch: int, num_images: int, source: int = 0) -> np.ndarray:
+    """Return the order of the images in an epoch, each once: (num_images,) integers.
+
+    Args:
+        seed: Seed of the run.
+        epoch: Number of the epoch.
+        num_images: Number of images.
+        source: Number of the source in a mixture.
+    """
     # sorted raw words instead of Generator.permutation, whose algorithm NumPy may change
-    order = np.argsort(_philox(seed, epoch, ORDER).random_raw(num_images), kind="stable")
+    order = np.argsort(_philox(seed, epoch, ORDER, source).random_raw(num_images), kind="stable")
     return order.astype(np.uint32) if num_images < 2**32 else order
+
+
+epoch_order = lru_cache(maxsize=2)(epoch_permutation)
+
+
+@lru_cache(maxsize=2)
+def mixture_order(seed: int, epoch: int, counts: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """Return which source each sample of a mixture's epoch comes from.
+
+    Args:
+        seed: Seed of the run.
+        epoch: Number of the mixture's epoch.
+        counts: Number of samples of each source in an epoch.
+
+    Returns:
+        The source of each sample, and how many samples of that source precede it in the epoch: (sum(counts),) integers
+        each.
+    """
+    in_turn = np.repeat(np.arange(len(counts), dtype=np.uint32), counts)
+    sources = in_turn[np.argsort(_philox(seed, epoch, MIXTURE).random_raw(len(in_turn)), kind="stable")]
+    ranks = np.empty(len(sources), dtype=np.int64)
+    for source, count in enumerate(counts):
+        ranks[sources == source] = np.arange(count)
+    return sources, ranks
 
 
 def block_order(seed: int, epoch: int, reader: int, block: int, size: int) -> np.ndarray:

@@ -3,9 +3,9 @@
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from latent_ae.config import FREE, Byte, Fraction, NonNegative, Positive, Problem, Settings, looks_like_path
 
@@ -57,6 +57,84 @@ class DataSettings(Settings):
             location = getattr(self, key)
             if location is not None and looks_like_path(location) and not Path(location).expanduser().exists():
                 yield Problem(key, f"no such file or folder: {location} (from {Path.cwd()})")
+
+
+class MixedSource(Settings):
+    """One source of `data.mixture`. What is not given is that of the section `data`."""
+
+    source: str
+    """`photos`, a folder, Parquet/Arrow files, or a hub id."""
+    weight: Annotated[float, Field(gt=0)] | None = None
+    """Share of the samples, relative to the other sources' weights; all sources have one, or none has."""
+    repeats: Annotated[float, Field(gt=0)] = 1.0
+    """How often each image is taken in an epoch of the mixture; without weights."""
+    split: str = "train"
+    """Split of the source, if it has splits."""
+    eval_source: str | None = None
+    """Held-out images; null holds out `eval_fraction` of the source."""
+    eval_split: str | None = None
+    """Split that is held out; null takes the validation or test split."""
+    eval_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.05
+    """Fraction that is held out if there is no `eval_source`, validation split or test split."""
+    image_column: str = "image"
+    """Column of images in tables and hub datasets."""
+    revision: str | None = None
+    """Commit or tag of a hub id."""
+    resize_px: Positive | None = None
+    """Shorter side to which an image is resized before the crop, px; null crops from the image in its own size."""
+    flip: bool = True
+    """Mirror half of the crops, at random."""
+    background: tuple[Byte, Byte, Byte] = (255, 255, 255)
+    """Colour put behind transparent pixels."""
+
+
+OWN = tuple(name for name in MixedSource.model_fields if name in DataSettings.model_fields)
+"""The settings that each source of a mixture may have of its own."""
+
+
+class TrainingData(DataSettings):
+    """The section `data` of the training settings."""
+
+    mixture: tuple[MixedSource, ...] = ()
+    """Several sources in place of `source`: a list of {source, weight or repeats, split, image_column, ...}, each with
+    its own split, column and framing (docs/data.md)."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _what_is_not_given_is_that_of_the_section(cls, values: Any) -> Any:
+        parts = values.get("mixture") if isinstance(values, dict) else None
+        if not isinstance(parts, (list, tuple)):
+            return values
+        shared = {name: values[name] for name in OWN if name in values and name != "source"}
+        return values | {"mixture": [shared | part if isinstance(part, dict) else part for part in parts]}
+
+    @property
+    def title(self) -> str:
+        """What texts call the images."""
+        return " + ".join(part.source for part in self.mixture) or self.source
+
+    def sources(self) -> tuple[DataSettings, ...]:
+        """Return the section as it holds for each source of the mixture."""
+        shared = {name: getattr(self, name) for name in DataSettings.model_fields if name not in OWN}
+        return tuple(DataSettings(**shared, **{name: getattr(part, name) for name in OWN}) for part in self.mixture)
+
+    def problems(self) -> Iterator[Problem]:
+        if not self.mixture:
+            yield from super().problems()
+            return
+        if self.source != DataSettings().source:
+            yield Problem("source", f"{self.source}: data.mixture names the sources; leave data.source out")
+        if self.streaming:
+            yield Problem("streaming", "a stream has no number for each image, which a mixture needs: set it to false")
+        weighted = [part.weight is not None for part in self.mixture]
+        for number, (part, one) in enumerate(zip(self.mixture, self.sources(), strict=True)):
+            place = f"mixture[{number}]"
+            if any(weighted) and part.weight is None:
+                yield Problem(f"{place}.weight", f"{part.source} has none, and others have: give every source a weight")
+            if part.weight is not None and part.repeats != MixedSource.model_fields["repeats"].default:
+                yield Problem(f"{place}.repeats", f"{part.source} has a weight, too: give one of the two")
+            for problem in one.problems():
+                yield Problem(f"{place}.{problem.key}", problem.message)
 
 
 class CheckSettings(DataSettings):
