@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -94,9 +93,12 @@ def publish(phases: Sequence[Phase], phase: Phase, results: dict[str, Any]) -> d
     whole = results | {"phases": summaries}
     if phase.last and _read(run / RESULTS) == whole and (run / "export/config.json").is_file():
         return whole
-    with writing(run), tempfile.TemporaryDirectory(prefix=".export-", dir=run) as scratch:
-        shutil.copytree(phase.folder / "export", Path(scratch) / "export")
-        take_place(Path(scratch) / "export", run / "export", Path(scratch) / "previous")
+    scratch = run / ".export"
+    with writing(run):
+        shutil.rmtree(scratch, ignore_errors=True)  # left by a process that was killed
+        shutil.copytree(phase.folder / "export", scratch / "export")
+        take_place(scratch / "export", run / "export", scratch / "previous")
+        shutil.rmtree(scratch)
     _write_report(run, phases[:number], summaries)
     if phase.last:
         write_json(run / RESULTS, whole)
