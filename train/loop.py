@@ -150,7 +150,7 @@ def _train(phase: Phase, accelerator: Accelerator, more: Sequence[Objective[Any]
         stream_state = stream_state_of(checkpoint, accelerator)
         validator.try_one_batch(averaged)
         if accelerator.is_main_process:
-            preflight(run, settings, step)
+            preflight(phase, step)
             cut_back(run, first_step if checkpoint is not None else -1)
             set_results_aside(phase.whole)
         label = "" if phase.alone else f"phase {phase.number}/{len(phase.recipe.phases)}, "
@@ -198,7 +198,7 @@ def _train(phase: Phase, accelerator: Accelerator, more: Sequence[Objective[Any]
             raise Stopped(stopped_by)
     except BaseException:
         log.close()
-        _say_how_to_go_on(run, number, accelerator)
+        _say_how_to_go_on(phase, number, accelerator)
         raise
     return results
 
@@ -242,12 +242,13 @@ def prune(run: Path, settings: TrainSettings, accelerator: Accelerator) -> None:
             prune_checkpoints(run, kept_steps(saved, settings.checkpoint, settings.gan, held_out_distances(run)))
 
 
-def _say_how_to_go_on(run: Path, number: int, accelerator: Accelerator) -> None:
+def _say_how_to_go_on(phase: Phase, number: int, accelerator: Accelerator) -> None:
     if not accelerator.is_main_process:
         return
-    saved = complete_checkpoints(run)
+    saved = complete_checkpoints(phase.folder)
     if saved:
         where = f"the checkpoint of step {saved[-1].step:,} is kept; the same command resumes from it"
     else:
-        where = "no checkpoint was due yet (checkpoint.every); the same command starts from the beginning"
+        start = "from the beginning" if phase.alone else f"{phase.title} from its beginning"
+        where = f"no checkpoint was due yet (checkpoint.every); the same command starts {start}"
     print(f"training stopped in step {number + 1:,}: {where}", file=sys.stderr)

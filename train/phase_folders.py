@@ -48,11 +48,12 @@ def refuse_other_phases(run: Path, phases: Sequence[Phase]) -> None:
             "may be added. Restore the phases, or choose another output_dir"
         )
     for phase, following in pairwise(phases):
-        end = max(finished_checkpoints(phase.folder), default=0)
-        if finished_checkpoints(following.folder) and end != phase.settings.steps:
+        end, steps = max(finished_checkpoints(phase.folder), default=None), phase.settings.steps
+        if finished_checkpoints(following.folder) and end != steps:
+            fate = "has lost its checkpoints" if end is None else f"ended at step {end:,} and now has {steps:,} steps"
             raise UserError(
-                f"{following.folder} has begun from step {end:,} of {phase.folder.name}, which now has "
-                f"{phase.settings.steps:,} steps: restore that phase, or choose another output_dir"
+                f"{following.folder} has begun from the weights of {phase.folder.name}, which {fate}: restore that "
+                "phase, or choose another output_dir"
             )
     refuse_foreign(run / "export")
 

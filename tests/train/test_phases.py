@@ -156,8 +156,8 @@ def test_phases_on_two_processes_take_the_steps_of_one(pictures: Path, tmp_path:
     [
         (["seed=1"], "phase 1 of 2 (base): {run}/phases/1-base was begun with another recipe:\n  seed: 0 in step-0000"),
         (["phases.sharp.batch_size=8"], "phase 2 of 2 (sharp): {run}/phases/2-sharp was begun with another recipe"),
-        (["phases.base.steps=6"], "2-sharp has begun from step 4 of 1-base, which now has 6 steps: restore that phase"),
-        (["phases.base.steps=2"], "2-sharp has begun from step 4 of 1-base, which now has 2 steps: restore that phase"),
+        (["phases.base.steps=6"], "from the weights of 1-base, which ended at step 4 and now has 6 steps: restore"),
+        (["phases.base.steps=2"], "of 1-base, which ended at step 4 and now has 2 steps: restore that phase"),
         (["phases.sharp.steps=2"], "is at step 3 already, past 2: raise steps"),
         (["phases.base.name=first"], "holds the phase 1-base, and the settings have 1-first, 2-sharp"),
         (["phases=[{name: base, steps: 4}]"], "holds the phase 2-sharp, and the settings have 1-base"),
@@ -261,6 +261,15 @@ def test_which_value_holds(tmp_path: Path) -> None:
     assert steps("phases.2.steps=6", "steps=7") == [7, 7, 7]
     second = phases_of(load_settings(TrainSettings, str(path), ["optim.lr=2e-5"]))[1].settings
     assert (second.optim.lr, second.optim.clip, second.optim.warmup) == (2e-5, 2, TrainSettings().optim.warmup)
+
+
+def test_the_documented_recipe_is_valid(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs/phases.md").read_text(encoding="utf-8")
+    path = tmp_path / "two-phases.yaml"
+    path.write_text(page.split("```yaml\n")[1].split("```")[0])
+    first, second = phases_of(load_settings(TrainSettings, str(path), ["data.source=photos"]))
+    assert (first.settings.data.resolution, second.settings.data.resolution) == (128, 256)
+    assert second.settings.gan.init_from == "runs/two-phases/phases/1-base"
 
 
 def test_the_discriminator_goes_on_where_it_fits(tmp_path: Path) -> None:
