@@ -103,7 +103,8 @@ def phases_of(settings: "TrainSettings") -> list[Phase]:
 def _hands_over(before: "TrainSettings", after: "TrainSettings") -> bool:
     """Return whether a phase begins with the discriminator of the phase before."""
     trained = before.gan.weight and before.steps > before.gan.start
-    same_shape = all(getattr(before.gan, key) == getattr(after.gan, key) for key in (k.split(".")[1] for k in SHAPE))
+    keys = [key.removeprefix("gan.") for key in SHAPE]
+    same_shape = all(getattr(before.gan, key) == getattr(after.gan, key) for key in keys)
     return bool(trained and after.gan.weight and same_shape)
 
 
@@ -141,10 +142,8 @@ def phase_problems(settings: "TrainSettings") -> Iterator[Problem]:
 
 def _values_of(settings: "TrainSettings", entry: Mapping[str, Any]) -> dict[str, Any]:
     """Return the values of a phase: those of the whole, with those of its entry over them."""
-    values = settings.model_dump(mode="json", by_alias=True)
-    return merged(values, {key: value for key, value in entry.items() if key not in ("name", *OF_THE_WHOLE)}) | {
-        "phases": []
-    }
+    values = settings.model_dump(mode="json", by_alias=True, exclude_unset=True, exclude={"phases"})
+    return merged(values, {key: value for key, value in entry.items() if key not in ("name", *OF_THE_WHOLE)})
 
 
 def merged(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

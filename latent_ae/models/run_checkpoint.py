@@ -27,8 +27,8 @@ def finished_checkpoints(run: Path) -> dict[int, Path]:
 
 def phase_folders(run: Path) -> list[Path]:
     """Return the folders of a run's phases, the first one first; none for a run without phases."""
-    names = {folder: re.fullmatch(r"(\d+)(-.*)?", folder.name) for folder in (run / "phases").glob("*/")}
-    return sorted((folder for folder, name in names.items() if name), key=lambda folder: int(names[folder][1]))  # type: ignore[index]
+    folders = [path for path in (run / "phases").glob("*") if re.fullmatch(r"\d+(-.*)?", path.name) and path.is_dir()]
+    return sorted(folders, key=lambda folder: int(folder.name.partition("-")[0]))
 
 
 def newest_whole(run: Path) -> Path | None:
