@@ -172,7 +172,8 @@ def load_settings(cls: type[S], source: str | None, overrides: Sequence[str] = (
     Args:
         cls: The class of the settings.
         source: A YAML file or the name of a recipe; None takes the defaults.
-        overrides: Words, each `key=value` or `section.key=value`.
+        overrides: Words, each `key=value` or `section.key=value`; in a list of sections, `phases.2.key=value` or
+            `phases.NAME.key=value`. Of words that contradict each other the last one holds.
 
     Raises:
         UserError: With every problem found, one line each.
@@ -193,7 +194,7 @@ def changed_settings(settings: S, changes: Mapping[str, Any]) -> S:
 
 
 def _checked(cls: type[S], values: dict[str, Any], problems: list[Problem], where: str) -> S:
-    settings, invalid = _validate(cls, values)
+    settings, invalid = validated(cls, values)
     problems += invalid
     if settings is not None:
         # relations are checked after wrong keys fell back to their defaults, so that one wrong key does not
@@ -287,16 +288,30 @@ def _apply_override(cls: type[Settings], values: dict[str, Any], word: str) -> l
     key, equals, text = word.partition("=")
     if not equals or not key:
         return [Problem(word, "not understood; write key=value, for example optim.lr=1e-4")]
-    *sections, name = own_key(cls, key).split(".")
+    path = own_key(cls, key).split(".")
+    *sections, name = path
+    inner: Any = values
     for section in sections:
-        inner = values.setdefault(section, {})
-        if not isinstance(inner, dict):
+        if isinstance(inner, list):
+            numbers = {str(number): item for number, item in enumerate(inner, 1) if isinstance(item, dict)}
+            names = {str(item["name"]): item for item in numbers.values() if "name" in item}
+            if section not in numbers | names:
+                return [Problem(key, f"there is no {section}, only {', '.join([*numbers, *names]) or 'an empty list'}")]
+            inner = (numbers | names)[section]
+        else:
+            inner = inner.setdefault(section, {})
+        if not isinstance(inner, (dict, list)):
             return [Problem(key, f"{section} is not a section")]
-        values = inner
+    if not isinstance(inner, dict):
+        return [Problem(key, f"{sections[-1]} is a list: name one of its sections and a setting in it")]
     try:
-        values[name] = _parsed(text, yaml.SafeLoader)
+        inner[name] = _parsed(text, yaml.SafeLoader)
     except Exception:  # PyYAML's reader raises other kinds, too
-        values[name] = text
+        inner[name] = text
+    # sections of a list hold what differs from the settings beside the list; a word that names none holds in all
+    for items in values.values():
+        for item in items if isinstance(items, list) else ():
+            _drop(item, path)
     return []
 
 
@@ -308,7 +323,16 @@ def own_key(cls: type[Settings], key: str) -> str:
     return f"data_{name}" if f"data_{name}" in cls.model_fields else name
 
 
-def _validate(cls: type[S], values: dict[str, Any]) -> tuple[S | None, list[Problem]]:
+def validated(cls: type[S], values: dict[str, Any]) -> tuple[S | None, list[Problem]]:
+    """Check the types of nested values.
+
+    Args:
+        cls: The class of the settings.
+        values: Values by key; wrong ones are removed from it.
+
+    Returns:
+        Settings in which wrong values are replaced by their defaults, or None if that fails, and the problems found.
+    """
     try:
         return cls.model_validate(values), []
     except ValidationError as error:

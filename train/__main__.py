@@ -47,9 +47,10 @@ def main(argv: list[str] | None = None) -> int:
     except Stopped:
         return EXIT_CODE
     except torch.OutOfMemoryError as error:
+        size = "" if settings.phases else f" with micro_batch_size {settings.micro_batch}"
         raise UserError(
-            f"out of memory with micro_batch_size {settings.micro_batch}: halve micro_batch_size; the batch stays the "
-            f"same, it is then accumulated ({str(error).splitlines()[0]})"
+            f"out of memory{size}: halve micro_batch_size; the batch stays the same, "
+            f"it is then accumulated ({str(error).splitlines()[0]})"
         ) from error
     except TorchDynamoException as error:  # for example no C++ compiler
         reason = " ".join(str(error).split())[:300]

@@ -45,13 +45,31 @@ def starting_autoencoder(settings: TrainSettings) -> ModelMixin:
 
 
 def _place_of_weights(name: str) -> str:
-    """Return where to load weights from: for a run its newest whole checkpoint, or its export if that is of the same
-    step, because the export has the measured scaling."""
+    """Return where to load weights from: for a run its newest whole checkpoint, or the export beside it if that is of
+    the same step, because the export has the measured scaling."""
     place = Path(name).expanduser()
     folder = checkpoint_at(place)
     if folder is None:
         return name
-    return str(place / "export" if finished_results(place, read_state(folder)["step"]) is not None else folder)
+    run = folder.parent.parent  # with phases, the folder of one of them
+    exported = folder != place and finished_results(run, read_state(folder)["step"]) is not None
+    return str(run / "export" if exported else folder)
+
+
+def planned_autoencoder(settings: TrainSettings) -> ModelMixin:
+    """Return the autoencoder with which a run would start; without init_from it has shapes and no weights.
+
+    Raises:
+        UserError: If it cannot be loaded or does not go with the other settings.
+    """
+    if settings.init_from is not None:
+        return starting_autoencoder(settings)
+    with torch.device("meta"):
+        model = settings.model.model_copy(update={"init": "default"})
+        autoencoder = build_autoencoder(model, sample_size=settings.data.resolution)
+        refuse_misfit(autoencoder, settings)
+        freeze_part(autoencoder, settings)
+    return autoencoder
 
 
 def freeze_part(autoencoder: ModelMixin, settings: TrainSettings) -> None:

@@ -120,14 +120,15 @@ def export(
     held_out = open_images(settings.data, "held_out")
     channels, factor = channels_of(autoencoder), factor_of(autoencoder)
     validator = Validator(settings, accelerator, held_out, channels, factor, None)
-    run = source.parent.parent if folder == source else source
+    run = folder.parent.parent
+    named = run if folder == source else source  # a run in phases has its checkpoints in their folders
     log = {(event["event"], event["step"]): event for event in read_log(run)}
     return export_autoencoder(
         autoencoder,
         out,
         statistics=statistics,
         sample_size=settings.data.resolution,
-        card=card_facts(run, settings, step, log.get(("validate", step), {}), log.get(("baseline", 0), {})),
+        card=card_facts(named, settings, step, log.get(("validate", step), {}), log.get(("baseline", 0), {})),
         check_images=check_images(validator),
         keep_scaling=kept,
         pipeline=pipeline,

@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from latent_ae.objectives.base import Objective
 from latent_ae.progress import now, progress_bar
 
 from .agreement import Agreed, gathered
+from .phases import Phase, phases_of
 from .report import decline, read_log, remarks_on, result_rows, text_table, write_report
 from .settings import TrainSettings
 from .validate import Validator
@@ -43,8 +45,7 @@ RESULTS = "results.json"
 
 
 def finish_run(
-    run: Path,
-    settings: TrainSettings,
+    phase: Phase,
     accelerator: Accelerator,
     averaged: Reconstructor,
     source: ImageSource,
@@ -54,8 +55,7 @@ def finish_run(
     """Export the averaged weights, write results.json and report.html, and print the table. Every process calls this.
 
     Args:
-        run: The run folder.
-        settings: The run's settings.
+        phase: The run, or one phase of it.
         accelerator: Connects the processes.
         averaged: The autoencoder with averaged weights.
         source: The training images.
@@ -69,6 +69,7 @@ def finish_run(
         UserError: If images cannot be read, the latents cannot be scaled, or files cannot be written.
         RuntimeError: If the check of the export fails.
     """
+    run, settings = phase.folder, phase.settings
     facts = {key: value for objective in objectives for key, value in objective.facts().items()}
     statistics = measure_latents(averaged, settings, accelerator, source)
     results: dict[str, Any] = {}
@@ -87,9 +88,7 @@ def finish_run(
                 run / "export",
                 statistics=statistics,
                 sample_size=settings.data.resolution,
-                card=card_facts(
-                    run, settings, settings.steps, results["held_out"]["after"], results["held_out"][baseline]
-                ),
+                card=_whole_card(phase, results["held_out"]["after"], results["held_out"][baseline]),
                 check_images=check_images(validator),
                 keep_scaling=keeps_scaling(settings, averaged.autoencoder),
                 pipeline=settings.export_for,
@@ -105,7 +104,7 @@ def finish_run(
             write_report(run, settings, rows, remarks_on(results["held_out"]), [type(one) for one in objectives])
             # written last, because it means that all of the above is complete
             write_json(run / RESULTS, results)
-            show_results(run, results)
+            show_results(phase, results)
     return results
 
 
@@ -236,16 +235,30 @@ def card_facts(
     )
 
 
-def show_results(run: Path, results: dict[str, Any]) -> None:
-    """Print the final table, and how to load the export, on stdout."""
-    held_out, export = results["held_out"], results["export"]
+def _whole_card(phase: Phase, after: dict[str, Any], baseline: dict[str, Any]) -> CardFacts:
+    """Return the model card's facts about the weights at the end of a phase, with the phases before it."""
+    card = card_facts(phase.whole, phase.settings, phase.settings.steps, after, baseline)
+    if phase.alone:
+        return card
+    recipe = phase.recipe.model_copy(update={"phases": phase.recipe.phases[: phase.number]})
+    steps = sum(one.settings.steps for one in phases_of(recipe))
+    return replace(card, steps=steps, base_model=recipe.init_from, settings_yaml=to_yaml(recipe))
+
+
+def show_results(phase: Phase, results: dict[str, Any]) -> None:
+    """Print the final table on stdout, and at the end of the whole run how to load the export."""
+    run, held_out, export = phase.whole, results["held_out"], results["export"]
     count = held_out["after"].get("n", 0)
-    print(f"Held-out images ({count}), before and after training:\n")
+    which = "" if phase.alone else f"{phase.title}: "
+    print(f"{which}Held-out images ({count}), before and after training:\n")
     rows = result_rows(held_out)
     print(text_table(rows))
     for remark in (*remarks_on(held_out), decline(rows)):
         if remark:
             print(f"\n{remark}")
+    if not phase.last:
+        print()
+        return
     factors = [f"{key} {export[key]:.4f}" for key in ("scaling_factor", "shift_factor") if export[key] is not None]
     print("   ".join([f"\nexport   {run / 'export'}", *factors]))
     print(f"         a fresh process reloads it with a largest difference of {export['max_abs_difference']:.1e}")

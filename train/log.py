@@ -45,6 +45,7 @@ class Log:
         settings: The run's settings.
         objectives: Classes whose `diagnose` is logged.
         source: The training images; of a mixture, the samples of each source are logged.
+        label: What the progress bar says before the step.
 
     Raises:
         UserError: If a tracker does not start.
@@ -57,8 +58,9 @@ class Log:
         settings: TrainSettings,
         objectives: Sequence[type[Objective[Any]]] = OBJECTIVES,
         source: ImageSource | None = None,
+        label: str = "",
     ):
-        self.objectives, self.source = objectives, source
+        self.objectives, self.source, self.label = objectives, source, label
         self.path, self.accelerator, self.settings = run / "log.jsonl", accelerator, settings
         self.last = (time.perf_counter(), -1)
         before = read_log(run) if accelerator.is_main_process else []  # lines of a run that is resumed
@@ -244,7 +246,7 @@ class Log:
         values["lr"] = self.settings.optim.lr * lr_scale_at(done - 1, self.settings.steps, self.settings.optim)
         shown = [name for name in SHOWN if name in values]
         if self.progress is not None:
-            self.progress.set_description(f"step {done:,}/{self.settings.steps:,}")
+            self.progress.set_description(f"{self.label}step {done:,}/{self.settings.steps:,}")
             self.progress.set_postfix({name: f"{values[name]:.3f}" for name in shown}, refresh=False)
         if "logits_real" in values:
             values["logit_gap"] = values["logits_real"] - values["logits_fake"]

@@ -1,5 +1,6 @@
 """The training run from top to bottom."""
 
+import copy
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,9 +32,11 @@ from .data import Feed, stream_state_of
 from .finish import finish_run, finished_results, push_export, show_results
 from .log import Log
 from .optim import Ema
+from .phase_folders import publish, refuse_later_misfits, refuse_other_phases
+from .phases import Phase, phases_of
 from .preflight import preflight, try_passes
 from .report import held_out_distances
-from .run import changes_since, cut_back, only_training_in, write_config
+from .run import changes_since, cut_back, only_training_in, set_results_aside, write_config
 from .settings import TrainSettings
 from .signals import Stopped, StopSignals
 from .step import TrainStep
@@ -43,52 +46,83 @@ from .validate import Validator
 def train(settings: TrainSettings, objectives: Sequence[Objective[Any]] = ()) -> dict[str, Any]:
     """Train until `settings.steps`, resuming the run folder's newest checkpoint if there is one; export and report.
 
+    With `settings.phases` this is done for each phase in its own folder, one after another; finished ones are skipped.
+
     Args:
         settings: The run's settings, for example `TrainSettings.load("quickstart", "steps=100")`.
         objectives: More terms of training besides those of the settings (docs/objectives.md); they act after them.
 
     Returns:
-        The content of results.json: held-out metrics before and after, statistics of the latents, facts of the export.
-        With several processes, only the main process has them at the end of a training.
+        The content of results.json: held-out metrics before and after, statistics of the latents, facts of the export;
+        with phases those of the last one, and under "phases" a summary of each. With several processes, only the main
+        process has them at the end of a training.
 
     Raises:
         UserError: If the settings, data or folders do not allow the run, or training diverges.
         Stopped: If a signal ended the run after a checkpoint.
     """
-    run = Path(settings.output_dir).expanduser()
-    accelerator = Accelerator(
+    run, phases = Path(settings.output_dir).expanduser(), phases_of(settings)
+    accelerator, results = _accelerator(phases[0]), dict[str, Any]()
+    hosts()  # its first call must be made while all processes are here
+    with only_training_in(run, accelerator):
+        with Agreed(accelerator):
+            if accelerator.is_main_process:
+                refuse_other_phases(run, phases)
+                refuse_later_misfits(phases)
+        for phase in phases:
+            if phase is not phases[0]:
+                accelerator = _accelerator(phase)
+            with phase.named_in_errors(), float32_arithmetic(tf32=phase.settings.tf32):
+                # their state must not go on into the next phase, where a resumed run would not have it
+                results = _train(phase, accelerator, objectives if phase.alone else copy.deepcopy(objectives))
+            with Agreed(accelerator):
+                if accelerator.is_main_process:
+                    results = publish(phases, phase, results)
+            if not phase.last:  # the processes stay connected
+                for tracker in accelerator.trackers:
+                    tracker.finish()
+                accelerator.free_memory()
+        accelerator.end_training()
+        if accelerator.is_main_process:  # from here on the others need not wait
+            push_export(run, settings)
+    return results
+
+
+def _accelerator(phase: Phase) -> Accelerator:
+    """Return the connection between the processes, with a phase's trackers; the first call connects them."""
+    return Accelerator(
         cpu=not torch.cuda.is_available(),
         # the step has its own autocast; a launcher's configuration must not add another one
         mixed_precision="no",
         dynamo_backend="no",  # `compile` compiles blocks; a launcher's setting would compile whole networks
-        log_with=list(settings.report_to) or None,
-        project_dir=run,
+        log_with=list(phase.settings.report_to) or None,
+        project_dir=phase.folder,
         # gradients are views of the buckets in which they are reduced, which saves a copy
         kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
     )
-    hosts()  # its first call must be made while all processes are here
-    with float32_arithmetic(tf32=settings.tf32), only_training_in(run, accelerator):
-        return _train(run, settings, accelerator, objectives)
 
 
-def _train(
-    run: Path, settings: TrainSettings, accelerator: Accelerator, more: Sequence[Objective[Any]]
-) -> dict[str, Any]:
+def _train(phase: Phase, accelerator: Accelerator, more: Sequence[Objective[Any]]) -> dict[str, Any]:
+    run, settings = phase.folder, phase.settings
     # one process looks, because on a shared disk others may see a newer or an older state
     checkpoint = on_main(accelerator, lambda: newest_checkpoint(run))
     first_step = checkpoint.step if checkpoint is not None else 0
     with Agreed(accelerator):
-        changes = changes_since(checkpoint, settings) if checkpoint is not None else {}
+        changes = changes_since(checkpoint, settings, phase) if checkpoint is not None else {}
         if first_step > settings.steps:
             raise UserError(f"steps: {run} is at step {first_step:,} already, past {settings.steps:,}: raise steps")
     results = on_main(accelerator, lambda: finished_results(run, settings.steps))
     if first_step == settings.steps and results is not None:
         with Agreed(accelerator):
-            if accelerator.is_main_process:
-                write_config(run, settings)
-                show_results(run, results)
-        return _ended(accelerator, run, settings, results)
+            if accelerator.is_main_process and phase.last:
+                write_config(phase)
+                show_results(phase, results)
+            elif accelerator.is_main_process:
+                print(f"{phase.title} is finished", file=sys.stderr)
+        return results
 
+    if accelerator.is_main_process and not phase.alone:
+        print(f"{phase.title}: {run}", file=sys.stderr)
     with Agreed(accelerator):  # an error on one process stops all, and is printed once
         source, held_out = open_images(settings.data, "train"), open_images(settings.data, "held_out")
         autoencoder = starting_autoencoder(settings).to(accelerator.device)
@@ -100,7 +134,7 @@ def _train(
                 objective.refuse_another(state)
         ema = Ema(autoencoder, settings.ema.decay) if settings.ema.decay else None
         if accelerator.is_main_process:  # only now, because everything above may refuse the settings
-            write_config(run, settings)
+            write_config(phase)
     if settings.compile:
         compile_blocks(autoencoder)
     step = TrainStep(settings, accelerator, autoencoder, objectives, ema)
@@ -116,15 +150,18 @@ def _train(
         stream_state = stream_state_of(checkpoint, accelerator)
         validator.try_one_batch(averaged)
         if accelerator.is_main_process:
-            preflight(run, settings, step)
+            preflight(phase, step)
             cut_back(run, first_step if checkpoint is not None else -1)
-        log = Log(run, accelerator, settings, [*OBJECTIVES, *(type(objective) for objective in more)], source)
+            set_results_aside(phase.whole)
+        label = "" if phase.alone else f"phase {phase.number}/{len(phase.recipe.phases)}, "
+        kinds = [*OBJECTIVES, *(type(objective) for objective in more)]
+        log = Log(run, accelerator, settings, kinds, source, label)
     feed = Feed(step, source, log, first_step, stream_state)
     with Agreed(accelerator):
         if first_step < settings.steps:
             try_passes(step, feed.on_device(feed.gray()))
 
-    number = first_step
+    number, stopped_by = first_step, None
     try:
         log.begin(first_step, changes if checkpoint is not None else None, validator)
         if due(first_step, settings.validation.every, settings.steps):
@@ -147,22 +184,24 @@ def _train(
                     saving = False
                 if saving:
                     save(run, step, feed, log, done)
-                if (name := stop.wanted()) and done < settings.steps:
+                if (stopped_by := stop.wanted()) and done < settings.steps:
                     if not saving and not log.skipped(done, step.skipped_steps):
                         save(run, step, feed, log, done)
-                    raise Stopped(name)  # a resumed run makes up for a validation and pruning that are due
+                    raise Stopped(stopped_by)  # a resumed run makes up for a validation and pruning that are due
                 if due(done, settings.validation.every, settings.steps):
                     validate(log, validator, averaged, done)
                     log.restart_clock(done)
                 if saving:
                     prune(run, settings, accelerator)
         log.close()
-        results = finish_run(run, settings, accelerator, averaged, source, validator, objectives)
+        results = finish_run(phase, accelerator, averaged, source, validator, objectives)
+        if stopped_by and not phase.last:  # a signal in the last step of a phase keeps the next one from beginning
+            raise Stopped(stopped_by)
     except BaseException:
         log.close()
-        _say_how_to_go_on(run, number, accelerator)
+        _say_how_to_go_on(phase, number, accelerator)
         raise
-    return _ended(accelerator, run, settings, results)
+    return results
 
 
 def due(done: int, every: int, steps: int) -> bool:
@@ -204,20 +243,13 @@ def prune(run: Path, settings: TrainSettings, accelerator: Accelerator) -> None:
             prune_checkpoints(run, kept_steps(saved, settings.checkpoint, settings.gan, held_out_distances(run)))
 
 
-def _ended(accelerator: Accelerator, run: Path, settings: TrainSettings, results: dict[str, Any]) -> dict[str, Any]:
-    """End training on all processes, then upload from the main one, so that the others need not wait."""
-    accelerator.end_training()
-    if accelerator.is_main_process:
-        push_export(run, settings)
-    return results
-
-
-def _say_how_to_go_on(run: Path, number: int, accelerator: Accelerator) -> None:
+def _say_how_to_go_on(phase: Phase, number: int, accelerator: Accelerator) -> None:
     if not accelerator.is_main_process:
         return
-    saved = complete_checkpoints(run)
+    saved = complete_checkpoints(phase.folder)
     if saved:
         where = f"the checkpoint of step {saved[-1].step:,} is kept; the same command resumes from it"
     else:
-        where = "no checkpoint was due yet (checkpoint.every); the same command starts from the beginning"
+        start = "from the beginning" if phase.alone else f"{phase.title} from its beginning"
+        where = f"no checkpoint was due yet (checkpoint.every); the same command starts {start}"
     print(f"training stopped in step {number + 1:,}: {where}", file=sys.stderr)

@@ -1,10 +1,11 @@
 """The plan of a run, as `--dry-run` prints it."""
 
 import torch
+import yaml
+from diffusers import ModelMixin
 
 from latent_ae.data.settings import MixedSource
 from latent_ae.models.build import (
-    build_autoencoder,
     channels_of,
     count_parameters,
     factor_of,
@@ -14,8 +15,9 @@ from latent_ae.models.build import (
 from latent_ae.models.registry import family_of
 from latent_ae.objectives import GAN, KL, OBJECTIVES
 
-from .build import freeze_part, refuse_misfit, starting_autoencoder
+from .build import planned_autoencoder
 from .parts import collapsed, trained_names
+from .phases import merged, phases_of
 from .settings import TrainSettings
 
 MOST_NAMES = 8
@@ -30,19 +32,25 @@ def described(part: MixedSource) -> str:
 
 
 def describe_plan(settings: TrainSettings) -> str:
-    """Return the plan as lines of text: parameters, steps, batch, objectives and disk space.
+    """Return the plan as lines of text: parameters, steps, batch, objectives and disk space, for each phase its own.
 
     Raises:
         UserError: If the autoencoder cannot be loaded or does not go with the settings.
     """
-    if settings.init_from is None:
-        with torch.device("meta"):
-            model = settings.model.model_copy(update={"init": "default"})
-            autoencoder = build_autoencoder(model, sample_size=settings.data.resolution)
-            refuse_misfit(autoencoder, settings)
-            freeze_part(autoencoder, settings)
-    else:
-        autoencoder = starting_autoencoder(settings)
+    plans = []
+    for phase in phases_of(settings):
+        with phase.named_in_errors():
+            autoencoder = planned_autoencoder(phase.first_start)
+        plan = _plan_of_a_run(phase.settings, autoencoder)
+        if not phase.alone:
+            entry = merged(settings.phases[phase.number - 1], phase.implied)
+            differences = yaml.safe_dump(entry, sort_keys=False, default_flow_style=None, width=100)
+            plan = f"{phase.title}, where these settings differ:\n\n{differences}\n{plan}"
+        plans.append(plan)
+    return "\n\n".join(plans)
+
+
+def _plan_of_a_run(settings: TrainSettings, autoencoder: ModelMixin) -> str:
     weights, discriminator = count_parameters(autoencoder), 0
     if settings.gan.weight:
         with torch.device("meta"):

@@ -16,6 +16,7 @@ from latent_ae.files import amount, writing
 from latent_ae.models.build import count_parameters
 from latent_ae.objectives.base import Batch
 
+from .phases import Phase
 from .report import write_report
 from .settings import TrainSettings
 from .step import TrainStep
@@ -26,7 +27,7 @@ DEAREST_OF = 1000
 """Number of the run's last steps among which the one that needs the most memory is tried."""
 
 
-def preflight(run: Path, settings: TrainSettings, train_step: TrainStep) -> None:
+def preflight(phase: Phase, train_step: TrainStep) -> None:
     """Check the run folder, disk space, the export through stock diffusers, the report, and the right to upload.
 
     One process calls this.
@@ -35,8 +36,9 @@ def preflight(run: Path, settings: TrainSettings, train_step: TrainStep) -> None
         UserError: If something must be mended before training.
         RuntimeError: If diffusers loads other weights than those that were saved.
     """
-    if settings.push_to_hub is not None:
-        check_upload(settings.push_to_hub)
+    run, settings = phase.folder, phase.settings
+    if phase.recipe.push_to_hub is not None:
+        check_upload(phase.recipe.push_to_hub)
     _check_places(run)
     _warn_of_slow_bf16(settings, train_step.accelerator.device)
     autoencoder: ModelMixin = train_step.bare_reconstructor.autoencoder

@@ -19,6 +19,7 @@ from latent_ae.provenance import versions
 
 from .agreement import Agreed
 from .checkpoint import Checkpoint, set_damaged_aside
+from .phases import Phase
 from .settings import TrainSettings, micro_batch_of
 
 
@@ -39,8 +40,13 @@ def only_training_in(run: Path, accelerator: Accelerator) -> Iterator[None]:
         yield
 
 
-def changes_since(checkpoint: Checkpoint, settings: TrainSettings) -> dict[str, list[Any]]:
+def changes_since(checkpoint: Checkpoint, settings: TrainSettings, phase: Phase | None = None) -> dict[str, list[Any]]:
     """Compare settings, processes and versions with those that wrote the checkpoint.
+
+    Args:
+        checkpoint: The checkpoint.
+        settings: The settings of the run now.
+        phase: The phase of a run in phases to which the settings belong.
 
     Returns:
         What has changed, {name: [before, now]}.
@@ -59,6 +65,8 @@ def changes_since(checkpoint: Checkpoint, settings: TrainSettings) -> dict[str, 
     except (KeyError, TypeError, ZeroDivisionError, RecursionError) as error:
         raise UserError(f"{checkpoint.folder}/state.json does not hold the settings of a run: {error}") from error
     now = flatten(settings.model_dump(mode="json", by_alias=True))
+    if phase is not None and "init_from" in phase.implied:
+        before["init_from"] = now["init_from"]  # the phase before, wherever the run's folder lies by now
     marks = resume_marks(TrainSettings)
     differing = [key for key in now if key in before and before[key] != now[key]]
     changed = [key for key in differing if mark_of(key, marks) != "silent"]
@@ -66,6 +74,11 @@ def changes_since(checkpoint: Checkpoint, settings: TrainSettings) -> dict[str, 
     run = checkpoint.folder.parent.parent
     if refused:
         lines = "\n".join(f"  {key}: {before[key]} in {checkpoint.folder.name}, now {now[key]}" for key in refused)
+        if phase is not None and not phase.alone:
+            raise UserError(
+                f"{run} was begun with another recipe:\n{lines}\n"
+                "Restore these settings to go on, or choose another output_dir to train all phases anew"
+            )
         raise UserError(
             f"{run} holds a run with another recipe:\n{lines}\n"
             "Restore these settings to resume it. Or start a new phase from its weights: give the same command "
@@ -94,20 +107,24 @@ def _new_phase(run: Path, trained: bool, settings: TrainSettings, refused: Seque
     return [shlex.quote(word) for word in words]
 
 
-def write_config(run: Path, settings: TrainSettings) -> None:
-    """Make the run folder and write config.yaml. One process calls this. Raises UserError if it cannot be written."""
-    config = run / "config.yaml"
-    with writing(run):
-        run.mkdir(parents=True, exist_ok=True)
-    with replacing(config) as part:
-        part.write_text(to_yaml(settings), encoding="utf-8")
+def write_config(phase: Phase) -> None:
+    """Make the folder of a run and of its phase, each with its config.yaml. One process calls this.
+
+    Raises:
+        UserError: If they cannot be written.
+    """
+    for run, settings in {phase.whole: phase.recipe, phase.folder: phase.settings}.items():
+        with writing(run):
+            run.mkdir(parents=True, exist_ok=True)
+        with replacing(run / "config.yaml") as part:
+            part.write_text(to_yaml(settings), encoding="utf-8")
 
 
 def cut_back(run: Path, step: int) -> None:
     """Truncate the run folder to the step of its checkpoint. One process calls this.
 
     Later lines of the log move to log.previous.jsonl, and previews of later steps are removed, because those steps are
-    run again. An existing results.json becomes results.previous.json: only a finished run has results.json.
+    run again. An existing results.json is set aside.
 
     Args:
         run: The run folder.
@@ -134,6 +151,11 @@ def cut_back(run: Path, step: int) -> None:
         number = picture.stem.removeprefix("step-")
         if number.isdigit() and int(number) > step:
             picture.unlink()
+    set_results_aside(run)
+
+
+def set_results_aside(run: Path) -> None:
+    """Rename results.json to results.previous.json: only a finished run has results.json."""
     if (results := run / "results.json").is_file():
         results.replace(run / "results.previous.json")
 

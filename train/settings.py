@@ -26,6 +26,7 @@ from latent_ae.objectives.reconstruction import ReconstructionSettings
 from latent_ae.objectives.total_correlation import TotalCorrelationSettings
 
 from .parts import read_parts, side_of, trained_names, unmatched
+from .phases import phase_problems, phases_of
 from .run_config import CheckpointSettings, EmaSettings, LogSettings, OptimSettings, ValidateSettings
 
 SHARDED = ("FSDP", "DEEPSPEED", "MEGATRON_LM")
@@ -38,6 +39,12 @@ def _refuse_fp16(value: Any) -> Any:
             "fp16 needs a loss scale for each of the two networks' gradients and one for the adaptive weight's, and "
             "overflows in the decoder of published first stages; use bf16, or fp32 where the device has no bf16"
         )
+    return value
+
+
+def _refuse_one_section(value: Any) -> Any:
+    if isinstance(value, dict):
+        raise ValueError("is a list with a section for each phase, as in phases=[{steps: 900}, {train: decoder}]")
     return value
 
 
@@ -96,6 +103,11 @@ class TrainSettings(Settings):
     """Id of the hub repository to which the export is uploaded at the end."""
     weights_dir: str | None = None
     """Folder with the LPIPS trunk weights; null searches the usual places (docs/weights.md)."""
+    phases: Annotated[tuple[dict[str, Any], ...], BeforeValidator(_refuse_one_section)] = ()
+    """Phases that run one after another (docs/phases.md): for each, an optional name and the settings that differ from
+    the others here, as in phases=[{steps: 900}, {name: sharp, train: decoder, gan: {start: 0}}]. Each starts from the
+    averaged weights of the one before. The word steps=9 holds in all phases, phases.2.steps=9 or phases.sharp.steps=9
+    in one."""
     model: Annotated[ModelSettings, FIXED] = ModelSettings()
     data: Annotated[TrainingData, FIXED] = TrainingData()
     loss: LossSettings = LossSettings()
@@ -182,6 +194,9 @@ class TrainSettings(Settings):
             values.pop("model", None)
 
     def problems(self) -> Iterator[Problem]:
+        if self.phases:
+            yield from phase_problems(self)
+            return
         yield from super().problems()
         yield from self._batch_problems()
         yield from self._shape_problems()
@@ -229,6 +244,10 @@ class TrainSettings(Settings):
 
     def warnings(self) -> Iterator[str]:
         """Yield sentences on what these settings do that is rarely intended."""
+        if self.phases:
+            for phase in phases_of(self):
+                yield from (f"{phase.title}: {text}" for text in phase.settings.warnings())
+            return
         if self.init_from is None and self.train != "all":
             fixed = {"decoder": "the encoder", "encoder": "the decoder"}.get(self._train_word, "all else")
             part = f"the {self.train}" if isinstance(self.train, str) else "these parts"

@@ -169,7 +169,7 @@ def export_autoencoder(
             text.save(fresh / "README.md")
             if likelihood is not None:
                 write_json(fresh / FILE, likelihood._asdict())
-            _take_place(fresh, folder, Path(scratch) / "previous")
+            take_place(fresh, folder, Path(scratch) / "previous")
     return facts
 
 
@@ -351,7 +351,7 @@ def refuse_foreign(folder: Path) -> None:
         raise UserError(f"{folder} exists and is not an export; give a new or empty folder")
 
 
-def _take_place(fresh: Path, folder: Path, previous: Path) -> None:
+def take_place(fresh: Path, folder: Path, previous: Path) -> None:
     """Put `fresh` in the place of `folder` by two renames; a failure of the second one undoes the first."""
     had_previous = folder.exists()
     if had_previous:

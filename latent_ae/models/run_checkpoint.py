@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import json
+import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,6 +23,12 @@ def finished_checkpoints(run: Path) -> dict[int, Path]:
     """Return the folders of a run's finished checkpoints, by step, oldest first, without checking their content."""
     names = {path.name.removeprefix(PREFIX): path for path in (run / "checkpoints").glob(f"{PREFIX}*")}
     return dict(sorted((int(name), path) for name, path in names.items() if name.isdigit()))
+
+
+def phase_folders(run: Path) -> list[Path]:
+    """Return the folders of a run's phases, the first one first; none for a run without phases."""
+    folders = [path for path in (run / "phases").glob("*") if re.fullmatch(r"\d+(-.*)?", path.name) and path.is_dir()]
+    return sorted(folders, key=lambda folder: int(folder.name.partition("-")[0]))
 
 
 def newest_whole(run: Path) -> Path | None:
@@ -50,6 +57,8 @@ def newest_whole(run: Path) -> Path | None:
 def checkpoint_at(place: Path) -> Path | None:
     """Return the checkpoint at `place`, or the newest whole one of the run there; None if it is neither.
 
+    That of a run in phases is the newest one of its last phase that has any.
+
     Raises:
         UserError: If all checkpoints are damaged, or one cannot be read.
     """
@@ -58,7 +67,10 @@ def checkpoint_at(place: Path) -> Path | None:
         if damage is not None:
             raise UserError(f"checkpoint {place} is damaged: {damage}")
         return place
-    return newest_whole(place)
+    for run in (*reversed(phase_folders(place)), place):
+        if (newest := newest_whole(run)) is not None:
+            return newest
+    return None
 
 
 def find_damage(folder: Path) -> str | None:

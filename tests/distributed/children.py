@@ -20,9 +20,14 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 
 import latent_ae_train.loop
 from latent_ae.__main__ import main
+from latent_ae.files import write_json
+from latent_ae_train.checkpoint import complete_checkpoints, load_weights
+from latent_ae_train.finish import RESULTS
+from latent_ae_train.phases import Phase
 from latent_ae_train.validate import Validator
 from tests import economy
 
@@ -143,7 +148,7 @@ def _child(
 
 
 def _train(rank: int, words: list[str], folder: Path, kill_at: int | None, copies: Mapping[int, Path]) -> None:
-    latent_ae_train.loop.finish_run = lambda *_: {}  # it is long, and not what the tests are about
+    latent_ae_train.loop.finish_run = finish_quickly  # it is long, and not what the tests are about
     _measure_a_distance()
     run = next(word.removeprefix("output_dir=") for word in words if word.startswith("output_dir="))
     writes: list[str] = []
@@ -174,6 +179,18 @@ def _train(rank: int, words: list[str], folder: Path, kill_at: int | None, copie
     if rank == 0:
         (folder / "writes.json").write_text(json.dumps(writes))
     sys.exit(code)
+
+
+def finish_quickly(phase: Phase, accelerator: Accelerator, *_: Any) -> dict[str, Any]:
+    """Stands for finish_run. A phase gets an export and results, which are not measured, and another run nothing."""
+    if phase.alone or not accelerator.is_main_process:
+        return {}
+    newest = complete_checkpoints(phase.folder)[-1]
+    load_weights(newest.folder).save_pretrained(phase.folder / "export")
+    export = {"scaling_factor": None, "shift_factor": None, "max_abs_difference": 0.0}
+    results = {"step": newest.step, "held_out": {"after": {"psnr": 20.0}}, "export": export}
+    write_json(phase.folder / RESULTS, results)
+    return results
 
 
 def _measure_a_distance() -> None:
