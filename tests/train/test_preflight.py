@@ -16,9 +16,11 @@ from torch import distributed
 from latent_ae.__main__ import main
 from latent_ae.config import UserError
 from latent_ae.export.write import check_upload
+from latent_ae_train.preflight import try_passes
 from tests.distributed.launch import DISTRIBUTED, launch
 from tests.robustness.failing_disk import limit
 from tests.runs import differing_tensors, only_message, words
+from tests.tiny import GAN, build_step, micro_batches, settings_for
 
 
 def test_a_trouble_of_one_process_stops_all_with_one_message(pictures: Path, tmp_path: Path) -> None:
@@ -176,6 +178,15 @@ def test_too_little_memory_for_the_last_phase(
 
 
 @pytest.mark.usefixtures("no_finish")
+def test_the_trial_is_of_the_step_that_does_most(monkeypatch: pytest.MonkeyPatch) -> None:
+    """R1 is due in steps 0, 8 and 16, and from step 15 on the adversarial term trains the autoencoder, too."""
+    gan = {**GAN, "discriminator_warmup": 15, "r1": 0.1, "r1_every": 8}
+    step, tried = build_step(settings_for(steps=20, gan=gan)), list[int]()
+    monkeypatch.setattr(step, "forward_backward", lambda batch, number: tried.append(number))
+    try_passes(step, next(micro_batches(0, step.settings)))
+    assert tried == [16]
+
+
 def test_a_trial_leaves_no_trace(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     more = (*LATE[1:], "gan.norm=spectral", "gan.lecam=0", "loss.learned_logvar=true", "micro_batch_size=2")
     more += ("latents.equivariance=0.5", "latents.noise=0.5", "gan.diffaug=[color]", "checkpoint.keep=3")
