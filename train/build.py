@@ -11,6 +11,7 @@ from diffusers import ModelMixin
 from latent_ae.config import UserError, refuse
 from latent_ae.export import pipelines
 from latent_ae.models.build import build_autoencoder, channels_of, facts_of, load_autoencoder
+from latent_ae.models.new_decoder import with_new_decoder
 from latent_ae.models.registry import BLOCKS, family_of, recompute_blocks_, recomputes
 from latent_ae.models.run_checkpoint import checkpoint_at
 from latent_ae.models.settings import ModelSettings
@@ -25,6 +26,8 @@ from .settings import TrainSettings
 def starting_autoencoder(settings: TrainSettings) -> ModelMixin:
     """Return a new autoencoder of the section `model`, or the one that init_from names; fixed parts are frozen.
 
+    With the section `decoder`, the one that init_from names has a new decoder.
+
     Raises:
         UserError: If it cannot be loaded or does not go with the other settings.
     """
@@ -32,7 +35,9 @@ def starting_autoencoder(settings: TrainSettings) -> ModelMixin:
     if name is None:
         autoencoder = build_autoencoder(settings.model, sample_size=data.resolution, seed=settings.seed)
     else:
-        autoencoder = load_autoencoder(_place_of_weights(name))
+        autoencoder = load_original(settings)
+        if settings.decoder.wanted:
+            autoencoder = with_new_decoder(autoencoder, settings.decoder, settings.seed)
     refuse_misfit(autoencoder, settings)
     if settings.export_for is not None:  # the settings do not know the shape of init_from
         kept = settings.train == "decoder" and name is not None
@@ -44,14 +49,22 @@ def starting_autoencoder(settings: TrainSettings) -> ModelMixin:
     return autoencoder
 
 
-def _place_of_weights(name: str) -> str:
-    """Return where to load weights from: for a run its newest whole checkpoint, or its export if that is of the same
-    step, because the export has the measured scaling."""
+def load_original(settings: TrainSettings) -> ModelMixin:
+    """Return the first stage that init_from names, in float32.
+
+    Of a run it is the newest whole checkpoint, or the export if that is of the same step, because the export has the
+    measured scaling.
+
+    Raises:
+        UserError: If it cannot be loaded.
+    """
+    name = str(settings.init_from)
     place = Path(name).expanduser()
     folder = checkpoint_at(place)
-    if folder is None:
-        return name
-    return str(place / "export" if finished_results(place, read_state(folder)["step"]) is not None else folder)
+    if folder is not None:
+        exported = finished_results(place, read_state(folder)["step"]) is not None
+        name = str(place / "export" if exported else folder)
+    return load_autoencoder(name)
 
 
 def freeze_part(autoencoder: ModelMixin, settings: TrainSettings) -> None:

@@ -10,10 +10,11 @@ from latent_ae.models.build import (
     facts_of,
     latent_channels_of,
 )
+from latent_ae.models.new_decoder import decoder_parameters
 from latent_ae.models.registry import family_of
 from latent_ae.objectives import GAN, KL, OBJECTIVES
 
-from .build import freeze_part, refuse_misfit, starting_autoencoder
+from .build import freeze_part, load_original, refuse_misfit, starting_autoencoder
 from .parts import collapsed, trained_names
 from .settings import TrainSettings
 
@@ -65,9 +66,14 @@ def describe_plan(settings: TrainSettings) -> str:
         whole = collapsed(trained_names(settings.train, facts.parameters), facts.parameters)
         shown, more = whole[:MOST_NAMES], len(whole) - MOST_NAMES
         trains["trains"] = ", ".join(shown) + (f" and {more} more" if more > 0 else "")
+    replaced = {}
+    if settings.decoder.wanted:
+        before = decoder_parameters(load_original(settings))
+        replaced["decoder"] = f"{decoder_parameters(autoencoder):,} parameters, in place of {before:,}"
     lines = {
         "autoencoder": f"{weights:,} parameters{part}, factor {factor}, latent {latent} for "
         f"{settings.data.resolution} px",
+        **replaced,
         **trains,
         "discriminator": f"{discriminator:,} parameters",
         "steps": f"{settings.steps:,}, {settings.steps * settings.batch_size:,} crops",

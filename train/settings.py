@@ -6,12 +6,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, model_validator
 
 from latent_ae.config import FIXED, SILENT, Positive, Problem, Settings, looks_like_path
 from latent_ae.data.settings import DataSettings
 from latent_ae.export.pipelines import PipelineName, Shape, kind_misfit, shape_misfits
-from latent_ae.models.settings import ModelFacts, ModelSettings
+from latent_ae.models.settings import DecoderSettings, ModelFacts, ModelSettings
 from latent_ae.objectives import OBJECTIVES
 from latent_ae.objectives.alignment import AlignmentSettings
 from latent_ae.objectives.base import Objective, RunFacts
@@ -97,6 +97,7 @@ class TrainSettings(Settings):
     weights_dir: str | None = None
     """Folder with the LPIPS trunk weights; null searches the usual places (docs/weights.md)."""
     model: Annotated[ModelSettings, FIXED] = ModelSettings()
+    decoder: Annotated[DecoderSettings, FIXED] = DecoderSettings()
     data: Annotated[DataSettings, FIXED] = DataSettings()
     loss: LossSettings = LossSettings()
     latents: LatentSettings = LatentSettings()
@@ -181,8 +182,18 @@ class TrainSettings(Settings):
         if "init_from" in sections and "model" not in sections and values.get("init_from") is not None:
             values.pop("model", None)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _a_new_decoder_trains_alone(cls, values: Any) -> Any:
+        """Return the values, with `train: decoder` if they describe a new decoder and do not say what trains."""
+        wanted = isinstance(values, dict) and isinstance(values.get("decoder"), dict)
+        if wanted and any(value is not None for value in values["decoder"].values()):
+            return {"train": "decoder", **values}
+        return values
+
     def problems(self) -> Iterator[Problem]:
         yield from super().problems()
+        yield from self._decoder_problems()
         yield from self._batch_problems()
         yield from self._shape_problems()
         yield from self._path_problems()
@@ -246,6 +257,23 @@ class TrainSettings(Settings):
                 "batch_size",
                 f"{self.batch_size} does not divide into {self.processes} processes: set batch_size to {nearest}, or "
                 "start another number of processes",
+            )
+
+    def _decoder_problems(self) -> Iterator[Problem]:
+        if not self.decoder.wanted:
+            return
+        if self.init_from is None:
+            yield Problem("decoder", "replaces the decoder of an existing first stage: give init_from")
+        if self.train != "decoder":
+            yield Problem(
+                "train", f"{self._train_word}, and a new decoder (decoder.*) trains whole and alone: leave it out"
+            )
+        if self.model != ModelSettings():
+            yield Problem("model", "a new decoder's first stage is init_from's: leave model.* out, or give model={}")
+        if self.distillation.teacher is not None:
+            yield Problem(
+                "distillation.teacher",
+                "a new decoder (decoder.*) decodes the latents of init_from itself, without a teacher: leave it out",
             )
 
     def _shape_problems(self) -> Iterator[Problem]:

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field
 
-from latent_ae.config import Positive, Problem, Settings
+from latent_ae.config import NonNegative, Positive, Problem, Settings
 
 DownBlock = Literal["DownEncoderBlock2D", "AttnDownEncoderBlock2D"]
 UpBlock = Literal["UpDecoderBlock2D", "AttnUpDecoderBlock2D"]
@@ -20,6 +20,24 @@ Kind = Literal[
     "FlowAutoencoderKL",
 ]
 """Classes of first stages: docs/family.md."""
+
+
+class DecoderSettings(Settings):
+    """A new decoder in place of init_from's, whose encoder, latents and scaling stay bit for bit; docs/new-decoder.md.
+
+    The settings have the meaning of the diffusers config's keys. Only the decoder trains, from fresh weights.
+    """
+
+    block_out_channels: Annotated[tuple[Positive, ...], Field(min_length=1)] | None = None
+    """Widths of the decoder's levels, from the image down, as many as init_from has; null keeps its widths."""
+    layers_per_block: Positive | tuple[NonNegative, ...] | None = None
+    """Blocks of each level, as the class of init_from counts them: one number, or, for AutoencoderDC and
+    AutoencoderTiny, one for each level; null keeps its numbers."""
+
+    @property
+    def wanted(self) -> bool:
+        """Whether the run replaces the decoder."""
+        return self != DecoderSettings()
 
 
 class ModelFacts(NamedTuple):
