@@ -260,20 +260,24 @@ class TrainSettings(Settings):
             )
 
     def _decoder_problems(self) -> Iterator[Problem]:
-        if not self.decoder.wanted:
+        if self.decoder == DecoderSettings():
             return
         if self.init_from is None:
-            yield Problem("decoder", "replaces the decoder of an existing first stage: give init_from")
+            yield Problem("decoder", "is for the latents of an existing first stage: give init_from")
         if self.train != "decoder":
             yield Problem(
-                "train", f"{self._train_word}, and a new decoder (decoder.*) trains whole and alone: leave it out"
+                "train", f"{self._train_word}, and with decoder.* the decoder trains whole and alone: leave it out"
             )
-        if self.model != ModelSettings():
+        if self.decoder.latents is not None and self.latents.equivariance:
+            yield Problem("latents.equivariance", "encodes smaller images, and decoder.latents are stored: set it to 0")
+        if self.decoder.latents is not None and self.data.streaming:
+            yield Problem("data.streaming", "decoder.latents belong to stored images, not to a stream: set it to false")
+        if self.decoder.wanted and self.model != ModelSettings():
             yield Problem("model", "a new decoder's first stage is init_from's: leave model.* out, or give model={}")
         if self.distillation.teacher is not None:
             yield Problem(
                 "distillation.teacher",
-                "a new decoder (decoder.*) decodes the latents of init_from itself, without a teacher: leave it out",
+                "decoder.* is for the latents of init_from themselves, without a teacher: leave it out",
             )
 
     def _shape_problems(self) -> Iterator[Problem]:

@@ -50,6 +50,8 @@ class Batch:
     """`name: reason` of the unreadable images that were replaced."""
     num_replaced: int = 0
     """Number of samples whose image was replaced by another."""
+    indices: Sequence[int] = ()
+    """Number of each sample's image in the source; empty for a stream."""
     stream_state: dict[str, Any] | None = None
     """State with which `training_batches` of this rank resumes a stream after this micro-batch (JSON types)."""
 
@@ -66,6 +68,7 @@ def training_batches(
     world_size: int = 1,
     first_batch: int = 0,
     stream_state: dict[str, Any] | None = None,
+    crop: Callable[[np.ndarray, int], np.ndarray] | None = None,
 ) -> Generator[Batch, None, None]:
     """Yield this rank's micro-batches, without end; `close()` stops the workers.
 
@@ -84,6 +87,8 @@ def training_batches(
         world_size: Number of processes.
         first_batch: The global batch to begin with.
         stream_state: The `Batch.stream_state` after which a stream resumes; None starts from its beginning.
+        crop: Takes decoded pixels, (H, W, C), and the sample's number, and returns its crop; it is sent to workers.
+            None crops at random as the settings say.
 
     Raises:
         UserError: If the sizes do not divide, the source is empty, or a stream has too few files; while iterating if
@@ -98,7 +103,7 @@ def training_batches(
     elif len(source) == 0:
         raise UserError(f"data.source: {settings.source} holds no images")
     states = stream_state["workers"] if stream_state and streams else [None] * max(1, settings.num_workers)
-    crops = _Crops(source, settings, channels, seed, share, first_batch * share.micro_steps, states)
+    crops = _Crops(source, settings, channels, seed, share, first_batch * share.micro_steps, states, crop)
     return _received(crops, streams)
 
 
@@ -128,7 +133,7 @@ def stop_if_too_many_bad(
 class _Crops(IterableDataset):
     """The work of one worker: every n-th micro-batch, for n workers, or a UserError.
 
-    Yields (crops HWC, numbers, skipped, num_replaced, stream state).
+    Yields (crops HWC, numbers, indices, skipped, num_replaced, stream state).
     """
 
     source: ImageSource
@@ -138,6 +143,7 @@ class _Crops(IterableDataset):
     share: Share
     first_step: int
     states: Sequence[dict[str, Any] | None]
+    crop: Callable[[np.ndarray, int], np.ndarray] | None = None
     kept: dict[str, np.ndarray] = field(default_factory=dict)
 
     def __iter__(self) -> Iterator[Any]:
@@ -150,34 +156,46 @@ class _Crops(IterableDataset):
         try:
             for step in itertools.count(self.first_step + worker, workers):
                 numbers, skipped, num_replaced = self.share.numbers(step), list[str](), 0
-                crops = []
+                crops, indices = [], list[int]()
                 for number in numbers:
-                    crop, bad = self._crop(number, stream or self._candidates(number))
+                    candidates = ((-1, *one) for one in stream) if stream else self._candidates(number)
+                    index, crop, bad = self._crop(number, candidates)
                     crops.append(crop)
+                    indices.append(index)
                     skipped += bad
                     num_replaced += bool(bad)
-                yield crops, numbers, skipped, num_replaced, stream.state_dict() if stream else None
+                yield (
+                    crops,
+                    numbers,
+                    [] if stream else indices,
+                    skipped,
+                    num_replaced,
+                    stream.state_dict() if stream else None,
+                )
         except UserError as error:
             yield error  # an error raised in a worker would arrive wrapped in a traceback
 
-    def _candidates(self, number: int) -> Iterator[tuple[str, Callable[[], Encoded]]]:
+    def _candidates(self, number: int) -> Iterator[tuple[int, str, Callable[[], Encoded]]]:
         """Yield the sample's image and those that follow in its epoch."""
         assert not isinstance(self.source, StreamSource)
         epoch, position = divmod(number, len(self.source))
         order = epoch_order(self.seed, epoch, len(self.source))
         for offset in range(len(order)):
             i = int(order[(position + offset) % len(order)])
-            yield self.source.name(i), partial(self.source.read, i)
+            yield i, self.source.name(i), partial(self.source.read, i)
 
     def _crop(
-        self, number: int, candidates: Iterator[tuple[str, Callable[[], Encoded]]]
-    ) -> tuple[np.ndarray, list[str]]:
-        """Return the sample's crop, and `name: reason` of the unreadable images skipped for it."""
+        self, number: int, candidates: Iterator[tuple[int, str, Callable[[], Encoded]]]
+    ) -> tuple[int, np.ndarray, list[str]]:
+        """Return the number of the sample's image, its crop, and `name: reason` of unreadable images before it."""
         settings = self.settings
         bad = list[str]()
-        for name, read in itertools.islice(candidates, MAX_BAD_IN_A_ROW):
+        for index, name, read in itertools.islice(candidates, MAX_BAD_IN_A_ROW):
             try:
-                return training_crop(self._pixels(name, read), settings, crop_rng(self.seed, number)), bad
+                array = self._pixels(name, read)
+                if self.crop is not None:
+                    return index, self.crop(array, number), bad
+                return index, training_crop(array, settings, crop_rng(self.seed, number)), bad
             except ImageError as error:
                 bad.append(f"{printable(name)}: {printable(str(error))}")
         shown = "".join(f"\n  {line}" for line in bad[:5])
@@ -228,14 +246,14 @@ def _received(crops: _Crops, is_stream: bool) -> Generator[Batch, None, None]:
     for count, item in enumerate(loaded(crops, crops.settings.num_workers)):
         if isinstance(item, UserError):
             raise item
-        arrays, numbers, skipped, num_replaced, states[count % len(states)] = item
+        arrays, numbers, indices, skipped, num_replaced, states[count % len(states)] = item
         images = torch.stack([to_tensor(array) for array in arrays])
         if torch.cuda.is_available():
             images = images.pin_memory()
         state = None
         if is_stream:
             state = {"rank": crops.share.rank, "world_size": crops.share.world_size, "workers": list(states)}
-        yield Batch(images, numbers, skipped, num_replaced, state)
+        yield Batch(images, numbers, skipped, num_replaced, indices, state)
 
 
 def loaded(dataset: IterableDataset, num_workers: int, ahead: int = 2) -> Iterator[Any]:

@@ -13,12 +13,17 @@ import numpy as np
 import torch
 
 # streams of random numbers that must never overlap: the highest word of Philox's counter
-CROP, NOISE, ORDER, BLOCK, AUGMENT, LATENT_NOISE, CHANNELS, EQUIVARIANCE, BINARY, PERMUTATION, SPREAD = range(11)
+CROP, NOISE, ORDER, BLOCK, AUGMENT, LATENT_NOISE, CHANNELS, EQUIVARIANCE, BINARY, PERMUTATION, SPREAD, FLIP = range(12)
 
 
 def crop_rng(seed: int, number: int) -> np.random.Generator:
     """Return the generator that decides crop and flip of the sample `number`."""
     return np.random.Generator(_philox(seed, number, CROP))
+
+
+def mirrored(seed: int, number: int) -> bool:
+    """Return whether the sample `number` is mirrored if its crop is not random."""
+    return bool(_philox(seed, number, FLIP).random_raw() % 2)
 
 
 @lru_cache(maxsize=2)

@@ -89,7 +89,7 @@ def _factor_is_stated(shape: Shape, config: Mapping[str, Any]) -> str | None:
 
 
 ALIKE = {"AutoencoderKL": ("AsymmetricAutoencoderKL",)}
-"""Classes that pipelines take in place of their own, because methods and keys of the config that they use are the same."""
+"""Classes that pipelines take in place of their own, because they call and read both alike."""
 SCALE = frozenset({"scaling_factor"})
 SHIFT = SCALE | {"shift_factor"}
 CHANNELS = frozenset({"latents_mean", "latents_std"})
@@ -298,7 +298,7 @@ def refuse_misfit(name: str, config: Mapping[str, Any], kind: str = "Autoencoder
 
 
 def _unstated_shift(pipeline: Pipeline, config: Mapping[str, Any]) -> list[str]:
-    """Return why an AsymmetricAutoencoderKL fails in a pipeline that asks for a shift, which its class does not have."""
+    """Return why an AsymmetricAutoencoderKL fails in a pipeline that asks for a shift, which its class lacks."""
     if "shift_factor" not in pipeline.reads or "shift_factor" in config:
         return []
     return [

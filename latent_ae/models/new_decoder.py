@@ -90,12 +90,16 @@ def _asymmetric(config: dict[str, Any]) -> dict[str, Any]:
     same = ("in_channels", "out_channels", "down_block_types", "up_block_types", "act_fn", "latent_channels")
     same += ("norm_num_groups", "sample_size", "scaling_factor")
     unstated = {key: value for key in UNSTATED if (value := config.get(key)) is not None}
-    return {key: config[key] for key in same} | unstated | {
-        "down_block_out_channels": config["block_out_channels"],
-        "up_block_out_channels": config["block_out_channels"],
-        "layers_per_down_block": config["layers_per_block"],
-        "layers_per_up_block": config["layers_per_block"],
-    }
+    return (
+        {key: config[key] for key in same}
+        | unstated
+        | {
+            "down_block_out_channels": config["block_out_channels"],
+            "up_block_out_channels": config["block_out_channels"],
+            "layers_per_down_block": config["layers_per_block"],
+            "layers_per_up_block": config["layers_per_block"],
+        }
+    )
 
 
 def _changes(kind: str, config: dict[str, Any], wanted: DecoderSettings) -> dict[str, Any]:

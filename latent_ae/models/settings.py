@@ -23,9 +23,9 @@ Kind = Literal[
 
 
 class DecoderSettings(Settings):
-    """A new decoder in place of init_from's, whose encoder, latents and scaling stay bit for bit; docs/new-decoder.md.
+    """What decodes init_from's latents: a new decoder, or latents on which it trains; docs/new-decoder.md.
 
-    The settings have the meaning of the diffusers config's keys. Only the decoder trains, from fresh weights.
+    Only the decoder trains; encoder, latents and scaling stay bit for bit. A new one starts from fresh weights.
     """
 
     block_out_channels: Annotated[tuple[Positive, ...], Field(min_length=1)] | None = None
@@ -33,11 +33,14 @@ class DecoderSettings(Settings):
     layers_per_block: Positive | tuple[NonNegative, ...] | None = None
     """Blocks of each level, as the class of init_from counts them: one number, or, for AutoencoderDC and
     AutoencoderTiny, one for each level; null keeps its numbers."""
+    latents: str | None = None
+    """Folder of `latent-ae encode` with init_from's latents of the training images: the decoder, new or init_from's
+    own, trains on them, and the encoder stays out of memory; null encodes the images in each step."""
 
     @property
     def wanted(self) -> bool:
         """Whether the run replaces the decoder."""
-        return self != DecoderSettings()
+        return self.block_out_channels is not None or self.layers_per_block is not None
 
 
 class ModelFacts(NamedTuple):
