@@ -11,7 +11,7 @@ from torch import nn
 
 from latent_ae.config import UserError, refuse
 from latent_ae.export import pipelines
-from latent_ae.models.build import build_autoencoder, channels_of, facts_of, load_autoencoder
+from latent_ae.models.build import build_autoencoder, channels_of, count_parameters, facts_of, load_autoencoder
 from latent_ae.models.loading import first_stage
 from latent_ae.models.new_decoder import with_new_decoder
 from latent_ae.models.registry import BLOCKS, family_of, recompute_blocks_, recomputes
@@ -53,7 +53,8 @@ def starting_autoencoder(settings: TrainSettings) -> ModelMixin:
     if settings.gradient_checkpointing:
         recompute_blocks_(autoencoder)
     if settings.decoder.latents is not None:
-        autoencoder.encoder = StoredEncoder(lambda: _encoder_of_original(settings, sha256), sha256)
+        count = count_parameters(autoencoder.encoder)
+        autoencoder.encoder = StoredEncoder(lambda: _encoder_of_original(settings, sha256), sha256, count)
     return autoencoder
 
 

@@ -13,6 +13,7 @@ from latent_ae.config import UserError
 from latent_ae.data.loader import Batch as LoadedBatch
 from latent_ae.data.loader import ImageSource, posterior_noise, stop_if_too_many_bad, training_batches
 from latent_ae.data.settings import DataSettings
+from latent_ae.data.sources import StreamSource
 from latent_ae.latents.pairs import LatentPairs, open_pairs
 from latent_ae.models.build import channels_of, factor_of, latent_channels_of
 from latent_ae.objectives.base import Batch, Objective
@@ -116,6 +117,7 @@ def stored_latents(
         name=str(settings.init_from),
         seed=settings.seed,
     )
+    assert not isinstance(source, StreamSource)  # it was refused
     if accelerator.is_main_process and len(pairs.images) < len(source):
         missing = f"{len(source) - len(pairs.images):,} of {len(source):,}"
         print(f"decoder.latents: {missing} images have no latent and are left out", file=sys.stderr)

@@ -12,6 +12,7 @@ from latent_ae.models.build import (
 )
 from latent_ae.models.new_decoder import decoder_parameters
 from latent_ae.models.registry import family_of
+from latent_ae.models.stored_encoder import out_of_memory_parameters
 from latent_ae.objectives import GAN, KL, OBJECTIVES
 
 from .build import freeze_part, load_original, refuse_misfit, starting_autoencoder
@@ -38,7 +39,7 @@ def describe_plan(settings: TrainSettings) -> str:
             freeze_part(autoencoder, settings)
     else:
         autoencoder = starting_autoencoder(settings)
-    weights, discriminator = count_parameters(autoencoder), 0
+    weights, discriminator = count_parameters(autoencoder) + out_of_memory_parameters(autoencoder), 0
     if settings.gan.weight:
         with torch.device("meta"):
             discriminator = count_parameters(GAN.network(settings.gan, channels_of(autoencoder)))
@@ -70,6 +71,8 @@ def describe_plan(settings: TrainSettings) -> str:
     if settings.decoder.wanted:
         before = decoder_parameters(load_original(settings))
         replaced["decoder"] = f"{decoder_parameters(autoencoder):,} parameters, in place of {before:,}"
+    if settings.decoder.latents is not None:
+        replaced["encoder"] = f"not in memory; its latents are read from {settings.decoder.latents}"
     lines = {
         "autoencoder": f"{weights:,} parameters{part}, factor {factor}, latent {latent} for "
         f"{settings.data.resolution} px",

@@ -87,8 +87,8 @@ def decoder_parameters(autoencoder: ModelMixin) -> int:
 
 def _asymmetric(config: dict[str, Any]) -> dict[str, Any]:
     """Return the config of the AsymmetricAutoencoderKL with an AutoencoderKL's encoder, decoder and scaling."""
-    same = ("in_channels", "out_channels", "down_block_types", "up_block_types", "act_fn", "latent_channels")
-    same += ("norm_num_groups", "sample_size", "scaling_factor")
+    same = ["in_channels", "out_channels", "down_block_types", "up_block_types", "act_fn", "latent_channels"]
+    same += ["norm_num_groups", "sample_size", "scaling_factor"]
     unstated = {key: value for key in UNSTATED if (value := config.get(key)) is not None}
     return (
         {key: config[key] for key in same}

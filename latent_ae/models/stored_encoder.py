@@ -13,11 +13,12 @@ class StoredEncoder(nn.Module):
     Args:
         load: Loads the encoder, with frozen weights, on the CPU.
         sha256: Digest of the first stage whose encoder it is (`FirstStage.sha256`).
+        num_parameters: Number of the encoder's parameters.
     """
 
-    def __init__(self, load: Callable[[], nn.Module], sha256: str):
+    def __init__(self, load: Callable[[], nn.Module], sha256: str, num_parameters: int):
         super().__init__()
-        self.load, self.sha256 = load, sha256
+        self.load, self.sha256, self.num_parameters = load, sha256, num_parameters
         self.loaded: list[nn.Module] = []
         """The encoder while it is in memory; in a list, so that it does not become a part of this module."""
 
@@ -32,6 +33,12 @@ class StoredEncoder(nn.Module):
 
     def _load_from_state_dict(self, *arguments: Any) -> None:
         """Load nothing: the weights of the encoder are always those that `load` brings."""
+
+
+def out_of_memory_parameters(autoencoder: nn.Module) -> int:
+    """Return the number of parameters that checkpoints hold and the memory does not."""
+    encoder = getattr(autoencoder, "encoder", None)
+    return encoder.num_parameters if isinstance(encoder, StoredEncoder) else 0
 
 
 @contextmanager

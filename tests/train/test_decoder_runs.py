@@ -14,6 +14,7 @@ from latent_ae.latents.encode import encode_images
 from latent_ae.latents.settings import EncodeSettings
 from latent_ae.models.loading import load_first_stage
 from latent_ae_train.build import starting_autoencoder
+from latent_ae_train.plan import describe_plan
 from latent_ae_train.settings import TrainSettings
 from tests.runs import differing_tensors, words
 from tests.tiny import settings_for
@@ -103,5 +104,8 @@ def test_the_model_on_stored_latents_has_no_parameter_of_an_encoder(original: Pa
         starting_autoencoder(one) for one in (own, own.model_copy(update={"decoder": TrainSettings().decoder}))
     )
     assert not any(name.startswith("encoder.") for name, _ in without.named_parameters())
+    said = describe_plan(own)
+    assert f"not in memory; its latents are read from {cache}" in said
+    assert "43,711 parameters (26,231 train)" in said  # with the encoder, which checkpoints hold
     state, expected = without.state_dict(), usual.state_dict()
     assert state.keys() == expected.keys() and all(torch.equal(state[name], expected[name]) for name in state)
