@@ -207,6 +207,8 @@ def test_messages_name_the_key_that_the_command_takes(tmp_path: Path, capsys: py
 def test_the_shape_of_init_from_replaces_that_of_a_recipe(recipe: str) -> None:
     settings = load_settings(TrainSettings, recipe, ["init_from=someone/vae"])
     assert settings.model == TrainSettings().model
+    if settings.decoder.wanted:  # it has no first stage without init_from
+        return
     given = load_settings(TrainSettings, recipe, ["init_from=null"])
     assert given.model == load_settings(TrainSettings, recipe).model
 

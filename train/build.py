@@ -7,13 +7,17 @@ import torch
 import torch._dynamo
 import torch._functorch.config as functorch_config
 from diffusers import ModelMixin
+from torch import nn
 
 from latent_ae.config import UserError, refuse
 from latent_ae.export import pipelines
-from latent_ae.models.build import build_autoencoder, channels_of, facts_of, load_autoencoder
+from latent_ae.models.build import build_autoencoder, channels_of, count_parameters, facts_of, load_autoencoder
+from latent_ae.models.loading import first_stage
+from latent_ae.models.new_decoder import with_new_decoder
 from latent_ae.models.registry import BLOCKS, family_of, recompute_blocks_, recomputes
 from latent_ae.models.run_checkpoint import checkpoint_at
 from latent_ae.models.settings import ModelSettings
+from latent_ae.models.stored_encoder import StoredEncoder
 from latent_ae.objectives.base import Objective
 
 from .checkpoint import read_state
@@ -25,14 +29,21 @@ from .settings import TrainSettings
 def starting_autoencoder(settings: TrainSettings) -> ModelMixin:
     """Return a new autoencoder of the section `model`, or the one that init_from names; fixed parts are frozen.
 
+    With the section `decoder`, the one that init_from names has a new decoder.
+
     Raises:
         UserError: If it cannot be loaded or does not go with the other settings.
     """
-    name, data = settings.init_from, settings.data
+    name, data, sha256 = settings.init_from, settings.data, ""
     if name is None:
         autoencoder = build_autoencoder(settings.model, sample_size=data.resolution, seed=settings.seed)
     else:
-        autoencoder = load_autoencoder(_place_of_weights(name))
+        autoencoder = load_original(settings)
+        if settings.decoder.latents is not None:
+            sha256 = str(first_stage(autoencoder).sha256)
+        if settings.decoder.wanted:
+            autoencoder = with_new_decoder(autoencoder, settings.decoder, settings.seed)
+        _refuse_stored_latents(autoencoder, settings)
     refuse_misfit(autoencoder, settings)
     if settings.export_for is not None:  # the settings do not know the shape of init_from
         kept = settings.train == "decoder" and name is not None
@@ -41,19 +52,10 @@ def starting_autoencoder(settings: TrainSettings) -> ModelMixin:
     freeze_part(autoencoder.train(), settings)
     if settings.gradient_checkpointing:
         recompute_blocks_(autoencoder)
+    if settings.decoder.latents is not None:
+        count = count_parameters(autoencoder.encoder)
+        autoencoder.encoder = StoredEncoder(lambda: _encoder_of_original(settings, sha256), sha256, count)
     return autoencoder
-
-
-def _place_of_weights(name: str) -> str:
-    """Return where to load weights from: for a run its newest whole checkpoint, or the export beside it if that is of
-    the same step, because the export has the measured scaling."""
-    place = Path(name).expanduser()
-    folder = checkpoint_at(place)
-    if folder is None:
-        return name
-    run = folder.parent.parent  # with phases, the folder of one of them
-    exported = folder != place and finished_results(run, read_state(folder)["step"]) is not None
-    return str(run / "export" if exported else folder)
 
 
 def planned_autoencoder(settings: TrainSettings) -> ModelMixin:
@@ -70,6 +72,48 @@ def planned_autoencoder(settings: TrainSettings) -> ModelMixin:
         refuse_misfit(autoencoder, settings)
         freeze_part(autoencoder, settings)
     return autoencoder
+
+
+def _refuse_stored_latents(autoencoder: ModelMixin, settings: TrainSettings) -> None:
+    """Raise UserError if a decoder cannot train on stored latents of its class without the encoder."""
+    family = family_of(autoencoder)
+    if settings.decoder.latents is not None and (
+        family.latent not in ("posterior", "deterministic") or not family.plain
+    ):
+        raise UserError(
+            f"decoder.latents: training on stored latents is for classes with one Gaussian posterior or none, and not "
+            f"for {type(autoencoder).__name__}: leave it out"
+        )
+
+
+def _encoder_of_original(settings: TrainSettings, sha256: str) -> nn.Module:
+    """Return the frozen encoder of init_from. Raises UserError if init_from is no longer what the run began with."""
+    original = load_original(settings)
+    if first_stage(original).sha256 != sha256:
+        raise UserError(f"init_from: {settings.init_from} has changed since this process loaded it: restore it")
+    if settings.decoder.wanted:
+        original = with_new_decoder(original, settings.decoder)
+    encoder: nn.Module = original.encoder
+    return encoder.requires_grad_(False)
+
+
+def load_original(settings: TrainSettings) -> ModelMixin:
+    """Return the first stage that init_from names, in float32.
+
+    Of a run it is the newest whole checkpoint, or the export beside it if that is of the same step, because the export
+    has the measured scaling.
+
+    Raises:
+        UserError: If it cannot be loaded.
+    """
+    name = str(settings.init_from)
+    place = Path(name).expanduser()
+    folder = checkpoint_at(place)
+    if folder is not None:
+        run = folder.parent.parent  # with phases, the folder of one of them
+        exported = folder != place and finished_results(run, read_state(folder)["step"]) is not None
+        name = str(run / "export" if exported else folder)
+    return load_autoencoder(name)
 
 
 def freeze_part(autoencoder: ModelMixin, settings: TrainSettings) -> None:

@@ -1,22 +1,27 @@
 """Feeds micro-batches to the device and reports unreadable images."""
 
+import sys
 from collections.abc import Callable, Sequence, Sized
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from diffusers import ModelMixin
 
 from latent_ae.arithmetic import training_memory_format
 from latent_ae.config import UserError
 from latent_ae.data.loader import Batch as LoadedBatch
 from latent_ae.data.loader import ImageSource, posterior_noise, stop_if_too_many_bad, training_batches
 from latent_ae.data.settings import DataSettings
+from latent_ae.data.sources import StreamSource
+from latent_ae.latents.pairs import LatentPairs, open_pairs
 from latent_ae.models.build import channels_of, factor_of, latent_channels_of
 from latent_ae.objectives.base import Batch, Objective
 
 from .agreement import gathered, hosts
 from .checkpoint import Checkpoint
 from .log import Log
+from .settings import TrainSettings
 from .step import TrainStep
 
 
@@ -94,6 +99,31 @@ def stream_state_of(checkpoint: Checkpoint | None, accelerator: Accelerator) -> 
     return states[accelerator.process_index] if states[0] is not None else None
 
 
+def stored_latents(
+    settings: TrainSettings, accelerator: Accelerator, source: ImageSource, autoencoder: ModelMixin
+) -> LatentPairs | None:
+    """Return the stored latents of the training images, on which the decoder trains; None if images are encoded.
+
+    Raises:
+        UserError: If there are none, or they are not those of init_from.
+    """
+    if settings.decoder.latents is None:
+        return None
+    pairs = open_pairs(
+        settings.decoder.latents,
+        source,
+        settings.data,
+        sha256=autoencoder.encoder.sha256,
+        name=str(settings.init_from),
+        seed=settings.seed,
+    )
+    assert not isinstance(source, StreamSource)  # it was refused
+    if accelerator.is_main_process and len(pairs.images) < len(source):
+        missing = f"{len(source) - len(pairs.images):,} of {len(source):,}"
+        print(f"decoder.latents: {missing} images have no latent and are left out", file=sys.stderr)
+    return pairs
+
+
 class Feed:
     """Iterates over micro-batches on the device, without end, and counts unreadable files in `bad_files`.
 
@@ -103,14 +133,22 @@ class Feed:
         log: Where unreadable files are named.
         first_step: The step to begin with.
         stream_state: Position of this process's stream at that step; None for stored images.
+        pairs: The stored latents of `source` that are decoded; None encodes the images.
 
     Raises:
         UserError: If the batch cannot be split, or there are no images.
     """
 
     def __init__(
-        self, step: TrainStep, source: ImageSource, log: Log, first_step: int, stream_state: dict[str, Any] | None
+        self,
+        step: TrainStep,
+        source: ImageSource,
+        log: Log,
+        first_step: int,
+        stream_state: dict[str, Any] | None,
+        pairs: LatentPairs | None = None,
     ):
+        self.pairs = pairs
         self.settings, self.objectives = step.settings, list(step.objectives.values())
         settings, accelerator, autoencoder = step.settings, step.accelerator, step.bare_reconstructor.autoencoder
         self.channels, self.device = channels_of(autoencoder), accelerator.device
@@ -129,6 +167,7 @@ class Feed:
             world_size=accelerator.num_processes,
             first_batch=first_step,
             stream_state=stream_state,
+            crop=pairs.crop if pairs is not None else None,
         )
 
     def __iter__(self) -> "Feed":
@@ -150,13 +189,16 @@ class Feed:
         """Return a micro-batch of gray images, which needs no file."""
         size = self.settings.micro_batch
         shape = (size, self.channels, *(2 * [self.settings.data.resolution]))
-        return LoadedBatch(torch.zeros(shape), list(range(size)), [])
+        return LoadedBatch(torch.zeros(shape), list(range(size)), [], indices=[0] * size)
 
     def on_device(self, batch: LoadedBatch) -> Batch:
         """Return a loaded micro-batch on the device, with the random tensors of its samples."""
         images = batch.images.to(self.device, memory_format=training_memory_format(self.device), non_blocking=True)
-        noise = self._sent(posterior_noise(self.settings.seed, batch.numbers, self.latent_shape))
-        return drawn_batch(images, noise, batch.numbers, self.objectives, self._sent)
+        noise = posterior_noise(self.settings.seed, batch.numbers, self.latent_shape)
+        drawn = drawn_batch(images, self._sent(noise), batch.numbers, self.objectives, self._sent)
+        if self.pairs is None:
+            return drawn
+        return drawn._replace(decode=self._sent(self.pairs.latents(batch.indices, batch.numbers, noise)))
 
     def _sent(self, tensor: torch.Tensor) -> torch.Tensor:
         # from pinned memory, so that the host does not wait for the copy

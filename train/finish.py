@@ -24,6 +24,7 @@ from latent_ae.models.likelihood import Likelihood
 from latent_ae.models.posterior import draw
 from latent_ae.models.reconstruct import Reconstructor
 from latent_ae.models.registry import family_of
+from latent_ae.models.stored_encoder import encoder_in_memory
 from latent_ae.objectives import GAN
 from latent_ae.objectives.base import Objective
 from latent_ae.progress import now, progress_bar
@@ -172,7 +173,7 @@ def measure_latents(
     )
     statistics, failure = LatentStatistics(), ""
     progress = progress_bar("latent statistics", STATISTICS_CROPS, "img", disable=not accelerator.is_main_process)
-    with torch.no_grad(), progress:
+    with torch.no_grad(), progress, encoder_in_memory(autoencoder):
         for _ in range(-(-STATISTICS_CROPS // (micro_batch * processes))):
             try:
                 batch = next(batches)

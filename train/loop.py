@@ -28,7 +28,7 @@ from .checkpoint import (
     prune_checkpoints,
     save_checkpoint,
 )
-from .data import Feed, stream_state_of
+from .data import Feed, stored_latents, stream_state_of
 from .finish import finish_run, finished_results, push_export, show_results
 from .log import Log
 from .optim import Ema
@@ -126,6 +126,8 @@ def _train(phase: Phase, accelerator: Accelerator, more: Sequence[Objective[Any]
     with Agreed(accelerator):  # an error on one process stops all, and is printed once
         source, held_out = open_images(settings.data, "train"), open_images(settings.data, "held_out")
         autoencoder = starting_autoencoder(settings).to(accelerator.device)
+        pairs = stored_latents(settings, accelerator, source, autoencoder)
+        source = source if pairs is None else pairs.images
         objectives = [*build_objectives(settings, autoencoder, accelerator.device), *more]
         facts, state = settings.facts(facts_of(autoencoder)), checkpoint.state() if checkpoint is not None else None
         for objective in objectives:
@@ -156,7 +158,7 @@ def _train(phase: Phase, accelerator: Accelerator, more: Sequence[Objective[Any]
         label = "" if phase.alone else f"phase {phase.number}/{len(phase.recipe.phases)}, "
         kinds = [*OBJECTIVES, *(type(objective) for objective in more)]
         log = Log(run, accelerator, settings, kinds, source, label)
-    feed = Feed(step, source, log, first_step, stream_state)
+    feed = Feed(step, source, log, first_step, stream_state, pairs)
     with Agreed(accelerator):
         if first_step < settings.steps:
             try_passes(step, feed.on_device(feed.gray()))

@@ -84,7 +84,7 @@ def phases_of(settings: "TrainSettings") -> list[Phase]:
         return [Phase(settings, 1, None, settings, settings, {})]
     phases: list[Phase] = []
     for number, entry in enumerate(settings.phases, 1):
-        own = type(settings).model_validate(_values_of(settings, entry))
+        own = type(settings).model_validate(_values_of(settings, entry, number))
         name = entry.get("name")
         folder = os.path.join(settings.output_dir, "phases", f"{number}-{name}" if name else str(number))
         implied: dict[str, Any] = {}
@@ -96,7 +96,8 @@ def phases_of(settings: "TrainSettings") -> list[Phase]:
         own = own.model_copy(update={"output_dir": folder, "push_to_hub": None})
         gan = own.gan.model_copy(update=implied.get("gan", {}))
         started = own.model_copy(update={"gan": gan, "init_from": implied.get("init_from", own.init_from)})
-        phases.append(Phase(settings, number, name, started, own, implied))
+        first_start = own if own.decoder.wanted else own.model_copy(update={"decoder": settings.decoder})
+        phases.append(Phase(settings, number, name, started, first_start, implied))
     return phases
 
 
@@ -124,7 +125,7 @@ def phase_problems(settings: "TrainSettings") -> Iterator[Problem]:
         names.add(str(name))
         for key in entry.keys() & set(OF_THE_WHOLE):
             yield Problem(f"{prefix}.{key}", "belongs to the run as a whole: set it outside of phases")
-        own, invalid = validated(type(settings), _values_of(settings, entry))
+        own, invalid = validated(type(settings), _values_of(settings, entry, number))
         problems = list(invalid)
         if own is not None:
             broken = {problem.key for problem in invalid}
@@ -140,9 +141,14 @@ def phase_problems(settings: "TrainSettings") -> Iterator[Problem]:
         yield from (Problem(f"{prefix}.{one.key}", one.message) for one in problems if one not in everywhere)
 
 
-def _values_of(settings: "TrainSettings", entry: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the values of a phase: those of the whole, with those of its entry over them."""
+def _values_of(settings: "TrainSettings", entry: Mapping[str, Any], number: int) -> dict[str, Any]:
+    """Return the values of a phase: those of the whole, with those of its entry over them.
+
+    A new decoder of the whole is that of the first phase, which the later ones go on to train.
+    """
     values = settings.model_dump(mode="json", by_alias=True, exclude_unset=True, exclude={"phases"})
+    if number > 1:
+        values.pop("decoder", None)
     return merged(values, {key: value for key, value in entry.items() if key not in ("name", *OF_THE_WHOLE)})
 
 

@@ -12,10 +12,12 @@ from latent_ae.models.build import (
     facts_of,
     latent_channels_of,
 )
+from latent_ae.models.new_decoder import decoder_parameters
 from latent_ae.models.registry import family_of
+from latent_ae.models.stored_encoder import out_of_memory_parameters
 from latent_ae.objectives import GAN, KL, OBJECTIVES
 
-from .build import planned_autoencoder
+from .build import load_original, planned_autoencoder
 from .parts import collapsed, trained_names
 from .phases import merged, phases_of
 from .settings import TrainSettings
@@ -41,7 +43,7 @@ def describe_plan(settings: TrainSettings) -> str:
     for phase in phases_of(settings):
         with phase.named_in_errors():
             autoencoder = planned_autoencoder(phase.first_start)
-        plan = _plan_of_a_run(phase.settings, autoencoder)
+        plan = _plan_of_a_run(phase.settings, autoencoder, phase.first_start)
         if not phase.alone:
             entry = merged(settings.phases[phase.number - 1], phase.implied)
             differences = yaml.safe_dump(entry, sort_keys=False, default_flow_style=None, width=100)
@@ -50,8 +52,8 @@ def describe_plan(settings: TrainSettings) -> str:
     return "\n\n".join(plans)
 
 
-def _plan_of_a_run(settings: TrainSettings, autoencoder: ModelMixin) -> str:
-    weights, discriminator = count_parameters(autoencoder), 0
+def _plan_of_a_run(settings: TrainSettings, autoencoder: ModelMixin, start: TrainSettings) -> str:
+    weights, discriminator = count_parameters(autoencoder) + out_of_memory_parameters(autoencoder), 0
     if settings.gan.weight:
         with torch.device("meta"):
             discriminator = count_parameters(GAN.network(settings.gan, channels_of(autoencoder)))
@@ -79,9 +81,16 @@ def _plan_of_a_run(settings: TrainSettings, autoencoder: ModelMixin) -> str:
         whole = collapsed(trained_names(settings.train, facts.parameters), facts.parameters)
         shown, more = whole[:MOST_NAMES], len(whole) - MOST_NAMES
         trains["trains"] = ", ".join(shown) + (f" and {more} more" if more > 0 else "")
+    replaced = {}
+    if settings.decoder.wanted:
+        before = decoder_parameters(load_original(start))
+        replaced["decoder"] = f"{decoder_parameters(autoencoder):,} parameters, in place of {before:,}"
+    if settings.decoder.latents is not None:
+        replaced["encoder"] = f"not in memory; its latents are read from {settings.decoder.latents}"
     lines = {
         "autoencoder": f"{weights:,} parameters{part}, factor {factor}, latent {latent} for "
         f"{settings.data.resolution} px",
+        **replaced,
         **trains,
         **({"mixture": ", ".join(map(described, settings.data.mixture))} if settings.data.mixture else {}),
         "discriminator": f"{discriminator:,} parameters",

@@ -14,6 +14,7 @@ from latent_ae.config import UserError
 from latent_ae.export.write import check_upload, refuse_foreign
 from latent_ae.files import amount, writing
 from latent_ae.models.build import count_parameters
+from latent_ae.models.stored_encoder import out_of_memory_parameters
 from latent_ae.objectives.base import Batch
 
 from .phases import Phase
@@ -42,7 +43,7 @@ def preflight(phase: Phase, train_step: TrainStep) -> None:
     _check_places(run)
     _warn_of_slow_bf16(settings, train_step.accelerator.device)
     autoencoder: ModelMixin = train_step.bare_reconstructor.autoencoder
-    weights = count_parameters(autoencoder) * BYTES
+    weights = (count_parameters(autoencoder) + out_of_memory_parameters(autoencoder)) * BYTES
     learning = BYTES * sum(p.numel() for p in autoencoder.parameters() if p.requires_grad)
     adversaries = BYTES * sum(count_parameters(network) for network in train_step.bare_adversaries.values())
     files = [weights, weights if train_step.ema is not None else 0, adversaries, 2 * learning + 2 * adversaries]

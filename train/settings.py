@@ -6,12 +6,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, model_validator
 
 from latent_ae.config import FIXED, SILENT, Positive, Problem, Settings, looks_like_path
 from latent_ae.data.settings import TrainingData
 from latent_ae.export.pipelines import PipelineName, Shape, kind_misfit, shape_misfits
-from latent_ae.models.settings import ModelFacts, ModelSettings
+from latent_ae.models.settings import DecoderSettings, ModelFacts, ModelSettings
 from latent_ae.objectives import OBJECTIVES
 from latent_ae.objectives.alignment import AlignmentSettings
 from latent_ae.objectives.base import Objective, RunFacts
@@ -109,6 +109,7 @@ class TrainSettings(Settings):
     averaged weights of the one before. The word steps=9 holds in all phases, phases.2.steps=9 or phases.sharp.steps=9
     in one."""
     model: Annotated[ModelSettings, FIXED] = ModelSettings()
+    decoder: Annotated[DecoderSettings, FIXED] = DecoderSettings()
     data: Annotated[TrainingData, FIXED] = TrainingData()
     loss: LossSettings = LossSettings()
     latents: LatentSettings = LatentSettings()
@@ -193,11 +194,21 @@ class TrainSettings(Settings):
         if "init_from" in sections and "model" not in sections and values.get("init_from") is not None:
             values.pop("model", None)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _a_new_decoder_trains_alone(cls, values: Any) -> Any:
+        """Return the values, with `train: decoder` if they describe a new decoder and do not say what trains."""
+        wanted = isinstance(values, dict) and isinstance(values.get("decoder"), dict)
+        if wanted and any(value is not None for value in values["decoder"].values()):
+            return {"train": "decoder", **values}
+        return values
+
     def problems(self) -> Iterator[Problem]:
         if self.phases:
             yield from phase_problems(self)
             return
         yield from super().problems()
+        yield from self._decoder_problems()
         yield from self._batch_problems()
         yield from self._shape_problems()
         yield from self._path_problems()
@@ -265,6 +276,29 @@ class TrainSettings(Settings):
                 "batch_size",
                 f"{self.batch_size} does not divide into {self.processes} processes: set batch_size to {nearest}, or "
                 "start another number of processes",
+            )
+
+    def _decoder_problems(self) -> Iterator[Problem]:
+        if self.decoder == DecoderSettings():
+            return
+        if self.init_from is None:
+            yield Problem("decoder", "is for the latents of an existing first stage: give init_from")
+        if self.train != "decoder":
+            yield Problem(
+                "train", f"{self._train_word}, and with decoder.* the decoder trains whole and alone: leave it out"
+            )
+        if self.decoder.latents is not None and self.latents.equivariance:
+            yield Problem("latents.equivariance", "encodes smaller images, and decoder.latents are stored: set it to 0")
+        if self.decoder.latents is not None and self.data.streaming:
+            yield Problem("data.streaming", "decoder.latents belong to stored images, not to a stream: set it to false")
+        if self.decoder.latents is not None and self.data.mixture:
+            yield Problem("data.mixture", "decoder.latents belong to the images of one source: give data.source")
+        if self.decoder.wanted and self.model != ModelSettings():
+            yield Problem("model", "a new decoder's first stage is init_from's: leave model.* out, or give model={}")
+        if self.distillation.teacher is not None:
+            yield Problem(
+                "distillation.teacher",
+                "decoder.* is for the latents of init_from themselves, without a teacher: leave it out",
             )
 
     def _shape_problems(self) -> Iterator[Problem]:

@@ -25,6 +25,7 @@ from latent_ae.data.rng import spread
 from latent_ae.data.sources import StreamSource, part_of
 from latent_ae.files import replacing, writing
 from latent_ae.metrics.similarity import ReconstructionMetrics
+from latent_ae.models.stored_encoder import encoder_in_memory
 from latent_ae.pretrained.lpips import LPIPS
 from latent_ae.report.pictures import picture_grid
 
@@ -152,7 +153,7 @@ class Validator:
         metrics = ReconstructionMetrics(self.accelerator.device, lpips=perceptual, frechet_from=FRECHET_FROM)
         training = model.training
         model.eval()
-        with torch.no_grad():
+        with torch.no_grad(), encoder_in_memory(model.autoencoder):
             for indices, names, images in self._batches(
                 self.crops(self.accelerator.process_index, self.accelerator.num_processes)
             ):
@@ -200,7 +201,7 @@ class Validator:
         """Return the metrics of a Reconstructor at the posterior's mode; arguments and errors as in `measure`."""
         training = model.training
         model.eval()
-        with torch.no_grad():
+        with torch.no_grad(), encoder_in_memory(model.autoencoder):
             summary = self.measure(lambda images: model(images).image, preview)
         model.train(training)
         return summary

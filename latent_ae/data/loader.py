@@ -51,6 +51,8 @@ class Batch:
     """`name: reason` of the unreadable images that were replaced."""
     num_replaced: int = 0
     """Number of samples whose image was replaced by another."""
+    indices: Sequence[int] = ()
+    """Number of each sample's image in the source; empty for a stream."""
     stream_state: dict[str, Any] | None = None
     """State with which `training_batches` of this rank resumes a stream after this micro-batch (JSON types)."""
 
@@ -67,6 +69,7 @@ def training_batches(
     world_size: int = 1,
     first_batch: int = 0,
     stream_state: dict[str, Any] | None = None,
+    crop: Callable[[np.ndarray, int], np.ndarray] | None = None,
 ) -> Generator[Batch, None, None]:
     """Yield this rank's micro-batches, without end; `close()` stops the workers.
 
@@ -85,6 +88,8 @@ def training_batches(
         world_size: Number of processes.
         first_batch: The global batch to begin with.
         stream_state: The `Batch.stream_state` after which a stream resumes; None starts from its beginning.
+        crop: Takes decoded pixels, (H, W, C), and the sample's number, and returns its crop; it is sent to workers.
+            None crops at random as the settings say.
 
     Raises:
         UserError: If the sizes do not divide, the source is empty, or a stream has too few files; while iterating if
@@ -99,7 +104,7 @@ def training_batches(
     elif len(source) == 0:
         raise UserError(f"data.source: {settings.source} holds no images")
     states = stream_state["workers"] if stream_state and streams else [None] * max(1, settings.num_workers)
-    crops = _Crops(source, settings, channels, seed, share, first_batch * share.micro_steps, states)
+    crops = _Crops(source, settings, channels, seed, share, first_batch * share.micro_steps, states, crop)
     return _received(crops, streams)
 
 
@@ -129,7 +134,7 @@ def stop_if_too_many_bad(
 class _Crops(IterableDataset):
     """The work of one worker: every n-th micro-batch, for n workers, or a UserError.
 
-    Yields (crops HWC, numbers, skipped, num_replaced, stream state).
+    Yields (crops HWC, numbers, indices, skipped, num_replaced, stream state).
     """
 
     source: ImageSource
@@ -139,6 +144,7 @@ class _Crops(IterableDataset):
     share: Share
     first_step: int
     states: Sequence[dict[str, Any] | None]
+    crop: Callable[[np.ndarray, int], np.ndarray] | None = None
     kept: dict[tuple[str, tuple[int, int, int]], np.ndarray] = field(default_factory=dict)
 
     def __iter__(self) -> Iterator[Any]:
@@ -151,18 +157,27 @@ class _Crops(IterableDataset):
         try:
             for step in itertools.count(self.first_step + worker, workers):
                 numbers, skipped, num_replaced = self.share.numbers(step), list[str](), 0
-                crops = []
+                crops, indices = [], list[int]()
                 for number in numbers:
-                    crop, bad = self._crop(number, self._of_stream(stream) if stream else self._candidates(number))
+                    candidates = self._of_stream(stream) if stream else self._candidates(number)
+                    index, crop, bad = self._crop(number, candidates)
                     crops.append(crop)
+                    indices.append(index)
                     skipped += bad
                     num_replaced += bool(bad)
-                yield crops, numbers, skipped, num_replaced, stream.state_dict() if stream else None
+                yield (
+                    crops,
+                    numbers,
+                    [] if stream else indices,
+                    skipped,
+                    num_replaced,
+                    stream.state_dict() if stream else None,
+                )
         except UserError as error:
             yield error  # an error raised in a worker would arrive wrapped in a traceback
 
     def _of_stream(self, stream: StreamReader) -> Iterator[Candidate]:
-        return ((name, read, self.settings) for name, read in stream)
+        return ((-1, name, read, self.settings) for name, read in stream)
 
     def _candidates(self, number: int) -> Iterator[Candidate]:
         """Yield the sample's image and those that follow in its epoch, with the settings of their source."""
@@ -174,14 +189,17 @@ class _Crops(IterableDataset):
         order = epoch_order(self.seed, epoch, len(self.source))
         for offset in range(len(order)):
             i = int(order[(position + offset) % len(order)])
-            yield self.source.name(i), partial(self.source.read, i), self.settings
+            yield i, self.source.name(i), partial(self.source.read, i), self.settings
 
-    def _crop(self, number: int, candidates: Iterator[Candidate]) -> tuple[np.ndarray, list[str]]:
-        """Return the sample's crop, and `name: reason` of the unreadable images skipped for it."""
+    def _crop(self, number: int, candidates: Iterator[Candidate]) -> tuple[int, np.ndarray, list[str]]:
+        """Return the number of the sample's image, its crop, and `name: reason` of unreadable images before it."""
         bad = list[str]()
-        for name, read, settings in itertools.islice(candidates, MAX_BAD_IN_A_ROW):
+        for index, name, read, settings in itertools.islice(candidates, MAX_BAD_IN_A_ROW):
             try:
-                return training_crop(self._pixels(name, read, settings), settings, crop_rng(self.seed, number)), bad
+                array = self._pixels(name, read, settings)
+                if self.crop is not None:
+                    return index, self.crop(array, number), bad
+                return index, training_crop(array, settings, crop_rng(self.seed, number)), bad
             except ImageError as error:
                 bad.append(f"{printable(name)}: {printable(str(error))}")
         shown = "".join(f"\n  {line}" for line in bad[:5])
@@ -233,14 +251,14 @@ def _received(crops: _Crops, is_stream: bool) -> Generator[Batch, None, None]:
     for count, item in enumerate(loaded(crops, crops.settings.num_workers)):
         if isinstance(item, UserError):
             raise item
-        arrays, numbers, skipped, num_replaced, states[count % len(states)] = item
+        arrays, numbers, indices, skipped, num_replaced, states[count % len(states)] = item
         images = torch.stack([to_tensor(array) for array in arrays])
         if torch.cuda.is_available():
             images = images.pin_memory()
         state = None
         if is_stream:
             state = {"rank": crops.share.rank, "world_size": crops.share.world_size, "workers": list(states)}
-        yield Batch(images, numbers, skipped, num_replaced, state)
+        yield Batch(images, numbers, skipped, num_replaced, indices, state)
 
 
 def loaded(dataset: IterableDataset, num_workers: int, ahead: int = 2) -> Iterator[Any]:

@@ -16,8 +16,9 @@ from latent_ae.data.rng import epoch_permutation, mixture_order
 from latent_ae.data.settings import DataSettings, MixedSource, TrainingData
 from latent_ae.data.sources import Encoded, StoredImages, StreamSource
 
-Candidate: TypeAlias = tuple[str, Callable[[], Encoded], DataSettings]
-"""An image that a sample may be cut from: its name, what reads it, and the settings of its source."""
+Candidate: TypeAlias = tuple[int, str, Callable[[], Encoded], DataSettings]
+"""An image that a sample may be cut from: its number in its source (-1 in a stream), its name, what reads it, and the
+settings of its source."""
 WEIGHTED_EPOCH = 10_000
 """Number of samples after which sources with weights have been taken exactly in proportion to them."""
 
@@ -84,7 +85,7 @@ class Mixture:
         order = self.orders[source][1]
         for offset in range(len(images)):
             row = int(order[(position + offset) % len(images)])
-            yield self._named(source, row), partial(images.read, row), settings
+            yield row, self._named(source, row), partial(images.read, row), settings
 
     def sample(self, seed: int, number: int) -> tuple[int, int]:
         """Return the source of the sample `number`, and how many samples of that source precede it."""

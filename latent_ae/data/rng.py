@@ -13,14 +13,18 @@ import numpy as np
 import torch
 
 # streams of random numbers that must never overlap: the highest word of Philox's counter
-CROP, NOISE, ORDER, BLOCK, AUGMENT, LATENT_NOISE, CHANNELS, EQUIVARIANCE, BINARY, PERMUTATION, SPREAD, MIXTURE = range(
-    12
-)
+CROP, NOISE, ORDER, BLOCK, AUGMENT, LATENT_NOISE, CHANNELS, EQUIVARIANCE, BINARY, PERMUTATION, SPREAD, FLIP = range(12)
+MIXTURE = 12
 
 
 def crop_rng(seed: int, number: int) -> np.random.Generator:
     """Return the generator that decides crop and flip of the sample `number`."""
     return np.random.Generator(_philox(seed, number, CROP))
+
+
+def mirrored(seed: int, number: int) -> bool:
+    """Return whether the sample `number` is mirrored if its crop is not random."""
+    return bool(_philox(seed, number, FLIP).random_raw() % 2)
 
 
 def epoch_permutation(seed: int, epoch: int, num_images: int, source: int = 0) -> np.ndarray:

@@ -88,6 +88,8 @@ def _factor_is_stated(shape: Shape, config: Mapping[str, Any]) -> str | None:
     return f"scale_factor_spatial is {stated}, and the model downsamples by {shape.factor}: set it to that"
 
 
+ALIKE = {"AutoencoderKL": ("AsymmetricAutoencoderKL",)}
+"""Classes that pipelines take in place of their own, because they call and read both alike."""
 SCALE = frozenset({"scaling_factor"})
 SHIFT = SCALE | {"shift_factor"}
 CHANNELS = frozenset({"latents_mean", "latents_std"})
@@ -202,9 +204,10 @@ def kind_misfit(name: str, kind: str) -> str | None:
         name: A key of PIPELINES.
         kind: Name of the class.
     """
-    if kind == PIPELINES[name].kind:
+    taken = {other: (pipeline.kind, *ALIKE.get(pipeline.kind, ())) for other, pipeline in PIPELINES.items()}
+    if kind in taken[name]:
         return None
-    others = [other for other, pipeline in PIPELINES.items() if pipeline.kind == kind]
+    others = [other for other, kinds in taken.items() if kind in kinds]
     fits = f"it may fit {', '.join(others)}" if others else "no family known here takes one, so name none"
     return f"its pipelines take the class {PIPELINES[name].kind}, not {kind}: {fits}"
 
@@ -286,9 +289,22 @@ def refuse_misfit(name: str, config: Mapping[str, Any], kind: str = "Autoencoder
         kind: Diffusers class of the first stage.
     """
     wrong_kind = kind_misfit(name, kind)
-    if problems := misfits(name, config) if wrong_kind is None else [wrong_kind]:
+    problems = misfits(name, config) if wrong_kind is None else [wrong_kind]
+    if wrong_kind is None and kind == "AsymmetricAutoencoderKL":
+        problems += _unstated_shift(PIPELINES[name], config)
+    if problems:
         classes = " and ".join(PIPELINES[name].classes)
         raise UserError(f"this first stage does not fit {name} ({classes}):\n  " + "\n  ".join(problems))
+
+
+def _unstated_shift(pipeline: Pipeline, config: Mapping[str, Any]) -> list[str]:
+    """Return why an AsymmetricAutoencoderKL fails in a pipeline that asks for a shift, which its class lacks."""
+    if "shift_factor" not in pipeline.reads or "shift_factor" in config:
+        return []
+    return [
+        "AsymmetricAutoencoderKL has no shift_factor of its own, and the pipeline subtracts one: only a new decoder "
+        "(decoder.*) for an AutoencoderKL's latents states that model's"
+    ]
 
 
 def remarks(name: str, config: Mapping[str, Any], mean: float, std: float) -> list[str]:

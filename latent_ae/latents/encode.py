@@ -23,8 +23,9 @@ from latent_ae.data.datasets import SPLIT_NAMES
 from latent_ae.data.held_out import Framing, HeldOutImage, HeldOutImages, Part
 from latent_ae.data.labels import Classes, find_classes
 from latent_ae.data.loader import open_images
-from latent_ae.data.sources import StoredImages, StreamSource, TableSource, source_stamp
+from latent_ae.data.sources import StoredImages, StreamSource, source_stamp
 from latent_ae.distributed import on_main, processes, together
+from latent_ae.latents.pairs import image_id
 from latent_ae.latents.parquet import FORMAT, STORED, LatentFolder, features_of, read_manifest
 from latent_ae.latents.settings import EncodeSettings
 from latent_ae.models.loading import CPU_BATCH_PX, FirstStage, load
@@ -180,10 +181,7 @@ class _Encoder:
             raise UserError(f"{items[int(bad.argmax())].name}: its {name} holds values that are not finite; {advice}")
 
     def _facts(self, items: list[HeldOutImage]) -> dict[str, Any]:
-        rows = self.source.rows if isinstance(self.source, TableSource) else None
-        # file names may hold bytes that are no valid UTF-8
-        names = [item.name.encode("utf-8", "backslashreplace").decode() for item in items]
-        ids = names if rows is None else [str(rows[item.index]) for item in items]
+        ids = [image_id(self.source, item.index) for item in items]
         facts: dict[str, Any] = {"id": ids, "digest": [item.digest for item in items]}
         if self.classes is not None:
             facts["label"] = self.classes.labels[[item.index for item in items]]

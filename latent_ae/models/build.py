@@ -12,6 +12,7 @@ from latent_ae.models.loading import load_first_stage
 from latent_ae.models.reconstruct import end_layers
 from latent_ae.models.registry import class_of, family_of
 from latent_ae.models.settings import ModelFacts, ModelSettings
+from latent_ae.models.stored_encoder import StoredEncoder
 
 
 def build_autoencoder(settings: ModelSettings, *, sample_size: int, seed: int = 0) -> ModelMixin:
@@ -103,7 +104,8 @@ def facts_of(autoencoder: ModelMixin, name: str | None = None) -> ModelFacts:
     }
     last_layers = {}
     for side in ("encoder", "decoder"):  # classes that are only measured may lack one, or end differently
-        layers = end_layers(part) if (part := getattr(autoencoder, side, None)) is not None else [None]
+        part = getattr(autoencoder, side, None)
+        layers = end_layers(part) if part is not None and not isinstance(part, StoredEncoder) else [None]
         last_layers[side] = names.get(id(getattr(layers[-1], "weight", None)), "")
     return ModelFacts(
         name or f"this {type(autoencoder).__name__}",

@@ -10,6 +10,7 @@ from latent_ae.arithmetic import WeightPrecisionConv2d
 from latent_ae.models.posterior import draw
 from latent_ae.models.quantize import Codes, quantised
 from latent_ae.models.registry import family_of
+from latent_ae.models.stored_encoder import StoredEncoder
 
 
 class Reconstruction(NamedTuple):
@@ -63,9 +64,14 @@ class Reconstructor(nn.Module):
             noise: Standard normal, shaped like the latent, to sample the posterior; None takes the mode.
             transforms: Applied to the latent one after another before it is decoded; a scaled or rotated latent gives a
                 scaled or rotated image.
-            decode: A latent to decode instead of the images' latent.
+            decode: A latent to decode instead of the images' latent. If the encoder is not in memory, it counts as the
+                images' latent.
         """
-        latent, mean, logvar, rates, _ = draw(self.autoencoder, images, noise)
+        encoder = getattr(self.autoencoder, "encoder", None)
+        if decode is not None and isinstance(encoder, StoredEncoder):
+            latent, mean, logvar, rates = decode, decode, None, tuple[Tensor, ...]()
+        else:
+            latent, mean, logvar, rates, _ = draw(self.autoencoder, images, noise)
         codes, how = None, {}
         if self.num_codes:
             latent, codes = quantised(mean, self.codebook)

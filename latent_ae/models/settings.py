@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field
 
-from latent_ae.config import Positive, Problem, Settings
+from latent_ae.config import NonNegative, Positive, Problem, Settings
 
 DownBlock = Literal["DownEncoderBlock2D", "AttnDownEncoderBlock2D"]
 UpBlock = Literal["UpDecoderBlock2D", "AttnUpDecoderBlock2D"]
@@ -20,6 +20,27 @@ Kind = Literal[
     "FlowAutoencoderKL",
 ]
 """Classes of first stages: docs/family.md."""
+
+
+class DecoderSettings(Settings):
+    """What decodes init_from's latents: a new decoder, or latents on which it trains; docs/new-decoder.md.
+
+    Only the decoder trains; encoder, latents and scaling stay bit for bit. A new one starts from fresh weights.
+    """
+
+    block_out_channels: Annotated[tuple[Positive, ...], Field(min_length=1)] | None = None
+    """Widths of the decoder's levels, from the image down, as many as init_from has; null keeps its widths."""
+    layers_per_block: Positive | tuple[NonNegative, ...] | None = None
+    """Blocks of each level, as the class of init_from counts them: one number, or, for AutoencoderDC and
+    AutoencoderTiny, one for each level; null keeps its numbers."""
+    latents: str | None = None
+    """Folder of `latent-ae encode` with init_from's latents of the training images: the decoder, new or init_from's
+    own, trains on them, and the encoder stays out of memory; null encodes the images in each step."""
+
+    @property
+    def wanted(self) -> bool:
+        """Whether the run replaces the decoder."""
+        return self.block_out_channels is not None or self.layers_per_block is not None
 
 
 class ModelFacts(NamedTuple):

@@ -20,10 +20,13 @@ from latent_ae.export.pipelines import (
     PipelineName,
     before_measuring,
     misfits,
+    refuse_misfit,
     remarks,
 )
 from latent_ae.export.write import CardFacts, export_autoencoder
 from latent_ae.latents.statistics import LatentStatistics
+from latent_ae.models.new_decoder import with_new_decoder
+from latent_ae.models.settings import DecoderSettings
 from tests.export.tiny_pipelines import LATENT_PX, asked, hardly_noise, pipeline
 
 FACTOR = 8
@@ -406,3 +409,25 @@ def test_the_page_has_the_table_of_families():
     assert set(get_args(PipelineName)) == PIPELINES.keys()
     readme = " ".join(Path("README.md").read_text().split())
     assert all(f"`{name}`" in readme for name in PIPELINES)
+
+
+@pytest.mark.parametrize("name", [name for name in PIPELINES if PIPELINES[name].kind == "AutoencoderKL"])
+def test_a_new_decoder_works_in_the_pipelines_of_its_latents(exported, tmp_path, name):
+    """An AsymmetricAutoencoderKL takes the place of the AutoencoderKL whose encoder and scaling it has."""
+    old = loaded(exported["sdxl per channel" if name == "sdxl" else name])
+    made = with_new_decoder(old, DecoderSettings(block_out_channels=(4,) * 4, layers_per_block=1))
+    refuse_misfit(name, made.config, "AsymmetricAutoencoderKL")
+    made.save_pretrained(tmp_path)
+    vae = loaded(tmp_path)
+    arguments = asked(name, SIDE) | {"num_inference_steps": 2}
+    pipes = [pipeline(name, one) for one in (old, vae)]
+    made = images_of(pipes[1](**arguments, generator=torch.Generator().manual_seed(0), output_type="np"))
+    latents = latents_of(pipes[0], name, arguments | {"generator": torch.Generator().manual_seed(0)})
+    np.testing.assert_allclose(made, decoded(vae, scaled(old, name, latents, back=True)), atol=2e-5)
+
+
+def test_only_a_new_decoder_states_a_shift():
+    fresh = with_new_decoder(autoencoder(16), DecoderSettings(layers_per_block=1))
+    assert "shift_factor" not in fresh.config  # as in an AsymmetricAutoencoderKL that is trained from fresh weights
+    with pytest.raises(UserError, match="has no shift_factor of its own, and the pipeline subtracts one"):
+        refuse_misfit("sd3", fresh.config, "AsymmetricAutoencoderKL")

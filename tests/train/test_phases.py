@@ -305,3 +305,12 @@ def test_a_later_phase_that_does_not_fit_the_model_is_refused_before_the_first_t
     line = only_message(capsys)
     assert line == "latent-ae train: phase 2 of 2: 1 problem in the settings with this autoencoder:"
     assert not run.exists()
+
+
+def test_a_new_decoder_of_the_whole_is_that_of_the_first_phase(model: str) -> None:
+    words = (f"init_from={model}", "decoder.layers_per_block=2", "phases=[{steps: 2}, {steps: 3}]", "model={}")
+    first, second = phases_of(load_settings(TrainSettings, "quickstart", words))
+    assert first.settings.decoder.layers_per_block == 2 and not second.settings.decoder.wanted
+    assert first.settings.train == second.settings.train == "decoder"
+    assert second.first_start.decoder == first.settings.decoder and second.first_start.init_from == model
+    assert second.settings.init_from == first.settings.output_dir

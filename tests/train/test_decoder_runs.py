@@ -1,0 +1,111 @@
+"""Runs that train a decoder for latents that exist: a new one, and on stored latents."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AsymmetricAutoencoderKL, AutoencoderKL
+
+from latent_ae.__main__ import main
+from latent_ae.config import load_settings
+from latent_ae.latents.encode import encode_images
+from latent_ae.latents.settings import EncodeSettings
+from latent_ae.models.loading import load_first_stage
+from latent_ae_train.build import starting_autoencoder
+from latent_ae_train.plan import describe_plan
+from latent_ae_train.settings import TrainSettings
+from tests.runs import differing_tensors, words
+from tests.tiny import settings_for
+from tests.tiny_models import TWO
+
+SIDE = 16
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("original")
+    AutoencoderKL(**TWO | {"scaling_factor": 0.4, "shift_factor": 0.1}).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def cache(original: Path, pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("cache") / "latents"
+    encode_images(original, pictures, folder, EncodeSettings(resolution=SIDE, stored="fp32", device="cpu"))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def no_fresh_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("latent_ae.export.write.verify_export", lambda *_: 0.0)
+    monkeypatch.setattr("latent_ae_train.finish.STATISTICS_CROPS", 16)
+
+
+def command(pictures: Path, original: Path, run: Path, *more: str) -> list[str]:
+    kept = [word for word in words(pictures, run) if not word.startswith(("model.", "gan."))]
+    return [*kept, f"init_from={original}", "gan.weight=0", *more]
+
+
+def encoder_of(folder: Path) -> dict[str, torch.Tensor]:
+    model = json.loads((folder / "config.json").read_text())["_class_name"]
+    weights = {"AutoencoderKL": AutoencoderKL, "AsymmetricAutoencoderKL": AsymmetricAutoencoderKL}[model]
+    state = weights.from_pretrained(folder).state_dict()
+    return {name: weight for name, weight in state.items() if name.startswith(("encoder.", "quant_conv."))}
+
+
+def test_a_run_exports_the_new_decoder_beside_the_old_encoder(
+    original: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = command(pictures, original, tmp_path / "run", "decoder.block_out_channels=[4,8]")
+    assert main([*words, "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert "decoder:       6,935 parameters, in place of 26,231\ntrains:        decoder, post_quant_conv" in said
+    assert main(words) == 0
+    made = AsymmetricAutoencoderKL.from_pretrained(tmp_path / "run/export")
+    assert made.config.scaling_factor == 0.4 and made.config.shift_factor == 0.1
+    assert list(made.config.up_block_out_channels) == [4, 8]
+    old, new = encoder_of(original), encoder_of(tmp_path / "run/export")
+    assert old.keys() == new.keys() and all(torch.equal(old[name], new[name]) for name in old)
+    start = starting_autoencoder(load_settings(TrainSettings, None, [*words[2:], "data.num_workers=0"]))
+    assert not torch.equal(start.decoder.conv_out.weight, made.decoder.conv_out.weight)
+
+
+def test_a_run_on_stored_latents_has_no_encoder_and_exports_it(
+    original: Path, pictures: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And a run that was killed ends with the same bits."""
+    words = command(pictures, original, tmp_path / "run", f"decoder.latents={cache}", "decoder.layers_per_block=2")
+    words += ["steps=2", "checkpoint.every=1", "validate.every=2"]
+    assert main(words) == 0
+    old, new = encoder_of(original), encoder_of(tmp_path / "run/export")
+    assert old.keys() == new.keys() and all(torch.equal(old[name], new[name]) for name in old)
+    whole = load_first_stage(str(tmp_path / "run/checkpoints/step-00000002"))
+    images = torch.rand(1, 3, SIDE, SIDE)
+    assert torch.equal(whole.encode(images).mean, load_first_stage(str(original)).encode(images).mean)
+    shutil.copytree(tmp_path / "run", tmp_path / "again")
+    for name in ("checkpoints/step-00000002", "export"):
+        shutil.rmtree(tmp_path / "again" / name)
+    assert main([*words, f"output_dir={tmp_path / 'again'}"]) == 0
+    ends = [tmp_path / name / "checkpoints/step-00000002" for name in ("run", "again")]
+    assert differing_tensors(*ends) == []
+
+
+def test_the_model_on_stored_latents_has_no_parameter_of_an_encoder(original: Path, cache: Path) -> None:
+    own = settings_for(
+        init_from=str(original),
+        train="decoder",
+        model=TrainSettings().model.model_dump(),
+        decoder={"latents": str(cache)},
+    )
+    without, usual = (
+        starting_autoencoder(one) for one in (own, own.model_copy(update={"decoder": TrainSettings().decoder}))
+    )
+    assert not any(name.startswith("encoder.") for name, _ in without.named_parameters())
+    said = describe_plan(own)
+    assert f"not in memory; its latents are read from {cache}" in said
+    assert "43,711 parameters (26,231 train)" in said  # with the encoder, which checkpoints hold
+    state, expected = without.state_dict(), usual.state_dict()
+    assert state.keys() == expected.keys() and all(torch.equal(state[name], expected[name]) for name in state)
