@@ -66,7 +66,7 @@ def message(*words: str, source: str | None = None) -> str:
         ("decoder.latents=x init_from=a/b latents.equivariance=0.5", "latents.equivariance: encodes smaller images"),
         ("decoder.latents=x init_from=a/b data.streaming=true", "data.streaming: decoder.latents belong to stored"),
         (
-            "decoder.latents=x init_from=a/b data.mixture=[{source: photos}]",
+            'decoder.latents=x init_from=a/b data.mixture=[{"source":photos}]',
             "data.mixture: decoder.latents belong to the",
         ),
         ("gan.layers=8", "gan.layers: 8 need crops of at least"),
