@@ -135,6 +135,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], wrapper: str | None
         save_file(whole, path, metadata={"format": "pt"})
 
 
-def dtype_of(tensors: Mapping[str, Tensor]) -> torch.dtype:
-    """Return the dtype of the first floating-point tensor; float32 if there is none."""
-    return next((tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()), torch.float32)
+def dtypes_of(tensors: Mapping[str, Tensor]) -> str:
+    """Return the dtypes of the floating-point tensors by name, for results."""
+    found = {str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values() if tensor.is_floating_point()}
+    return ", ".join(sorted(found))

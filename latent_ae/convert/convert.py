@@ -10,7 +10,7 @@ from typing import Any
 
 from latent_ae.config import UserError
 from latent_ae.convert import scaling
-from latent_ae.convert.checkpoint import PICKLED, dtype_of
+from latent_ae.convert.checkpoint import PICKLED, dtypes_of
 from latent_ae.convert.read import FirstStage, build, read_first_stage
 from latent_ae.convert.registry import LAYOUTS, WRITTEN
 from latent_ae.convert.settings import MEASURING, ConvertSettings
@@ -76,7 +76,7 @@ def convert_first_stage(
         "written": written,
         "weights": stage.weights,
         "parameters": sum(tensor.numel() for tensor in model.parameters()),
-        "dtype": str(dtype_of(stage.state)).removeprefix("torch."),
+        "dtype": dtypes_of(stage.state),
         "scaling": found.source or None,
         "config": {key: value for key, value in model.config.items() if not key.startswith("_")},
         "max_abs_difference": difference,
