@@ -43,7 +43,7 @@ class FirstStage:
     layout: str
     """Layout of the file from which it was read; "diffusers" for a folder."""
     weights: str
-    """Which weights they are: averaged or raw if there were both, else as stored."""
+    """Which weights they are: averaged (all or some) or raw if there were both, else as stored."""
     kept: scaling.Scaling | None = None
     """The scaling that the checkpoint carries."""
     original: Mapping[str, Tensor] = field(default_factory=dict)
@@ -112,6 +112,11 @@ def _completed(found: Found, path: Path, encoder: Path | None) -> tuple[Found, d
     if layout.read_encoder is not None:
         tensors, facts = layout.read_encoder(encoder)
         return found._replace(tensors={**tensors, **found.tensors}), facts
+    if encoder.is_dir():
+        raise UserError(
+            f"--encoder: {encoder} is a folder, and the encoder is taken from a file; give the file that this writes: "
+            f"latent-ae convert {encoder} whole.safetensors --to {found.layout}"
+        )
     other = find_first_stage(encoder)
     if not other.half("encoder"):
         raise UserError(f"--encoder: {encoder} holds no encoder")

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from latent_ae.config import UserError
 from latent_ae.convert.convert import convert_first_stage
+from latent_ae.convert.rae import read_encoder
+from latent_ae.convert.registry import LAYOUTS
 from latent_ae.convert.settings import ConvertSettings
 from tests.convert.originals import image, randomised
 from tests.convert.other_originals import DCAE, Flux2, LlamaGen, RAEDecoder, Taming, taesd
@@ -237,6 +239,32 @@ def test_an_rae_of_another_grid_has_positions_that_diffusers_does_not_make(tmp_p
     settings = ConvertSettings(decoder_num_attention_heads=2, scaling_factor=1.0)
     with pytest.raises(UserError, match="has another decoder.decoder_pos_embed than diffusers' AutoencoderRAE makes"):
         convert_first_stage(tmp_path / "a.safetensors", tmp_path / "folder", settings, encoder=tmp_path / "mae")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("config.json", "{", r"cannot read .*config.json as JSON"),
+        ("config.json", "[]", r"config.json holds no mapping of names to values"),
+        ("config.json", '{"model_type": ["x"]}', r"holds a \['x'\]; AutoencoderRAE knows dinov2"),
+        ("preprocessor_config.json", "{", r"cannot read .*preprocessor_config.json as JSON"),
+        ("preprocessor_config.json", '{"image_mean": 0.5}', "needs image_mean and image_std of three colours"),
+    ],
+)
+def test_a_damaged_encoder_of_an_rae_ends_in_one_message(name: str, content: str, told: str, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.ViTMAEConfig(hidden_size=64, num_attention_heads=1, num_hidden_layers=1)
+    transformers.ViTMAEModel(config).save_pretrained(tmp_path)
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=told):
+        read_encoder(tmp_path)
+
+
+def test_heads_that_a_file_cannot_tell_are_allowed_unless_they_contradict_the_published_ones() -> None:
+    facts = LAYOUTS["rae"].facts
+    config = {"encoder_type": "mae", "decoder_num_attention_heads": 4, "patch_size": 16}
+    assert facts(config | {"decoder_hidden_size": 64}) == {"encoder_type": "mae", "decoder_num_attention_heads": 4}
+    assert facts(config | {"decoder_hidden_size": 768}) == {"encoder_type": "mae"}
 
 
 def test_a_layout_of_another_class_is_refused(tmp_path: Path) -> None:
