@@ -86,6 +86,11 @@ WRAPPED: dict[str, Callable[[Weights], Any]] = {
     "autoencoder": lambda weights: {"autoencoder": weights, "optimizer": {"state": {}, "param_groups": []}},
     "beside a tensor": lambda weights: {"epoch": torch.tensor(3), "model": weights},
     "bare": lambda weights: weights,
+    "a run of latent-diffusion": lambda weights: {
+        "state_dict": weights | {"loss.logvar": torch.zeros(1), "loss.discriminator.main.0.weight": torch.zeros(1)},
+        **{"epoch": 3, "global_step": 4, "callbacks": {}, "lr_schedulers": []},
+        "optimizer_states": [{"state": {0: {"step": 4, "exp_avg": torch.zeros(1)}}, "param_groups": []}],
+    },
 }
 
 
@@ -93,6 +98,9 @@ WRAPPED: dict[str, Callable[[Weights], Any]] = {
 def test_the_first_stage_is_found_in(
     change: Callable[[Weights], Any], weights: Weights, expected: Weights, tmp_path: Path
 ) -> None:
+    """Other converters lose the first stage of a whole checkpoint (EveryDream2trainer #210, AnimateDiff #154), want one
+    prefix (onnx-web #145: KeyError encoder.conv_in.weight), or make to_to_k of to_k (diffusers #4790).
+    """
     save_file(change(weights), tmp_path / "a.safetensors")
     assert equal(converted(tmp_path / "a.safetensors", tmp_path / "out"), expected)
 
@@ -102,6 +110,9 @@ def test_the_first_stage_is_found_in(
 def test_a_pickled_file_of_weights_is_read_in_its_wrapper(
     change: Callable[[Weights], Any], suffix: str, weights: Weights, expected: Weights, tmp_path: Path
 ) -> None:
+    """diffusers' scripts fail on the .ckpt of a first stage that latent-diffusion has trained alone (diffusers #3264), and
+    its loader on animevae.pt (diffusers #7101).
+    """
     torch.save(change(weights), tmp_path / f"a.{suffix}", _use_new_zipfile_serialization=suffix == "ckpt")
     assert equal(converted(tmp_path / f"a.{suffix}", tmp_path / "out"), expected)
 
@@ -177,7 +188,10 @@ def test_of_two_sets_in_a_pickle_the_averaged_one_is_read(
 
 @pytest.mark.parametrize("old", [False, True], ids=["present names", "names before 0.17"])
 def test_a_file_of_diffusers_itself_without_its_config(old: bool, expected: Weights, tmp_path: Path) -> None:
-    """Old files lack mid_block.attentions.0.to_q: they call it query, and store it as a convolution."""
+    """Old files lack mid_block.attentions.0.to_q: they call it query, and store it as a convolution.
+
+    TeCH #13, AnimateDiff #154 and audio-diffusion #53 end in "Missing key(s): mid_block.attentions.0.to_q".
+    """
     names = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
     state = {}
     for name, tensor in expected.items():
@@ -193,6 +207,9 @@ def test_a_file_of_diffusers_itself_without_its_config(old: bool, expected: Weig
 
 
 def test_downsamplers_arrive(expected: Weights) -> None:
+    """diffusers' script ends in "Missing key(s): encoder.down_blocks.0.downsamplers.0.conv.weight" (diffusers #11694),
+    and its renaming applied twice makes to_to_k of to_k (diffusers #4790).
+    """
     assert {f"encoder.down_blocks.{level}.downsamplers.0.conv.weight" for level in (0, 1)} <= expected.keys()
     assert not any("to_to_" in name for name in expected)
 
@@ -260,6 +277,9 @@ REFUSED: dict[str, tuple[Callable[[Weights], Weights], str]] = {
 
 @pytest.mark.parametrize(("change", "told"), REFUSED.values(), ids=REFUSED)
 def test_what_is_told_of(change: Callable[[Weights], Weights], told: str, weights: Weights, tmp_path: Path) -> None:
+    """4 against 16 channels show elsewhere only at the first image, as a convolution that expects other channels
+    (stable-diffusion-webui-forge #2255, ComfyUI #6769).
+    """
     save_file(change(weights), tmp_path / "a.safetensors")
     with pytest.raises(UserError) as error:
         convert_first_stage(tmp_path / "a.safetensors", tmp_path / "out", SCALED)
@@ -330,6 +350,7 @@ def test_tensors_of_no_shape_and_words_without_effect_are_told(weights: Weights,
 
 
 def test_a_folder_and_its_pipeline_go_back(expected: Weights, weights: Weights, tmp_path: Path) -> None:
+    """Users look for a way from a split folder to latent-diffusion's file and back (diffusers #8320)."""
     save_file(weights, tmp_path / "a.safetensors")
     convert_first_stage(tmp_path / "a.safetensors", tmp_path / "pipeline" / "vae", SCALED)
     convert_first_stage(tmp_path / "pipeline", tmp_path / "b.safetensors", to="ldm")

@@ -54,6 +54,7 @@ def test_flux2(tmp_path: Path) -> None:
 
 @torch.no_grad()
 def test_the_small_decoder_of_flux2_takes_the_encoder_of_another_file(tmp_path: Path) -> None:
+    """Its widths are others than the encoder's, so loaders of FLUX.2's whole file refuse it (InvokeAI #9032)."""
     full, small = randomised(Flux2()), randomised(Flux2(small=(32, 32)), seed=3)
     saved(full, tmp_path / "ae.safetensors")
     # the file holds a decoder whose names say nothing of decoders
