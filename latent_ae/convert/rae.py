@@ -133,7 +133,8 @@ def _decoder(tensors: "Tensors") -> dict[str, "Tensor"]:
 
 def _with_positions(tensors: "Tensors", model: Any) -> dict[str, "Tensor"]:
     """Return the tensors with the position embedding, which the original stores and diffusers computes."""
-    return {**tensors, "decoder.decoder_pos_embed": model.decoder.decoder_pos_embed}
+    dtype = tensors["decoder.decoder_embed.weight"].dtype
+    return {**tensors, "decoder.decoder_pos_embed": model.decoder.decoder_pos_embed.to(dtype)}
 
 
 LAYOUTS = {

@@ -77,14 +77,7 @@ def read_first_stage(path: Path, settings: ConvertSettings, encoder: Path | None
             f"{path} has the names of {found.layout} ({layout.title}), and {some(unknown)} besides, for which "
             f"{layout.kind} has no place: it is a variant that cannot be converted"
         )
-    try:
-        config = layout.infer(state, settings.model_dump(exclude_none=True) | facts)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
-    except KeyError as error:
-        raise UserError(f"{path} is not complete: of the layout {found.layout} it lacks {error}") from None
-    except (ArithmeticError, IndexError, TypeError, ValueError) as error:  # from tensors of other dimensions
-        raise UserError(f"{path} has tensors of shapes that {found.layout} does not have: {error}") from None
+    config = infer(found.layout, state, settings.model_dump(exclude_none=True) | facts, str(path))
     for key in SHAPES:
         if getattr(settings, key) is not None and key not in config:
             raise UserError(f"{key}: {layout.kind} has no such key; leave it out")
@@ -92,6 +85,28 @@ def read_first_stage(path: Path, settings: ConvertSettings, encoder: Path | None
     if kept is None and layout.fixed_scaling is not None:
         kept = scaling.Scaling(dict(layout.fixed_scaling), f"{found.layout} has it by design")
     return FirstStage(layout.kind, config, state, found.layout, found.weights, kept, found.tensors)
+
+
+def infer(name: str, state: Mapping[str, Tensor], facts: dict[str, Any], source: str) -> dict[str, Any]:
+    """Return the config that tensors tell.
+
+    Args:
+        name: Name of the layout.
+        state: Tensors by diffusers' names.
+        facts: What no shape tells.
+        source: Where the tensors come from, for messages.
+
+    Raises:
+        UserError: If no model of the layout has such tensors.
+    """
+    try:
+        return LAYOUTS[name].infer(state, facts)
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from None
+    except KeyError as error:
+        raise UserError(f"{source} is not complete: of the layout {name} it lacks {error}") from None
+    except (ArithmeticError, IndexError, TypeError, ValueError) as error:  # from tensors of other dimensions
+        raise UserError(f"{source} has tensors of shapes that {name} does not have: {error}") from None
 
 
 def _completed(found: Found, path: Path, encoder: Path | None) -> tuple[Found, dict[str, Any]]:
@@ -224,7 +239,7 @@ def build(stage: FirstStage, source: Path) -> nn.Module:
             if name in wanted and OWN_BUFFERS.fullmatch(name):
                 state.setdefault(name, buffer)
             given = state.pop(name, None) if name not in wanted else None
-            if given is not None and (given.shape != buffer.shape or not torch.allclose(given, buffer, atol=1e-4)):
+            if given is not None and not _same_buffer(given, buffer):
                 raise UserError(
                     f"{source} has another {name} than diffusers' {stage.kind} makes for this size and does not store, "
                     "so its images would be others"
@@ -243,6 +258,12 @@ def build(stage: FirstStage, source: Path) -> nn.Module:
             raise UserError(f"{source} does not make a {stage.kind}: under diffusers' names it {what} {some(names)}")
     model.load_state_dict(state, assign=True)
     return model.eval().requires_grad_(False)
+
+
+def _same_buffer(stored: Tensor, made: Tensor) -> bool:
+    """Return whether a stored buffer is one that a class makes, up to the rounding of the stored dtype."""
+    tolerance = max(1e-4, torch.finfo(stored.dtype).eps)
+    return stored.shape == made.shape and torch.allclose(stored.float(), made.float(), rtol=0, atol=tolerance)
 
 
 def _instance(stage: FirstStage) -> Any:

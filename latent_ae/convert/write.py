@@ -17,7 +17,7 @@ from latent_ae.convert import scaling
 from latent_ae.convert.checkpoint import write_tensors
 from latent_ae.convert.find import find_first_stage
 from latent_ae.convert.layout import Layout, levels_of, to_ours, to_theirs
-from latent_ae.convert.read import FirstStage, build, class_of, read_folder, some
+from latent_ae.convert.read import FirstStage, build, class_of, infer, read_folder, some
 from latent_ae.convert.registry import LAYOUTS, WRITTEN
 from latent_ae.files import writing
 from latent_ae.models.posterior import moments_of
@@ -128,13 +128,10 @@ def as_told(layout: Layout, tensors: Mapping[str, Tensor], model: Any, stage: Fi
     """
     names = {**tensors, **layout.prepare(tensors)}
     state, _ = to_ours(names, layout.rules(None), levels_of(names))
-    try:
-        inferred = layout.infer(state, layout.facts(model.config))
-    except UserError as error:
-        raise UserError(f"--to {to}: its files do not tell what this model is: {error}") from None
+    inferred = infer(to, state, layout.facts(model.config), f"--to {to}: what would be written")
     kept = {key: model.config[key] for key in NO_EFFECT if key in model.config}
     told = replace(stage, config=inferred | kept, layout=to)
-    other: Any = build(told, Path(to))
+    other: Any = build(told, Path("what would be written"))
     keys = [key for key in model.config if as_list(other.config.get(key)) != as_list(model.config[key])]
     keys = [key for key in keys if not key.startswith("_")]
     if keys and not alike(model, other, layout):

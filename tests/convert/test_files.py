@@ -110,8 +110,8 @@ def test_the_first_stage_is_found_in(
 def test_a_pickled_file_of_weights_is_read_in_its_wrapper(
     change: Callable[[Weights], Any], suffix: str, weights: Weights, expected: Weights, tmp_path: Path
 ) -> None:
-    """diffusers' scripts fail on the .ckpt of a first stage that latent-diffusion has trained alone (diffusers #3264), and
-    its loader on animevae.pt (diffusers #7101).
+    """diffusers' scripts fail on the .ckpt of a first stage that latent-diffusion has trained alone (diffusers #3264),
+    and its loader on animevae.pt (diffusers #7101).
     """
     torch.save(change(weights), tmp_path / f"a.{suffix}", _use_new_zipfile_serialization=suffix == "ckpt")
     assert equal(converted(tmp_path / f"a.{suffix}", tmp_path / "out"), expected)

@@ -231,6 +231,27 @@ def test_rae(tmp_path: Path) -> None:
     assert F.l1_loss(torch.load(written[1], weights_only=True)["mean"], mean) == 0
 
 
+def test_an_rae_in_half_precision_has_its_positions_in_half_precision(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.ViTMAEConfig(hidden_size=64, num_attention_heads=1, num_hidden_layers=1)
+    transformers.ViTMAEModel(config).save_pretrained(tmp_path / "mae")
+    decoder = randomised(RAEDecoder(64))
+    decoder.decoder_pos_embed.data.copy_(RAEDecoder(64).decoder_pos_embed)
+    half = {name: tensor.half() for name, tensor in decoder.state_dict().items()}
+    torch.save({"model": prefixed_decoder(half)}, tmp_path / "a.pt")
+    settings = ConvertSettings(decoder_num_attention_heads=2, latents_mean=(0.5,) * 64, latents_std=(2.0,) * 64)
+    result = convert_first_stage(tmp_path / "a.pt", tmp_path / "folder", settings, encoder=tmp_path / "mae")
+    assert result["dtype"] == "float16, float32" and result["max_abs_difference"]["reconstruction"] == 0
+    convert_first_stage(tmp_path / "folder", tmp_path / "b.pt", to="rae")
+    back = torch.load(tmp_path / "b.pt", weights_only=True)
+    assert {name: tensor.dtype for name, tensor in back.items()} == dict.fromkeys(half, torch.float16)
+    torch.testing.assert_close(back, half, rtol=0, atol=5e-4)
+
+
+def prefixed_decoder(weights: Weights) -> Weights:
+    return {f"decoder.{name}": tensor for name, tensor in weights.items()}
+
+
 def test_an_rae_of_another_grid_has_positions_that_diffusers_does_not_make(tmp_path: Path) -> None:
     """AutoencoderRAE stretches them over the span of 16 places, and does not store them; RAE numbers the places."""
     transformers = pytest.importorskip("transformers")
