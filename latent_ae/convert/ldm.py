@@ -251,7 +251,7 @@ def other_groups(model: Any) -> str:
         return ""
     return (
         f"its code normalises in {GROUPS} groups, this model in {groups} (norm_num_groups), so it would give other "
-        "images; keep the folder of diffusers"
+        f"images; keep the folder of diffusers, or train a model with norm_num_groups {GROUPS}"
     )
 
 
