@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import get_int_from_env
 from torch import Tensor
 
 from latent_ae.config import UserError
 from latent_ae.data.held_out import Framing, HeldOutImage, HeldOutImages
 from latent_ae.data.sources import ImageSource
+from latent_ae.distributed import refuse_several_processes
 from latent_ae.models.loading import CPU_BATCH_PX, FirstStage
 from latent_ae.pretrained.lpips import LPIPS, TRUNKS, Net
 from latent_ae.pretrained.weights import briefly
@@ -21,18 +21,10 @@ from latent_ae.progress import progress_bar
 from latent_ae_eval.inputs import checked_factor, opened_model, processes
 from latent_ae_eval.settings import JobSettings
 
-PROCESS_COUNTS = ["WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"]
-"""Environment variables in which the launchers of accelerate, PyTorch and MPI state the number of processes."""
-
 
 def one_process(job: str, settings: JobSettings) -> torch.device:
     """Return the device of a job that runs on one process. Raises UserError if several were launched."""
-    launched = get_int_from_env(PROCESS_COUNTS, 1)
-    if launched > 1:
-        raise UserError(
-            f"eval {job} runs on one process, and {launched} were launched; "
-            f"start it without accelerate launch: latent-ae eval {job} ..."
-        )
+    refuse_several_processes(f"eval {job}")
     return processes(settings)[1]
 
 

@@ -6,14 +6,26 @@ from typing import Any, Literal, TypeVar
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, gather_object, parse_flag_from_env
+from accelerate.utils import broadcast_object_list, gather_object, get_int_from_env, parse_flag_from_env
 
 from latent_ae.config import UserError
 
 Device = Literal["auto", "cpu", "cuda"]
 PATIENCE = timedelta(hours=3)
 """Time for which processes wait for each other."""
+PROCESS_COUNTS = ["WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"]
+"""Environment variables in which the launchers of accelerate, PyTorch and MPI state the number of processes."""
 T = TypeVar("T")
+
+
+def refuse_several_processes(command: str) -> None:
+    """Raise UserError if several processes were launched for a command that runs on one."""
+    launched = get_int_from_env(PROCESS_COUNTS, 1)
+    if launched > 1:
+        raise UserError(
+            f"{command} runs on one process, and {launched} were launched; "
+            f"start it without accelerate launch: latent-ae {command} ..."
+        )
 
 
 def processes(device: Device) -> tuple[PartialState, torch.device]:

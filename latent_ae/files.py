@@ -90,3 +90,18 @@ def write_json(path: Path, value: Any) -> None:
     """Write a value as indented JSON; a reader never finds a part. Raises UserError if it cannot be written."""
     with replacing(path) as part:
         part.write_text(json.dumps(value, indent=2), encoding="utf-8")
+
+
+def read_mapping(path: Path) -> dict[str, Any]:
+    """Read a JSON file that holds a mapping.
+
+    Raises:
+        UserError: If it cannot be read, is no JSON, or holds anything else.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path} as JSON: {' '.join(str(error).split())[:200]}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds no mapping of names to values: it is damaged, or another file")
+    return content

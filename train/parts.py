@@ -11,6 +11,7 @@ FIXED_PARTS: dict[str, tuple[str, ...]] = {
     "encoder": ("decoder", "post_quant_conv"),
 }
 """The modules that are not trained, by the named group."""
+EMPTY = "names nothing that would learn: give all, decoder, encoder or patterns of names"
 
 
 def read_parts(value: Any) -> Any:
@@ -20,16 +21,18 @@ def read_parts(value: Any) -> Any:
         value: The value from YAML or the command line; one that is no string or list is returned unchanged.
 
     Raises:
-        ValueError: If the list is empty, or a string is a list that YAML could not read.
+        ValueError: If the list or one of its words is empty, or a string is a list that YAML could not read.
     """
     if isinstance(value, str):
+        if not value.strip():
+            raise ValueError(EMPTY)
         if value.startswith("["):
             raise ValueError("is not a list: put a pattern that begins with * in quotes, as in train='[\"*.bias\"]'")
         return value if value in FIXED_PARTS else (value,)
     if not isinstance(value, (list, tuple)):
         return value
-    if not value:
-        raise ValueError("names nothing that would learn: give all, decoder, encoder or patterns of names")
+    if not value or not all(str(word).strip() for word in value):
+        raise ValueError(EMPTY)
     if "all" in value:
         return "all"
     return value[0] if len(value) == 1 and value[0] in FIXED_PARTS else tuple(value)

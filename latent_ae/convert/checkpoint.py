@@ -17,7 +17,10 @@ from latent_ae.config import UserError
 from latent_ae.text import printable
 
 PICKLED = (".ckpt", ".pt", ".pth", ".bin")
-WRAPPERS = ("ema", "model", "module", "state_dict", "params", "generator")
+WRAPPERS = (
+    *("ema", "model", "module", "state_dict", "model_state_dict"),
+    *("autoencoder", "params", "generator"),
+)
 """Keys under which repositories keep the tensors; averaged ones come first, as in the code of LlamaGen and RAE."""
 
 
@@ -38,10 +41,12 @@ HARMLESS = [
         "lightning.pytorch": ("callbacks.model_checkpoint.ModelCheckpoint", "utilities.parsing.AttributeDict"),
         "numpy": ("core.multiarray.scalar", "_core.multiarray.scalar", "dtype"),
         "_codecs": ("encode",),
+        "argparse": ("Namespace",),
+        **{module: ("PosixPath", "WindowsPath", "PurePosixPath") for module in ("pathlib", "pathlib._local")},
     }.items()
     for name in names
 ]
-"""Names that are replaced by `Stand`: callbacks of trainers, and NumPy numbers such as a best score."""
+"""Names that are replaced by `Stand`: callbacks and arguments of trainers, paths, NumPy numbers (a best score)."""
 
 
 class Tensors(Mapping[str, Tensor]):
@@ -106,18 +111,26 @@ def _unpickled(path: Path, ema: bool | None) -> tuple[Tensors, str]:
             ) from None
         raise UserError(f"cannot read {path}: {printable(text)[:200]}; it is damaged or no file of torch") from None
     weights = "as stored"
-    while isinstance(content, Mapping) and not any(isinstance(value, Tensor) for value in content.values()):
-        inside = [key for key in WRAPPERS if isinstance(content.get(key), Mapping) and content[key]]
+    while inside := _wrapped(content):
         if "ema" in inside and len(inside) > 1:
             weights = "raw" if ema is False else "averaged"
             inside.remove("ema") if ema is False else None
-        if not inside:
-            break
         content = content[inside[0]]
-    if not isinstance(content, Mapping) or not any(isinstance(value, Tensor) for value in content.values()):
+    if not _has_tensors(content):
         raise UserError(f"{path} holds no tensors by name (looked in it and in {', '.join(WRAPPERS)})")
     named = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
     return Tensors(list(named), named.__getitem__), weights
+
+
+def _wrapped(content: Any) -> list[str]:
+    """Return the keys of WRAPPERS under which there are tensors by name, however deep."""
+    if not isinstance(content, Mapping):
+        return []
+    return [key for key in WRAPPERS if _has_tensors(content.get(key)) or _wrapped(content.get(key))]
+
+
+def _has_tensors(content: Any) -> bool:
+    return isinstance(content, Mapping) and any(isinstance(value, Tensor) for value in content.values())
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], wrapper: str | None) -> None:
@@ -135,6 +148,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], wrapper: str | None
         save_file(whole, path, metadata={"format": "pt"})
 
 
-def dtype_of(tensors: Mapping[str, Tensor]) -> torch.dtype:
-    """Return the dtype of the first floating-point tensor; float32 if there is none."""
-    return next((tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()), torch.float32)
+def dtypes_of(tensors: Mapping[str, Tensor]) -> str:
+    """Return the dtypes of the floating-point tensors by name, for results."""
+    found = {str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values() if tensor.is_floating_point()}
+    return ", ".join(sorted(found))

@@ -10,13 +10,14 @@ from typing import Any
 
 from latent_ae.config import UserError
 from latent_ae.convert import scaling
-from latent_ae.convert.checkpoint import PICKLED, dtype_of
+from latent_ae.convert.checkpoint import PICKLED, dtypes_of
 from latent_ae.convert.read import FirstStage, build, read_first_stage
 from latent_ae.convert.registry import LAYOUTS, WRITTEN
 from latent_ae.convert.settings import MEASURING, ConvertSettings
 from latent_ae.convert.write import in_float32, write_files, write_folder
 from latent_ae.data.settings import without_section
-from latent_ae.export.pipelines import before_measuring, refuse_misfit
+from latent_ae.distributed import refuse_several_processes
+from latent_ae.export.pipelines import PIPELINES, before_measuring, refuse_misfit
 from latent_ae.progress import now
 
 
@@ -41,7 +42,7 @@ def convert_first_stage(
         encoder: File or folder of the encoder, if `source` holds only the decoder.
         statistics: File of the tensors mean and std (or var) by which latents are scaled.
         measure: Images on which scaling and shift are measured, like DATA on the command line.
-        pipeline: A family of diffusers pipelines that must be able to use the result.
+        pipeline: A family of diffusers pipelines, a key of PIPELINES, that must be able to use the result.
 
     Returns:
         A description of the result, JSON-ready. "max_abs_difference" holds the differences of all tensors and of the
@@ -49,8 +50,12 @@ def convert_first_stage(
 
     Raises:
         UserError: If the source is not known or not complete, no class of diffusers (or no file of the layout `to`)
-            can hold it, the scaling is not known, or `out` exists or cannot be written.
+            can hold it, the scaling is not known or unusable, `pipeline` is not known, several processes were
+            launched, or `out` exists or cannot be written.
     """
+    refuse_several_processes("convert")
+    if pipeline is not None and pipeline not in PIPELINES:
+        raise UserError(f"pipeline: there is no family {pipeline!r}; known are {', '.join(PIPELINES)}")
     settings, source, out = settings or ConvertSettings(), Path(source).expanduser(), Path(out).expanduser()
     _refuse_words(source, out, settings, to, statistics, measure)
     now(f"reading {source}")
@@ -62,6 +67,7 @@ def convert_first_stage(
     found = scaling.Scaling({}, "")
     if to is None:
         found = _scaling(stage, model, settings, statistics, measure, source)
+        scaling.refuse_unusable(found)
         scaling.apply(model, found)
     if pipeline is not None:
         refuse_misfit(pipeline, model.config, stage.kind)
@@ -76,7 +82,7 @@ def convert_first_stage(
         "written": written,
         "weights": stage.weights,
         "parameters": sum(tensor.numel() for tensor in model.parameters()),
-        "dtype": str(dtype_of(stage.state)).removeprefix("torch."),
+        "dtype": dtypes_of(stage.state),
         "scaling": found.source or None,
         "config": {key: value for key, value in model.config.items() if not key.startswith("_")},
         "max_abs_difference": difference,
@@ -93,7 +99,7 @@ def _scaling(
 ) -> scaling.Scaling:
     """Return the scaling. Raise UserError if no source gives it, or the user gives two."""
     layout = LAYOUTS[stage.layout]
-    said = scaling.said(settings, model.config, stage.kind)
+    said = scaling.said(settings, model)
     if sum(given is not None for given in (said, statistics, measure)) > 1:
         raise UserError("scaling is given twice: take one of scaling_factor=..., --statistics and --measure")
     if said is not None:
@@ -110,7 +116,7 @@ def _scaling(
         return scaling.measured_scaling(found, model.config, measure)
     if stage.kept is None:
         raise UserError(scaling.question(stage.layout, model.config, layout.factor(stage.config), source))
-    return stage.kept
+    return stage.kept._replace(config={key: value for key, value in stage.kept.config.items() if key in model.config})
 
 
 def _refuse_words(

@@ -39,7 +39,7 @@ class Found(NamedTuple):
     beside: Tensors
     """All tensors of the file, by their names there."""
     weights: str
-    """Which weights they are: averaged or raw if the file has both, else as stored."""
+    """Which weights they are: averaged (all or some) or raw if the file has both, else as stored."""
 
     def half(self, side: str) -> bool:
         """Return whether it has the half `side`, encoder or decoder."""
@@ -61,8 +61,8 @@ def find_first_stage(path: Path, *, ema: bool | None = None, prefix: str | None 
     beside, weights = read_tensors(path, ema)
     keys = _halves({_plain(name): name for name in beside})
     shadows = _shadows(keys)
+    averaged = bool(shadows) and (bool(ema) or not _candidates(keys))
     if shadows:
-        averaged = bool(ema) or not _candidates(keys)
         keys = {**keys, **shadows} if averaged else keys
         weights = "averaged" if averaged else "raw"
     elif ema is not None and weights == "as stored":
@@ -79,6 +79,11 @@ def find_first_stage(path: Path, *, ema: bool | None = None, prefix: str | None 
     begin = (known or list(candidates))[0]
     inside = {name.removeprefix(begin): key for name, key in keys.items() if name.startswith(begin)}
     tensors = {name: beside[key] for name, key in inside.items() if not BESIDE.fullmatch(name)}
+    count = sum(inside[name] in shadows.values() for name in tensors)
+    if ema and averaged and not count:
+        raise UserError(f"ema: {path} holds no averages of the first stage {printable(begin)!r}; leave ema out")
+    if averaged and count < len(tensors):
+        weights = f"averaged where the file has an average ({count} of {len(tensors)} tensors)"
     return Found(candidates[begin], dict(LAYOUTS[candidates[begin]].prepare(tensors)), beside, weights)
 
 
@@ -107,20 +112,26 @@ def _candidates(names: Iterable[str]) -> dict[str, str]:
 
 def _shadows(keys: dict[str, str]) -> dict[str, str]:
     """Return the keys of averaged weights of latent-diffusion's LitEma, which removes dots, by the full names."""
-    dotless = {name.removeprefix("model_ema."): key for name, key in keys.items() if name.startswith("model_ema.")}
-    if not dotless:
+    inside = ((re.fullmatch(r"((?:.*\.)?)model_ema\.(.+)", name), key) for name, key in keys.items())
+    found = [(match[1], match[2], key) for match, key in inside if match]
+    if not found:
         return {}
     table = [rule.theirs for layout in LAYOUTS.values() for rule in layout.rules(None)]
     shadows = dict[str, str]()
     for template in dict.fromkeys(name for name in table if "." in name and "{rest}" not in name):
         pattern = compiled(template.replace(".", ""))
-        matches = ((pattern.fullmatch(name), key) for name, key in dotless.items())
-        shadows |= {template.format(**match.groupdict()): key for match, key in matches if match}
+        matches = ((pattern.fullmatch(dotless), prefix, key) for prefix, dotless, key in found)
+        shadows |= {prefix + template.format(**match.groupdict()): key for match, prefix, key in matches if match}
     return shadows
 
 
 def _refusal(path: Path, names: Iterable[str], prefix: str | None) -> str:
     """Return the message about a file whose names match no known layout."""
+    if any(re.fullmatch(r"(?:.*\.)?encoder\.(?:down_blocks\.0\.(?:resnets\.)?|layers\.)0\..+", name) for name in names):
+        return (
+            f"{path} has the names of a class of diffusers, which cannot be told without its config.json: put that "
+            "beside the file, name the file diffusion_pytorch_model.safetensors, and give the folder"
+        )
     some = ", ".join(printable(name) for name in sorted(names)[:4])
     where = "" if prefix is None else f" under the prefix {printable(prefix)!r}"
     return (

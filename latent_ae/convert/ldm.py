@@ -25,6 +25,8 @@ RESNET = (
 ATTENTION = (("norm", "group_norm"), ("q", "to_q"), ("k", "to_k"), ("v", "to_v"), ("proj_out", "to_out.0"))
 LINEAR = ("q", "k", "v", "proj_out")
 ENDS = (("conv_in", "conv_in"), ("conv_out", "conv_out"), ("norm_out", "conv_norm_out"))
+GROUPS = 32
+"""Groups of each norm in the original's code (`Normalize` in `model.py`), and in that of all layouts with its norms."""
 QUANT = (("quant_conv", "quant_conv"), ("post_quant_conv", "post_quant_conv"))
 
 
@@ -136,7 +138,7 @@ def infer_coders(state: "Tensors", words: Config, *, double_z: bool) -> dict[str
             f"encoder and decoder differ in residual blocks per level ({encoder.layers} and {decoder.layers + 1}; a "
             "decoder has one more) or in attention in the middle; diffusers' classes have them alike"
         )
-    groups = int(words.get("norm_num_groups") or 32)
+    groups = int(words.get("norm_num_groups") or GROUPS)
     wrong = [width for width in (*encoder.widths, *decoder.widths) if width % groups]
     if wrong:
         raise UserError(
@@ -219,8 +221,8 @@ def one_attention(tensors: "Tensors") -> dict[str, "Tensor"]:
     return {renamed(name): tensor for name, tensor in tensors.items()}
 
 
-def _present_attention(tensors: "Tensors") -> dict[str, "Tensor"]:
-    """Return a diffusers file's tensors with the names and shapes of attention that diffusers has used since 0.17."""
+def present_attention(tensors: "Tensors") -> dict[str, "Tensor"]:
+    """Return a diffusers file's tensors, with the names and shapes of attention that diffusers has used since 0.17."""
     present = dict(ATTENTION)
     old = re.compile(r"(.*\.attentions\.\d+)\.(query|key|value|proj_attn)\.(weight|bias)")
     state = dict[str, "Tensor"]()
@@ -242,9 +244,20 @@ def _whole(names: frozenset[str]) -> bool:
     return bool({"encoder.down.0.block.0.conv1.weight", "decoder.up.0.block.0.conv1.weight"} & names)
 
 
+def other_groups(model: Any) -> str:
+    """Return why the original's code, which has a fixed number of groups, makes another model; or an empty string."""
+    groups = model.config.norm_num_groups
+    if groups == GROUPS:
+        return ""
+    return (
+        f"its code normalises in {GROUPS} groups, this model in {groups} (norm_num_groups), so it would give other "
+        f"images; keep the folder of diffusers, or train a model with norm_num_groups {GROUPS}"
+    )
+
+
 def _without_quant_convs(model: Any) -> str:
     has = model.config.use_quant_conv or model.config.use_post_quant_conv
-    return "FLUX.1 has no quant convolutions, this model has; take ldm" if has else ""
+    return "FLUX.1 has no quant convolutions, this model has; take ldm" if has else other_groups(model)
 
 
 ANCHOR = r"(?:encoder|decoder)\.conv_in\.weight"
@@ -265,6 +278,7 @@ LAYOUTS = {
         infer=_infer_flux2,
         factor=factor,
         prepare=one_attention,
+        misfit=other_groups,
         decoder_alone=SMALL_DECODER,
     ),
     "flux": Layout(
@@ -292,6 +306,7 @@ LAYOUTS = {
         infer=_infer_kl,
         factor=factor,
         prepare=one_attention,
+        misfit=other_groups,
         wrapper="state_dict",
     ),
     "diffusers": Layout(
@@ -305,6 +320,6 @@ LAYOUTS = {
         rules=lambda config: (Rule("{rest}", ("{rest}",)),),
         infer=_infer_kl,
         factor=factor,
-        prepare=_present_attention,
+        prepare=present_attention,
     ),
 }

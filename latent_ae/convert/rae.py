@@ -3,12 +3,13 @@
 The names are those of bytetriper/RAE, `src/stage1/decoders/decoder.py`; the encoder is a model of transformers.
 """
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from latent_ae.config import UserError
 from latent_ae.convert.layout import Config, Layout, Rule, levels_of, rules
+from latent_ae.files import read_mapping
+from latent_ae.text import printable
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -64,11 +65,11 @@ def read_encoder(folder: Path) -> tuple[dict[str, "Tensor"], dict[str, Any]]:
         import transformers
     except ImportError:
         raise UserError("RAE's encoders are transformers' models: pip install transformers") from None
-    facts = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    if facts.get("model_type") not in ENCODERS:
+    found = str(read_mapping(folder / "config.json").get("model_type"))
+    if found not in ENCODERS:
         known = ", ".join(ENCODERS)
-        raise UserError(f"--encoder: {folder} holds a {facts.get('model_type')}; AutoencoderRAE knows {known}")
-    name, kind, (mean, std) = ENCODERS[facts["model_type"]]
+        raise UserError(f"--encoder: {folder} holds a {printable(found)[:100]}; AutoencoderRAE knows {known}")
+    name, kind, (mean, std) = ENCODERS[found]
     try:
         model = getattr(transformers, kind).from_pretrained(folder, local_files_only=True)
     except Exception as error:  # transformers raises many kinds for a missing, truncated or foreign file
@@ -78,8 +79,10 @@ def read_encoder(folder: Path) -> tuple[dict[str, "Tensor"], dict[str, Any]]:
         raise UserError(f"--encoder: {folder} has no heads of {HEAD_CHANNELS} channels, which AutoencoderRAE needs")
     processor = folder / "preprocessor_config.json"
     if processor.is_file():
-        said = json.loads(processor.read_text(encoding="utf-8"))
+        said = read_mapping(processor)
         mean, std = said.get("image_mean", mean), said.get("image_std", std)
+        if not all(isinstance(values, list) and len(values) == 3 for values in (mean, std)):
+            raise UserError(f"{processor}: AutoencoderRAE needs image_mean and image_std of three colours")
     norms = ("layernorm.", "post_layernorm.", "vision_model.post_layernorm.")
     state = {f"encoder.{key}": value for key, value in model.state_dict().items() if not key.startswith(norms)}
     return state, {
@@ -117,6 +120,12 @@ def _infer(state: "Tensors", words: Config) -> dict[str, Any]:
     }
 
 
+def _facts(config: Config) -> dict[str, Any]:
+    """Return what RAE's code reads from config files: the encoder and, where no published decoder is so wide, heads."""
+    heads = {} if config["decoder_hidden_size"] in HEADS else {"decoder_num_attention_heads"}
+    return {key: value for key, value in config.items() if key.startswith("encoder_") or key in heads}
+
+
 def _decoder(tensors: "Tensors") -> dict[str, "Tensor"]:
     """Return only the decoder: the encoder in a whole checkpoint has the names of an older version of transformers."""
     return {name: tensor for name, tensor in tensors.items() if name.startswith("decoder.")}
@@ -124,7 +133,8 @@ def _decoder(tensors: "Tensors") -> dict[str, "Tensor"]:
 
 def _with_positions(tensors: "Tensors", model: Any) -> dict[str, "Tensor"]:
     """Return the tensors with the position embedding, which the original stores and diffusers computes."""
-    return {**tensors, "decoder.decoder_pos_embed": model.decoder.decoder_pos_embed}
+    dtype = tensors["decoder.decoder_embed.weight"].dtype
+    return {**tensors, "decoder.decoder_pos_embed": model.decoder.decoder_pos_embed.to(dtype)}
 
 
 LAYOUTS = {
@@ -138,6 +148,7 @@ LAYOUTS = {
         factor=lambda config: int(config["patch_size"]),
         prepare=_decoder,
         complete=_with_positions,
+        facts=_facts,
         decoder_alone="give the folder of its encoder, a model of transformers, with --encoder FOLDER",
         read_encoder=read_encoder,
         files={"": "decoder."},

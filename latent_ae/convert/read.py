@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,13 @@ from torch import Tensor, nn
 
 from latent_ae.config import UserError
 from latent_ae.convert import scaling
-from latent_ae.convert.checkpoint import dtype_of, read_tensors
+from latent_ae.convert.checkpoint import read_tensors
 from latent_ae.convert.find import Found, find_first_stage
 from latent_ae.convert.layout import levels_of, to_ours
+from latent_ae.convert.ldm import present_attention
 from latent_ae.convert.registry import LAYOUTS
 from latent_ae.convert.settings import ConvertSettings
+from latent_ae.files import read_mapping
 from latent_ae.models.loading import PIPELINE_FOLDERS
 from latent_ae.text import printable
 
@@ -24,6 +26,8 @@ OWN_BUFFERS = re.compile(r".*num_batches_tracked|_latents_mean|_latents_std|enco
 """Tensors of diffusers' classes that no original stores: they follow from the config, or have no effect."""
 
 
+WEIGHTS = "diffusion_pytorch_model"
+"""Begin of the names of diffusers' files of weights."""
 SHAPES = ("sample_size", "norm_num_groups", "decoder_num_attention_heads")
 """Settings of a config that no tensor's shape tells."""
 
@@ -39,7 +43,7 @@ class FirstStage:
     layout: str
     """Layout of the file from which it was read; "diffusers" for a folder."""
     weights: str
-    """Which weights they are: averaged or raw if there were both, else as stored."""
+    """Which weights they are: averaged (all or some) or raw if there were both, else as stored."""
     kept: scaling.Scaling | None = None
     """The scaling that the checkpoint carries."""
     original: Mapping[str, Tensor] = field(default_factory=dict)
@@ -66,20 +70,14 @@ def read_first_stage(path: Path, settings: ConvertSettings, encoder: Path | None
         return read_folder(path)
     found, facts = _completed(find_first_stage(path, ema=settings.ema, prefix=settings.prefix), path, encoder)
     layout = LAYOUTS[found.layout]
+    _refuse_integers(path, found.tensors)
     state, unknown = to_ours(found.tensors, layout.rules(None), levels_of(found.tensors))
     if unknown:
         raise UserError(
             f"{path} has the names of {found.layout} ({layout.title}), and {some(unknown)} besides, for which "
             f"{layout.kind} has no place: it is a variant that cannot be converted"
         )
-    try:
-        config = layout.infer(state, settings.model_dump(exclude_none=True) | facts)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
-    except KeyError as error:
-        raise UserError(f"{path} is not complete: of the layout {found.layout} it lacks {error}") from None
-    except (ArithmeticError, IndexError, TypeError, ValueError) as error:  # from tensors of other dimensions
-        raise UserError(f"{path} has tensors of shapes that {found.layout} does not have: {error}") from None
+    config = infer(found.layout, state, settings.model_dump(exclude_none=True) | facts, str(path))
     for key in SHAPES:
         if getattr(settings, key) is not None and key not in config:
             raise UserError(f"{key}: {layout.kind} has no such key; leave it out")
@@ -87,6 +85,28 @@ def read_first_stage(path: Path, settings: ConvertSettings, encoder: Path | None
     if kept is None and layout.fixed_scaling is not None:
         kept = scaling.Scaling(dict(layout.fixed_scaling), f"{found.layout} has it by design")
     return FirstStage(layout.kind, config, state, found.layout, found.weights, kept, found.tensors)
+
+
+def infer(name: str, state: Mapping[str, Tensor], facts: dict[str, Any], source: str) -> dict[str, Any]:
+    """Return the config that tensors tell.
+
+    Args:
+        name: Name of the layout.
+        state: Tensors by diffusers' names.
+        facts: What no shape tells.
+        source: Where the tensors come from, for messages.
+
+    Raises:
+        UserError: If no model of the layout has such tensors.
+    """
+    try:
+        return LAYOUTS[name].infer(state, facts)
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from None
+    except KeyError as error:
+        raise UserError(f"{source} is not complete: of the layout {name} it lacks {error}") from None
+    except (ArithmeticError, IndexError, TypeError, ValueError) as error:  # from tensors of other dimensions
+        raise UserError(f"{source} has tensors of shapes that {name} does not have: {error}") from None
 
 
 def _completed(found: Found, path: Path, encoder: Path | None) -> tuple[Found, dict[str, Any]]:
@@ -107,6 +127,11 @@ def _completed(found: Found, path: Path, encoder: Path | None) -> tuple[Found, d
     if layout.read_encoder is not None:
         tensors, facts = layout.read_encoder(encoder)
         return found._replace(tensors={**tensors, **found.tensors}), facts
+    if encoder.is_dir():
+        raise UserError(
+            f"--encoder: {encoder} is a folder, and the encoder is taken from a file; give the file that this writes: "
+            f"latent-ae convert {encoder} whole.safetensors --to {found.layout}"
+        )
     other = find_first_stage(encoder)
     if not other.half("encoder"):
         raise UserError(f"--encoder: {encoder} holds no encoder")
@@ -130,20 +155,56 @@ def read_folder(folder: Path) -> FirstStage:
         raise UserError(f"{folder} has no config.json, nor have export or {', '.join(PIPELINE_FOLDERS)} in it")
     kinds = dict.fromkeys(layout.kind for layout in LAYOUTS.values())
     try:
-        kind = str(diffusers.AutoencoderKL.load_config(place).get("_class_name"))
-        if kind not in kinds:
-            raise UserError(f"{place} holds the class {kind}; layouts of originals are known of {', '.join(kinds)}")
-        file = next(iter(sorted(place.glob("*.safetensors"))), None)
-        model = class_of(kind).from_pretrained(
-            place, local_files_only=True, torch_dtype=dtype_of(read_tensors(file)[0] if file else {})
-        )
-    except UserError:
-        raise
+        facts = diffusers.AutoencoderKL.load_config(place)
+        kind = str(facts.get("_class_name"))
     except Exception as error:  # diffusers raises many kinds for a missing, truncated or foreign file
         raise UserError(f"cannot load {place}: {' '.join(str(error).split())[:400]}") from error
-    config = {key: value for key, value in model.config.items() if not key.startswith("_")}
-    state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
-    return FirstStage(kind, config, state, "diffusers", "as stored", original=state)
+    if kind not in kinds:
+        raise UserError(f"{place} holds the class {kind}; layouts of originals are known of {', '.join(kinds)}")
+    # not from_pretrained: it gives all tensors one dtype, and makes up those that are missing
+    state = present_attention(_stored(place))
+    _refuse_integers(place, state)
+    config = {key: value for key, value in facts.items() if not key.startswith("_")}
+    stage = FirstStage(kind, config, state, "diffusers", "as stored", original=state)
+    with torch.device("meta"):
+        whole = _instance(stage).config  # with the defaults of the class
+    return replace(stage, config={key: value for key, value in whole.items() if not key.startswith("_")})
+
+
+def _stored(folder: Path) -> dict[str, Tensor]:
+    """Return the tensors of a diffusers folder in their dtypes, from the files that `from_pretrained` would load.
+
+    Raises:
+        UserError: If the folder has no weights or several variants of them, or they cannot be read.
+    """
+    names = ("safetensors.index.json", "safetensors", "bin.index.json", "bin")
+    paths = [folder / f"{WEIGHTS}.{name}" for name in names]
+    path = next((path for path in paths if path.is_file()), None)
+    if path is None:
+        variants = sorted(folder.glob(f"{WEIGHTS}.*.safetensors")) or sorted(folder.glob(f"{WEIGHTS}.*.bin"))
+        if len(variants) != 1:
+            has = f"only the variants {', '.join(path.name for path in variants)}" if variants else "no weights"
+            raise UserError(f"{folder} has {has}; put one file there under the name {WEIGHTS}.safetensors")
+        path = variants[0]
+    if not path.name.endswith(".index.json"):
+        return dict(read_tensors(path)[0])
+    places = read_mapping(path).get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
+        raise UserError(f"{path} has no weight_map that gives the file of each tensor: it is damaged")
+    files = {name: read_tensors(folder / Path(name).name)[0] for name in dict.fromkeys(places.values())}
+    return {name: tensor for tensors in files.values() for name, tensor in tensors.items()}
+
+
+def _refuse_integers(source: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Raise UserError if a tensor holds anything but floating-point numbers, the counters of batch norms excepted."""
+    wrong = [name for name, tensor in tensors.items() if not tensor.is_floating_point()]
+    wrong = [name for name in wrong if not name.endswith("num_batches_tracked")]
+    if wrong:
+        dtype = str(tensors[wrong[0]].dtype).removeprefix("torch.")
+        raise UserError(
+            f"{source} has {dtype} numbers in {some(wrong)}: quantised weights cannot be converted; take the file of "
+            "float32, float16 or bfloat16 from which they were made"
+        )
 
 
 def class_of(kind: str) -> Any:
@@ -178,7 +239,7 @@ def build(stage: FirstStage, source: Path) -> nn.Module:
             if name in wanted and OWN_BUFFERS.fullmatch(name):
                 state.setdefault(name, buffer)
             given = state.pop(name, None) if name not in wanted else None
-            if given is not None and (given.shape != buffer.shape or not torch.allclose(given, buffer, atol=1e-4)):
+            if given is not None and not _same_buffer(given, buffer):
                 raise UserError(
                     f"{source} has another {name} than diffusers' {stage.kind} makes for this size and does not store, "
                     "so its images would be others"
@@ -197,6 +258,12 @@ def build(stage: FirstStage, source: Path) -> nn.Module:
             raise UserError(f"{source} does not make a {stage.kind}: under diffusers' names it {what} {some(names)}")
     model.load_state_dict(state, assign=True)
     return model.eval().requires_grad_(False)
+
+
+def _same_buffer(stored: Tensor, made: Tensor) -> bool:
+    """Return whether a stored buffer is one that a class makes, up to the rounding of the stored dtype."""
+    tolerance = max(1e-4, torch.finfo(stored.dtype).eps)
+    return stored.shape == made.shape and torch.allclose(stored.float(), made.float(), rtol=0, atol=tolerance)
 
 
 def _instance(stage: FirstStage) -> Any:

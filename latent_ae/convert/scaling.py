@@ -22,6 +22,8 @@ from latent_ae.progress import progress_bar
 
 PLAYGROUND_SCALING = 0.5
 """Scaling factor of Playground 2.5 besides the statistics in its file (diffusers `loaders/single_file_utils.py`)."""
+FLUX2_EPSILON = 1e-4
+"""FLUX.2 adds it to the variance (black-forest-labs/flux2 `src/flux2/autoencoder.py`)."""
 STD_EPSILON = 1e-5
 """RAE adds it to the variance (bytetriper/RAE `src/stage1/rae.py`)."""
 
@@ -38,6 +40,20 @@ class Scaling(NamedTuple):
     """Where it comes from, for results."""
 
 
+def refuse_unusable(scaling: Scaling) -> None:
+    """Raise UserError if a scaling would make latents zero, infinite or NaN, or turn their sign."""
+    for key, value in scaling.config.items():
+        numbers = torch.as_tensor([] if value is None else value).double()
+        scales = key in ("scaling_factor", "latents_std")
+        wrong = ~numbers.isfinite() | (scales & (numbers <= 0))
+        if wrong.any():
+            rule = "finite numbers above 0" if scales else "finite numbers"
+            raise UserError(
+                f"{key} has {float(numbers[wrong][0]):g} ({scaling.source}), which would destroy the latents: it takes "
+                f"{rule} only"
+            )
+
+
 def apply(model: Any, scaling: Scaling) -> None:
     """Write a scaling into an instance's config, and into the buffers of a class that computes with it."""
     model.register_to_config(**scaling.config)
@@ -46,17 +62,18 @@ def apply(model: Any, scaling: Scaling) -> None:
             setattr(model, f"_{key}", torch.tensor(scaling.config[key]))
 
 
-def said(settings: ConvertSettings, keys: Mapping[str, Any], kind: str) -> Scaling | None:
+def said(settings: ConvertSettings, model: Any) -> Scaling | None:
     """Return the scaling that the user gives; None if the user gives none.
 
     Args:
         settings: The settings, of which scaling_factor, shift_factor, latents_mean and latents_std are used.
-        keys: Config of the model.
-        kind: Class of the model.
+        model: The model.
 
     Raises:
-        UserError: If the class does not have one of the given keys, or one of two keys that belong together is missing.
+        UserError: If the class does not have one of the given keys, one of two keys that belong together is missing, or
+            both a scaling of all channels and one of each channel are given.
     """
+    keys, kind = model.config, type(model).__name__
     words = {key: getattr(settings, key) for key in KEYS}
     words = {
         key: list(value) if isinstance(value, tuple) else value for key, value in words.items() if value is not None
@@ -71,12 +88,18 @@ def said(settings: ConvertSettings, keys: Mapping[str, Any], kind: str) -> Scali
     if ("latents_mean" in words) != ("latents_std" in words):
         raise UserError("latents_mean and latents_std belong together; give both")
     per_channel = "latents_mean" in words
+    if per_channel and len(words) > 2:
+        raise UserError(
+            "latents_mean and latents_std stand in place of scaling_factor and shift_factor; leave one of the two out"
+        )
     if not per_channel and "scaling_factor" not in words:
         raise UserError("shift_factor belongs to a scaling_factor; give both")
     if not per_channel and "shift_factor" in keys and "shift_factor" not in words:
         raise UserError("scaling_factor is given without shift_factor; give both, shift_factor=0 where there is none")
     if per_channel:
-        _check_channels(words, int(keys.get("latent_channels") or 0))
+        _check_channels(words, family_of(model).latent_channels(keys))
+        if "encoder_type" in keys:  # an RAE has statistics of (C, H, W)
+            words = {key: [[[number]] for number in value] for key, value in words.items()}
         words = {"scaling_factor": 1.0, **({"shift_factor": 0.0} if "shift_factor" in keys else {}), **words}
     return Scaling(words, "as said")
 
@@ -87,13 +110,24 @@ def kept(beside: Tensors, tensors: Mapping[str, Tensor]) -> Scaling | None:
     Args:
         beside: All tensors of the file.
         tensors: The tensors of the first stage.
+
+    Raises:
+        UserError: If the statistics of a batch norm would destroy latents.
     """
-    if "bn.running_mean" in tensors:
-        return Scaling({}, "the batch norm in the file")
+    if "bn.running_mean" in tensors and "bn.running_var" in tensors:
+        source = "the batch norm in the file"
+        std = (tensors["bn.running_var"].double() + FLUX2_EPSILON).sqrt()
+        refuse_unusable(Scaling({"latents_mean": tensors["bn.running_mean"], "latents_std": std}, source))
+        return Scaling({}, source)
     if "edm_mean" in beside and "edm_std" in beside:
         mean, std = (beside[name].float().flatten().tolist() for name in ("edm_mean", "edm_std"))
         config = {"latents_mean": mean, "latents_std": std, "scaling_factor": PLAYGROUND_SCALING, "shift_factor": None}
         return Scaling(config, "edm_mean and edm_std in the file")
+    # latent-diffusion has this buffer where it has scaled by the deviation of a batch (`scale_by_std`, `ddpm.py`)
+    if "scale_factor" in beside and any(name.startswith("first_stage_model.") for name in beside):
+        factor = beside["scale_factor"]
+        if factor.numel() == 1:
+            return Scaling({"scaling_factor": float(factor), "shift_factor": 0.0}, "scale_factor in the file")
     return None
 
 
@@ -120,6 +154,11 @@ def read_statistics(path: Path, keys: Mapping[str, Any]) -> Scaling:
     if not per_place:
         mean, std = mean.flatten(), std.flatten()
     config: dict[str, Any] = {"latents_mean": mean.tolist(), "latents_std": std.tolist(), "scaling_factor": 1.0}
+    if per_place and (mean.ndim != 3 or len(mean) != keys["encoder_hidden_size"] or std.shape != mean.shape):
+        raise UserError(
+            f"{path} has a mean of the shape {tuple(mean.shape)}; an RAE with latents of {keys['encoder_hidden_size']} "
+            "channels needs (channels, height, width)"
+        )
     if not per_place:
         _check_channels(config, int(keys["latent_channels"]))
     return Scaling(config | ({"shift_factor": 0.0} if "shift_factor" in keys else {}), f"statistics in {path.name}")

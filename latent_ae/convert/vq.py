@@ -16,6 +16,7 @@ from latent_ae.convert.ldm import (
     factor,
     infer_coders,
     one_attention,
+    other_groups,
     quant_rules,
     refuse_other_widths,
 )
@@ -91,7 +92,7 @@ LAYOUTS = {
         factor=factor,
         prepare=_normalised,
         complete=_with_usage,
-        misfit=lambda model: _not_normalised(model) or _attention_below(model),
+        misfit=lambda model: _not_normalised(model) or _attention_below(model) or other_groups(model),
         wrapper="model",
         fixed_scaling={"scaling_factor": 1.0},
     ),
@@ -104,6 +105,7 @@ LAYOUTS = {
         infer=_infer,
         factor=factor,
         prepare=one_attention,
+        misfit=other_groups,
         wrapper="state_dict",
     ),
 }

@@ -4,6 +4,7 @@ import copy
 import os
 import tempfile
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from latent_ae.convert import scaling
 from latent_ae.convert.checkpoint import write_tensors
 from latent_ae.convert.find import find_first_stage
 from latent_ae.convert.layout import Layout, levels_of, to_ours, to_theirs
-from latent_ae.convert.read import FirstStage, build, read_folder, some
+from latent_ae.convert.read import FirstStage, build, class_of, infer, read_folder, some
 from latent_ae.convert.registry import LAYOUTS, WRITTEN
 from latent_ae.files import writing
 from latent_ae.models.posterior import moments_of
@@ -26,6 +27,8 @@ from latent_ae.progress import now
 SMALLEST_TEST_IMAGE_PX = 32
 STATISTICS = "_statistics"
 """End of the name of the file of latent statistics, which is written beside the layout's files if there are any."""
+NO_EFFECT = (*scaling.KEYS, "sample_size", "force_upcast", "latent_magnitude", "latent_shift", "lookup_from_codebook")
+"""Keys of a config that do not change what encoder and decoder compute."""
 
 
 def write_folder(model: Any, stage: FirstStage, out: Path) -> dict[str, float]:
@@ -51,10 +54,9 @@ def write_folder(model: Any, stage: FirstStage, out: Path) -> dict[str, float]:
             model.save_pretrained(fresh, safe_serialization=True)
             for file in fresh.glob("*.safetensors"):
                 file.chmod((fresh / "config.json").stat().st_mode)  # safetensors writes for the owner's eyes only
-            again = read_folder(fresh)
-            difference = compared(
-                stage.original, theirs(layout, again.state, model), model, build(again, fresh), layout
-            )
+            written = theirs(layout, read_folder(fresh).state, model)
+            stock = class_of(stage.kind).from_pretrained(fresh, local_files_only=True, torch_dtype=torch.float32)
+            difference = compared(stage.original, written, model, stock, layout)
             os.replace(fresh, out)
     return difference
 
@@ -82,6 +84,7 @@ def write_files(model: Any, stage: FirstStage, out: Path, to: str) -> tuple[list
     if reason := layout.misfit(model):
         raise UserError(f"--to {to}: {reason}")
     tensors = theirs(layout, stage.state, model)
+    told = as_told(layout, tensors, model, stage, to)
     now(f"writing {out} and reading it again")
     names = [out.with_stem(out.stem + end) for end in layout.files]
     statistics = scaling.statistics_of(model.config)
@@ -100,13 +103,55 @@ def write_files(model: Any, stage: FirstStage, out: Path, to: str) -> tuple[list
                 found = {key: value for key, value in found.items() if key not in part}
                 found |= find_first_stage(Path(scratch) / path.name).tensors
             state, _ = to_ours(found, layout.rules(None), levels_of(found))
-            again = FirstStage(stage.kind, stage.config, state, to, stage.weights)
-            difference = compared(layout.prepare(tensors), found, model, build(again, out), layout)
+            again = build(replace(told, state=state), out)
+            difference = compared(layout.prepare(tensors), found, model, again, layout)
             for path in beside:
                 write_tensors(Path(scratch) / path.name, statistics, None)
             for path in (*names, *beside):
                 os.replace(Path(scratch) / path.name, path)
     return [str(path) for path in (*names, *beside)], difference
+
+
+def as_told(layout: Layout, tensors: Mapping[str, Tensor], model: Any, stage: FirstStage, to: str) -> FirstStage:
+    """Return the first stage with the config that a reader of the layout's files takes from them alone.
+
+    Args:
+        layout: The layout.
+        tensors: Tensors by the original's names, as they will be written.
+        model: The built first stage.
+        stage: The first stage as it was read.
+        to: Name of the layout.
+
+    Raises:
+        UserError: If the files do not tell a fact on which the model's numbers depend, so that the original's code
+            would make another model of them.
+    """
+    names = {**tensors, **layout.prepare(tensors)}
+    state, _ = to_ours(names, layout.rules(None), levels_of(names))
+    inferred = infer(to, state, layout.facts(model.config), f"--to {to}: what would be written")
+    kept = {key: model.config[key] for key in NO_EFFECT if key in model.config}
+    told = replace(stage, config=inferred | kept, layout=to)
+    other: Any = build(told, Path("what would be written"))
+    keys = [key for key in model.config if as_list(other.config.get(key)) != as_list(model.config[key])]
+    keys = [key for key in keys if not key.startswith("_")]
+    if keys and not alike(model, other, layout):
+        facts = ", ".join(f"{key} {model.config[key]}, which becomes {other.config.get(key)}" for key in keys)
+        raise UserError(
+            f"--to {to}: its files have no place for what makes this model another than those of its repository, whose "
+            f"code would give other images: {facts}. Keep the folder of diffusers"
+        )
+    return told
+
+
+def alike(one: nn.Module, other: nn.Module, layout: Layout) -> bool:
+    """Return whether two models with the same weights have the same layers and make the same reconstruction."""
+    first, second = (reconstruction(in_float32(model), layout) for model in (one, other))
+    return str(one) == str(other) and torch.equal(first, second)  # the text has the settings of all layers
+
+
+def as_list(value: Any) -> Any:
+    """Return a value of a config with lists in place of tuples."""
+    return [as_list(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def theirs(layout: Layout, state: Mapping[str, Tensor], model: Any) -> dict[str, Tensor]:
@@ -139,12 +184,13 @@ def compared(
         layout: The layout of the names.
 
     Raises:
-        RuntimeError: If a tensor is missing or has another shape, which is not the user's mistake.
+        RuntimeError: If a tensor is missing or has another shape or dtype, which is not the user's mistake.
         UserError: If a model does not run, or its reconstruction is not finite.
     """
-    lost = [name for name, tensor in read.items() if name not in written or written[name].shape != tensor.shape]
+    kinds = {name: (tensor.shape, tensor.dtype) for name, tensor in written.items()}
+    lost = [name for name, tensor in read.items() if kinds.get(name) != (tensor.shape, tensor.dtype)]
     if lost:
-        raise RuntimeError(f"what was written lacks {some(lost)}")
+        raise RuntimeError(f"what was written lacks, or has in another shape or dtype, {some(lost)}")
     changed = [name for name, tensor in read.items() if not torch.equal(written[name], tensor)]
     tensors = [float((written[name].double() - read[name].double()).abs().max()) for name in changed]
     first, second = (reconstruction(in_float32(module), layout) for module in (model, again))
@@ -182,6 +228,6 @@ def reconstruction(model: nn.Module, layout: Layout) -> Tensor:
 
 def in_float32(model: nn.Module) -> nn.Module:
     """Return the model if it is float32, else a float32 copy; the model itself does not change."""
-    if all(parameter.dtype == torch.float32 for parameter in model.parameters()):
+    if all(tensor.dtype == torch.float32 for tensor in model.state_dict().values() if tensor.is_floating_point()):
         return model
     return copy.deepcopy(model).float()

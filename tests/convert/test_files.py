@@ -1,5 +1,6 @@
 """Which files are read: prefixes, wrappers, averaged weights, old names, pickles; and what a wrong one is told."""
 
+import argparse
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,8 @@ from latent_ae.convert.layout import to_ours, to_theirs
 from latent_ae.convert.registry import LAYOUTS
 from latent_ae.convert.settings import ConvertSettings
 from tests.convert.originals import LDM, randomised
+from tests.convert.other_originals import LlamaGen
+from tests.tiny_models import tiny
 
 SCALED = ConvertSettings(scaling_factor=0.5, shift_factor=0.0)
 Weights = dict[str, Tensor]
@@ -79,7 +82,15 @@ WRAPPED: dict[str, Callable[[Weights], Any]] = {
     "state_dict": lambda weights: {"state_dict": weights, "epoch": 3, "global_step": 4},
     "model": lambda weights: {"model": weights, "optimizer": {"state": {}, "param_groups": []}},
     "nested": lambda weights: {"model": {"module": weights}},
+    "model_state_dict": lambda weights: {"model_state_dict": weights, "epoch": 3},
+    "autoencoder": lambda weights: {"autoencoder": weights, "optimizer": {"state": {}, "param_groups": []}},
+    "beside a tensor": lambda weights: {"epoch": torch.tensor(3), "model": weights},
     "bare": lambda weights: weights,
+    "a run of latent-diffusion": lambda weights: {
+        "state_dict": weights | {"loss.logvar": torch.zeros(1), "loss.discriminator.main.0.weight": torch.zeros(1)},
+        **{"epoch": 3, "global_step": 4, "callbacks": {}, "lr_schedulers": []},
+        "optimizer_states": [{"state": {0: {"step": 4, "exp_avg": torch.zeros(1)}}, "param_groups": []}],
+    },
 }
 
 
@@ -87,6 +98,9 @@ WRAPPED: dict[str, Callable[[Weights], Any]] = {
 def test_the_first_stage_is_found_in(
     change: Callable[[Weights], Any], weights: Weights, expected: Weights, tmp_path: Path
 ) -> None:
+    """Other converters lose the first stage of a whole checkpoint (EveryDream2trainer #210, AnimateDiff #154), want one
+    prefix (onnx-web #145: KeyError encoder.conv_in.weight), or make to_to_k of to_k (diffusers #4790).
+    """
     save_file(change(weights), tmp_path / "a.safetensors")
     assert equal(converted(tmp_path / "a.safetensors", tmp_path / "out"), expected)
 
@@ -96,6 +110,9 @@ def test_the_first_stage_is_found_in(
 def test_a_pickled_file_of_weights_is_read_in_its_wrapper(
     change: Callable[[Weights], Any], suffix: str, weights: Weights, expected: Weights, tmp_path: Path
 ) -> None:
+    """diffusers' scripts fail on the .ckpt of a first stage that latent-diffusion has trained alone (diffusers #3264),
+    and its loader on animevae.pt (diffusers #7101).
+    """
     torch.save(change(weights), tmp_path / f"a.{suffix}", _use_new_zipfile_serialization=suffix == "ckpt")
     assert equal(converted(tmp_path / f"a.{suffix}", tmp_path / "out"), expected)
 
@@ -171,7 +188,10 @@ def test_of_two_sets_in_a_pickle_the_averaged_one_is_read(
 
 @pytest.mark.parametrize("old", [False, True], ids=["present names", "names before 0.17"])
 def test_a_file_of_diffusers_itself_without_its_config(old: bool, expected: Weights, tmp_path: Path) -> None:
-    """Old files lack mid_block.attentions.0.to_q: they call it query, and store it as a convolution."""
+    """Old files lack mid_block.attentions.0.to_q: they call it query, and store it as a convolution.
+
+    TeCH #13, AnimateDiff #154 and audio-diffusion #53 end in "Missing key(s): mid_block.attentions.0.to_q".
+    """
     names = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
     state = {}
     for name, tensor in expected.items():
@@ -187,6 +207,9 @@ def test_a_file_of_diffusers_itself_without_its_config(old: bool, expected: Weig
 
 
 def test_downsamplers_arrive(expected: Weights) -> None:
+    """diffusers' script ends in "Missing key(s): encoder.down_blocks.0.downsamplers.0.conv.weight" (diffusers #11694),
+    and its renaming applied twice makes to_to_k of to_k (diffusers #4790).
+    """
     assert {f"encoder.down_blocks.{level}.downsamplers.0.conv.weight" for level in (0, 1)} <= expected.keys()
     assert not any("to_to_" in name for name in expected)
 
@@ -254,6 +277,9 @@ REFUSED: dict[str, tuple[Callable[[Weights], Weights], str]] = {
 
 @pytest.mark.parametrize(("change", "told"), REFUSED.values(), ids=REFUSED)
 def test_what_is_told_of(change: Callable[[Weights], Weights], told: str, weights: Weights, tmp_path: Path) -> None:
+    """4 against 16 channels show elsewhere only at the first image, as a convolution that expects other channels
+    (stable-diffusion-webui-forge #2255, ComfyUI #6769).
+    """
     save_file(change(weights), tmp_path / "a.safetensors")
     with pytest.raises(UserError) as error:
         convert_first_stage(tmp_path / "a.safetensors", tmp_path / "out", SCALED)
@@ -324,8 +350,102 @@ def test_tensors_of_no_shape_and_words_without_effect_are_told(weights: Weights,
 
 
 def test_a_folder_and_its_pipeline_go_back(expected: Weights, weights: Weights, tmp_path: Path) -> None:
+    """Users look for a way from a split folder to latent-diffusion's file and back (diffusers #8320)."""
     save_file(weights, tmp_path / "a.safetensors")
     convert_first_stage(tmp_path / "a.safetensors", tmp_path / "pipeline" / "vae", SCALED)
     convert_first_stage(tmp_path / "pipeline", tmp_path / "b.safetensors", to="ldm")
     assert equal(load_file(tmp_path / "b.safetensors"), weights)
     assert isinstance(AutoencoderKL.from_pretrained(tmp_path / "pipeline", subfolder="vae"), AutoencoderKL)
+
+
+class NotTold:
+    """Neither of the harmless kinds nor hostile."""
+
+
+def test_llamagens_own_training_checkpoint(tmp_path: Path) -> None:
+    """Its trainer saves model, ema, optimizer, discriminator, steps and its arguments, an argparse.Namespace."""
+    original = randomised(LlamaGen()).state_dict()
+    average = {name: tensor + 0.01 if "conv" in name else tensor for name, tensor in original.items()}
+    content = {
+        "model": {f"_orig_mod.{name}": tensor for name, tensor in original.items()},
+        **{"ema": average, "optimizer": {"state": {0: {"step": torch.tensor(1.0)}}, "param_groups": []}},
+        **{"discriminator": {"weight": torch.zeros(1)}, "optimizer_disc": {}, "steps": 3},
+        "args": argparse.Namespace(data_path="x", ema=True, folder=Path("/somewhere"), lr=1e-4, dtype=torch.bfloat16),
+    }
+    torch.save(content, tmp_path / "0003.pt")
+    for ema, expected in ((None, average), (False, original)):
+        settings = ConvertSettings(ema=ema)
+        convert_first_stage(tmp_path / "0003.pt", tmp_path / f"out-{ema}", settings)
+        found = load_file(tmp_path / f"out-{ema}" / "diffusion_pytorch_model.safetensors")
+        assert torch.equal(found["encoder.conv_in.weight"], expected["encoder.conv_in.weight"])
+    torch.save(content | {"args": NotTold()}, tmp_path / "other.pt")
+    with pytest.raises(UserError, match=r"is refused: it holds more than weights \(.*NotTold\)"):
+        convert_first_stage(tmp_path / "other.pt", tmp_path / "out")
+
+
+@pytest.mark.parametrize("prefix", ["", "first_stage_model.", "module.first_stage_model."])
+def test_averages_beside_a_first_stage_with_a_prefix(
+    prefix: str, weights: Weights, expected: Weights, tmp_path: Path
+) -> None:
+    save_file(prefixed(weights | averaged(weights), prefix), tmp_path / "a.safetensors")
+    for ema, told, shift in ((True, "averaged", 1), (None, "raw", 0)):
+        out, settings = tmp_path / str(ema), SCALED.model_copy(update={"ema": ema})
+        assert convert_first_stage(tmp_path / "a.safetensors", out, settings)["weights"] == told
+        found = load_file(out / "diffusion_pytorch_model.safetensors")
+        assert equal(found, {name: tensor + shift for name, tensor in expected.items()})
+
+
+def test_averages_of_some_tensors_are_counted(weights: Weights, expected: Weights, tmp_path: Path) -> None:
+    """LitEma keeps no averages of what does not train, such as a frozen encoder."""
+    some = {name: tensor for name, tensor in averaged(weights).items() if not name.startswith("model_ema.encoder")}
+    save_file(weights | some, tmp_path / "a.safetensors")
+    settings = SCALED.model_copy(update={"ema": True})
+    result = convert_first_stage(tmp_path / "a.safetensors", tmp_path / "out", settings)
+    count = sum(not name.startswith("encoder.") for name in weights)
+    assert result["weights"] == f"averaged where the file has an average ({count} of {len(weights)} tensors)"
+    found = load_file(tmp_path / "out" / "diffusion_pytorch_model.safetensors")
+    shifted = {name: tensor + (not name.startswith("encoder.")) for name, tensor in expected.items()}
+    assert equal(found, shifted)
+
+
+def test_averages_of_another_first_stage_are_none_of_this_one(weights: Weights, tmp_path: Path) -> None:
+    other = prefixed(weights, "teacher.") | prefixed(weights | averaged(weights), "student.")
+    save_file(other, tmp_path / "a.safetensors")
+    with pytest.raises(UserError, match="ema: .* holds no averages of the first stage 'teacher.'"):
+        convert_first_stage(
+            tmp_path / "a.safetensors", tmp_path / "out", SCALED.model_copy(update={"ema": True, "prefix": "teacher."})
+        )
+
+
+def test_a_folder_in_place_of_an_encoders_file_is_told(weights: Weights, expected: Weights, tmp_path: Path) -> None:
+    save_file(without(weights, "encoder."), tmp_path / "decoder.safetensors")
+    save_file(weights, tmp_path / "a.safetensors")
+    converted(tmp_path / "a.safetensors", tmp_path / "folder")
+    words = {"settings": SCALED, "encoder": tmp_path / "folder"}
+    with pytest.raises(UserError, match="give the file that this writes: latent-ae convert .*folder whole.* --to ldm"):
+        convert_first_stage(tmp_path / "decoder.safetensors", tmp_path / "out", **words)
+    convert_first_stage(tmp_path / "folder", tmp_path / "whole.safetensors", to="ldm")
+    words["encoder"] = tmp_path / "whole.safetensors"
+    convert_first_stage(tmp_path / "decoder.safetensors", tmp_path / "out", **words)
+    assert equal(load_file(tmp_path / "out" / "diffusion_pytorch_model.safetensors"), expected)
+
+
+@pytest.mark.parametrize("kind", ["AutoencoderKLFlux2", "VQModel", "AutoencoderDC", "AutoencoderTiny"])
+def test_weights_of_a_class_of_diffusers_need_their_config(kind: str, tmp_path: Path) -> None:
+    save_file(tiny(kind).state_dict(), tmp_path / "a.safetensors")
+    with pytest.raises(UserError, match=r"which cannot be told without its config.json: put that beside the file"):
+        convert_first_stage(tmp_path / "a.safetensors", tmp_path / "out", SCALED)
+
+
+def test_several_processes_are_refused(weights: Weights, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of them would write the same folder."""
+    save_file(weights, tmp_path / "a.safetensors")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="convert runs on one process, and 2 were launched"):
+        convert_first_stage(tmp_path / "a.safetensors", tmp_path / "out", SCALED)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_family_of_pipelines_that_does_not_exist_is_told(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="pipeline: there is no family 'nonsense'; known are sd, sdxl"):
+        convert_first_stage(tmp_path / "a.safetensors", tmp_path / "out", SCALED, pipeline="nonsense")

@@ -36,6 +36,7 @@ def saved(model: torch.nn.Module, path: Path, prefix: str = "") -> Path:
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_the_converted_model_makes_the_images_of_the_original(shape: dict[str, Any], tmp_path: Path) -> None:
+    """With attention on levels, too, which diffusers' conversion leaves out (diffusers #11077)."""
     original = randomised(LDM(**shape))
     result = convert_first_stage(saved(original, tmp_path / "a.safetensors"), tmp_path / "folder", SCALED)
     converted = AutoencoderKL.from_pretrained(tmp_path / "folder").eval()

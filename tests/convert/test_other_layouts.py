@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from latent_ae.config import UserError
 from latent_ae.convert.convert import convert_first_stage
+from latent_ae.convert.rae import read_encoder
+from latent_ae.convert.registry import LAYOUTS
 from latent_ae.convert.settings import ConvertSettings
 from tests.convert.originals import image, randomised
 from tests.convert.other_originals import DCAE, Flux2, LlamaGen, RAEDecoder, Taming, taesd
@@ -52,6 +54,7 @@ def test_flux2(tmp_path: Path) -> None:
 
 @torch.no_grad()
 def test_the_small_decoder_of_flux2_takes_the_encoder_of_another_file(tmp_path: Path) -> None:
+    """Its widths are others than the encoder's, so loaders of FLUX.2's whole file refuse it (InvokeAI #9032)."""
     full, small = randomised(Flux2()), randomised(Flux2(small=(32, 32)), seed=3)
     saved(full, tmp_path / "ae.safetensors")
     # the file holds a decoder whose names say nothing of decoders
@@ -228,6 +231,27 @@ def test_rae(tmp_path: Path) -> None:
     assert F.l1_loss(torch.load(written[1], weights_only=True)["mean"], mean) == 0
 
 
+def test_an_rae_in_half_precision_has_its_positions_in_half_precision(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.ViTMAEConfig(hidden_size=64, num_attention_heads=1, num_hidden_layers=1)
+    transformers.ViTMAEModel(config).save_pretrained(tmp_path / "mae")
+    decoder = randomised(RAEDecoder(64))
+    decoder.decoder_pos_embed.data.copy_(RAEDecoder(64).decoder_pos_embed)
+    half = {name: tensor.half() for name, tensor in decoder.state_dict().items()}
+    torch.save({"model": prefixed_decoder(half)}, tmp_path / "a.pt")
+    settings = ConvertSettings(decoder_num_attention_heads=2, latents_mean=(0.5,) * 64, latents_std=(2.0,) * 64)
+    result = convert_first_stage(tmp_path / "a.pt", tmp_path / "folder", settings, encoder=tmp_path / "mae")
+    assert result["dtype"] == "float16, float32" and result["max_abs_difference"]["reconstruction"] == 0
+    convert_first_stage(tmp_path / "folder", tmp_path / "b.pt", to="rae")
+    back = torch.load(tmp_path / "b.pt", weights_only=True)
+    assert {name: tensor.dtype for name, tensor in back.items()} == dict.fromkeys(half, torch.float16)
+    torch.testing.assert_close(back, half, rtol=0, atol=5e-4)
+
+
+def prefixed_decoder(weights: Weights) -> Weights:
+    return {f"decoder.{name}": tensor for name, tensor in weights.items()}
+
+
 def test_an_rae_of_another_grid_has_positions_that_diffusers_does_not_make(tmp_path: Path) -> None:
     """AutoencoderRAE stretches them over the span of 16 places, and does not store them; RAE numbers the places."""
     transformers = pytest.importorskip("transformers")
@@ -237,6 +261,32 @@ def test_an_rae_of_another_grid_has_positions_that_diffusers_does_not_make(tmp_p
     settings = ConvertSettings(decoder_num_attention_heads=2, scaling_factor=1.0)
     with pytest.raises(UserError, match="has another decoder.decoder_pos_embed than diffusers' AutoencoderRAE makes"):
         convert_first_stage(tmp_path / "a.safetensors", tmp_path / "folder", settings, encoder=tmp_path / "mae")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("config.json", "{", r"cannot read .*config.json as JSON"),
+        ("config.json", "[]", r"config.json holds no mapping of names to values"),
+        ("config.json", '{"model_type": ["x"]}', r"holds a \['x'\]; AutoencoderRAE knows dinov2"),
+        ("preprocessor_config.json", "{", r"cannot read .*preprocessor_config.json as JSON"),
+        ("preprocessor_config.json", '{"image_mean": 0.5}', "needs image_mean and image_std of three colours"),
+    ],
+)
+def test_a_damaged_encoder_of_an_rae_ends_in_one_message(name: str, content: str, told: str, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.ViTMAEConfig(hidden_size=64, num_attention_heads=1, num_hidden_layers=1)
+    transformers.ViTMAEModel(config).save_pretrained(tmp_path)
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=told):
+        read_encoder(tmp_path)
+
+
+def test_heads_that_a_file_cannot_tell_are_allowed_unless_they_contradict_the_published_ones() -> None:
+    facts = LAYOUTS["rae"].facts
+    config = {"encoder_type": "mae", "decoder_num_attention_heads": 4, "patch_size": 16}
+    assert facts(config | {"decoder_hidden_size": 64}) == {"encoder_type": "mae", "decoder_num_attention_heads": 4}
+    assert facts(config | {"decoder_hidden_size": 768}) == {"encoder_type": "mae"}
 
 
 def test_a_layout_of_another_class_is_refused(tmp_path: Path) -> None:

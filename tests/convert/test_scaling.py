@@ -9,15 +9,18 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from latent_ae.__main__ import main
 from latent_ae.config import UserError
+from latent_ae.convert import scaling
 from latent_ae.convert.convert import convert_first_stage
 from latent_ae.convert.known import KNOWN
 from latent_ae.convert.settings import ConvertSettings
 from latent_ae.data.images import to_tensor
 from tests.convert.originals import LDM, randomised
+from tests.convert.other_originals import Flux2
+from tests.tiny_models import tiny
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +36,9 @@ def config_of(folder: Path) -> dict:
 
 
 def test_the_question_names_what_was_published_for_the_shape(kl: Path, tmp_path: Path) -> None:
+    """But no shape is a proof: first stages tuned end to end are taken for a drop-in of the original and are none
+    (REPA-E #23, musubi-tuner #671).
+    """
     with pytest.raises(UserError) as told:
         convert_first_stage(kl, tmp_path / "out")
     lines = str(told.value).splitlines()
@@ -45,6 +51,7 @@ def test_the_question_names_what_was_published_for_the_shape(kl: Path, tmp_path:
 
 
 def test_va_vae_without_its_statistics_is_told_where_they_are(tmp_path: Path) -> None:
+    """Without latents_mean and latents_std a diffusion model reaches an FID of 130 (LightningDiT #34)."""
     shape = {"widths": (32,) * 5, "attention": (False,) * 4 + (True,), "latents": 32}
     save_file(randomised(LDM(**shape)).state_dict(), tmp_path / "vavae.safetensors")
     with pytest.raises(UserError, match=r"VA-VAE f16 d32: --statistics latents_stats.pt"):
@@ -61,8 +68,6 @@ def test_va_vae_without_its_statistics_is_told_where_they_are(tmp_path: Path) ->
 
 
 def test_playgrounds_statistics_are_in_its_file(kl: Path, tmp_path: Path) -> None:
-    from safetensors.torch import load_file
-
     statistics = {"edm_mean": torch.tensor([[[[0.5]], [[1]], [[2]], [[3]]]]), "edm_std": torch.full((1, 4, 1, 1), 2.0)}
     tensors = {f"first_stage_model.{name}": tensor for name, tensor in load_file(kl).items()}
     save_file(tensors | statistics, tmp_path / "playground.safetensors")
@@ -80,11 +85,82 @@ def test_playgrounds_statistics_are_in_its_file(kl: Path, tmp_path: Path) -> Non
         ({"shift_factor": 0.2}, "shift_factor belongs to a scaling_factor"),
         ({"latents_mean": (1.0,) * 4}, "latents_mean and latents_std belong together"),
         ({"latents_mean": (1.0,) * 3, "latents_std": (1.0,) * 3}, "latents_mean has 3 values for 4 latent channels"),
+        (
+            {"latents_mean": (0.0,) * 4, "latents_std": (1.0,) * 4, "scaling_factor": 2.0},
+            "stand in place of scaling_factor and shift_factor; leave one of the two out",
+        ),
+        (
+            {"scaling_factor": 0.0, "shift_factor": 0.0},
+            r"scaling_factor has 0 \(as said\), which would destroy",
+        ),
+        ({"scaling_factor": -1.0, "shift_factor": 0.0}, "scaling_factor has -1 .* it takes finite numbers above 0"),
+        ({"latents_mean": (0.0,) * 4, "latents_std": (1.0, 0.0, 1.0, 1.0)}, "latents_std has 0 .* numbers above 0"),
     ],
 )
-def test_half_of_what_belongs_together_is_refused(words: dict, told: str, kl: Path, tmp_path: Path) -> None:
+def test_words_that_cannot_scale_latents_are_refused(words: dict, told: str, kl: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=told):
         convert_first_stage(kl, tmp_path / "out", ConvertSettings(**words))
+
+
+@pytest.mark.parametrize(
+    ("statistics", "told"),
+    [
+        (
+            {"mean": torch.full((4,), float("nan")), "std": torch.ones(4)},
+            r"latents_mean has nan \(statistics in s",
+        ),
+        ({"mean": torch.zeros(4), "std": torch.zeros(4)}, "latents_std has 0 "),
+        ({"mean": torch.zeros(4), "var": -torch.ones(4)}, "latents_std has nan "),
+        ({"mean": torch.zeros(4), "std": torch.full((4,), float("inf"))}, "latents_std has inf "),
+    ],
+)
+def test_statistics_that_would_destroy_latents_are_refused(
+    statistics: dict, told: str, kl: Path, tmp_path: Path
+) -> None:
+    torch.save(statistics, tmp_path / "s.pt")
+    with pytest.raises(UserError, match=told):
+        convert_first_stage(kl, tmp_path / "out", statistics=tmp_path / "s.pt")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_batch_norm_that_would_destroy_latents_is_refused(tmp_path: Path) -> None:
+    weights = Flux2().state_dict()
+    weights["bn.running_var"][0] = float("nan")
+    save_file(weights, tmp_path / "ae.safetensors")
+    with pytest.raises(UserError, match=r"latents_std has nan \(the batch norm in the file\)"):
+        convert_first_stage(tmp_path / "ae.safetensors", tmp_path / "out")
+
+
+def test_words_for_each_channel_of_an_rae_become_statistics_of_its_latents() -> None:
+    model = tiny("AutoencoderRAE")
+    count = model.config.encoder_hidden_size
+    with pytest.raises(UserError, match=f"latents_mean has 3 values for {count} latent channels"):
+        scaling.said(ConvertSettings(latents_mean=(0.0,) * 3, latents_std=(1.0,) * 3), model)
+    numbers = tuple(float(number) for number in range(1, count + 1))
+    said = scaling.said(ConvertSettings(latents_mean=numbers, latents_std=numbers), model)
+    images, whole = torch.rand(1, 3, 32, 32), torch.tensor(numbers)[:, None, None]
+    plain = scaling.said(ConvertSettings(latents_mean=(0.0,) * count, latents_std=(1.0,) * count), model)
+    with torch.no_grad():
+        scaling.apply(model, plain)
+        before = model.eval().encode(images).latent
+        scaling.apply(model, said)
+        torch.testing.assert_close(model.encode(images).latent, (before - whole) / whole, rtol=1e-3, atol=1e-4)
+
+
+def test_statistics_of_another_shape_are_not_an_raes(tmp_path: Path) -> None:
+    torch.save({"mean": torch.zeros(64), "var": torch.ones(64)}, tmp_path / "stat.pt")
+    with pytest.raises(UserError, match=r"a mean of the shape \(64,\); an RAE with latents of \d+ channels needs"):
+        scaling.read_statistics(tmp_path / "stat.pt", tiny("AutoencoderRAE").config)
+
+
+@pytest.mark.parametrize("words", [None, {"scaling_factor": 0.5, "shift_factor": 0.0}])
+def test_latent_diffusions_scale_by_std_is_in_its_checkpoint(words: dict | None, kl: Path, tmp_path: Path) -> None:
+    tensors = {f"first_stage_model.{name}": tensor for name, tensor in load_file(kl).items()}
+    torch.save({"state_dict": tensors | {"scale_factor": torch.tensor(0.75)}}, tmp_path / "a.ckpt")
+    result = convert_first_stage(tmp_path / "a.ckpt", tmp_path / "out", ConvertSettings(**words) if words else None)
+    assert result["scaling"] == ("as said" if words else "scale_factor in the file")
+    config = config_of(tmp_path / "out")
+    assert (config["scaling_factor"], config["shift_factor"]) == (0.5 if words else 0.75, 0.0)
 
 
 def test_two_sources_are_refused(kl: Path, tmp_path: Path) -> None:

@@ -66,10 +66,9 @@ def test_every_weight_of_the_decoder_learns_and_no_other(name: str, tmp_path: Pa
     assert all(name.startswith(("decoder", "post_quant_conv")) for name in learning)
     assert not any("encoder." in name.removeprefix("decoder") or "time_conv" in name for name in changed)
     assert len(changed) > 0.8 * len(learning)
-    with torch.no_grad():
-        means = [first_stage(model.eval()).encode(pictures(SIDE)).mean for model in (before, after)]
-    # bit for bit with the same arithmetic; the layout in memory may differ
-    torch.testing.assert_close(*means, rtol=0, atol=1e-5)
+    latent = first_stage(before).encode(pictures(SIDE)).mean
+    before.load_state_dict(new)  # as an export is loaded; in training another layout in memory rounds differently
+    assert torch.equal(first_stage(before).encode(pictures(SIDE)).mean, latent)
 
 
 @pytest.mark.parametrize("name", ["AutoencoderKLQwenImage", "AutoencoderRAE"])
@@ -132,9 +131,13 @@ def checkpointing(name: str) -> bool:
 
 @pytest.mark.parametrize("name", [name for name in MEASURED if checkpointing(name)])
 def test_checkpointed_gradients_are_the_same(name: str, tmp_path: Path) -> None:
-    gradients = []
+    """And the blocks are computed again: more calls of the decoder's layers."""
+    gradients, calls = [], [0, 0]
     for wanted in (False, True):
         model = tiny(name).train()
+        for layer in model.decoder.modules():
+            if not list(layer.children()):
+                layer.register_forward_hook(lambda *_, wanted=wanted: calls.__setitem__(wanted, calls[wanted] + 1))
         model.requires_grad_(False).decoder.requires_grad_(True)
         if wanted:
             recompute_blocks_(model)
@@ -142,3 +145,4 @@ def test_checkpointed_gradients_are_the_same(name: str, tmp_path: Path) -> None:
         family_of(model).decode(model, latent).square().mean().backward()
         gradients.append([weight.grad for weight in model.decoder.parameters()])
     torch.testing.assert_close(*gradients)
+    assert calls[True] > 1.3 * calls[False]

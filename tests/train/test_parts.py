@@ -101,6 +101,8 @@ def test_measured_classes_train_any_part_of_their_decoders(tmp_path: Path) -> No
         ("train=xyzzy", "its modules are encoder, encoder.conv_in,"),
         ("train=[*.bias]", "put a pattern that begins with * in quotes"),
         ("train=[]", "names nothing that would learn"),
+        ('train=""', "names nothing that would learn"),
+        ('train=["",decoder]', "names nothing that would learn"),
         ("train=[decoder.up_blocks]", "gan.adaptive: measures gradients at the decoder's last layer"),
         ("train=[encoder.conv_in,decoder] loss.kl_target=0.5", ""),
         ("train=[post_quant_conv] gan.weight=0 loss.kl_target=0.5", "loss.kl_target: shapes the posterior, which"),
