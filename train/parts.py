@@ -5,10 +5,12 @@ from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
+from latent_ae.models.family import SIDES
+
 FIXED_PARTS: dict[str, tuple[str, ...]] = {
     "all": (),
-    "decoder": ("encoder", "quant_conv", "quantize", "flow"),
-    "encoder": ("decoder", "post_quant_conv"),
+    "decoder": (*SIDES["encoder"], *SIDES["codebook"], *SIDES["flow"]),
+    "encoder": SIDES["decoder"],
 }
 """The modules that are not trained, by the named group."""
 EMPTY = "names nothing that would learn: give all, decoder, encoder or patterns of names"

@@ -14,21 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from latent_ae.models.family import SIDES
 from latent_ae.models.loading import FirstStage
 
 Size = tuple[int, int, int]
 """Number of images in a batch, and their height and width, px."""
 STORED_BITS = 16
 """Bits of each number of a latent that is stored in fp16."""
-SIDES = {
-    "encoder": "encoder",
-    "quant_conv": "encoder",
-    "decoder": "decoder",
-    "decoder_unet": "decoder",
-    "post_quant_conv": "decoder",
-    "quantize": "codebook",
-}
-"""Side of a first stage to which each of its modules belongs; the side of any other module has the module's name."""
 
 
 @dataclass
@@ -146,7 +138,7 @@ def parameters_by_side(module: nn.Module) -> dict[str, int]:
     counts = {"encoder": 0, "decoder": 0}
     for name, parameter in module.named_parameters():
         part = name.split(".")[0]
-        side = SIDES.get(part, part)
+        side = next((side for side, modules in SIDES.items() if part in modules), part)
         counts[side] = counts.get(side, 0) + parameter.numel()
     return counts
 

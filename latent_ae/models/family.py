@@ -8,6 +8,14 @@ from torch import Tensor
 from latent_ae.models import adapters
 from latent_ae.models.adapters import Moments
 
+SIDES: dict[str, tuple[str, ...]] = {
+    "encoder": ("encoder", "quant_conv"),
+    "decoder": ("decoder", "decoder_unet", "post_quant_conv"),
+    "codebook": ("quantize",),
+    "flow": ("flow",),
+}
+"""The modules of first stages by the side to which they belong."""
+
 
 def powers_of_two(key: str, steps: int = -1) -> Callable[[Any], int]:
     """Return a function from a config to the downsampling factor of a model that halves the sides level by level.
