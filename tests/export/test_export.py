@@ -226,7 +226,7 @@ def test_a_last_rename_that_fails_undoes_the_first(tmp_path):
     folder.mkdir()
     (folder / "config.json").write_text("older")
     with pytest.raises(FileNotFoundError):
-        export._take_place(tmp_path / "never written", folder, previous)
+        export.take_place(tmp_path / "never written", folder, previous)
     assert (folder / "config.json").read_text() == "older" and not previous.exists()
 
 
