@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -52,13 +53,35 @@ def look(process: psutil.Process) -> dict[str, Any]:
     }
 
 
-def soak(steps: int, folder: Path) -> list[dict[str, Any]]:
-    """Trains, and returns what was seen, with the step that was the newest then. Raises RuntimeError when it fails."""
+class Training:
+    """A run as users start it."""
+
+    def __init__(self, words: list[str], folder: Path) -> None:
+        self.output = open(folder / "output", "w+")  # noqa: SIM115
+        command, environment = [sys.executable, "-m", "latent_ae", *words], os.environ | {"OMP_NUM_THREADS": "1"}
+        self.process = subprocess.Popen(command, env=environment, stdout=self.output, stderr=self.output)
+        self.pid = self.process.pid
+
+    def exit_code(self) -> int | None:
+        """The exit code, or None while it runs."""
+        return self.process.poll()
+
+    def said(self) -> str:
+        """All that it printed."""
+        self.output.seek(0)
+        return self.output.read()
+
+
+def soak(steps: int, folder: Path, start: Callable[[list[str], Path], Any] = Training) -> list[dict[str, Any]]:
+    """Trains, and returns what was seen, with the step that was the newest then. Raises RuntimeError when it fails.
+
+    `start` starts `latent-ae WORDS` and returns something like `Training`.
+    """
     images, run = folder / "images", folder / "run"
     images.mkdir()
     pictures(images)
     words = [
-        *(sys.executable, "-m", "latent_ae", "train", "quickstart", f"output_dir={run}", f"data.source={images}"),
+        *("train", "quickstart", f"output_dir={run}", f"data.source={images}"),
         *("data.eval_fraction=0.2", "data.resolution=16", "data.num_workers=2", "data.max_bad_fraction=0.1"),
         *(f"steps={steps}", "batch_size=2", "optim.warmup=0", "loss.perceptual=0", "validate.crop_px=16"),
         *("model.block_out_channels=[16,16]", "model.norm_num_groups=4", "model.latent_channels=4", "gan.start=20"),
@@ -67,21 +90,19 @@ def soak(steps: int, folder: Path) -> list[dict[str, Any]]:
         *(["report_to=[tensorboard]"] if find_spec("tensorboard") else []),
     ]
     log, seen = run / "log.jsonl", list[dict[str, Any]]()
-    with open(folder / "output", "w+") as output:
-        training = subprocess.Popen(words, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=output, stderr=output)
-        process = psutil.Process(training.pid)
-        while training.poll() is None:
-            time.sleep(0.05)
-            lines = log.read_text().splitlines() if log.is_file() else []
-            done = max((event["step"] for line in lines if (event := _event(line)).get("event") == "train"), default=0)
-            if done > (seen[-1]["step"] if seen else 0) and done < steps:
-                try:
-                    seen.append({"step": done} | look(process))
-                except psutil.Error:
-                    continue
-        if training.returncode:
-            output.seek(0)
-            raise RuntimeError(output.read()[-3000:])
+    training = start(words, folder)
+    process = psutil.Process(training.pid)
+    while training.exit_code() is None:
+        time.sleep(0.05)
+        lines = log.read_text().splitlines() if log.is_file() else []
+        done = max((event["step"] for line in lines if (event := _event(line)).get("event") == "train"), default=0)
+        if done > (seen[-1]["step"] if seen else 0) and done < steps:
+            try:
+                seen.append({"step": done} | look(process))
+            except psutil.Error:
+                continue
+    if training.exit_code():
+        raise RuntimeError(training.said()[-3000:])
     return seen
 
 

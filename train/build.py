@@ -98,22 +98,24 @@ def _encoder_of_original(settings: TrainSettings, sha256: str) -> nn.Module:
 
 
 def load_original(settings: TrainSettings) -> ModelMixin:
-    """Return the first stage that init_from names, in float32.
+    """Return the first stage that init_from names, in float32. Raises UserError if it cannot be loaded."""
+    return load_autoencoder(place_of_weights(str(settings.init_from)))
 
-    Of a run it is the newest whole checkpoint, or the export beside it if that is of the same step, because the export
-    has the measured scaling.
+
+def place_of_weights(name: str) -> str:
+    """Return where to load weights from: for a run its newest whole checkpoint, or the export beside it if that is of
+    the same step, because the export has the measured scaling.
 
     Raises:
-        UserError: If it cannot be loaded.
+        UserError: If the checkpoint is damaged.
     """
-    name = str(settings.init_from)
     place = Path(name).expanduser()
     folder = checkpoint_at(place)
-    if folder is not None:
-        run = folder.parent.parent  # with phases, the folder of one of them
-        exported = folder != place and finished_results(run, read_state(folder)["step"]) is not None
-        name = str(run / "export" if exported else folder)
-    return load_autoencoder(name)
+    if folder is None:
+        return name
+    run = folder.parent.parent  # with phases, the folder of one of them
+    exported = folder != place and finished_results(run, read_state(folder)["step"]) is not None
+    return str(run / "export" if exported else folder)
 
 
 def freeze_part(autoencoder: ModelMixin, settings: TrainSettings) -> None:

@@ -30,7 +30,7 @@ from latent_ae.latents.encode import encode_images
 from latent_ae.latents.settings import EncodeSettings
 from latent_ae.models.run_checkpoint import MANIFEST
 from latent_ae.pretrained.weight_files import Trunk, Unusable, read_any, read_checked, read_ckpt, read_pth, store
-from latent_ae_train.build import _place_of_weights
+from latent_ae_train.build import place_of_weights
 from latent_ae_train.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
 from latent_ae_train.run import changes_since
 from latent_ae_train.settings import TrainSettings
@@ -279,7 +279,7 @@ def test_checkpoints(
     try:
         checkpoint = newest_checkpoint(run)
         assert checkpoint is not None
-        _place_of_weights(str(run))
+        place_of_weights(str(run))
         state = checkpoint.state()
         changes_since(checkpoint, step.settings)
         load_checkpoint(checkpoint, step)
@@ -315,7 +315,7 @@ def test_a_foreign_state(wrong: Any, saved: Any, tmp_path: Path) -> None:
         changes_since(checkpoint, step.settings)
     if not isinstance(wrong, dict) or "step" in wrong:
         with pytest.raises(UserError, match="state.json"):
-            _place_of_weights(str(tmp_path))
+            place_of_weights(str(tmp_path))
 
 
 # Latent caches

@@ -3,10 +3,25 @@
 from pathlib import Path
 
 from benchmarks.soak import MEMORY_MB, grew, growth, soak
+from tests.distributed import children
+
+
+class Forked:
+    """A run that needs no start-up."""
+
+    def __init__(self, words: list[str], folder: Path) -> None:
+        self.process, self.stderr = children.start_command(words, folder / "said"), folder / "said/stderr.0"
+        self.pid = self.process.pid
+
+    def exit_code(self) -> int | None:
+        return self.process.exitcode
+
+    def said(self) -> str:
+        return self.stderr.read_text()
 
 
 def test_a_run_keeps_its_memory_files_and_threads(tmp_path: Path) -> None:
-    seen = soak(100, tmp_path)
+    seen = soak(100, tmp_path, Forked)
     assert len(seen) >= 9, "too few looks to judge by"
     assert grew(growth(seen)) == []
 
