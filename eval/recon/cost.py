@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from latent_ae.models.borrowed_encoder import borrowed_encoder
 from latent_ae.models.loading import FirstStage
 
 Size = tuple[int, int, int]
@@ -148,6 +149,8 @@ def parameters_by_side(module: nn.Module) -> dict[str, int]:
         part = name.split(".")[0]
         side = SIDES.get(part, part)
         counts[side] = counts.get(side, 0) + parameter.numel()
+    if (borrowed := borrowed_encoder(module)) is not None:
+        counts["encoder"] = parameters_by_side(borrowed.original)["encoder"]
     return counts
 
 
