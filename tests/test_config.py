@@ -70,6 +70,7 @@ def message(*words: str, source: str | None = None) -> str:
             "data.mixture: decoder.latents belong to the",
         ),
         ("gan.layers=8", "gan.layers: 8 need crops of at least"),
+        ("gan.layers=999999999999", "gan.layers: input should be less than or equal to 16"),
         ("validate.crop_px=250", "validate.crop_px: 250 is not a multiple of the model's factor 8: use 248"),
         ("data.resolution=16 loss.perceptual_net=alex", "loss.perceptual_net: alex needs images of at least 31 px"),
         ("seed=99999999999999999999999999", "seed: input should be less than"),

@@ -11,10 +11,12 @@ from torch import nn
 
 from latent_ae.config import UserError, refuse
 from latent_ae.export import pipelines
+from latent_ae.models.borrowed_encoder import borrowed_parameters
 from latent_ae.models.build import build_autoencoder, channels_of, count_parameters, facts_of, load_autoencoder
+from latent_ae.models.family import LatentScaling
 from latent_ae.models.loading import first_stage
 from latent_ae.models.new_decoder import with_new_decoder
-from latent_ae.models.registry import BLOCKS, family_of, recompute_blocks_, recomputes
+from latent_ae.models.registry import BLOCKS, family_of, recompute_blocks_, recomputes, scaling_of
 from latent_ae.models.run_checkpoint import checkpoint_at
 from latent_ae.models.settings import ModelSettings
 from latent_ae.models.stored_encoder import StoredEncoder
@@ -34,7 +36,7 @@ def starting_autoencoder(settings: TrainSettings) -> ModelMixin:
     Raises:
         UserError: If it cannot be loaded or does not go with the other settings.
     """
-    name, data, sha256 = settings.init_from, settings.data, ""
+    name, data, sha256, scaling = settings.init_from, settings.data, "", LatentScaling()
     if name is None:
         autoencoder = build_autoencoder(settings.model, sample_size=data.resolution, seed=settings.seed)
     else:
@@ -42,6 +44,7 @@ def starting_autoencoder(settings: TrainSettings) -> ModelMixin:
         if settings.decoder.latents is not None:
             sha256 = str(first_stage(autoencoder).sha256)
         if settings.decoder.wanted:
+            scaling = scaling_of(autoencoder) if settings.decoder.kind is not None else scaling
             autoencoder = with_new_decoder(autoencoder, settings.decoder, settings.seed)
         _refuse_stored_latents(autoencoder, settings)
     refuse_misfit(autoencoder, settings)
@@ -53,8 +56,10 @@ def starting_autoencoder(settings: TrainSettings) -> ModelMixin:
     if settings.gradient_checkpointing:
         recompute_blocks_(autoencoder)
     if settings.decoder.latents is not None:
-        count = count_parameters(autoencoder.encoder)
-        autoencoder.encoder = StoredEncoder(lambda: _encoder_of_original(settings, sha256), sha256, count)
+        count, borrowed = count_parameters(autoencoder.encoder), borrowed_parameters(autoencoder)
+        autoencoder.encoder = StoredEncoder(
+            lambda: _encoder_of_original(settings, sha256), sha256, count, borrowed, scaling
+        )
     return autoencoder
 
 

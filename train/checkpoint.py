@@ -4,6 +4,7 @@
         autoencoder.safetensors    weights being trained
         ema.safetensors            their average, used by validation and export (only with ema.decay > 0)
         config.json                the autoencoder's diffusers config
+        encoder/                   the first stage that encodes, as a diffusers folder (only with decoder.kind)
         discriminator.safetensors  an objective's adversary, under its name (only with such an objective)
         heads.safetensors          networks on the latent, such as alignment's projection (only with such an objective)
         optimizer.pt               the optimizers' state
@@ -29,9 +30,20 @@ from torch import Tensor, nn
 
 from latent_ae.config import UserError
 from latent_ae.files import disk_trouble
+from latent_ae.models.borrowed_encoder import FOLDER as ENCODER
+from latent_ae.models.borrowed_encoder import borrow_, borrowed_encoder, save_borrowed
 from latent_ae.models.discriminator import save_network
+from latent_ae.models.loading import borrowed_from, first_stage
 from latent_ae.models.registry import config_of, untrained
-from latent_ae.models.run_checkpoint import MANIFEST, PREFIX, finished_checkpoints, misfits, newest_whole, sha256_of
+from latent_ae.models.run_checkpoint import (
+    MANIFEST,
+    PREFIX,
+    files_in,
+    finished_checkpoints,
+    misfits,
+    newest_whole,
+    sha256_of,
+)
 from latent_ae.objectives.gan import GanSettings
 from latent_ae.provenance import versions
 
@@ -101,6 +113,7 @@ def save_checkpoint(run: Path, train_step: TrainStep, state: Mapping[str, Any]) 
     try:
         temporary.mkdir(parents=True)
         train_step.bare_reconstructor.autoencoder.save_config(temporary)
+        save_borrowed(train_step.bare_reconstructor.autoencoder, temporary)
         for name, module in modules_of(train_step).items():
             save_network(module, temporary / f"{name}.safetensors")
         with open(temporary / "optimizer.pt", "wb") as stream:  # given a path, torch.save would hide why it failed
@@ -173,6 +186,11 @@ def _restore(checkpoint: Checkpoint, train_step: TrainStep) -> None:
             f"{folder} was written by an older version, whose checkpoints this one cannot resume: finish the run "
             "with that version, or start a new one from its weights with init_from"
         )
+    borrowed = borrowed_encoder(modules["autoencoder"])
+    if borrowed is not None and first_stage(borrowed_from(folder)).sha256 != first_stage(borrowed.original).sha256:
+        raise UserError(
+            f"init_from: it encodes, and is not the one in {folder / ENCODER}: restore it, or choose another output_dir"
+        )
     for name in sorted(modules.keys() ^ present):
         raise UserError(
             f"{folder} was written {'with' if name in present else 'without'} {name}, the settings say otherwise: "
@@ -228,6 +246,7 @@ def load_weights(folder: Path) -> ModelMixin:
     try:
         autoencoder = untrained(config_of(folder))
         autoencoder.load_state_dict(load_file(averaged if averaged.is_file() else folder / "autoencoder.safetensors"))
+        borrow_(autoencoder, lambda: borrowed_from(folder))
     except Exception as error:  # each reader raises its own kinds of errors for foreign content
         raise UserError(f"checkpoint {folder} cannot be read: {' '.join(str(error).split())[:300]}") from error
     return autoencoder.eval()
@@ -261,9 +280,10 @@ def _load(module: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
 def _seal(folder: Path) -> None:
     """Flush every file, then write the manifest."""
     files = {}
-    for path in sorted(folder.iterdir()):
+    for name in files_in(folder):
+        path = folder / name
         _sync(path)
-        files[path.name] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+        files[name.as_posix()] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
     (folder / MANIFEST).write_text(json.dumps({"files": files}, indent=2))
     _sync(folder / MANIFEST)
     _sync(folder)

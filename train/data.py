@@ -114,6 +114,7 @@ def stored_latents(
         source,
         settings.data,
         sha256=autoencoder.encoder.sha256,
+        scaling=autoencoder.encoder.scaling,
         name=str(settings.init_from),
         seed=settings.seed,
     )

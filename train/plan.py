@@ -5,6 +5,7 @@ import yaml
 from diffusers import ModelMixin
 
 from latent_ae.data.settings import MixedSource
+from latent_ae.models.borrowed_encoder import borrowed_parameters
 from latent_ae.models.build import (
     channels_of,
     count_parameters,
@@ -63,6 +64,7 @@ def _plan_of_a_run(settings: TrainSettings, autoencoder: ModelMixin, start: Trai
     # weights and their average; AdamW's two moments of trained weights, or Muon's one
     moments = 1 if settings.optim.kind == "muon" else 2
     copies = (2 if settings.ema.decay else 1) * weights + moments * learning + 3 * discriminator
+    copies += borrowed_parameters(autoencoder)
     part = "" if learning == weights else f" ({learning:,} train)"
     factor = factor_of(autoencoder)
     side = settings.data.resolution // factor
@@ -84,7 +86,10 @@ def _plan_of_a_run(settings: TrainSettings, autoencoder: ModelMixin, start: Trai
     replaced = {}
     if settings.decoder.wanted:
         before = decoder_parameters(load_original(start))
-        replaced["decoder"] = f"{decoder_parameters(autoencoder):,} parameters, in place of {before:,}"
+        kind = f"{settings.decoder.kind} with " if settings.decoder.kind is not None else ""
+        replaced["decoder"] = f"{kind}{decoder_parameters(autoencoder):,} parameters, in place of {before:,}"
+    if borrowed := borrowed_parameters(autoencoder):
+        replaced["encoder"] = f"that of {start.init_from}, whose {borrowed:,} parameters stay"
     if settings.decoder.latents is not None:
         replaced["encoder"] = f"not in memory; its latents are read from {settings.decoder.latents}"
     lines = {

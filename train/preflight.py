@@ -13,6 +13,7 @@ from diffusers import ModelMixin
 from latent_ae.config import UserError
 from latent_ae.export.write import check_upload, refuse_foreign
 from latent_ae.files import amount, writing
+from latent_ae.models.borrowed_encoder import borrowed_parameters
 from latent_ae.models.build import count_parameters
 from latent_ae.models.stored_encoder import out_of_memory_parameters
 from latent_ae.objectives.base import Batch
@@ -47,13 +48,14 @@ def preflight(phase: Phase, train_step: TrainStep) -> None:
     learning = BYTES * sum(p.numel() for p in autoencoder.parameters() if p.requires_grad)
     adversaries = BYTES * sum(count_parameters(network) for network in train_step.bare_adversaries.values())
     files = [weights, weights if train_step.ema is not None else 0, adversaries, 2 * learning + 2 * adversaries]
+    files.append(borrowed_parameters(autoencoder) * BYTES)
     each = sum(files)
     # the newest, the best, the one before the GAN, and a new one that is written before an older one is removed
     count = settings.checkpoint.keep + 3
     if settings.checkpoint.keep_every:
         count += settings.steps // settings.checkpoint.keep_every
-    there = sum(path.stat().st_size for path in (run / "checkpoints").glob("*/*") if path.is_file())
-    needed, free = count * each + 2 * weights - there, shutil.disk_usage(run).free
+    there = sum(path.stat().st_size for path in (run / "checkpoints").rglob("*") if path.is_file())
+    needed, free = count * each + 2 * weights + files[-1] - there, shutil.disk_usage(run).free
     if free < needed:
         raise UserError(
             f"output_dir: {run} has {amount(free)} free, and up to {count} checkpoints of {amount(each)} and "

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from latent_ae.models.borrowed_encoder import borrowed_encoder
 from latent_ae.models.family import SIDES
 from latent_ae.models.loading import FirstStage
 
@@ -140,6 +141,8 @@ def parameters_by_side(module: nn.Module) -> dict[str, int]:
         part = name.split(".")[0]
         side = next((side for side, modules in SIDES.items() if part in modules), part)
         counts[side] = counts.get(side, 0) + parameter.numel()
+    if (borrowed := borrowed_encoder(module)) is not None:
+        counts["encoder"] = parameters_by_side(borrowed.original)["encoder"]
     return counts
 
 

@@ -13,6 +13,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from latent_ae.export.precision import verdict
 from latent_ae.latents.statistics import LatentStatistics
 from latent_ae.metrics.labels import NAMES
+from latent_ae.models.borrowed_encoder import FOLDER, borrowed_encoder
 from latent_ae.models.build import channels_of, count_parameters, factor_of, latent_channels_of
 from latent_ae.models.discriminator import PatchDiscriminator
 from latent_ae.models.registry import family_of, module_of, scaling_of
@@ -104,32 +105,29 @@ def _card_text(
     precision: Mapping[str, Any] | None,
     discriminator: PatchDiscriminator | None,
 ) -> str:
-    config, factor, kind = autoencoder.config, factor_of(autoencoder), type(autoencoder).__name__
+    factor, kind = factor_of(autoencoder), type(autoencoder).__name__
+    borrowed = borrowed_encoder(autoencoder)
     trained = [f"on {_plain(facts.data_name)}"]
     if facts.steps is not None:
         trained.append(f"for {facts.steps:,} steps")
     if facts.base_model:
         trained.append(f"from {_plain(facts.base_model)}")
-    family, scaling, channels = family_of(autoencoder), scaling_of(autoencoder), channels_of(autoencoder)
-    latent_channels = latent_channels_of(autoencoder)
-    if family.scaled_by_patches:
-        setup = "norm = vae.bn  # of patches of 2 x 2 latents: channel after channel, each with its four places\n"
-        scaled, unscaled = "z", "z"
-    elif scaling.mean is not None:
-        setup = (
-            f"mean, std = (torch.tensor(vae.config[key]).view(1, {latent_channels}, -1, 1)[:, :, :1]\n"
-            "             for key in ('latents_mean', 'latents_std'))\n"
-        )
-        scaled, unscaled = "(z - mean) / std", "z * std + mean"
-    elif scaling.inside or "scaling_factor" not in config:
-        setup, scaled, unscaled = "", "z", "z"
-    elif "shift_factor" not in config:
-        setup, scaled, unscaled = "", "z * vae.config.scaling_factor", "z / vae.config.scaling_factor"
-    else:
-        setup, scaled = "", "(z - vae.config.shift_factor) * vae.config.scaling_factor"
-        unscaled = "z / vae.config.scaling_factor + vae.config.shift_factor"
-    scaling_lines = "" if scaled == "z" else f"    z = {scaled}  # what a diffusion model sees\n    z = {unscaled}\n"
-    side = family.side(config)
+    family, channels, latent_channels = (
+        family_of(autoencoder),
+        channels_of(autoencoder),
+        latent_channels_of(autoencoder),
+    )
+    setup, scaled, unscaled = _scaling_code(autoencoder if borrowed is None else borrowed.original)
+    encoded = family.encoded
+    if borrowed is not None:  # the decoder takes what a diffusion model sees
+        name = type(borrowed.original).__name__
+        load = f"{name}.from_pretrained({f'{location}/{FOLDER}'!r}, torch_dtype=torch.float32).eval()"
+        setup = f"from diffusers import {name}\noriginal = {load}\n{setup.replace('vae.', 'original.')}"
+        scaled, unscaled = scaled.replace("vae.", "original."), ""
+        encoded = family_of(borrowed.original).encoded.replace("vae.", "original.")
+    scaling_lines = "" if scaled == "z" else f"    z = {scaled}  # what a diffusion model sees\n"
+    scaling_lines += f"    z = {unscaled}\n" if scaling_lines and unscaled else ""
+    side = family.side(autoencoder.config)
     sides = f"multiples of {factor}" if side is None else f"always {side}"
     loader = "stock diffusers" if module_of(kind) == "diffusers" else module_of(kind)
     parts = [
@@ -142,15 +140,16 @@ def _card_text(
 ```python
 {loading_lines(location, kind)}
 {setup}with torch.no_grad():
-    z = {family.encoded}  # images: N x {channels} x H x W in [-1, 1]
+    z = {encoded}  # images: N x {channels} x H x W in [-1, 1]
 {scaling_lines}    images = {family.decoded}
 ```
 
 H and W are {sides}. {_scaling_text(autoencoder, statistics)}
 {_pipeline_text(autoencoder)}""",
         _metric_text(facts, factor),
-        f"## Check\n\nLoaded by {loader} in a fresh process, these weights reconstruct like the trained "
-        f"model: largest difference {difference:.1e} in [-1, 1].",
+        f"## Check\n\nLoaded by {loader} in a fresh process, these weights "
+        f"{'reconstruct' if borrowed is None else 'decode latents'} like the trained model: largest difference "
+        f"{difference:.1e} in [-1, 1].",
         _precision_text(precision) if precision else "",
         _discriminator_text(discriminator, location) if discriminator is not None else "",
     ]
@@ -161,11 +160,38 @@ H and W are {sides}. {_scaling_text(autoencoder, statistics)}
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
+def _scaling_code(autoencoder: ModelMixin) -> tuple[str, str, str]:
+    """Return lines of Python that prepare the scaling of latents z, and expressions that scale and unscale them."""
+    config, scaling = autoencoder.config, scaling_of(autoencoder)
+    if family_of(autoencoder).scaled_by_patches:
+        setup = "norm = vae.bn  # of patches of 2 x 2 latents: channel after channel, each with its four places\n"
+        return setup, "z", "z"
+    if scaling.mean is not None:
+        setup = (
+            f"mean, std = (torch.tensor(vae.config[key]).view(1, {latent_channels_of(autoencoder)}, -1, 1)[:, :, :1]\n"
+            "             for key in ('latents_mean', 'latents_std'))\n"
+        )
+        if scaling.factor != 1.0:
+            return setup, "(z - mean) / std * vae.config.scaling_factor", "z / vae.config.scaling_factor * std + mean"
+        return setup, "(z - mean) / std", "z * std + mean"
+    if scaling.inside or "scaling_factor" not in config:
+        return "", "z", "z"
+    if config.get("shift_factor") is None:
+        return "", "z * vae.config.scaling_factor", "z / vae.config.scaling_factor"
+    unscaled = "z / vae.config.scaling_factor + vae.config.shift_factor"
+    return "", "(z - vae.config.shift_factor) * vae.config.scaling_factor", unscaled
+
+
 def _scaling_text(autoencoder: ModelMixin, statistics: LatentStatistics) -> str:
     measured = (
         f"measured over\n{statistics.count:,} latent values (mean {statistics.mean:.4g}, "
         f"standard deviation {statistics.std:.4g})."
     )
+    if borrowed_encoder(autoencoder) is not None:
+        return (
+            "Its own encoder is zero and encodes nothing: the first stage in\n"
+            f"`{FOLDER}/` does, and this decoder takes its scaled latents. On this data they were {measured}"
+        )
     if (
         autoencoder.config.get("latents_mean") is not None
         and autoencoder.config.latents_mean == statistics.channel_mean

@@ -23,6 +23,7 @@ from latent_ae.export.pipelines import PipelineName, refuse_misfit, remarks
 from latent_ae.export.precision import probe_precision, probe_tiling
 from latent_ae.files import write_json, writing
 from latent_ae.latents.statistics import LatentStatistics
+from latent_ae.models.borrowed_encoder import BorrowedEncoder, borrowed_encoder, save_borrowed
 from latent_ae.models.build import count_parameters
 from latent_ae.models.discriminator import FILE as DISCRIMINATOR
 from latent_ae.models.discriminator import PatchDiscriminator, save_network
@@ -159,9 +160,10 @@ def export_autoencoder(
         with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
             fresh = Path(scratch) / "export"
             exported.save_pretrained(fresh, safe_serialization=True)
+            save_borrowed(exported, fresh)
             if discriminator is not None:
                 save_network(discriminator, fresh / DISCRIMINATOR)
-            for file in fresh.glob("*.safetensors"):
+            for file in fresh.rglob("*.safetensors"):
                 shutil.copymode(fresh / "config.json", file)  # safetensors writes for the owner's eyes only
             difference = verify_export(fresh, autoencoder, check_images, autoencoder.device)
             facts["max_abs_difference"] = difference
@@ -178,9 +180,10 @@ def verify_export(
 ) -> float:
     """Load an export with stock diffusers in a fresh process and compare its reconstructions with the trained model's.
 
-    Both sides decode the posterior's mode, one image at a time, in float32 (not TF32). If the check fails on another
-    device it is repeated on the CPU, where the arithmetic is the same on both sides: the device may lack memory for two
-    processes, or choose other kernels in the second one.
+    Both sides decode the posterior's mode, one image at a time, in float32 (not TF32). The fresh process gets the
+    latents if another first stage encodes (`BorrowedEncoder`). If the check fails on another device it is repeated on
+    the CPU, where the arithmetic is the same on both sides: the device may lack memory for two processes, or choose
+    other kernels in the second one.
 
     Args:
         folder: The export.
@@ -211,10 +214,13 @@ def _largest_difference(folder: Path, autoencoder: ModelMixin, images: Tensor, d
     images = images.detach().to("cpu", torch.float32).contiguous()
     trained = Reconstructor(_twin(autoencoder)).to(device)
     with torch.no_grad(), torch.autocast(device.type, enabled=False), float32_arithmetic(repeatable=True):
-        expected = torch.cat([trained(image[None].to(device)).image.cpu() for image in images])
+        passes = [trained(image[None].to(device)) for image in images]
+        expected = torch.cat([done.image.cpu() for done in passes])
+        if borrowed_encoder(trained.autoencoder) is not None:  # the folder's own encoder is zero
+            images = torch.cat([done.latent.cpu() for done in passes]).contiguous()
     if not expected.isfinite().all():
         raise RuntimeError("the trained model itself reconstructs images with NaN or infinity; export an earlier one")
-    actual = _reconstruct_in_fresh_process(folder, autoencoder, images, device)
+    actual = _reconstruct_in_fresh_process(folder, trained.autoencoder, images, device)
     if actual.shape != expected.shape:
         raise RuntimeError(
             f"the exported model in {folder} gives images of {tuple(actual.shape)}, "
@@ -295,6 +301,8 @@ def _twin(autoencoder: ModelMixin) -> ModelMixin:
         name: torch.empty(tensor.shape).copy_(tensor.detach()) for name, tensor in autoencoder.state_dict().items()
     }
     twin.load_state_dict(state, assign=True)
+    if (borrowed := borrowed_encoder(autoencoder)) is not None:
+        twin.encoder = BorrowedEncoder(_twin(borrowed.original), borrowed.zeros)
     return twin.eval().requires_grad_(False)
 
 
@@ -370,6 +378,8 @@ def _reconstruct_in_fresh_process(
     family, kind = family_of(autoencoder), type(autoencoder).__name__
     # the lines of the model card, with the mode in place of a sample
     lines = [family.encoded.replace("latent_dist.sample()", "latent_dist.mode()"), family.decoded]
+    if borrowed_encoder(autoencoder) is not None:
+        lines[0] = "images"  # latents
     with tempfile.TemporaryDirectory() as scratch:
         inputs, result = Path(scratch) / "images.safetensors", Path(scratch) / "result.safetensors"
         save_file({"images": images}, inputs)

@@ -14,6 +14,7 @@ from latent_ae.data.settings import DataSettings
 from latent_ae.data.sources import Encoded, ImageSource, StoredImages, StreamSource, TableSource, digest_of
 from latent_ae.data.transforms import center_crop, resize_shorter
 from latent_ae.latents.cache import LatentCache, open_latents
+from latent_ae.models.family import LatentScaling
 
 
 def image_id(source: StoredImages, index: int) -> str:
@@ -73,6 +74,8 @@ class LatentPairs:
     framing: Framing
     seed: int
     flip: bool
+    scaling: LatentScaling
+    """How the decoder takes the stored latents, which are raw."""
 
     @property
     def crop(self) -> Callable[[np.ndarray, int], np.ndarray]:
@@ -80,7 +83,7 @@ class LatentPairs:
         return partial(crop_for_latent, framing=self.framing, seed=self.seed, flip=self.flip)
 
     def latents(self, indices: Sequence[int], numbers: Sequence[int], noise: Tensor) -> Tensor:
-        """Return raw latents of samples: samples of the posterior, or the latents of a deterministic first stage.
+        """Return latents to decode: scaled samples of the posterior, or those of a deterministic first stage.
 
         Args:
             indices: N numbers of images.
@@ -91,7 +94,8 @@ class LatentPairs:
             (N, c, h, w) float32 on the CPU.
         """
         flips = [self.flip and mirrored(self.seed, number) for number in numbers]
-        return self.cache.batch(self.rows[list(indices)], flips, noise if self.cache.has_posterior else None)
+        raw = self.cache.batch(self.rows[list(indices)], flips, noise if self.cache.has_posterior else None)
+        return self.scaling.scaled(raw)
 
 
 def crop_for_latent(array: np.ndarray, number: int, framing: Framing, seed: int, flip: bool) -> np.ndarray:
@@ -114,7 +118,14 @@ def crop_for_latent(array: np.ndarray, number: int, framing: Framing, seed: int,
 
 
 def open_pairs(
-    folder: str, source: ImageSource, settings: DataSettings, *, sha256: str, name: str, seed: int
+    folder: str,
+    source: ImageSource,
+    settings: DataSettings,
+    *,
+    sha256: str,
+    name: str,
+    seed: int,
+    scaling: LatentScaling,
 ) -> LatentPairs:
     """Open a cache of latents for the training images of a run.
 
@@ -125,6 +136,7 @@ def open_pairs(
         sha256: Digest of the first stage whose decoder trains (`FirstStage.sha256`).
         name: What messages call it.
         seed: Seed of the run.
+        scaling: How the decoder takes latents.
 
     Raises:
         UserError: If the cache is not there or unfinished, was made by another first stage, or has other images,
@@ -160,4 +172,4 @@ def open_pairs(
         )
     digests = np.array(cache.dataset["digest"], dtype="S32")[found[there]]
     images = UnchangedImages(source.subset(there), digests)
-    return LatentPairs(cache, found[there], images, framing, seed, settings.flip)
+    return LatentPairs(cache, found[there], images, framing, seed, settings.flip, scaling)

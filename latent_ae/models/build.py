@@ -7,6 +7,7 @@ from diffusers import AutoencoderKL, ModelMixin
 from torch import nn
 
 from latent_ae.config import UserError
+from latent_ae.models.borrowed_encoder import BorrowedEncoder, borrowed_parameters
 from latent_ae.models.linear_init import linear_start_
 from latent_ae.models.loading import load_first_stage
 from latent_ae.models.reconstruct import end_layers
@@ -105,7 +106,8 @@ def facts_of(autoencoder: ModelMixin, name: str | None = None) -> ModelFacts:
     last_layers = {}
     for side in ("encoder", "decoder"):  # classes that are only measured may lack one, or end differently
         part = getattr(autoencoder, side, None)
-        layers = end_layers(part) if part is not None and not isinstance(part, StoredEncoder) else [None]
+        foreign = part is None or isinstance(part, (StoredEncoder, BorrowedEncoder))
+        layers = [None] if foreign else end_layers(part)
         last_layers[side] = names.get(id(getattr(layers[-1], "weight", None)), "")
     return ModelFacts(
         name or f"this {type(autoencoder).__name__}",
@@ -114,7 +116,7 @@ def facts_of(autoencoder: ModelMixin, name: str | None = None) -> ModelFacts:
         channels_of(autoencoder),
         latent_channels_of(autoencoder),
         family_of(autoencoder).side(autoencoder.config),
-        family_of(autoencoder).trains,
+        ("decoder",) if borrowed_parameters(autoencoder) else family_of(autoencoder).trains,
         tuple(names.values()),
         last_layers,
     )

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from latent_ae.arithmetic import lay_out
 from latent_ae.config import UserError, looks_like_path
+from latent_ae.models.borrowed_encoder import FOLDER, borrow_, borrowed_encoder, borrowed_parameters
 from latent_ae.models.likelihood import Likelihood, read_likelihood
 from latent_ae.models.posterior import draw, moments_of
 from latent_ae.models.registry import FAMILIES, Family, class_of, config_of, family_name, family_of, untrained
@@ -183,7 +184,7 @@ class FirstStage:
             "factor": self.factor,
             "channels": self.channels,
             "latent_channels": self.latent_channels,
-            "parameters": None if self.module is None else sum(p.numel() for p in self.module.parameters()),
+            "parameters": None if self.module is None else _num_parameters(self.module),
             "sha256": self.sha256,
         }
 
@@ -349,9 +350,11 @@ def _from_pretrained(
         name = base.load_config(resolved, subfolder=subfolder, revision=revision).get("_class_name", "AutoencoderKL")
         if name not in FAMILIES:
             raise UserError(f"{location} holds a {name}, which is not a first stage known here: {', '.join(FAMILIES)}")
-        return class_of(name).from_pretrained(
+        model = class_of(name).from_pretrained(
             resolved, subfolder=subfolder, revision=revision, variant=variant, torch_dtype=torch.float32
         )
+        borrow_(model, lambda: _borrowed_from(resolved, location, subfolder, revision))
+        return model
     except UserError:
         raise
     except Exception as error:  # diffusers raises many kinds for a missing, truncated or foreign file
@@ -391,11 +394,31 @@ def _load_checkpoint(folder: Path, location: str, ema: bool | None, dtype: Dtype
     try:
         model = untrained(config_of(folder))
         model.load_state_dict(load_file(path))
+        borrow_(model, lambda: borrowed_from(folder))
+    except UserError:
+        raise
     except Exception as error:  # diffusers and safetensors raise many kinds for a damaged or foreign file
         raise UserError(f"cannot load {path}: {' '.join(str(error).split())[:400]}") from error
     which = "averaged" if averaged else "raw"
     weights = f"{which}, {folder.name}"
     return first_stage(model, location=location, weights=weights, dtype=dtype, likelihood=read_likelihood(folder))
+
+
+def borrowed_from(checkpoint: Path) -> nn.Module:
+    """Return the first stage with which a checkpoint's AutoencoderTiny encodes. Raises UserError if there is none."""
+    return _borrowed_from(str(checkpoint), str(checkpoint), None, None)
+
+
+def _borrowed_from(resolved: str, location: str, subfolder: str | None, revision: str | None) -> nn.Module:
+    place = f"{subfolder}/{FOLDER}" if subfolder else FOLDER
+    name = f"{location}/{place}"
+    if Path(resolved).exists():  # given the subfolder of a local folder, diffusers prefers the weights above it
+        return _from_pretrained(f"{resolved}/{place}", name, None, revision, None)
+    return _from_pretrained(resolved, name, place, revision, None)
+
+
+def _num_parameters(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters()) + borrowed_parameters(module)
 
 
 def _in(module: nn.Module, dtype: torch.dtype) -> nn.Module:
@@ -412,4 +435,6 @@ def _sha256(module: nn.Module) -> str:
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    if (borrowed := borrowed_encoder(module)) is not None:
+        digest.update(_sha256(borrowed.original).encode())
     return digest.hexdigest()

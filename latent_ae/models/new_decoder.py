@@ -1,5 +1,6 @@
 """Gives a first stage a new decoder: its latents and everything that makes them stay bit for bit."""
 
+import copy
 import inspect
 from typing import Any, NamedTuple
 
@@ -7,6 +8,7 @@ import torch
 from diffusers import ModelMixin
 
 from latent_ae.config import UserError
+from latent_ae.models.borrowed_encoder import BorrowedEncoder
 from latent_ae.models.registry import class_of, family_name
 from latent_ae.models.settings import DecoderSettings
 
@@ -42,6 +44,8 @@ def with_new_decoder(original: ModelMixin, wanted: DecoderSettings, seed: int = 
     also changes the memory layout of what follows, so that latents in the plain layout can differ in rounding (1e-6);
     in channels-last, in which this project computes, they do not.
 
+    With `wanted.kind` an AutoencoderKL becomes an AutoencoderTiny that encodes with it (`BorrowedEncoder`).
+
     Args:
         original: The first stage, which is left unchanged; the new one has copies of its weights.
         wanted: The section `decoder`. What it leaves out is as in the original.
@@ -51,7 +55,9 @@ def with_new_decoder(original: ModelMixin, wanted: DecoderSettings, seed: int = 
         UserError: If the class has no decoder of its own shape, or refuses the wanted one.
     """
     kind, config = str(family_name(original)), dict(original.config)
-    if kind == "AutoencoderKL":
+    if wanted.kind is not None:
+        kind, config = wanted.kind, _tiny(original)
+    elif kind == "AutoencoderKL":
         kind, config = "AsymmetricAutoencoderKL", _asymmetric(config)
     if kind not in DECODERS:
         raise UserError(
@@ -70,8 +76,13 @@ def with_new_decoder(original: ModelMixin, wanted: DecoderSettings, seed: int = 
         except (TypeError, ValueError, AssertionError, IndexError, RuntimeError, ZeroDivisionError) as error:
             reason = " ".join(str(error).split())[:300]
             raise UserError(f"decoder: {kind} refuses this one: {reason}") from error
+    if wanted.kind is not None:
+        model.encoder = BorrowedEncoder(copy.deepcopy(original), model.encoder.state_dict())
+        return model
     model.register_to_config(**{key: config[key] for key in UNSTATED if key in config})
     model.load_state_dict(_kept_weights(model, original.state_dict()), strict=False)
+    if isinstance(original.encoder, BorrowedEncoder):
+        model.encoder = copy.deepcopy(original.encoder)
     return model
 
 
@@ -83,6 +94,22 @@ def decoder_parameters(autoencoder: ModelMixin) -> int:
         for name, parameter in autoencoder.named_parameters()
         if name.startswith(names) and not name.startswith("decoder.condition_encoder")
     )
+
+
+def _tiny(original: ModelMixin) -> dict[str, Any]:
+    """Return the config of an AutoencoderTiny with TAESD's decoder, for the latents of an AutoencoderKL."""
+    if (kind := family_name(original)) != "AutoencoderKL":
+        raise UserError(
+            f"decoder.kind: an AutoencoderTiny decodes the latents of an AutoencoderKL, and init_from brings a {kind}: "
+            "leave decoder.kind out"
+        )
+    levels = len(original.config.block_out_channels)
+    return {
+        **{key: original.config[key] for key in ("in_channels", "out_channels", "latent_channels")},
+        # the smallest encoder with this downsampling factor, because it stays zero
+        **{"encoder_block_out_channels": [1] * levels, "num_encoder_blocks": [0] * levels},
+        **{"decoder_block_out_channels": [64] * levels, "num_decoder_blocks": [3] * (levels - 1) + [1]},
+    }
 
 
 def _asymmetric(config: dict[str, Any]) -> dict[str, Any]:

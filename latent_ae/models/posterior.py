@@ -53,10 +53,12 @@ def draw(module: nn.Module, images: Tensor, noise: Tensor | None) -> Drawn:
 
 def drawer(module: nn.Module, images: Tensor) -> Callable[[Tensor | None], Drawn]:
     """Return a function of noise that samples like `draw`, and encodes the images only once if the class allows it."""
-    if hasattr(module, "draw"):
+    # an AutoencoderTiny's encoder may be another first stage
+    owner = next((one for one in (module, getattr(module, "encoder", None)) if hasattr(one, "draw")), None)
+    if owner is not None:
 
         def own(noise: Tensor | None) -> Drawn:
-            drawn: Drawn = module.draw(images, noise)
+            drawn: Drawn = owner.draw(images, noise)
             return drawn
 
         return own

@@ -84,7 +84,7 @@ def find_damage(folder: Path) -> str | None:
         if missing := [name for name in ALWAYS if name not in manifest["files"]]:
             return f"{MANIFEST} does not name {', '.join(missing)}"
         # a file with the name of a network would be loaded; hidden files belong to the system
-        names = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
+        names = {name for name in map(str, files_in(folder)) if not Path(name).name.startswith(".")}
         if strange := sorted(names - manifest["files"].keys() - {MANIFEST}):
             return f"{strange[0]} is not in {MANIFEST}"
         for name, expected in manifest["files"].items():
@@ -105,6 +105,11 @@ def find_damage(folder: Path) -> str | None:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return f"{MANIFEST}: {error}"
     return None
+
+
+def files_in(folder: Path) -> list[Path]:
+    """Return the files in a folder and its subfolders, relative to it, sorted."""
+    return sorted(path.relative_to(folder) for path in folder.rglob("*") if not path.is_dir())
 
 
 def sha256_of(path: Path) -> str:

@@ -28,11 +28,16 @@ class DecoderSettings(Settings):
     Only the decoder trains; encoder, latents and scaling stay bit for bit. A new one starts from fresh weights.
     """
 
+    kind: Literal["AutoencoderTiny"] | None = None
+    """Class of the new decoder, for the scaled latents of an AutoencoderKL, as TAESD's is; null keeps the class of
+    init_from, or takes the one that has its encoder."""
     block_out_channels: Annotated[tuple[Positive, ...], Field(min_length=1)] | None = None
-    """Widths of the decoder's levels, from the image down, as many as init_from has; null keeps its widths."""
+    """Widths of the decoder's levels, from the image down, as many as init_from has; null keeps its widths. Those of
+    an AutoencoderTiny are equal, and null means 64 with decoder.kind."""
     layers_per_block: Positive | tuple[NonNegative, ...] | None = None
     """Blocks of each level, as the class of init_from counts them: one number, or, for AutoencoderDC and
-    AutoencoderTiny, one for each level; null keeps its numbers."""
+    AutoencoderTiny, one for each level, from the latents up; null keeps its numbers, and means 3, and 1 in the
+    last, with decoder.kind."""
     latents: str | None = None
     """Folder of `latent-ae encode` with init_from's latents of the training images: the decoder, new or init_from's
     own, trains on them, and the encoder stays out of memory; null encodes the images in each step."""
@@ -40,7 +45,7 @@ class DecoderSettings(Settings):
     @property
     def wanted(self) -> bool:
         """Whether the run replaces the decoder."""
-        return self.block_out_channels is not None or self.layers_per_block is not None
+        return any(value is not None for value in (self.kind, self.block_out_channels, self.layers_per_block))
 
 
 class ModelFacts(NamedTuple):

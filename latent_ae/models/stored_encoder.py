@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from latent_ae.models.family import LatentScaling
+
 
 class StoredEncoder(nn.Module):
     """Has no parameters. Its `state_dict` has the encoder's all the same, so checkpoints and exports are complete.
@@ -14,11 +16,21 @@ class StoredEncoder(nn.Module):
         load: Loads the encoder, with frozen weights, on the CPU.
         sha256: Digest of the first stage whose encoder it is (`FirstStage.sha256`).
         num_parameters: Number of the encoder's parameters.
+        num_borrowed: Number of parameters of the first stage in a BorrowedEncoder.
+        scaling: How the latents that are decoded are scaled; stored ones are raw.
     """
 
-    def __init__(self, load: Callable[[], nn.Module], sha256: str, num_parameters: int):
+    def __init__(
+        self,
+        load: Callable[[], nn.Module],
+        sha256: str,
+        num_parameters: int,
+        num_borrowed: int = 0,
+        scaling: LatentScaling | None = None,
+    ):
         super().__init__()
-        self.load, self.sha256, self.num_parameters = load, sha256, num_parameters
+        self.load, self.sha256, self.num_parameters, self.num_borrowed = load, sha256, num_parameters, num_borrowed
+        self.scaling = scaling or LatentScaling()
         self.loaded: list[nn.Module] = []
         """The encoder while it is in memory; in a list, so that it does not become a part of this module."""
 

@@ -58,7 +58,7 @@ class GanSettings(Settings):
     """A run, checkpoint, export or hub id with an export, from whose discriminator to start."""
     channels: Annotated[Positive, FIXED] = 64
     """Width of the discriminator's first layer; later layers have up to eight times as many channels."""
-    layers: Annotated[Positive, FIXED] = 3
+    layers: Annotated[int, Field(ge=1, le=16), FIXED] = 3
     """Layers of the discriminator that halve the resolution."""
     norm: Annotated[Literal["group", "spectral", "batch", "none"], FIXED] = "group"
     """Normalisation in the discriminator."""

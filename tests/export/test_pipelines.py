@@ -426,6 +426,20 @@ def test_a_new_decoder_works_in_the_pipelines_of_its_latents(exported, tmp_path,
     np.testing.assert_allclose(made, decoded(vae, scaled(old, name, latents, back=True)), atol=2e-5)
 
 
+@pytest.mark.parametrize("name", ["sd", "sd3"])
+def test_a_tiny_decoder_takes_what_the_denoiser_makes(exported, tmp_path, name):
+    """As TAESD does, in the place of the AutoencoderKL for whose latents it is."""
+    old = loaded(exported[name])
+    made = with_new_decoder(old, DecoderSettings(kind="AutoencoderTiny", block_out_channels=(8,) * 4))
+    made.save_pretrained(tmp_path)
+    vae = diffusers.AutoencoderTiny.from_pretrained(tmp_path).eval()
+    arguments = asked(name, SIDE) | {"num_inference_steps": 2}
+    pipe, before = pipeline(name, vae), pipeline(name, old)
+    made = images_of(pipe(**arguments, generator=torch.Generator().manual_seed(0), output_type="np"))
+    latents = latents_of(before, name, arguments | {"generator": torch.Generator().manual_seed(0)})
+    np.testing.assert_allclose(made, decoded(vae, latents), atol=2e-5)
+
+
 def test_only_a_new_decoder_states_a_shift():
     fresh = with_new_decoder(autoencoder(16), DecoderSettings(layers_per_block=1))
     assert "shift_factor" not in fresh.config  # as in an AsymmetricAutoencoderKL that is trained from fresh weights

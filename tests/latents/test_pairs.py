@@ -15,6 +15,7 @@ from latent_ae.data.settings import DataSettings
 from latent_ae.latents.encode import encode_images
 from latent_ae.latents.pairs import LatentPairs, open_pairs
 from latent_ae.latents.settings import EncodeSettings
+from latent_ae.models.family import LatentScaling
 from latent_ae.models.loading import FirstStage, load_first_stage
 from tests.tiny_models import TWO
 
@@ -39,11 +40,14 @@ def made(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Firs
 
 def opened(made: tuple[FirstStage, Path, Path], sha256: str | None = None, **changes: Any) -> LatentPairs:
     stage, images, latents = made
+    scaling = changes.pop("scaling", LatentScaling())
     data = DataSettings(
         **{"source": str(images), "resolution": SIDE, "num_workers": 0, "eval_fraction": 0.25} | changes
     )
     source = open_images(data, "train")
-    return open_pairs(str(latents), source, data, sha256=sha256 or str(stage.sha256), name="mine", seed=3)
+    return open_pairs(
+        str(latents), source, data, sha256=sha256 or str(stage.sha256), name="mine", seed=3, scaling=scaling
+    )
 
 
 def batches(pairs: LatentPairs, count: int, rank: int = 0, world_size: int = 1) -> list[Any]:
@@ -65,6 +69,8 @@ def test_each_latent_is_that_of_its_image(made: tuple[FirstStage, Path, Path]) -
         sampled = pairs.latents(batch.indices, batch.numbers, noise)
         torch.testing.assert_close(sampled, encoded.mean + encoded.std * noise, atol=1e-5, rtol=0)
         assert len(torch.unique(encoded.mean[:, 0, 0, 0])) > 1
+        scaled = opened(made, scaling=LatentScaling(0.4, 0.1)).latents(batch.indices, batch.numbers, noise)
+        torch.testing.assert_close(scaled, (sampled - 0.1) * 0.4)
     straight = [pairs.crop(_pixels(pairs, 0), number) for number in range(16)]
     assert len({array.tobytes() for array in straight}) == 2  # some are mirrored
 

@@ -1,5 +1,6 @@
 """New decoders for latents that exist: what encodes stays bit for bit."""
 
+import copy
 import re
 from typing import Any
 
@@ -10,6 +11,7 @@ from diffusers import AutoencoderKL, ModelMixin
 from latent_ae.config import UserError
 from latent_ae.models.loading import first_stage
 from latent_ae.models.new_decoder import decoder_parameters, with_new_decoder
+from latent_ae.models.posterior import draw, moments_of
 from latent_ae.models.registry import scaling_of
 from latent_ae.models.settings import DecoderSettings
 from tests.tiny_models import TWO, pictures, tiny
@@ -66,6 +68,31 @@ def test_latents_and_scaling_stay_bit_for_bit(name: str, tmp_path: Any) -> None:
         assert torch.equal(same, made.eval().decode(before.mean).sample) and not torch.allclose(same, other)
 
 
+@pytest.mark.parametrize("name", ["AutoencoderKL bare", "AutoencoderKL per channel"])
+def test_a_tiny_decoder_has_the_scaled_latents(name: str) -> None:
+    """Of the mode and of a sample, with TAESD's shape, and after another change of its decoder."""
+    old, images, noise = original(name), pictures(16), torch.randn(2, 4, 8, 8)
+    made = with_new_decoder(old, DecoderSettings(kind="AutoencoderTiny"), seed=1)
+    assert (list(made.config.decoder_block_out_channels), list(made.config.num_decoder_blocks)) == ([64, 64], [3, 1])
+    shape = made.decode(noise).sample.shape
+    posterior, config = moments_of(old.to(memory_format=torch.channels_last), images), old.config
+    shift = torch.tensor(config.get("latents_mean") or [config.shift_factor]).view(-1, 1, 1)
+    scale = config.scaling_factor / torch.tensor(config.get("latents_std") or [1.0]).view(-1, 1, 1)
+    again = with_new_decoder(made, DecoderSettings(block_out_channels=(8, 8)), seed=1)
+    for model in (made, again, copy.deepcopy(again).to(torch.float64).to(torch.float32)):
+        for given in (None, noise):
+            drawn = draw(model, images, given)
+            latent = posterior[0] if given is None else posterior[0] + torch.exp(0.5 * posterior[1]) * given
+            torch.testing.assert_close(drawn.latent, (latent - shift) * scale, rtol=0, atol=1e-5)
+            assert drawn.logvar is None and not drawn.latent.requires_grad
+        assert decoder_parameters(model) == sum(parameter.numel() for parameter in model.parameters())
+    assert shape == (2, 3, 16, 16)
+    before = first_stage(again).sha256
+    with torch.no_grad():
+        again.encoder.original.encoder.conv_in.bias.add_(1.0)
+    assert first_stage(again).sha256 != before  # of what encodes, too
+
+
 def test_the_wanted_shape_is_the_decoders() -> None:
     """The same decoder as a fresh AutoencoderKL of these widths, but for the weights of masks."""
     made = with_new_decoder(original("AutoencoderKL"), DecoderSettings(block_out_channels=(4, 8), layers_per_block=2))
@@ -86,6 +113,17 @@ def test_the_wanted_shape_is_the_decoders() -> None:
         ("AutoencoderKLFlux2", {"layers_per_block": 2}, "as many as its encoder: leave it out"),
         ("AutoencoderDC", {"layers_per_block": (1, 1, 1)}, "has 3 numbers for 2 levels"),
         ("AutoencoderDC", {"block_out_channels": (4, 6)}, "AutoencoderDC refuses this one"),
+        *(
+            (name, {"kind": "AutoencoderTiny"}, f"the latents of an AutoencoderKL, and init_from brings a.? {name}")
+            for name in ("VQModel", "AutoencoderDC", "AutoencoderTiny", "AsymmetricAutoencoderKL")
+        ),
+        ("AutoencoderKL", {"kind": "AutoencoderTiny", "block_out_channels": (8,)}, "has 1 widths, .*: give 2"),
+        (
+            "AutoencoderKL",
+            {"kind": "AutoencoderTiny", "block_out_channels": (4, 8)},
+            "AutoencoderTiny refuses this one",
+        ),
+        ("AutoencoderKL", {"kind": "AutoencoderTiny", "layers_per_block": (1,)}, "has 1 numbers for 2 levels"),
     ],
 )
 def test_what_cannot_be_is_said_with_its_setting(name: str, wanted: dict[str, Any], said: str) -> None:
