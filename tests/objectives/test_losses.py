@@ -9,10 +9,10 @@ from torch.distributions import Normal, kl_divergence
 
 from latent_ae.models.discriminator import Blur, PatchDiscriminator
 from latent_ae.models.posterior import kl_per_dimension
-from latent_ae.objectives.base import adaptive_ratio
+from latent_ae.objectives.base import Batch, adaptive_ratio
 from latent_ae.objectives.gan import discriminator_loss, generator_loss, lecam_loss, r1_penalty
 from latent_ae.objectives.kl import kl_loss
-from latent_ae.objectives.reconstruction import CHARBONNIER_EPS, pixel_loss
+from latent_ae.objectives.reconstruction import CHARBONNIER_EPS, every_nth, pixel_loss
 from tests.runs import SHAPES
 from tests.tiny import build_step, micro_batches, settings_for
 
@@ -163,3 +163,11 @@ def test_the_gradient_of_a_codebook_is_the_textbook_one() -> None:
     assert any("quantize" in name for name in compared) and len(compared) > 20
     for name, gradient in compared.items():
         torch.testing.assert_close(gradients[name], gradient, rtol=1e-4, atol=1e-7, msg=name)
+
+
+@pytest.mark.parametrize("every", [1, 2, 3, 5])
+def test_lpips_is_of_every_nth_sample_of_the_run_however_it_is_split(every: int) -> None:
+    for first in range(8):
+        numbers = list(range(first, first + 7))
+        batch = Batch(torch.zeros(7, 1, 1, 1), torch.zeros(7, 1, 1, 1), torch.zeros(7, 1, 1, 1), numbers)
+        assert numbers[every_nth(batch, every)] == [number for number in numbers if number % every == 0]

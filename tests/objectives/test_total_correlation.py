@@ -222,3 +222,8 @@ def test_models_without_fitting_latents_are_refused(
         "loss.total_correlation: needs a Gaussian posterior, which this AutoencoderTiny does not have"
         in capsys.readouterr().err
     )
+
+
+def test_any_weight_turns_it_on() -> None:
+    on = [settings_for(loss={"total_correlation": weight}).objectives for weight in (0.0, 1e-3, 0.5, 2.0)]
+    assert [TotalCorrelation in objectives for objectives in on] == [False, True, True, True]
