@@ -193,7 +193,7 @@ class _Crops(IterableDataset):
 
     def _crop(self, number: int, candidates: Iterator[Candidate]) -> tuple[int, np.ndarray, list[str]]:
         """Return the number of the sample's image, its crop, and `name: reason` of unreadable images before it."""
-        bad = list[str]()
+        bad, settings = list[str](), self.settings
         for index, name, read, settings in itertools.islice(candidates, MAX_BAD_IN_A_ROW):
             try:
                 array = self._pixels(name, read, settings)

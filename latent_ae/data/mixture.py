@@ -37,7 +37,7 @@ class Mixture:
     rows: np.ndarray
     """(n,) numbers of the images that belong to it."""
     orders: dict[int, tuple[int, np.ndarray]] = field(default_factory=dict, compare=False)
-    """Of each source the epoch that was asked for last, and its order."""
+    """The newest epoch of each source that was asked for, and its order, by number of the source."""
 
     @cached_property
     def starts(self) -> np.ndarray:
