@@ -19,7 +19,7 @@ export KNOWN_PYTHON
 .PHONY: quickstart test check format clean
 
 quickstart: $(VENV)/.installed
-	$(BIN)/latent-ae train configs/quickstart.yaml
+	$(BIN)/latent-ae train quickstart
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder

@@ -11,12 +11,15 @@ import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from latent_ae.other_names import OTHER_NAMES
+
+if TYPE_CHECKING:
+    from importlib.resources.abc import Traversable
 
 
 class UserError(ValueError):
@@ -159,11 +162,21 @@ FILE_SUFFIXES = (".parquet", ".arrow", ".tar", ".yaml", ".yml", ".safetensors", 
 
 def recipe_names() -> list[str]:
     """Return the names of the recipes that ship with the package, for `latent-ae train NAME`."""
-    return sorted(
-        entry.name.removesuffix(".yaml")
-        for entry in resources.files("latent_ae_configs").iterdir()
-        if entry.name.endswith(".yaml")
-    )
+    return [name for names in recipe_folders().values() for name in names]
+
+
+def recipe_folders() -> dict[str, dict[str, "Traversable"]]:
+    """Return the recipes by folder (small ones first) and by name."""
+    folders = [entry for entry in resources.files("latent_ae_configs").iterdir() if entry.is_dir()]
+    known = {
+        folder.name: {
+            entry.name.removesuffix(".yaml"): entry
+            for entry in sorted(folder.iterdir(), key=lambda entry: entry.name)
+            if entry.name.endswith(".yaml")
+        }
+        for folder in sorted(folders, key=lambda folder: folder.name, reverse=True)
+    }
+    return {folder: recipes for folder, recipes in known.items() if recipes}
 
 
 def load_settings(cls: type[S], source: str | None, overrides: Sequence[str] = ()) -> S:
@@ -228,8 +241,8 @@ def _read_yaml(source: str) -> dict[str, Any]:
             text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"cannot read {source} as UTF-8 text: {error}") from None
-    elif source in recipe_names():
-        text = resources.files("latent_ae_configs").joinpath(f"{source}.yaml").read_text(encoding="utf-8")
+    elif source in (recipes := {name: file for names in recipe_folders().values() for name, file in names.items()}):
+        text = recipes[source].read_text(encoding="utf-8")
     else:
         close = difflib.get_close_matches(path.stem, recipe_names(), n=1)
         hint = f" Did you mean the recipe {close[0]}?" if close else ""

@@ -24,13 +24,21 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("config", help=f"a YAML file, or a recipe: {', '.join(recipe_names())}")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved settings and the plan, then stop")
+    parser.add_argument(
+        "--gpu",
+        help="for --dry-run: the GPU whose memory is planned, by name (h100, rtx4090) or in GB; 80 is the default",
+    )
     arguments = parser.read(argv)
     settings = load_settings(TrainSettings, arguments.config, arguments.override)
+    if arguments.gpu is not None and not arguments.dry_run:
+        raise UserError("--gpu: is for a plan: give --dry-run, too")
     if arguments.dry_run:
+        from .cost import USUAL, gpu_of
         from .plan import describe_plan
 
+        gpu = gpu_of(arguments.gpu or USUAL)
         print(to_yaml(settings))
-        print(describe_plan(settings))
+        print(describe_plan(settings, gpu))
         return 0
     if os.environ.get("RANK", "0") == "0":
         for warning in settings.warnings():

@@ -1,5 +1,7 @@
 """The plan of a run, as `--dry-run` prints it."""
 
+from collections.abc import Mapping
+
 import torch
 import yaml
 from diffusers import ModelMixin
@@ -19,6 +21,7 @@ from latent_ae.models.stored_encoder import out_of_memory_parameters
 from latent_ae.objectives import GAN, KL, OBJECTIVES
 
 from .build import load_original, planned_autoencoder
+from .cost import Gpu, describe_cost
 from .parts import collapsed, trained_names
 from .phases import merged, phases_of
 from .settings import TrainSettings
@@ -34,8 +37,12 @@ def described(part: MixedSource) -> str:
     return f"{part.source} ({f'weight {part.weight:g}' if part.weight else f'{part.repeats:g} x'})"
 
 
-def describe_plan(settings: TrainSettings) -> str:
+def describe_plan(settings: TrainSettings, gpu: Gpu | None = None) -> str:
     """Return the plan as lines of text: parameters, steps, batch, objectives and disk space, for each phase its own.
+
+    Args:
+        settings: The run's settings.
+        gpu: The GPU for which memory and arithmetic are computed; None leaves them out.
 
     Raises:
         UserError: If the autoencoder cannot be loaded or does not go with the settings.
@@ -44,7 +51,8 @@ def describe_plan(settings: TrainSettings) -> str:
     for phase in phases_of(settings):
         with phase.named_in_errors():
             autoencoder = planned_autoencoder(phase.first_start)
-        plan = _plan_of_a_run(phase.settings, autoencoder, phase.first_start)
+            costs = describe_cost(phase.settings, autoencoder, gpu) if gpu is not None else {}
+        plan = _plan_of_a_run(phase.settings, autoencoder, phase.first_start, costs)
         if not phase.alone:
             entry = merged(settings.phases[phase.number - 1], phase.implied)
             differences = yaml.safe_dump(entry, sort_keys=False, default_flow_style=None, width=100)
@@ -53,7 +61,9 @@ def describe_plan(settings: TrainSettings) -> str:
     return "\n\n".join(plans)
 
 
-def _plan_of_a_run(settings: TrainSettings, autoencoder: ModelMixin, start: TrainSettings) -> str:
+def _plan_of_a_run(
+    settings: TrainSettings, autoencoder: ModelMixin, start: TrainSettings, costs: Mapping[str, str]
+) -> str:
     weights, discriminator = count_parameters(autoencoder) + out_of_memory_parameters(autoencoder), 0
     if settings.gan.weight:
         with torch.device("meta"):
@@ -105,6 +115,7 @@ def _plan_of_a_run(settings: TrainSettings, autoencoder: ModelMixin, start: Trai
         **{
             name: ", ".join(clauses) or ("unchanged" if name == "latents" else "off") for name, clauses in texts.items()
         },
+        **costs,
         "checkpoint": f"{copies * BYTES / 1e6:,.0f} MB each, every {settings.checkpoint.every:,} steps, "
         f"the newest {settings.checkpoint.keep} kept",
         "output": settings.output_dir,

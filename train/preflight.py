@@ -82,8 +82,7 @@ def try_passes(step: TrainStep, batch: Batch) -> None:
     Raises:
         UserError: If the device has too little memory.
     """
-    steps = range(max(0, step.settings.steps - DEAREST_OF), step.settings.steps)
-    dearest = max(steps, key=lambda number: sum(one.cost(number) for one in step.objectives.values()))
+    dearest = dearest_step(step)
     buffers = [buffer for network in step.networks for buffer in network.buffers()]
     before = [buffer.clone() for buffer in buffers]
     wrapped = step.reconstructor, step.adversaries
@@ -109,6 +108,12 @@ def try_passes(step: TrainStep, batch: Batch) -> None:
             network.zero_grad(set_to_none=True)
         for buffer, value in zip(buffers, before, strict=True):
             buffer.copy_(value)
+
+
+def dearest_step(step: TrainStep) -> int:
+    """Return the number of the step that needs the most memory, among the run's last ones."""
+    steps = range(max(0, step.settings.steps - DEAREST_OF), step.settings.steps)
+    return max(steps, key=lambda number: sum(one.cost(number) for one in step.objectives.values()))
 
 
 def _warn_of_slow_bf16(settings: TrainSettings, device: torch.device) -> None:

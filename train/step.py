@@ -34,6 +34,7 @@ class TrainStep:
         autoencoder: The autoencoder that is trained, on the CPU or the device.
         objectives: The objectives in the order in which they act.
         ema: The average of the autoencoder's weights, or None.
+        layout: Memory format of the networks; None takes the fastest one on the device.
 
     Raises:
         UserError: If two objectives have the same name.
@@ -46,19 +47,19 @@ class TrainStep:
         autoencoder: nn.Module,
         objectives: Sequence[Objective[Any]],
         ema: Ema | None,
+        layout: torch.memory_format | None = None,
     ):
         self.settings, self.accelerator, self.ema = settings, accelerator, ema
         self.objectives = {objective.name: objective for objective in objectives}
         _refuse_equal_names(objectives)
         self.state = nn.ModuleDict(self.objectives).to(accelerator.device)
         heads = {name: head for name, one in self.objectives.items() if (head := one.head()) is not None}
-        layout = training_memory_format(accelerator.device)
+        layout = training_memory_format(accelerator.device) if layout is None else layout
         self.bare_reconstructor = lay_out(Reconstructor(autoencoder, heads), layout)
         self.reconstructor = accelerator.prepare_model(self.bare_reconstructor)
         self.bare_adversaries = {n: one.adversary for n, one in self.objectives.items() if one.adversary is not None}
         self.adversaries = {
-            name: accelerator.prepare_model(network.to(memory_format=layout))
-            for name, network in self.bare_adversaries.items()
+            name: accelerator.prepare_model(lay_out(network, layout)) for name, network in self.bare_adversaries.items()
         }
         self.optimizers = Optimizers(settings, self.bare_reconstructor, objectives)
         self.skipped_steps = self.optimizers.skipped_steps

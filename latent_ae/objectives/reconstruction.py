@@ -97,7 +97,9 @@ class Reconstruction(Objective[ReconstructionSettings]):
     def build(
         cls, own: ReconstructionSettings, run: RunFacts, autoencoder: nn.Module, device: torch.device
     ) -> "Reconstruction":
-        perceptual = LPIPS(own.perceptual_net, run.weights_dir).to(device) if own.perceptual else None
+        perceptual = None
+        if own.perceptual:  # no weights are needed where only shapes are asked for
+            perceptual = LPIPS(own.perceptual_net, run.weights_dir, weights=device.type != "meta").to(device)
         return cls(own, run, perceptual).to(device)
 
     @classmethod

@@ -86,6 +86,7 @@ class LPIPS(nn.Module):
     Args:
         net: "vgg" (the usual training loss) or "alex" (the usual metric).
         weights_folder: The folder to search first; see `latent_ae.pretrained.weights.weight_file`.
+        weights: Whether to load the trunk's weights; without them it has shapes and no data (device "meta").
 
     Raises:
         ValueError: If `net` is unknown.
@@ -95,7 +96,9 @@ class LPIPS(nn.Module):
     shift: Tensor
     scale: Tensor
 
-    def __init__(self, net: Literal["vgg", "alex"] = "vgg", weights_folder: str | Path | None = None) -> None:
+    def __init__(
+        self, net: Literal["vgg", "alex"] = "vgg", weights_folder: str | Path | None = None, weights: bool = True
+    ) -> None:
         super().__init__()
         if net not in TRUNKS:
             raise ValueError(f"LPIPS net must be one of {', '.join(TRUNKS)}, not {net!r}")
@@ -103,7 +106,7 @@ class LPIPS(nn.Module):
         self.trunk = TRUNKS[net]
         self._keep("shift", torch.tensor([-0.030, -0.088, -0.188]).view(1, 3, 1, 1))
         self._keep("scale", torch.tensor([0.458, 0.448, 0.450]).view(1, 3, 1, 1))
-        tensors = load_file(weight_file(self.trunk.weights, weights_folder))
+        tensors = load_file(weight_file(self.trunk.weights, weights_folder)) if weights else _shapes(self.trunk.weights)
         for name, tensor in tensors.items():
             layout = torch.channels_last if tensor.ndim == 4 else torch.contiguous_format
             self._keep(name.replace("features.", "conv").replace(".", "_"), tensor.contiguous(memory_format=layout))
@@ -260,6 +263,15 @@ def _through_norm(grad_unit: Tensor, unit: Tensor, scale: Tensor, dtype: torch.d
     """Derivative of f / sqrt(sum f^2 + EPS): (g - unit (unit . g)) / norm, exact with EPS included."""
     along = (grad_unit * unit).sum(dim=1, keepdim=True)
     return torch.addcmul(grad_unit, unit, along, value=-1).mul_(scale).to(dtype)
+
+
+def _shapes(name: str) -> dict[str, Tensor]:
+    """Return tensors without data (device "meta") of the shapes of a trunk's weights."""
+    from torchvision import models
+
+    with torch.device("meta"):
+        network: nn.Module = getattr(models, name)()
+    return {key: tensor for key, tensor in network.state_dict().items() if key.startswith("features.")}
 
 
 def _linear_heads(net: str) -> list[Tensor]:
