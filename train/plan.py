@@ -16,7 +16,7 @@ from latent_ae.models.build import (
 from latent_ae.models.new_decoder import decoder_parameters
 from latent_ae.models.registry import family_of
 from latent_ae.models.stored_encoder import out_of_memory_parameters
-from latent_ae.objectives import GAN, KL, OBJECTIVES
+from latent_ae.objectives import GAN, KL, OBJECTIVES, Codebook
 
 from .build import load_original, planned_autoencoder
 from .parts import collapsed, trained_names
@@ -76,6 +76,8 @@ def _plan_of_a_run(settings: TrainSettings, autoencoder: ModelMixin, start: Trai
             clauses.append(text)
     if not family_of(autoencoder).random:
         texts[KL.plan_line] = []
+    if facts.no_codebook:
+        del texts[Codebook.plan_line]
     most, micro_batch = settings.micro_batch_size, settings.micro_batch
     fewer = f" (micro_batch_size {most} is the most; {micro_batch} divides)" if most and most > micro_batch else ""
     trains = {}

@@ -16,14 +16,19 @@ from latent_ae.objectives import OBJECTIVES
 from latent_ae.objectives.alignment import AlignmentSettings
 from latent_ae.objectives.base import Objective, RunFacts
 from latent_ae.objectives.channel_masking import ChannelMaskingSettings
+from latent_ae.objectives.code_averages import CodeAveragesSettings
+from latent_ae.objectives.code_entropy import CodeEntropySettings
+from latent_ae.objectives.code_gradient import CodeGradientSettings
 from latent_ae.objectives.codebook import CodebookSettings
 from latent_ae.objectives.distillation import DistillationSettings
 from latent_ae.objectives.equivariance import EquivarianceSettings
+from latent_ae.objectives.fsq import FSQSettings, shape_of_codebook
 from latent_ae.objectives.gan import GanSettings
 from latent_ae.objectives.kl import KLSettings
 from latent_ae.objectives.latent_noise import LatentNoiseSettings
 from latent_ae.objectives.reconstruction import ReconstructionSettings
 from latent_ae.objectives.total_correlation import TotalCorrelationSettings
+from latent_ae.objectives.unit_codes import UnitCodesSettings
 
 from .parts import read_parts, side_of, trained_names, unmatched
 from .phases import phase_problems, phases_of
@@ -67,6 +72,10 @@ class LossSettings(CodebookSettings, TotalCorrelationSettings, KLSettings, Recon
 
 class LatentSettings(ChannelMaskingSettings, LatentNoiseSettings, EquivarianceSettings):
     """Changes to the latents during training; all are off by default. See docs/latents.md."""
+
+
+class CodeSettings(FSQSettings, CodeAveragesSettings, CodeEntropySettings, CodeGradientSettings, UnitCodesSettings):
+    """How the codes of a VQModel are compared, learned and spread. See docs/family.md."""
 
 
 class TrainSettings(Settings):
@@ -113,6 +122,7 @@ class TrainSettings(Settings):
     data: Annotated[TrainingData, FIXED] = TrainingData()
     loss: LossSettings = LossSettings()
     latents: LatentSettings = LatentSettings()
+    codebook: Annotated[CodeSettings, FIXED] = CodeSettings()
     alignment: AlignmentSettings = AlignmentSettings()
     distillation: DistillationSettings = DistillationSettings()
     gan: GanSettings = GanSettings()
@@ -166,8 +176,8 @@ class TrainSettings(Settings):
         names: Sequence[str] = ()
         ends: Mapping[str, str] = {}
         if isinstance(self.train, str):
-            names = ("encoder", "decoder")
-            ends = {name: name for name in names}
+            ends = {"encoder": "encoder", "decoder": "decoder", "codes": "quantize"}
+            names = tuple(ends.values())
         elif model is not None:
             names, ends = model.parameters, model.last_layers
         trained = trained_names(self.train, names)
@@ -202,6 +212,21 @@ class TrainSettings(Settings):
         if wanted and any(value is not None for value in values["decoder"].values()):
             return {"train": "decoder", **values}
         return values
+
+    @model_validator(mode="before")
+    @classmethod
+    def _levels_give_the_size_of_the_codebook(cls, values: Any) -> Any:
+        """Return the values, with the keys of model.config that follow from codebook.levels, unless they are given."""
+        sections = [values.get(key) if isinstance(values, dict) else None for key in ("model", "codebook")]
+        model, codebook = (section if isinstance(section, dict) else {} for section in sections)
+        levels, config = codebook.get("levels"), model.get("config")
+        if model.get("kind") != "VQModel" or not isinstance(config, dict) or not isinstance(levels, (list, tuple)):
+            return values
+        if not levels or not all(type(number) is int for number in levels):  # which is reported as such
+            return values
+        keys = dict(zip(("num_vq_embeddings", "vq_embed_dim"), shape_of_codebook(tuple(levels)), strict=True))
+        given = {key: value for key, value in config.items() if value is not None or key not in keys}
+        return {**values, "model": {**model, "config": keys | given}}
 
     def problems(self) -> Iterator[Problem]:
         if self.phases:
