@@ -76,6 +76,8 @@ class Codebook(Objective[CodebookSettings]):
     def describe(cls, own: CodebookSettings, run: RunFacts) -> str:
         if "fsq" in run.enabled:
             return ""
+        if run.train == "decoder":
+            return "codes stay as they are"
         restart = f"codes unused for {own.revive_after} steps restart" if own.revive_after else "unused codes stay"
         return f"commitment {own.commitment:g}, {restart}"
 

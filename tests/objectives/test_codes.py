@@ -34,7 +34,8 @@ def settings_of(codebook: dict[str, Any], **changes: Any) -> TrainSettings:
     """Tiny settings of a VQModel, whose unused codes restart at once where they learn."""
     model = {"kind": "VQModel", "config": {**SHAPE}}
     if "levels" in codebook:
-        del model["config"]["vq_embed_dim"], model["config"]["num_vq_embeddings"]
+        del model["config"]["vq_embed_dim"]  # both follow from the levels
+        model["config"]["num_vq_embeddings"] = None
     loss = {} if "levels" in codebook else {"revive_after": 1}
     return settings_for(model=model, codebook=codebook, loss=loss, **changes)
 
@@ -284,4 +285,6 @@ def test_the_plan_states_how_codes_learn() -> None:
         "entropy penalty 0.1 at temperature 0.1, codes of length 1"
     ]
     assert line(LEVELS) == ["fixed, 4 x 3 x 5 levels"]
+    (stays,) = [row for row in describe_plan(settings_of({}, train="decoder")).splitlines() if "codebook:" in row]
+    assert stays.endswith("codes stay as they are")
     assert "codebook" not in describe_plan(settings_for())
