@@ -17,6 +17,8 @@ from latent_ae.objectives.alignment import AlignmentSettings
 from latent_ae.objectives.base import Objective, RunFacts
 from latent_ae.objectives.channel_masking import ChannelMaskingSettings
 from latent_ae.objectives.codebook import CodebookSettings
+from latent_ae.objectives.convnext import ConvNeXtSettings
+from latent_ae.objectives.dino import DinoSettings
 from latent_ae.objectives.distillation import DistillationSettings
 from latent_ae.objectives.equivariance import EquivarianceSettings
 from latent_ae.objectives.gan import GanSettings
@@ -61,7 +63,14 @@ def micro_batch_of(batch_size: int, processes: int, most: int | None) -> int:
 
 
 # pydantic has the fields of the last base first
-class LossSettings(CodebookSettings, TotalCorrelationSettings, KLSettings, ReconstructionSettings):
+class LossSettings(
+    CodebookSettings,
+    TotalCorrelationSettings,
+    KLSettings,
+    DinoSettings,
+    ConvNeXtSettings,
+    ReconstructionSettings,
+):
     """All terms are means: per image element (pixel, kl) or per sample (perceptual). See docs/losses.md."""
 
 

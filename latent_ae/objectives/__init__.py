@@ -6,6 +6,8 @@ from latent_ae.objectives.alignment import Alignment
 from latent_ae.objectives.base import Objective
 from latent_ae.objectives.channel_masking import ChannelMasking
 from latent_ae.objectives.codebook import Codebook
+from latent_ae.objectives.convnext import ConvNeXtLoss
+from latent_ae.objectives.dino import DinoLoss
 from latent_ae.objectives.distillation import Distillation
 from latent_ae.objectives.equivariance import Equivariance
 from latent_ae.objectives.gan import GAN
@@ -19,6 +21,8 @@ OBJECTIVES: tuple[type[Objective[Any]], ...] = (
     ChannelMasking,
     Equivariance,
     Reconstruction,
+    ConvNeXtLoss,
+    DinoLoss,
     Codebook,
     KL,
     Distillation,
@@ -27,4 +31,4 @@ OBJECTIVES: tuple[type[Objective[Any]], ...] = (
     GAN,
 )
 """The objectives in the order in which they act: those that change latents come first, and reconstruction comes before
-the objectives that are balanced against its gradient."""
+the objectives that are balanced against its gradient, with the other losses of the image right behind it."""
