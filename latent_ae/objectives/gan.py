@@ -381,6 +381,12 @@ class GAN(Objective[GanSettings]):
         return float(phase.discriminator) + float(phase.generator > 0) + float(phase.r1 > 0)
 
 
+def settings_of_others(network: str) -> list[str]:
+    """Return the keys of the section that concern other values of gan.network than this one."""
+    keys = (key.removeprefix("gan.") for key in SHAPE[1:])
+    return [key for key in keys if network in NETWORKS and key not in NETWORKS[network].settings]
+
+
 def network_problems(own: GanSettings, run: RunFacts, model: ModelFacts | None) -> Iterator[Problem]:
     """Yield settings that do not go with the discriminator that gan.network names.
 
@@ -390,8 +396,8 @@ def network_problems(own: GanSettings, run: RunFacts, model: ModelFacts | None) 
         model: Facts of the autoencoder; None before they are known.
     """
     kind = NETWORKS[own.network]
-    for key in (key.removeprefix("gan.") for key in SHAPE[1:]):
-        if key not in kind.settings and getattr(own, key) != GanSettings.model_fields[key].default:
+    for key in settings_of_others(own.network):
+        if getattr(own, key) != GanSettings.model_fields[key].default:
             others = " and ".join(name for name, other in NETWORKS.items() if key in other.settings)
             yield Problem(f"gan.{key}", f"is for gan.network {others}, and this one is {own.network}: leave it out")
     if kind.norms and own.norm not in kind.norms:

@@ -61,7 +61,7 @@ def cases(place: Path) -> dict[str, Case]:
             },
         ),
         "frozen networks": Case(
-            3,
+            2,
             {
                 "loss": {
                     **{"convnext": 0.3, "convnext_weights": str(place / "convnext")},

@@ -286,6 +286,18 @@ def test_settings_that_do_not_go_together(words: str, expected: str, folder: Pat
     assert str(caught.value).startswith("1 problem in the settings")
 
 
+def test_a_word_for_the_network_replaces_the_recipes_settings_of_another(folder: Path) -> None:
+    """The recipe has gan.channels and gan.layers; a word for one of them is still refused."""
+    words = ["gan.network=dino", f"gan.dino_model={folder}"]
+    assert load_settings(TrainSettings, "quickstart").gan.layers != GanSettings().layers
+    gan = load_settings(TrainSettings, "quickstart", words).gan
+    assert (gan.network, gan.layers, gan.channels) == ("dino", 3, 64)
+    recipe = load_settings(TrainSettings, "quickstart").gan
+    assert load_settings(TrainSettings, "quickstart", ["gan.network=stylegan"]).gan.channels == recipe.channels
+    with pytest.raises(UserError, match=r"gan\.layers: is for gan\.network patch"):
+        load_settings(TrainSettings, "quickstart", [*words, "gan.layers=2"])
+
+
 def test_a_folder_that_cannot_serve_ends_in_one_message(folder: Path, tmp_path: Path) -> None:
     wide = gan_of("dino", folder, dino_kernel=TOKENS + 1)
     with pytest.raises(UserError, match=r"^gan\.dino_kernel: 37 is wider than the 36 tokens"):
