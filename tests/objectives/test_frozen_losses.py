@@ -175,7 +175,7 @@ def test_what_cannot_serve_ends_in_one_message(
     for name, value in (("XDG_CACHE_HOME", tmp_path), ("TORCH_HOME", tmp_path), ("LATENT_AE_OFFLINE", 1)):
         monkeypatch.setenv(name, str(value))
     refusal(None, "null takes torchvision's convnext_small, and the weights of convnext_small are not available")
-    coarse = copy_with(dino, tmp_path / "coarse", {"patch_size": 999})
+    coarse = copy_with(dino, tmp_path / "coarse", {"patch_size": "x"})
     with pytest.raises(UserError, match=r"^loss\.dino_model: "):
         VisionModel(coarse, image_px=DINO_PX, setting="loss.dino_model")
 
