@@ -57,7 +57,9 @@ def _plan_of_a_run(settings: TrainSettings, autoencoder: ModelMixin, start: Trai
     weights, discriminator = count_parameters(autoencoder) + out_of_memory_parameters(autoencoder), 0
     if settings.gan.weight:
         with torch.device("meta"):
-            discriminator = count_parameters(GAN.network(settings.gan, channels_of(autoencoder)))
+            discriminator = count_parameters(
+                GAN.network(settings.gan, channels_of(autoencoder), settings.data.resolution)
+            )
     facts = facts_of(autoencoder)
     run = settings.facts(facts)
     learning = sum(parameter.numel() for parameter in autoencoder.parameters() if parameter.requires_grad)

@@ -20,10 +20,12 @@ from latent_ae.objectives.code_averages import CodeAveragesSettings
 from latent_ae.objectives.code_entropy import CodeEntropySettings
 from latent_ae.objectives.code_gradient import CodeGradientSettings
 from latent_ae.objectives.codebook import CodebookSettings
+from latent_ae.objectives.convnext import ConvNeXtSettings
+from latent_ae.objectives.dino import DinoSettings
 from latent_ae.objectives.distillation import DistillationSettings
 from latent_ae.objectives.equivariance import EquivarianceSettings
 from latent_ae.objectives.fsq import FSQSettings, shape_of_codebook
-from latent_ae.objectives.gan import GanSettings
+from latent_ae.objectives.gan import GanSettings, settings_of_others
 from latent_ae.objectives.kl import KLSettings
 from latent_ae.objectives.latent_noise import LatentNoiseSettings
 from latent_ae.objectives.reconstruction import ReconstructionSettings
@@ -66,7 +68,14 @@ def micro_batch_of(batch_size: int, processes: int, most: int | None) -> int:
 
 
 # pydantic has the fields of the last base first
-class LossSettings(CodebookSettings, TotalCorrelationSettings, KLSettings, ReconstructionSettings):
+class LossSettings(
+    CodebookSettings,
+    TotalCorrelationSettings,
+    KLSettings,
+    DinoSettings,
+    ConvNeXtSettings,
+    ReconstructionSettings,
+):
     """All terms are means: per image element (pixel, kl) or per sample (perceptual). See docs/losses.md."""
 
 
@@ -199,10 +208,16 @@ class TrainSettings(Settings):
 
     @classmethod
     def settle(cls, values: dict[str, Any], given: Sequence[str]) -> None:
-        """Drop the file's model if words name an init_from and no model: the shape of init_from replaces it."""
+        """Drop what words replace: the file's model if they name an init_from and no model, because the shape of
+        init_from replaces it; and if they name a gan.network, the file's settings of another one."""
         sections = {key.split(".")[0] for key in given}
         if "init_from" in sections and "model" not in sections and values.get("init_from") is not None:
             values.pop("model", None)
+        gan = values.get("gan")
+        if "gan.network" in given and isinstance(gan, dict):
+            for key in settings_of_others(str(gan["network"])):
+                if f"gan.{key}" not in given:
+                    gan.pop(key, None)
 
     @model_validator(mode="before")
     @classmethod

@@ -9,6 +9,8 @@ from latent_ae.objectives.code_averages import CodeAverages
 from latent_ae.objectives.code_entropy import CodeEntropy
 from latent_ae.objectives.code_gradient import CodeGradient
 from latent_ae.objectives.codebook import Codebook
+from latent_ae.objectives.convnext import ConvNeXtLoss
+from latent_ae.objectives.dino import DinoLoss
 from latent_ae.objectives.distillation import Distillation
 from latent_ae.objectives.equivariance import Equivariance
 from latent_ae.objectives.fsq import FSQ
@@ -24,6 +26,8 @@ OBJECTIVES: tuple[type[Objective[Any]], ...] = (
     ChannelMasking,
     Equivariance,
     Reconstruction,
+    ConvNeXtLoss,
+    DinoLoss,
     FSQ,
     CodeGradient,
     CodeAverages,
@@ -37,5 +41,5 @@ OBJECTIVES: tuple[type[Objective[Any]], ...] = (
     GAN,
 )
 """The objectives in the order in which they act: those that change latents come first, and reconstruction comes before
-the objectives that are balanced against its gradient. Codes are averaged first, then dead ones restart, then all are
-normalised."""
+the objectives that are balanced against its gradient, with the other losses of the image right behind it. Codes are
+averaged first, then dead ones restart, then all are normalised."""

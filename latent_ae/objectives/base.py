@@ -144,6 +144,17 @@ class Pass:
         else:
             self.image_gradient = torch.add(self.image_gradient, gradient * weight)
 
+    def send_reconstruction(self, gradient: Tensor, weight: float = 1.0) -> None:
+        """Add a gradient of a reconstruction loss, against which other terms are balanced.
+
+        Args:
+            gradient: (N, C, H, W), gradient of the micro-batch's mean loss at `image`.
+            weight: Factor of the gradient.
+        """
+        weighted, sum_before = gradient * weight, self.reconstruction_gradient
+        self.reconstruction_gradient = weighted if sum_before is None else sum_before + weighted
+        self.send_image(weighted)
+
     def send(self, tensor: Tensor, gradient: Tensor) -> None:
         """Add a gradient of the micro-batch's mean loss at any tensor of the autoencoder's graph.
 

@@ -33,8 +33,8 @@ class Case(NamedTuple):
 def cases(place: Path) -> dict[str, Case]:
     """All that a step can do, in two runs of 20 steps, and a few steps of every other class and likelihood.
 
-    `place` holds the folders `vision` and `teacher`. On several processes gan.norm=batch and loss.total_correlation are
-    refused.
+    `place` holds the folders `vision`, `convnext` and `teacher`. On several processes gan.norm=batch and
+    loss.total_correlation are refused.
     """
     augmented = {"diffaug": ["color", "translation", "cutout"], "r1": 0.1, "r1_every": 3}
     found = {
@@ -57,7 +57,20 @@ def cases(place: Path) -> dict[str, Case]:
             {
                 "model": {"kind": "AutoencoderTiny", "config": SHAPES["AutoencoderTiny"]},
                 "distillation": {"teacher": str(place / "teacher")},
-                "gan": {**FELT, "discriminator_warmup": 0},
+                "gan": {**FELT, "discriminator_warmup": 0, "network": "stylegan", "channels": 4},
+            },
+        ),
+        "frozen networks": Case(
+            2,
+            {
+                "loss": {
+                    **{"convnext": 0.3, "convnext_weights": str(place / "convnext")},
+                    **{"dino": 0.7, "dino_model": str(place / "vision"), "dino_px": 8},
+                },
+                "gan": {
+                    **{**FELT, "discriminator_warmup": 0, "network": "dino", "norm": "instance"},
+                    **{"dino_model": str(place / "vision"), "dino_px": 8, "dino_kernel": 5},
+                },
             },
         ),
     }

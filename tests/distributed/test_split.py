@@ -25,12 +25,12 @@ from tests.distributed.split import (
 from tests.runs import SHAPES
 from tests.teacher import save_teacher
 from tests.tiny import build_step
-from tests.tiny_vision import save_vision_model
+from tests.tiny_vision import save_convnext, save_vision_model
 
 pytest.importorskip("transformers")
 pytestmark = pytest.mark.trained
 TOLERANCE = 1e-5
-NAMES = ("pixels", "latents", "capacity", "AutoencoderTiny, taught", "codes", *SHAPES)
+NAMES = ("pixels", "latents", "capacity", "AutoencoderTiny, taught", "codes", "frozen networks", *SHAPES)
 AUTOENCODER, DISCRIMINATOR = "gradient of the autoencoder", "gradient of the discriminator"
 LOGVAR = "gradient of reconstruction.logvar"
 WEIGHT, LECAM = "gan.balance.weight", "gan.lecam_averages"
@@ -42,6 +42,7 @@ ASSIGNMENT = "code_entropy.assignment"
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("split")
     save_vision_model(folder / "vision")
+    save_convnext(folder / "convnext")
     save_teacher(folder / "teacher")
     return folder
 
