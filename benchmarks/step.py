@@ -27,7 +27,7 @@ from benchmarks.rivals import (
 )
 from latent_ae.arithmetic import training_memory_format
 from latent_ae.models.build import build_autoencoder, count_parameters
-from latent_ae.models.discriminator import PatchDiscriminator
+from latent_ae.models.patch_discriminator import PatchDiscriminator
 from latent_ae.pretrained.lpips import LPIPS
 from latent_ae_train.settings import TrainSettings
 

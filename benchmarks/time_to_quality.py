@@ -186,7 +186,9 @@ def measure(reconstruct: Reconstruct, held_out: list[torch.Tensor], perceptual: 
 
 def two_passes(settings: TrainSettings, perceptual: LPIPS) -> Contestant:
     autoencoder = starting_autoencoder(settings).to(DEVICE)
-    nets = Networks(autoencoder, GAN.network(settings.gan, 3).to(DEVICE), perceptual, settings.optim.lr)
+    nets = Networks(
+        autoencoder, GAN.network(settings.gan, 3, settings.data.resolution).to(DEVICE), perceptual, settings.optim.lr
+    )
     average = Ema(autoencoder, settings.ema.decay)
     torch.manual_seed(settings.seed)  # of the posterior's noise
     batches, every = Batches(settings), settings.loss.perceptual_every

@@ -24,3 +24,19 @@ def save_vision_model(folder: Path, kind: str = "Dinov2") -> Path:
     model.save_pretrained(folder)
     (folder / "preprocessor_config.json").write_text(json.dumps({"image_mean": MEAN, "image_std": STD}))
     return folder
+
+
+def save_convnext(folder: Path) -> Path:
+    """A classifier of ten classes with untrained weights, as transformers saves it."""
+    import transformers
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        config = transformers.ConvNextConfig(hidden_sizes=[4, 6, 8, 8], depths=[1, 1, 2, 1], num_labels=10)
+        model = transformers.ConvNextForImageClassification(config)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    model.save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text(json.dumps({"image_mean": MEAN, "image_std": STD}))
+    return folder

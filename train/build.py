@@ -137,7 +137,10 @@ def build_objectives(settings: TrainSettings, autoencoder: ModelMixin, device: t
         UserError: If one of them cannot be built.
     """
     run = settings.facts(facts_of(autoencoder))
-    return [one.build(settings.section_of(one), run, autoencoder, device) for one in settings.objectives]
+    objectives = [one.build(settings.section_of(one), run, autoencoder, device) for one in settings.objectives]
+    if not any(parameter.requires_grad for parameter in autoencoder.parameters()):
+        raise UserError("train: names only codes, which no gradient moves with these settings of codebook: name more")
+    return objectives
 
 
 def compile_blocks(autoencoder: ModelMixin) -> None:

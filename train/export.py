@@ -13,7 +13,7 @@ from latent_ae.progress import now
 from .settings import TrainSettings
 
 if TYPE_CHECKING:  # brings torch
-    from latent_ae.models.discriminator import PatchDiscriminator
+    from latent_ae.models.discriminator import Discriminator
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -134,20 +134,15 @@ def export(
         pipeline=pipeline,
         latents_mean_std=latents_mean_std,
         likelihood=read_likelihood(folder),
-        discriminator=_discriminator_of(folder, settings, step, channels),
+        discriminator=_discriminator_of(folder, settings, step),
     )
 
 
-def _discriminator_of(folder: Path, settings: TrainSettings, step: int, channels: int) -> "PatchDiscriminator | None":
+def _discriminator_of(folder: Path, settings: TrainSettings, step: int) -> "Discriminator | None":
     """Return the discriminator of a checkpoint; None if it has none that was trained. Raises UserError if it is bad."""
-    from latent_ae.objectives import GAN
-    from latent_ae.objectives.gan import discriminator_weights
+    from latent_ae.objectives.gan import stored_discriminator
 
-    if not settings.gan.weight or step <= settings.gan.start:
-        return None
-    network = GAN.network(settings.gan, channels)
-    network.load_state_dict(discriminator_weights(str(folder), network))
-    return network
+    return stored_discriminator(folder) if settings.gan.weight and step > settings.gan.start else None
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from latent_ae.export.write import CardFacts, export_autoencoder, loading_lines,
 from latent_ae.files import write_json
 from latent_ae.latents.statistics import LatentStatistics
 from latent_ae.models.build import channels_of, factor_of, facts_of, latent_channels_of
-from latent_ae.models.discriminator import PatchDiscriminator
+from latent_ae.models.discriminator import Discriminator
 from latent_ae.models.likelihood import Likelihood
 from latent_ae.models.posterior import draw
 from latent_ae.models.reconstruct import Reconstructor
@@ -205,7 +205,7 @@ def keeps_scaling(settings: TrainSettings, autoencoder: ModelMixin) -> bool:
     return settings.distillation.teacher is not None or (decoder_only and settings.init_from is not None)
 
 
-def trained_discriminator(objectives: Sequence[Objective[Any]], steps: int) -> PatchDiscriminator | None:
+def trained_discriminator(objectives: Sequence[Objective[Any]], steps: int) -> Discriminator | None:
     """Return the discriminator of images; None if there is none, or if `steps` updates end before it trains."""
     gan = next((one for one in objectives if isinstance(one, GAN)), None)
     return gan.adversary if gan is not None and steps > gan.own.start else None

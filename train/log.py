@@ -32,7 +32,7 @@ from .run import flatten
 from .settings import TrainSettings
 from .validate import Validator
 
-SHOWN = ("l1", "l2", "charbonnier", "bits_per_dimension", "lpips", "discriminator")
+SHOWN = ("l1", "l2", "charbonnier", "bits_per_dimension", "lpips", "convnext", "dino", "discriminator")
 """Values shown next to the progress bar."""
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from latent_ae.config import Problem, UserError, validated
-from latent_ae.objectives.gan import SHAPE
+from latent_ae.objectives.gan import shape_of
 
 if TYPE_CHECKING:
     from .settings import TrainSettings
@@ -104,9 +104,7 @@ def phases_of(settings: "TrainSettings") -> list[Phase]:
 def _hands_over(before: "TrainSettings", after: "TrainSettings") -> bool:
     """Return whether a phase begins with the discriminator of the phase before."""
     trained = before.gan.weight and before.steps > before.gan.start
-    keys = [key.removeprefix("gan.") for key in SHAPE]
-    same_shape = all(getattr(before.gan, key) == getattr(after.gan, key) for key in keys)
-    return bool(trained and after.gan.weight and same_shape)
+    return bool(trained and after.gan.weight and shape_of(before) == shape_of(after))
 
 
 def phase_problems(settings: "TrainSettings") -> Iterator[Problem]:

@@ -18,7 +18,7 @@ from latent_ae.models.build import (
 from latent_ae.models.new_decoder import decoder_parameters
 from latent_ae.models.registry import family_of
 from latent_ae.models.stored_encoder import out_of_memory_parameters
-from latent_ae.objectives import GAN, KL, OBJECTIVES
+from latent_ae.objectives import GAN, KL, OBJECTIVES, Codebook
 
 from .build import load_original, planned_autoencoder
 from .cost import Gpu, describe_cost
@@ -67,7 +67,9 @@ def _plan_of_a_run(
     weights, discriminator = count_parameters(autoencoder) + out_of_memory_parameters(autoencoder), 0
     if settings.gan.weight:
         with torch.device("meta"):
-            discriminator = count_parameters(GAN.network(settings.gan, channels_of(autoencoder)))
+            discriminator = count_parameters(
+                GAN.network(settings.gan, channels_of(autoencoder), settings.data.resolution)
+            )
     facts = facts_of(autoencoder)
     run = settings.facts(facts)
     learning = sum(parameter.numel() for parameter in autoencoder.parameters() if parameter.requires_grad)
@@ -86,6 +88,8 @@ def _plan_of_a_run(
             clauses.append(text)
     if not family_of(autoencoder).random:
         texts[KL.plan_line] = []
+    if facts.no_codebook:
+        del texts[Codebook.plan_line]
     most, micro_batch = settings.micro_batch_size, settings.micro_batch
     fewer = f" (micro_batch_size {most} is the most; {micro_batch} divides)" if most and most > micro_batch else ""
     trains = {}

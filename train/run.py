@@ -13,7 +13,7 @@ from accelerate import Accelerator
 
 from latent_ae.config import UserError, resume_marks, to_yaml
 from latent_ae.files import replacing, writing
-from latent_ae.objectives.gan import SHAPE
+from latent_ae.objectives.gan import shape_of
 from latent_ae.only_writer import only_writer
 from latent_ae.provenance import versions
 
@@ -102,7 +102,7 @@ def _new_phase(run: Path, trained: bool, settings: TrainSettings, refused: Seque
     words = [f"output_dir={folder}", f"init_from={run}"]
     if any(key.startswith("model.") for key in refused):
         words.append("model={}")
-    if trained and settings.gan.weight and not any(key in SHAPE for key in refused):
+    if trained and settings.gan.weight and not shape_of(settings).keys() & set(refused):
         words += [f"gan.init_from={run}", "gan.start=0"]
     return [shlex.quote(word) for word in words]
 

@@ -16,14 +16,21 @@ from latent_ae.objectives import OBJECTIVES
 from latent_ae.objectives.alignment import AlignmentSettings
 from latent_ae.objectives.base import Objective, RunFacts
 from latent_ae.objectives.channel_masking import ChannelMaskingSettings
+from latent_ae.objectives.code_averages import CodeAveragesSettings
+from latent_ae.objectives.code_entropy import CodeEntropySettings
+from latent_ae.objectives.code_gradient import CodeGradientSettings
 from latent_ae.objectives.codebook import CodebookSettings
+from latent_ae.objectives.convnext import ConvNeXtSettings
+from latent_ae.objectives.dino import DinoSettings
 from latent_ae.objectives.distillation import DistillationSettings
 from latent_ae.objectives.equivariance import EquivarianceSettings
-from latent_ae.objectives.gan import GanSettings
+from latent_ae.objectives.fsq import FSQSettings, shape_of_codebook
+from latent_ae.objectives.gan import GanSettings, settings_of_others
 from latent_ae.objectives.kl import KLSettings
 from latent_ae.objectives.latent_noise import LatentNoiseSettings
 from latent_ae.objectives.reconstruction import ReconstructionSettings
 from latent_ae.objectives.total_correlation import TotalCorrelationSettings
+from latent_ae.objectives.unit_codes import UnitCodesSettings
 
 from .parts import read_parts, side_of, trained_names, unmatched
 from .phases import phase_problems, phases_of
@@ -61,12 +68,23 @@ def micro_batch_of(batch_size: int, processes: int, most: int | None) -> int:
 
 
 # pydantic has the fields of the last base first
-class LossSettings(CodebookSettings, TotalCorrelationSettings, KLSettings, ReconstructionSettings):
+class LossSettings(
+    CodebookSettings,
+    TotalCorrelationSettings,
+    KLSettings,
+    DinoSettings,
+    ConvNeXtSettings,
+    ReconstructionSettings,
+):
     """All terms are means: per image element (pixel, kl) or per sample (perceptual). See docs/losses.md."""
 
 
 class LatentSettings(ChannelMaskingSettings, LatentNoiseSettings, EquivarianceSettings):
     """Changes to the latents during training; all are off by default. See docs/latents.md."""
+
+
+class CodeSettings(FSQSettings, CodeAveragesSettings, CodeEntropySettings, CodeGradientSettings, UnitCodesSettings):
+    """How the codes of a VQModel are compared, learned and spread. See docs/family.md."""
 
 
 class TrainSettings(Settings):
@@ -113,6 +131,7 @@ class TrainSettings(Settings):
     data: Annotated[TrainingData, FIXED] = TrainingData()
     loss: LossSettings = LossSettings()
     latents: LatentSettings = LatentSettings()
+    codebook: Annotated[CodeSettings, FIXED] = CodeSettings()
     alignment: AlignmentSettings = AlignmentSettings()
     distillation: DistillationSettings = DistillationSettings()
     gan: GanSettings = GanSettings()
@@ -166,8 +185,8 @@ class TrainSettings(Settings):
         names: Sequence[str] = ()
         ends: Mapping[str, str] = {}
         if isinstance(self.train, str):
-            names = ("encoder", "decoder")
-            ends = {name: name for name in names}
+            ends = {"encoder": "encoder", "decoder": "decoder", "codes": "quantize"}
+            names = tuple(ends.values())
         elif model is not None:
             names, ends = model.parameters, model.last_layers
         trained = trained_names(self.train, names)
@@ -189,10 +208,16 @@ class TrainSettings(Settings):
 
     @classmethod
     def settle(cls, values: dict[str, Any], given: Sequence[str]) -> None:
-        """Drop the file's model if words name an init_from and no model: the shape of init_from replaces it."""
+        """Drop what words replace: the file's model if they name an init_from and no model, because the shape of
+        init_from replaces it; and if they name a gan.network, the file's settings of another one."""
         sections = {key.split(".")[0] for key in given}
         if "init_from" in sections and "model" not in sections and values.get("init_from") is not None:
             values.pop("model", None)
+        gan = values.get("gan")
+        if "gan.network" in given and isinstance(gan, dict):
+            for key in settings_of_others(str(gan["network"])):
+                if f"gan.{key}" not in given:
+                    gan.pop(key, None)
 
     @model_validator(mode="before")
     @classmethod
@@ -202,6 +227,21 @@ class TrainSettings(Settings):
         if wanted and any(value is not None for value in values["decoder"].values()):
             return {"train": "decoder", **values}
         return values
+
+    @model_validator(mode="before")
+    @classmethod
+    def _levels_give_the_size_of_the_codebook(cls, values: Any) -> Any:
+        """Return the values, with the keys of model.config that follow from codebook.levels, unless they are given."""
+        sections = [values.get(key) if isinstance(values, dict) else None for key in ("model", "codebook")]
+        model, codebook = (section if isinstance(section, dict) else {} for section in sections)
+        levels, config = codebook.get("levels"), model.get("config")
+        if model.get("kind") != "VQModel" or not isinstance(config, dict) or not isinstance(levels, (list, tuple)):
+            return values
+        if not levels or not all(type(number) is int for number in levels):  # which is reported as such
+            return values
+        keys = dict(zip(("num_vq_embeddings", "vq_embed_dim"), shape_of_codebook(tuple(levels)), strict=True))
+        given = {key: value for key, value in config.items() if value is not None or key not in keys}
+        return {**values, "model": {**model, "config": keys | given}}
 
     def problems(self) -> Iterator[Problem]:
         if self.phases:

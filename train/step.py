@@ -105,6 +105,8 @@ class TrainStep:
             buffer.copy_(torch.where(skipped, old, buffer))
         if self.ema is not None:
             self.ema.update(self.bare_reconstructor.autoencoder, step)
+            for objective in self.objectives.values():
+                objective.after_average(self.ema.module)
         return logs | norms
 
     def forward_backward(self, batch: Batch, step: int, first: bool = True) -> Pass:
@@ -121,7 +123,7 @@ class TrainStep:
         with self.autocast():
             for objective in self.objectives.values():
                 batch = objective.prepare(batch, step)
-            out = self.reconstructor(batch.images, batch.noise, batch.transforms, batch.decode)
+            out = self.reconstructor(batch.images, batch.noise, batch.transforms, batch.decode, batch.quantiser)
         done = Pass(
             batch,
             out,

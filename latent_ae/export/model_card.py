@@ -15,7 +15,7 @@ from latent_ae.latents.statistics import LatentStatistics
 from latent_ae.metrics.labels import NAMES
 from latent_ae.models.borrowed_encoder import FOLDER, borrowed_encoder
 from latent_ae.models.build import channels_of, count_parameters, factor_of, latent_channels_of
-from latent_ae.models.discriminator import PatchDiscriminator
+from latent_ae.models.discriminator import Discriminator
 from latent_ae.models.registry import family_of, module_of, scaling_of
 from latent_ae.text import printable
 
@@ -55,7 +55,7 @@ def model_card(
     location: str,
     difference: float,
     precision: Mapping[str, Any] | None = None,
-    discriminator: PatchDiscriminator | None = None,
+    discriminator: Discriminator | None = None,
 ) -> ModelCard:
     """Return the model card of an export, with a valid model-index.
 
@@ -103,7 +103,7 @@ def _card_text(
     location: str,
     difference: float,
     precision: Mapping[str, Any] | None,
-    discriminator: PatchDiscriminator | None,
+    discriminator: Discriminator | None,
 ) -> str:
     factor, kind = factor_of(autoencoder), type(autoencoder).__name__
     borrowed = borrowed_encoder(autoencoder)
@@ -151,7 +151,7 @@ H and W are {sides}. {_scaling_text(autoencoder, statistics)}
         f"{'reconstruct' if borrowed is None else 'decode latents'} like the trained model: largest difference "
         f"{difference:.1e} in [-1, 1].",
         _precision_text(precision) if precision else "",
-        _discriminator_text(discriminator, location) if discriminator is not None else "",
+        discriminator_text(discriminator, location) if discriminator is not None else "",
     ]
     if facts.settings_yaml:
         longest = max(map(len, re.findall("`+", facts.settings_yaml)), default=0)
@@ -216,15 +216,22 @@ def _scaling_text(autoencoder: ModelMixin, statistics: LatentStatistics) -> str:
     return f"`scaling_factor` and `shift_factor` are {kept}"
 
 
-def _discriminator_text(discriminator: PatchDiscriminator, location: str) -> str:
-    shape = {key: value for key, value in discriminator.shape.items() if key != "in_channels"}
-    words = " ".join(f"gan.{key}={str(value).lower()}" for key, value in shape.items())
+def discriminator_text(discriminator: Discriminator, location: str) -> str:
+    """Return the section on the discriminator in an export, with the command that trains on with it.
+
+    Args:
+        discriminator: The discriminator.
+        location: The export's folder or hub id.
+    """
+    settings = ("network", *type(discriminator).settings)
+    words = [f"gan.{key}={str(value).lower()}" for key, value in discriminator.shape.items() if key in settings]
+    words += ["gan.dino_model=FOLDER"] if "dino_model" in settings else []
     place = shlex.quote(location)
     return (
         "## Discriminator\n\n"
-        f"`discriminator.safetensors` holds the patch discriminator of the adversarial loss "
+        f"`discriminator.safetensors` holds the {discriminator.title} of the adversarial loss "
         f"({count_parameters(discriminator):,} parameters), from which training can go on. Diffusers ignores it.\n\n"
-        f"```\nlatent-ae train sd-vae init_from={place} gan.init_from={place} gan.start=0 {words}\n```"
+        f"```\nlatent-ae train sd-vae init_from={place} gan.init_from={place} gan.start=0 {' '.join(words)}\n```"
     )
 
 

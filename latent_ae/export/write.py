@@ -26,7 +26,7 @@ from latent_ae.latents.statistics import LatentStatistics
 from latent_ae.models.borrowed_encoder import BorrowedEncoder, borrowed_encoder, save_borrowed
 from latent_ae.models.build import count_parameters
 from latent_ae.models.discriminator import FILE as DISCRIMINATOR
-from latent_ae.models.discriminator import PatchDiscriminator, save_network
+from latent_ae.models.discriminator import Discriminator, save_network
 from latent_ae.models.likelihood import FILE, Likelihood
 from latent_ae.models.reconstruct import Reconstructor
 from latent_ae.models.registry import family_of, module_of
@@ -80,7 +80,7 @@ def export_autoencoder(
     pipeline: PipelineName | None = None,
     latents_mean_std: bool = False,
     likelihood: Likelihood | None = None,
-    discriminator: PatchDiscriminator | None = None,
+    discriminator: Discriminator | None = None,
 ) -> dict[str, Any]:
     """Write an export: config.json, diffusion_pytorch_model.safetensors (float32) and README.md.
 

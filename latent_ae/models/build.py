@@ -99,9 +99,11 @@ def facts_of(autoencoder: ModelMixin, name: str | None = None) -> ModelFacts:
         autoencoder: An instance of one of FAMILIES.
         name: What messages call it; None takes its class.
     """
-    unreached = family_of(autoencoder).unreached
+    family = family_of(autoencoder)
     names = {
-        id(parameter): key for key, parameter in autoencoder.named_parameters() if not unreached or unreached not in key
+        id(parameter): key
+        for key, parameter in autoencoder.named_parameters()
+        if not family.unreached or family.unreached not in key
     }
     last_layers = {}
     for side in ("encoder", "decoder"):  # classes that are only measured may lack one, or end differently
@@ -109,16 +111,19 @@ def facts_of(autoencoder: ModelMixin, name: str | None = None) -> ModelFacts:
         foreign = part is None or isinstance(part, (StoredEncoder, BorrowedEncoder))
         layers = [None] if foreign else end_layers(part)
         last_layers[side] = names.get(id(getattr(layers[-1], "weight", None)), "")
+    if family.latent == "codebook":
+        last_layers["codes"] = "quantize.embedding.weight"
     return ModelFacts(
         name or f"this {type(autoencoder).__name__}",
-        family_of(autoencoder).latent,
+        family.latent,
         factor_of(autoencoder),
         channels_of(autoencoder),
         latent_channels_of(autoencoder),
-        family_of(autoencoder).side(autoencoder.config),
-        ("decoder",) if borrowed_parameters(autoencoder) else family_of(autoencoder).trains,
+        family.side(autoencoder.config),
+        ("decoder",) if borrowed_parameters(autoencoder) else family.trains,
         tuple(names.values()),
         last_layers,
+        family.codes(autoencoder.config) if family.latent == "codebook" else None,
     )
 
 

@@ -1,8 +1,9 @@
-"""The patch discriminator of the adversarial loss."""
+"""What discriminators of images have in common: what each is built of, and their files."""
 
 import json
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -10,63 +11,57 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-Norm = Literal["group", "spectral", "batch", "none"]
 FILE = "discriminator.safetensors"
 """Name of the file in a checkpoint and in an exported folder."""
 
 
-class PatchDiscriminator(nn.Module):
-    """PatchGAN (Isola et al. 2017): each logit classifies a patch of the image, 70 px wide with three layers.
+class Discriminator(nn.Module):
+    """A discriminator of images; its logits are (N, ...) float32.
 
-    `group` is the default norm because it does not look at other samples: a batch statistic (`batch`, the published
-    choice) lets the result depend on the split over processes and breaks on one sample. `blur` filters before each
-    subsampling but the first, which must see the unfiltered pixels (Zhang 2019; StyleGAN2's discriminator).
-
-    Args:
-        in_channels: Channels of the images.
-        channels: Channels of the first layer; later layers have up to 8 times as many.
-        layers: Number of layers between the first and the last.
-        norm: Normalisation of these layers.
-        blur: Whether to filter before subsampling.
+    Class attributes:
+        title: What it is, in words.
+        arguments: Names of the constructor's arguments that it is built from.
+        settings: Keys of the section `gan` that concern it.
+        norms: Values of gan.norm that it takes.
+        channels: Numbers of image channels that it takes; None takes any.
+        any_size: Whether one network takes images of any size.
     """
 
-    def __init__(self, in_channels: int, channels: int = 64, layers: int = 3, norm: Norm = "group", blur: bool = False):
-        super().__init__()
-        self.shape = {"in_channels": in_channels, "channels": channels, "layers": layers, "norm": norm, "blur": blur}
-        """The arguments, from which the network can be built again."""
-        modules: list[nn.Module] = [
-            _convolution(in_channels, channels, stride=2, norm="none"),
-            nn.LeakyReLU(0.2),
-        ]
-        width = channels
-        for layer in range(1, layers + 1):
-            narrow, width = width, channels * min(2**layer, 8)
-            stride = 1 if layer == layers else 2
-            if blur and stride == 2:
-                modules.append(Blur())
-            modules.append(_convolution(narrow, width, stride=stride, norm=norm))
-            if norm == "group":
-                modules.append(nn.GroupNorm(_groups(width), width))
-            elif norm == "batch":
-                # no running statistics: the discriminator is never used in evaluation mode
-                modules.append(nn.BatchNorm2d(width, track_running_stats=False))
-            modules.append(nn.LeakyReLU(0.2))
-        modules.append(_convolution(width, 1, stride=1, norm="none"))
-        self.layers = nn.Sequential(*modules)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.normal_(module.weight, 0.0, 0.02)
+    title: ClassVar[str]
+    arguments: ClassVar[tuple[str, ...]]
+    settings: ClassVar[tuple[str, ...]]
+    norms: ClassVar[tuple[str, ...]] = ()
+    channels: ClassVar[tuple[int, ...] | None] = None
+    any_size: ClassVar[bool] = True
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Return the logits of images, (N, C, H, W) in [-1, 1]: (N, 1, h, w) float32."""
-        return self.layers(images).float()
+    shape: dict[str, Any]
+    """The arguments, from which it can be built again, and the value of gan.network if that is not `patch`."""
+
+    @classmethod
+    def needs_px(cls, **settings: Any) -> int:
+        """Return the side of the smallest image that it can process, px.
+
+        Args:
+            **settings: The values of the section `gan`.
+        """
+        return 1
+
+    @classmethod
+    def misfits(cls, side_px: int, **settings: Any) -> Iterator[tuple[str, str]]:
+        """Yield keys of the section `gan` that do not go with it, and what is wrong.
+
+        Args:
+            side_px: Side of the training crops, px.
+            **settings: The values of this section.
+        """
+        return iter(())
 
 
 def save_network(network: nn.Module, path: Path) -> None:
-    """Write a network's tensors to a safetensors file; the `shape` of a PatchDiscriminator goes into the metadata."""
+    """Write a network's tensors to a safetensors file; the `shape` of a Discriminator goes into the metadata."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
     # under one key, because safetensors writes several in random order
-    save_file(tensors, path, {"shape": json.dumps(network.shape)} if isinstance(network, PatchDiscriminator) else None)
+    save_file(tensors, path, {"shape": json.dumps(network.shape)} if isinstance(network, Discriminator) else None)
 
 
 def read_network(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -88,28 +83,29 @@ def read_network(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 class Blur(nn.Module):
-    """Filters each channel with the low-pass [1 3 3 1] x [1 3 3 1] / 64; the size stays, and edges are reflected."""
+    """Filters each channel with a low-pass; the size stays, and edges are reflected.
+
+    Args:
+        taps: The filter along each side; it is divided by its sum.
+    """
 
     kernel: Tensor
 
-    def __init__(self) -> None:
+    def __init__(self, taps: Sequence[float] = (1.0, 3.0, 3.0, 1.0)) -> None:
         super().__init__()
-        taps = torch.tensor([1.0, 3.0, 3.0, 1.0]) / 8
+        weights = torch.tensor(taps) / sum(taps)
         # without the channels: DDP cannot broadcast a lone channels-last buffer of one channel per group (torch 2.15)
-        self.register_buffer("kernel", taps[:, None] * taps, persistent=False)
+        self.register_buffer("kernel", weights[:, None] * weights, persistent=False)
+        self.size = len(taps)
+        self.padding = 2 * ((self.size - 1) // 2, self.size // 2)
 
     def forward(self, images: Tensor) -> Tensor:
         """Return filtered images, (N, C, H, W) like the input."""
-        padded, channels = F.pad(images, (1, 2, 1, 2), mode="reflect"), images.shape[1]
-        return F.conv2d(padded, self.kernel.to(images.dtype).expand(channels, 1, 4, 4), groups=channels)
+        padded, channels = F.pad(images, self.padding, mode="reflect"), images.shape[1]
+        kernel = self.kernel.to(images.dtype).expand(channels, 1, self.size, self.size)
+        return F.conv2d(padded, kernel, groups=channels)
 
 
-def _groups(width: int) -> int:
-    """Return the largest divisor of the width that is at most 32."""
+def groups_of(width: int) -> int:
+    """Return the number of groups of a GroupNorm: the largest divisor of the width that is at most 32."""
     return next(count for count in range(min(32, width), 0, -1) if width % count == 0)
-
-
-def _convolution(in_channels: int, out_channels: int, *, stride: int, norm: Norm) -> nn.Module:
-    bias = norm not in ("group", "batch")  # those norms have their own
-    convolution = nn.Conv2d(in_channels, out_channels, 4, stride=stride, padding=1, bias=bias)
-    return nn.utils.parametrizations.spectral_norm(convolution) if norm == "spectral" else convolution

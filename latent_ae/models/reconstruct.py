@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from latent_ae.arithmetic import WeightPrecisionConv2d
 from latent_ae.models.posterior import draw
-from latent_ae.models.quantize import Codes, quantised
+from latent_ae.models.quantize import PLAIN, Codes, Quantiser, quantised
 from latent_ae.models.registry import family_of
 from latent_ae.models.stored_encoder import StoredEncoder
 
@@ -56,6 +56,7 @@ class Reconstructor(nn.Module):
         noise: Tensor | None = None,
         transforms: Sequence[Callable[[Tensor], Tensor]] = (),
         decode: Tensor | None = None,
+        quantiser: Quantiser = PLAIN,
     ) -> Reconstruction:
         """Reconstruct images.
 
@@ -66,6 +67,7 @@ class Reconstructor(nn.Module):
                 scaled or rotated image.
             decode: A latent to decode instead of the images' latent. If the encoder is not in memory, it counts as the
                 images' latent.
+            quantiser: How latents are replaced by codes, if there is a codebook.
         """
         encoder = getattr(self.autoencoder, "encoder", None)
         if decode is not None and isinstance(encoder, StoredEncoder):
@@ -74,7 +76,7 @@ class Reconstructor(nn.Module):
             latent, mean, logvar, rates, _ = draw(self.autoencoder, images, noise)
         codes, how = None, {}
         if self.num_codes:
-            latent, codes = quantised(mean, self.codebook)
+            latent, codes = quantised(mean, self.codebook, quantiser)
             how = {"force_not_quantize": True}  # because it is quantised already
         heads = {name: head(latent).float() for name, head in self.heads.items()}
         to_decode = latent if decode is None else decode

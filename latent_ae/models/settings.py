@@ -67,8 +67,10 @@ class ModelFacts(NamedTuple):
     parameters: tuple[str, ...] = ()
     """Names of the parameters that images use; empty if they are known only once the autoencoder is built."""
     last_layers: Mapping[str, str] = {}
-    """Names of the weights of the last layers of `encoder` and `decoder`, where adaptive weights are measured; empty if
-    they are known only once the autoencoder is built."""
+    """Names of the weights of the last layers of `encoder` and `decoder`, where adaptive weights are measured, and of
+    the `codes` of a codebook; empty if they are known only once the autoencoder is built."""
+    codes: int | None = None
+    """Number of codes of a codebook."""
 
     @property
     def random(self) -> bool:
@@ -79,6 +81,11 @@ class ModelFacts(NamedTuple):
     def one_grid(self) -> bool:
         """Whether latents lie on one grid over the image; otherwise they are packed into one position."""
         return self.latent != "hierarchy"
+
+    @property
+    def no_codebook(self) -> str:
+        """The message about settings of a codebook if there is none; empty if there is one."""
+        return "" if self.latent == "codebook" else f"is for a codebook, which {self.name} does not have: leave it out"
 
     @property
     def fixed_latent(self) -> str:

@@ -1,8 +1,6 @@
 """Alignment of latents to the features of a vision model (VA-VAE, Yao et al. 2025)."""
 
 from collections.abc import Iterator, Mapping
-from importlib.util import find_spec
-from pathlib import Path
 from typing import Annotated
 
 import torch
@@ -13,6 +11,7 @@ from torch import Tensor, nn
 from latent_ae.config import SWITCH, Fraction, Problem, Settings
 from latent_ae.models.settings import ModelFacts
 from latent_ae.objectives.base import GradientBalance, Objective, Pass, RunFacts
+from latent_ae.pretrained.frozen import folder_problems
 from latent_ae.pretrained.vision import VisionModel
 
 CAP, SMOOTHING = 100.0, 0.9
@@ -68,10 +67,7 @@ class Alignment(Objective[AlignmentSettings]):
         key = "alignment.model"
         if own.model is None:
             return
-        if find_spec("transformers") is None:
-            yield Problem(key, "needs transformers: pip install 'latent-ae[alignment]'")
-        if not Path(own.model).expanduser().is_dir():
-            yield Problem(key, f"no such folder: {own.model} (from {Path.cwd()})")
+        yield from folder_problems(key, own.model)
         if run.train == "decoder":
             yield Problem(key, "moves the encoder, which train leaves fixed: set it to null")
         elif "encoder" in run.fixed_ends and own.adaptive:
@@ -109,7 +105,7 @@ class Alignment(Objective[AlignmentSettings]):
     def backward(self, p: Pass) -> None:
         own, self.area = self.own, p.batch.area
         projected = p.out.heads[self.name]
-        with p.autocast():
+        with torch.no_grad(), p.autocast():
             features = self.vision(p.batch.images, p.out.latent.shape[-1])
         leaf = projected.detach().requires_grad_()
         cosine, distance, similarity = alignment_loss(leaf, features, own.cosine_margin, own.distance_margin)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from latent_ae.config import Problem, Settings
 from latent_ae.models.likelihood import LikelihoodKind
+from latent_ae.models.quantize import PLAIN, Quantiser
 from latent_ae.models.settings import ModelFacts
 
 if TYPE_CHECKING:  # brings diffusers
@@ -45,7 +46,8 @@ class RunFacts(NamedTuple):
     enabled: frozenset[str]
     """Names of the objectives in use."""
     fixed_ends: frozenset[str] = frozenset()
-    """Those of `encoder` and `decoder` whose last layer, where adaptive weights are measured, is not trained."""
+    """Those of `encoder` and `decoder` whose last layer, where adaptive weights are measured, is not trained, and
+    `codes` if there are codes and they are not trained."""
 
 
 class Batch(NamedTuple):
@@ -65,6 +67,8 @@ class Batch(NamedTuple):
     """Functions applied in turn to the latent before it is decoded."""
     decode: Tensor | None = None
     """A latent that is decoded in place of the posterior sample."""
+    quantiser: Quantiser = PLAIN
+    """How latents are replaced by codes, if there is a codebook."""
     full_size: int = 0
     """Number of elements (C x H x W) of one image as loaded."""
 
@@ -139,6 +143,17 @@ class Pass:
             self.image_gradient = gradient * weight
         else:
             self.image_gradient = torch.add(self.image_gradient, gradient * weight)
+
+    def send_reconstruction(self, gradient: Tensor, weight: float = 1.0) -> None:
+        """Add a gradient of a reconstruction loss, against which other terms are balanced.
+
+        Args:
+            gradient: (N, C, H, W), gradient of the micro-batch's mean loss at `image`.
+            weight: Factor of the gradient.
+        """
+        weighted, sum_before = gradient * weight, self.reconstruction_gradient
+        self.reconstruction_gradient = weighted if sum_before is None else sum_before + weighted
+        self.send_image(weighted)
 
     def send(self, tensor: Tensor, gradient: Tensor) -> None:
         """Add a gradient of the micro-batch's mean loss at any tensor of the autoencoder's graph.
@@ -336,6 +351,13 @@ class Objective(nn.Module, Generic[S]):
             optimizer: The autoencoder's optimizer.
         """
 
+    def after_average(self, autoencoder: Any) -> None:
+        """Act after the update of the averaged weights, if they are kept (ema.decay).
+
+        Args:
+            autoencoder: The autoencoder that holds them.
+        """
+
     def trains_adversary(self, step: int) -> bool:
         """Return whether the adversary gets gradients in this step."""
         return True
@@ -476,3 +498,23 @@ def recent_means(lines: Sequence[Mapping[str, Any]], count: int = 5) -> dict[str
 def numbers(lines: Sequence[Mapping[str, Any]], key: str) -> list[float]:
     """Return the values of `key` in the training lines that have it."""
     return [line[key] for line in lines if isinstance(line.get(key), (int, float))]
+
+
+def codebook_problems(
+    key: str, off: str, run: RunFacts, model: ModelFacts | None, moves_codes: bool = True
+) -> Iterator[Problem]:
+    """Yield why a setting of a codebook does not go with the autoencoder or with what is trained.
+
+    Args:
+        key: The full key of the setting, which is on.
+        off: Its value that turns it off.
+        run: Facts of the run.
+        model: Facts of the autoencoder; None before they are known.
+        moves_codes: Whether it changes codes; otherwise it only changes what reaches the encoder.
+    """
+    if model is not None and model.no_codebook:
+        yield Problem(key, model.no_codebook)
+    elif moves_codes and "codes" in run.fixed_ends:
+        yield Problem(key, f"changes codes, which train leaves fixed: set it to {off}")
+    elif run.train == "decoder":
+        yield Problem(key, f"is for encoder and codes, which train leaves fixed: set it to {off}")

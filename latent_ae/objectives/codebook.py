@@ -28,15 +28,17 @@ class CodebookSettings(Settings):
 class Codebook(Objective[CodebookSettings]):
     """Moves codes and latents towards each other; does nothing if the model has no codebook.
 
-    Dead codes restart as latents of the step's first sample (Dhariwal et al. 2020, random restarts).
+    Dead codes restart as latents of the step's first sample (Dhariwal et al. 2020, random restarts). Codes that are
+    running means of latents (codebook.ema_decay) get no gradient; those of finite scalar quantisation
+    (codebook.levels) stay fixed, and neither they nor the latents have a loss.
 
     Args:
         own: The weights.
         run: Facts of the run.
-        num_codes: Size of the codebook; 0 if there is none.
+        num_codes: Number of codes that learn; 0 if there are none.
     """
 
-    name, section, docs = "codebook", "loss", "docs/family.md"
+    name, section, docs, plan_line = "codebook", "loss", "docs/family.md", "codebook"
     charts = {"Codebook": ("codebook_perplexity",), "Codebook loss": ("codebook",)}
 
     code_age: Tensor
@@ -53,29 +55,45 @@ class Codebook(Objective[CodebookSettings]):
 
     @classmethod
     def problems(cls, own: CodebookSettings, run: RunFacts, model: ModelFacts | None) -> Iterator[Problem]:
-        changed = [
-            key for key in ("commitment", "revive_after") if getattr(own, key) != getattr(CodebookSettings(), key)
-        ]
-        if changed and model is not None and model.latent != "codebook":
-            yield Problem(f"loss.{changed[0]}", f"is for a codebook, which {model.name} does not have: leave it out")
+        plain = CodebookSettings()
+        changed = [key for key in ("commitment", "revive_after") if getattr(own, key) != getattr(plain, key)]
+        if changed and model is not None and model.no_codebook:
+            yield Problem(f"loss.{changed[0]}", model.no_codebook)
+        elif changed and "fsq" in run.enabled:
+            key = changed[0]
+            yield Problem(
+                f"loss.{key}",
+                f"is for codes that learn, and those of codebook.levels do not: set it to {getattr(plain, key):g}",
+            )
 
     @classmethod
     def build(cls, own: CodebookSettings, run: RunFacts, autoencoder: nn.Module, device: torch.device) -> "Codebook":
         from latent_ae.models.reconstruct import num_codes_of
 
-        return cls(own, run, num_codes_of(autoencoder)).to(device)
+        return cls(own, run, 0 if "fsq" in run.enabled else num_codes_of(autoencoder)).to(device)
+
+    @classmethod
+    def describe(cls, own: CodebookSettings, run: RunFacts) -> str:
+        if "fsq" in run.enabled:
+            return ""
+        if run.train == "decoder":
+            return "codes stay as they are"
+        restart = f"codes unused for {own.revive_after} steps restart" if own.revive_after else "unused codes stay"
+        return f"commitment {own.commitment:g}, {restart}"
 
     def backward(self, p: Pass) -> None:
         out, codes = p.out, p.out.codes
         if codes is None:
             return
+        p.global_means["codebook/counts"] = code_counts(codes.indices, p.model.num_codes)
+        if "fsq" in self.run.enabled:
+            return
         if out.mean.requires_grad or codes.vectors.requires_grad:
-            loss = codebook_loss(out.mean, codes.vectors, self.own.commitment)
+            loss = codebook_loss(codes.latent, codes.vectors, self.own.commitment)
             p.logs["codebook"] = loss.detach()
             p.send_loss(loss)
-        p.global_means["codebook/counts"] = code_counts(codes.indices, p.model.num_codes)
         if p.first:  # from the step's first sample, which is the same however the batch is split
-            self.candidates = out.mean.detach()[0].flatten(1).T
+            self.candidates = codes.latent.detach()[0].flatten(1).T
 
     def remember(self, means: Mapping[str, Tensor], logs: dict[str, Tensor]) -> None:
         self.counts = means.get("codebook/counts")
@@ -95,7 +113,7 @@ class Codebook(Objective[CodebookSettings]):
         if self.counts is None or self.candidates is None or not self.own.revive_after:
             return
         codebook, fresh = model.codebook, self.candidates.contiguous()
-        if not codebook.requires_grad:
+        if not codebook.requires_grad and "code_averages" not in self.run.enabled:
             return
         if torch.distributed.is_initialized():
             torch.distributed.broadcast(fresh, src=0)  # the first process has the first sample
@@ -106,9 +124,10 @@ class Codebook(Objective[CodebookSettings]):
         if codebook.is_cuda:
             chosen = chosen.pin_memory().to(codebook.device, non_blocking=True)
         codebook.copy_(torch.where(dead[:, None], fresh[chosen].to(codebook.dtype), codebook))
-        for name in ("exp_avg", "exp_avg_sq"):
-            moment = optimizer.state[codebook][name]
-            moment.copy_(torch.where(dead[:, None], 0.0, moment))
+        if codebook.requires_grad:
+            for name in ("exp_avg", "exp_avg_sq"):
+                moment = optimizer.state[codebook][name]
+                moment.copy_(torch.where(dead[:, None], 0.0, moment))
         self.code_age.copy_(torch.where(dead, 0.0, age))
 
 

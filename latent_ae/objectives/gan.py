@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from operator import attrgetter
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -25,11 +26,22 @@ from latent_ae.config import (
     looks_like_path,
 )
 from latent_ae.data.rng import augmentation_numbers
-from latent_ae.models.discriminator import FILE, PatchDiscriminator, read_network
+from latent_ae.models.dino_discriminator import DinoDiscriminator
+from latent_ae.models.discriminator import FILE, Discriminator, read_network
+from latent_ae.models.patch_discriminator import PatchDiscriminator
 from latent_ae.models.settings import ModelFacts
+from latent_ae.models.stylegan_discriminator import StyleGANDiscriminator
 from latent_ae.objectives.base import GradientBalance, Objective, Pass, RunFacts, recent_means
 from latent_ae.objectives.diffaug import NUMBERS, augment
+from latent_ae.pretrained.frozen import folder_problems
+from latent_ae.pretrained.vision import VisionModel, vision_shape
 
+NETWORKS: dict[str, type[Discriminator]] = {
+    "patch": PatchDiscriminator,
+    "dino": DinoDiscriminator,
+    "stylegan": StyleGANDiscriminator,
+}
+"""The discriminators by the values of gan.network."""
 AdversarialLoss = Literal["hinge", "vanilla", "non_saturating"]
 LECAM_DECAY = 0.99
 SURE, BLIND = 0.97, 0.53
@@ -56,14 +68,25 @@ class GanSettings(Settings):
     cross-entropy and softplus(-D(fake))."""
     init_from: Annotated[str | None, SILENT] = None
     """A run, checkpoint, export or hub id with an export, from whose discriminator to start."""
+    network: Annotated[Literal["patch", "dino", "stylegan"], FIXED] = "patch"
+    """The discriminator: patch (PatchGAN), dino (heads on a frozen vision transformer, as RAE) or stylegan (residual,
+    with one logit per image)."""
     channels: Annotated[Positive, FIXED] = 64
-    """Width of the discriminator's first layer; later layers have up to eight times as many channels."""
+    """Width of the first layer of patch or stylegan; later layers of patch have up to eight times as many channels,
+    those of stylegan up to 512."""
     layers: Annotated[int, Field(ge=1, le=16), FIXED] = 3
-    """Layers of the discriminator that halve the resolution."""
-    norm: Annotated[Literal["group", "spectral", "batch", "none"], FIXED] = "group"
-    """Normalisation in the discriminator."""
+    """Layers of patch that halve the resolution."""
+    norm: Annotated[Literal["group", "spectral", "batch", "instance", "none"], FIXED] = "group"
+    """Normalisation in patch (group, spectral, batch, none) or dino (group, instance, none, besides spectral norm)."""
     blur: Annotated[bool, FIXED] = False
-    """Low-pass filter before each subsampling in the discriminator."""
+    """Low-pass filter before each subsampling in patch."""
+    dino_model: str | None = None
+    """Folder of the vision transformer that dino needs, such as DINO-S/8 (config.json, model.safetensors,
+    preprocessor_config.json)."""
+    dino_px: Annotated[Positive, FIXED] = 224
+    """Side to which images are resized for dino, px; it is rounded down to whole patches."""
+    dino_kernel: Annotated[Positive, FIXED] = 9
+    """Width of the wide kernel in dino's heads, in tokens."""
     diffaug: tuple[Literal["color", "translation", "cutout"], ...] = ()
     """Differentiable augmentations of the discriminator's input; they help on small data sets."""
     adaptive: bool = True
@@ -88,8 +111,8 @@ class GanSettings(Settings):
         return self.start + self.discriminator_warmup
 
 
-SHAPE = ("gan.norm", "gan.channels", "gan.layers", "gan.blur")
-"""Settings that determine the shape of the discriminator."""
+SHAPE = ("gan.network", *sorted({f"gan.{key}" for kind in NETWORKS.values() for key in kind.settings}))
+"""Settings that determine which weights the discriminator can start from."""
 
 
 class Phase(NamedTuple):
@@ -125,11 +148,11 @@ class GAN(Objective[GanSettings]):
     }
     adversary_name = "discriminator"
 
-    adversary: PatchDiscriminator
+    adversary: Discriminator
     lecam_averages: Tensor
     lecam_share: Tensor
 
-    def __init__(self, own: GanSettings, run: RunFacts, adversary: PatchDiscriminator) -> None:
+    def __init__(self, own: GanSettings, run: RunFacts, adversary: Discriminator) -> None:
         super().__init__(own, run)
         self.hold(adversary=adversary)
         self.balance = GradientBalance(self.name, own.adaptive_cap, own.adaptive_smoothing)
@@ -150,6 +173,7 @@ class GAN(Objective[GanSettings]):
             yield Problem("gan.init_from", f"no such folder: {start} (from {Path.cwd()})")
         if not own.weight:
             return
+        yield from network_problems(own, run, model)
         if run.resolution < cls.needs_px(own):
             yield Problem(
                 "gan.layers",
@@ -172,7 +196,7 @@ class GAN(Objective[GanSettings]):
 
     @classmethod
     def needs_px(cls, own: GanSettings) -> int:
-        return 3 * 2**own.layers if own.weight else 1
+        return NETWORKS[own.network].needs_px(**own.model_dump()) if own.weight else 1
 
     @classmethod
     def build(cls, own: GanSettings, run: RunFacts, autoencoder: nn.Module, device: torch.device) -> "GAN":
@@ -180,7 +204,20 @@ class GAN(Objective[GanSettings]):
 
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(run.seed + 1)
-            network = cls.network(own, channels_of(autoencoder))
+            network = cls.network(own, channels_of(autoencoder), run.resolution)
+        if isinstance(network, DinoDiscriminator):
+            vision = VisionModel(
+                str(own.dino_model),
+                image_px=own.dino_px,
+                setting="gan.dino_model",
+                twice_differentiable=own.r1 > 0,
+            )
+            if vision.side_px**2 < own.dino_kernel:
+                raise UserError(
+                    f"gan.dino_kernel: {own.dino_kernel} is wider than the {vision.side_px**2} tokens of an image of "
+                    f"{own.dino_px} px: raise gan.dino_px or lower it"
+                )
+            network.attach(vision, vision.sha256())
         if own.init_from is not None:
             network.load_state_dict(discriminator_weights(own.init_from, network))
         if run.compile:
@@ -188,13 +225,26 @@ class GAN(Objective[GanSettings]):
         return cls(own, run, network.to(device)).to(device)
 
     @classmethod
-    def network(cls, own: GanSettings, channels: int) -> PatchDiscriminator:
-        """Return a new discriminator of images with `channels` channels."""
-        return PatchDiscriminator(channels, own.channels, own.layers, own.norm, own.blur)
+    def network(cls, own: GanSettings, channels: int, side_px: int) -> Discriminator:
+        """Return a new discriminator, without the frozen network that it may need.
+
+        Args:
+            own: The settings.
+            channels: Channels of the images.
+            side_px: Side of the training crops, px.
+
+        Raises:
+            UserError: If the frozen network's folder has no readable config.
+        """
+        kind, values = NETWORKS[own.network], {"in_channels": channels, "side_px": side_px, **own.model_dump()}
+        if kind is DinoDiscriminator:
+            values |= vision_shape(str(own.dino_model), "gan.dino_model")
+        return kind(**{name: values[name] for name in kind.arguments})
 
     @classmethod
     def describe(cls, own: GanSettings, run: RunFacts) -> str:
-        text = f"discriminator from step {own.start:,}, in the autoencoder's loss from {own.felt_from:,}"
+        kind = "" if own.network == "patch" else f"{own.network} "
+        text = f"{kind}discriminator from step {own.start:,}, in the autoencoder's loss from {own.felt_from:,}"
         return text + (f": never, the run ends at {run.steps:,}" if own.felt_from >= run.steps else "")
 
     @classmethod
@@ -313,9 +363,71 @@ class GAN(Objective[GanSettings]):
     def trains_adversary(self, step: int) -> bool:
         return phase_at(step, self.own).discriminator
 
+    def facts(self) -> dict[str, Any]:
+        """Return the checksum of the discriminator's frozen network, if it has one."""
+        sha256 = self.adversary.shape.get("sha256")
+        return {"dino_sha256": sha256} if sha256 is not None else {}
+
+    def refuse_another(self, facts: Mapping[str, Any]) -> None:
+        before, now = facts.get("dino_sha256"), self.adversary.shape.get("sha256")
+        if before != now:
+            raise UserError(
+                f"gan.dino_model: the discriminator learned on weights with sha256 {before}, those in this folder have "
+                f"{now}: restore the former, or choose another output_dir"
+            )
+
     def cost(self, step: int) -> float:
         phase = phase_at(step, self.own)
         return float(phase.discriminator) + float(phase.generator > 0) + float(phase.r1 > 0)
+
+
+def settings_of_others(network: str) -> list[str]:
+    """Return the keys of the section that concern other values of gan.network than this one."""
+    keys = (key.removeprefix("gan.") for key in SHAPE[1:])
+    return [key for key in keys if network in NETWORKS and key not in NETWORKS[network].settings]
+
+
+def network_problems(own: GanSettings, run: RunFacts, model: ModelFacts | None) -> Iterator[Problem]:
+    """Yield settings that do not go with the discriminator that gan.network names.
+
+    Args:
+        own: The settings.
+        run: Facts of the run.
+        model: Facts of the autoencoder; None before they are known.
+    """
+    kind = NETWORKS[own.network]
+    for key in settings_of_others(own.network):
+        if getattr(own, key) != GanSettings.model_fields[key].default:
+            others = " and ".join(name for name, other in NETWORKS.items() if key in other.settings)
+            yield Problem(f"gan.{key}", f"is for gan.network {others}, and this one is {own.network}: leave it out")
+    if kind.norms and own.norm not in kind.norms:
+        yield Problem("gan.norm", f"{own.norm} is not for gan.network {own.network}: use {' or '.join(kind.norms)}")
+    yield from (Problem(f"gan.{key}", text) for key, text in kind.misfits(run.resolution, **own.model_dump()))
+    if kind is DinoDiscriminator and own.dino_model is None:
+        yield Problem(
+            "gan.dino_model", "gan.network=dino needs a folder with a vision transformer (docs/weights.md): give it"
+        )
+    elif kind is DinoDiscriminator:
+        yield from folder_problems("gan.dino_model", str(own.dino_model))
+    if not kind.any_size and "equivariance" in run.enabled:
+        yield Problem(
+            "gan.network", f"{own.network} takes images of one size, and latents.equivariance scales them: set it to 0"
+        )
+    if model is not None and kind.channels is not None and model.channels not in kind.channels:
+        channels = " or ".join(map(str, kind.channels))
+        yield Problem(
+            "gan.network", f"{own.network} sees {channels} channels, {model.name} has {model.channels}: use patch"
+        )
+
+
+def shape_of(settings: Any) -> dict[str, Any]:
+    """Return what decides whether a discriminator can start from another run's, by the full keys of the settings.
+
+    Args:
+        settings: All settings of a run.
+    """
+    more = () if NETWORKS[settings.gan.network].any_size else ("data.resolution",)
+    return {key: attrgetter(key)(settings) for key in (*SHAPE, *more)}
 
 
 def phase_at(step: int, own: GanSettings) -> Phase:
@@ -332,7 +444,7 @@ def phase_at(step: int, own: GanSettings) -> Phase:
     return Phase(True, own.weight * min(1.0, max(0, since + 1) / (own.warmup + 1)), r1)
 
 
-def discriminator_weights(location: str, network: PatchDiscriminator) -> dict[str, Tensor]:
+def discriminator_weights(location: str, network: Discriminator) -> dict[str, Tensor]:
     """Return the discriminator's weights in a checkpoint, the newest checkpoint of a run, or an export.
 
     Args:
@@ -345,25 +457,60 @@ def discriminator_weights(location: str, network: PatchDiscriminator) -> dict[st
     from latent_ae.models.run_checkpoint import misfits
 
     path = _discriminator_file(location)
-    try:
-        weights, shape = read_network(path)
-    except (SafetensorError, OSError, ValueError, RecursionError) as error:
-        raise UserError(f"gan.init_from: cannot read {path}: {error}") from error
-    other = {key: shape[key] for key, own in network.shape.items() if shape.get(key, own) != own}
+    weights, stored = _read(path, "gan.init_from: ")
+    shape, ours = ({"network": "patch", **one} for one in (stored, network.shape))
+    other = {key: shape[key] for key, own in ours.items() if shape.get(key, own) != own}
     if "in_channels" in other:
         raise UserError(
             f"gan.init_from: the discriminator of {path} is of images of {other['in_channels']} channels, and these "
-            f"have {network.shape['in_channels']}: leave gan.init_from out"
+            f"have {ours['in_channels']}: leave gan.init_from out"
+        )
+    if "network" in other:
+        raise UserError(f"gan.init_from: the discriminator of {path} is another: set gan.network={other['network']}")
+    if "side_px" in other:
+        raise UserError(
+            f"gan.init_from: the discriminator of {path} takes images of {other['side_px']} px, and these have "
+            f"{ours['side_px']}: leave gan.init_from out"
+        )
+    if other.keys() & {"features", "depth", "sha256"}:
+        raise UserError(
+            f"gan.init_from: the discriminator of {path} learned on another vision model, whose weights have sha256 "
+            f"{shape.get('sha256')}: give its folder as gan.dino_model"
         )
     if other:
         words = " ".join(f"gan.{key}={json.dumps(value).strip(chr(34))}" for key, value in other.items())
         raise UserError(f"gan.init_from: the discriminator of {path} has another shape: set {words}")
     if differing := misfits(network, weights):
+        keys = " and ".join(f"gan.{key}" for key in ("network", *type(network).settings))
         raise UserError(
             f"gan.init_from: the discriminator of {path} has another shape (first difference: {differing[0]}): "
-            "set gan.channels, gan.layers, gan.norm and gan.blur as in its run"
+            f"set {keys} as in its run"
         )
     return weights
+
+
+def stored_discriminator(checkpoint: Path) -> Discriminator:
+    """Return the discriminator of a checkpoint, built by the shape in its file, without its frozen network.
+
+    Raises:
+        UserError: If it cannot be read.
+    """
+    path = checkpoint / FILE
+    weights, shape = _read(path)
+    try:
+        kind = NETWORKS[shape.pop("network", "patch")]
+        network = kind(**shape)
+        network.load_state_dict(weights)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"{path} holds no discriminator of its shape: {' '.join(str(error).split())[:200]}") from error
+    return network
+
+
+def _read(path: Path, setting: str = "") -> tuple[dict[str, Tensor], dict[str, Any]]:
+    try:
+        return read_network(path)
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{setting}cannot read {path}: {error}") from error
 
 
 def _discriminator_file(location: str) -> Path:

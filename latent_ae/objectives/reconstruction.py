@@ -78,7 +78,7 @@ class Reconstruction(Objective[ReconstructionSettings]):
             )
         if own.learned_logvar and own.pixel == "bernoulli":
             yield Problem("loss.learned_logvar", "bernoulli has no variance to learn: set it to false")
-        if not (own.pixel_weight or own.perceptual):
+        if not (own.pixel_weight or own.perceptual or run.enabled & {"convnext", "dino"}):
             yield Problem("loss", "pixel_weight and perceptual are both 0: nothing would be reconstructed")
         least = TRUNKS[own.perceptual_net].min_px
         if own.perceptual and min(run.resolution, run.validation_px) < least:
@@ -121,8 +121,7 @@ class Reconstruction(Objective[ReconstructionSettings]):
             precision = torch.exp(-self.logvar.detach())
             gradient = gradient * precision
             p.global_means["reconstruction/logvar"] = area - loss.detach() * precision
-        p.reconstruction_gradient = gradient
-        p.send_image(gradient)
+        p.send_reconstruction(gradient)
 
     def loss(self, p: Pass) -> Tensor:
         """Return the weighted sum of the pixel and LPIPS terms, with a graph at `p.image`, and log each term."""

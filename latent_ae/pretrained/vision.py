@@ -1,82 +1,68 @@
-"""Features of a frozen vision transformer from a local folder, on the grid of the latents."""
+"""Features of a frozen vision transformer from a local folder."""
 
 import inspect
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from latent_ae.config import UserError
+from latent_ae.pretrained.frozen import FrozenNetwork, read_folder, reason
+from latent_ae.pretrained.weight_files import tensors_sha256
 
 
-class VisionModel(nn.Module):
+class VisionModel(FrozenNetwork):
     """A frozen model such as DINOv2 that transformers loads (the extra `alignment`); it returns patch features.
 
-    `num_features` is the number of features, `patch_px` the side of a patch in px.
+    `num_features` is the number of features, `num_layers` that of transformer blocks, `patch_px` the side of a patch in
+    px, and `side_px` the number of patches along a side with which it was tried.
 
     Args:
         folder: A folder with the model's config, safetensors weights and preprocessor_config.json.
-        side_px: Side of a latent, px; the model is tried on it.
+        side_px: Number of patches along a side, such as the side of a latent in px; the model is tried on it.
+        image_px: Side in px to which images are resized, in place of `side_px`; it is rounded down to whole patches.
+        setting: The setting that names the folder, for messages.
+        twice_differentiable: Compute attention so that gradients can be differentiated again, which is slower.
 
     Raises:
         UserError: If transformers is missing, or the folder holds no vision transformer that fits.
     """
 
-    mean: Tensor
-    std: Tensor
-
-    def __init__(self, folder: str | Path, side_px: int):
-        super().__init__()
-        try:
-            from transformers import AutoModel
-        except ImportError as error:
-            raise UserError("alignment.model: needs transformers: pip install 'latent-ae[alignment]'") from error
+    def __init__(
+        self,
+        folder: str | Path,
+        side_px: int = 0,
+        *,
+        image_px: int = 0,
+        setting: str = "alignment.model",
+        twice_differentiable: bool = False,
+    ):
+        options: dict[str, Any] = {"attn_implementation": "eager"} if twice_differentiable else {}
+        model, mean, std = read_folder(folder, setting, **options)
+        super().__init__(model, mean, std)
         folder = Path(folder).expanduser()
-        try:
-            processing = json.loads((folder / "preprocessor_config.json").read_text(encoding="utf-8"))
-            for name in ("mean", "std"):
-                values = torch.tensor(processing[f"image_{name}"], dtype=torch.float32)
-                if values.numel() not in (1, 3) or not values.isfinite().all() or (name == "std" and values.min() <= 0):
-                    raise ValueError(f"image_{name} is {processing[f'image_{name}']}")
-                self.register_buffer(name, values.view(1, -1, 1, 1))
-        except Exception as error:  # what a foreign file holds may be of any kind
-            raise UserError(
-                f"alignment.model: {folder} needs a preprocessor_config.json with image_mean and image_std: "
-                f"{_reason(error)}"
-            ) from error
-        try:
-            # no code from the folder is run, and nothing is looked for elsewhere
-            self.model = AutoModel.from_pretrained(
-                folder, local_files_only=True, use_safetensors=True, trust_remote_code=False
-            )
-        except Exception as error:  # transformers raises many kinds for a foreign folder
-            raise UserError(f"alignment.model: transformers cannot load {folder}: {_reason(error)}") from error
-        self.model = self.model.float().eval().requires_grad_(False)
         patch = getattr(self.model.config, "patch_size", None)
         if self.model.main_input_name != "pixel_values" or not isinstance(patch, int):
             kind = type(self.model).__name__
-            raise UserError(f"alignment.model: {folder} holds a {kind}; a vision transformer is needed, such as DINOv2")
+            raise UserError(f"{setting}: {folder} holds a {kind}; a vision transformer is needed, such as DINOv2")
         self.patch_px: int = patch
         takes = inspect.signature(self.model.forward).parameters
         # DINO interpolates its position embeddings to any size by itself, other models on request
         self.extras = {"interpolate_pos_encoding": True} if "interpolate_pos_encoding" in takes else {}
+        size = image_px or patch * side_px
         try:
-            features = self(torch.zeros(1, 3, side_px, side_px), side_px)
+            self.side_px = side_px or max(1, image_px // patch)
+            self.num_layers = int(self.model.config.num_hidden_layers)
+            with torch.no_grad():
+                features = self(torch.zeros(1, 3, size, size), self.side_px)
         except Exception as error:  # a model may accept a configuration with which its forward pass fails
-            size = self.patch_px * side_px
-            raise UserError(
-                f"alignment.model: {folder} gives no {side_px} x {side_px} features for images of {size} px: "
-                f"{_reason(error)}"
-            ) from error
+            grid = f"{side_px} x {side_px} features" if side_px else "features"
+            raise UserError(f"{setting}: {folder} gives no {grid} for images of {size} px: {reason(error)}") from error
         self.num_features: int = features.shape[1]
 
-    def train(self, mode: bool = True) -> "VisionModel":
-        """Do nothing: the model always stays in evaluation mode."""
-        return super().train(False)
-
-    @torch.no_grad()
     def forward(self, images: Tensor, side_px: int) -> Tensor:
         """Return the patch features of images, without those of class and register tokens, after the model's last norm.
 
@@ -90,15 +76,42 @@ class VisionModel(nn.Module):
         Returns:
             (N, num_features, side_px, side_px) float32.
         """
-        size = self.patch_px * side_px
-        x = images.expand(-1, 3, -1, -1)
-        if x.shape[-1] != size:
-            x = F.interpolate(x, size=(size, size), mode="bilinear", align_corners=False)
-        x = (0.5 * (x + 1.0) - self.mean) / self.std
+        x = self.pixels(images, self.patch_px * side_px)
         tokens = self.model(pixel_values=x, **self.extras).last_hidden_state.float()
         patches = tokens[:, -(side_px**2) :]
         return patches.transpose(1, 2).reshape(len(x), -1, side_px, side_px)
 
+    def layers(self, images: Tensor, depths: Sequence[int]) -> list[Tensor]:
+        """Return the patch tokens after several blocks, without class and register tokens and before the last norm.
 
-def _reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        Args:
+            images: (N, C, H, W) float in [-1, 1], which are resized to `side_px` patches along a side; C is 3 or 1.
+            depths: Numbers of blocks, 1 to `num_layers`.
+
+        Returns:
+            For each depth (N, num_features, side_px ** 2).
+        """
+        x = self.pixels(images, self.patch_px * self.side_px)
+        states = self.model(pixel_values=x, output_hidden_states=True, **self.extras).hidden_states
+        return [states[depth][:, -(self.side_px**2) :].transpose(1, 2) for depth in depths]
+
+    def sha256(self) -> str:
+        """Return the checksum of the weights."""
+        return tensors_sha256({name: tensor.detach().cpu() for name, tensor in self.model.state_dict().items()})
+
+
+def vision_shape(folder: str | Path, setting: str) -> dict[str, int]:
+    """Return `features` and `depth` (its transformer blocks) of the vision transformer in a folder, from its config.
+
+    Raises:
+        UserError: If the config cannot be read.
+    """
+    path = Path(folder).expanduser() / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        shape = {"features": config["hidden_size"], "depth": config["num_hidden_layers"]}
+        if any(type(value) is not int or not 0 < value < 2**16 for value in shape.values()):
+            raise ValueError(f"hidden_size and num_hidden_layers are {list(shape.values())}")
+    except Exception as error:  # what a foreign file holds may be of any kind
+        raise UserError(f"{setting}: {path} is no vision transformer's config: {reason(error)}") from error
+    return shape

@@ -28,6 +28,7 @@ class Trunk(NamedTuple):
     ckpt_module: str = ""
     url: str = ""  # where it is not torchvision's
     other_files: tuple[str, ...] = ()  # names under which others keep the same file
+    on_request: bool = False  # `latent-ae weights fetch` leaves it out unless it is named
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Return the shapes (kernels OIHW) of the kept tensors by their names in torchvision's state dict."""
@@ -65,6 +66,8 @@ TRUNKS = {
         hub_file="weights-inception-2015-12-05-6726825d.pth",
         other_files=("pt_inception-2015-12-05-6726825d.pth",),  # pytorch-fid's
     ),
+    # torchvision's IMAGENET1K_V1, whose logits loss.convnext compares
+    "convnext_small": Trunk(hub_file="convnext_small-0c510722.pth", on_request=True),
 }
 
 

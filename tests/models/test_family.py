@@ -86,8 +86,9 @@ def test_flux2_latents_are_normalised_by_its_batch_norm(pictures: Path, tmp_path
 @pytest.mark.trained
 @pytest.mark.usefixtures("no_finish")
 def test_a_codebook_resumes_and_splits_alike(pictures: Path, tmp_path: Path) -> None:
-    """With codes that are revived on the way."""
-    more = ("optim.schedule=constant", "loss.revive_after=1", "micro_batch_size=2", "ema.decay=0.5")
+    """With codes that are revived on the way, have length 1, are running means, and share an entropy penalty."""
+    codes = "codebook={normalised: true, gradient: rotation, entropy: 0.1, ema_decay: 0.9}"
+    more = ("optim.schedule=constant", "loss.revive_after=1", "micro_batch_size=2", "ema.decay=0.5", codes)
     whole, parts, two = tmp_path / "whole", tmp_path / "parts", tmp_path / "two"
     assert main(family_words(pictures, whole, "VQModel", *more)) == 0
     assert main(family_words(pictures, parts, "VQModel", *more, "steps=2")) == 0

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch.distributions import Normal, kl_divergence
 
-from latent_ae.models.discriminator import Blur, PatchDiscriminator
+from latent_ae.models.discriminator import Blur
+from latent_ae.models.patch_discriminator import PatchDiscriminator
 from latent_ae.models.posterior import kl_per_dimension
 from latent_ae.objectives.base import Batch, adaptive_ratio
 from latent_ae.objectives.gan import discriminator_loss, generator_loss, lecam_loss, r1_penalty

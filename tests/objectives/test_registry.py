@@ -55,11 +55,12 @@ def test_what_a_run_that_goes_on_may_change() -> None:
         *("alignment.model", "alignment.adaptive", "distillation.teacher"),
     }
     assert by_mark["fixed with learned_logvar"] == {"loss.pixel", "loss.scale"}
-    fixed_sections = {key for key in keys if key.split(".")[0] in ("data", "decoder", "model")}
+    fixed_sections = {key for key in keys if key.split(".")[0] in ("codebook", "data", "decoder", "model")}
     assert by_mark["fixed"] == (fixed_sections - {"data.num_workers", "data.max_bad_fraction"}) | {
         *("seed", "batch_size", "precision", "init_from", "train", "validate.images", "validate.crop_px", "optim.kind"),
         *("loss.perceptual_net", "loss.learned_logvar", "loss.total_correlation_width"),
-        *("gan.loss", "gan.norm", "gan.channels", "gan.layers", "gan.blur"),
+        *("gan.loss", "gan.network", "gan.norm", "gan.channels", "gan.layers", "gan.blur"),
+        *("gan.dino_px", "gan.dino_kernel"),
     }
     assert by_mark["silent"] == {
         *("output_dir", "report_to", "push_to_hub", "micro_batch_size", "compile", "gradient_checkpointing"),

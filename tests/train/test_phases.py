@@ -283,6 +283,10 @@ def test_the_discriminator_goes_on_where_it_fits(tmp_path: Path) -> None:
     assert starts({}, {"gan": {"layers": 2}}, start=0) == [None, None]
     assert starts({}, {"gan": {"weight": 0}}, start=0) == [None, None]
     assert starts({}, {"gan": {"init_from": None}}, start=0) == [None, None]
+    larger = {"data": {"resolution": 128}}  # only that of patches and of resized images takes any size
+    assert starts({}, larger, start=0) == [None, first]
+    assert starts({}, larger, start=0, network="stylegan") == [None, None]
+    assert starts({}, {"gan": {"network": "stylegan"}}, start=0) == [None, None]
 
 
 def test_a_dry_run_shows_every_phase(pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

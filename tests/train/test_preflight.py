@@ -155,7 +155,7 @@ def test_the_phase_of_the_gan_is_tried_before_the_first_step(
     def broken(*_: Any) -> None:
         raise ArithmeticError(part)
 
-    module = "latent_ae.models.discriminator" if "forward" in part else "latent_ae.objectives.gan"
+    module = "latent_ae.models.patch_discriminator" if "forward" in part else "latent_ae.objectives.gan"
     monkeypatch.setattr(f"{module}.{part}", broken)
     run = tmp_path / "run"
     with pytest.raises(ArithmeticError, match=part):
