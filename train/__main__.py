@@ -26,7 +26,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dry-run", action="store_true", help="print the resolved settings and the plan, then stop")
     parser.add_argument(
         "--gpu",
-        help="for --dry-run: the GPU whose memory is planned, by name (h100, rtx4090) or in GB; 80 is the default",
+        help="with --dry-run: the GPU for which memory is planned, by name (h100, rtx4090) or in GB; default 80",
     )
     arguments = parser.read(argv)
     settings = load_settings(TrainSettings, arguments.config, arguments.override)

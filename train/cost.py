@@ -15,10 +15,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import flop_registry
 
 from latent_ae.arithmetic import training_memory_format
 from latent_ae.config import UserError
+from latent_ae.files import amount
 from latent_ae.models.build import channels_of, factor_of, facts_of, latent_channels_of
 
 from .build import build_objectives
@@ -122,12 +123,17 @@ def describe_cost(settings: TrainSettings, autoencoder: ModelMixin, gpu: Gpu) ->
     except UserError as error:  # for example a vision model whose folder is not there yet
         return {"memory": f"not computed: {error}"}
     size, most = settings.micro_batch, cost.largest_micro_batch(gpu.memory_gb * 1e9)
-    states = cost.average + cost.optimizers
-    fits = f"up to {most:,} images fit" if most else "not even one image fits: lower data.resolution"
+    parts = {
+        "networks": cost.networks,
+        "average": cost.average,
+        "optimizer states": cost.optimizers,
+        "gradients": cost.gradients,
+        "each image": cost.per_image,
+    }
+    fits = f"up to {most:,} images fit" if most else "not even one image fits"
     lines = {
-        "memory": f"{cost.peak(size) / 1e9:.1f} GB at a micro-batch of {size}: networks {cost.networks / 1e9:.2f}, their "
-        f"average and optimizer states {states / 1e9:.2f}, gradients {cost.gradients / 1e9:.2f}, images "
-        f"{cost.per_image / 1e9:.2f} each; {fits} into {gpu.memory_gb:g} GB",
+        "memory": f"{amount(cost.peak(size))} for a micro-batch of {size}; {fits} into {gpu.memory_gb:g} GB",
+        "of which": ", ".join(f"{name} {amount(part)}" for name, part in parts.items() if part),
         "arithmetic": f"{cost.flops_per_image / 1e12:.3g} TFLOPs per image, "
         f"{cost.flops_per_image * settings.batch_size / 1e12:,.3g} per step",
     }
@@ -175,60 +181,68 @@ def _measured(settings: TrainSettings, autoencoder: ModelMixin, gpu: bool, size:
     layout = torch.channels_last if gpu else training_memory_format(torch.device("cpu"))
     with (
         FakeTensorMode(allow_non_fake_inputs=True),
-        Allocations() as memory,
+        Allocations() as used,
         NormsInFloat32() if gpu else nullcontext(),
     ):
-        networks = [autoencoder, *objectives]
-        for objective in objectives:
-            networks += [held for held in vars(objective).values() if isinstance(held, nn.Module)]
-        for network in networks:
+        for network in (autoencoder, *objectives):
             without_data_(network)
-        of_networks = memory.now
+        of_networks = used.now
         if ema is not None:
             without_data_(ema.module)
-        of_average = memory.now - of_networks
+        of_average = used.now - of_networks
         step = TrainStep(settings, cast(Accelerator, _OneProcess()), autoencoder, objectives, ema, layout)
         for network in step.bare_adversaries.values():
             network.train()
         states = step.optimizers.memory_placeholder()
         trained = [one for network in step.networks for one in network.parameters() if one.requires_grad]
-        of_states = memory.now - of_average - of_networks
+        of_states = used.now - of_average - of_networks
         of_gradients = sum(one.nbytes for one in trained)
-        memory.peak = memory.now
+        used.peak = used.now
         side, factor = settings.data.resolution, factor_of(autoencoder)
         images = torch.empty(size, channels_of(autoencoder), side, side, memory_format=layout)
         noise = torch.empty(size, latent_channels_of(autoencoder), side // factor, side // factor)
         batch = drawn_batch(images, noise, range(size), objectives)
         if settings.decoder.latents is not None:
             batch = batch._replace(decode=noise)
-        with FlopCounterMode(display=False) as counter:
-            step.forward_backward(batch, dearest_step(step))
+        step.forward_backward(batch, dearest_step(step))
         del states
     if settings.accumulation > 1:  # the placeholder has the gradients of earlier passes
         of_states -= of_gradients
-    return _Measured((of_networks, of_average, of_states, of_gradients), memory.peak, counter.get_total_flops())
+    return _Measured((of_networks, of_average, of_states, of_gradients), used.peak, used.flops)
 
 
 def without_data_(module: nn.Module) -> None:
-    """Replace all parameters and buffers by tensors of the same shapes, in place, inside a FakeTensorMode."""
+    """Replace all parameters and buffers by tensors of the same shapes, in place, inside a FakeTensorMode.
+
+    Networks that its modules hold without registering them (frozen ones, adversaries) are included.
+    """
     trained = {name: one.requires_grad for name, one in module.named_parameters()}
     module.to_empty(device="cpu")
     for name, one in module.named_parameters():
         one.requires_grad_(trained[name])
+    for part in module.modules():
+        for held in vars(part).values():
+            if isinstance(held, nn.Module):
+                without_data_(held)
 
 
 class Allocations(TorchDispatchMode):
-    """Counts the bytes of all tensors that are made and alive in a `with` block."""
+    """Counts the bytes of all tensors that are made and alive in a `with` block, and the arithmetic of what is called.
+
+    Torch's own FlopCounterMode hangs hooks on modules, with which gradients of some objectives cannot be taken.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.now = self.peak = 0
+        self.now = self.peak = self.flops = 0
         self.known: set[int] = set()
 
     def __torch_dispatch__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         out = func(*args, **(kwargs or {}))
+        if (count := flop_registry.get(func._overloadpacket)) is not None:
+            self.flops += count(*args, **(kwargs or {}), out_val=out)
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor):
                 self._count(tensor.untyped_storage())

@@ -52,7 +52,9 @@ class TrainStep:
         self.settings, self.accelerator, self.ema = settings, accelerator, ema
         self.objectives = {objective.name: objective for objective in objectives}
         _refuse_equal_names(objectives)
-        self.state = nn.ModuleDict(self.objectives).to(accelerator.device)
+        self.state = nn.ModuleDict(self.objectives)
+        if any(tensor.device != accelerator.device for tensor in (*self.state.parameters(), *self.state.buffers())):
+            self.state.to(accelerator.device)
         heads = {name: head for name, one in self.objectives.items() if (head := one.head()) is not None}
         layout = training_memory_format(accelerator.device) if layout is None else layout
         self.bare_reconstructor = lay_out(Reconstructor(autoencoder, heads), layout)
