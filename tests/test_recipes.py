@@ -1,0 +1,320 @@
+"""The recipes of the literature against the values that were published, and two steps of each, made narrow."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from latent_ae.config import recipe_folders
+from latent_ae.pretrained.lpips import LPIPS
+from latent_ae_train.phases import merged, phases_of
+from latent_ae_train.settings import TrainSettings
+from tests.tiny import build_step, drawn_batch
+from tests.tiny_vision import save_vision_model
+
+PX = 256
+CLAMP_OF_SUMS = pytest.approx(1e4 / (3 * PX * PX), rel=1e-3)
+"""Latent diffusion's clamp of 1e4 on a ratio whose numerator is a sum over an image; here it is a mean."""
+IMAGENET = 1_281_167
+
+
+def widths(*multipliers: int) -> tuple[int, ...]:
+    return tuple(128 * multiplier for multiplier in multipliers)
+
+
+def epochs(count: int, batch: int) -> Any:
+    return pytest.approx(count * IMAGENET / batch, abs=1)
+
+
+def attention(levels: int, last: int) -> dict[str, Any]:
+    down = ["DownEncoderBlock2D"] * (levels - last) + ["AttnDownEncoderBlock2D"] * last
+    return {
+        "down_block_types": tuple(down),
+        "up_block_types": tuple(one.replace("Down", "Up").replace("Encoder", "Decoder") for one in down[::-1]),
+    }
+
+
+def ldm(base_batch: int) -> dict[str, Any]:
+    """What all first stages of latent diffusion share; Adam's rate is 4.5e-6 for each of the batch's images."""
+    batch = 8 * base_batch
+    return {
+        "batch_size": batch,
+        "micro_batch_size": base_batch,
+        "data.resize_px": 384,
+        "data.resolution": PX,
+        "loss.pixel": "l1",
+        "loss.perceptual": 1.0,
+        "optim.lr": pytest.approx(4.5e-6 * batch),
+        "optim.betas": (0.5, 0.9),
+        "optim.discriminator_betas": (0.5, 0.9),
+        "optim.discriminator_lr": None,
+        "optim.weight_decay": 0.0,
+        "optim.schedule": "constant",
+        "optim.warmup": 0,
+        "optim.clip": 0.0,
+        "ema.decay": 0.0,
+        "gan.loss": "hinge",
+        "gan.channels": 64,
+        "gan.adaptive": True,
+        "gan.adaptive_smoothing": 0.0,
+        "gan.discriminator_warmup": 0,
+        "gan.warmup": 0,
+    }
+
+
+def kl(base_batch: int, channels: int, *multipliers: int) -> dict[str, Any]:
+    return ldm(base_batch) | {
+        "model.block_out_channels": widths(*multipliers),
+        "model.layers_per_block": 2,
+        "model.latent_channels": channels,
+        "model.norm_num_groups": 32,
+        "model.mid_block_add_attention": True,
+        "loss.kl": 1e-6,
+        "gan.weight": 0.5,
+        "gan.start": 50_001,
+        "gan.layers": 3,
+        "gan.adaptive_cap": CLAMP_OF_SUMS,
+    }
+
+
+def vq(
+    base_batch: int, codes: int, channels: int, weight: float, start: int, layers: int, *multipliers: int
+) -> dict[str, Any]:
+    return ldm(base_batch) | {
+        "model.kind": "VQModel",
+        "model.config.block_out_channels": list(widths(*multipliers)),
+        "model.config.latent_channels": channels,
+        "model.config.num_vq_embeddings": codes,
+        "loss.commitment": 1.0,
+        "gan.weight": weight,
+        "gan.start": start,
+        "gan.layers": layers,
+        "gan.adaptive_cap": 1e4,
+    }
+
+
+VA_VAE = {
+    "model.block_out_channels": widths(1, 1, 2, 2, 4),
+    "model.latent_channels": 32,
+    "batch_size": 256,
+    "loss.kl": 1e-6,
+    "loss.perceptual": 1.0,
+    "gan.weight": 0.5,
+    "gan.start": 2500,
+    "gan.adaptive_cap": CLAMP_OF_SUMS,
+    "optim.lr": 1e-4,
+    "optim.betas": (0.5, 0.9),
+    **{f"model.{key}": value for key, value in attention(5, 1).items()},
+}
+MARGINS = {"alignment.weight": 0.1, "alignment.cosine_margin": 0.5, "alignment.distance_margin": 0.25}
+NO_MARGINS = {"alignment.cosine_margin": 0.0, "alignment.distance_margin": 0.0}
+DECODER_ONLY = {
+    "train": "decoder",
+    "batch_size": 16 * 12,
+    "gan.weight": 0.0,
+    "optim.lr": pytest.approx(4.5e-6 * 192),
+}
+DC_AE = {
+    "model.kind": "AutoencoderDC",
+    "loss.perceptual": 0.25,
+    "loss.pixel": "l1",
+    "precision": "bf16",
+    "batch_size": 4 * 24,
+}
+DC_PHASES = [
+    DC_AE
+    | {
+        "train": "all",
+        "data.resolution": 256,
+        "gan.weight": 0.0,
+        "optim.lr": 6.4e-5,
+        "optim.weight_decay": 0.1,
+        "optim.betas": (0.9, 0.999),
+    },
+    DC_AE
+    | {
+        "train": ("encoder.conv_out", "decoder.conv_in"),
+        "data.resolution": 512,
+        "gan.weight": 0.0,
+        "optim.lr": 1.6e-5,
+        "optim.weight_decay": 1e-3,
+    },
+    DC_AE
+    | {
+        "train": ("decoder.norm_out", "decoder.conv_out"),
+        "data.resolution": 256,
+        "gan.weight": 0.5,
+        "gan.start": 1,
+        "optim.lr": 5.4e-5,
+        "optim.betas": (0.5, 0.9),
+    },
+]
+DC_32 = {
+    "model.config.latent_channels": 32,
+    "model.config.encoder_block_out_channels": [128, 256, 512, 512, 1024, 1024],
+    "model.config.encoder_layers_per_block": [0, 4, 8, 2, 2, 2],
+    "model.config.decoder_layers_per_block": [0, 5, 10, 2, 2, 2],
+}
+DC_64 = {
+    "model.config.latent_channels": 128,
+    "model.config.encoder_block_out_channels": [128, 256, 512, 512, 1024, 1024, 2048],
+    "model.config.encoder_layers_per_block": [0, 4, 8, 2, 2, 2, 2],
+    "model.config.decoder_layers_per_block": [0, 5, 10, 2, 2, 2, 2],
+}
+PUBLISHED: dict[str, list[dict[str, Any]]] = {
+    "kl-f4": [kl(10, 3, 1, 2, 4) | {"model.down_block_types": None}],
+    "kl-f8": [kl(4, 4, 1, 2, 4, 4) | {"steps": 246_803, "model.down_block_types": None}],
+    "kl-f16": [kl(6, 16, 1, 1, 2, 2, 4) | {f"model.{key}": value for key, value in attention(5, 1).items()}],
+    "kl-f32": [kl(6, 64, 1, 1, 2, 2, 4, 4) | {f"model.{key}": value for key, value in attention(6, 2).items()}],
+    "vq-f4": [vq(8, 8192, 3, 0.75, 0, 3, 1, 2, 4)],
+    "vq-f8": [vq(10, 16384, 4, 0.6, 1, 2, 1, 2, 2, 4)],
+    "vq-f16": [vq(14, 16384, 8, 0.75, 250_001, 2, 1, 1, 2, 2, 4)],
+    "sd-vae-ft-ema": [DECODER_ONLY | {"steps": 313_198, "loss.pixel": "l1", "loss.perceptual": 1.0}],
+    "sd-vae-ft-mse": [DECODER_ONLY | {"steps": 280_000, "loss.pixel": "l2", "loss.perceptual": 0.1}],
+    "ldm-f16d32": [VA_VAE | {"steps": epochs(50, 256)}],
+    "va-vae-f16d32": [VA_VAE | MARGINS | {"steps": epochs(50, 256), "alignment.adaptive": True}],
+    "va-vae-f16d32-long": [
+        VA_VAE | NO_MARGINS | {"steps": epochs(100, 256), "alignment.weight": 0.5},
+        VA_VAE | NO_MARGINS | {"steps": epochs(15, 256), "alignment.weight": 0.1, "gan.start": 1},
+        VA_VAE | MARGINS | {"steps": epochs(15, 256), "gan.start": 1},
+    ],
+    "eq-vae": [
+        {
+            "init_from": "CompVis/stable-diffusion-v1-4",
+            "latents.equivariance": 0.5,
+            "batch_size": 10 * 8 * 2,
+            "optim.lr": pytest.approx(4.5e-6 * 160),
+            "gan.start": 0,
+            "gan.adaptive_cap": CLAMP_OF_SUMS,
+        }
+    ],
+    "dc-ae-f32c32": [phase | DC_32 for phase in DC_PHASES],
+    "dc-ae-f64c128": [phase | DC_64 for phase in DC_PHASES],
+    "dc-ae-1.5": [phase | DC_64 | {"latents.min_channels": 128 // 8} for phase in DC_PHASES],
+    "taming-vqgan": [
+        vq(12, 16384, 256, 0.8, 250_001, 3, 1, 1, 2, 2, 4) | {"data.resize_px": 256, "model.config.vq_embed_dim": 256}
+    ],
+    "llamagen-vq16": [
+        {
+            "steps": epochs(40, 128),
+            "batch_size": 128,
+            "precision": "bf16",
+            "model.config.num_vq_embeddings": 16384,
+            "model.config.vq_embed_dim": 8,
+            "model.config.latent_channels": 256,
+            "codebook.normalised": True,
+            "loss.pixel": "l2",
+            "loss.perceptual": 1.0,
+            "loss.commitment": 0.25,
+            "gan.weight": 0.5,
+            "gan.start": 20_000,
+            "gan.adaptive": False,
+            "optim.lr": 1e-4,
+            "optim.betas": (0.9, 0.95),
+            "optim.discriminator_betas": (0.9, 0.95),
+            "optim.weight_decay": 0.05,
+            "optim.clip": 1.0,
+        }
+    ],
+    "mosaic": [
+        {
+            "batch_size": 256,
+            "model.block_out_channels": widths(1, 2, 4, 4),
+            "model.mid_block_add_attention": False,
+            "loss.kl": 0.1,  # of means there, too
+            "loss.perceptual": 1.0,
+            "gan.weight": 0.1 / 2,
+            "gan.adaptive": False,
+            "gan.start": 0,
+            "optim.lr": 4.5e-5,
+            "optim.betas": (0.9, 0.95),
+            "optim.weight_decay": 0.01,
+            "optim.warmup": 100,
+        }
+    ],
+}
+FULL_SIZE = [*recipe_folders()["published"], *recipe_folders()["shapes"]]
+
+
+def value_of(settings: TrainSettings, key: str) -> Any:
+    value: Any = settings
+    for part in key.split("."):
+        value = value[part] if isinstance(value, dict) else getattr(value, part)
+    return value
+
+
+def test_each_published_recipe_is_in_the_table() -> None:
+    assert PUBLISHED.keys() == recipe_folders()["published"].keys()
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_recipe_has_the_published_values(name: str) -> None:
+    phases = phases_of(TrainSettings.load(name))
+    assert len(phases) == len(PUBLISHED[name])
+    for phase, published in zip(phases, PUBLISHED[name], strict=True):
+        for key, value in published.items():
+            assert value_of(phase.settings, key) == value, (phase.title, key)
+
+
+@pytest.mark.parametrize("name", FULL_SIZE)
+def test_a_narrow_copy_makes_two_steps(name: str, lpips_vgg: LPIPS, tmp_path: Path) -> None:
+    whole = TrainSettings.load(name)
+    for phase in phases_of(whole):
+        settings = narrow(phase.settings, tmp_path)
+        step = build_step(settings, lpips_vgg if settings.loss.perceptual else None)
+        model = step.bare_reconstructor.autoencoder
+        before = [one.detach().clone() for one in model.parameters() if one.requires_grad]
+        for number in range(2):
+            means = step(number, batches(settings, number, step))
+            assert all(value.isfinite().all() for value in means.values())
+        assert step.skipped_steps()[0] == []
+        after = [one for one in model.parameters() if one.requires_grad]
+        assert any(not torch.equal(old, new) for old, new in zip(before, after, strict=True))
+        assert ("discriminator" in means) == bool(settings.gan.weight)
+
+
+def narrow(settings: TrainSettings, folder: Path) -> TrainSettings:
+    """Return a sixteenth of the width on images of a few latent px, all terms from the first step on."""
+    values = settings.model_dump(mode="json", by_alias=True)
+    model = values["model"]
+    if settings.model.gives_shape:
+        model |= {"block_out_channels": [width // 16 for width in model["block_out_channels"]], "norm_num_groups": 4}
+        factor = settings.model.factor
+    else:
+        config = model["config"]
+        for key in config:
+            if key.endswith("block_out_channels"):
+                factor = 2 ** (len(config[key]) - 1)
+                config[key] = [width // 16 for width in config[key]]
+        if settings.model.kind == "AutoencoderDC":
+            config["attention_head_dim"] = 8
+        else:
+            config["norm_num_groups"] = 4
+        if "num_vq_embeddings" in config:
+            config["num_vq_embeddings"] = 32
+    if settings.alignment.model is not None:
+        values["alignment"]["model"] = str(save_vision_model(folder / "vision"))
+    changes = {
+        "init_from": None,
+        "precision": "fp32",  # bf16 is slow on many CPUs
+        "steps": 2,
+        "batch_size": 4,
+        "micro_batch_size": 2,
+        "data": {"resolution": max(2 * factor, 32), "resize_px": None},
+        "gan": {"start": 0, "init_from": None, "channels": 8},
+        "optim": {"warmup": 0},
+    }
+    return TrainSettings.model_validate(merged(values, changes))
+
+
+def batches(settings: TrainSettings, number: int, step: Any) -> Any:
+    side = settings.data.resolution
+    generator = torch.Generator().manual_seed(number)
+    for index in range(settings.accumulation):
+        first = number * settings.batch_size + index * settings.micro_batch
+        images = torch.rand(settings.micro_batch, 3, side, side, generator=generator) * 2 - 1
+        latent = step.bare_reconstructor(images).mean
+        noise = torch.randn(latent.shape, generator=generator)
+        numbers = range(first, first + settings.micro_batch)
+        yield drawn_batch(images, noise, numbers, list(step.objectives.values()))
