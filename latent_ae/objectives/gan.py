@@ -153,7 +153,8 @@ class GAN(Objective[GanSettings]):
         if run.resolution < cls.needs_px(own):
             yield Problem(
                 "gan.layers",
-                f"{own.layers} need crops of at least {cls.needs_px(own)} px; data.resolution is {run.resolution}",
+                f"{own.layers} need crops of at least {cls.needs_px(own)} px; the shortest side of "
+                f"{run.resolution_key} is {run.resolution}",
             )
         if own.norm == "batch" and (run.micro_batch != run.batch_size or run.batch_size < 2):
             yield Problem(

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -18,7 +19,7 @@ class VisionModel(nn.Module):
 
     Args:
         folder: A folder with the model's config, safetensors weights and preprocessor_config.json.
-        side_px: Side of a latent, px; the model is tried on it.
+        grids: Heights and widths of the latents that occur, px; the model is tried on each.
 
     Raises:
         UserError: If transformers is missing, or the folder holds no vision transformer that fits.
@@ -27,7 +28,7 @@ class VisionModel(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, folder: str | Path, side_px: int):
+    def __init__(self, folder: str | Path, grids: Sequence[tuple[int, int]]):
         super().__init__()
         try:
             from transformers import AutoModel
@@ -62,42 +63,44 @@ class VisionModel(nn.Module):
         takes = inspect.signature(self.model.forward).parameters
         # DINO interpolates its position embeddings to any size by itself, other models on request
         self.extras = {"interpolate_pos_encoding": True} if "interpolate_pos_encoding" in takes else {}
-        try:
-            features = self(torch.zeros(1, 3, side_px, side_px), side_px)
-        except Exception as error:  # a model may accept a configuration with which its forward pass fails
-            size = self.patch_px * side_px
-            raise UserError(
-                f"alignment.model: {folder} gives no {side_px} x {side_px} features for images of {size} px: "
-                f"{_reason(error)}"
-            ) from error
-        self.num_features: int = features.shape[1]
+        for height, width in grids:
+            try:
+                features = self(torch.zeros(1, 3, height, width), (height, width))
+            except Exception as error:  # a model may accept a configuration with which its forward pass fails
+                sides = " x ".join(f"{self.patch_px * side}" for side in (height, width))
+                raise UserError(
+                    f"alignment.model: {folder} gives no {height} x {width} features for images of {sides} px: "
+                    f"{_reason(error)}"
+                ) from error
+            self.num_features: int = features.shape[1]
 
     def train(self, mode: bool = True) -> "VisionModel":
         """Do nothing: the model always stays in evaluation mode."""
         return super().train(False)
 
     @torch.no_grad()
-    def forward(self, images: Tensor, side_px: int) -> Tensor:
+    def forward(self, images: Tensor, grid: Sequence[int]) -> Tensor:
         """Return the patch features of images, without those of class and register tokens, after the model's last norm.
 
         Images are resized bilinearly so that one patch is one latent px, as in VA-VAE (Yao et al. 2025): 224 px for a
         latent of 16 px and patches of 14 px.
 
         Args:
-            images: (N, C, S, S) float in [-1, 1]; C is 3, or 1, which is repeated to 3.
-            side_px: Side of the latents, px.
+            images: (N, C, H, W) float in [-1, 1]; C is 3, or 1, which is repeated to 3.
+            grid: Height h and width w of the latents, px.
 
         Returns:
-            (N, num_features, side_px, side_px) float32.
+            (N, num_features, h, w) float32.
         """
-        size = self.patch_px * side_px
+        height, width = grid
+        size = self.patch_px * height, self.patch_px * width
         x = images.expand(-1, 3, -1, -1)
-        if x.shape[-1] != size:
-            x = F.interpolate(x, size=(size, size), mode="bilinear", align_corners=False)
+        if x.shape[2:] != size:
+            x = F.interpolate(x, size=size, mode="bilinear", align_corners=False)
         x = (0.5 * (x + 1.0) - self.mean) / self.std
         tokens = self.model(pixel_values=x, **self.extras).last_hidden_state.float()
-        patches = tokens[:, -(side_px**2) :]
-        return patches.transpose(1, 2).reshape(len(x), -1, side_px, side_px)
+        patches = tokens[:, -height * width :]
+        return patches.transpose(1, 2).reshape(len(x), -1, height, width)
 
 
 def _reason(error: Exception) -> str:
