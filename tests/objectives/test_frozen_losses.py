@@ -89,7 +89,7 @@ def test_the_features_loss_is_one_minus_the_cosine_of_patches(dino: Path) -> Non
     with torch.no_grad():
         first, second = (model(pixel_values=normalised(x, DINO_PX)).last_hidden_state for x in (a, b))
         vision = VisionModel(dino, image_px=DINO_PX + 1)  # rounded down to whole patches
-        found = dino_loss(vision(a, vision.side_px), vision(b, vision.side_px))
+        found = dino_loss(vision(a, vision.grid), vision(b, vision.grid))
     cosines = [
         float(first[n, token] @ second[n, token] / (first[n, token].norm() * second[n, token].norm()))
         for n in range(2)
