@@ -148,7 +148,7 @@ def test_off_means_nothing_is_there() -> None:
 def test_one_channel_is_repeated_and_the_layout_does_not_matter(convnext: Path, dino: Path) -> None:
     grey, colour = images_of(32, 1), images_of(32)
     vision = VisionModel(dino, image_px=DINO_PX)
-    for network in (ConvNeXtLogits(convnext), lambda images: vision(images, 6)):
+    for network in (ConvNeXtLogits(convnext), lambda images: vision(images, (6, 6))):
         assert torch.equal(network(grey), network(grey.repeat(1, 3, 1, 1)))
         torch.testing.assert_close(network(colour.to(memory_format=torch.channels_last)), network(colour))
 
