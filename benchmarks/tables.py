@@ -13,7 +13,7 @@ from typing import Any
 from benchmarks.machine import RESULTS
 
 DOCS = Path(__file__).parent.parent / "docs"
-NAMES = ("performance", "losses", "multi-gpu", "linear-start", "encode", "export", "diffusion", "family")
+NAMES = ("performance", "losses", "multi-gpu", "linear-start", "encode", "export", "diffusion", "family", "data")
 PAGES = [DOCS / f"{name}.md" for name in NAMES]
 
 
@@ -437,6 +437,25 @@ def gan_weight_table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def buckets_table(result: dict[str, Any]) -> str:
+    """What crops of one size and of several make of a first stage, measured at one size."""
+    side = result["crop_px"]
+    framings = {
+        "cut_from_the_whole": f"{side} px cut from the whole",
+        "resized_first": f"resized to {side} px",
+    }
+    lines = [
+        f"`{result['base']}`, seed 0 alone; {where(result)}.",
+        "",
+        f"| crops | pixels (M) | {' | '.join(framings.values())} |",
+        "|---|---:|" + "---:|" * len(framings),
+    ]
+    for name, run in result["runs"].items():
+        cells = [f"{run[key]['psnr']:.2f} dB, LPIPS {run[key]['lpips_vgg']:.3f}" for key in framings]
+        lines.append(f"| {name} | {run['pixels'] / 1e6:.2f} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def where(result: dict[str, Any]) -> str:
     machine = result["machine"]
     return (
@@ -468,6 +487,7 @@ MAKERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "bf16-posterior": posterior_table,
     "adam-eps": eps_table,
     "gan-weight": gan_weight_table,
+    "buckets": buckets_table,
 }
 
 

@@ -24,6 +24,7 @@ from latent_ae_eval.probe.settings import ProbeSettings
 from latent_ae_eval.recon.settings import ReconSettings
 from latent_ae_eval.sample.settings import SampleSettings
 from latent_ae_train.settings import TrainSettings
+from tests.recipes import FOLDER
 
 JOBS = {
     "recon": ReconSettings,
@@ -205,12 +206,13 @@ def test_messages_name_the_key_that_the_command_takes(tmp_path: Path, capsys: py
 
 @pytest.mark.parametrize("recipe", recipe_names())
 def test_the_shape_of_init_from_replaces_that_of_a_recipe(recipe: str) -> None:
-    settings = load_settings(TrainSettings, recipe, ["init_from=someone/vae"])
+    more = FOLDER.get(recipe, [])
+    settings = load_settings(TrainSettings, recipe, ["init_from=someone/vae", *more])
     assert settings.model == TrainSettings().model
     if settings.decoder.wanted:  # it has no first stage without init_from
         return
-    given = load_settings(TrainSettings, recipe, ["init_from=null"])
-    assert given.model == load_settings(TrainSettings, recipe).model
+    given = load_settings(TrainSettings, recipe, ["init_from=null", *more])
+    assert given.model == load_settings(TrainSettings, recipe, more).model
 
 
 def test_words_on_the_model_stay_beside_init_from() -> None:

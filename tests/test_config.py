@@ -8,6 +8,7 @@ import pytest
 from latent_ae.__main__ import main
 from latent_ae.config import UserError, load_settings, recipe_names, to_yaml
 from latent_ae_train.settings import TrainSettings
+from tests.recipes import FOLDER
 
 
 def message(*words: str, source: str | None = None) -> str:
@@ -184,7 +185,7 @@ def test_a_missing_config_names_the_recipes() -> None:
 
 @pytest.mark.parametrize("name", recipe_names())
 def test_each_recipe_is_valid_and_survives_a_round_trip(name: str, tmp_path: Path) -> None:
-    settings = load_settings(TrainSettings, name, [])
+    settings = load_settings(TrainSettings, name, FOLDER.get(name, []))
     path = tmp_path / "copy.yaml"
     path.write_text(to_yaml(settings))
     assert load_settings(TrainSettings, str(path)) == settings

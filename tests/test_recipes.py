@@ -7,9 +7,11 @@ import pytest
 import torch
 
 from latent_ae.config import recipe_folders
+from latent_ae.models.build import factor_of, latent_channels_of
 from latent_ae.pretrained.lpips import LPIPS
 from latent_ae_train.phases import merged, phases_of
 from latent_ae_train.settings import TrainSettings
+from tests.recipes import FOLDER
 from tests.tiny import build_step, drawn_batch
 from tests.tiny_vision import save_vision_model
 
@@ -250,7 +252,7 @@ def test_each_published_recipe_is_in_the_table() -> None:
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_a_recipe_has_the_published_values(name: str) -> None:
-    phases = phases_of(TrainSettings.load(name))
+    phases = phases_of(TrainSettings.load(name, *FOLDER.get(name, [])))
     assert len(phases) == len(PUBLISHED[name])
     for phase, published in zip(phases, PUBLISHED[name], strict=True):
         for key, value in published.items():
@@ -259,7 +261,7 @@ def test_a_recipe_has_the_published_values(name: str) -> None:
 
 @pytest.mark.parametrize("name", FULL_SIZE)
 def test_a_narrow_copy_makes_two_steps(name: str, lpips_vgg: LPIPS, tmp_path: Path) -> None:
-    whole = TrainSettings.load(name)
+    whole = TrainSettings.load(name, *FOLDER.get(name, []))
     for phase in phases_of(whole):
         settings = narrow(phase.settings, tmp_path)
         step = build_step(settings, lpips_vgg if settings.loss.perceptual else None)
@@ -301,7 +303,7 @@ def narrow(settings: TrainSettings, folder: Path) -> TrainSettings:
         "steps": 2,
         "batch_size": 4,
         "micro_batch_size": 2,
-        "data": {"resolution": max(2 * factor, 32), "resize_px": None},
+        "data": {"resolution": max(factor, 32), "resize_px": None},
         "gan": {"start": 0, "init_from": None, "channels": 8},
         "optim": {"warmup": 0},
     }
@@ -314,7 +316,8 @@ def batches(settings: TrainSettings, number: int, step: Any) -> Any:
     for index in range(settings.accumulation):
         first = number * settings.batch_size + index * settings.micro_batch
         images = torch.rand(settings.micro_batch, 3, side, side, generator=generator) * 2 - 1
-        latent = step.bare_reconstructor(images).mean
-        noise = torch.randn(latent.shape, generator=generator)
+        model = step.bare_reconstructor.autoencoder
+        latent = side // factor_of(model)
+        noise = torch.randn(len(images), latent_channels_of(model), latent, latent, generator=generator)
         numbers = range(first, first + settings.micro_batch)
         yield drawn_batch(images, noise, numbers, list(step.objectives.values()))

@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from latent_ae.data.loader import crop_size_at
 from latent_ae.models.build import facts_of
 from latent_ae.models.run_checkpoint import MANIFEST
 from latent_ae.objectives import GAN as GAN_OBJECTIVE
@@ -83,11 +84,13 @@ def adversary_of(step: TrainStep, name: str = "gan") -> nn.Module | None:
 def global_batch(
     step: int, settings: TrainSettings, latent: Sequence[int] = LATENT
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Images and noise of a step, a function of its number."""
+    """Images and noise of a step, a function of its number; with buckets of the step's size."""
     generator = torch.Generator().manual_seed(1000 + step)
-    smooth = torch.randn(settings.batch_size, 3, SIDE // 4, SIDE // 4, generator=generator)
-    images = nn.functional.interpolate(smooth, size=SIDE, mode="bicubic").clamp(-1, 1)
-    return images, torch.randn(settings.batch_size, *latent, generator=generator)
+    height, width = crop_size_at(settings.data, settings.seed, step) if settings.data.buckets else (SIDE, SIDE)
+    smooth = torch.randn(settings.batch_size, 3, height // 4, width // 4, generator=generator)
+    images = nn.functional.interpolate(smooth, size=(height, width), mode="bicubic").clamp(-1, 1)
+    grid = (latent[0], height * latent[1] // SIDE, width * latent[2] // SIDE)
+    return images, torch.randn(settings.batch_size, *grid, generator=generator)
 
 
 def micro_batches(step: int, settings: TrainSettings, rank: int = 0, latent: Sequence[int] = LATENT) -> Iterator[Batch]:

@@ -1,6 +1,7 @@
 """Memory and arithmetic of a training step, known before a run starts: the step runs on tensors without data."""
 
 import copy
+import math
 import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -147,6 +148,8 @@ def describe_cost(settings: TrainSettings, autoencoder: ModelMixin, gpu: Gpu) ->
 def step_cost(settings: TrainSettings, autoencoder: ModelMixin, gpu: bool = True) -> StepCost:
     """Return what a run's most expensive step needs, without computing it: only shapes pass through the networks.
 
+    With data.buckets it is a step on the largest crops.
+
     Counted are the tensors that are alive at the same time, each with its whole storage. What kernels use inside
     themselves, gaps between tensors and CUDA's own memory come on top.
 
@@ -198,9 +201,10 @@ def _measured(settings: TrainSettings, autoencoder: ModelMixin, gpu: bool, size:
         of_states = used.now - of_average - of_networks
         of_gradients = sum(one.nbytes for one in trained)
         used.peak = used.now
-        side, factor = settings.data.resolution, factor_of(autoencoder)
-        images = torch.empty(size, channels_of(autoencoder), side, side, memory_format=layout)
-        noise = torch.empty(size, latent_channels_of(autoencoder), side // factor, side // factor)
+        height, width = max(settings.data.crop_sizes, key=math.prod)
+        factor = factor_of(autoencoder)
+        images = torch.empty(size, channels_of(autoencoder), height, width, memory_format=layout)
+        noise = torch.empty(size, latent_channels_of(autoencoder), height // factor, width // factor)
         batch = drawn_batch(images, noise, range(size), objectives)
         if settings.decoder.latents is not None:
             batch = batch._replace(decode=noise)

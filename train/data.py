@@ -1,5 +1,6 @@
 """Feeds micro-batches to the device and reports unreadable images."""
 
+import math
 import sys
 from collections.abc import Callable, Sequence, Sized
 from typing import Any
@@ -153,8 +154,7 @@ class Feed:
         self.settings, self.objectives = step.settings, list(step.objectives.values())
         settings, accelerator, autoencoder = step.settings, step.accelerator, step.bare_reconstructor.autoencoder
         self.channels, self.device = channels_of(autoencoder), accelerator.device
-        side = settings.data.resolution // factor_of(autoencoder)
-        self.latent_shape = (latent_channels_of(autoencoder), side, side)
+        self.factor, self.latent_channels = factor_of(autoencoder), latent_channels_of(autoencoder)
         self.bad_files = BadFiles(accelerator, settings.data, source, log)
         self.stream_state: dict[str, Any] | None = None
         self.batches = training_batches(
@@ -187,15 +187,17 @@ class Feed:
         return self.on_device(batch)
 
     def gray(self) -> LoadedBatch:
-        """Return a micro-batch of gray images, which needs no file."""
+        """Return a micro-batch of gray images of the largest size, which needs no file."""
         size = self.settings.micro_batch
-        shape = (size, self.channels, *(2 * [self.settings.data.resolution]))
-        return LoadedBatch(torch.zeros(shape), list(range(size)), [], indices=[0] * size)
+        height, width = max(self.settings.data.crop_sizes, key=math.prod)
+        images = torch.zeros(size, self.channels, height, width)
+        return LoadedBatch(images, list(range(size)), [], indices=[0] * size)
 
     def on_device(self, batch: LoadedBatch) -> Batch:
         """Return a loaded micro-batch on the device, with the random tensors of its samples."""
         images = batch.images.to(self.device, memory_format=training_memory_format(self.device), non_blocking=True)
-        noise = posterior_noise(self.settings.seed, batch.numbers, self.latent_shape)
+        height, width = (side // self.factor for side in images.shape[2:])
+        noise = posterior_noise(self.settings.seed, batch.numbers, (self.latent_channels, height, width))
         drawn = drawn_batch(images, self._sent(noise), batch.numbers, self.objectives, self._sent)
         if self.pairs is None:
             return drawn

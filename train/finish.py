@@ -99,7 +99,7 @@ def finish_run(
             for remark in results["export"].get("remarks", ()):
                 print(f"{settings.export_for}: {remark}", file=sys.stderr)
             results["step"] = settings.steps
-            rows = result_rows(results["held_out"])
+            rows = result_rows(results["held_out"], settings.validation.also_px)
             results["below_its_start"] = decline(rows)
             now("report")
             write_report(run, settings, rows, remarks_on(results["held_out"]), [type(one) for one in objectives])
@@ -157,7 +157,8 @@ def measure_latents(
     Raises:
         UserError: On every process, if images cannot be read on one of them.
     """
-    autoencoder, data = reconstructor.autoencoder, settings.data
+    # of one size, because the bucket of a crop depends on the size of the batch
+    autoencoder, data = reconstructor.autoencoder, settings.data.model_copy(update={"buckets": ()})
     factor, processes = factor_of(autoencoder), accelerator.num_processes
     shape = (latent_channels_of(autoencoder), data.resolution // factor, data.resolution // factor)
     micro_batch = settings.micro_batch
@@ -252,7 +253,7 @@ def show_results(phase: Phase, results: dict[str, Any]) -> None:
     count = held_out["after"].get("n", 0)
     which = "" if phase.alone else f"{phase.title}: "
     print(f"{which}Held-out images ({count}), before and after training:\n")
-    rows = result_rows(held_out)
+    rows = result_rows(held_out, phase.settings.validation.also_px)
     print(text_table(rows))
     for remark in (*remarks_on(held_out), decline(rows)):
         if remark:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import torch
 from accelerate import Accelerator
@@ -18,6 +19,7 @@ from tqdm import tqdm
 from latent_ae.config import UserError
 from latent_ae.data.loader import ImageSource
 from latent_ae.data.mixture import Mixture
+from latent_ae.data.rng import buckets_at
 from latent_ae.files import writing
 from latent_ae.objectives import OBJECTIVES
 from latent_ae.objectives.base import Objective
@@ -255,6 +257,7 @@ class Log:
         if isinstance(self.source, Mixture):
             taken = self.source.samples_before(self.settings.seed, done * self.settings.batch_size)
             values |= {f"samples/{label}": count for label, count in zip(self.source.labels, taken, strict=True)}
+        values |= samples_per_bucket(self.settings, done)
         self.lines.append({"step": done} | values)
         text = diagnosis(list(self.lines), self.settings, self.objectives)
         self.write("train", done, values | {"verdict": text})
@@ -279,6 +282,16 @@ def diagnosis(
     run = settings.facts()
     clauses = (objective.diagnose(settings.section_of(objective), run, lines) for objective in objectives)
     return "; ".join(filter(None, clauses))
+
+
+def samples_per_bucket(settings: TrainSettings, steps: int) -> dict[str, int]:
+    """Return how many samples the first `steps` steps took at each size, by name; empty without buckets."""
+    buckets = settings.data.buckets
+    if not buckets:
+        return {}
+    taken = buckets_at(settings.seed, np.arange(steps), [bucket.weight for bucket in buckets])
+    counts = np.bincount(taken, minlength=len(buckets)) * settings.batch_size
+    return {f"samples/{bucket.title}": int(count) for bucket, count in zip(buckets, counts, strict=True)}
 
 
 def _drop_torn_line(path: Path) -> None:

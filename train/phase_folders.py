@@ -110,7 +110,7 @@ def _write_report(run: Path, phases: Sequence[Phase], summaries: Sequence[dict[s
     """Write report.html of the whole run: the held-out table of each finished phase, and where its own report lies."""
     sections = []
     for phase, summary in zip(phases, summaries, strict=True):
-        rows = result_rows(summary["held_out"])
+        rows = result_rows(summary["held_out"], phase.settings.validation.also_px)
         notes = page.notes([*remarks_on(summary["held_out"]), *filter(None, [decline(rows)])])
         place = os.path.relpath(phase.folder / "report.html", run)
         link = f'<p><a href="{page.escape(place)}">Report of this phase, with pictures and curves</a></p>'

@@ -6,7 +6,7 @@ import torch
 import yaml
 from diffusers import ModelMixin
 
-from latent_ae.data.settings import MixedSource
+from latent_ae.data.settings import Bucket, MixedSource
 from latent_ae.models.borrowed_encoder import borrowed_parameters
 from latent_ae.models.build import (
     channels_of,
@@ -35,6 +35,11 @@ BYTES = 4
 def described(part: MixedSource) -> str:
     """Return a source of a mixture and how much of it is taken, in words."""
     return f"{part.source} ({f'weight {part.weight:g}' if part.weight else f'{part.repeats:g} x'})"
+
+
+def share_in_words(bucket: Bucket) -> str:
+    """Return a bucket and its weight in words."""
+    return f"{bucket.title} (weight {bucket.weight:g})"
 
 
 def describe_plan(settings: TrainSettings, gpu: Gpu | None = None) -> str:
@@ -106,11 +111,14 @@ def _plan_of_a_run(
         replaced["encoder"] = f"that of {start.init_from}, whose {borrowed:,} parameters stay"
     if settings.decoder.latents is not None:
         replaced["encoder"] = f"not in memory; its latents are read from {settings.decoder.latents}"
+    scale = settings.data.scale
     lines = {
         "autoencoder": f"{weights:,} parameters{part}, factor {factor}, latent {latent} for "
         f"{settings.data.resolution} px",
         **replaced,
         **trains,
+        **({"buckets": ", ".join(map(share_in_words, settings.data.buckets))} if settings.data.buckets else {}),
+        **({"crop scale": f"{scale[0]:g} to {scale[1]:g} of the largest crop that fits"} if scale else {}),
         **({"mixture": ", ".join(map(described, settings.data.mixture))} if settings.data.mixture else {}),
         "discriminator": f"{discriminator:,} parameters",
         "steps": f"{settings.steps:,}, {settings.steps * settings.batch_size:,} crops",

@@ -97,8 +97,10 @@ def try_passes(step: TrainStep, batch: Batch) -> None:
             torch.cuda.synchronize()
         del placeholder
     except torch.OutOfMemoryError as error:
+        height, width = batch.images.shape[2:]
+        size = f"{width}" if height == width else f"{width} x {height}"
         raise UserError(
-            f"a micro-batch of {len(batch.images)} images of {batch.images.shape[-1]} px does not fit into the memory "
+            f"a micro-batch of {len(batch.images)} images of {size} px does not fit into the memory "
             f"of {step.accelerator.device} in the last steps: lower micro_batch_size, or set "
             f"gradient_checkpointing=true or precision=bf16 ({' '.join(str(error).split())[:200]})"
         ) from error

@@ -81,10 +81,11 @@ def write_report(
         with Image.open(preview) as picture:
             caption = f"{preview.stem}: input, reconstruction, bicubic. Click for full size."
             sections.append(page.section(heading, page.figure(picture, caption, jpeg_quality=92)))
+    sides = settings.validation.also_px
     charts = [
-        page.line_chart(_series(held_out, [key]), title=f"Held-out {name}")
+        page.line_chart(series, title=f"Held-out {name}")
         for key, name in NAMES.items()
-        if _series(held_out, [key])
+        if (series := _series(held_out, [key, *(at_side(key, side) for side in sides)]))
     ]
     charted = {
         title: keys for one in (*objectives, None) for title, keys in (one.charts if one else OTHER_CHARTS).items()
@@ -94,20 +95,30 @@ def write_report(
     ]
     sections.append(page.section("Curves", page.grid(*charts)))
     sections.append(page.section("Settings", page.preformatted(to_yaml(settings))))
-    subtitle = f"{settings.steps:,} steps of {settings.batch_size} crops of {settings.data.resolution} px"
+    subtitle = f"{settings.steps:,} steps of {settings.batch_size} crops of {settings.data.crops_title}"
     page.write(run / "report.html", page.page(f"Training report: {run.name}", sections, subtitle=subtitle))
 
 
-def result_rows(results: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+def result_rows(results: dict[str, dict[str, Any]], also_px: Sequence[int] = ()) -> list[dict[str, Any]]:
     """Return the rows of the final table.
 
     Args:
         results: Summaries of held-out images by name ("bicubic /4", "before", "after").
+        also_px: Other sides at which they were measured, px, whose rows follow.
     """
     keys = [key for key in NAMES if any(summary.get(key) is not None for summary in results.values())]
-    return [
-        {"": name} | {NAMES[key]: _rounded(key, summary.get(key)) for key in keys} for name, summary in results.items()
-    ]
+    rows = [(name, summary) for name, summary in results.items()]
+    for side in also_px:
+        rows += [
+            (f"{name}, {side} px", {key: summary.get(at_side(key, side)) for key in keys})
+            for name, summary in results.items()
+        ]
+    return [{"": name} | {NAMES[key]: _rounded(key, summary.get(key)) for key in keys} for name, summary in rows]
+
+
+def at_side(key: str, side_px: int) -> str:
+    """Return the name of a held-out metric at another side than the first."""
+    return f"{key}_{side_px}px"
 
 
 def remarks_on(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
@@ -124,7 +135,7 @@ def remarks_on(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 def framing(run: Path, settings: TrainSettings) -> list[str]:
     """Return lines on how held-out images were framed, and the `latent-ae eval recon` command that does the same."""
-    data, crop_px = settings.data, settings.validation.crop_px or settings.data.resolution
+    data, sides = settings.data, settings.validation_sides
     before = "" if data.resize_px is None else f", after its shorter side was resized to {data.resize_px} px"
     before = ", framed as its source" if data.mixture else before
     commands = []
@@ -132,12 +143,13 @@ def framing(run: Path, settings: TrainSettings) -> list[str]:
         words = ["latent-ae", "eval", "recon", str(run / "export"), one.eval_source or one.source]
         words += [f"split={one.eval_split}"] if one.eval_split else []
         words += [f"image_column={one.image_column}"] if one.image_column != "image" else []
-        words += [f"resize_px={'null' if one.resize_px is None else one.resize_px}", f"crop_px={crop_px}"]
+        words += [f"resize_px={'null' if one.resize_px is None else one.resize_px}", f"crop_px={sides[0]}"]
         words += [f"limit={settings.validation.images}"]
         commands.append(shlex.join(words))
+    size = " and of ".join(map(str, sides))
     same = "these commands measure each source" if data.mixture else "this command gives the same ones"
     lines = [
-        f"Each held-out image is a square of {crop_px} px from its middle{before}. By default `latent-ae eval recon` "
+        f"Each held-out image is a square of {size} px from its middle{before}. By default `latent-ae eval recon` "
         f"resizes to 256 px first, so its results differ; {same}: {' ; '.join(commands)}"
     ]
     if data.eval_source is None and data.eval_split is None and data.title != "photos":

@@ -66,6 +66,8 @@ class ValidateSettings(Settings):
     """Largest number of images, spread over all held-out images, the same ones every time; of a stream the first."""
     crop_px: Annotated[Positive | None, FIXED] = None
     """Side of the centre crop, px; null takes data.resolution."""
+    also_px: Annotated[tuple[Positive, ...], FIXED] = ()
+    """More sides at which centre crops of the same images are measured; the figures at crop_px decide what is best."""
     preview_images: Annotated[Positive, SILENT] = 6
     """Number of measured images that previews show, spread over them."""
 

@@ -166,6 +166,11 @@ class TrainSettings(Settings):
         """Passes per process and step."""
         return self.batch_size // (self.processes * self.micro_batch)
 
+    @property
+    def validation_sides(self) -> tuple[int, ...]:
+        """Sides of the held-out crops that are measured, px; the first one's figures decide which step is the best."""
+        return (self.validation.crop_px or self.data.resolution, *self.validation.also_px)
+
     def section_of(self, objective: type[Objective[Any]]) -> Any:
         """Return the section of these settings that holds an objective's settings."""
         return getattr(self, objective.section) if objective.section else None
@@ -196,11 +201,12 @@ class TrainSettings(Settings):
             batch_size=self.batch_size,
             micro_batch=self.micro_batch,
             accumulation=self.accumulation,
-            resolution=self.data.resolution,
-            validation_px=self.validation.crop_px or self.data.resolution,
+            resolution=min(map(min, self.data.crop_sizes)),
+            validation_px=min(self.validation_sides),
             smallest_px=max(objective.needs_px(self.section_of(objective)) for objective in OBJECTIVES),
             train=side_of(trained),
             fixed_ends=frozenset(part for part, name in ends.items() if name not in trained),
+            crop_sizes=self.data.crop_sizes,
             compile=self.compile,
             weights_dir=self.weights_dir,
             enabled=frozenset(objective.name for objective in self.objectives),
@@ -268,13 +274,15 @@ class TrainSettings(Settings):
         """Yield settings that do not go with each other or with the autoencoder (None: not known yet)."""
         run = self.facts(model)
         if model is not None:
-            sides = {"data.resolution": self.data.resolution, "validate.crop_px": self.validation.crop_px}
-            for key, side in sides.items():
+            sides = [("data.resolution", self.data.resolution), ("validate.crop_px", self.validation.crop_px)]
+            sides += [("validate.also_px", side) for side in self.validation.also_px]
+            for key, side in sides:
                 if side is not None and model.side is not None and side != model.side:
                     yield Problem(key, f"{side}, and {model.name} takes images of {model.side} px only")
                 elif side is not None and side % model.factor:
                     near = max(model.factor, side // model.factor * model.factor)
                     yield Problem(key, f"{side} is not a multiple of the model's factor {model.factor}: use {near}")
+            yield from self._bucket_problems(model)
             known = isinstance(self.train, str) or model.parameters
             if not model.one_grid and self.train != "all":
                 yield Problem(
@@ -293,12 +301,28 @@ class TrainSettings(Settings):
         for objective in OBJECTIVES:
             yield from objective.problems(self.section_of(objective), run, model)
 
+    def _bucket_problems(self, model: ModelFacts) -> Iterator[Problem]:
+        uneven = [one.title for one in self.data.buckets if one.width % model.factor or one.height % model.factor]
+        if self.data.buckets and model.side is not None:
+            yield Problem("data.buckets", f"{model.name} takes images of {model.side} px only: leave it out")
+        elif uneven:
+            near = [max(1, side // model.factor) * model.factor for side in map(int, uneven[0].split()[:3:2])]
+            yield Problem(
+                "data.buckets",
+                f"{', '.join(uneven)}: sides must be multiples of the model's factor {model.factor}, such as {near}",
+            )
+
     def warnings(self) -> Iterator[str]:
         """Yield sentences on what these settings do that is rarely intended."""
         if self.phases:
             for phase in phases_of(self):
                 yield from (f"{phase.title}: {text}" for text in phase.settings.warnings())
             return
+        if self.compile and len(self.data.buckets) > 1:
+            yield (
+                "compile with data.buckets: blocks are compiled twice, for the first size and then for any size, so "
+                "two of the first steps take minutes"
+            )
         if self.init_from is None and self.train != "all":
             fixed = {"decoder": "the encoder", "encoder": "the decoder"}.get(self._train_word, "all else")
             part = f"the {self.train}" if isinstance(self.train, str) else "these parts"
@@ -331,6 +355,9 @@ class TrainSettings(Settings):
             yield Problem("latents.equivariance", "encodes smaller images, and decoder.latents are stored: set it to 0")
         if self.decoder.latents is not None and self.data.streaming:
             yield Problem("data.streaming", "decoder.latents belong to stored images, not to a stream: set it to false")
+        for key in ("buckets", "scale"):
+            if self.decoder.latents is not None and getattr(self.data, key):
+                yield Problem(f"data.{key}", "decoder.latents are of crops that are stored already: leave it out")
         if self.decoder.latents is not None and self.data.mixture:
             yield Problem("data.mixture", "decoder.latents belong to the images of one source: give data.source")
         if self.decoder.wanted and self.model != ModelSettings():
@@ -343,7 +370,11 @@ class TrainSettings(Settings):
 
     def _shape_problems(self) -> Iterator[Problem]:
         factor, groups = self.model.factor, self.model.norm_num_groups
-        if self.knows_shape and self.data.resolution == factor and self.model.block_out_channels[-1] == groups:
+        if (
+            self.knows_shape
+            and (factor, factor) in self.data.crop_sizes
+            and self.model.block_out_channels[-1] == groups
+        ):
             yield Problem(
                 "model.norm_num_groups",
                 f"{groups} groups of {groups} channels hold one number each where the latent has no height and width, "

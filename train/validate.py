@@ -30,6 +30,7 @@ from latent_ae.pretrained.lpips import LPIPS
 from latent_ae.report.pictures import picture_grid
 
 from .agreement import Agreed, gathered
+from .report import at_side
 from .settings import TrainSettings
 
 BATCH_PIXELS = 1_000_000
@@ -80,14 +81,24 @@ class Validator:
         if not isinstance(source, StreamSource):  # the other images follow, to replace unreadable ones
             first = spread(CHOICE_SEED, len(source), number)
             source = source.subset(np.concatenate([first, np.delete(np.arange(len(source)), first)]))
-        return torch.stack([image for _, _, image in islice(self._crops(source), number)])
+        return torch.stack([image for _, _, image in islice(self._crops(source, self.sides[0]), number)])
 
-    def crops(self, rank: int = 0, world_size: int = 1) -> HeldOutImages:
-        """Return an iterator over (index, name, (C, H, W) image in [-1, 1]) of a rank's measured images."""
-        return self._crops(self.chosen[0], rank, world_size)
+    @property
+    def sides(self) -> tuple[int, ...]:
+        """Sides of the centre crops that are measured, px."""
+        return self.settings.validation_sides
 
-    def _crops(self, source: ImageSource, rank: int = 0, world_size: int = 1) -> HeldOutImages:
-        crop_px = self.settings.validation.crop_px or self.settings.data.resolution
+    def crops(self, rank: int = 0, world_size: int = 1, crop_px: int | None = None) -> HeldOutImages:
+        """Return an iterator over (index, name, (C, H, W) image in [-1, 1]) of a rank's measured images.
+
+        Args:
+            rank: Number of the process.
+            world_size: Number of processes.
+            crop_px: Side of the centre crops; None takes the first of the `sides`.
+        """
+        return self._crops(self.chosen[0], crop_px or self.sides[0], rank, world_size)
+
+    def _crops(self, source: ImageSource, crop_px: int, rank: int = 0, world_size: int = 1) -> HeldOutImages:
         return held_out_images(
             source,
             self.settings.data,
@@ -107,20 +118,31 @@ class Validator:
                 | reconstruction | bicubic. None saves none.
 
         Returns:
-            Means as `ReconstructionMetrics.summary` returns them, and "choice", which describes the choice of images.
+            Means at the first of the `sides` as `ReconstructionMetrics.summary` returns them, those at the others under
+            names that end in the side, such as `psnr_512px`, and "choice", which describes the choice of images.
 
         Raises:
             UserError: On all processes, if too many images are unreadable or the preview cannot be written.
         """
+        summary = self._measure(reconstruct, self.sides[0], preview)
+        for side in self.sides[1:]:
+            more = self._measure(reconstruct, side)
+            summary |= {at_side(key, side): value for key, value in more.items() if key != "choice"}
+        return summary
+
+    def _measure(
+        self, reconstruct: Callable[[Tensor], Tensor], crop_px: int, preview: Path | None = None
+    ) -> dict[str, Any]:
+        """Return the mean metrics over crops of one side; arguments and errors as in `measure`."""
         perceptual = {self.settings.loss.perceptual_net: self.perceptual} if self.perceptual is not None else {}
         metrics = ReconstructionMetrics(self.accelerator.device, lpips=perceptual, frechet_from=FRECHET_FROM)
         choice, pictures = self.chosen[1], dict[int, list[Tensor]]()
         number = self.settings.validation.preview_images if preview is not None else 0
         shown = range(number) if choice["of"] is None else spread(CHOICE_SEED, choice["number"], number)
         rank, world_size = self.accelerator.process_index, self.accelerator.num_processes
-        crops, failure = self.crops(rank, world_size), ""
+        crops, failure = self.crops(rank, world_size, crop_px), ""
         try:
-            for indices, names, images in self._batches(crops):
+            for indices, names, images in self._batches(crops, crop_px):
                 reconstructions = reconstruct(images)
                 metrics.update(indices, names, images, reconstructions)
                 for position, index in enumerate(indices):
@@ -148,15 +170,17 @@ class Validator:
         return summary
 
     def try_one_batch(self, model: nn.Module) -> None:
-        """Run this rank's first batch of held-out images through model and metrics. Waits for no other process."""
+        """Run this rank's first batch of the largest held-out crops through model and metrics.
+
+        It waits for no other process.
+        """
         perceptual = {self.settings.loss.perceptual_net: self.perceptual} if self.perceptual is not None else {}
         metrics = ReconstructionMetrics(self.accelerator.device, lpips=perceptual, frechet_from=FRECHET_FROM)
         training = model.training
         model.eval()
+        crop_px, rank, world_size = max(self.sides), self.accelerator.process_index, self.accelerator.num_processes
         with torch.no_grad(), encoder_in_memory(model.autoencoder):
-            for indices, names, images in self._batches(
-                self.crops(self.accelerator.process_index, self.accelerator.num_processes)
-            ):
+            for indices, names, images in self._batches(self.crops(rank, world_size, crop_px), crop_px):
                 metrics.update(indices, names, images, model(images).image)
                 break
         model.train(training)
@@ -180,9 +204,9 @@ class Validator:
         except UserError as error:
             raise UserError(f"{error}\nThese are held-out images.") from None
 
-    def _batches(self, crops: HeldOutImages) -> Iterator[tuple[list[int], list[str], Tensor]]:
+    def _batches(self, crops: HeldOutImages, crop_px: int) -> Iterator[tuple[list[int], list[str], Tensor]]:
         """Yield this rank's images in batches of one shape, on the device."""
-        size = max(1, BATCH_PIXELS // (self.settings.validation.crop_px or self.settings.data.resolution) ** 2)
+        size = max(1, BATCH_PIXELS // crop_px**2)
         waiting: list[tuple[int, str, Tensor]] = []
         for item in crops:
             if waiting and (len(waiting) == size or waiting[0][2].shape != item[2].shape):

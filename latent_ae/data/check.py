@@ -76,7 +76,8 @@ class _Images(IterableDataset):
             with contextlib.suppress(ImageError):  # the reason reported is the one that training would give
                 kind = kind_of(encoded)
             pixels = decode_for(encoded, self.settings, self.channels)
-            training_crop(pixels, self.settings, np.random.default_rng(0))  # refuses some sizes
+            for size in self.settings.crop_sizes:
+                training_crop(pixels, self.settings, np.random.default_rng(0), size)  # refuses some images' sizes
             return Checked(name, kind, (pixels.shape[1], pixels.shape[0]), digest)
         except ImageError as error:
             return Checked(name, kind, digest=digest, reason=str(error))
@@ -153,11 +154,17 @@ def check(data: str, settings: DataSettings, *, channels: int = 3, progress: boo
         "other_files": dict(source.others) if isinstance(source, FolderSource) else {},
         "shorter_side_px": _spread([min(size) for size in sizes]),
         "longer_side_px": _spread([max(size) for size in sizes]),
-        "smaller_than_resolution": sum(min(size) < settings.resolution for size in sizes),
+        "smaller_than_resolution": sum(_is_enlarged(size, settings) for size in sizes),
         "resolution": settings.resolution,
+        "buckets": [bucket.title for bucket in settings.buckets],
         "duplicates": duplicates,
         "num_superfluous": sum(len(group) - 1 for group in duplicates),
     }
+
+
+def _is_enlarged(size: tuple[int, int], settings: DataSettings) -> bool:
+    """Return whether an image of this width and height is too small for one of the training crops."""
+    return any(size[0] < width or size[1] < height for height, width in settings.crop_sizes)
 
 
 def _spread(values: Sequence[int]) -> dict[str, int]:
@@ -200,9 +207,12 @@ def summary(result: dict[str, Any]) -> str:
     if shorter:
         lines.append(f"shorter side: {shorter['min']} to {shorter['max']} px, median {shorter['median']}")
     if result["smaller_than_resolution"]:
+        crops = f"data.resolution {result['resolution']}"
+        if result["buckets"]:
+            crops = f"one of data.buckets, {', '.join(result['buckets'])},"
         lines.append(
-            f"{result['smaller_than_resolution']:,} are smaller than data.resolution {result['resolution']} and would "
-            "be enlarged: blurred images teach blur"
+            f"{result['smaller_than_resolution']:,} are smaller than {crops} and would be enlarged: blurred images "
+            "teach blur"
         )
     if result["skipped"]:
         relation = "more" if result["skipped_fraction"] > result["max_bad_fraction"] else "no more"

@@ -22,7 +22,7 @@ from latent_ae.config import UserError
 from latent_ae.data.datasets import open_images
 from latent_ae.data.images import ImageError, decode, reason_of, to_tensor
 from latent_ae.data.mixture import Candidate, Mixture
-from latent_ae.data.rng import Share, crop_rng, epoch_order, posterior_noise
+from latent_ae.data.rng import Share, buckets_at, crop_rng, epoch_order, posterior_noise
 from latent_ae.data.settings import DataSettings
 from latent_ae.data.sources import Encoded, ImageSource, StreamReader, StreamSource, first_line
 from latent_ae.data.transforms import random_crop
@@ -44,7 +44,7 @@ class Batch:
     """One rank's micro-batch."""
 
     images: torch.Tensor
-    """(N, C, resolution, resolution) float32 in [-1, 1]; in pinned memory where there is a GPU."""
+    """(N, C, H, W) float32 in [-1, 1]; in pinned memory where there is a GPU."""
     numbers: list[int]
     """Global number of each sample."""
     skipped: list[str]
@@ -75,7 +75,8 @@ def training_batches(
 
     Global batch b holds the samples b * batch_size ... (b + 1) * batch_size - 1, and micro-step m of rank r the
     `micro_batch_size` samples from b * batch_size + (m * world_size + r) * micro_batch_size on. An unreadable image is
-    replaced by the next readable one of the epoch. The global random state is left alone.
+    replaced by the next readable one of the epoch. All samples of a global batch have one size, which with buckets is a
+    function of the seed and b. The global random state is left alone.
 
     Args:
         source: The images.
@@ -157,10 +158,11 @@ class _Crops(IterableDataset):
         try:
             for step in itertools.count(self.first_step + worker, workers):
                 numbers, skipped, num_replaced = self.share.numbers(step), list[str](), 0
+                size = crop_size_at(self.settings, self.seed, numbers[0] // self.share.batch_size)
                 crops, indices = [], list[int]()
                 for number in numbers:
                     candidates = self._of_stream(stream) if stream else self._candidates(number)
-                    index, crop, bad = self._crop(number, candidates)
+                    index, crop, bad = self._crop(number, size, candidates)
                     crops.append(crop)
                     indices.append(index)
                     skipped += bad
@@ -191,7 +193,9 @@ class _Crops(IterableDataset):
             i = int(order[(position + offset) % len(order)])
             yield i, self.source.name(i), partial(self.source.read, i), self.settings
 
-    def _crop(self, number: int, candidates: Iterator[Candidate]) -> tuple[int, np.ndarray, list[str]]:
+    def _crop(
+        self, number: int, size: tuple[int, int], candidates: Iterator[Candidate]
+    ) -> tuple[int, np.ndarray, list[str]]:
         """Return the number of the sample's image, its crop, and `name: reason` of unreadable images before it."""
         bad, settings = list[str](), self.settings
         for index, name, read, settings in itertools.islice(candidates, MAX_BAD_IN_A_ROW):
@@ -199,7 +203,7 @@ class _Crops(IterableDataset):
                 array = self._pixels(name, read, settings)
                 if self.crop is not None:
                     return index, self.crop(array, number), bad
-                return index, training_crop(array, settings, crop_rng(self.seed, number)), bad
+                return index, training_crop(array, settings, crop_rng(self.seed, number), size), bad
             except ImageError as error:
                 bad.append(f"{printable(name)}: {printable(str(error))}")
         shown = "".join(f"\n  {line}" for line in bad[:5])
@@ -221,18 +225,27 @@ def decode_for(encoded: Encoded, settings: DataSettings, channels: int) -> np.nd
     return decode(encoded, channels=channels, background=settings.background, max_pixels=settings.max_pixels)
 
 
-def training_crop(array: np.ndarray, settings: DataSettings, rng: np.random.Generator) -> np.ndarray:
-    """Return a random crop as the settings say, (resolution, resolution, C).
+def crop_size_at(settings: DataSettings, seed: int, step: int) -> tuple[int, int]:
+    """Return height and width of the training crops of a step, px: those of its bucket, if there are buckets."""
+    weights = [bucket.weight for bucket in settings.buckets]
+    return settings.crop_sizes[int(buckets_at(seed, [step], weights)[0]) if weights else 0]
+
+
+def training_crop(
+    array: np.ndarray, settings: DataSettings, rng: np.random.Generator, size: tuple[int, int]
+) -> np.ndarray:
+    """Return a random crop as the settings say, (height, width, C).
 
     Args:
         array: (H, W, C) decoded pixels.
         settings: The section `data` of the settings.
-        rng: Decides position and flip.
+        rng: Decides position, flip and, with data.scale, the side in the image.
+        size: Height and width, px.
 
     Raises:
         ImageError: If the image is too elongated to be enlarged.
     """
-    return random_crop(array, settings.resolution, settings.resize_px, settings.flip, rng)
+    return random_crop(array, size, settings.resize_px, settings.flip, rng, settings.scale)
 
 
 def worker_place() -> tuple[int, int]:

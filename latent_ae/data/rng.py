@@ -14,7 +14,9 @@ import torch
 
 # streams of random numbers that must never overlap: the highest word of Philox's counter
 CROP, NOISE, ORDER, BLOCK, AUGMENT, LATENT_NOISE, CHANNELS, EQUIVARIANCE, BINARY, PERMUTATION, SPREAD, FLIP = range(12)
-MIXTURE = 12
+MIXTURE, BUCKET = 12, 13
+GOLDEN_RATIO = np.uint64(0x9E3779B97F4A7C15)
+"""Its fractional part as a fraction of 2 ** 64."""
 
 
 def crop_rng(seed: int, number: int) -> np.random.Generator:
@@ -63,6 +65,22 @@ def mixture_order(seed: int, epoch: int, counts: tuple[int, ...]) -> tuple[np.nd
     for source, count in enumerate(counts):
         ranks[sources == source] = np.arange(count)
     return sources, ranks
+
+
+def buckets_at(seed: int, steps: Sequence[int] | np.ndarray, weights: Sequence[float]) -> np.ndarray:
+    """Return which bucket each of some steps has: (n,) integers.
+
+    Multiples of the golden ratio, counted from a random start, fill [0, 1) more evenly than random numbers do (Weyl's
+    sequence), so the number of steps of each bucket stays within a few steps of its share at any time.
+
+    Args:
+        seed: Seed of the run.
+        steps: Numbers of n steps.
+        weights: A positive number for each bucket.
+    """
+    numbers = np.asarray(steps, dtype=np.uint64) * GOLDEN_RATIO + _philox(seed, 0, BUCKET).random_raw(1)
+    borders = np.cumsum(weights) / np.sum(weights)
+    return np.searchsorted(borders[:-1], numbers / 2.0**64, side="right")
 
 
 def block_order(seed: int, epoch: int, reader: int, block: int, size: int) -> np.ndarray:

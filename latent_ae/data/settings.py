@@ -9,6 +9,35 @@ from pydantic import Field, model_validator
 
 from latent_ae.config import FREE, Byte, Fraction, NonNegative, Positive, Problem, Settings, looks_like_path
 
+Relative = Annotated[float, Field(gt=0, le=1)]
+
+
+class Bucket(Settings):
+    """One size of training crops; in a recipe 256 (a square), [512, 384] (width, height), or its keys."""
+
+    width: Positive
+    """Width of the crops, px."""
+    height: Positive
+    """Height of the crops, px."""
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    """Share of the steps, relative to the other buckets' weights."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _a_side_or_both(cls, value: Any) -> Any:
+        if isinstance(value, int) and not isinstance(value, bool):
+            return {"width": value, "height": value}
+        if isinstance(value, (list, tuple)) and len(value) == 2:
+            return {"width": value[0], "height": value[1]}
+        if not isinstance(value, (dict, Bucket)):
+            raise ValueError("write 256 for a square, [512, 384] for width and height, or {width, height, weight}")
+        return value
+
+    @property
+    def title(self) -> str:
+        """The size in words."""
+        return f"{self.width} x {self.height} px"
+
 
 class DataSettings(Settings):
     """Where images come from and how a training sample is cut from them."""
@@ -33,7 +62,13 @@ class DataSettings(Settings):
     shuffle_buffer: Positive = 1000
     """Streaming only: images held in memory to shuffle from."""
     resolution: Positive = 256
-    """Side of a training crop, px."""
+    """Side of a training crop, px. With buckets, the side of held-out crops and of those whose latents are measured."""
+    buckets: tuple[Bucket, ...] = ()
+    """Several sizes of training crops: a list of 256 (a square), [512, 384] (width, height) or {width: 512, height:
+    384, weight: 2}. All samples of a step have one size, and the sizes take turns by their weights (docs/data.md)."""
+    scale: tuple[Relative, Relative] | None = None
+    """Smallest and largest side of a crop in the image, relative to the largest crop that fits, as in [0.25, 1.0]; it
+    is drawn for each sample, and the crop is resized to its size in px. null does not resize crops."""
     resize_px: Positive | None = None
     """Shorter side to which an image is resized before the crop, px; null crops from the image in its own size."""
     flip: bool = True
@@ -47,11 +82,41 @@ class DataSettings(Settings):
     max_bad_fraction: Annotated[Fraction, FREE] = 0.01
     """The run stops when more than this fraction of the images read was unreadable."""
 
+    @property
+    def crop_sizes(self) -> tuple[tuple[int, int], ...]:
+        """Height and width of the training crops, px: those of the buckets, or the one size that there is."""
+        return tuple((one.height, one.width) for one in self.buckets) or ((self.resolution, self.resolution),)
+
+    @property
+    def crops_title(self) -> str:
+        """The sizes of the training crops in words."""
+        return " and ".join(one.title for one in self.buckets) or f"{self.resolution} px"
+
     def problems(self) -> Iterator[Problem]:
+        yield from self._crop_problems()
+        yield from self._source_problems()
+
+    def _crop_problems(self) -> Iterator[Problem]:
+        """Yield problems of what all sources of a mixture share."""
+        titles = [bucket.title for bucket in self.buckets]
+        if twice := next((title for title in titles if titles.count(title) > 1), None):
+            yield Problem("buckets", f"{twice} is given twice: give it once, with a weight")
+        if self.scale is not None and self.scale[0] > self.scale[1]:
+            yield Problem("scale", f"begins above its end: use [{self.scale[1]:g}, {self.scale[0]:g}]")
+
+    def _source_problems(self) -> Iterator[Problem]:
+        """Yield problems of what each source of a mixture may have of its own."""
+        longest = max(map(max, self.crop_sizes))
         if self.resize_px is not None and self.resize_px < self.resolution:
             yield Problem(
                 "resize_px",
                 f"{self.resize_px} is smaller than data.resolution {self.resolution}; raise it or set null",
+            )
+        elif self.resize_px is not None and self.resize_px < longest:
+            yield Problem(
+                "resize_px",
+                f"{self.resize_px} is smaller than {longest}, the longest side of data.buckets; raise it, or set null "
+                "and give data.scale",
             )
         for key in ("source", "eval_source"):
             location = getattr(self, key)
@@ -124,6 +189,7 @@ class TrainingData(DataSettings):
             return
         if self.source != DataSettings().source:
             yield Problem("source", f"{self.source}: data.mixture names the sources; leave data.source out")
+        yield from self._crop_problems()
         if self.streaming:
             yield Problem("streaming", "a stream has no number for each image, which a mixture needs: set it to false")
         weighted = [part.weight is not None for part in self.mixture]
@@ -133,7 +199,7 @@ class TrainingData(DataSettings):
                 yield Problem(f"{place}.weight", f"{part.source} has none, and others have: give every source a weight")
             if part.weight is not None and part.repeats != MixedSource.model_fields["repeats"].default:
                 yield Problem(f"{place}.repeats", f"{part.source} has a weight, too: give one of the two")
-            for problem in one.problems():
+            for problem in one._source_problems():
                 yield Problem(f"{place}.{problem.key}", problem.message)
 
 

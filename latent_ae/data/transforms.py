@@ -82,32 +82,56 @@ def _resize_once(array: np.ndarray, size_px: int, resample: Resample) -> np.ndar
 
 
 def random_crop(
-    array: np.ndarray, resolution: int, resize_px: int | None, flip: bool, rng: np.random.Generator
+    array: np.ndarray,
+    size: tuple[int, int],
+    resize_px: int | None,
+    flip: bool,
+    rng: np.random.Generator,
+    scale: tuple[float, float] | None = None,
 ) -> np.ndarray:
-    """Return a random square crop, mirrored half of the time; smaller images are enlarged to fit.
+    """Return a random crop, mirrored half of the time; smaller images are enlarged to cover it.
 
     Args:
         array: (H, W, C) decoded pixels.
-        resolution: Side of the crop, px.
+        size: Height and width of the crop, px.
         resize_px: Shorter side to which the image is resized first, px; None keeps its size.
         flip: Whether crops are mirrored.
-        rng: Takes three draws, whatever the other arguments are.
+        rng: Takes three draws, and with `scale` one more before them.
+        scale: Bounds, 0 to 1, between which the side of the crop in the image is drawn uniformly, relative to the
+            largest crop of this aspect ratio; the crop is then resized to `size`. It is at least `size`, so that
+            nothing is enlarged but images that are too small for any crop. None takes crops of `size`.
 
     Returns:
-        (resolution, resolution, C) of the array's type; it may be a view.
+        (height, width, C) of the array's type; it may be a view.
 
     Raises:
         ImageError: If the image is too elongated to be enlarged.
     """
     if resize_px is not None:
         array = resize_shorter(array, resize_px)
-    if min(array.shape[:2]) < resolution:
-        array = resize_shorter(array, resolution)
-    top = int(rng.integers(array.shape[0] - resolution + 1))
-    left = int(rng.integers(array.shape[1] - resolution + 1))
+    shorter = min(array.shape[:2])
+    needed = max(-(-side * shorter // whole) for side, whole in zip(size, array.shape[:2], strict=True))
+    if needed > shorter:
+        array = resize_shorter(array, needed)
+    window = size
+    if scale is not None:
+        relative = scale[0] + (scale[1] - scale[0]) * rng.random()
+        largest = min(whole / side for side, whole in zip(size, array.shape[:2], strict=True))
+        factor = max(1.0, relative * largest)
+        window = round(factor * size[0]), round(factor * size[1])
+    top = int(rng.integers(array.shape[0] - window[0] + 1))
+    left = int(rng.integers(array.shape[1] - window[1] + 1))
     mirrored = rng.random() < 0.5
-    crop = array[top : top + resolution, left : left + resolution]
+    crop = array[top : top + window[0], left : left + window[1]]
+    crop = crop if window == size else _shrunk(crop, size)
     return crop[:, ::-1] if flip and mirrored else crop
+
+
+def _shrunk(array: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Resize to a smaller height and width as `resize_shorter` does: halved by boxes, then bicubically."""
+    while array.shape[0] >= 2 * size[0] and array.shape[1] >= 2 * size[1]:
+        array = _resize(array, array.shape[0] // 2, array.shape[1] // 2, Image.Resampling.BOX)
+    return _resize(array, *size, Image.Resampling.BICUBIC)
 
 
 def center_crop(

@@ -88,7 +88,9 @@ class Alignment(Objective[AlignmentSettings]):
     def build(cls, own: AlignmentSettings, run: RunFacts, autoencoder: nn.Module, device: torch.device) -> "Alignment":
         from latent_ae.models.build import factor_of, latent_channels_of
 
-        vision = VisionModel(str(own.model), run.resolution // factor_of(autoencoder)).to(device)
+        factor = factor_of(autoencoder)
+        grids = [(height // factor, width // factor) for height, width in run.crop_sizes]
+        vision = VisionModel(str(own.model), grids).to(device)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(run.seed + 2)
             # 1 x 1 and without bias, as VA-VAE's
@@ -106,7 +108,7 @@ class Alignment(Objective[AlignmentSettings]):
         own, self.area = self.own, p.batch.area
         projected = p.out.heads[self.name]
         with torch.no_grad(), p.autocast():
-            features = self.vision(p.batch.images, p.out.latent.shape[-1])
+            features = self.vision(p.batch.images, p.out.latent.shape[2:])
         leaf = projected.detach().requires_grad_()
         cosine, distance, similarity = alignment_loss(leaf, features, own.cosine_margin, own.distance_margin)
         (gradient,) = torch.autograd.grad(cosine + distance, leaf)

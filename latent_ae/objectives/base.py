@@ -32,7 +32,7 @@ class RunFacts(NamedTuple):
     accumulation: int
     """Passes of a process in a step."""
     resolution: int
-    """Side of the training crops, px."""
+    """Shortest side of the training crops, px."""
     validation_px: int
     """Side of the crops that are measured in validation, px."""
     smallest_px: int
@@ -45,9 +45,16 @@ class RunFacts(NamedTuple):
     """Folder with the weights of metric networks; None searches for them."""
     enabled: frozenset[str]
     """Names of the objectives in use."""
+    crop_sizes: tuple[tuple[int, int], ...]
+    """Height and width of the training crops, px; more than one with data.buckets."""
     fixed_ends: frozenset[str] = frozenset()
     """Those of `encoder` and `decoder` whose last layer, where adaptive weights are measured, is not trained, and
     `codes` if there are codes and they are not trained."""
+
+    @property
+    def resolution_key(self) -> str:
+        """The setting that gives `resolution`."""
+        return "data.buckets" if len(self.crop_sizes) > 1 else "data.resolution"
 
 
 class Batch(NamedTuple):

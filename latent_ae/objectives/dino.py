@@ -72,8 +72,8 @@ class DinoLoss(Objective[DinoSettings]):
     def backward(self, p: Pass) -> None:
         with p.autocast():
             with torch.no_grad():
-                target = self.vision(p.batch.target, self.vision.side_px)
-            features = self.vision(p.image, self.vision.side_px)
+                target = self.vision(p.batch.target, self.vision.grid)
+            features = self.vision(p.image, self.vision.grid)
         loss = dino_loss(features, target)
         (gradient,) = torch.autograd.grad(loss, p.image)
         p.logs["dino"] = loss.detach()

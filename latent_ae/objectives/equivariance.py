@@ -55,6 +55,8 @@ class Equivariance(Objective[EquivarianceSettings]):
                 "changes the images' size from step to step, and networks would be compiled again for each size: "
                 "set compile=false",
             )
+        if any(height != width for height, width in run.crop_sizes):
+            yield Problem(key, "turns images and needs squares: give data.buckets squares only, or set it to 0")
         if model is None:
             return
         if not model.one_grid:
@@ -63,7 +65,7 @@ class Equivariance(Objective[EquivarianceSettings]):
             yield Problem(
                 key,
                 f"scales images down, and the losses need {run.smallest_px} px of {run.resolution}: raise "
-                "data.resolution, or lower gan.layers",
+                f"{run.resolution_key}, or lower gan.layers",
             )
 
     @classmethod

@@ -177,7 +177,8 @@ class GAN(Objective[GanSettings]):
         if run.resolution < cls.needs_px(own):
             yield Problem(
                 "gan.layers",
-                f"{own.layers} need crops of at least {cls.needs_px(own)} px; data.resolution is {run.resolution}",
+                f"{own.layers} need crops of at least {cls.needs_px(own)} px; the shortest side of "
+                f"{run.resolution_key} is {run.resolution}",
             )
         if own.norm == "batch" and (run.micro_batch != run.batch_size or run.batch_size < 2):
             yield Problem(
@@ -212,9 +213,9 @@ class GAN(Objective[GanSettings]):
                 setting="gan.dino_model",
                 twice_differentiable=own.r1 > 0,
             )
-            if vision.side_px**2 < own.dino_kernel:
+            if vision.grid[0] ** 2 < own.dino_kernel:
                 raise UserError(
-                    f"gan.dino_kernel: {own.dino_kernel} is wider than the {vision.side_px**2} tokens of an image of "
+                    f"gan.dino_kernel: {own.dino_kernel} is wider than the {vision.grid[0] ** 2} tokens of an image of "
                     f"{own.dino_px} px: raise gan.dino_px or lower it"
                 )
             network.attach(vision, vision.sha256())
@@ -413,6 +414,8 @@ def network_problems(own: GanSettings, run: RunFacts, model: ModelFacts | None) 
         yield Problem(
             "gan.network", f"{own.network} takes images of one size, and latents.equivariance scales them: set it to 0"
         )
+    if not kind.any_size and set(run.crop_sizes) != {(run.resolution, run.resolution)}:
+        yield Problem("gan.network", f"{own.network} takes square images of one size: leave data.buckets out")
     if model is not None and kind.channels is not None and model.channels not in kind.channels:
         channels = " or ".join(map(str, kind.channels))
         yield Problem(

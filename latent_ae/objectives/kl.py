@@ -98,6 +98,10 @@ class KL(Objective[KLSettings]):
                 f"{own.free_bits:g} nats are kept free of the KL term, so it cannot bring the rate down to kl_target "
                 f"{own.kl_target:g}: lower free_bits or raise kl_target",
             )
+        if own.kl_capacity and len(run.crop_sizes) > 1:
+            yield Problem(
+                "loss.kl_capacity", "is in nats per image, and data.buckets has images of several sizes: keep one"
+            )
         if 2 * own.kl_cycles > run.steps:
             yield Problem("loss.kl_cycles", f"{own.kl_cycles} cycles in {run.steps} steps: a cycle needs two")
         if run.train == "decoder":

@@ -75,6 +75,11 @@ class TotalCorrelation(Objective[TotalCorrelationSettings]):
                 "latents.equivariance",
                 "changes the latent's size from step to step, and loss.total_correlation needs one size: set one to 0",
             )
+        if len(run.crop_sizes) > 1:
+            yield Problem(
+                "data.buckets",
+                "give latents of several sizes, and loss.total_correlation needs one: leave one of the two out",
+            )
         if run.train == "decoder":
             yield Problem("loss.total_correlation", "shapes the posterior, which train leaves fixed: set it to 0")
         if model is None:

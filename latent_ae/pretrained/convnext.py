@@ -61,7 +61,7 @@ class ConvNeXtLogits(FrozenNetwork):
         Returns:
             (N, classes) float32.
         """
-        out = self.model(self.pixels(images, SIZE_PX, antialias=True))
+        out = self.model(self.pixels(images, (SIZE_PX, SIZE_PX), antialias=True))
         logits: Tensor = getattr(out, "logits", out)
         return logits.float()
 

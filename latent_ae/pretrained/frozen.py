@@ -39,20 +39,20 @@ class FrozenNetwork(nn.Module):
         """Do nothing: the network always stays in evaluation mode."""
         return super().train(False)
 
-    def pixels(self, images: Tensor, size_px: int, antialias: bool = False) -> Tensor:
+    def pixels(self, images: Tensor, size_px: tuple[int, int], antialias: bool = False) -> Tensor:
         """Return images as the network takes them.
 
         Args:
             images: (N, C, H, W) float in [-1, 1]; C is 3, or 1, which is repeated to 3.
-            size_px: Side to which they are resized bilinearly.
+            size_px: Height and width to which they are resized bilinearly.
             antialias: Whether a smaller size is filtered before, as torchvision does.
 
         Returns:
-            (N, 3, size_px, size_px), normalised.
+            (N, 3, *size_px), normalised.
         """
         x = images.expand(-1, 3, -1, -1)
-        if x.shape[2:] != (size_px, size_px):
-            x = F.interpolate(x, size=(size_px, size_px), mode="bilinear", align_corners=False, antialias=antialias)
+        if x.shape[2:] != size_px:
+            x = F.interpolate(x, size=size_px, mode="bilinear", align_corners=False, antialias=antialias)
         return (0.5 * (x + 1.0) - self.mean) / self.std
 
 

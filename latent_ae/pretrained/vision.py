@@ -18,12 +18,12 @@ class VisionModel(FrozenNetwork):
     """A frozen model such as DINOv2 that transformers loads (the extra `alignment`); it returns patch features.
 
     `num_features` is the number of features, `num_layers` that of transformer blocks, `patch_px` the side of a patch in
-    px, and `side_px` the number of patches along a side with which it was tried.
+    px, and `grid` the last height and width in patches with which it was tried.
 
     Args:
         folder: A folder with the model's config, safetensors weights and preprocessor_config.json.
-        side_px: Number of patches along a side, such as the side of a latent in px; the model is tried on it.
-        image_px: Side in px to which images are resized, in place of `side_px`; it is rounded down to whole patches.
+        grids: Heights and widths in patches, such as those of the latents that occur; the model is tried on each.
+        image_px: Side in px to which images are resized, in place of `grids`; it is rounded down to whole patches.
         setting: The setting that names the folder, for messages.
         twice_differentiable: Compute attention so that gradients can be differentiated again, which is slower.
 
@@ -34,7 +34,7 @@ class VisionModel(FrozenNetwork):
     def __init__(
         self,
         folder: str | Path,
-        side_px: int = 0,
+        grids: Sequence[tuple[int, int]] = (),
         *,
         image_px: int = 0,
         setting: str = "alignment.model",
@@ -52,48 +52,53 @@ class VisionModel(FrozenNetwork):
         takes = inspect.signature(self.model.forward).parameters
         # DINO interpolates its position embeddings to any size by itself, other models on request
         self.extras = {"interpolate_pos_encoding": True} if "interpolate_pos_encoding" in takes else {}
-        size = image_px or patch * side_px
-        try:
-            self.side_px = side_px or max(1, image_px // patch)
-            self.num_layers = int(self.model.config.num_hidden_layers)
-            with torch.no_grad():
-                features = self(torch.zeros(1, 3, size, size), self.side_px)
-        except Exception as error:  # a model may accept a configuration with which its forward pass fails
-            grid = f"{side_px} x {side_px} features" if side_px else "features"
-            raise UserError(f"{setting}: {folder} gives no {grid} for images of {size} px: {reason(error)}") from error
-        self.num_features: int = features.shape[1]
+        self.num_layers = int(getattr(self.model.config, "num_hidden_layers", 0))
+        for self.grid in grids or [(max(1, image_px // patch),) * 2]:
+            size = (image_px, image_px) if image_px else (patch * self.grid[0], patch * self.grid[1])
+            try:
+                with torch.no_grad():
+                    features = self(torch.zeros(1, 3, *size), self.grid)
+            except Exception as error:  # a model may accept a configuration with which its forward pass fails
+                kind = f"{self.grid[0]} x {self.grid[1]} features" if grids else "features"
+                sides = " x ".join(map(str, size))
+                raise UserError(
+                    f"{setting}: {folder} gives no {kind} for images of {sides} px: {reason(error)}"
+                ) from error
+            self.num_features: int = features.shape[1]
 
-    def forward(self, images: Tensor, side_px: int) -> Tensor:
+    def forward(self, images: Tensor, grid: Sequence[int]) -> Tensor:
         """Return the patch features of images, without those of class and register tokens, after the model's last norm.
 
         Images are resized bilinearly so that one patch is one latent px, as in VA-VAE (Yao et al. 2025): 224 px for a
         latent of 16 px and patches of 14 px.
 
         Args:
-            images: (N, C, S, S) float in [-1, 1]; C is 3, or 1, which is repeated to 3.
-            side_px: Side of the latents, px.
+            images: (N, C, H, W) float in [-1, 1]; C is 3, or 1, which is repeated to 3.
+            grid: Height h and width w of the latents, px.
 
         Returns:
-            (N, num_features, side_px, side_px) float32.
+            (N, num_features, h, w) float32.
         """
-        x = self.pixels(images, self.patch_px * side_px)
+        height, width = grid
+        x = self.pixels(images, (self.patch_px * height, self.patch_px * width))
         tokens = self.model(pixel_values=x, **self.extras).last_hidden_state.float()
-        patches = tokens[:, -(side_px**2) :]
-        return patches.transpose(1, 2).reshape(len(x), -1, side_px, side_px)
+        patches = tokens[:, -height * width :]
+        return patches.transpose(1, 2).reshape(len(x), -1, height, width)
 
     def layers(self, images: Tensor, depths: Sequence[int]) -> list[Tensor]:
         """Return the patch tokens after several blocks, without class and register tokens and before the last norm.
 
         Args:
-            images: (N, C, H, W) float in [-1, 1], which are resized to `side_px` patches along a side; C is 3 or 1.
+            images: (N, C, H, W) float in [-1, 1], which are resized to `grid` patches; C is 3 or 1.
             depths: Numbers of blocks, 1 to `num_layers`.
 
         Returns:
-            For each depth (N, num_features, side_px ** 2).
+            For each depth (N, num_features, patches).
         """
-        x = self.pixels(images, self.patch_px * self.side_px)
+        height, width = self.grid
+        x = self.pixels(images, (self.patch_px * height, self.patch_px * width))
         states = self.model(pixel_values=x, output_hidden_states=True, **self.extras).hidden_states
-        return [states[depth][:, -(self.side_px**2) :].transpose(1, 2) for depth in depths]
+        return [states[depth][:, -height * width :].transpose(1, 2) for depth in depths]
 
     def sha256(self) -> str:
         """Return the checksum of the weights."""

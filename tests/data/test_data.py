@@ -174,7 +174,7 @@ def test_pixels_that_are_kept_are_the_pixels_of_the_file(noise_folder: Path) -> 
         for number, image in zip(batch.numbers, batch.images, strict=True):
             i = int(epoch_order(5, number // 11, 11)[number % 11])
             pixels = images.decode(source.read(i), channels=3)
-            expected = random_crop(pixels, 8, None, True, crop_rng(5, number))
+            expected = random_crop(pixels, (8, 8), None, True, crop_rng(5, number))
             assert torch.equal(image, images.to_tensor(expected))
 
 

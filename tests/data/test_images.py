@@ -413,7 +413,7 @@ def test_random_crop_is_a_window_of_the_image() -> None:
     both = np.stack([windows, windows[:, :, :, ::-1]])
     seen = set()
     for seed in range(300):
-        crop = crops.random_crop(rgb, 8, None, True, np.random.default_rng(seed))
+        crop = crops.random_crop(rgb, (8, 8), None, True, np.random.default_rng(seed))
         (where,) = np.argwhere((both == crop).all(axis=(3, 4, 5)))
         seen.add(tuple(where))
     flips, tops, lefts = (set(values) for values in zip(*seen, strict=True))
@@ -421,8 +421,8 @@ def test_random_crop_is_a_window_of_the_image() -> None:
     # without flips: the same windows, none mirrored
     mirrored = 0
     for seed in range(20):
-        plain = crops.random_crop(rgb, 8, None, False, np.random.default_rng(seed))
-        maybe = crops.random_crop(rgb, 8, None, True, np.random.default_rng(seed))
+        plain = crops.random_crop(rgb, (8, 8), None, False, np.random.default_rng(seed))
+        maybe = crops.random_crop(rgb, (8, 8), None, True, np.random.default_rng(seed))
         assert (windows == plain).all(axis=(2, 3, 4)).any()
         assert (maybe == plain).all() or (maybe == plain[:, ::-1]).all()
         mirrored += not (maybe == plain).all()
@@ -432,12 +432,12 @@ def test_random_crop_is_a_window_of_the_image() -> None:
 def test_random_crop_resizes_first_and_enlarges_small_images() -> None:
     rgb = colours(20, 30)
     rng = np.random.default_rng(0)
-    assert crops.random_crop(rgb, 8, 8, False, rng).shape == (8, 8, 3)
-    small = crops.random_crop(colours(3, 8), 16, None, False, rng)
+    assert crops.random_crop(rgb, (8, 8), 8, False, rng).shape == (8, 8, 3)
+    small = crops.random_crop(colours(3, 8), (16, 16), None, False, rng)
     assert small.shape == (16, 16, 3)
     with pytest.raises(ImageError, match="too elongated"):
-        crops.random_crop(colours(1, 5000), 16, None, False, rng)
-    flat = crops.random_crop(np.full((5, 5, 1), 77, np.uint8), 16, None, False, rng)
+        crops.random_crop(colours(1, 5000), (16, 16), None, False, rng)
+    flat = crops.random_crop(np.full((5, 5, 1), 77, np.uint8), (16, 16), None, False, rng)
     assert (flat == 77).all()
 
 

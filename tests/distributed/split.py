@@ -52,6 +52,14 @@ def cases(place: Path) -> dict[str, Case]:
         "capacity": Case(
             3, {"loss": {"pixel": "logistic", "scale": 0.3, "learned_logvar": True, "kl": 1.0, "kl_capacity": 3.0}}
         ),
+        "buckets": Case(
+            3,
+            {
+                "data": {"buckets": [16, [24, 12], [8, 20]]},
+                "loss": TAUGHT,
+                "gan": {**FELT, "discriminator_warmup": 0},
+            },
+        ),
         "AutoencoderTiny, taught": Case(
             3,
             {

@@ -30,7 +30,10 @@ from tests.tiny_vision import save_convnext, save_vision_model
 pytest.importorskip("transformers")
 pytestmark = pytest.mark.trained
 TOLERANCE = 1e-5
-NAMES = ("pixels", "latents", "capacity", "AutoencoderTiny, taught", "codes", "frozen networks", *SHAPES)
+NAMES = (
+    *("pixels", "latents", "capacity", "buckets", "AutoencoderTiny, taught", "codes", "frozen networks"),
+    *SHAPES,
+)
 AUTOENCODER, DISCRIMINATOR = "gradient of the autoencoder", "gradient of the discriminator"
 LOGVAR = "gradient of reconstruction.logvar"
 WEIGHT, LECAM = "gan.balance.weight", "gan.lecam_averages"

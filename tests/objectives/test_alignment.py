@@ -38,25 +38,25 @@ def test_off_means_nothing_is_there() -> None:
 def test_features_are_the_patches_in_their_places(tmp_path: Path, kind: str) -> None:
     """Against transformers called by hand; the tokens before the patches are 1, 1 + 4 registers, and 1."""
     place = save_vision_model(tmp_path / kind, kind)
-    images = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    found = VisionModel(place, 5)(images, 5)
-    sized = F.interpolate((images + 1) / 2, size=(5 * PATCH, 5 * PATCH), mode="bilinear", align_corners=False)
+    images = torch.rand(2, 3, 16, 12, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    found = VisionModel(place, [(5, 4)])(images, (5, 4))
+    sized = F.interpolate((images + 1) / 2, size=(5 * PATCH, 4 * PATCH), mode="bilinear", align_corners=False)
     pixels = (sized - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
     model = transformers.AutoModel.from_pretrained(place).eval()
     more = {"interpolate_pos_encoding": True} if kind == "ViT" else {}
     with torch.no_grad():
         tokens = model(pixel_values=pixels, **more).last_hidden_state
     first = 5 if kind == "Dinov2WithRegisters" else 1
-    assert tokens.shape[1] == first + 25
+    assert tokens.shape[1] == first + 20
     for row in range(5):
-        for column in range(5):
-            torch.testing.assert_close(found[:, :, row, column], tokens[:, first + 5 * row + column])
+        for column in range(4):
+            torch.testing.assert_close(found[:, :, row, column], tokens[:, first + 4 * row + column])
 
 
 def test_one_channel_is_repeated_and_the_model_stays_frozen(folder: Path) -> None:
-    vision = VisionModel(folder, 8).train()
+    vision = VisionModel(folder, [(8, 8)]).train()
     grey = torch.rand(1, 1, 16, 16)
-    assert torch.equal(vision(grey, 8), vision(grey.repeat(1, 3, 1, 1), 8))
+    assert torch.equal(vision(grey, (8, 8)), vision(grey.repeat(1, 3, 1, 1), (8, 8)))
     assert not vision.training and not vision.model.training
     assert not any(parameter.requires_grad for parameter in vision.parameters())
 
@@ -119,7 +119,7 @@ def test_the_adaptive_weight_and_the_whole_gradient_are_those_of_va_vae(folder: 
         for objective in step.objectives.values():
             batch = objective.prepare(batch, number)
         result = model(batch.images, batch.noise, batch.transforms)
-        features = step.objectives["alignment"].vision(batch.images, result.latent.shape[-1])
+        features = step.objectives["alignment"].vision(batch.images, result.latent.shape[2:])
         terms = alignment_loss(result.heads["alignment"], features, 0.5, 0.25)
         kl = 0.5 * (result.mean**2 + result.logvar.exp() - 1 - result.logvar).sum() / batch.images.numel()
         area = (batch.target.shape[-1] / SIDE) ** 2  # sums over a sample count by it
@@ -211,7 +211,7 @@ def test_a_foreign_folder_ends_in_a_message(file: str, changes: Any, folder: Pat
         changes = json.loads((folder / file).read_text()) | changes
     (copy / file).write_text(changes if isinstance(changes, str) else json.dumps(changes))
     with pytest.raises(UserError, match="alignment.model: "):
-        VisionModel(copy, 4)
+        VisionModel(copy, [(4, 4)])
 
 
 def test_what_cannot_serve_is_refused_with_the_reason(
@@ -219,7 +219,7 @@ def test_what_cannot_serve_is_refused_with_the_reason(
 ) -> None:
     def refusal(place: Path, expected: str) -> None:
         with pytest.raises(UserError, match=expected):
-            VisionModel(place, 4)
+            VisionModel(place, [(4, 4)])
 
     bare = tmp_path / "bare"
     bare.mkdir()

@@ -278,6 +278,7 @@ def test_the_plan_counts_what_is_trained(network: str, folder: Path) -> None:
         ("gan.network=stylegan gan.norm=batch", "gan.norm: is for gan.network patch and dino"),
         ("gan.network=stylegan data.resolution=96", "gan.network: stylegan halves images to 4 px"),
         ("gan.network=stylegan latents.equivariance=0.5", "gan.network: stylegan takes images of one size"),
+        ("gan.network=stylegan data.buckets=[128,256]", "gan.network: stylegan takes square images of one size"),
     ],
 )
 def test_settings_that_do_not_go_together(words: str, expected: str, folder: Path) -> None:

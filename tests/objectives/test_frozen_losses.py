@@ -89,7 +89,7 @@ def test_the_features_loss_is_one_minus_the_cosine_of_patches(dino: Path) -> Non
     with torch.no_grad():
         first, second = (model(pixel_values=normalised(x, DINO_PX)).last_hidden_state for x in (a, b))
         vision = VisionModel(dino, image_px=DINO_PX + 1)  # rounded down to whole patches
-        found = dino_loss(vision(a, vision.side_px), vision(b, vision.side_px))
+        found = dino_loss(vision(a, vision.grid), vision(b, vision.grid))
     cosines = [
         float(first[n, token] @ second[n, token] / (first[n, token].norm() * second[n, token].norm()))
         for n in range(2)
@@ -148,7 +148,7 @@ def test_off_means_nothing_is_there() -> None:
 def test_one_channel_is_repeated_and_the_layout_does_not_matter(convnext: Path, dino: Path) -> None:
     grey, colour = images_of(32, 1), images_of(32)
     vision = VisionModel(dino, image_px=DINO_PX)
-    for network in (ConvNeXtLogits(convnext), lambda images: vision(images, 6)):
+    for network in (ConvNeXtLogits(convnext), lambda images: vision(images, (6, 6))):
         assert torch.equal(network(grey), network(grey.repeat(1, 3, 1, 1)))
         torch.testing.assert_close(network(colour.to(memory_format=torch.channels_last)), network(colour))
 
