@@ -277,7 +277,7 @@ def test_a_narrow_copy_makes_two_steps(name: str, lpips_vgg: LPIPS, tmp_path: Pa
 
 
 def narrow(settings: TrainSettings, folder: Path) -> TrainSettings:
-    """Return a sixteenth of the width on images of a few latent px, all terms from the first step on."""
+    """Return less than a tenth of the width on images of a few latent px, all terms from the first step on."""
     values = settings.model_dump(mode="json", by_alias=True)
     model = values["model"]
     if settings.model.gives_shape:
@@ -288,9 +288,11 @@ def narrow(settings: TrainSettings, folder: Path) -> TrainSettings:
         for key in config:
             if key.endswith("block_out_channels"):
                 factor = 2 ** (len(config[key]) - 1)
-                config[key] = [width // 16 for width in config[key]]
+                config[key] = [width // 32 for width in config[key]]
         if settings.model.kind == "AutoencoderDC":
-            config["attention_head_dim"] = 8
+            config |= {"attention_head_dim": 4, "latent_channels": config["latent_channels"] // 8}
+            if settings.latents.min_channels is not None:
+                values["latents"]["min_channels"] = 2
         else:
             config["norm_num_groups"] = 4
         if "num_vq_embeddings" in config:

@@ -176,7 +176,8 @@ class _Measured(NamedTuple):
 
 def _measured(settings: TrainSettings, autoencoder: ModelMixin, gpu: bool, size: int) -> _Measured:
     autoencoder = copy.deepcopy(autoencoder).to("meta")
-    settings = settings.model_copy(update={"micro_batch_size": size, "batch_size": size * settings.accumulation})
+    batch_size = size * settings.accumulation * settings.processes
+    settings = settings.model_copy(update={"micro_batch_size": size, "batch_size": batch_size})
     objectives = build_objectives(settings, autoencoder, torch.device("meta"))
     for objective in objectives:
         objective.run = settings.facts(facts_of(autoencoder))
