@@ -21,6 +21,7 @@ from latent_ae.models.run_checkpoint import checkpoint_at
 from latent_ae.models.settings import ModelSettings
 from latent_ae.models.stored_encoder import StoredEncoder
 from latent_ae.objectives.base import Objective
+from latent_ae.objectives.class_noise import ClassNoise
 
 from .checkpoint import read_state
 from .finish import finished_results
@@ -41,6 +42,9 @@ def starting_autoencoder(settings: TrainSettings) -> ModelMixin:
         autoencoder = build_autoencoder(settings.model, sample_size=data.resolution, seed=settings.seed)
     else:
         autoencoder = load_original(settings)
+        if "noise_tau" in settings.model.config and "noise_tau" in autoencoder.config:
+            # it shapes no weights, so it may differ from init_from's
+            autoencoder.register_to_config(noise_tau=settings.model.config["noise_tau"])
         if settings.decoder.latents is not None:
             sha256 = str(first_stage(autoencoder).sha256)
         if settings.decoder.wanted:
@@ -138,6 +142,8 @@ def build_objectives(settings: TrainSettings, autoencoder: ModelMixin, device: t
     """
     run = settings.facts(facts_of(autoencoder))
     objectives = [one.build(settings.section_of(one), run, autoencoder, device) for one in settings.objectives]
+    if (noise := ClassNoise.of(autoencoder)) is not None:
+        objectives.insert(0, noise)
     if not any(parameter.requires_grad for parameter in autoencoder.parameters()):
         raise UserError("train: names only codes, which no gradient moves with these settings of codebook: name more")
     return objectives

@@ -172,7 +172,7 @@ def measure_latents(
         rank=accelerator.process_index,
         world_size=processes,
     )
-    statistics, failure = LatentStatistics(), ""
+    statistics, failure = LatentStatistics(family_of(autoencoder).scaled_by_positions), ""
     progress = progress_bar("latent statistics", STATISTICS_CROPS, "img", disable=not accelerator.is_main_process)
     with torch.no_grad(), progress, encoder_in_memory(autoencoder):
         for _ in range(-(-STATISTICS_CROPS // (micro_batch * processes))):

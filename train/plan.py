@@ -19,6 +19,7 @@ from latent_ae.models.new_decoder import decoder_parameters
 from latent_ae.models.registry import family_of
 from latent_ae.models.stored_encoder import out_of_memory_parameters
 from latent_ae.objectives import GAN, KL, OBJECTIVES, Codebook
+from latent_ae.objectives.class_noise import ClassNoise
 
 from .build import load_original, planned_autoencoder
 from .cost import Gpu, describe_cost
@@ -91,6 +92,8 @@ def _plan_of_a_run(
         clauses = texts.setdefault(objective.plan_line, [])
         if objective in settings.objectives and (text := objective.describe(settings.section_of(objective), run)):
             clauses.append(text)
+    if (noise := ClassNoise.of(autoencoder)) is not None:
+        texts[noise.plan_line].insert(0, f"noise of deviations up to {noise.tau:g} added (noise_tau)")
     if not family_of(autoencoder).random:
         texts[KL.plan_line] = []
     if facts.no_codebook:

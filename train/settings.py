@@ -258,6 +258,8 @@ class TrainSettings(Settings):
         yield from self._batch_problems()
         yield from self._shape_problems()
         yield from self._path_problems()
+        if self.model.kind == "AutoencoderRAE":
+            yield from self._representation_problems()
         yield from self.problems_with(self.model.facts(self.data.resolution) if self.init_from is None else None)
         for name in SHARDED:
             if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() == "true":
@@ -323,7 +325,7 @@ class TrainSettings(Settings):
                 "compile with data.buckets: blocks are compiled twice, for the first size and then for any size, so "
                 "two of the first steps take minutes"
             )
-        if self.init_from is None and self.train != "all":
+        if self.init_from is None and self.train != "all" and self.model.encoder is None:
             fixed = {"decoder": "the encoder", "encoder": "the decoder"}.get(self._train_word, "all else")
             part = f"the {self.train}" if isinstance(self.train, str) else "these parts"
             start = "linear" if self.model.init == "linear" else "random"
@@ -367,6 +369,14 @@ class TrainSettings(Settings):
                 "distillation.teacher",
                 "decoder.* is for the latents of init_from themselves, without a teacher: leave it out",
             )
+
+    def _representation_problems(self) -> Iterator[Problem]:
+        if self.model.encoder is not None and self.init_from is not None:
+            yield Problem("model.encoder", "the encoder is that of init_from: give model={}, or remove init_from")
+        elif self.model.encoder is None and self.init_from is None:
+            yield Problem("model.encoder", "an AutoencoderRAE needs one: give the folder of a model of transformers")
+        if self.train == "all":
+            yield Problem("train", "all: of an AutoencoderRAE only the decoder is trained here: set it to decoder")
 
     def _shape_problems(self) -> Iterator[Problem]:
         factor, groups = self.model.factor, self.model.norm_num_groups

@@ -3,13 +3,11 @@
 The names are those of bytetriper/RAE, `src/stage1/decoders/decoder.py`; the encoder is a model of transformers.
 """
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from latent_ae.config import UserError
 from latent_ae.convert.layout import Config, Layout, Rule, levels_of, rules
-from latent_ae.files import read_mapping
-from latent_ae.text import printable
+from latent_ae.models.representation import read_encoder
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,64 +33,6 @@ RULES = (
 )
 HEADS = {768: 12, 1024: 16, 1152: 16}
 """Attention heads of the published decoders by their width (`configs/decoder/`)."""
-HALF = ([0.5] * 3, [0.5] * 3)
-IMAGENET = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
-ENCODERS = {
-    "dinov2_with_registers": ("dinov2", "Dinov2WithRegistersModel", IMAGENET),
-    "vit_mae": ("mae", "ViTMAEModel", IMAGENET),
-    "siglip": ("siglip2", "SiglipVisionModel", HALF),
-    "siglip_vision_model": ("siglip2", "SiglipVisionModel", HALF),
-}
-"""By the model_type of a transformers config: AutoencoderRAE's name, the class, and mean and std of images."""
-HEAD_CHANNELS = 64
-"""Channels of an attention head, which AutoencoderRAE assumes in an encoder."""
-
-
-def read_encoder(folder: Path) -> tuple[dict[str, "Tensor"], dict[str, Any]]:
-    """Read the frozen encoder in a folder of transformers.
-
-    Returns:
-        Its tensors with the prefix `encoder.`, without the weights of the final norm, which RAE removes; and the keys
-        of AutoencoderRAE's config that describe it.
-
-    Raises:
-        UserError: If the folder holds no encoder that AutoencoderRAE knows, it cannot be read, or transformers is
-            missing.
-    """
-    if not (folder / "config.json").is_file():
-        raise UserError(f"--encoder: {folder} has no config.json; give the encoder's folder of transformers")
-    try:
-        import transformers
-    except ImportError:
-        raise UserError("RAE's encoders are transformers' models: pip install transformers") from None
-    found = str(read_mapping(folder / "config.json").get("model_type"))
-    if found not in ENCODERS:
-        known = ", ".join(ENCODERS)
-        raise UserError(f"--encoder: {folder} holds a {printable(found)[:100]}; AutoencoderRAE knows {known}")
-    name, kind, (mean, std) = ENCODERS[found]
-    try:
-        model = getattr(transformers, kind).from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # transformers raises many kinds for a missing, truncated or foreign file
-        raise UserError(f"cannot load {folder}: {' '.join(str(error).split())[:300]}") from error
-    config = model.config
-    if config.hidden_size != HEAD_CHANNELS * config.num_attention_heads:
-        raise UserError(f"--encoder: {folder} has no heads of {HEAD_CHANNELS} channels, which AutoencoderRAE needs")
-    processor = folder / "preprocessor_config.json"
-    if processor.is_file():
-        said = read_mapping(processor)
-        mean, std = said.get("image_mean", mean), said.get("image_std", std)
-        if not all(isinstance(values, list) and len(values) == 3 for values in (mean, std)):
-            raise UserError(f"{processor}: AutoencoderRAE needs image_mean and image_std of three colours")
-    norms = ("layernorm.", "post_layernorm.", "vision_model.post_layernorm.")
-    state = {f"encoder.{key}": value for key, value in model.state_dict().items() if not key.startswith(norms)}
-    return state, {
-        "encoder_type": name,
-        "encoder_hidden_size": int(config.hidden_size),
-        "encoder_patch_size": int(config.patch_size),
-        "encoder_num_hidden_layers": int(config.num_hidden_layers),
-        "encoder_norm_mean": mean,
-        "encoder_norm_std": std,
-    }
 
 
 def _infer(state: "Tensors", words: Config) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import torch
 
 # streams of random numbers that must never overlap: the highest word of Philox's counter
 CROP, NOISE, ORDER, BLOCK, AUGMENT, LATENT_NOISE, CHANNELS, EQUIVARIANCE, BINARY, PERMUTATION, SPREAD, FLIP = range(12)
-MIXTURE, BUCKET = 12, 13
+MIXTURE, BUCKET, CLASS_NOISE = 12, 13, 14
 GOLDEN_RATIO = np.uint64(0x9E3779B97F4A7C15)
 """Its fractional part as a fraction of 2 ** 64."""
 
@@ -150,9 +150,11 @@ def augmentation_numbers(seed: int, numbers: Sequence[int], count: int) -> torch
     return torch.from_numpy(np.stack([generator.random(count, dtype=np.float32) for generator in generators]))
 
 
-def latent_noise(seed: int, numbers: Sequence[int], shape: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+def latent_noise(
+    seed: int, numbers: Sequence[int], shape: Sequence[int], stream: int = LATENT_NOISE
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Return noise for the latents of N samples: levels (N,) uniform in [0, 1), and normal noise (N, *shape)."""
-    generators = [np.random.Generator(_philox(seed, number, LATENT_NOISE)) for number in numbers]
+    generators = [np.random.Generator(_philox(seed, number, stream)) for number in numbers]
     levels = np.array([generator.random() for generator in generators], dtype=np.float32)
     noise = [generator.standard_normal(tuple(shape), dtype=np.float32) for generator in generators]
     return torch.from_numpy(levels), torch.from_numpy(np.stack(noise))

@@ -7,8 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from diffusers import ModelMixin
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from torch import Tensor
 
 from latent_ae.export.precision import verdict
 from latent_ae.latents.statistics import LatentStatistics
@@ -203,6 +205,11 @@ def _scaling_text(autoencoder: ModelMixin, statistics: LatentStatistics) -> str:
     kept += f"latents are the same. On this data they were {measured}"
     if scaling.mean is not None:
         return f"`latents_mean` and `latents_std` are {kept}"
+    if statistics.positions.count and _scaled_by(autoencoder.config.latents_mean, statistics.positions.mean):
+        return (
+            "It scales its latents itself, each value by a mean and a standard\n"
+            f"deviation of its own in `latents_mean` and `latents_std`; the encoder's features were {measured}"
+        )
     if scaling.inside:
         return f"It scales its latents itself. On this data they were {measured}"
     if "scaling_factor" not in autoencoder.config:
@@ -214,6 +221,13 @@ def _scaling_text(autoencoder: ModelMixin, statistics: LatentStatistics) -> str:
     if "shift_factor" not in autoencoder.config:
         return f"`scaling_factor` is {kept.replace('those', 'that', 1)}"
     return f"`scaling_factor` and `shift_factor` are {kept}"
+
+
+def _scaled_by(stated: Any, mean: Tensor) -> bool:
+    """Return whether the mean in a config is a measured one, (C, H, W), up to a small constant of its class."""
+    if stated is None or (known := torch.tensor(stated)).shape != mean.shape:
+        return False
+    return torch.allclose(known, mean.float(), rtol=1e-4, atol=1e-4)
 
 
 def discriminator_text(discriminator: Discriminator, location: str) -> str:

@@ -37,6 +37,8 @@ __all__ = ["CardFacts", "export_autoencoder", "loading_lines", "push_to_hub", "v
 TOLERANCE = 1e-5
 """Largest difference, in [-1, 1], between the trained model's reconstruction and the exported one's."""
 
+STD_EPSILON = 1e-5
+"""RAE adds it to the variance, and AutoencoderRAE to the deviation."""
 TILES_ON_CPU_PX = 512
 """Largest tile that is tried on a CPU: decoding an image of larger ones whole takes minutes and many gigabytes."""
 
@@ -128,10 +130,17 @@ def export_autoencoder(
         # a loaded config may carry those of other latents, which some pipelines would apply
         measured |= {"latents_mean": None, "latents_std": None}
     # no class has all of these keys
-    exported.register_to_config(**{key: value for key, value in measured.items() if key in config})
+    by_positions = family_of(exported).scaled_by_positions and not keep_scaling
+    if by_positions:
+        _normalise_positions(exported, statistics)
+    else:
+        exported.register_to_config(**{key: value for key, value in measured.items() if key in config})
     if family_of(exported).scaled_by_patches and not keep_scaling:
         _normalise_patches(exported, statistics)
     # some classes know no other scaling
+    if latents_mean_std and by_positions:
+        kind = type(exported).__name__
+        raise UserError(f"a {kind} scales each value of its latents already: leave --latents-mean-std out")
     per_channel = latents_mean_std or (not keep_scaling and "latents_mean" in config and "scaling_factor" not in config)
     if per_channel:
         _normalise_channels(exported, statistics)
@@ -322,6 +331,20 @@ def _normalise_channels(autoencoder: ModelMixin, statistics: LatentStatistics) -
         latents_std=statistics.channel_std,
         **{key: value for key, value in neutral.items() if key in autoencoder.config},
     )
+
+
+def _normalise_positions(autoencoder: ModelMixin, statistics: LatentStatistics) -> None:
+    """Write mean and deviation of each value of a latent into the config and the buffers with which the class computes.
+
+    RAE divides by sqrt(var + 1e-5) (bytetriper/RAE `src/stage1/rae.py`), and AutoencoderRAE by std + 1e-5.
+    """
+    positions = statistics.positions
+    # what was measured has passed the class's own scaling, which divides by 1 + 1e-5 even where it knows no statistics
+    scale = (autoencoder._latents_std.double() + STD_EPSILON) / autoencoder.config.scaling_factor
+    mean = (positions.mean * scale + autoencoder._latents_mean.double()).float()
+    std = ((positions.variance * scale.square() + STD_EPSILON).sqrt() - STD_EPSILON).float()
+    autoencoder.register_to_config(latents_mean=mean.tolist(), latents_std=std.tolist(), scaling_factor=1.0)
+    autoencoder._latents_mean, autoencoder._latents_std = mean, std
 
 
 def _normalise_patches(autoencoder: ModelMixin, statistics: LatentStatistics) -> None:

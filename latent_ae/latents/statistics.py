@@ -76,6 +76,45 @@ class Moments:
         return float(mean), math.sqrt(float(variance))
 
 
+class PositionMoments:
+    """Count, mean and population variance of each value of (C, H, W) tensors of one size, merged batch by batch."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        """Number of tensors."""
+        self.mean = torch.zeros(0, dtype=torch.float64)
+        self.scatter = torch.zeros(0, dtype=torch.float64)
+        """Sums of squared deviations from the means, (C, H, W)."""
+
+    def update(self, values: Tensor) -> None:
+        """Add the values of an (N, C, H, W) tensor of any float type."""
+        batch = PositionMoments()
+        values = values.detach().cpu().double()
+        batch.count = len(values)
+        if batch.count:
+            batch.mean = values.mean(0)
+            batch.scatter = (values - batch.mean).square().sum(0)
+            self.merge(batch)
+
+    def merge(self, other: "PositionMoments") -> None:
+        """Add the values of another object, as `Moments.merge`."""
+        if not other.count:
+            return
+        if not self.count:
+            self.count, self.mean, self.scatter = other.count, other.mean.clone(), other.scatter.clone()
+            return
+        total = self.count + other.count
+        delta = other.mean - self.mean
+        self.mean = self.mean + delta * (other.count / total)
+        self.scatter = self.scatter + other.scatter + delta.square() * (self.count * other.count / total)
+        self.count = total
+
+    @property
+    def variance(self) -> Tensor:
+        """Population variance of each value, (C, H, W)."""
+        return self.scatter / self.count
+
+
 class LatentStatistics:
     """Mean, covariance, quantiles and KL of latents, overall and per channel, updated batch by batch.
 
@@ -83,9 +122,15 @@ class LatentStatistics:
     statistics.update(latents)                  # N x C x h x w, raw: posterior samples or modes
     statistics.gather()                         # only if several processes updated it
     z = (latents - statistics.shift_factor) * statistics.scaling_factor
+
+    Args:
+        per_position: Whether to keep the mean and variance of each position, too; then all latents have one size.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, per_position: bool = False) -> None:
+        self.per_position = per_position
+        self.positions = PositionMoments()
+        """Mean and variance of each value; empty without `per_position`."""
         self.latents = Moments()
         self.sketch = QuantileSketch()
         self.posterior_means = Moments()
@@ -106,6 +151,8 @@ class LatentStatistics:
         if (mean is None) != (logvar is None):
             raise ValueError("give the posterior's mean and logvar together, or neither")
         self.latents.update(latents)
+        if self.per_position:
+            self.positions.update(latents)
         self.sketch.update(latents)
         if mean is not None and logvar is not None:
             mean, logvar = mean.detach().cpu().double(), logvar.detach().cpu().double()
@@ -119,6 +166,7 @@ class LatentStatistics:
         """Add the latents of another object, as if they had been added here."""
         for mine, theirs in zip(self._moments(), other._moments(), strict=True):
             mine.merge(theirs)
+        self.positions.merge(other.positions)
         self.sketch.merge(other.sketch)
 
     def gather(self) -> None:
@@ -127,7 +175,7 @@ class LatentStatistics:
             return
         parts = [LatentStatistics() for _ in range(torch.distributed.get_world_size())]
         torch.distributed.all_gather_object(parts, self)
-        merged = LatentStatistics()
+        merged = LatentStatistics(self.per_position)
         for part in parts:
             merged.merge(part)
         self.__dict__.update(merged.__dict__)

@@ -12,6 +12,7 @@ from latent_ae.models.linear_init import linear_start_
 from latent_ae.models.loading import load_first_stage
 from latent_ae.models.reconstruct import end_layers
 from latent_ae.models.registry import class_of, family_of
+from latent_ae.models.representation import with_encoder
 from latent_ae.models.settings import ModelFacts, ModelSettings
 from latent_ae.models.stored_encoder import StoredEncoder
 
@@ -25,7 +26,7 @@ def build_autoencoder(settings: ModelSettings, *, sample_size: int, seed: int = 
         seed: Seed of the initial weights.
 
     Raises:
-        UserError: If the class refuses the keys of `config`.
+        UserError: If the class refuses the keys of `config`, or the folder of an encoder cannot be read.
     """
     if not settings.gives_shape:
         return _of_another_class(settings, sample_size, seed)
@@ -65,7 +66,11 @@ def _of_another_class(settings: ModelSettings, sample_size: int, seed: int) -> M
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
+            if settings.encoder is not None:
+                return with_encoder(settings.encoder, settings.config, sample_size)
             autoencoder = kind(**own | settings.config)
+        except UserError:
+            raise
         except (TypeError, ValueError, AssertionError, IndexError, RuntimeError, ZeroDivisionError) as error:
             raise UserError(
                 f"model.config: {settings.kind} refuses it: {' '.join(str(error).split())[:300]}"
@@ -109,7 +114,7 @@ def facts_of(autoencoder: ModelMixin, name: str | None = None) -> ModelFacts:
     for side in ("encoder", "decoder"):  # classes that are only measured may lack one, or end differently
         part = getattr(autoencoder, side, None)
         foreign = part is None or isinstance(part, (StoredEncoder, BorrowedEncoder))
-        layers = [None] if foreign else end_layers(part)
+        layers = [None] if foreign else end_layers(part) or [None]  # a vision transformer has none by these names
         last_layers[side] = names.get(id(getattr(layers[-1], "weight", None)), "")
     if family.latent == "codebook":
         last_layers["codes"] = "quantize.embedding.weight"

@@ -140,6 +140,8 @@ class Family(NamedTuple):
     """Part of the names of weights that no still image uses; empty if all are used."""
     scaled_by_patches: bool = False
     """Whether diffusion models scale the latents by the statistics in the model's batch norm, not by its config."""
+    scaled_by_positions: bool = False
+    """Whether the class scales each value of a latent by a mean and deviation of its own, in its `encode`."""
     tried_in_half_precision: bool = False
     """Whether export tries the model in half precision and in tiles."""
     pipeline_decodes: bool = False

@@ -125,6 +125,7 @@ FAMILIES = {
         refusal=lambda config: (
             None if config.reshape_to_2d else "its latents are tokens without a grid: set reshape_to_2d in config.json"
         ),
+        scaled_by_positions=True,
         trains=("decoder",),
     ),
     "AutoencoderKLQwenImage": _one_frame(

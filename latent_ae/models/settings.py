@@ -18,6 +18,7 @@ Kind = Literal[
     "AutoencoderKLFlux2",
     "HierarchicalVAE",
     "FlowAutoencoderKL",
+    "AutoencoderRAE",
 ]
 """Classes of first stages: docs/family.md."""
 
@@ -103,6 +104,9 @@ class ModelSettings(Settings):
     """Class of the autoencoder. For all but AutoencoderKL, `config` gives the shape; leave out the keys below it."""
     config: dict[str, Any] = {}
     """Keys and values of the diffusers config of another kind."""
+    encoder: str | None = None
+    """Folder of the frozen encoder of an AutoencoderRAE, a vision transformer of transformers (DINOv2 with registers,
+    MAE or SigLIP); its decoder has fresh weights and trains. See docs/family.md."""
     in_channels: Positive = 3
     """Channels of the images."""
     out_channels: Positive = 3
@@ -156,8 +160,10 @@ class ModelSettings(Settings):
         return int(2 ** (len(self.block_out_channels) - 1))
 
     def problems(self) -> Iterator[Problem]:
+        if self.encoder is not None and self.kind != "AutoencoderRAE":
+            yield Problem("encoder", f"is for an AutoencoderRAE, and model.kind is {self.kind}: leave it out")
         if not self.gives_shape:
-            alone = ModelSettings(kind=self.kind, config=self.config)
+            alone = ModelSettings(kind=self.kind, config=self.config, encoder=self.encoder)
             for key in type(self).model_fields:
                 if getattr(self, key) != getattr(alone, key):
                     yield Problem(key, f"is AutoencoderKL's; a {self.kind} takes its shape from model.config")
