@@ -48,6 +48,8 @@ class RunFacts(NamedTuple):
     fixed_ends: frozenset[str] = frozenset()
     """Those of `encoder` and `decoder` whose last layer, where adaptive weights are measured, is not trained, and
     `codes` if there are codes and they are not trained."""
+    one_size: bool = True
+    """Whether images and latents have the same size in all steps."""
 
 
 class Batch(NamedTuple):

@@ -409,7 +409,7 @@ def network_problems(own: GanSettings, run: RunFacts, model: ModelFacts | None) 
         )
     elif kind is DinoDiscriminator:
         yield from folder_problems("gan.dino_model", str(own.dino_model))
-    if not kind.any_size and "equivariance" in run.enabled:
+    if not kind.any_size and not run.one_size:
         yield Problem(
             "gan.network", f"{own.network} takes images of one size, and latents.equivariance scales them: set it to 0"
         )
