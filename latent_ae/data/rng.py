@@ -14,7 +14,7 @@ import torch
 
 # streams of random numbers that must never overlap: the highest word of Philox's counter
 CROP, NOISE, ORDER, BLOCK, AUGMENT, LATENT_NOISE, CHANNELS, EQUIVARIANCE, BINARY, PERMUTATION, SPREAD, FLIP = range(12)
-MIXTURE = 12
+MIXTURE, DOWNSAMPLING = 12, 13
 
 
 def crop_rng(seed: int, number: int) -> np.random.Generator:
@@ -175,6 +175,11 @@ def binary_images(seed: int, numbers: Sequence[int], images: torch.Tensor) -> to
 def equivariance_numbers(seed: int, step: int) -> np.ndarray:
     """Return the four uniform numbers in [0, 1) that decide how a step's latents are scaled and rotated."""
     return np.random.Generator(_philox(seed, step, EQUIVARIANCE)).random(4)
+
+
+def downsampling_number(seed: int, step: int) -> float:
+    """Return the uniform number in [0, 1) that decides by how much a step's latents are downsampled."""
+    return float(np.random.Generator(_philox(seed, step, DOWNSAMPLING)).random())
 
 
 def permutations(seed: int, step: int, count: int, dimensions: int) -> np.ndarray:

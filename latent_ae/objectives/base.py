@@ -71,6 +71,8 @@ class Batch(NamedTuple):
     """A latent that is decoded in place of the posterior sample."""
     quantiser: Quantiser = PLAIN
     """How latents are replaced by codes, if there is a codebook."""
+    second: Transform | None = None
+    """Applied to the latent as it is decoded; the result is decoded, too, in the same forward pass."""
     full_size: int = 0
     """Number of elements (C x H x W) of one image as loaded."""
 
