@@ -80,6 +80,8 @@ class GanSettings(Settings):
     """Normalisation in patch (group, spectral, batch, none) or dino (group, instance, none, besides spectral norm)."""
     blur: Annotated[bool, FIXED] = False
     """Low-pass filter before each subsampling in patch."""
+    conditional: Annotated[bool, FIXED] = False
+    """Show patch each image's latent, too, so that it judges the image for that latent (seraena, for tiny decoders)."""
     dino_model: str | None = None
     """Folder of the vision transformer that dino needs, such as DINO-S/8 (config.json, model.safetensors,
     preprocessor_config.json)."""
@@ -200,11 +202,11 @@ class GAN(Objective[GanSettings]):
 
     @classmethod
     def build(cls, own: GanSettings, run: RunFacts, autoencoder: nn.Module, device: torch.device) -> "GAN":
-        from latent_ae.models.build import channels_of
+        from latent_ae.models.build import channels_of, latent_channels_of
 
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(run.seed + 1)
-            network = cls.network(own, channels_of(autoencoder), run.resolution)
+            network = cls.network(own, channels_of(autoencoder), run.resolution, latent_channels_of(autoencoder))
         if isinstance(network, DinoDiscriminator):
             vision = VisionModel(
                 str(own.dino_model),
@@ -225,25 +227,27 @@ class GAN(Objective[GanSettings]):
         return cls(own, run, network.to(device)).to(device)
 
     @classmethod
-    def network(cls, own: GanSettings, channels: int, side_px: int) -> Discriminator:
+    def network(cls, own: GanSettings, channels: int, side_px: int, latent_channels: int = 0) -> Discriminator:
         """Return a new discriminator, without the frozen network that it may need.
 
         Args:
             own: The settings.
             channels: Channels of the images.
             side_px: Side of the training crops, px.
+            latent_channels: Channels of the latents, for gan.conditional.
 
         Raises:
             UserError: If the frozen network's folder has no readable config.
         """
         kind, values = NETWORKS[own.network], {"in_channels": channels, "side_px": side_px, **own.model_dump()}
+        values["latent_channels"] = latent_channels if own.conditional else 0
         if kind is DinoDiscriminator:
             values |= vision_shape(str(own.dino_model), "gan.dino_model")
         return kind(**{name: values[name] for name in kind.arguments})
 
     @classmethod
     def describe(cls, own: GanSettings, run: RunFacts) -> str:
-        kind = "" if own.network == "patch" else f"{own.network} "
+        kind = "conditional " if own.conditional else "" if own.network == "patch" else f"{own.network} "
         text = f"{kind}discriminator from step {own.start:,}, in the autoencoder's loss from {own.felt_from:,}"
         return text + (f": never, the run ends at {run.steps:,}" if own.felt_from >= run.steps else "")
 
@@ -327,14 +331,16 @@ class GAN(Objective[GanSettings]):
             real: (N, C, H, W) in [-1, 1].
             fake: (N, C, H, W) reconstructions.
         """
-        network = p.adversaries[self.name]
-        if self.own.diffaug:
+        network, own = p.adversaries[self.name], self.own
+        latents = (p.out.to_decode.detach(),) if own.conditional else ()
+        if own.diffaug:
             (numbers,) = p.batch.draws[self.name]
-            real = augment(real, numbers[:, :NUMBERS], self.own.diffaug)
-            fake = augment(fake, numbers[:, NUMBERS:], self.own.diffaug)
-        if self.own.norm == "batch":  # real and fake images each with their own statistics, as published
-            return network(real), network(fake)
-        real_logits, fake_logits = network(torch.cat([real, fake])).chunk(2)
+            real = augment(real, numbers[:, :NUMBERS], own.diffaug)
+            fake = augment(fake, numbers[:, NUMBERS:], own.diffaug)
+        if own.norm == "batch":  # real and fake images each with their own statistics, as published
+            return network(real, *latents), network(fake, *latents)
+        both = (torch.cat([latent, latent]) for latent in latents)
+        real_logits, fake_logits = network(torch.cat([real, fake]), *both).chunk(2)
         return real_logits, fake_logits
 
     def lecam_anchors(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -413,6 +419,16 @@ def network_problems(own: GanSettings, run: RunFacts, model: ModelFacts | None) 
         yield Problem(
             "gan.network", f"{own.network} takes images of one size, and latents.equivariance scales them: set it to 0"
         )
+    if own.conditional and "equivariance" in run.enabled:
+        yield Problem(
+            "gan.conditional", "shows latents as they are, and latents.equivariance changes them: set one to 0"
+        )
+    if own.conditional and set(own.diffaug) - {"color"}:
+        yield Problem("gan.diffaug", "moves images against the latents that gan.conditional shows: use [color] or []")
+    if own.conditional and model is not None and not model.one_grid:
+        yield Problem(
+            "gan.conditional", f"{model.name} has latents on several grids, and one is shown: set it to false"
+        )
     if model is not None and kind.channels is not None and model.channels not in kind.channels:
         channels = " or ".join(map(str, kind.channels))
         yield Problem(
@@ -464,6 +480,11 @@ def discriminator_weights(location: str, network: Discriminator) -> dict[str, Te
         raise UserError(
             f"gan.init_from: the discriminator of {path} is of images of {other['in_channels']} channels, and these "
             f"have {ours['in_channels']}: leave gan.init_from out"
+        )
+    if "latent_channels" in other:
+        raise UserError(
+            f"gan.init_from: the discriminator of {path} sees latents of {other['latent_channels']} channels, and "
+            f"these have {ours['latent_channels']}: leave gan.init_from out"
         )
     if "network" in other:
         raise UserError(f"gan.init_from: the discriminator of {path} is another: set gan.network={other['network']}")
