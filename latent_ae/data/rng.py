@@ -14,7 +14,7 @@ import torch
 
 # streams of random numbers that must never overlap: the highest word of Philox's counter
 CROP, NOISE, ORDER, BLOCK, AUGMENT, LATENT_NOISE, CHANNELS, EQUIVARIANCE, BINARY, PERMUTATION, SPREAD, FLIP = range(12)
-MIXTURE, DOWNSAMPLING = 12, 13
+MIXTURE, DOWNSAMPLING, REPLAY = 12, 13, 14
 
 
 def crop_rng(seed: int, number: int) -> np.random.Generator:
@@ -180,6 +180,17 @@ def equivariance_numbers(seed: int, step: int) -> np.ndarray:
 def downsampling_number(seed: int, step: int) -> float:
     """Return the uniform number in [0, 1) that decides by how much a step's latents are downsampled."""
     return float(np.random.Generator(_philox(seed, step, DOWNSAMPLING)).random())
+
+
+def replay_numbers(seed: int, numbers: Sequence[int]) -> torch.Tensor:
+    """Return the uniform number in [0, 1) by which each sample's stored reconstruction is chosen: (N,) float32."""
+    drawn = [np.random.Generator(_philox(seed, number, REPLAY)).random(dtype=np.float32) for number in numbers]
+    return torch.tensor(drawn)
+
+
+def replay_slot(seed: int, number: int, size: int) -> int:
+    """Return which of `size` stored reconstructions the one with this number replaces."""
+    return int(_philox(seed, number, REPLAY, reader=1).random_raw() % size)
 
 
 def permutations(seed: int, step: int, count: int, dimensions: int) -> np.ndarray:

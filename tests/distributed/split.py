@@ -86,6 +86,7 @@ def cases(place: Path) -> dict[str, Case]:
     for kind, shape in SHAPES.items():
         more = {"revive_after": 1} if kind == "VQModel" else {"kl": 1e-3}
         gan = {**FELT, "discriminator_warmup": 0, "conditional": kind == "AutoencoderDC"}
+        gan["replay"] = 2 if kind == "AutoencoderDC" else 0
         codebook = {"entropy": 0.1} if kind == "VQModel" else {}
         model = {"kind": kind, "config": shape}
         changes = {"model": model, "loss": more, "codebook": codebook, "gan": gan}
