@@ -74,7 +74,12 @@ def _plan_of_a_run(
     if settings.gan.weight:
         with torch.device("meta"):
             discriminator = count_parameters(
-                GAN.network(settings.gan, channels_of(autoencoder), settings.data.resolution)
+                GAN.network(
+                    settings.gan,
+                    channels_of(autoencoder),
+                    settings.data.resolution,
+                    latent_channels_of(autoencoder),
+                )
             )
     facts = facts_of(autoencoder)
     run = settings.facts(facts)

@@ -210,6 +210,7 @@ class TrainSettings(Settings):
             compile=self.compile,
             weights_dir=self.weights_dir,
             enabled=frozenset(objective.name for objective in self.objectives),
+            one_size=not (self.latents.equivariance and self.latents.equivariance_to != "rotation"),
         )
 
     @classmethod
@@ -353,7 +354,7 @@ class TrainSettings(Settings):
             yield Problem(
                 "train", f"{self._train_word}, and with decoder.* the decoder trains whole and alone: leave it out"
             )
-        if self.decoder.latents is not None and self.latents.equivariance:
+        if self.decoder.latents is not None and not self.facts().one_size:
             yield Problem("latents.equivariance", "encodes smaller images, and decoder.latents are stored: set it to 0")
         if self.decoder.latents is not None and self.data.streaming:
             yield Problem("data.streaming", "decoder.latents belong to stored images, not to a stream: set it to false")

@@ -125,7 +125,9 @@ class TrainStep:
         with self.autocast():
             for objective in self.objectives.values():
                 batch = objective.prepare(batch, step)
-            out = self.reconstructor(batch.images, batch.noise, batch.transforms, batch.decode, batch.quantiser)
+            out = self.reconstructor(
+                batch.images, batch.noise, batch.transforms, batch.decode, batch.quantiser, batch.second
+            )
         done = Pass(
             batch,
             out,

@@ -14,7 +14,7 @@ import torch
 
 # streams of random numbers that must never overlap: the highest word of Philox's counter
 CROP, NOISE, ORDER, BLOCK, AUGMENT, LATENT_NOISE, CHANNELS, EQUIVARIANCE, BINARY, PERMUTATION, SPREAD, FLIP = range(12)
-MIXTURE, BUCKET, CLASS_NOISE = 12, 13, 14
+MIXTURE, BUCKET, CLASS_NOISE, DOWNSAMPLING, REPLAY = range(12, 17)
 GOLDEN_RATIO = np.uint64(0x9E3779B97F4A7C15)
 """Its fractional part as a fraction of 2 ** 64."""
 
@@ -195,6 +195,22 @@ def binary_images(seed: int, numbers: Sequence[int], images: torch.Tensor) -> to
 def equivariance_numbers(seed: int, step: int) -> np.ndarray:
     """Return the four uniform numbers in [0, 1) that decide how a step's latents are scaled and rotated."""
     return np.random.Generator(_philox(seed, step, EQUIVARIANCE)).random(4)
+
+
+def downsampling_number(seed: int, step: int) -> float:
+    """Return the uniform number in [0, 1) that decides by how much a step's latents are downsampled."""
+    return float(np.random.Generator(_philox(seed, step, DOWNSAMPLING)).random())
+
+
+def replay_numbers(seed: int, numbers: Sequence[int]) -> torch.Tensor:
+    """Return the uniform number in [0, 1) by which each sample's stored reconstruction is chosen: (N,) float32."""
+    drawn = [np.random.Generator(_philox(seed, number, REPLAY)).random(dtype=np.float32) for number in numbers]
+    return torch.tensor(drawn)
+
+
+def replay_slot(seed: int, number: int, size: int) -> int:
+    """Return which of `size` stored reconstructions the one with this number replaces."""
+    return int(_philox(seed, number, REPLAY, reader=1).random_raw() % size)
 
 
 def permutations(seed: int, step: int, count: int, dimensions: int) -> np.ndarray:

@@ -240,6 +240,7 @@ def discriminator_text(discriminator: Discriminator, location: str) -> str:
     settings = ("network", *type(discriminator).settings)
     words = [f"gan.{key}={str(value).lower()}" for key, value in discriminator.shape.items() if key in settings]
     words += ["gan.dino_model=FOLDER"] if "dino_model" in settings else []
+    words += ["gan.conditional=true"] if "latent_channels" in discriminator.shape else []
     place = shlex.quote(location)
     return (
         "## Discriminator\n\n"

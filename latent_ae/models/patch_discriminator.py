@@ -2,6 +2,8 @@
 
 from typing import Any, Literal
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from latent_ae.models.discriminator import Blur, Discriminator, groups_of
@@ -22,18 +24,29 @@ class PatchDiscriminator(Discriminator):
         layers: Number of layers between the first and the last.
         norm: Normalisation of these layers.
         blur: Whether to filter before subsampling.
+        latent_channels: Channels of the latents that it sees besides the images; 0 shows it none.
     """
 
     title = "patch discriminator"
-    arguments = ("in_channels", "channels", "layers", "norm", "blur")
-    settings = ("channels", "layers", "norm", "blur")
+    arguments = ("in_channels", "channels", "layers", "norm", "blur", "latent_channels")
+    settings = ("channels", "layers", "norm", "blur", "conditional")
     norms = ("group", "spectral", "batch", "none")
 
-    def __init__(self, in_channels: int, channels: int = 64, layers: int = 3, norm: Norm = "group", blur: bool = False):
+    def __init__(
+        self,
+        in_channels: int,
+        channels: int = 64,
+        layers: int = 3,
+        norm: Norm = "group",
+        blur: bool = False,
+        latent_channels: int = 0,
+    ):
         super().__init__()
         self.shape = {"in_channels": in_channels, "channels": channels, "layers": layers, "norm": norm, "blur": blur}
+        if latent_channels:
+            self.shape["latent_channels"] = latent_channels
         modules: list[nn.Module] = [
-            _convolution(in_channels, channels, stride=2, norm="none"),
+            _convolution(in_channels + latent_channels, channels, stride=2, norm="none"),
             nn.LeakyReLU(0.2),
         ]
         width = channels
@@ -59,8 +72,18 @@ class PatchDiscriminator(Discriminator):
     def needs_px(cls, **settings: Any) -> int:
         return int(3 * 2 ** settings["layers"])
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Return the logits of images, (N, C, H, W) in [-1, 1]: (N, 1, h, w) float32."""
+    def forward(self, images: Tensor, latents: Tensor | None = None) -> Tensor:
+        """Return the logits of images.
+
+        Args:
+            images: (N, C, H, W) in [-1, 1].
+            latents: (N, c, H/f, W/f), if it sees latents; each pixel of them is repeated to the images' size.
+
+        Returns:
+            (N, 1, h, w) float32.
+        """
+        if latents is not None:
+            images = torch.cat([images, F.interpolate(latents, images.shape[-2:])], 1)
         return self.layers(images).float()
 
 

@@ -1,6 +1,7 @@
 """The forward pass of an autoencoder in training: images to latents to reconstructions."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 from diffusers import ModelMixin
@@ -25,13 +26,15 @@ class Reconstruction(NamedTuple):
     latent: Tensor
     """mean + exp(logvar / 2) * noise, the mean, or its nearest codes, before transforms."""
     to_decode: Tensor
-    """The latent, or the one given, that is transformed and decoded; only the image contributes to its gradient."""
+    """The latent, or the one given, that is transformed and decoded; only images contribute to its gradient."""
     heads: Mapping[str, Tensor] = {}
     """Outputs of the heads by their names."""
     codes: Codes | None = None
     """The codes of the latent; None if there is no codebook."""
     rates: tuple[Tensor, ...] = ()
     """KL of each latent dimension in nats, level by level (see `posterior.Drawn`); empty without a posterior."""
+    second: Tensor | None = None
+    """The image of the latent as `second` changes it, if that was given."""
 
 
 class Reconstructor(nn.Module):
@@ -57,6 +60,7 @@ class Reconstructor(nn.Module):
         transforms: Sequence[Callable[[Tensor], Tensor]] = (),
         decode: Tensor | None = None,
         quantiser: Quantiser = PLAIN,
+        second: Callable[[Tensor], Tensor] | None = None,
     ) -> Reconstruction:
         """Reconstruct images.
 
@@ -68,6 +72,7 @@ class Reconstructor(nn.Module):
             decode: A latent to decode instead of the images' latent. If the encoder is not in memory, it counts as the
                 images' latent.
             quantiser: How latents are replaced by codes, if there is a codebook.
+            second: Applied to the latent after the transforms; the result is decoded besides.
         """
         encoder = getattr(self.autoencoder, "encoder", None)
         if decode is not None and isinstance(encoder, StoredEncoder):
@@ -80,12 +85,14 @@ class Reconstructor(nn.Module):
             how = {"force_not_quantize": True}  # because it is quantised already
         heads = {name: head(latent).float() for name, head in self.heads.items()}
         to_decode = latent if decode is None else decode
-        to_decode = to_decode.view_as(to_decode)  # a separate node, whose gradient comes only from the image
+        to_decode = to_decode.view_as(to_decode)  # a separate node, whose gradient comes only from images
         decoded = to_decode
         for transform in transforms:
             decoded = transform(decoded)
-        image = family_of(self.autoencoder).decode(self.autoencoder, decoded, **how).float()
-        return Reconstruction(image, mean, logvar, latent, to_decode, heads, codes, rates)
+        decode_latent = partial(family_of(self.autoencoder).decode, self.autoencoder, **how)
+        image = decode_latent(decoded).float()
+        second_image = decode_latent(second(decoded)).float() if second is not None else None
+        return Reconstruction(image, mean, logvar, latent, to_decode, heads, codes, rates, second_image)
 
     @property
     def codebook(self) -> Tensor:

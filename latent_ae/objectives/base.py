@@ -50,6 +50,8 @@ class RunFacts(NamedTuple):
     fixed_ends: frozenset[str] = frozenset()
     """Those of `encoder` and `decoder` whose last layer, where adaptive weights are measured, is not trained, and
     `codes` if there are codes and they are not trained."""
+    one_size: bool = True
+    """Whether images and latents have the same size in all steps."""
 
     @property
     def resolution_key(self) -> str:
@@ -76,6 +78,8 @@ class Batch(NamedTuple):
     """A latent that is decoded in place of the posterior sample."""
     quantiser: Quantiser = PLAIN
     """How latents are replaced by codes, if there is a codebook."""
+    second: Transform | None = None
+    """Applied to the latent as it is decoded; the result is decoded, too, in the same forward pass."""
     full_size: int = 0
     """Number of elements (C x H x W) of one image as loaded."""
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from functools import partial
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,8 @@ class EquivarianceSettings(Settings):
     equivariance: Fraction = 0.0
     """Fraction of the steps whose latents are scaled and rotated before decoding, and the target images with them
     (EQ-VAE: 0.5)."""
+    equivariance_to: Literal["both", "scaling", "rotation"] = "both"
+    """What these steps do: scale and rotate, scale alone (for text and upright subjects) or rotate alone."""
 
 
 class Change(NamedTuple):
@@ -46,10 +48,12 @@ class Equivariance(Objective[EquivarianceSettings]):
 
     @classmethod
     def problems(cls, own: EquivarianceSettings, run: RunFacts, model: ModelFacts | None) -> Iterator[Problem]:
-        key = "latents.equivariance"
+        key, scales = "latents.equivariance", own.equivariance_to != "rotation"
         if not own.equivariance:
+            if own.equivariance_to != "both":
+                yield Problem(f"{key}_to", f"{own.equivariance_to}, and {key} is 0: give {key}")
             return
-        if run.compile:
+        if run.compile and scales:
             yield Problem(
                 key,
                 "changes the images' size from step to step, and networks would be compiled again for each size: "
@@ -61,7 +65,7 @@ class Equivariance(Objective[EquivarianceSettings]):
             return
         if not model.one_grid:
             yield Problem(key, model.fixed_latent)
-        elif not scaled_sides(run.resolution // model.factor, model.factor, run.smallest_px):
+        elif scales and not scaled_sides(run.resolution // model.factor, model.factor, run.smallest_px):
             yield Problem(
                 key,
                 f"scales images down, and the losses need {run.smallest_px} px of {run.resolution}: raise "
@@ -70,7 +74,8 @@ class Equivariance(Objective[EquivarianceSettings]):
 
     @classmethod
     def describe(cls, own: EquivarianceSettings, run: RunFacts) -> str:
-        return f"scaled and turned in {own.equivariance:.0%} of the steps"
+        done = {"both": "scaled and turned", "scaling": "scaled", "rotation": "turned"}[own.equivariance_to]
+        return f"{done} in {own.equivariance:.0%} of the steps"
 
     def prepare(self, batch: Batch, step: int) -> Batch:
         images, side = batch.images, batch.noise.shape[-1]
@@ -90,6 +95,8 @@ class Equivariance(Objective[EquivarianceSettings]):
         p.logs["scale"] = torch.full((), p.batch.area**0.5, device=p.image.device)
 
     def cost(self, step: int) -> float:
+        if self.own.equivariance_to == "rotation":
+            return 0.0
         of_latent, low, _, _ = equivariance_numbers(self.run.seed, step)
         return -10.0 if of_latent < self.own.equivariance or low < LOW_RESOLUTION else 0.0
 
@@ -99,20 +106,23 @@ def change_at(step: int, own: EquivarianceSettings, run: RunFacts, side_px: int,
 
     As in the authors' code: with probability `latents.equivariance` the latent is scaled by a factor drawn uniformly
     from [1/4, 1) and rotated by 1 to 3 quarter turns; otherwise, with probability 1/4, the image is scaled before it is
-    encoded, so that reconstruction at low resolution is kept.
+    encoded, so that reconstruction at low resolution is kept. Without rotation there are no turns; without scaling the
+    side stays, and no image is scaled.
 
     Args:
         step: Number of the step.
-        own: The settings, with the fraction of the steps.
+        own: The settings: the fraction of the steps, and what they do.
         run: Facts of the run: seed and smallest image.
         side_px: Side of the whole latent, in latent px.
         factor: The downsampling factor.
     """
     of_latent, low, size, turns = equivariance_numbers(run.seed, step)
+    if own.equivariance_to == "rotation":
+        return Change(side_px, 1 + int(turns * 3), True) if of_latent < own.equivariance else None
     sides = scaled_sides(side_px, factor, run.smallest_px)
     side = sides[int(size * len(sides))]
     if of_latent < own.equivariance:
-        return Change(side, 1 + int(turns * 3), True)
+        return Change(side, 1 + int(turns * 3) if own.equivariance_to == "both" else 0, True)
     return Change(side, 0, False) if low < LOW_RESOLUTION else None
 
 
@@ -128,7 +138,7 @@ def scaled_sides(side_px: int, factor: int, smallest_px: int) -> range:
 
 
 def scaled_and_turned(x: Tensor, side_px: int, quarter_turns: int) -> Tensor:
-    """Scale latents or images bilinearly to a square and rotate them, as EQ-VAE does.
+    """Scale latents or images bilinearly to a square and rotate them, as EQ-VAE does; their own side changes none.
 
     Args:
         x: (N, C, H, W).

@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from operator import attrgetter
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +25,7 @@ from latent_ae.config import (
     Weight,
     looks_like_path,
 )
-from latent_ae.data.rng import augmentation_numbers
+from latent_ae.data.rng import augmentation_numbers, replay_numbers
 from latent_ae.models.dino_discriminator import DinoDiscriminator
 from latent_ae.models.discriminator import FILE, Discriminator, read_network
 from latent_ae.models.patch_discriminator import PatchDiscriminator
@@ -33,8 +33,12 @@ from latent_ae.models.settings import ModelFacts
 from latent_ae.models.stylegan_discriminator import StyleGANDiscriminator
 from latent_ae.objectives.base import GradientBalance, Objective, Pass, RunFacts, recent_means
 from latent_ae.objectives.diffaug import NUMBERS, augment
+from latent_ae.objectives.replay import Replay
 from latent_ae.pretrained.frozen import folder_problems
 from latent_ae.pretrained.vision import VisionModel, vision_shape
+
+if TYPE_CHECKING:  # brings diffusers
+    from latent_ae.models.reconstruct import Reconstructor
 
 NETWORKS: dict[str, type[Discriminator]] = {
     "patch": PatchDiscriminator,
@@ -80,6 +84,11 @@ class GanSettings(Settings):
     """Normalisation in patch (group, spectral, batch, none) or dino (group, instance, none, besides spectral norm)."""
     blur: Annotated[bool, FIXED] = False
     """Low-pass filter before each subsampling in patch."""
+    conditional: Annotated[bool, FIXED] = False
+    """Show patch each image's latent, too, so that it judges the image for that latent (seraena, for tiny decoders)."""
+    replay: Annotated[NonNegative, FIXED] = 0
+    """Number of stored reconstructions, one of each step; in every second sample the discriminator sees one of them in
+    place of the new reconstruction (seraena: 16384). 0 stores none."""
     dino_model: str | None = None
     """Folder of the vision transformer that dino needs, such as DINO-S/8 (config.json, model.safetensors,
     preprocessor_config.json)."""
@@ -135,6 +144,7 @@ class GAN(Objective[GanSettings]):
         own: The settings.
         run: Facts of the run.
         adversary: The discriminator.
+        replay: Stored reconstructions; None without gan.replay.
     """
 
     name, section, docs = "gan", "gan", "docs/losses.md"
@@ -152,8 +162,11 @@ class GAN(Objective[GanSettings]):
     lecam_averages: Tensor
     lecam_share: Tensor
 
-    def __init__(self, own: GanSettings, run: RunFacts, adversary: Discriminator) -> None:
+    def __init__(self, own: GanSettings, run: RunFacts, adversary: Discriminator, replay: Replay | None = None) -> None:
         super().__init__(own, run)
+        self.replay = replay
+        self.newest: tuple[Tensor, Tensor] | None = None
+        """The first reconstruction of the newest step, and its latent, if it is to be stored."""
         self.hold(adversary=adversary)
         self.balance = GradientBalance(self.name, own.adaptive_cap, own.adaptive_smoothing)
         self.phase, self.area = Phase(False, 0.0), 1.0
@@ -201,11 +214,11 @@ class GAN(Objective[GanSettings]):
 
     @classmethod
     def build(cls, own: GanSettings, run: RunFacts, autoencoder: nn.Module, device: torch.device) -> "GAN":
-        from latent_ae.models.build import channels_of
+        from latent_ae.models.build import channels_of, factor_of, latent_channels_of
 
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(run.seed + 1)
-            network = cls.network(own, channels_of(autoencoder), run.resolution)
+            network = cls.network(own, channels_of(autoencoder), run.resolution, latent_channels_of(autoencoder))
         if isinstance(network, DinoDiscriminator):
             vision = VisionModel(
                 str(own.dino_model),
@@ -223,29 +236,36 @@ class GAN(Objective[GanSettings]):
             network.load_state_dict(discriminator_weights(own.init_from, network))
         if run.compile:
             network.compile()
-        return cls(own, run, network.to(device)).to(device)
+        replay = None
+        if own.replay:
+            image, latent = (run.resolution, run.resolution), 2 * [run.resolution // factor_of(autoencoder)]
+            replay = Replay(own.replay, (channels_of(autoencoder), *image), (latent_channels_of(autoencoder), *latent))
+        return cls(own, run, network.to(device), replay).to(device)
 
     @classmethod
-    def network(cls, own: GanSettings, channels: int, side_px: int) -> Discriminator:
+    def network(cls, own: GanSettings, channels: int, side_px: int, latent_channels: int = 0) -> Discriminator:
         """Return a new discriminator, without the frozen network that it may need.
 
         Args:
             own: The settings.
             channels: Channels of the images.
             side_px: Side of the training crops, px.
+            latent_channels: Channels of the latents, for gan.conditional.
 
         Raises:
             UserError: If the frozen network's folder has no readable config.
         """
         kind, values = NETWORKS[own.network], {"in_channels": channels, "side_px": side_px, **own.model_dump()}
+        values["latent_channels"] = latent_channels if own.conditional else 0
         if kind is DinoDiscriminator:
             values |= vision_shape(str(own.dino_model), "gan.dino_model")
         return kind(**{name: values[name] for name in kind.arguments})
 
     @classmethod
     def describe(cls, own: GanSettings, run: RunFacts) -> str:
-        kind = "" if own.network == "patch" else f"{own.network} "
+        kind = "conditional " if own.conditional else "" if own.network == "patch" else f"{own.network} "
         text = f"{kind}discriminator from step {own.start:,}, in the autoencoder's loss from {own.felt_from:,}"
+        text += f", half of its reconstructions from {own.replay:,} stored ones" if own.replay else ""
         return text + (f": never, the run ends at {run.steps:,}" if own.felt_from >= run.steps else "")
 
     @classmethod
@@ -285,18 +305,23 @@ class GAN(Objective[GanSettings]):
         return f"balanced: {tells}"
 
     def draw(self, numbers: Sequence[int], latent_shape: Sequence[int]) -> tuple[Tensor, ...]:
-        """Return numbers for gan.diffaug, (N, 14): the first half for real images, the other for reconstructions."""
-        return (augmentation_numbers(self.run.seed, numbers, 2 * NUMBERS),) if self.own.diffaug else ()
+        """Return numbers for gan.diffaug, (N, 14), the first half for real images and the other for reconstructions,
+        and for gan.replay, (N,)."""
+        augmentation = (augmentation_numbers(self.run.seed, numbers, 2 * NUMBERS),) if self.own.diffaug else ()
+        return (*augmentation, replay_numbers(self.run.seed, numbers)) if self.own.replay else augmentation
 
     def backward(self, p: Pass) -> None:
         own = self.own
         self.phase, self.area = phase, area = phase_at(p.step, own), p.batch.area
+        if p.first:
+            image, latent = p.image.detach()[0], p.out.to_decode.detach()[0]
+            self.newest = (image, latent) if self.replay is not None and phase.discriminator else None
         if not phase.discriminator:
             return
         real = p.batch.target.detach().requires_grad_() if phase.r1 else p.batch.target
         fake = p.image if phase.generator else p.image.detach()
         with p.autocast(enabled=not phase.r1):  # a second derivative in bf16 is too inexact
-            real_logits, fake_logits = self.discriminate(p, real, fake)
+            real_logits, fake_logits, judged = self.discriminate(p, real, fake)
         p.logs["logits_real"], p.logs["logits_fake"] = real_logits.detach().mean(), fake_logits.detach().mean()
         p.logs["accuracy"] = 0.5 * ((real_logits > 0).float().mean() + (fake_logits < 0).float().mean())
         if phase.generator:
@@ -305,11 +330,11 @@ class GAN(Objective[GanSettings]):
             p.logs["generator"] = generator.detach()
             self.balance.measure_at_decoder(p, gradient)
             p.send_image(gradient, phase.generator * self.balance.at(area) if own.adaptive else phase.generator)
-        loss = discriminator_loss(own.loss, real_logits, fake_logits)
+        loss = discriminator_loss(own.loss, real_logits, judged)
         p.logs["discriminator"] = loss.detach()
         if own.lecam:
             real_average, fake_average, known = self.lecam_anchors()
-            lecam = known * lecam_loss(real_logits, fake_logits, real_average, fake_average)
+            lecam = known * lecam_loss(real_logits, judged, real_average, fake_average)
             p.logs["lecam"] = lecam.detach()
             p.global_means["gan/logits"] = torch.stack([p.logs["logits_real"], p.logs["logits_fake"]])
             loss = loss + own.lecam * lecam
@@ -320,23 +345,44 @@ class GAN(Objective[GanSettings]):
         # `inputs`: the reconstruction must not receive the discriminator's gradient
         (loss / p.accumulation).backward(inputs=list(self.adversary.parameters()))
 
-    def discriminate(self, p: Pass, real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the logits of real and reconstructed images, float32.
+    def discriminate(self, p: Pass, real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the logits of real images, of reconstructions, and of those that the discriminator learns from.
+
+        The last two are the same without gan.replay, and before the first reconstruction is stored. With it, those of
+        every second sample are of a stored reconstruction.
 
         Args:
             p: The pass.
             real: (N, C, H, W) in [-1, 1].
             fake: (N, C, H, W) reconstructions.
+
+        Returns:
+            Float32 logits, three tensors of one shape.
         """
+        own = self.own
+        images, latents, numbers = [real, fake], [p.out.to_decode.detach()] * 2, p.batch.draws.get(self.name, ())
+        odd = slice((p.batch.numbers[0] + 1) % 2, None, 2)
+        stored, there = p.step - own.start, None
+        if self.replay is not None and stored and range(*odd.indices(len(fake))):
+            earlier, their_latents, there = self.replay.chosen(numbers[-1][odd], stored)
+            images, latents = [*images, earlier], [*latents, their_latents]
+        if own.diffaug:
+            halves = (numbers[0][:, :NUMBERS], numbers[0][:, NUMBERS:], numbers[0][odd, NUMBERS:])
+            images = [augment(x, one, own.diffaug) for x, one in zip(images, halves, strict=False)]
+        shown = [(x, z) if own.conditional else (x,) for x, z in zip(images, latents, strict=True)]
         network = p.adversaries[self.name]
-        if self.own.diffaug:
-            (numbers,) = p.batch.draws[self.name]
-            real = augment(real, numbers[:, :NUMBERS], self.own.diffaug)
-            fake = augment(fake, numbers[:, NUMBERS:], self.own.diffaug)
-        if self.own.norm == "batch":  # real and fake images each with their own statistics, as published
-            return network(real), network(fake)
-        real_logits, fake_logits = network(torch.cat([real, fake])).chunk(2)
-        return real_logits, fake_logits
+        if own.norm == "batch":  # each kind of images with its own statistics, as published
+            logits = [network(*one) for one in shown]
+        else:
+            together = (torch.cat(tensors) for tensors in zip(*shown, strict=True))
+            logits = list(network(*together).split([len(x) for x in images]))
+        real_logits, fake_logits, *replayed = logits
+        judged = fake_logits
+        if there is not None:
+            judged = fake_logits.clone()
+            known = there.view(-1, *[1] * (judged.ndim - 1))
+            judged[odd] = torch.where(known, replayed[0], fake_logits[odd])
+        return real_logits, fake_logits, judged
 
     def lecam_anchors(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return running averages of the logits of real and reconstructed images, and whether there are any (0 or 1).
@@ -360,6 +406,12 @@ class GAN(Objective[GanSettings]):
         if (averages := means.get("gan/logits")) is not None:
             for old, new in ((self.lecam_averages, averages), (self.lecam_share, torch.ones_like(self.lecam_share))):
                 old.copy_(torch.where(averages.isfinite().all(), torch.lerp(old, new, 1.0 - LECAM_DECAY), old))
+
+    def after_update(
+        self, step: int, skipped: Tensor, model: "Reconstructor", optimizer: torch.optim.Optimizer
+    ) -> None:
+        if self.replay is not None and self.newest is not None:
+            self.replay.store(*self.newest, self.run.seed, step - self.own.start)
 
     def trains_adversary(self, step: int) -> bool:
         return phase_at(step, self.own).discriminator
@@ -410,12 +462,28 @@ def network_problems(own: GanSettings, run: RunFacts, model: ModelFacts | None) 
         )
     elif kind is DinoDiscriminator:
         yield from folder_problems("gan.dino_model", str(own.dino_model))
-    if not kind.any_size and "equivariance" in run.enabled:
+    if not kind.any_size and not run.one_size:
         yield Problem(
             "gan.network", f"{own.network} takes images of one size, and latents.equivariance scales them: set it to 0"
         )
     if not kind.any_size and set(run.crop_sizes) != {(run.resolution, run.resolution)}:
         yield Problem("gan.network", f"{own.network} takes square images of one size: leave data.buckets out")
+    if own.replay and not run.one_size:
+        yield Problem("gan.replay", "stores images of one size, and latents.equivariance scales them: set one to 0")
+    if own.replay and len(run.crop_sizes) > 1:
+        yield Problem("gan.replay", "stores images of one size: set it to 0, or leave data.buckets out")
+    if own.replay and model is not None and not model.one_grid:
+        yield Problem("gan.replay", f"{model.name} has latents on several grids, and one is stored: set it to 0")
+    if own.conditional and "equivariance" in run.enabled:
+        yield Problem(
+            "gan.conditional", "shows latents as they are, and latents.equivariance changes them: set one to 0"
+        )
+    if own.conditional and set(own.diffaug) - {"color"}:
+        yield Problem("gan.diffaug", "moves images against the latents that gan.conditional shows: use [color] or []")
+    if own.conditional and model is not None and not model.one_grid:
+        yield Problem(
+            "gan.conditional", f"{model.name} has latents on several grids, and one is shown: set it to false"
+        )
     if model is not None and kind.channels is not None and model.channels not in kind.channels:
         channels = " or ".join(map(str, kind.channels))
         yield Problem(
@@ -467,6 +535,11 @@ def discriminator_weights(location: str, network: Discriminator) -> dict[str, Te
         raise UserError(
             f"gan.init_from: the discriminator of {path} is of images of {other['in_channels']} channels, and these "
             f"have {ours['in_channels']}: leave gan.init_from out"
+        )
+    if "latent_channels" in other:
+        raise UserError(
+            f"gan.init_from: the discriminator of {path} sees latents of {other['latent_channels']} channels, and "
+            f"these have {ours['latent_channels']}: leave gan.init_from out"
         )
     if "network" in other:
         raise UserError(f"gan.init_from: the discriminator of {path} is another: set gan.network={other['network']}")

@@ -1,7 +1,8 @@
-"""Mixes latents with noise before they are decoded (l-DeTok, Yang et al. 2025)."""
+"""Mixes latents with noise (l-DeTok, Yang et al. 2025) or adds it (RAE, Zheng et al. 2025) before they are decoded."""
 
 from collections.abc import Iterator, Sequence
 from functools import partial
+from typing import Literal
 
 from torch import Tensor
 
@@ -15,11 +16,15 @@ class LatentNoiseSettings(Settings):
     """Noise on the latents."""
 
     noise: Weight = 0.0
-    """Standard deviation of the noise mixed into latents, in raw latent units (l-DeTok: 3)."""
+    """Standard deviation of the noise in latents, in raw latent units: if mixed, of the noise alone (l-DeTok: 3), if
+    added, at the highest level (RAE's noise_tau: 0.8)."""
+    noise_form: Literal["mixed", "added"] = "mixed"
+    """With a level t that is uniform in [0, 1) for each sample: mixed decodes (1 - t) z + t noise, as l-DeTok; added
+    decodes z + t noise, as RAE."""
 
 
 class LatentNoise(Objective[LatentNoiseSettings]):
-    """Mixes each sample's latent with noise; the fraction of noise is uniform in [0, 1]."""
+    """Mixes each sample's latent with noise, or adds noise to it, at a level that is uniform in [0, 1)."""
 
     name, section, docs = "latent_noise", "latents", "docs/latents.md"
 
@@ -31,9 +36,13 @@ class LatentNoise(Objective[LatentNoiseSettings]):
     def problems(cls, own: LatentNoiseSettings, run: RunFacts, model: ModelFacts | None) -> Iterator[Problem]:
         if own.noise and model is not None and not model.one_grid:
             yield Problem("latents.noise", model.fixed_latent)
+        if own.noise_form != "mixed" and not own.noise:
+            yield Problem("latents.noise_form", f"{own.noise_form}, and latents.noise is 0: give latents.noise")
 
     @classmethod
     def describe(cls, own: LatentNoiseSettings, run: RunFacts) -> str:
+        if own.noise_form == "added":
+            return f"with added noise of standard deviation up to {own.noise:g}"
         return f"mixed with noise of standard deviation {own.noise:g}"
 
     def draw(self, numbers: Sequence[int], latent_shape: Sequence[int]) -> tuple[Tensor, ...]:
@@ -42,7 +51,8 @@ class LatentNoise(Objective[LatentNoiseSettings]):
 
     def prepare(self, batch: Batch, step: int) -> Batch:
         level, noise = batch.draws[self.name]
-        return batch._replace(transforms=(*batch.transforms, partial(noised, level=level, noise=noise)))
+        noisy = noised if self.own.noise_form == "mixed" else with_noise_added
+        return batch._replace(transforms=(*batch.transforms, partial(noisy, level=level, noise=noise)))
 
     def backward(self, p: Pass) -> None:
         p.logs["noise_level"] = p.batch.draws[self.name][0].mean()
@@ -59,3 +69,15 @@ def noised(latent: Tensor, level: Tensor, noise: Tensor) -> Tensor:
     """
     height, width = latent.shape[-2:]
     return latent.lerp(noise[..., :height, :width], level[:, None, None, None])
+
+
+def with_noise_added(latent: Tensor, level: Tensor, noise: Tensor) -> Tensor:
+    """Return latent + level noise, as `RAE.noising` of the authors' code (bytetriper/RAE, src/stage1/rae.py).
+
+    Args:
+        latent: (N, c, h, w).
+        level: (N,) in [0, 1].
+        noise: (N, c, H, W), whose upper left part is used as in `noised`.
+    """
+    height, width = latent.shape[-2:]
+    return latent + level[:, None, None, None] * noise[..., :height, :width]

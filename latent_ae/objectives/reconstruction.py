@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Annotated, Any, Literal, cast
 
 import torch
@@ -10,6 +11,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from latent_ae.config import FIXED, Positive, Problem, Settings, Weight, fixed_with
+from latent_ae.data.rng import downsampling_number
 from latent_ae.models.likelihood import LIKELIHOODS, Likelihood, log_likelihood
 from latent_ae.models.settings import ModelFacts
 from latent_ae.objectives.base import Batch, Objective, Pass, RunFacts
@@ -40,6 +42,9 @@ class ReconstructionSettings(Settings):
     perceptual_every: Positive = 1
     """Compute LPIPS on every n-th sample only, weighted so that its mean stays the same: cheaper steps on small
     machines."""
+    scale_consistency: Weight = 0.0
+    """Weight of the same losses between a downsampled latent's image and the equally downsampled image, by 2 or 4; it
+    costs a second pass of the decoder at that size."""
     learned_logvar: Annotated[bool, FIXED] = False
     """Learn the log-variance s of the reconstruction's likelihood: loss / exp(s) + s. With pixel=gaussian or logistic s
     is that of the pixels alone, and starts at the logarithm of `scale` squared."""
@@ -80,6 +85,8 @@ class Reconstruction(Objective[ReconstructionSettings]):
             yield Problem("loss.learned_logvar", "bernoulli has no variance to learn: set it to false")
         if not (own.pixel_weight or own.perceptual or run.enabled & {"convnext", "dino"}):
             yield Problem("loss", "pixel_weight and perceptual are both 0: nothing would be reconstructed")
+        if own.scale_consistency:
+            yield from scale_problems(own, run, model)
         least = TRUNKS[own.perceptual_net].min_px
         if own.perceptual and min(run.resolution, run.validation_px) < least:
             yield Problem("loss.perceptual_net", f"{own.perceptual_net} needs images of at least {least} px for LPIPS")
@@ -106,11 +113,22 @@ class Reconstruction(Objective[ReconstructionSettings]):
     def describe(cls, own: ReconstructionSettings, run: RunFacts) -> str:
         terms = [f"{own.pixel} with weight {own.pixel_weight:g}"] if own.pixel_weight else []
         terms += [f"LPIPS ({own.perceptual_net}) with weight {own.perceptual:g}"] if own.perceptual else []
+        terms += [f"both of downsampled latents with weight {own.scale_consistency:g}"] if own.scale_consistency else []
         return ", ".join([*terms, *(["over a learned variance"] if own.learned_logvar else [])])
+
+    def prepare(self, batch: Batch, step: int) -> Batch:
+        if not self.own.scale_consistency:
+            return batch
+        allowed = scales(self.own, batch.images.shape[-1], batch.noise.shape[-1])
+        times = allowed[int(downsampling_number(self.run.seed, step) * len(allowed))]
+        return batch._replace(second=partial(downsampled, times=times))
+
+    def cost(self, step: int) -> float:
+        return 0.5 - downsampling_number(self.run.seed, step) if self.own.scale_consistency else 0.0
 
     def backward(self, p: Pass) -> None:
         own, area = self.own, p.batch.area
-        loss = area * self.loss(p)
+        loss = area * self.loss(p, p.image, p.batch.target)
         if not own.learned_logvar:
             (gradient,) = torch.autograd.grad(loss, p.image)
         elif own.pixel in LIKELIHOODS:
@@ -122,10 +140,23 @@ class Reconstruction(Objective[ReconstructionSettings]):
             gradient = gradient * precision
             p.global_means["reconstruction/logvar"] = area - loss.detach() * precision
         p.send_reconstruction(gradient)
+        second = p.out.second
+        if second is not None and p.batch.second is not None and second.requires_grad:
+            small = second.detach().requires_grad_()
+            loss = self.loss(p, small, p.batch.second(p.batch.target), "_downsampled")
+            (gradient,) = torch.autograd.grad(loss, small)
+            p.send(second, own.scale_consistency * gradient)
 
-    def loss(self, p: Pass) -> Tensor:
-        """Return the weighted sum of the pixel and LPIPS terms, with a graph at `p.image`, and log each term."""
-        own, image, target = self.own, p.image, p.batch.target
+    def loss(self, p: Pass, image: Tensor, target: Tensor, ending: str = "") -> Tensor:
+        """Return the weighted sum of the pixel and LPIPS terms, with a graph at `image`, and log each term.
+
+        Args:
+            p: The pass.
+            image: (N, C, H, W), reconstructions.
+            target: (N, C, H, W), the images that they should be.
+            ending: End of the terms' names in the log.
+        """
+        own = self.own
         terms: list[Tensor] = []
         if own.pixel_weight:
             if own.pixel in LIKELIHOODS:
@@ -134,7 +165,7 @@ class Reconstruction(Objective[ReconstructionSettings]):
                 p.likelihood = own.pixel
             else:
                 pixel = pixel_loss(cast(PixelLoss, own.pixel), image, target)
-            p.logs[own.pixel] = pixel.detach()
+            p.logs[own.pixel + ending] = pixel.detach()
             terms.append(own.pixel_weight * pixel)
         if own.perceptual and self.perceptual is not None:
             rows = every_nth(p.batch, own.perceptual_every)
@@ -146,7 +177,7 @@ class Reconstruction(Objective[ReconstructionSettings]):
                     distances = self.perceptual(image[rows], target[rows])
                 perceptual = distances.sum() * (own.perceptual_every / len(image))
                 terms.append(own.perceptual * perceptual)
-            p.logs["lpips"] = perceptual.detach()
+            p.logs["lpips" + ending] = perceptual.detach()
         return torch.stack(terms).sum() if terms else (image * 0.0).sum()
 
     def remember(self, means: Mapping[str, Tensor], logs: dict[str, Tensor]) -> None:
@@ -162,6 +193,60 @@ class Reconstruction(Objective[ReconstructionSettings]):
             return {"likelihood": None}
         scale = math.exp(0.5 * self.logvar.item()) if own.learned_logvar else own.scale
         return {"likelihood": Likelihood(own.pixel, None if own.pixel == "bernoulli" else scale)._asdict()}
+
+
+def downsampled(x: Tensor, times: int) -> Tensor:
+    """Return latents or images at a fraction of their side, bilinearly (Skorokhodov et al. 2025).
+
+    Args:
+        x: (N, C, H, W).
+        times: Divisor of the sides.
+    """
+    return F.interpolate(x, scale_factor=1.0 / times, mode="bilinear", align_corners=False)
+
+
+def scales(own: ReconstructionSettings, image_px: int, latent_px: int) -> tuple[int, ...]:
+    """Return by how much latents and images can be downsampled for `loss.scale_consistency`: of 2 and 4.
+
+    Args:
+        own: The settings.
+        image_px: Side of the images.
+        latent_px: Side of the latents, in latent px, which must divide into whole ones.
+    """
+    least = Reconstruction.needs_px(own)
+    return tuple(times for times in (2, 4) if latent_px % times == 0 and image_px // times >= least)
+
+
+def scale_problems(own: ReconstructionSettings, run: RunFacts, model: ModelFacts | None) -> Iterator[Problem]:
+    """Yield what does not go with `loss.scale_consistency`, which is on.
+
+    Args:
+        own: The settings.
+        run: Facts of the run.
+        model: Facts of the autoencoder; None before they are known.
+    """
+    key = "loss.scale_consistency"
+    if own.pixel in LIKELIHOODS or own.learned_logvar:
+        which = "loss.learned_logvar" if own.learned_logvar else f"loss.pixel {own.pixel}"
+        yield Problem(key, f"is no part of the likelihood that {which} makes of the loss: set it to 0")
+    if not (own.pixel_weight or own.perceptual):
+        yield Problem(key, "repeats loss.pixel and loss.perceptual, and both have weight 0: set it to 0")
+    if not run.one_size:
+        yield Problem(key, "downsamples latents, as latents.equivariance does in its steps: set one to 0")
+    if run.compile:
+        yield Problem(key, "decodes images of other sizes, for which networks are compiled again: set compile=false")
+    if model is None:
+        return
+    if not model.one_grid:
+        yield Problem(key, model.fixed_latent)
+    elif model.side is not None:
+        yield Problem(key, f"downsamples images, and {model.name} takes images of {model.side} px only: set it to 0")
+    elif not scales(own, run.resolution, run.resolution // model.factor):
+        yield Problem(
+            key,
+            f"halves latents of {run.resolution // model.factor} px and images of {run.resolution} px, of which the "
+            f"losses need {Reconstruction.needs_px(own)} px: raise data.resolution to a multiple of {2 * model.factor}",
+        )
 
 
 def every_nth(batch: Batch, every: int) -> slice:

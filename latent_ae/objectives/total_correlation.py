@@ -70,7 +70,7 @@ class TotalCorrelation(Objective[TotalCorrelationSettings]):
             yield Problem(
                 "batch_size", f"{run.batch_size} has no two halves for loss.total_correlation: even, 4 or more"
             )
-        if "equivariance" in run.enabled:
+        if not run.one_size:
             yield Problem(
                 "latents.equivariance",
                 "changes the latent's size from step to step, and loss.total_correlation needs one size: set one to 0",

@@ -73,7 +73,7 @@ def cases(place: Path) -> dict[str, Case]:
             {
                 "loss": {
                     **{"convnext": 0.3, "convnext_weights": str(place / "convnext")},
-                    **{"dino": 0.7, "dino_model": str(place / "vision"), "dino_px": 8},
+                    **{"dino": 0.7, "dino_model": str(place / "vision"), "dino_px": 8, "scale_consistency": 0.25},
                 },
                 "gan": {
                     **{**FELT, "discriminator_warmup": 0, "network": "dino", "norm": "instance"},
@@ -88,11 +88,13 @@ def cases(place: Path) -> dict[str, Case]:
             "model": {"kind": "VQModel", "config": SHAPES["VQModel"]},
             "codebook": {"normalised": True, "gradient": "rotation", "entropy": 0.1, "ema_decay": 0.9},
             "loss": {"revive_after": 2},
+            "latents": {"noise": 0.8, "noise_form": "added"},
         },
     )
     for kind, shape in SHAPES.items():
         more = {"revive_after": 1} if kind == "VQModel" else {"kl": 1e-3}
-        gan = {**FELT, "discriminator_warmup": 0}
+        gan = {**FELT, "discriminator_warmup": 0, "conditional": kind == "AutoencoderDC"}
+        gan["replay"] = 2 if kind == "AutoencoderDC" else 0
         codebook = {"entropy": 0.1} if kind == "VQModel" else {}
         model = {"kind": kind, "config": shape}
         changes = {"model": model, "loss": more, "codebook": codebook, "gan": gan}

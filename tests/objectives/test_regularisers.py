@@ -14,7 +14,7 @@ from latent_ae.objectives import channel_masking, equivariance, kl, latent_noise
 from latent_ae.objectives.channel_masking import first_channels
 from latent_ae.objectives.equivariance import Change, change_at, scaled_and_turned
 from latent_ae.objectives.kl import kl_loss
-from latent_ae.objectives.latent_noise import noised
+from latent_ae.objectives.latent_noise import noised, with_noise_added
 from latent_ae_train.settings import TrainSettings
 from latent_ae_train.step import TrainStep
 from tests.tiny import GAN, LATENT, SIDE, build_step, drawing, global_batch, micro_batches, settings_for
@@ -50,6 +50,49 @@ def test_changes_are_their_formulas() -> None:
         # the two calls of EQ-VAE's code
         small = F.interpolate(mixed[None], scale_factor=5 / 8, mode="bilinear", align_corners=False)
         torch.testing.assert_close(out[n : n + 1], torch.rot90(small, k=3, dims=[-1, -2]))
+
+
+def test_added_noise_is_raes() -> None:
+    """What is decoded against `x + tau * rand * randn` of RAE's code, with numbers that are each sample's own; noise
+    that is mixed in has the same numbers."""
+    settings = settings_for(latents={"noise": 0.8, "noise_form": "added"}, batch_size=4)
+    level, noise = draws(settings, range(4))
+    mixed = draws(settings_for(latents={"noise": 0.8}, batch_size=4), range(4))
+    assert torch.equal(level, mixed[0]) and torch.equal(noise, mixed[1])
+    many, normal = draws(settings, range(400))
+    assert float(many.max()) == pytest.approx(1.0, rel=0.02) and float(many.mean()) == pytest.approx(0.5, abs=0.05)
+    assert float((normal / 0.8).std()) == pytest.approx(1.0, rel=0.02)
+    step = build_step(settings)
+    model = step.bare_reconstructor
+    decoded = inputs_of(model.autoencoder.decoder)
+    with torch.no_grad():
+        latent = model(*global_batch(0, settings)).latent
+        # RAE's sigma is tau times a uniform number; the noise here is tau times a normal one
+        noisy = torch.stack([latent[n] + 0.8 * float(level[n]) * (noise[n] / 0.8) for n in range(4)])
+        expected = model.autoencoder.post_quant_conv(noisy)
+    decoded.clear()
+    logs = step(0, micro_batches(0, settings))
+    torch.testing.assert_close(decoded[0], expected)
+    assert float(logs["noise_level"]) == pytest.approx(float(level.mean()))
+    small = with_noise_added(latent[..., :4, :3], level, noise)  # after latents.equivariance
+    torch.testing.assert_close(small, latent[..., :4, :3] + level.view(4, 1, 1, 1) * noise[..., :4, :3])
+
+
+@pytest.mark.parametrize("to", ["scaling", "rotation"])
+def test_scaling_and_rotation_work_alone(to: str) -> None:
+    """The same steps as with both are chosen; scaling keeps sides and low resolutions, rotation the turns."""
+    latents = {"equivariance": 0.5}
+    both = settings_for(data={"resolution": 256}, latents=latents)
+    alone = settings_for(data={"resolution": 256}, latents={**latents, "equivariance_to": to})
+    for step in range(400):
+        one, expected = drawn_at(step, alone, 32, 8), drawn_at(step, both, 32, 8)
+        if to == "scaling":
+            assert one == (expected and expected._replace(quarter_turns=0))
+        else:
+            assert one == (expected._replace(side_px=32) if expected and expected.of_latent else None)
+    assert alone.facts().one_size == (to == "rotation") and not both.facts().one_size
+    image = torch.randn(2, 3, 16, 16)
+    assert torch.equal(scaled_and_turned(image, 16, 1), torch.rot90(image, 1, (-1, -2)))
 
 
 def test_sizes_and_turns_are_those_of_eq_vae() -> None:
@@ -298,6 +341,8 @@ def test_noise_makes_a_decoder_that_bears_noise() -> None:
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
+        (["latents.noise_form=added"], "latents.noise_form: added, and latents.noise is 0"),
+        (["latents.equivariance_to=scaling"], "latents.equivariance_to: scaling, and latents.equivariance is 0"),
         (["latents.min_channels=4"], "latents.min_channels: 4 of 4 latent channels masks none"),
         (["latents.equivariance=0.5", "compile=true"], "latents.equivariance: changes the images' size"),
         (
