@@ -1,6 +1,7 @@
 """Runs that train a decoder for latents that exist: a new one, and on stored latents."""
 
 import json
+import shlex
 import shutil
 from pathlib import Path
 
@@ -71,6 +72,13 @@ def test_a_run_exports_the_new_decoder_beside_the_old_encoder(
     assert old.keys() == new.keys() and all(torch.equal(old[name], new[name]) for name in old)
     start = starting_autoencoder(load_settings(TrainSettings, None, [*words[2:], "data.num_workers=0"]))
     assert not torch.equal(start.decoder.conv_out.weight, made.decoder.conv_out.weight)
+    # a changed recipe is refused with words that go on from the trained decoder
+    capsys.readouterr()
+    assert main([*words, "batch_size=2"]) == 2
+    advice = shlex.split(capsys.readouterr().err.splitlines()[-1])
+    later = load_settings(TrainSettings, None, [*words[2:], "batch_size=2", *advice])
+    assert later.train == "decoder" and not later.decoder.wanted
+    assert torch.equal(starting_autoencoder(later).decoder.conv_out.weight, made.decoder.conv_out.weight)
 
 
 def test_a_run_on_stored_latents_has_no_encoder_and_exports_it(
