@@ -191,8 +191,8 @@ def _restore(checkpoint: Checkpoint, train_step: TrainStep) -> None:
             f"{folder} was written by an older version, whose checkpoints this one cannot resume: finish the run "
             "with that version, or start a new one from its weights with init_from"
         )
-    before, now = read_state(folder).get(ENCODER), fixed_encoder(train_step).get(ENCODER)
-    if before is not None and now is not None and before != now:
+    saved, own = read_state(folder).get(ENCODER), fixed_encoder(train_step).get(ENCODER)
+    if saved is not None and own is not None and saved != own:
         raise UserError(
             f"init_from: its encoder or its scaling is not the one with which {folder} was trained: restore it, or "
             "choose another output_dir"
