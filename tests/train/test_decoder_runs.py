@@ -18,7 +18,7 @@ from latent_ae_train.build import starting_autoencoder
 from latent_ae_train.plan import describe_plan
 from latent_ae_train.settings import TrainSettings
 from tests.runs import differing_tensors, words
-from tests.tiny import settings_for
+from tests.tiny import GAN, build_step, micro_batches, moved, settings_for, weights
 from tests.tiny_models import TWO
 
 SIDE = 16
@@ -138,6 +138,23 @@ def test_a_decoder_of_scaled_latents_needs_a_measured_scaling(
     assert "has no measured scaling_factor: give init_from the folder that" in capsys.readouterr().err
     assert main([*words, "decoder.layers_per_block=2"]) == 0
     assert "warning: " in (said := capsys.readouterr().err) and "has no measured scaling_factor, so" in said
+
+
+def test_a_new_decoder_trains_against_a_discriminator_with_checkpointing(original: Path) -> None:
+    """Its gradients are those without checkpointing."""
+    ends = []
+    for recomputed in (False, True):
+        own = {"init_from": str(original), "train": "decoder", "model": TrainSettings().model.model_dump()}
+        step = build_step(
+            settings_for(**own, decoder={"layers_per_block": 2}, gan=GAN, gradient_checkpointing=recomputed)
+        )
+        before = weights(step.bare_reconstructor.autoencoder)
+        step(0, micro_batches(0, step.settings))
+        ends.append(weights(step.bare_reconstructor.autoencoder))
+        assert any(name.startswith("decoder.") for name in moved(before, ends[-1]))
+        assert not any(name.startswith(("encoder.", "quant_conv.")) for name in moved(before, ends[-1]))
+    for name in ends[0]:
+        torch.testing.assert_close(ends[0][name], ends[1][name], rtol=0, atol=1e-5)
 
 
 def test_the_model_on_stored_latents_has_no_parameter_of_an_encoder(original: Path, cache: Path) -> None:
