@@ -11,8 +11,9 @@ from torch import nn
 
 from latent_ae.config import UserError, refuse
 from latent_ae.export import pipelines
-from latent_ae.models.borrowed_encoder import borrowed_parameters
+from latent_ae.models.borrowed_encoder import BorrowedEncoder, borrowed_parameters
 from latent_ae.models.build import build_autoencoder, channels_of, count_parameters, facts_of, load_autoencoder
+from latent_ae.models.encoder_digest import encoder_sha256
 from latent_ae.models.family import LatentScaling
 from latent_ae.models.loading import first_stage
 from latent_ae.models.new_decoder import with_new_decoder
@@ -37,8 +38,8 @@ def starting_autoencoder(settings: TrainSettings) -> ModelMixin:
     Raises:
         UserError: If it cannot be loaded or does not go with the other settings.
     """
-    name, data, sha256, scaling = settings.init_from, settings.data, "", LatentScaling()
-    if name is None:
+    name, data, sha256, scalings = settings.init_from, settings.data, "", dict[str, LatentScaling]()
+    if name is None and not settings.decoder.wanted:
         autoencoder = build_autoencoder(settings.model, sample_size=data.resolution, seed=settings.seed)
     else:
         autoencoder = load_original(settings)
@@ -46,9 +47,9 @@ def starting_autoencoder(settings: TrainSettings) -> ModelMixin:
             # it shapes no weights, so it may differ from init_from's
             autoencoder.register_to_config(noise_tau=settings.model.config["noise_tau"])
         if settings.decoder.latents is not None:
-            sha256 = str(first_stage(autoencoder).sha256)
+            sha256, scalings = str(first_stage(autoencoder).sha256), _scalings_of_stored(autoencoder, settings)
         if settings.decoder.wanted:
-            scaling = scaling_of(autoencoder) if settings.decoder.kind is not None else scaling
+            _refuse_unmeasured(autoencoder, settings)
             autoencoder = with_new_decoder(autoencoder, settings.decoder, settings.seed)
         _refuse_stored_latents(autoencoder, settings)
     refuse_misfit(autoencoder, settings)
@@ -60,9 +61,12 @@ def starting_autoencoder(settings: TrainSettings) -> ModelMixin:
     if settings.gradient_checkpointing:
         recompute_blocks_(autoencoder)
     if settings.decoder.latents is not None:
-        count, borrowed = count_parameters(autoencoder.encoder), borrowed_parameters(autoencoder)
         autoencoder.encoder = StoredEncoder(
-            lambda: _encoder_of_original(settings, sha256), sha256, count, borrowed, scaling
+            lambda: _encoder_of_original(settings, sha256),
+            encoder_sha256(autoencoder),
+            scalings,
+            count_parameters(autoencoder.encoder),
+            borrowed_parameters(autoencoder),
         )
     return autoencoder
 
@@ -73,7 +77,7 @@ def planned_autoencoder(settings: TrainSettings) -> ModelMixin:
     Raises:
         UserError: If it cannot be loaded or does not go with the other settings.
     """
-    if settings.init_from is not None:
+    if settings.init_from is not None or settings.decoder.wanted:
         return starting_autoencoder(settings)
     with torch.device("meta"):
         model = settings.model.model_copy(update={"init": "default"})
@@ -95,6 +99,37 @@ def _refuse_stored_latents(autoencoder: ModelMixin, settings: TrainSettings) -> 
         )
 
 
+def _scalings_of_stored(original: ModelMixin, settings: TrainSettings) -> dict[str, LatentScaling]:
+    """Return how the decoder takes stored latents, by the digests of the first stages that may have made them."""
+    plain = LatentScaling()
+    makers = [(original, scaling_of(original) if settings.decoder.kind is not None else plain)]
+    if isinstance(original.encoder, BorrowedEncoder):  # which scales what its original encodes
+        makers.append((original.encoder.original, scaling_of(original.encoder.original)))
+    stages = [(first_stage(maker), scaling) for maker, scaling in makers]
+    return {str(digest): how for stage, how in stages for digest in (stage.sha256, stage.encoder_sha256)}
+
+
+def _refuse_unmeasured(original: ModelMixin, settings: TrainSettings) -> None:
+    """Raise UserError if a new decoder needs scaled latents and init_from's scaling is not known."""
+    if settings.decoder.kind is not None and settings.init_from is not None and not scaling_of(original).measured:
+        raise UserError(
+            f"decoder.kind: an AutoencoderTiny decodes scaled latents, and {settings.init_from} has no measured "
+            f"scaling_factor: give init_from the folder that `latent-ae export {settings.init_from} OUT` writes"
+        )
+
+
+def unmeasured_scaling(settings: TrainSettings, autoencoder: ModelMixin) -> str:
+    """Return a warning if a new decoder is for latents whose scaling is not known, otherwise an empty text."""
+    family = family_of(autoencoder)
+    unscaled = borrowed_parameters(autoencoder) or family.scaled_by_patches or family.latent != "posterior"
+    if not settings.decoder.wanted or unscaled or scaling_of(autoencoder).measured:
+        return ""
+    return (
+        f"{settings.init_from} has no measured scaling_factor, so the export will have none: to have one, give "
+        f"init_from the folder that `latent-ae export {settings.init_from} OUT` writes"
+    )
+
+
 def _encoder_of_original(settings: TrainSettings, sha256: str) -> nn.Module:
     """Return the frozen encoder of init_from. Raises UserError if init_from is no longer what the run began with."""
     original = load_original(settings)
@@ -107,7 +142,12 @@ def _encoder_of_original(settings: TrainSettings, sha256: str) -> nn.Module:
 
 
 def load_original(settings: TrainSettings) -> ModelMixin:
-    """Return the first stage that init_from names, in float32. Raises UserError if it cannot be loaded."""
+    """Return the first stage that init_from names, in float32. Raises UserError if it cannot be loaded.
+
+    Before the first of several phases has trained, a fresh one stands for it.
+    """
+    if settings.init_from is None:
+        return build_autoencoder(settings.model, sample_size=settings.data.resolution, seed=settings.seed)
     return load_autoencoder(place_of_weights(str(settings.init_from)))
 
 

@@ -9,7 +9,8 @@
         heads.safetensors          networks on the latent, such as alignment's projection (only with such an objective)
         optimizer.pt               the optimizers' state
         objectives.safetensors     the state of objectives: adaptive and controlled weights, averages
-        state.json                 step, samples seen, number of processes, versions, the run's settings
+        state.json                 step, samples seen, number of processes, versions, the run's settings, and a
+                                   digest of the encoder (only where it stays that of init_from)
         manifest.json              size and SHA-256 of every other file; written last
 
 Random states are not saved: order, crops and noise are functions of (seed, sample number).
@@ -30,10 +31,11 @@ from torch import Tensor, nn
 
 from latent_ae.config import UserError
 from latent_ae.files import disk_trouble
-from latent_ae.models.borrowed_encoder import FOLDER as ENCODER
-from latent_ae.models.borrowed_encoder import borrow_, borrowed_encoder, save_borrowed
+from latent_ae.models.borrowed_encoder import borrow_, save_borrowed
+from latent_ae.models.build import facts_of
 from latent_ae.models.discriminator import save_network
-from latent_ae.models.loading import borrowed_from, first_stage
+from latent_ae.models.encoder_digest import encoder_sha256
+from latent_ae.models.loading import borrowed_from
 from latent_ae.models.registry import config_of, untrained
 from latent_ae.models.run_checkpoint import (
     MANIFEST,
@@ -50,6 +52,8 @@ from latent_ae.provenance import versions
 from .run_config import CheckpointSettings
 from .step import TrainStep
 
+ENCODER = "encoder_sha256"
+"""Key of state.json."""
 PLACE = ("epoch", "file", "row", "block", "offset")
 """Keys of a stream's position."""
 
@@ -116,9 +120,10 @@ def save_checkpoint(run: Path, train_step: TrainStep, state: Mapping[str, Any]) 
         save_borrowed(train_step.bare_reconstructor.autoencoder, temporary)
         for name, module in modules_of(train_step).items():
             save_network(module, temporary / f"{name}.safetensors")
+        content = {**state, **fixed_encoder(train_step), "versions": versions()}
         with open(temporary / "optimizer.pt", "wb") as stream:  # given a path, torch.save would hide why it failed
             torch.save({n: one.state_dict() for n, one in train_step.optimizers.by_name.items()}, stream)
-        (temporary / "state.json").write_text(json.dumps({**state, "versions": versions()}, indent=2))
+        (temporary / "state.json").write_text(json.dumps(content, indent=2))
         _seal(temporary)
         os.replace(temporary, folder)
         for parent in (folder.parent, run):  # a folder's name is on the disk once its parent is flushed
@@ -186,10 +191,11 @@ def _restore(checkpoint: Checkpoint, train_step: TrainStep) -> None:
             f"{folder} was written by an older version, whose checkpoints this one cannot resume: finish the run "
             "with that version, or start a new one from its weights with init_from"
         )
-    borrowed = borrowed_encoder(modules["autoencoder"])
-    if borrowed is not None and first_stage(borrowed_from(folder)).sha256 != first_stage(borrowed.original).sha256:
+    saved, own = read_state(folder).get(ENCODER), fixed_encoder(train_step).get(ENCODER)
+    if saved is not None and own is not None and saved != own:
         raise UserError(
-            f"init_from: it encodes, and is not the one in {folder / ENCODER}: restore it, or choose another output_dir"
+            f"init_from: its encoder or its scaling is not the one with which {folder} was trained: restore it, or "
+            "choose another output_dir"
         )
     for name in sorted(modules.keys() ^ present):
         raise UserError(
@@ -206,6 +212,14 @@ def _restore(checkpoint: Checkpoint, train_step: TrainStep) -> None:
         optimizer.load_state_dict(optimizers[name])
         for group, now in zip(optimizer.param_groups, settings, strict=True):
             group.update(now)  # the settings may have changed, and torch restores the old values
+
+
+def fixed_encoder(train_step: TrainStep) -> dict[str, str]:
+    """Return the digest of init_from's encoder and scaling as state.json has it; nothing if the encoder learns."""
+    autoencoder, settings = train_step.bare_reconstructor.autoencoder, train_step.settings
+    if settings.init_from is None or settings.facts(facts_of(autoencoder)).train != "decoder":
+        return {}
+    return {ENCODER: encoder_sha256(autoencoder)}
 
 
 def newest_checkpoint(run: Path) -> Checkpoint | None:

@@ -20,6 +20,7 @@ from latent_ae.models.build import channels_of, factor_of, latent_channels_of
 from latent_ae.objectives.base import Batch, Objective
 
 from .agreement import gathered, hosts
+from .build import place_of_weights
 from .checkpoint import Checkpoint
 from .log import Log
 from .settings import TrainSettings
@@ -114,9 +115,8 @@ def stored_latents(
         settings.decoder.latents,
         source,
         settings.data,
-        sha256=autoencoder.encoder.sha256,
-        scaling=autoencoder.encoder.scaling,
-        name=str(settings.init_from),
+        scalings=autoencoder.encoder.scalings,
+        name=place_of_weights(str(settings.init_from)),
         seed=settings.seed,
     )
     assert not isinstance(source, StreamSource)  # it was refused

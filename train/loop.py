@@ -19,7 +19,7 @@ from latent_ae.objectives import OBJECTIVES, Reconstruction
 from latent_ae.objectives.base import Objective
 
 from .agreement import Agreed, gathered, hosts, on_main, stop_on_drift
-from .build import build_objectives, compile_blocks, starting_autoencoder
+from .build import build_objectives, compile_blocks, starting_autoencoder, unmeasured_scaling
 from .checkpoint import (
     complete_checkpoints,
     kept_steps,
@@ -135,6 +135,8 @@ def _train(phase: Phase, accelerator: Accelerator, more: Sequence[Objective[Any]
             if state is not None:
                 objective.refuse_another(state)
         ema = Ema(autoencoder, settings.ema.decay) if settings.ema.decay else None
+        if accelerator.is_main_process and (text := unmeasured_scaling(settings, autoencoder)):
+            print(f"warning: {text}", file=sys.stderr)
         if accelerator.is_main_process:  # only now, because everything above may refuse the settings
             write_config(phase)
     if settings.compile:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from latent_ae.models.borrowed_encoder import BorrowedEncoder
 from latent_ae.models.reconstruct import Reconstructor
 from latent_ae.objectives.base import Objective
 
@@ -142,7 +143,10 @@ class Ema:
 
     def __init__(self, source: nn.Module, decay: float):
         self.decay = decay
-        self.module = copy.deepcopy(source).eval().requires_grad_(False)
+        # a first stage that only encodes is not trained: both have the same one
+        encoder = getattr(source, "encoder", None)
+        shared = [encoder.original] if isinstance(encoder, BorrowedEncoder) else []
+        self.module = copy.deepcopy(source, {id(one): one for one in shared}).eval().requires_grad_(False)
 
     @torch.no_grad()
     def update(self, source: nn.Module, step: int) -> None:

@@ -83,6 +83,7 @@ def phases_of(settings: "TrainSettings") -> list[Phase]:
     if not settings.phases:
         return [Phase(settings, 1, None, settings, settings, {})]
     phases: list[Phase] = []
+    replaced = False
     for number, entry in enumerate(settings.phases, 1):
         own = type(settings).model_validate(_values_of(settings, entry, number))
         name = entry.get("name")
@@ -95,8 +96,15 @@ def phases_of(settings: "TrainSettings") -> list[Phase]:
                 implied["gan"] = {"init_from": before.output_dir}
         own = own.model_copy(update={"output_dir": folder, "push_to_hub": None})
         gan = own.gan.model_copy(update=implied.get("gan", {}))
-        started = own.model_copy(update={"gan": gan, "init_from": implied.get("init_from", own.init_from)})
-        first_start = own if own.decoder.wanted else own.model_copy(update={"decoder": settings.decoder})
+        # after a new decoder, the shape is no more that of the section model
+        replaced = replaced or bool(phases and own.decoder.wanted)
+        model = {"model": type(own.model)()} if replaced else {}
+        start = {"gan": gan, "init_from": implied.get("init_from", own.init_from), **model}
+        started = own.model_copy(update=start)
+        decoder = own.decoder
+        if not decoder.wanted:
+            decoder = settings.decoder.model_copy(update={"latents": decoder.latents})
+        first_start = own.model_copy(update={"decoder": decoder})
         phases.append(Phase(settings, number, name, started, first_start, implied))
     return phases
 
@@ -127,7 +135,9 @@ def phase_problems(settings: "TrainSettings") -> Iterator[Problem]:
         problems = list(invalid)
         if own is not None:
             broken = {problem.key for problem in invalid}
-            problems += [problem for problem in own.problems() if problem.key not in broken]
+            # a later phase has an init_from, and its shape is that of the phase before
+            settled = {"decoder", "model"} if number > 1 else set()
+            problems += [problem for problem in own.problems() if problem.key not in broken | settled]
             if first is not None and own.model != first.model:
                 yield Problem(f"{prefix}.model", "the shape stays that of the first phase: leave it out")
             first = first or own
@@ -142,11 +152,11 @@ def phase_problems(settings: "TrainSettings") -> Iterator[Problem]:
 def _values_of(settings: "TrainSettings", entry: Mapping[str, Any], number: int) -> dict[str, Any]:
     """Return the values of a phase: those of the whole, with those of its entry over them.
 
-    A new decoder of the whole is that of the first phase, which the later ones go on to train.
+    A new decoder of the whole is that of the first phase, which the later ones go on to train, on the same latents.
     """
     values = settings.model_dump(mode="json", by_alias=True, exclude_unset=True, exclude={"phases"})
-    if number > 1:
-        values.pop("decoder", None)
+    if number > 1 and "decoder" in values:
+        values["decoder"] = {"latents": settings.decoder.latents}
     return merged(values, {key: value for key, value in entry.items() if key not in ("name", *OF_THE_WHOLE)})
 
 

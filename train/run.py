@@ -102,6 +102,9 @@ def _new_phase(run: Path, trained: bool, settings: TrainSettings, refused: Seque
     words = [f"output_dir={folder}", f"init_from={run}"]
     if any(key.startswith("model.") for key in refused):
         words.append("model={}")
+    if settings.decoder.wanted:  # the trained decoder stays; with decoder.* it would be replaced by a fresh one
+        words += ["decoder={}", "train=decoder"]
+        words += [f"decoder.latents={settings.decoder.latents}"] if settings.decoder.latents is not None else []
     if trained and settings.gan.weight and not shape_of(settings).keys() & set(refused):
         words += [f"gan.init_from={run}", "gan.start=0"]
     return [shlex.quote(word) for word in words]

@@ -404,7 +404,13 @@ class TrainSettings(Settings):
     def _path_problems(self) -> Iterator[Problem]:
         start = self.init_from
         if start is not None and looks_like_path(start) and not Path(start).expanduser().is_dir():
-            yield Problem("init_from", f"no such folder: {start} (from {Path.cwd()})")
+            made = "; `latent-ae train quickstart` makes it" if Path(start) == Path("runs/quickstart") else ""
+            yield Problem("init_from", f"no such folder: {start} (from {Path.cwd()}){made}")
+        stored = self.decoder.latents
+        if stored is not None and not (Path(stored).expanduser() / "manifest.json").is_file():
+            yield Problem(
+                "decoder.latents", f"{stored} holds no latents (from {Path.cwd()}): `latent-ae encode` writes them"
+            )
         if self.weights_dir is not None and not Path(self.weights_dir).expanduser().is_dir():
             yield Problem("weights_dir", f"no such folder: {self.weights_dir} (from {Path.cwd()})")
         output = Path(self.output_dir).expanduser()

@@ -28,6 +28,7 @@ from latent_ae.distributed import on_main, processes, together
 from latent_ae.latents.pairs import image_id
 from latent_ae.latents.parquet import FORMAT, STORED, LatentFolder, features_of, read_manifest
 from latent_ae.latents.settings import EncodeSettings
+from latent_ae.models.borrowed_encoder import borrowed_encoder
 from latent_ae.models.loading import CPU_BATCH_PX, FirstStage, load
 from latent_ae.models.registry import scaling_of
 from latent_ae.progress import progress_bar
@@ -216,7 +217,7 @@ def _manifest(
     """Return the part of the manifest that is known before the first image is read."""
     assert stage.module is not None and stage.family is not None
     scaling, side = scaling_of(stage.module), settings.resolution // stage.factor
-    if not scaling.measured:
+    if not scaling.measured and borrowed_encoder(stage.module) is None:  # whose latents are scaled already
         print(
             "the model's config has no measured scaling_factor, so `scaled` will leave the latents as they are; "
             "`latent-ae export` measures it",
@@ -244,6 +245,7 @@ def _manifest(
         "shards": -(-len(source) // settings.shard_size),
         "made_from": {
             "model": stage.sha256,
+            "encoder": stage.encoder_sha256,
             "data": source_stamp(source),
             "settings": settings.contents(),
             "versions": versions(),

@@ -1,6 +1,6 @@
 """Pairs of an image and its stored latent, on which a decoder trains."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -122,10 +122,9 @@ def open_pairs(
     source: ImageSource,
     settings: DataSettings,
     *,
-    sha256: str,
+    scalings: Mapping[str, LatentScaling],
     name: str,
     seed: int,
-    scaling: LatentScaling,
 ) -> LatentPairs:
     """Open a cache of latents for the training images of a run.
 
@@ -133,35 +132,44 @@ def open_pairs(
         folder: The folder that `latent-ae encode` wrote.
         source: The training images. Those that the cache lacks, because they were unreadable, are left out.
         settings: The section `data` of the settings.
-        sha256: Digest of the first stage whose decoder trains (`FirstStage.sha256`).
-        name: What messages call it.
+        scalings: How the decoder takes latents, by the digests of the first stages that may have made them
+            (`FirstStage.encoder_sha256`; caches without it have `FirstStage.sha256`).
+        name: What messages call the first stage whose decoder trains.
         seed: Seed of the run.
-        scaling: How the decoder takes latents.
 
     Raises:
         UserError: If the cache is not there or unfinished, was made by another first stage, or has other images,
-            another resolution or no mirrored images.
+            another resolution or background, or no mirrored images.
     """
     cache = open_latents(folder)
     manifest, framing = cache.manifest, Framing(**cache.manifest["framing"])
-    if manifest["made_from"]["model"] != sha256:
+    made_from = manifest["made_from"]
+    scaling = scalings.get(made_from.get("encoder") or "", scalings.get(made_from["model"]))
+    if scaling is None:
         raise UserError(
-            f"decoder.latents: {folder} holds latents of {manifest['model'].get('location')} (sha256 "
-            f"{manifest['made_from']['model'][:12]}), and init_from is {name} (sha256 {sha256[:12]}): encode the "
-            "images with that"
+            f"decoder.latents: {folder} holds latents of another encoder or scaling, that of "
+            f"{manifest['model'].get('location')} ({manifest['model'].get('weights')}), and the run starts from "
+            f"{name}: encode the images with that"
         )
     for key, stored in (("resolution", framing.crop_px), ("resize_px", framing.resize_px)):
         if getattr(settings, key) not in (stored, None):
             raise UserError(
                 f"data.{key}: {getattr(settings, key)}, and the images in {folder} were encoded with {stored}: use that"
             )
+    background = made_from["settings"].get("background", list(settings.background))
+    if background != list(settings.background):
+        raise UserError(
+            f"data.background: {list(settings.background)}, and the images in {folder} were encoded on {background}: "
+            "use that"
+        )
     if settings.flip and not cache.has_flips:
         raise UserError(f"data.flip: {folder} has no latents of mirrored images: set it to false")
     if isinstance(source, StreamSource):
         raise UserError(
             "data.streaming: stored latents belong to images by number, which a stream has not: set it to false"
         )
-    rows = {identity: row for row, identity in enumerate(cache.dataset["id"])}
+    columns = cache.dataset.data  # datasets would decode the columns row by row
+    rows = {identity: row for row, identity in enumerate(columns.column("id").to_pylist())}
     found = np.array([rows.get(image_id(source, index), -1) for index in range(len(source))], dtype=np.int64)
     there = np.flatnonzero(found >= 0)
     if not len(there):
@@ -170,6 +178,6 @@ def open_pairs(
             f"made from {manifest['data'].get('location')}, part={manifest['data'].get('part')}): encode those, with "
             "part=all or part=train"
         )
-    digests = np.array(cache.dataset["digest"], dtype="S32")[found[there]]
+    digests = np.array(columns.column("digest").to_pylist(), dtype="S32")[found[there]]
     images = UnchangedImages(source.subset(there), digests)
     return LatentPairs(cache, found[there], images, framing, seed, settings.flip, scaling)

@@ -22,6 +22,7 @@ import pydantic
 from latent_ae.config import UserError
 from latent_ae.data.loader import stop_if_too_many_bad
 from latent_ae.data.sources import fingerprint
+from latent_ae.data.transforms import Resample
 from latent_ae.files import amount
 from latent_ae.only_writer import only_writer
 
@@ -45,6 +46,12 @@ class _Checked(pydantic.BaseModel):
         mean: list[pydantic.FiniteFloat] | None = None
         std: list[pydantic.PositiveFloat] | None = None
 
+    class Framing(pydantic.BaseModel, extra="forbid"):
+        resize_px: pydantic.PositiveInt | None = None
+        crop_px: pydantic.PositiveInt
+        resample: Resample = "adm"
+        nearest: bool = False
+
     class Data(pydantic.BaseModel):
         num_files: pydantic.NonNegativeInt
         num_images: pydantic.NonNegativeInt = 0
@@ -63,6 +70,7 @@ class _Checked(pydantic.BaseModel):
     complete: bool
     model: Model
     latent: Latent
+    framing: Framing
     data: Data
     labels: Labels | None
     made_from: MadeFrom

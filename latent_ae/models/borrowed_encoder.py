@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from latent_ae.arithmetic import lay_out
+from latent_ae.models.family import SIDES
 from latent_ae.models.posterior import Drawn, draw
 from latent_ae.models.reconstruct import keep_posterior_precise_
 from latent_ae.models.registry import scaling_of
@@ -60,8 +61,10 @@ class BorrowedEncoder(nn.Module):
         return Drawn(latent, mean, None, (), mean.new_zeros(len(mean)))
 
     def _apply(self, function: Callable[[Tensor], Tensor], recurse: bool = True) -> "BorrowedEncoder":
-        """Move the first stage, too."""
-        self.original._apply(function, recurse)
+        """Move what encodes of the first stage, too; its decoder is only saved."""
+        for name, part in self.original.named_children():
+            if name not in SIDES["decoder"]:
+                part._apply(function, recurse)
         super()._apply(function, recurse)
         return self
 
@@ -92,7 +95,13 @@ def save_borrowed(autoencoder: nn.Module, folder: Path) -> None:
         borrowed.original.save_pretrained(folder / FOLDER)
 
 
+def encodes_nothing(autoencoder: nn.Module) -> bool:
+    """Return whether an AutoencoderTiny's own encoder is zero, and none is borrowed."""
+    own = isinstance(autoencoder, diffusers.AutoencoderTiny) and not borrowed_parameters(autoencoder)
+    return own and not any(map(torch.any, autoencoder.encoder.parameters()))
+
+
 def borrow_(autoencoder: nn.Module, load: Callable[[], nn.Module]) -> None:
     """Give an AutoencoderTiny whose encoder is zero the one that `load` returns, in place; leave any other as it is."""
-    if isinstance(autoencoder, diffusers.AutoencoderTiny) and not any(map(torch.any, autoencoder.encoder.parameters())):
+    if encodes_nothing(autoencoder):
         autoencoder.encoder = BorrowedEncoder(load(), autoencoder.encoder.state_dict())

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from latent_ae.arithmetic import lay_out
 from latent_ae.config import UserError, looks_like_path
-from latent_ae.models.borrowed_encoder import FOLDER, borrow_, borrowed_encoder, borrowed_parameters
+from latent_ae.models.borrowed_encoder import FOLDER, borrow_, borrowed_encoder, borrowed_parameters, encodes_nothing
+from latent_ae.models.encoder_digest import encoder_sha256
 from latent_ae.models.likelihood import Likelihood, read_likelihood
 from latent_ae.models.posterior import draw, moments_of
 from latent_ae.models.registry import FAMILIES, Family, class_of, config_of, family_name, family_of, untrained
@@ -66,6 +67,8 @@ class FirstStage:
     weights: str = "as stored"
     sha256: str | None = None
     """Digest of the class, the config, and the names, shapes and bytes of all tensors as they were loaded."""
+    encoder_sha256: str | None = None
+    """Digest of what encodes, see `encoder_digest`."""
     likelihood: Likelihood | None = None
     """Likelihood that the model was trained with, if the folder names one."""
 
@@ -229,7 +232,12 @@ def first_stage(
             f"{location or 'the model'} takes images of {channels} channels and gives {out_channels}, "
             "so its reconstructions cannot be compared with its inputs"
         )
-    sha256 = _sha256(model)
+    if encodes_nothing(model):
+        raise UserError(
+            f"{location or 'the model'} is an AutoencoderTiny whose encoder is zero, so it only decodes: give the "
+            f"folder or hub id from which it was loaded, whose {FOLDER}/ encodes"
+        )
+    sha256, encodes = _sha256(model), encoder_sha256(model)
     return FirstStage(
         module=_in(model, DTYPES[dtype]).eval(),
         function=None,
@@ -241,6 +249,7 @@ def first_stage(
         location=location,
         weights=weights,
         sha256=sha256,
+        encoder_sha256=encodes,
         likelihood=likelihood,
     )
 
@@ -412,7 +421,10 @@ def borrowed_from(checkpoint: Path) -> nn.Module:
 def _borrowed_from(resolved: str, location: str, subfolder: str | None, revision: str | None) -> nn.Module:
     place = f"{subfolder}/{FOLDER}" if subfolder else FOLDER
     name = f"{location}/{place}"
-    if Path(resolved).exists():  # given the subfolder of a local folder, diffusers prefers the weights above it
+    if Path(resolved).exists():
+        if not (Path(resolved) / place / "config.json").is_file():
+            raise UserError(f"{location}: its own encoder is zero, and the one that encodes is missing ({name})")
+        # given the subfolder of a local folder, diffusers prefers the weights above it
         return _from_pretrained(f"{resolved}/{place}", name, None, revision, None)
     return _from_pretrained(resolved, name, place, revision, None)
 

@@ -30,8 +30,8 @@ DECODERS = {
     "AutoencoderTiny": Keys("decoder_block_out_channels", "num_decoder_blocks", levelwise=True),
 }
 """The classes whose decoder has a shape of its own."""
-UNSTATED = ("shift_factor", "latents_mean", "latents_std")
-"""Scaling of an AutoencoderKL that AsymmetricAutoencoderKL does not take. diffusers keeps such keys of a config.json,
+UNSTATED = ("shift_factor", "latents_mean", "latents_std", "force_upcast")
+"""Keys of an AutoencoderKL that AsymmetricAutoencoderKL does not take. diffusers keeps such keys of a config.json,
 so pipelines read them all the same; it prints a warning that it ignores them."""
 
 
@@ -138,6 +138,10 @@ def _changes(kind: str, config: dict[str, Any], wanted: DecoderSettings) -> dict
         raise UserError(
             f"decoder.block_out_channels: has {len(widths)} widths, and the latents of init_from are "
             f"{levels - 1} doublings from the image: give {levels}"
+        )
+    if kind == "AutoencoderTiny" and len({*widths}) > 1:
+        raise UserError(
+            f"decoder.block_out_channels: {list(widths)}, and all levels of an AutoencoderTiny have one width"
         )
     groups = config.get("norm_num_groups", 1)
     if wrong := [width for width in widths if width % groups]:

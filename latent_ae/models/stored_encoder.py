@@ -1,6 +1,6 @@
 """Stands in place of an encoder that is not in memory, because a decoder trains on stored latents."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,23 +14,23 @@ class StoredEncoder(nn.Module):
 
     Args:
         load: Loads the encoder, with frozen weights, on the CPU.
-        sha256: Digest of the first stage whose encoder it is (`FirstStage.sha256`).
+        encoder_sha256: Digest of what encodes, see `encoder_digest`.
+        scalings: How the decoder takes stored latents, by the digests of the first stages that may have made them.
         num_parameters: Number of the encoder's parameters.
         num_borrowed: Number of parameters of the first stage in a BorrowedEncoder.
-        scaling: How the latents that are decoded are scaled; stored ones are raw.
     """
 
     def __init__(
         self,
         load: Callable[[], nn.Module],
-        sha256: str,
+        encoder_sha256: str,
+        scalings: Mapping[str, LatentScaling],
         num_parameters: int,
         num_borrowed: int = 0,
-        scaling: LatentScaling | None = None,
     ):
         super().__init__()
-        self.load, self.sha256, self.num_parameters, self.num_borrowed = load, sha256, num_parameters, num_borrowed
-        self.scaling = scaling or LatentScaling()
+        self.load, self.encoder_sha256, self.scalings = load, encoder_sha256, scalings
+        self.num_parameters, self.num_borrowed = num_parameters, num_borrowed
         self.loaded: list[nn.Module] = []
         """The encoder while it is in memory; in a list, so that it does not become a part of this module."""
 

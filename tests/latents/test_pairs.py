@@ -1,5 +1,6 @@
 """Images with their stored latents: each latent is that of its image, on any number of processes, or it is refused."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -45,9 +46,8 @@ def opened(made: tuple[FirstStage, Path, Path], sha256: str | None = None, **cha
         **{"source": str(images), "resolution": SIDE, "num_workers": 0, "eval_fraction": 0.25} | changes
     )
     source = open_images(data, "train")
-    return open_pairs(
-        str(latents), source, data, sha256=sha256 or str(stage.sha256), name="mine", seed=3, scaling=scaling
-    )
+    scalings = {sha256 or str(stage.encoder_sha256): scaling}
+    return open_pairs(str(latents), source, data, scalings=scalings, name="mine", seed=3)
 
 
 def batches(pairs: LatentPairs, count: int, rank: int = 0, world_size: int = 1) -> list[Any]:
@@ -95,16 +95,29 @@ def test_samples_do_not_depend_on_the_number_of_processes(made: tuple[FirstStage
 
 
 def test_latents_of_something_else_are_refused(made: tuple[FirstStage, Path, Path], tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"decoder\.latents: .*latents holds latents of .*model .*init_from is mine"):
+    with pytest.raises(UserError, match=r"decoder\.latents: .*latents holds latents of another .* starts from mine"):
         opened(made, sha256="0" * 64)
     with pytest.raises(UserError, match=r"data\.resolution: 32, and the images in .* were encoded with 16"):
         opened(made, resolution=32)
     with pytest.raises(UserError, match=r"data\.resize_px: 20, .* were encoded with 16"):
         opened(made, resize_px=20)
+    with pytest.raises(UserError, match=r"data\.background: \[0, 0, 0\], .* encoded on \[255, 255, 255\]"):
+        opened(made, background=(0, 0, 0))
+    assert len(opened(made, sha256=made[0].sha256).images)  # what a cache of an earlier version has
     with pytest.raises(UserError, match="holds none of the .* training images of photos"):
         opened(made, source="photos")
     with pytest.raises(UserError, match="holds no latents"):
         opened((made[0], made[1], tmp_path))
+
+
+@pytest.mark.parametrize("framing", [None, {"resize_px": 16, "crop_px": 16, "odd": 1}, {"crop_px": -1}])
+def test_a_damaged_framing_is_refused(made: tuple[FirstStage, Path, Path], tmp_path: Path, framing: Any) -> None:
+    folder = shutil.copytree(made[2], tmp_path / "latents")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    del manifest["framing"]
+    (folder / "manifest.json").write_text(json.dumps(manifest | ({"framing": framing} if framing else {})))
+    with pytest.raises(UserError, match="manifest.json"):
+        opened((made[0], made[1], folder))
 
 
 def test_an_image_that_has_changed_is_refused(made: tuple[FirstStage, Path, Path]) -> None:

@@ -14,10 +14,11 @@ from latent_ae.models.new_decoder import decoder_parameters, with_new_decoder
 from latent_ae.models.posterior import draw, moments_of
 from latent_ae.models.registry import scaling_of
 from latent_ae.models.settings import DecoderSettings
+from latent_ae_train.optim import Ema
 from tests.tiny_models import TWO, pictures, tiny
 
 BARE = TWO | {"use_quant_conv": False, "use_post_quant_conv": False, "mid_block_add_attention": False}
-SCALED = {"scaling_factor": 0.4, "shift_factor": 0.1}
+SCALED = {"scaling_factor": 0.4, "shift_factor": 0.1, "force_upcast": True}
 PER_CHANNEL = {"latents_mean": [0.1, 0.2, 0.3, 0.4], "latents_std": [1.0, 2.0, 3.0, 4.0]}
 
 
@@ -58,6 +59,13 @@ def test_latents_and_scaling_stay_bit_for_bit(name: str, tmp_path: Any) -> None:
         assert before.std is None or torch.equal(before.std, after.std)
         assert before.mean.std() > 0
     assert scaling_of(new) == scaling_of(old)
+    assert new.config.get("force_upcast") == old.config.get("force_upcast")  # which pipelines of SDXL read
+    digest = first_stage(old).encoder_sha256
+    assert first_stage(new).encoder_sha256 == digest and first_stage(new).sha256 != first_stage(old).sha256
+    changed = copy.deepcopy(new)
+    with torch.no_grad():
+        next(changed.encoder.parameters()).add_(1e-3)
+    assert first_stage(changed).encoder_sha256 != digest
     if hasattr(old, "bn"):
         assert torch.equal(old.bn.running_var, new.bn.running_var)
     assert new.decode(before.mean).sample.shape == images.shape
@@ -87,6 +95,15 @@ def test_a_tiny_decoder_has_the_scaled_latents(name: str) -> None:
             assert drawn.logvar is None and not drawn.latent.requires_grad
         assert decoder_parameters(model) == sum(parameter.numel() for parameter in model.parameters())
     assert shape == (2, 3, 16, 16)
+    average = Ema(again, 0.9).module
+    assert average.encoder.original is again.encoder.original  # which is large, and never learns
+    assert average.decoder is not again.decoder
+    stock = copy.deepcopy(made)
+    stock.encoder = tiny("AutoencoderTiny").encoder.requires_grad_(False)
+    for weight in stock.encoder.parameters():
+        weight.zero_()
+    with pytest.raises(UserError, match="whose encoder is zero, so it only decodes"):
+        first_stage(stock)
     before = first_stage(again).sha256
     with torch.no_grad():
         again.encoder.original.encoder.conv_in.bias.add_(1.0)
@@ -121,7 +138,7 @@ def test_the_wanted_shape_is_the_decoders() -> None:
         (
             "AutoencoderKL",
             {"kind": "AutoencoderTiny", "block_out_channels": (4, 8)},
-            "AutoencoderTiny refuses this one",
+            "all levels of an AutoencoderTiny have one width",
         ),
         ("AutoencoderKL", {"kind": "AutoencoderTiny", "layers_per_block": (1,)}, "has 1 numbers for 2 levels"),
     ],

@@ -1,6 +1,7 @@
 """Runs that train a decoder for latents that exist: a new one, and on stored latents."""
 
 import json
+import shlex
 import shutil
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from latent_ae_train.build import starting_autoencoder
 from latent_ae_train.plan import describe_plan
 from latent_ae_train.settings import TrainSettings
 from tests.runs import differing_tensors, words
-from tests.tiny import settings_for
+from tests.tiny import GAN, build_step, micro_batches, moved, settings_for, weights
 from tests.tiny_models import TWO
 
 SIDE = 16
@@ -71,6 +72,13 @@ def test_a_run_exports_the_new_decoder_beside_the_old_encoder(
     assert old.keys() == new.keys() and all(torch.equal(old[name], new[name]) for name in old)
     start = starting_autoencoder(load_settings(TrainSettings, None, [*words[2:], "data.num_workers=0"]))
     assert not torch.equal(start.decoder.conv_out.weight, made.decoder.conv_out.weight)
+    # a changed recipe is refused with words that go on from the trained decoder
+    capsys.readouterr()
+    assert main([*words, "batch_size=2"]) == 2
+    advice = shlex.split(capsys.readouterr().err.splitlines()[-1])
+    later = load_settings(TrainSettings, None, [*words[2:], "batch_size=2", *advice])
+    assert later.train == "decoder" and not later.decoder.wanted
+    assert torch.equal(starting_autoencoder(later).decoder.conv_out.weight, made.decoder.conv_out.weight)
 
 
 def test_a_run_on_stored_latents_has_no_encoder_and_exports_it(
@@ -91,6 +99,62 @@ def test_a_run_on_stored_latents_has_no_encoder_and_exports_it(
     assert main([*words, f"output_dir={tmp_path / 'again'}"]) == 0
     ends = [tmp_path / name / "checkpoints/step-00000002" for name in ("run", "again")]
     assert differing_tensors(*ends) == []
+
+
+def test_latents_of_one_encoder_go_with_every_decoder_and_with_no_other_encoder(
+    original: Path, pictures: Path, cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run of the export goes on with the latents, and a resumed run is refused if init_from was replaced."""
+    moved, stored = shutil.copytree(original, tmp_path / "moved"), shutil.copytree(cache, tmp_path / "stored")
+    short = ["steps=2", "checkpoint.every=1", "validate.every=2"]
+    own = [f"decoder.latents={stored}", "decoder.block_out_channels=[4,8]", *short]
+    first = command(pictures, moved, tmp_path / "first", *own)
+    assert main(first) == 0
+    later = [f"decoder.latents={stored}", "train=decoder", *short]
+    assert main(command(pictures, tmp_path / "first", tmp_path / "later", *later)) == 0
+    old, new = encoder_of(original), encoder_of(tmp_path / "later/export")
+    assert all(torch.equal(old[name], new[name]) for name in old)
+    usual = command(pictures, moved, tmp_path / "usual", "decoder.block_out_channels=[4,8]", *short)
+    assert main(usual) == 0
+    torch.manual_seed(9)
+    AutoencoderKL(**TWO | {"scaling_factor": 0.4, "shift_factor": 0.1}).save_pretrained(moved)
+    capsys.readouterr()
+    assert main([*usual, "steps=3"]) == 2
+    assert "step-00000002 was trained: restore it, or choose another output_dir" in capsys.readouterr().err
+    assert main([*first, "steps=3"]) == 2
+    assert "holds latents of another encoder or scaling" in capsys.readouterr().err
+    shutil.rmtree(stored)
+    encode_images(moved, pictures, stored, EncodeSettings(resolution=SIDE, stored="fp32", device="cpu"))
+    assert main([*first, "steps=3"]) == 2
+    assert "init_from: its encoder or its scaling is not the one with which" in capsys.readouterr().err
+
+
+def test_a_decoder_of_scaled_latents_needs_a_measured_scaling(
+    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    AutoencoderKL(**TWO | {"scaling_factor": 1.0}).save_pretrained(tmp_path / "model")
+    words = command(pictures, tmp_path / "model", tmp_path / "run", "steps=1", "validate.every=1")
+    assert main([*words, "decoder.kind=AutoencoderTiny", "decoder.block_out_channels=[8,8]"]) == 2
+    assert "has no measured scaling_factor: give init_from the folder that" in capsys.readouterr().err
+    assert main([*words, "decoder.layers_per_block=2"]) == 0
+    assert "warning: " in (said := capsys.readouterr().err) and "has no measured scaling_factor, so" in said
+
+
+def test_a_new_decoder_trains_against_a_discriminator_with_checkpointing(original: Path) -> None:
+    """Its gradients are those without checkpointing."""
+    ends = []
+    for recomputed in (False, True):
+        own = {"init_from": str(original), "train": "decoder", "model": TrainSettings().model.model_dump()}
+        step = build_step(
+            settings_for(**own, decoder={"layers_per_block": 2}, gan=GAN, gradient_checkpointing=recomputed)
+        )
+        before = weights(step.bare_reconstructor.autoencoder)
+        step(0, micro_batches(0, step.settings))
+        ends.append(weights(step.bare_reconstructor.autoencoder))
+        assert any(name.startswith("decoder.") for name in moved(before, ends[-1]))
+        assert not any(name.startswith(("encoder.", "quant_conv.")) for name in moved(before, ends[-1]))
+    for name in ends[0]:
+        torch.testing.assert_close(ends[0][name], ends[1][name], rtol=0, atol=1e-5)
 
 
 def test_the_model_on_stored_latents_has_no_parameter_of_an_encoder(original: Path, cache: Path) -> None:

@@ -9,11 +9,15 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from diffusers import AsymmetricAutoencoderKL
 from safetensors.torch import load_file
 
 import latent_ae as lae
+import latent_ae_train.loop
 from latent_ae.__main__ import main
 from latent_ae.config import UserError, load_settings, to_yaml
+from latent_ae.latents.encode import encode_images
+from latent_ae.latents.settings import EncodeSettings
 from latent_ae.models.run_checkpoint import checkpoint_at
 from latent_ae_train import TrainSettings, train
 from latent_ae_train.checkpoint import complete_checkpoints
@@ -318,3 +322,30 @@ def test_a_new_decoder_of_the_whole_is_that_of_the_first_phase(model: str) -> No
     assert first.settings.train == second.settings.train == "decoder"
     assert second.first_start.decoder == first.settings.decoder and second.first_start.init_from == model
     assert second.settings.init_from == first.settings.output_dir
+
+
+@pytest.mark.trained
+def test_a_later_phase_gives_the_first_stage_before_it_a_new_decoder(
+    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And all phases after the first train on stored latents; what cannot work is refused before the first step."""
+    monkeypatch.setattr("latent_ae.export.write.verify_export", lambda *_: 0.0)
+    own = [word for word in words(pictures, tmp_path / "run", "steps=1") if not word.startswith("gan.")]
+    deeper: dict[str, Any] = {"decoder": {"layers_per_block": 2}}
+    assert main([*own, "gan.weight=0", f"phases={json.dumps([{}, deeper, {'train': 'decoder'}])}"]) == 0
+    export = AsymmetricAutoencoderKL.from_pretrained(tmp_path / "run/export")
+    assert export.config.layers_per_up_block == 2
+    first = tmp_path / "run/phases/1/export"
+    encode_images(first, pictures, tmp_path / "latents", EncodeSettings(resolution=16, device="cpu"))
+    stored = ["model={}", f"init_from={first}", f"decoder.latents={tmp_path / 'latents'}", "decoder.layers_per_block=2"]
+    stored += ["gan.weight=0", "phases=[{}, {}]", f"output_dir={tmp_path / 'stored'}"]
+    seen = []
+    begin = latent_ae_train.loop.stored_latents
+    monkeypatch.setattr("latent_ae_train.loop.stored_latents", lambda *given: seen.append(begin(*given)) or seen[-1])
+    assert main([*own, *stored]) == 0
+    assert len(seen) == 2 and None not in seen
+    wrong = json.dumps([{}, {"decoder": {"block_out_channels": [8]}}])
+    capsys.readouterr()
+    assert main([*own, f"phases={wrong}", f"output_dir={tmp_path / 'wrong'}"]) == 2
+    assert "phase 2 of 2: decoder.block_out_channels: has 1 widths" in capsys.readouterr().err
+    assert not (tmp_path / "wrong/phases").exists()

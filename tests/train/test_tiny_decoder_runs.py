@@ -11,7 +11,7 @@ from diffusers import AutoencoderKL, AutoencoderTiny
 from safetensors.torch import load_file
 
 from latent_ae.__main__ import main
-from latent_ae.config import load_settings
+from latent_ae.config import UserError, load_settings
 from latent_ae.latents.encode import encode_images
 from latent_ae.latents.settings import EncodeSettings
 from latent_ae.models.loading import load, load_first_stage
@@ -136,7 +136,10 @@ def test_a_run_that_was_killed_ends_with_the_same_bits(
     capsys.readouterr()
     assert main(command(pictures, original, other, "validate.every=2")) == 2
     config.write_text(before)
-    assert f"not the one in {other / 'checkpoints/step-00000001/encoder'}: restore it" in capsys.readouterr().err
+    assert (
+        f"not the one with which {other / 'checkpoints/step-00000001'} was trained: restore it"
+        in capsys.readouterr().err
+    )
 
 
 def test_a_checkpoint_exports_and_a_later_run_goes_on_from_the_export(
@@ -157,6 +160,19 @@ def test_a_checkpoint_exports_and_a_later_run_goes_on_from_the_export(
     )
 
 
+def test_what_is_missing_is_said(run: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """And that latents of such a model are scaled is no lack of a scaling."""
+    encode_images(run / "export", pictures, tmp_path / "latents", EncodeSettings(resolution=SIDE, device="cpu"))
+    assert "measure" not in capsys.readouterr().err
+    alone = shutil.copytree(run / "export", tmp_path / "alone")
+    shutil.rmtree(alone / "encoder")
+    with pytest.raises(UserError, match=r"its own encoder is zero, .* is missing \(.*alone/encoder\)"):
+        load_first_stage(str(alone))
+    words = command(pictures, run / "export", tmp_path / "new", "decoder.latents=/nowhere", "--dry-run")
+    assert main(words) == 2
+    assert "decoder.latents: /nowhere holds no latents" in capsys.readouterr().err
+
+
 def test_a_run_on_stored_latents_decodes_them_scaled(
     original: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -172,7 +188,8 @@ def test_a_run_on_stored_latents_decodes_them_scaled(
     start = starting_autoencoder(settings)
     assert not any(name.startswith("encoder.") for name, _ in start.named_parameters())
     raw = torch.randn(2, 4, 8, 8)
-    torch.testing.assert_close(start.encoder.scaling.scaled(raw), (raw - 0.1) * 0.4)
+    (scaling,) = set(start.encoder.scalings.values())
+    torch.testing.assert_close(scaling.scaled(raw), (raw - 0.1) * 0.4)
     assert main(words) == 0
     assert equal(*(AutoencoderKL.from_pretrained(one).state_dict() for one in (original, run / "export/encoder")))
     again = shutil.copytree(run, tmp_path / "again")
