@@ -233,6 +233,8 @@ def scale_problems(own: ReconstructionSettings, run: RunFacts, model: ModelFacts
         yield Problem(key, "repeats loss.pixel and loss.perceptual, and both have weight 0: set it to 0")
     if not run.one_size:
         yield Problem(key, "downsamples latents, as latents.equivariance does in its steps: set one to 0")
+    if len(run.crop_sizes) > 1:
+        yield Problem(key, "downsamples images of one size: set it to 0, or leave data.buckets out")
     if run.compile:
         yield Problem(key, "decodes images of other sizes, for which networks are compiled again: set compile=false")
     if model is None:

@@ -278,6 +278,8 @@ def test_the_plan_counts_what_is_trained(network: str, folder: Path) -> None:
         ("gan.network=stylegan gan.norm=batch", "gan.norm: is for gan.network patch and dino"),
         ("gan.network=stylegan data.resolution=96", "gan.network: stylegan halves images to 4 px"),
         ("gan.network=stylegan latents.equivariance=0.5", "gan.network: stylegan takes images of one size"),
+        ("gan.replay=8 data.buckets=[128,256]", "gan.replay: stores images of one size"),
+        ("loss.scale_consistency=1 data.buckets=[128,256]", "loss.scale_consistency: downsamples images of one size"),
         ("gan.network=stylegan data.buckets=[128,256]", "gan.network: stylegan takes square images of one size"),
     ],
 )
