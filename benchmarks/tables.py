@@ -13,7 +13,7 @@ from typing import Any
 from benchmarks.machine import RESULTS
 
 DOCS = Path(__file__).parent.parent / "docs"
-NAMES = ("performance", "losses", "multi-gpu", "linear-start", "encode", "export", "diffusion", "family", "data")
+NAMES = ("performance", "losses", "multi-gpu", "linear-start", "encode", "export", "diffusion", "family", "data", "recipes")
 PAGES = [DOCS / f"{name}.md" for name in NAMES]
 
 
@@ -465,7 +465,39 @@ def where(result: dict[str, Any]) -> str:
 
 
 # by the beginning of a result's name, the longer one first
+def recipes_table(result: dict[str, Any]) -> str:
+    """The full-size recipes, a row for each of their phases."""
+    lines = [
+        f"| recipe, phase | shape | px | steps | batch | memory (GB), images | most images in {result['gpu_gb']} GB "
+        "| TFLOP a step | published | measured with |",
+        "|---|---|---:|---:|---:|---:|---:|---:|---|---|",
+    ]
+    for row in result["rows"]:
+        name, phase = row["recipe"], row["phase"]
+        last = [other for other in result["rows"] if other["recipe"] == name][-1]
+        target, how = result["targets"].get(name, ("", "")) if row is last else ("", "")
+        lines.append(
+            f"| `{name}`{f', {phase}' if phase else ''} "
+            f"| f{row['factor']}, {row['latent_channels']} channels, {row['parameters'] / 1e6:.0f} M "
+            f"| {row['resolution']} | {row['steps']:,} | {row['batch_size']} "
+            f"| {row['peak_gb']:.1f}, {row['micro_batch']} in {row['precision']} | {row['largest_micro_batch']} "
+            f"| {row['tflops_per_image'] * row['batch_size']:,.0f} | {target} "
+            f"| {f'`{how}`' if how.startswith('protocol') else how} |"
+        )
+    return "\n".join(lines)
+
+
+def step_memory_table(result: dict[str, Any]) -> str:
+    """Computed against measured memory of a step."""
+    lines = [f"{where(result)}.", "", "| | computed (MB) | measured (MB) | ratio |", "|---|---:|---:|---:|"]
+    for name, row in result["rows"].items():
+        values = f"{row['computed_mb']:,.0f} | {row['measured_mb']:,.0f} | {row['computed_over_measured']:.2f}"
+        lines.append(f"| {name} | {values} |")
+    return "\n".join(lines)
+
+
 MAKERS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "step-memory": step_memory_table,
     "tried-fresh": fresh_table,
     "tried-cost": cost_table,
     "tried": tried_table,
@@ -488,6 +520,7 @@ MAKERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "adam-eps": eps_table,
     "gan-weight": gan_weight_table,
     "buckets": buckets_table,
+    "recipes": recipes_table,
 }
 
 
