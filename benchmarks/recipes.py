@@ -1,12 +1,16 @@
 """What the full-size recipes need of memory and arithmetic, computed as `latent-ae train NAME --dry-run` does.
 
-python -m benchmarks.recipes
+    python -m benchmarks.recipes [NAME ...]
+
+With names, only these are computed again. Recipes that need a folder to be built are left out.
 """
 
+import json
+import sys
 from typing import Any
 
-from benchmarks.machine import save
-from latent_ae.config import recipe_folders
+from benchmarks.machine import RESULTS, save
+from latent_ae.config import UserError, recipe_folders
 from latent_ae.models.build import count_parameters, factor_of, latent_channels_of
 from latent_ae_train.build import planned_autoencoder
 from latent_ae_train.cost import step_cost
@@ -14,8 +18,8 @@ from latent_ae_train.phases import phases_of
 from latent_ae_train.settings import TrainSettings
 
 GPU_GB = 80
-WITHOUT_DOWNLOADS = ("init_from=null", "alignment.model=null")
-"""The shapes of init_from are those of the default model; a vision model comes on top of what is computed."""
+WITHOUT_DOWNLOADS = ("init_from=null", "alignment.model=null", "distillation.teacher=null")
+"""The shapes of init_from are those of the default model; a vision model or a teacher comes on top of what is computed."""
 
 LDM = "protocol=ldm"
 TARGETS = {
@@ -39,12 +43,20 @@ TARGETS = {
 
 
 def main() -> None:
+    wanted, path = sys.argv[1:], RESULTS / "recipes.json"
+    old = json.loads(path.read_text())["rows"] if wanted else []
     rows = []
     for folder in ("published", "shapes"):
         for name in recipe_folders()[folder]:
-            for phase in phases_of(TrainSettings.load(name, *WITHOUT_DOWNLOADS)):
-                rows.append({"recipe": name, "folder": folder, "phase": phase.name, **row(phase.settings)})
-                print(rows[-1], flush=True)
+            if wanted and name not in wanted:
+                rows += [one for one in old if one["recipe"] == name]
+                continue
+            try:
+                for phase in phases_of(TrainSettings.load(name, *WITHOUT_DOWNLOADS)):
+                    rows.append({"recipe": name, "folder": folder, "phase": phase.name, **row(phase.settings)})
+                    print(rows[-1], flush=True)
+            except UserError as error:
+                print(f"{name} is left out: {error}", file=sys.stderr)
     save("recipes", {"gpu_gb": GPU_GB, "rows": rows, "targets": TARGETS})
 
 

@@ -13,7 +13,18 @@ from typing import Any
 from benchmarks.machine import RESULTS
 
 DOCS = Path(__file__).parent.parent / "docs"
-NAMES = ("performance", "losses", "multi-gpu", "linear-start", "encode", "export", "diffusion", "family", "data", "recipes")
+NAMES = (
+    "performance",
+    "losses",
+    "multi-gpu",
+    "linear-start",
+    "encode",
+    "export",
+    "diffusion",
+    "family",
+    "data",
+    "recipes",
+)
 PAGES = [DOCS / f"{name}.md" for name in NAMES]
 
 

@@ -12,6 +12,7 @@ from latent_ae.pretrained.lpips import LPIPS
 from latent_ae_train.phases import merged, phases_of
 from latent_ae_train.settings import TrainSettings
 from tests.recipes import FOLDER
+from tests.teacher import save_teacher
 from tests.tiny import build_step, drawn_batch
 from tests.tiny_vision import save_vision_model
 
@@ -164,6 +165,14 @@ DC_64 = {
     "model.config.encoder_layers_per_block": [0, 4, 8, 2, 2, 2, 2],
     "model.config.decoder_layers_per_block": [0, 5, 10, 2, 2, 2, 2],
 }
+TINY = {
+    "model.kind": "AutoencoderTiny",
+    "batch_size": 32,
+    "distillation.decode": "teacher",
+    "gan.conditional": True,
+    "optim.lr": 3e-4,
+    "optim.discriminator_betas": (0.9, 0.99),
+}
 PUBLISHED: dict[str, list[dict[str, Any]]] = {
     "kl-f4": [kl(10, 3, 1, 2, 4) | {"model.down_block_types": None}],
     "kl-f8": [kl(4, 4, 1, 2, 4, 4) | {"steps": 246_803, "model.down_block_types": None}],
@@ -219,6 +228,41 @@ PUBLISHED: dict[str, list[dict[str, Any]]] = {
             "optim.clip": 1.0,
         }
     ],
+    "rae-dinov2-b": [
+        {
+            "train": "decoder",
+            "steps": epochs(16, 512),
+            "batch_size": 512,
+            "data.resize_px": 384,
+            "model.config.decoder_hidden_size": 1152,
+            "model.config.decoder_num_hidden_layers": 28,
+            "model.config.decoder_num_attention_heads": 16,
+            "model.config.decoder_intermediate_size": 4096,
+            "model.config.noise_tau": 0.8,
+            "loss.pixel": "l1",
+            "loss.pixel_weight": 1 / 2,  # 1 of images in [0, 1]
+            "loss.perceptual": 1.0,
+            "gan.network": "dino",
+            "gan.weight": 0.75,
+            "gan.start": epochs(6, 512),
+            "gan.felt_from": epochs(8, 512),
+            "gan.loss": "hinge",
+            "gan.diffaug": ("color", "translation"),
+            "gan.dino_kernel": 9,
+            "gan.adaptive_cap": 1e4,
+            "optim.lr": 2e-4,
+            "optim.betas": (0.9, 0.95),
+            "optim.schedule": "cosine",
+            "optim.final_lr": 2e-5 / 2e-4,
+            "optim.warmup": epochs(1, 512),
+            "optim.clip": 0.0,
+            "ema.decay": 0.9978,
+        }
+    ],
+    "taesd": [
+        TINY | {"data.resolution": 96, "gan.replay": 1024},
+        TINY | {"data.resolution": 256, "gan.replay": 256},
+    ],
     "mosaic": [
         {
             "batch_size": 256,
@@ -236,7 +280,9 @@ PUBLISHED: dict[str, list[dict[str, Any]]] = {
         }
     ],
 }
-FULL_SIZE = [*recipe_folders()["published"], *recipe_folders()["shapes"]]
+STEPS_ELSEWHERE = {"rae-dinov2-b"}
+"""An AutoencoderRAE takes steps in tests/models/test_representation.py, where its encoder is."""
+FULL_SIZE = sorted({*recipe_folders()["published"], *recipe_folders()["shapes"]} - STEPS_ELSEWHERE)
 
 
 def value_of(settings: TrainSettings, key: str) -> Any:
@@ -297,6 +343,13 @@ def narrow(settings: TrainSettings, folder: Path) -> TrainSettings:
             config["norm_num_groups"] = 4
         if "num_vq_embeddings" in config:
             config["num_vq_embeddings"] = 32
+    if settings.model.kind == "AutoencoderTiny":
+        factor, tiny = 8, {"num_encoder_blocks": [1, 1, 1, 1], "num_decoder_blocks": [1, 1, 1, 1]}
+        model["config"] = tiny | {f"{part}_block_out_channels": [4] * 4 for part in ("encoder", "decoder")}
+        blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
+        teacher = save_teacher(folder / "teacher", block_out_channels=(8,) * 4, **blocks)
+        values["distillation"]["teacher"] = str(teacher)
+        values["gan"]["replay"] = 3
     if settings.alignment.model is not None:
         values["alignment"]["model"] = str(save_vision_model(folder / "vision"))
     changes = {
