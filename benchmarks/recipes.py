@@ -19,7 +19,7 @@ from latent_ae_train.settings import TrainSettings
 
 GPU_GB = 80
 WITHOUT_DOWNLOADS = ("init_from=null", "alignment.model=null", "distillation.teacher=null")
-"""The shapes of init_from are those of the default model; a vision model or a teacher comes on top of what is computed."""
+"""Shapes of init_from are the default model's; a vision model or a teacher comes on top of what is computed."""
 
 LDM = "protocol=ldm"
 TARGETS = {
