@@ -120,6 +120,18 @@ def test_a_damaged_framing_is_refused(made: tuple[FirstStage, Path, Path], tmp_p
         opened((made[0], made[1], folder))
 
 
+@pytest.mark.parametrize("encoder", [["0"], {}, 5])
+def test_a_damaged_digest_of_the_encoder_is_refused(
+    made: tuple[FirstStage, Path, Path], tmp_path: Path, encoder: Any
+) -> None:
+    folder = shutil.copytree(made[2], tmp_path / "latents")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["made_from"]["encoder"] = encoder
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=r"manifest.json is no manifest .* made_from.encoder"):
+        opened((made[0], made[1], folder))
+
+
 def test_an_image_that_has_changed_is_refused(made: tuple[FirstStage, Path, Path]) -> None:
     pairs = opened(made)
     path = Path(str(pairs.images.read(0)))
