@@ -12,6 +12,7 @@ from PIL import Image
 
 from latent_ae.config import UserError
 from latent_ae.data.loader import open_images, training_batches
+from latent_ae.data.rng import posterior_noise
 from latent_ae.data.settings import DataSettings
 from latent_ae.latents.encode import encode_images
 from latent_ae.latents.pairs import LatentPairs, open_pairs
@@ -82,16 +83,22 @@ def _pixels(pairs: LatentPairs, index: int) -> Any:
 
 
 def test_samples_do_not_depend_on_the_number_of_processes(made: tuple[FirstStage, Path, Path]) -> None:
+    """Nor do the latents that are drawn for them."""
     pairs = opened(made)
-    alone = {
-        n: (i, image)
-        for one in batches(pairs, 4)
-        for n, i, image in zip(one.numbers, one.indices, one.images, strict=True)
-    }
-    for rank in (0, 1):
-        for one in batches(pairs, 2, rank, 2):
-            for number, index, image in zip(one.numbers, one.indices, one.images, strict=True):
-                assert alone[number][0] == index and torch.equal(alone[number][1], image)
+
+    def taken(count: int, rank: int, processes: int) -> dict[int, tuple[int, torch.Tensor, torch.Tensor]]:
+        found = dict[int, tuple[int, torch.Tensor, torch.Tensor]]()
+        for one in batches(pairs, count, rank, processes):
+            latents = pairs.latents(one.indices, one.numbers, posterior_noise(3, one.numbers, pairs.cache.shape))
+            rows = zip(one.numbers, one.indices, one.images, latents, strict=True)
+            found |= {number: (index, image, latent) for number, index, image, latent in rows}
+        return found
+
+    alone, split = taken(4, 0, 1), taken(2, 0, 2) | taken(2, 1, 2)
+    assert alone.keys() == split.keys() and len(alone) == 16
+    for number, (index, image, latent) in alone.items():
+        assert split[number][0] == index
+        assert torch.equal(split[number][1], image) and torch.equal(split[number][2], latent)
 
 
 def test_latents_of_something_else_are_refused(made: tuple[FirstStage, Path, Path], tmp_path: Path) -> None:
