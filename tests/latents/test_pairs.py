@@ -51,9 +51,9 @@ def opened(made: tuple[FirstStage, Path, Path], sha256: str | None = None, **cha
     return open_pairs(str(latents), source, data, scalings=scalings, name="mine", seed=3)
 
 
-def batches(pairs: LatentPairs, count: int, rank: int = 0, world_size: int = 1) -> list[Any]:
+def batches(pairs: LatentPairs, count: int, rank: int = 0, world_size: int = 1, micro: int = 4) -> list[Any]:
     data = DataSettings(resolution=SIDE, num_workers=0)
-    sizes = {"batch_size": 8, "micro_batch_size": 4, "rank": rank, "world_size": world_size}
+    sizes = {"batch_size": 8, "micro_batch_size": micro, "rank": rank, "world_size": world_size}
     read = training_batches(pairs.images, data, channels=3, seed=3, crop=pairs.crop, **sizes)
     return [next(read) for _ in range(count)]
 
@@ -86,15 +86,15 @@ def test_samples_do_not_depend_on_the_number_of_processes(made: tuple[FirstStage
     """Nor do the latents that are drawn for them."""
     pairs = opened(made)
 
-    def taken(count: int, rank: int, processes: int) -> dict[int, tuple[int, torch.Tensor, torch.Tensor]]:
+    def taken(rank: int, processes: int, micro: int) -> dict[int, tuple[int, torch.Tensor, torch.Tensor]]:
         found = dict[int, tuple[int, torch.Tensor, torch.Tensor]]()
-        for one in batches(pairs, count, rank, processes):
+        for one in batches(pairs, 4, rank, processes, micro):
             latents = pairs.latents(one.indices, one.numbers, posterior_noise(3, one.numbers, pairs.cache.shape))
             rows = zip(one.numbers, one.indices, one.images, latents, strict=True)
             found |= {number: (index, image, latent) for number, index, image, latent in rows}
         return found
 
-    alone, split = taken(4, 0, 1), taken(2, 0, 2) | taken(2, 1, 2)
+    alone, split = taken(0, 1, micro=4), taken(0, 2, micro=2) | taken(1, 2, micro=2)
     assert alone.keys() == split.keys() and len(alone) == 16
     for number, (index, image, latent) in alone.items():
         assert split[number][0] == index
