@@ -222,7 +222,8 @@ def refuse_misfit(autoencoder: ModelMixin, settings: TrainSettings) -> None:
                 f"model.kind: {settings.model.kind}, and init_from brings {kind}: its class "
                 "stays, so give model={}, or remove init_from"
             )
-        own = ModelSettings.model_fields.keys() - {"init", "kind", "config"}  # init: how new weights are drawn
+        # init says how new weights are drawn, encoder is the folder of an AutoencoderRAE's
+        own = ModelSettings.model_fields.keys() - {"init", "kind", "config", "encoder"}
         keys = own if settings.model.gives_shape else settings.model.config.keys()
         for key in sorted(key for key in keys if _plain(requested[key]) != _plain(autoencoder.config[key])):
             raise UserError(
