@@ -82,7 +82,7 @@ def changes_since(checkpoint: Checkpoint, settings: TrainSettings, phase: Phase 
         raise UserError(
             f"{run} holds a run with another recipe:\n{lines}\n"
             "Restore these settings to resume it. Or start a new phase from its weights: give the same command "
-            f"with\n  {' '.join(_new_phase(run, trained, settings, refused))}"
+            f"with\n  {' '.join(_new_phase(run, trained, before, settings, refused))}"
         )
     split: dict[str, tuple[Any, Any]] = {
         "processes": (processes, settings.processes),
@@ -96,15 +96,23 @@ def changes_since(checkpoint: Checkpoint, settings: TrainSettings, phase: Phase 
     }
 
 
-def _new_phase(run: Path, trained: bool, settings: TrainSettings, refused: Sequence[str]) -> list[str]:
+def _new_phase(
+    run: Path, trained: bool, before: Mapping[str, Any], settings: TrainSettings, refused: Sequence[str]
+) -> list[str]:
     """Return the words that start a run from this one's weights, and from its trained discriminator if it fits."""
     folder = next(name for number in itertools.count(2) if not os.path.exists(name := f"{run}-{number}"))
     words = [f"output_dir={folder}", f"init_from={run}"]
     if any(key.startswith("model.") for key in refused):
         words.append("model={}")
-    if settings.decoder.wanted:  # the trained decoder stays; with decoder.* it would be replaced by a fresh one
-        words += ["decoder={}", "train=decoder"]
-        words += [f"decoder.latents={settings.decoder.latents}"] if settings.decoder.latents is not None else []
+    decoder = settings.decoder
+    if decoder.wanted:
+        shape = decoder.model_dump(mode="json", exclude={"latents"})
+        if all(before.get(f"decoder.{key}") == value for key, value in shape.items()):
+            # the trained decoder stays; with decoder.* it would be replaced by a fresh one
+            words += ["decoder={}", "train=decoder"]
+            words += [f"decoder.latents={decoder.latents}"] if decoder.latents is not None else []
+        elif before.get("decoder.kind") is not None:  # which is the class of the run's first stage by now
+            words.append("decoder.kind=null")
     if trained and settings.gan.weight and not shape_of(settings).keys() & set(refused):
         words += [f"gan.init_from={run}", "gan.start=0"]
     return [shlex.quote(word) for word in words]

@@ -62,6 +62,7 @@ class _Checked(pydantic.BaseModel):
 
     class MadeFrom(pydantic.BaseModel):
         model: str
+        encoder: str | None = None
         data: Any
         settings: dict[str, Any]
         versions: dict[str, Any]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from latent_ae.models.build import factor_of, latent_channels_of
+from latent_ae.models.settings import ModelSettings
 from latent_ae_train.optim import Optimizers
 from latent_ae_train.settings import TrainSettings
 from latent_ae_train.step import TrainStep
@@ -33,7 +34,7 @@ class Case(NamedTuple):
 def cases(place: Path) -> dict[str, Case]:
     """All that a step can do, in two runs of 20 steps, and a few steps of every other class and likelihood.
 
-    `place` holds the folders `vision`, `convnext` and `teacher`. On several processes gan.norm=batch and
+    `place` holds the folders `vision`, `convnext`, `teacher` and `original`. On several processes gan.norm=batch and
     loss.total_correlation are refused.
     """
     augmented = {"diffaug": ["color", "translation", "cutout"], "r1": 0.1, "r1_every": 3}
@@ -82,6 +83,14 @@ def cases(place: Path) -> dict[str, Case]:
             },
         ),
     }
+    found["stored latents"] = Case(
+        3,
+        {
+            **{"model": ModelSettings().model_dump(), "init_from": str(place / "original"), "train": "decoder"},
+            "decoder": {"layers_per_block": 2, "latents": "given by `observed`"},
+            "gan": {**FELT, "discriminator_warmup": 0},
+        },
+    )
     found["codes"] = Case(
         4,
         {
@@ -185,7 +194,10 @@ def observed(step: TrainStep, number: int) -> dict[str, Tensor]:
     try:
         autoencoder, rank = step.bare_reconstructor.autoencoder, step.accelerator.process_index
         latent = (latent_channels_of(autoencoder), *2 * [SIDE // factor_of(autoencoder)])
-        step(number, micro_batches(number, step.settings, rank, latent))
+        batches = micro_batches(number, step.settings, rank, latent)
+        if step.settings.decoder.latents is not None:
+            batches = (batch._replace(decode=batch.noise) for batch in batches)
+        step(number, batches)
     finally:
         step.optimizers = optimizers
     found |= {name: buffer.clone() for name, buffer in step.state.named_buffers()}

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import AutoencoderKL
 
 from latent_ae.objectives import gan as gan_module
 from tests.distributed import children, split
@@ -25,13 +26,23 @@ from tests.distributed.split import (
 from tests.runs import SHAPES
 from tests.teacher import save_teacher
 from tests.tiny import build_step
+from tests.tiny_models import TWO
 from tests.tiny_vision import save_convnext, save_vision_model
 
 pytest.importorskip("transformers")
 pytestmark = pytest.mark.trained
 TOLERANCE = 1e-5
 NAMES = (
-    *("pixels", "latents", "capacity", "buckets", "AutoencoderTiny, taught", "codes", "frozen networks"),
+    *(
+        "pixels",
+        "latents",
+        "capacity",
+        "buckets",
+        "AutoencoderTiny, taught",
+        "codes",
+        "frozen networks",
+        "stored latents",
+    ),
     *SHAPES,
 )
 AUTOENCODER, DISCRIMINATOR = "gradient of the autoencoder", "gradient of the discriminator"
@@ -47,6 +58,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_vision_model(folder / "vision")
     save_convnext(folder / "convnext")
     save_teacher(folder / "teacher")
+    torch.manual_seed(0)
+    AutoencoderKL(**TWO).save_pretrained(folder / "original")
     return folder
 
 

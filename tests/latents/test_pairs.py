@@ -12,6 +12,7 @@ from PIL import Image
 
 from latent_ae.config import UserError
 from latent_ae.data.loader import open_images, training_batches
+from latent_ae.data.rng import posterior_noise
 from latent_ae.data.settings import DataSettings
 from latent_ae.latents.encode import encode_images
 from latent_ae.latents.pairs import LatentPairs, open_pairs
@@ -50,9 +51,9 @@ def opened(made: tuple[FirstStage, Path, Path], sha256: str | None = None, **cha
     return open_pairs(str(latents), source, data, scalings=scalings, name="mine", seed=3)
 
 
-def batches(pairs: LatentPairs, count: int, rank: int = 0, world_size: int = 1) -> list[Any]:
+def batches(pairs: LatentPairs, count: int, rank: int = 0, world_size: int = 1, micro: int = 4) -> list[Any]:
     data = DataSettings(resolution=SIDE, num_workers=0)
-    sizes = {"batch_size": 8, "micro_batch_size": 4, "rank": rank, "world_size": world_size}
+    sizes = {"batch_size": 8, "micro_batch_size": micro, "rank": rank, "world_size": world_size}
     read = training_batches(pairs.images, data, channels=3, seed=3, crop=pairs.crop, **sizes)
     return [next(read) for _ in range(count)]
 
@@ -82,16 +83,22 @@ def _pixels(pairs: LatentPairs, index: int) -> Any:
 
 
 def test_samples_do_not_depend_on_the_number_of_processes(made: tuple[FirstStage, Path, Path]) -> None:
+    """Nor do the latents that are drawn for them."""
     pairs = opened(made)
-    alone = {
-        n: (i, image)
-        for one in batches(pairs, 4)
-        for n, i, image in zip(one.numbers, one.indices, one.images, strict=True)
-    }
-    for rank in (0, 1):
-        for one in batches(pairs, 2, rank, 2):
-            for number, index, image in zip(one.numbers, one.indices, one.images, strict=True):
-                assert alone[number][0] == index and torch.equal(alone[number][1], image)
+
+    def taken(rank: int, processes: int, micro: int) -> dict[int, tuple[int, torch.Tensor, torch.Tensor]]:
+        found = dict[int, tuple[int, torch.Tensor, torch.Tensor]]()
+        for one in batches(pairs, 4, rank, processes, micro):
+            latents = pairs.latents(one.indices, one.numbers, posterior_noise(3, one.numbers, pairs.cache.shape))
+            rows = zip(one.numbers, one.indices, one.images, latents, strict=True)
+            found |= {number: (index, image, latent) for number, index, image, latent in rows}
+        return found
+
+    alone, split = taken(0, 1, micro=4), taken(0, 2, micro=2) | taken(1, 2, micro=2)
+    assert alone.keys() == split.keys() and len(alone) == 16
+    for number, (index, image, latent) in alone.items():
+        assert split[number][0] == index
+        assert torch.equal(split[number][1], image) and torch.equal(split[number][2], latent)
 
 
 def test_latents_of_something_else_are_refused(made: tuple[FirstStage, Path, Path], tmp_path: Path) -> None:
@@ -117,6 +124,18 @@ def test_a_damaged_framing_is_refused(made: tuple[FirstStage, Path, Path], tmp_p
     del manifest["framing"]
     (folder / "manifest.json").write_text(json.dumps(manifest | ({"framing": framing} if framing else {})))
     with pytest.raises(UserError, match="manifest.json"):
+        opened((made[0], made[1], folder))
+
+
+@pytest.mark.parametrize("encoder", [["0"], {}, 5])
+def test_a_damaged_digest_of_the_encoder_is_refused(
+    made: tuple[FirstStage, Path, Path], tmp_path: Path, encoder: Any
+) -> None:
+    folder = shutil.copytree(made[2], tmp_path / "latents")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["made_from"]["encoder"] = encoder
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=r"manifest.json is no manifest .* made_from.encoder"):
         opened((made[0], made[1], folder))
 
 

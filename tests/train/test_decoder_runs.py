@@ -10,15 +10,17 @@ import torch
 from diffusers import AsymmetricAutoencoderKL, AutoencoderKL
 
 from latent_ae.__main__ import main
-from latent_ae.config import load_settings
+from latent_ae.config import UserError, load_settings
 from latent_ae.latents.encode import encode_images
 from latent_ae.latents.settings import EncodeSettings
 from latent_ae.models.loading import load_first_stage
 from latent_ae_train.build import starting_autoencoder
+from latent_ae_train.checkpoint import Checkpoint
 from latent_ae_train.plan import describe_plan
+from latent_ae_train.run import changes_since
 from latent_ae_train.settings import TrainSettings
 from tests.runs import differing_tensors, words
-from tests.tiny import GAN, build_step, micro_batches, moved, settings_for, weights
+from tests.tiny import GAN, STATE, build_step, micro_batches, moved, settings_for, weights
 from tests.tiny_models import TWO
 
 SIDE = 16
@@ -79,6 +81,37 @@ def test_a_run_exports_the_new_decoder_beside_the_old_encoder(
     later = load_settings(TrainSettings, None, [*words[2:], "batch_size=2", *advice])
     assert later.train == "decoder" and not later.decoder.wanted
     assert torch.equal(starting_autoencoder(later).decoder.conv_out.weight, made.decoder.conv_out.weight)
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "expected"),
+    [
+        ([], ["decoder.layers_per_block=2"], []),
+        (["decoder.layers_per_block=2"], ["decoder.layers_per_block=3"], []),
+        (["decoder.layers_per_block=2"], ["decoder.layers_per_block=2", "seed=5"], ["decoder={}", "train=decoder"]),
+        (
+            ["decoder.kind=AutoencoderTiny", "decoder.block_out_channels=[8,8]"],
+            ["decoder.kind=AutoencoderTiny", "decoder.block_out_channels=[4,4]"],
+            ["decoder.kind=null"],
+        ),
+    ],
+)
+def test_the_words_of_a_new_phase_keep_a_decoder_that_the_run_has_not_trained(
+    tmp_path: Path, before: list[str], now: list[str], expected: list[str]
+) -> None:
+    own = ["init_from=original", "train=decoder", "model={}", "gan.weight=0"]
+    first, later = (load_settings(TrainSettings, None, [*own, *more]) for more in (before, now))
+    checkpoint = Checkpoint(tmp_path / "run/checkpoints/step-00000001", 1)
+    checkpoint.folder.mkdir(parents=True)
+    state = {**STATE, "step": 1, "settings": first.model_dump(mode="json", by_alias=True), "versions": {}}
+    (checkpoint.folder / "state.json").write_text(json.dumps(state))
+    with pytest.raises(UserError) as refusal:
+        changes_since(checkpoint, later)
+    run = tmp_path / "run"
+    advice = shlex.split(str(refusal.value).splitlines()[-1])
+    assert advice == [f"output_dir={run}-2", f"init_from={run}", *expected]
+    phase = load_settings(TrainSettings, None, [*own, *now, *advice])
+    assert phase.decoder.wanted == (expected != ["decoder={}", "train=decoder"]) and phase.train == "decoder"
 
 
 def test_a_run_on_stored_latents_has_no_encoder_and_exports_it(
