@@ -61,7 +61,7 @@ def test_what_a_run_that_goes_on_may_change() -> None:
         *("validate.also_px", "optim.kind"),
         *("loss.perceptual_net", "loss.learned_logvar", "loss.total_correlation_width"),
         *("gan.loss", "gan.network", "gan.norm", "gan.channels", "gan.layers", "gan.blur"),
-        *("gan.dino_px", "gan.dino_kernel"),
+        *("gan.dino_px", "gan.dino_kernel", "gan.conditional", "gan.replay"),
     }
     assert by_mark["silent"] == {
         *("output_dir", "report_to", "push_to_hub", "micro_batch_size", "compile", "gradient_checkpointing"),
