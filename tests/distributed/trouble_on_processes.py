@@ -52,7 +52,7 @@ run("held-out", "data.eval_source=./held-out")
 
 os.environ |= {"LATENT_AE_OFFLINE": "1", "XDG_CACHE_HOME": f"{machine}/cache", "TORCH_HOME": f"{machine}/torch"}
 if not rank:
-    perceptual.LPIPS.__init__ = lambda self, *_: perceptual.nn.Module.__init__(self)  # type: ignore[method-assign]
+    perceptual.LPIPS.__init__ = lambda self, *_, **__: perceptual.nn.Module.__init__(self)  # type: ignore[method-assign]
 run("weights", "loss.perceptual=1", "data.resolution=32", "validate.crop_px=32")
 
 # only the first one writes
