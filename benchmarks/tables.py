@@ -498,17 +498,7 @@ def recipes_table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def step_memory_table(result: dict[str, Any]) -> str:
-    """Computed against measured memory of a step."""
-    lines = [f"{where(result)}.", "", "| | computed (MB) | measured (MB) | ratio |", "|---|---:|---:|---:|"]
-    for name, row in result["rows"].items():
-        values = f"{row['computed_mb']:,.0f} | {row['measured_mb']:,.0f} | {row['computed_over_measured']:.2f}"
-        lines.append(f"| {name} | {values} |")
-    return "\n".join(lines)
-
-
 MAKERS: dict[str, Callable[[dict[str, Any]], str]] = {
-    "step-memory": step_memory_table,
     "tried-fresh": fresh_table,
     "tried-cost": cost_table,
     "tried": tried_table,
