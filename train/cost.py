@@ -177,7 +177,8 @@ class _Measured(NamedTuple):
 def _measured(settings: TrainSettings, autoencoder: ModelMixin, gpu: bool, size: int) -> _Measured:
     autoencoder = copy.deepcopy(autoencoder).to("meta")
     batch_size = size * settings.accumulation * settings.processes
-    settings = settings.model_copy(update={"micro_batch_size": size, "batch_size": batch_size})
+    fresh = settings.gan.model_copy(update={"init_from": None})  # in a later phase it is not there yet
+    settings = settings.model_copy(update={"micro_batch_size": size, "batch_size": batch_size, "gan": fresh})
     objectives = build_objectives(settings, autoencoder, torch.device("meta"))
     for objective in objectives:
         objective.run = settings.facts(facts_of(autoencoder))

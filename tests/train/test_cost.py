@@ -123,7 +123,13 @@ def test_a_gpu_has_a_name_or_a_size() -> None:
 
 
 def test_the_plan_states_it_for_each_phase(capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["loss.perceptual=0", "data.resolution=32", "phases=[{steps: 4}, {steps: 8, train: decoder}]"]
+    # the second phase begins with the discriminator of the first
+    words = [
+        "loss.perceptual=0",
+        "data.resolution=32",
+        "gan.start=0",
+        "phases=[{steps: 4}, {steps: 8, train: decoder}]",
+    ]
     assert main(["train", "quickstart", *words, "--dry-run", "--gpu", "h100"]) == 0
     lines = [
         line for line in capsys.readouterr().out.splitlines() if line.startswith(("memory:", "of which:", "arith"))
