@@ -140,7 +140,7 @@ def export(
 
 def _discriminator_of(folder: Path, settings: TrainSettings, step: int) -> "Discriminator | None":
     """Return the discriminator of a checkpoint; None if it has none that was trained. Raises UserError if it is bad."""
-    from latent_ae.objectives.gan import stored_discriminator
+    from latent_ae.models.discriminators import stored_discriminator
 
     return stored_discriminator(folder) if settings.gan.weight and step > settings.gan.start else None
 

@@ -20,7 +20,35 @@ EQUAL_RELATIVE_STD = 1e-12
 """Largest std of equal values after rounding in float64, relative to their mean."""
 
 
-class Moments:
+class _Merging:
+    """Count, mean and sums of products of deviations, which merge without loss."""
+
+    count: int
+    mean: Tensor
+    scatter: Tensor
+
+    def merge(self, other: "_Merging") -> None:
+        """Add the values of another object of this class.
+
+        S = Sa + Sb + delta delta^T * na * nb / n (Chan et al., eq. 2.1, for vectors).
+        """
+        if not other.count:
+            return
+        if not self.count:
+            self.count, self.mean, self.scatter = other.count, other.mean.clone(), other.scatter.clone()
+            return
+        total = self.count + other.count
+        delta = other.mean - self.mean
+        self.mean = self.mean + delta * (other.count / total)
+        self.scatter = self.scatter + other.scatter + self._products(delta) * (self.count * other.count / total)
+        self.count = total
+
+    def _products(self, delta: Tensor) -> Tensor:
+        """Return those products of a deviation that `scatter` sums."""
+        raise NotImplementedError
+
+
+class Moments(_Merging):
     """Count, mean and population covariance of the channels of NCHW tensors, merged batch by batch."""
 
     def __init__(self) -> None:
@@ -42,21 +70,8 @@ class Moments:
             batch.scatter = deviations @ deviations.T
             self.merge(batch)
 
-    def merge(self, other: "Moments") -> None:
-        """Add the values of another object.
-
-        S = Sa + Sb + delta delta^T * na * nb / n (Chan et al., eq. 2.1, for vectors).
-        """
-        if not other.count:
-            return
-        if not self.count:
-            self.count, self.mean, self.scatter = other.count, other.mean.clone(), other.scatter.clone()
-            return
-        total = self.count + other.count
-        delta = other.mean - self.mean
-        self.mean = self.mean + delta * (other.count / total)
-        self.scatter = self.scatter + other.scatter + delta.outer(delta) * (self.count * other.count / total)
-        self.count = total
+    def _products(self, delta: Tensor) -> Tensor:
+        return delta.outer(delta)
 
     @property
     def covariance(self) -> Tensor:
@@ -76,7 +91,7 @@ class Moments:
         return float(mean), math.sqrt(float(variance))
 
 
-class PositionMoments:
+class PositionMoments(_Merging):
     """Count, mean and population variance of each value of (C, H, W) tensors of one size, merged batch by batch."""
 
     def __init__(self) -> None:
@@ -96,18 +111,8 @@ class PositionMoments:
             batch.scatter = (values - batch.mean).square().sum(0)
             self.merge(batch)
 
-    def merge(self, other: "PositionMoments") -> None:
-        """Add the values of another object, as `Moments.merge`."""
-        if not other.count:
-            return
-        if not self.count:
-            self.count, self.mean, self.scatter = other.count, other.mean.clone(), other.scatter.clone()
-            return
-        total = self.count + other.count
-        delta = other.mean - self.mean
-        self.mean = self.mean + delta * (other.count / total)
-        self.scatter = self.scatter + other.scatter + delta.square() * (self.count * other.count / total)
-        self.count = total
+    def _products(self, delta: Tensor) -> Tensor:
+        return delta.square()
 
     @property
     def variance(self) -> Tensor:

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from latent_ae.config import UserError, load_settings
 from latent_ae.export.model_card import discriminator_text
+from latent_ae.models.discriminators import stored_discriminator
 from latent_ae.models.patch_discriminator import PatchDiscriminator
-from latent_ae.objectives.gan import stored_discriminator
 from latent_ae_train.checkpoint import save_checkpoint
 from latent_ae_train.settings import TrainSettings
 from tests.tiny import GAN, LATENT, STATE, adversary_of, build_step, global_batch, micro_batches, settings_for

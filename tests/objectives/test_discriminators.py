@@ -14,8 +14,9 @@ from latent_ae.export.model_card import discriminator_text
 from latent_ae.models.build import count_parameters
 from latent_ae.models.dino_discriminator import DinoDiscriminator
 from latent_ae.models.discriminator import FILE, Discriminator, read_network, save_network
+from latent_ae.models.discriminators import NETWORKS, discriminator_weights, stored_discriminator
 from latent_ae.models.stylegan_discriminator import Block, StyleGANDiscriminator
-from latent_ae.objectives.gan import NETWORKS, GanSettings, discriminator_weights, stored_discriminator
+from latent_ae.objectives.gan import GanSettings
 from latent_ae.pretrained.vision import VisionModel
 from latent_ae_train.checkpoint import load_checkpoint, save_checkpoint
 from latent_ae_train.plan import describe_plan
