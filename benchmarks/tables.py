@@ -476,6 +476,18 @@ def where(result: dict[str, Any]) -> str:
 
 
 # by the beginning of a result's name, the longer one first
+def step_memory_table(result: dict[str, Any]) -> str:
+    """Computed memory of a training step beside what a process took."""
+    lines = [f"{where(result)}.", "", "| | computed (MB) | measured (MB) | ratio |", "|---|---:|---:|---:|"]
+    return "\n".join(
+        lines
+        + [
+            f"| {name} | {row['computed_mb']:,.0f} | {row['measured_mb']:,.0f} | {row['computed_over_measured']:.2f} |"
+            for name, row in result["rows"].items()
+        ]
+    )
+
+
 def recipes_table(result: dict[str, Any]) -> str:
     """The full-size recipes, a row for each of their phases."""
     lines = [
@@ -502,6 +514,7 @@ MAKERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "tried-fresh": fresh_table,
     "tried-cost": cost_table,
     "tried": tried_table,
+    "step-memory": step_memory_table,
     "step": step_table,
     "loader": loader_table,
     "time-to-quality": quality_table,
