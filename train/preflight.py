@@ -21,7 +21,7 @@ from latent_ae.objectives.base import Batch
 from .phases import Phase
 from .report import write_report
 from .settings import TrainSettings
-from .step import TrainStep
+from .step import TrainStep, buffers_to_restore
 
 BYTES = 4
 """Bytes of a float32."""
@@ -83,7 +83,7 @@ def try_passes(step: TrainStep, batch: Batch) -> None:
         UserError: If the device has too little memory.
     """
     dearest = dearest_step(step)
-    buffers = [buffer for network in step.networks for buffer in network.buffers()]
+    buffers = [buffer for network in step.networks for buffer in buffers_to_restore(network)]
     before = [buffer.clone() for buffer in buffers]
     wrapped = step.reconstructor, step.adversaries
     # wrapped networks would wait for the buffers of other processes

@@ -84,7 +84,7 @@ class TrainStep:
             them.
         """
         passes, logs, means = self.settings.accumulation, dict[str, Tensor](), dict[str, Tensor]()
-        before = [buffer.clone() for buffer in self.state.buffers()]
+        before = [buffer.clone() for buffer in buffers_to_restore(self.state)]
         for index in range(passes):
             # spectral norm takes one power iteration per step, however the batch is split
             for network in self.bare_adversaries.values():
@@ -103,7 +103,7 @@ class TrainStep:
         norms, skipped = self.optimizers(step)
         for objective in self.objectives.values():
             objective.after_update(step, skipped, self.bare_reconstructor, self.optimizers.autoencoder)
-        for buffer, old in zip(self.state.buffers(), before, strict=True):
+        for buffer, old in zip(buffers_to_restore(self.state), before, strict=True):
             buffer.copy_(torch.where(skipped, old, buffer))
         if self.ema is not None:
             self.ema.update(self.bare_reconstructor.autoencoder, step)
@@ -174,3 +174,13 @@ def mean_over_processes(means: dict[str, Tensor], accelerator: Accelerator) -> d
     flat = accelerator.reduce(torch.cat([value.flatten() for value in values]), "mean")
     pieces = flat.split([value.numel() for value in values])
     return {name: piece.view_as(means[name]) for name, piece in zip(means, pieces, strict=True)}
+
+
+def buffers_to_restore(network: nn.Module) -> list[Tensor]:
+    """Return the buffers that must be as before when a step is skipped: all but those of `rolled_back = False`."""
+    return [
+        buffer
+        for module in network.modules()
+        if getattr(module, "rolled_back", True)
+        for buffer in module.buffers(recurse=False)
+    ]

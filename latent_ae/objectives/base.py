@@ -198,8 +198,9 @@ class Objective(nn.Module, Generic[S]):
     """One term of training. Each hook does nothing unless a subclass overrides it.
 
     Parameters and buffers that a subclass registers are saved with every checkpoint. The autoencoder's optimizer trains
-    the parameters, in a group of their own; the buffers are rolled back when a step is skipped. Other networks (frozen
-    ones and the `adversary`) are kept by `hold`.
+    the parameters, in a group of their own; the buffers are rolled back when a step is skipped, but not those of a
+    module with `rolled_back = False`, which must itself leave out such a step. Other networks (frozen ones and the
+    `adversary`) are kept by `hold`.
 
     Class attributes:
         name: Key of the objective among all objectives, in log names and in checkpoints.

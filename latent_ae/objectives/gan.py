@@ -402,7 +402,7 @@ class GAN(Objective[GanSettings]):
         self, step: int, skipped: Tensor, model: "Reconstructor", optimizer: torch.optim.Optimizer
     ) -> None:
         if self.replay is not None and self.newest is not None:
-            self.replay.store(*self.newest, self.run.seed, step - self.own.start)
+            self.replay.store(*self.newest, self.run.seed, step - self.own.start, skipped)
 
     def trains_adversary(self, step: int) -> bool:
         return phase_at(step, self.own).discriminator

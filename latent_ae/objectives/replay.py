@@ -18,6 +18,9 @@ class Replay(nn.Module):
         latent_shape: (c, h, w) of its latent.
     """
 
+    rolled_back = False
+    """`store` leaves out a skipped step itself, because a copy of all that is stored would cost too much memory."""
+
     images: Tensor
     latents: Tensor
     present: Tensor
@@ -29,7 +32,7 @@ class Replay(nn.Module):
         self.register_buffer("latents", torch.zeros(size, *latent_shape))
         self.register_buffer("present", torch.zeros(size))
 
-    def store(self, image: Tensor, latent: Tensor, seed: int, number: int) -> None:
+    def store(self, image: Tensor, latent: Tensor, seed: int, number: int, skipped: Tensor) -> None:
         """Store a reconstruction; every process calls this, and the first one's is stored.
 
         Args:
@@ -37,6 +40,7 @@ class Replay(nn.Module):
             latent: (c, h, w).
             seed: Seed of the run.
             number: How many were stored before.
+            skipped: Bool scalar; True stores nothing.
         """
         if torch.distributed.is_initialized():
             image, latent = image.contiguous(), latent.contiguous()
@@ -44,8 +48,9 @@ class Replay(nn.Module):
                 torch.distributed.broadcast(tensor, src=0)  # the first process has the first sample
         slot = number if number < self.size else replay_slot(seed, number, self.size)
         finite = image.isfinite().all() & latent.isfinite().all()
-        self.images[slot], self.latents[slot] = image.nan_to_num(), latent.nan_to_num()
-        self.present[slot] = finite.float()
+        new = image.nan_to_num(), latent.nan_to_num(), finite.float()
+        for stored, value in zip((self.images, self.latents, self.present), new, strict=True):
+            stored[slot] = torch.where(skipped, stored[slot], value)
 
     def chosen(self, drawn: Tensor, number: int) -> tuple[Tensor, Tensor, Tensor]:
         """Return stored reconstructions and their latents, and whether each is there.

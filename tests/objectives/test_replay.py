@@ -12,9 +12,11 @@ from latent_ae.data.rng import replay_numbers
 from latent_ae.objectives.replay import Replay
 from latent_ae_train.checkpoint import load_checkpoint, save_checkpoint
 from latent_ae_train.settings import TrainSettings
+from latent_ae_train.step import buffers_to_restore
 from tests.tiny import GAN, STATE, adversary_of, build_step, global_batch, micro_batches, moved, settings_for, weights
 
 KEPT = {**GAN, "conditional": True, "replay": 3}
+DONE = torch.tensor(False)
 
 
 @pytest.mark.parametrize("micro", [4, 1])
@@ -52,15 +54,31 @@ def test_every_second_sample_is_judged_by_a_stored_one(micro: int) -> None:
 def test_a_full_store_replaces_one_and_leaves_out_what_is_not_finite() -> None:
     store = Replay(4, (1, 2, 2), (1, 1, 1))
     for number in range(40):
-        store.store(torch.full((1, 2, 2), float(number)), torch.full((1, 1, 1), -float(number)), 0, number)
+        store.store(torch.full((1, 2, 2), float(number)), torch.full((1, 1, 1), -float(number)), 0, number, DONE)
     values = store.images[:, 0, 0, 0].tolist()
     assert max(values) == 39 and len(set(values)) == 4 and values != [36, 37, 38, 39]
     assert torch.equal(store.latents[:, 0, 0, 0], -store.images[:, 0, 0, 0])
     images, latents, there = store.chosen(torch.tensor([0.0, 0.3, 0.999999]), 40)
     assert images[:, 0, 0, 0].tolist() == [values[0], values[1], values[3]] and bool(there.all())
     fresh = Replay(4, (1, 2, 2), (1, 1, 1))
-    fresh.store(torch.full((1, 2, 2), torch.inf), torch.zeros(1, 1, 1), 0, 0)
+    fresh.store(torch.full((1, 2, 2), torch.inf), torch.zeros(1, 1, 1), 0, 0, DONE)
     assert not bool(fresh.chosen(torch.tensor([0.5]), 1)[2]) and bool(fresh.images.isfinite().all())
+
+
+def test_a_skipped_step_stores_nothing_and_copies_nothing() -> None:
+    settings = settings_for(gan=KEPT, batch_size=4)
+    step = build_step(settings)
+    for number in range(4):
+        step(number, micro_batches(number, settings))
+    store = step.objectives["gan"].replay
+    before = {name: tensor.clone() for name, tensor in store.state_dict().items()}
+    parameter = next(step.bare_reconstructor.parameters())
+    parameter.register_hook(lambda gradient: torch.full_like(gradient, torch.nan))
+    step(4, micro_batches(4, settings))
+    assert step.optimizers.skipped_steps()[0] == [4]
+    assert all(torch.equal(tensor, before[name]) for name, tensor in store.state_dict().items())
+    assert not {id(tensor) for tensor in store.buffers()} & {id(tensor) for tensor in buffers_to_restore(step.state)}
+    assert len(buffers_to_restore(step.state)) > 0
 
 
 def test_a_run_goes_on_bit_for_bit(tmp_path: Path) -> None:
