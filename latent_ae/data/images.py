@@ -341,6 +341,21 @@ def to_uint8(images: torch.Tensor, rounding: Rounding = "up") -> torch.Tensor:
     return (levels.round() if rounding == "even" else levels.floor()).to(torch.uint8)
 
 
+def over_background(images: torch.Tensor, colours: torch.Tensor) -> torch.Tensor:
+    """Lay RGBA images on a colour: a x + (1 - a) b (Porter and Duff 1984, "over" an opaque background).
+
+    Args:
+        images: (N, 4, H, W) float, straight alpha, all channels in [-1, 1]; values outside are not clamped.
+        colours: (N, 3) or (3,) in [-1, 1], the background b.
+
+    Returns:
+        (N, 3, H, W).
+    """
+    below = colours.to(images).view(-1, 3, 1, 1)
+    alpha = 0.5 * (images[:, 3:] + 1)
+    return below + alpha * (images[:, :3] - below)
+
+
 def bicubic_down_up(images: torch.Tensor, factor: int) -> torch.Tensor:
     """Downsample images by `factor` with antialiased bicubic interpolation and upsample them again: a simple baseline.
 
