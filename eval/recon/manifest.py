@@ -58,5 +58,12 @@ def reference_key(settings: ReconSettings, channels: int, multiple_of: int, ince
     """
     framing = ("resize_px", "crop_px", "resample", "crop_rounds", "rounding", "extractor", "extractor_dtype")
     protocol = settings.resolved().model_dump(mode="json", include=set(framing))
-    own = {"channels": channels, "background": settings.background, "inception": inception, "versions": versions()}
+    alpha = settings.alpha and channels == 4
+    own = {
+        "channels": channels,
+        "alpha": alpha,
+        "background": settings.background,
+        "inception": inception,
+        "versions": versions(),
+    }
     return protocol | own | {"multiple_of": multiple_of if settings.resolved().crop_px is None else None}

@@ -187,6 +187,11 @@ def _result(
         raise UserError(f"{data}: {reason}")
     report_skipped(skipped, table.num_rows, settings)
     notes = [*([why_not] if why_not else []), *stream_notes(choice)]
+    if settings.alpha and images.channels == 4:
+        notes.append(
+            f"four channels are taken as RGBA: metrics are of images over background={list(settings.background)}, and "
+            "PSNR of alpha is that of the fourth channel; alpha=false compares the channels as they are"
+        )
     metrics: dict[str, dict[str, Any]] = {}
     intervals: dict[str, dict[str, Any]] = {}
     for kind in measurer.kinds:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from latent_ae.data.images import to_uint8
+from latent_ae.data.images import to_uint8, visible
 from latent_ae.metrics.labels import ARROWS, in_order, label_of, number, pair, rounded, short_name, span
 from latent_ae.pretrained.weights import how_to_get
 from latent_ae.report import page
@@ -243,13 +243,15 @@ def error_map(image: Tensor, reconstruction: Tensor, gain: float = ERROR_GAIN) -
     """Return the absolute error of 8-bit pixels, mean over channels, times `gain`.
 
     Args:
-        image: (C, H, W) in [-1, 1].
+        image: (C, H, W) in [-1, 1]; 4 channels are RGBA, and colours count as much as they are visible.
         reconstruction: The same shape.
         gain: Factor of the error.
 
     Returns:
         (1, H, W) in [-1, 1]: -1 is no error, 1 is 255 / gain levels or more, or a pixel that is not finite.
     """
+    if len(image) == 4:
+        image, reconstruction = (visible(x[None], (0, 0, 0))[0] for x in (image, reconstruction))
     levels = (to_uint8(image).float() - to_uint8(reconstruction).float()).abs().mean(0, keepdim=True)
     bad = ~reconstruction.isfinite().all(0, keepdim=True)
     return torch.where(bad, 1.0, (gain * levels / 127.5 - 1).clamp(max=1))

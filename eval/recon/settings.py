@@ -35,6 +35,9 @@ class ReconSettings(EvalSettings):
     are available wherever LPIPS is, have the features' name."""
     inception_weights: str | None = None
     """File with other weights than the published ones; the distances are then not called FID and KID."""
+    alpha: bool = True
+    """The fourth channel of a model of four is alpha: metrics compare images over `background`, and psnr_alpha is that
+    of alpha itself; false compares four channels as they are."""
     baseline: bool = True
     """Also measure bicubic down- and upsampling by the model's factor."""
 

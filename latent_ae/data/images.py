@@ -10,6 +10,7 @@ import os
 import stat
 import threading
 import warnings
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import BinaryIO, Literal
@@ -356,16 +357,38 @@ def over_background(images: torch.Tensor, colours: torch.Tensor) -> torch.Tensor
     return below + alpha * (images[:, :3] - below)
 
 
-def bicubic_down_up(images: torch.Tensor, factor: int) -> torch.Tensor:
+def visible(images: torch.Tensor, background: Sequence[int]) -> torch.Tensor:
+    """Return what of RGBA images can be seen: colours over a background, and alpha.
+
+    Args:
+        images: (N, 4, H, W) float, straight alpha, all channels in [-1, 1]; values outside are clamped.
+        background: Red, green and blue, 0 to 255.
+
+    Returns:
+        (N, 4, H, W) in [-1, 1]: composites and alpha; NaN where a value is not finite.
+    """
+    images = torch.where(images.isfinite(), images.clamp(-1, 1), torch.nan)
+    colour = torch.tensor(background, dtype=torch.float32) / 127.5 - 1
+    return torch.cat([over_background(images, colour), images[:, 3:]], dim=1)
+
+
+def bicubic_down_up(images: torch.Tensor, factor: int, alpha: bool = False) -> torch.Tensor:
     """Downsample images by `factor` with antialiased bicubic interpolation and upsample them again: a simple baseline.
 
     Args:
         images: (N, C, H, W) float in [-1, 1].
         factor: The downsampling factor.
+        alpha: Whether they are RGBA with straight alpha; colours are then weighted by alpha, so that those of invisible
+            pixels do not mix with others.
 
     Returns:
         Float32 of the same shape, in [-1, 1].
     """
+    if alpha:
+        premultiplied = bicubic_down_up(visible(images, (0, 0, 0)), factor)
+        opacity = 0.5 * (premultiplied[:, 3:] + 1)
+        colours = (premultiplied[:, :3] + 1) / opacity.clamp(min=1 / 255) - 1
+        return torch.cat([colours.clamp(-1, 1), premultiplied[:, 3:]], dim=1)
     size = images.shape[-2:]
     small = F.interpolate(images.float(), [max(1, side // factor) for side in size], mode="bicubic", antialias=True)
     return F.interpolate(small, size, mode="bicubic", antialias=True).clamp(-1, 1)

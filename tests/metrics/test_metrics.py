@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import skimage
 import torch
+from PIL import Image
 from scipy.ndimage import gaussian_filter
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torchmetrics.functional.image import (
@@ -243,3 +244,23 @@ def test_one_channel_counts_as_gray_for_lpips():
 
 def test_nothing_measured_is_an_empty_summary():
     assert summarise([]) == {"n": 0}
+
+
+def test_rgba_is_compared_over_the_background_and_alpha_by_itself():
+    """Composites by Pillow; invisible colours, of another image here, do not count."""
+    rng = np.random.default_rng(0)
+    a, b = (rng.integers(0, 256, (40, 40, 4), dtype=np.uint8) for _ in range(2))
+    a[:20, :, 3] = b[:20, :, 3] = 0
+    composites = []
+    for rgba in (a, b):
+        ground = Image.new("RGBA", (40, 40), (30, 200, 90, 255))
+        composites.append(np.asarray(Image.alpha_composite(ground, Image.fromarray(rgba)).convert("RGB")))
+    metrics = ReconstructionMetrics("cpu", (), background=(30, 200, 90))
+    metrics.update([0], ["a"], *(floats(torch.from_numpy(x).permute(2, 0, 1)[None]) for x in (a, b)))
+    (row,) = metrics.rows()
+    expected = peak_signal_noise_ratio(composites[0], composites[1])
+    assert row["psnr"] == pytest.approx(expected, abs=0.05) and expected < 25
+    assert row["psnr_alpha"] == pytest.approx(peak_signal_noise_ratio(a[..., 3], b[..., 3]), abs=1e-6)
+    plain = ReconstructionMetrics("cpu", ())
+    plain.update([0], ["a"], *(floats(torch.from_numpy(x).permute(2, 0, 1)[None]) for x in (a, b)))
+    assert plain.rows()[0]["psnr"] == pytest.approx(peak_signal_noise_ratio(a, b), abs=1e-6)
