@@ -1,0 +1,90 @@
+"""The example of docs/channels.md: its images, and a run of two steps on RGBA and on five bands, measured."""
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from PIL import Image
+from skimage.metrics import peak_signal_noise_ratio
+
+from latent_ae.__main__ import main
+from latent_ae.pretrained.lpips import LPIPS
+from tests.runs import words
+
+ROOT = Path(__file__).parents[2]
+SHORT = ("data.flip=false", "gan.weight=0", "steps=2", "batch_size=2", "checkpoint.every=2", "validate.every=2")
+BACKGROUND = (30, 200, 90)
+
+
+@pytest.fixture(scope="module")
+def channels(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("channels")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["channels.py", str(out), "8"])
+        runpy.run_path(str(ROOT / "examples/channels.py"), run_name="__main__")
+    return out
+
+
+def train(source: Path, run: Path, count: int, *more: str) -> Path:
+    shape = (
+        f"model.in_channels={count}",
+        f"model.out_channels={count}",
+        "model.latent_channels=5",
+        "model.init=default",
+    )
+    kept = [word for word in words(source, run, *shape, *SHORT, *more) if not word.startswith("loss.perceptual=")]
+    assert main(kept) == 0
+    return run
+
+
+def test_rgba_is_trained_exported_and_measured_over_a_background(channels: Path, tmp_path: Path) -> None:
+    """The metrics are compared with Pillow's composites of what stock diffusers reconstructs."""
+    colours = "[black,[30,200,90],random]"
+    more = (f"loss.backgrounds={colours}", "loss.alpha=0.5", "loss.perceptual=0", "gan.weight=0.5", "gan.start=0")
+    run = train(channels / "rgba", tmp_path / "run", 4, *more)
+    results = json.loads((run / "results.json").read_text())
+    assert results["held_out"]["after"]["psnr_alpha"] > 0 and results["export"]["max_abs_difference"] <= 1e-5
+    assert np.asarray(Image.open(run / "previews/step-00000002.png")).shape[2] == 3
+    log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    assert all(line["alpha"] > 0 for line in log if line["event"] == "train")
+
+    out = tmp_path / "out"
+    options = ["resize_px=null", "crop_px=null", "lpips=[]", "frechet=[]", "num_workers=0", f"background={BACKGROUND}"]
+    options[-1] = f"background=[{','.join(map(str, BACKGROUND))}]"
+    assert main(["eval", "recon", str(run), str(channels / "rgba"), "--out", str(out), *options]) == 0
+    result = json.loads((out / "result.json").read_text())
+    assert "four channels are taken as RGBA: metrics are of images over background=[30, 200, 90]" in result["notes"][0]
+    stock = AutoencoderKL.from_pretrained(run / "export").eval()
+    assert stock.config.in_channels == stock.config.out_channels == 4
+    whole, opacity = [], []
+    for path in sorted((channels / "rgba").iterdir()):
+        given = np.asarray(Image.open(path))
+        x = torch.from_numpy(given / 127.5 - 1).float().permute(2, 0, 1)[None]
+        with torch.no_grad():
+            y = stock.decode(stock.encode(x).latent_dist.mode()).sample[0].permute(1, 2, 0).numpy()
+        made = np.rint((y.clip(-1, 1) + 1) * 127.5).astype(np.uint8)
+        ground = Image.new("RGBA", given.shape[1::-1], (*BACKGROUND, 255))
+        seen = [np.asarray(Image.alpha_composite(ground, Image.fromarray(one)))[..., :3] for one in (given, made)]
+        whole.append(peak_signal_noise_ratio(*seen))
+        opacity.append(peak_signal_noise_ratio(given[..., 3], made[..., 3]))
+    assert result["metrics"]["mode"]["psnr"] == pytest.approx(np.mean(whole), abs=0.02)
+    assert result["metrics"]["mode"]["psnr_alpha"] == pytest.approx(np.mean(opacity), abs=0.02)
+
+
+def test_five_bands_are_trained_with_lpips_of_groups(channels: Path, tmp_path: Path, lpips_vgg: LPIPS) -> None:
+    bands = np.load(channels / "bands/000.npy")
+    assert bands.dtype == np.uint16 and bands.shape == (64, 64, 5) and bands.std() > 1000
+    run = train(channels / "bands", tmp_path / "run", 5, "loss.bands=[[2,1,0],[4,3,2]]")
+    results = json.loads((run / "results.json").read_text())
+    assert results["export"]["max_abs_difference"] <= 1e-5 and results["held_out"]["after"]["psnr"] > 5
+    log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    assert all(line["lpips"] > 0 for line in log if line["event"] == "train")
+    # previews show the first group: red, green and blue of the satellite
+    preview = np.asarray(Image.open(run / "previews/step-00000002.png"))
+    assert preview.shape[2] == 3
+    assert AutoencoderKL.from_pretrained(run / "export").config.in_channels == 5
