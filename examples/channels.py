@@ -46,8 +46,8 @@ def bands_image(rng: np.random.Generator) -> np.ndarray:
     """Return five bands of a landscape, (SIDE_PX, SIDE_PX, 5) uint16; 65535 is a reflectance of 0.5."""
     smooth = [Image.fromarray(rng.normal(size=(6, 6)).astype(np.float32)) for _ in range(3)]
     fields = np.stack([np.asarray(one.resize((SIDE_PX, SIDE_PX), Image.Resampling.BICUBIC)) for one in smooth], axis=2)
-    shares = np.exp(6 * fields)
-    light = 1 + 0.1 * rng.normal(size=(SIDE_PX, SIDE_PX, 1))
+    shares = np.exp(6 * fields)  # mostly one material at each place
+    light = 1 + 0.03 * rng.normal(size=(SIDE_PX, SIDE_PX, 1))
     reflectance = light * (shares / shares.sum(axis=2, keepdims=True)) @ SPECTRA
     return np.round(65535 * np.clip(2 * reflectance, 0, 1)).astype(np.uint16)
 

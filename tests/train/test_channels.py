@@ -31,31 +31,26 @@ def channels(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def train(source: Path, run: Path, count: int, *more: str) -> Path:
-    shape = (
-        f"model.in_channels={count}",
-        f"model.out_channels={count}",
-        "model.latent_channels=5",
-        "model.init=default",
-    )
+    shape = (f"model.in_channels={count}", f"model.out_channels={count}", "model.init=default")
     kept = [word for word in words(source, run, *shape, *SHORT, *more) if not word.startswith("loss.perceptual=")]
     assert main(kept) == 0
     return run
 
 
-def test_rgba_is_trained_exported_and_measured_over_a_background(channels: Path, tmp_path: Path) -> None:
+def test_rgba_is_trained_exported_and_measured_over_a_background(
+    channels: Path, tmp_path: Path, lpips_vgg: LPIPS
+) -> None:
     """The metrics are compared with Pillow's composites of what stock diffusers reconstructs."""
-    colours = "[black,[30,200,90],random]"
-    more = (f"loss.backgrounds={colours}", "loss.alpha=0.5", "loss.perceptual=0", "gan.weight=0.5", "gan.start=0")
+    more = ("loss.backgrounds=[black,[30,200,90],random]", "loss.alpha=0.5", "gan.weight=0.5", "gan.start=0")
     run = train(channels / "rgba", tmp_path / "run", 4, *more)
     results = json.loads((run / "results.json").read_text())
     assert results["held_out"]["after"]["psnr_alpha"] > 0 and results["export"]["max_abs_difference"] <= 1e-5
-    assert np.asarray(Image.open(run / "previews/step-00000002.png")).shape[2] == 3
     log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    assert all(line["alpha"] > 0 for line in log if line["event"] == "train")
+    (trained,) = (line for line in log if line["event"] == "train")
+    assert {"l1", "lpips", "alpha", "generator"} <= trained.keys() and min(trained["lpips"], trained["alpha"]) > 0
 
     out = tmp_path / "out"
-    options = ["resize_px=null", "crop_px=null", "lpips=[]", "frechet=[]", "num_workers=0", f"background={BACKGROUND}"]
-    options[-1] = f"background=[{','.join(map(str, BACKGROUND))}]"
+    options = ["resize_px=null", "crop_px=null", "lpips=[]", "frechet=[]", "num_workers=0", "background=[30,200,90]"]
     assert main(["eval", "recon", str(run), str(channels / "rgba"), "--out", str(out), *options]) == 0
     result = json.loads((out / "result.json").read_text())
     assert "four channels are taken as RGBA: metrics are of images over background=[30, 200, 90]" in result["notes"][0]
@@ -84,7 +79,4 @@ def test_five_bands_are_trained_with_lpips_of_groups(channels: Path, tmp_path: P
     assert results["export"]["max_abs_difference"] <= 1e-5 and results["held_out"]["after"]["psnr"] > 5
     log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     assert all(line["lpips"] > 0 for line in log if line["event"] == "train")
-    # previews show the first group: red, green and blue of the satellite
-    preview = np.asarray(Image.open(run / "previews/step-00000002.png"))
-    assert preview.shape[2] == 3
     assert AutoencoderKL.from_pretrained(run / "export").config.in_channels == 5
