@@ -175,6 +175,7 @@ class Validator:
             lpips=perceptual,
             frechet_from=FRECHET_FROM,
             background=self.settings.data.background if self._alpha else None,
+            bands=self.settings.loss.bands,
         )
 
     @property

@@ -58,7 +58,7 @@ def reference_key(settings: ReconSettings, channels: int, multiple_of: int, ince
     """
     framing = ("resize_px", "crop_px", "resample", "crop_rounds", "rounding", "extractor", "extractor_dtype")
     protocol = settings.resolved().model_dump(mode="json", include=set(framing))
-    alpha = settings.alpha and channels == 4
+    alpha = channels == 4 and not settings.bands
     own = {
         "channels": channels,
         "alpha": alpha,

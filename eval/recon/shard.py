@@ -118,7 +118,8 @@ class Measurer:
     def _batch(self, batch: Sequence[HeldOutImage], *, with_reference: bool) -> tuple[Metrics, Features]:
         """Return the metrics and features of a batch, on the device; nan where there are none."""
         inputs, reconstructions = self.reconstruct(batch)
-        alpha = self.settings.alpha and inputs.shape[1] == 4
+        bands = self.settings.bands
+        alpha = inputs.shape[1] == 4 and not bands
         if alpha:
             ground = self.settings.background
             inputs = visible(inputs, ground)
@@ -129,7 +130,7 @@ class Measurer:
         pixels = {"input": to_uint8(inputs, self.protocol.rounding)}
         pixels |= {kind: to_uint8(image, self.protocol.rounding) for kind, image in kinds_of_image.items()}
         rounded = self.protocol.similarity_of == "levels"
-        compared = compare(inputs, kinds_of_image, self.lpips, rounded=rounded, pixels=pixels, alpha=alpha)
+        compared = compare(inputs, kinds_of_image, self.lpips, rounded=rounded, pixels=pixels, alpha=alpha, bands=bands)
         for kind, image in kinds_of_image.items():
             shifts = colour_shift(pixels["input"], pixels[kind])
             shifts = shifts.masked_fill(~image.isfinite().flatten(1).all(1, keepdim=True), torch.nan)

@@ -4,7 +4,7 @@ from typing import Any
 
 from latent_ae.objectives.alignment import Alignment
 from latent_ae.objectives.alpha import Alpha
-from latent_ae.objectives.bands import Bands
+from latent_ae.objectives.bands import BandViews
 from latent_ae.objectives.base import Objective
 from latent_ae.objectives.channel_masking import ChannelMasking
 from latent_ae.objectives.code_averages import CodeAverages
@@ -29,7 +29,7 @@ OBJECTIVES: tuple[type[Objective[Any]], ...] = (
     Equivariance,
     Reconstruction,
     Alpha,
-    Bands,
+    BandViews,
     ConvNeXtLoss,
     DinoLoss,
     FSQ,

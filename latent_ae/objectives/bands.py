@@ -5,7 +5,7 @@ from functools import partial
 
 from torch import Tensor
 
-from latent_ae.config import NonNegative, Problem, Settings
+from latent_ae.config import Bands, Problem, Settings
 from latent_ae.models.settings import ModelFacts
 from latent_ae.objectives.base import Batch, Objective, RunFacts
 
@@ -13,12 +13,12 @@ from latent_ae.objectives.base import Batch, Objective, RunFacts
 class BandSettings(Settings):
     """How frozen networks see images of n channels."""
 
-    bands: tuple[tuple[NonNegative, ...], ...] = ()
+    bands: Bands = ()
     """Groups of one or three channels, counted from 0, as [[2, 1, 0], [3], [4]]: LPIPS, ConvNeXt and DINO compare each
     group as a gray or RGB picture, and their losses are means over groups. [] shows images as they are."""
 
 
-class Bands(Objective[BandSettings]):
+class BandViews(Objective[BandSettings]):
     """Shows groups of one or three channels to frozen networks; pixel losses compare all channels."""
 
     name, section, docs = "bands", "loss", "docs/channels.md"
@@ -33,13 +33,9 @@ class Bands(Objective[BandSettings]):
         if not own.bands:
             return
         key = "loss.bands"
-        if wrong := next((group for group in own.bands if len(group) not in (1, 3)), None):
-            yield Problem(key, f"{list(wrong)} is a group of {len(wrong)}: a network sees one channel or three")
-        if () in own.bands:
-            yield Problem(key, "a group is empty: a network sees one channel or three")
         if "alpha" in run.enabled:
             yield Problem(key, "loss.backgrounds shows composites of RGBA already: give one of the two")
-        most = max(map(max, filter(None, own.bands)), default=0)
+        most = max(map(max, own.bands))
         if model is not None and most >= model.channels:
             yield Problem(key, f"{most}, and the channels of {model.name} are 0 to {model.channels - 1}")
 
@@ -52,7 +48,7 @@ class Bands(Objective[BandSettings]):
         return batch._replace(seen=partial(groups_of, bands=self.own.bands))
 
 
-def groups_of(images: Tensor, bands: tuple[tuple[int, ...], ...]) -> list[Tensor]:
+def groups_of(images: Tensor, bands: Bands) -> list[Tensor]:
     """Return groups of channels as images.
 
     Args:

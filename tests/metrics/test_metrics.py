@@ -261,6 +261,14 @@ def test_rgba_is_compared_over_the_background_and_alpha_by_itself():
     expected = peak_signal_noise_ratio(composites[0], composites[1])
     assert row["psnr"] == pytest.approx(expected, abs=0.05) and expected < 25
     assert row["psnr_alpha"] == pytest.approx(peak_signal_noise_ratio(a[..., 3], b[..., 3]), abs=1e-6)
-    plain = ReconstructionMetrics("cpu", ())
-    plain.update([0], ["a"], *(floats(torch.from_numpy(x).permute(2, 0, 1)[None]) for x in (a, b)))
-    assert plain.rows()[0]["psnr"] == pytest.approx(peak_signal_noise_ratio(a, b), abs=1e-6)
+
+
+def test_bands_are_compared_as_they_are_and_by_groups_for_lpips(lpips_vgg):
+    a, b = (torch.cat([x, x[:, 1:].flip(1)], dim=1)[:, :4] for x in pairs())
+    metrics = ReconstructionMetrics("cpu", lpips={"vgg": lpips_vgg}, bands=((3, 1, 0), (2,)))
+    metrics.update(range(4), "abcd", floats(a), floats(b))
+    x, y = a.float() / 127.5 - 1, b.float() / 127.5 - 1
+    expected = (lpips_vgg(x[:, [3, 1, 0]], y[:, [3, 1, 0]]) + lpips_vgg(x[:, [2]], y[:, [2]])) / 2
+    assert [row["lpips_vgg"] for row in metrics.rows()] == pytest.approx(expected.tolist(), abs=1e-6)
+    assert metrics.rows()[2]["psnr"] == pytest.approx(peak_signal_noise_ratio(a[2].numpy(), b[2].numpy()), abs=1e-6)
+    assert "psnr_alpha" not in metrics.rows()[0] and "frechet_vgg16" not in metrics.summary()

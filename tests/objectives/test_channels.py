@@ -82,7 +82,7 @@ def test_networks_see_groups_of_bands_and_pixel_losses_all_channels() -> None:
         ("loss.alpha=1", "loss.alpha: is for RGBA images over loss.backgrounds"),
         ("loss.backgrounds=[pink]", "loss.backgrounds"),
         ("loss.bands=[[0,1]]", "loss.bands: [0, 1] is a group of 2: a network sees one channel or three"),
-        ("loss.bands=[[]]", "loss.bands: a group is empty"),
+        ("loss.bands=[[]]", "loss.bands: [] is a group of 0"),
         ("loss.bands=[[0],[3]]", "loss.bands: 3, and the channels of this AutoencoderKL are 0 to 2"),
         ("loss.bands=[[0]] loss.perceptual=0", "loss.bands: is for loss.perceptual, loss.convnext and loss.dino"),
         (

@@ -13,7 +13,10 @@ from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio
 
 from latent_ae.__main__ import main
+from latent_ae.config import UserError
 from latent_ae.pretrained.lpips import LPIPS
+from latent_ae_eval.recon.measure import evaluate_reconstruction
+from latent_ae_eval.recon.settings import ReconSettings
 from tests.runs import words
 
 ROOT = Path(__file__).parents[2]
@@ -74,9 +77,17 @@ def test_rgba_is_trained_exported_and_measured_over_a_background(
 def test_five_bands_are_trained_with_lpips_of_groups(channels: Path, tmp_path: Path, lpips_vgg: LPIPS) -> None:
     bands = np.load(channels / "bands/000.npy")
     assert bands.dtype == np.uint16 and bands.shape == (64, 64, 5) and bands.std() > 1000
-    run = train(channels / "bands", tmp_path / "run", 5, "loss.bands=[[2,1,0],[4,3,2]]")
+    run = train(channels / "bands", tmp_path / "run", 5, "loss.bands=[[4],[2,1,0]]")
     results = json.loads((run / "results.json").read_text())
     assert results["export"]["max_abs_difference"] <= 1e-5 and results["held_out"]["after"]["psnr"] > 5
     log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     assert all(line["lpips"] > 0 for line in log if line["event"] == "train")
     assert AutoencoderKL.from_pretrained(run / "export").config.in_channels == 5
+    assert results["held_out"]["after"]["lpips_vgg"] > 0
+    measured = ReconSettings(bands=((4,),), lpips=(), frechet=(), resize_px=None, crop_px=None, limit=2, num_workers=0)
+    evaluate_reconstruction(run, channels / "bands", measured, out=tmp_path / "out")
+    for path in (run / "previews/step-00000002.png", tmp_path / "out/pairs.png"):
+        picture = np.asarray(Image.open(path))  # the first group is a single band
+        assert (picture.max(2) == picture.min(2)).all() and picture.std() > 10, path
+    with pytest.raises(UserError, match="bands: 5, and the channels of .* are 0 to 4"):
+        evaluate_reconstruction(run, channels / "bands", measured.model_copy(update={"bands": ((0,), (5,))}))
