@@ -51,6 +51,13 @@ class ImageError(ValueError):
     """A file cannot be decoded to an image; the message is the reason, without the file's name."""
 
 
+class Rgba(np.ndarray):
+    """Pixels of a picture with straight alpha; crops keep the type.
+
+    A resize weights their colours by alpha. The four channels of a .npy array need not be RGBA, so it has another type.
+    """
+
+
 def decode(
     source: bytes | str | Path,
     *,
@@ -71,7 +78,7 @@ def decode(
         max_pixels: Larger images are refused before they are decoded.
 
     Returns:
-        (H, W, channels) uint8, uint16 or float32 in [0, 1].
+        (H, W, channels) uint8, uint16 or float32 in [0, 1]; an `Rgba` if it is a picture and has 4 channels of 8 bits.
 
     Raises:
         ImageError: If it is unreadable, too large, or has other channels.
@@ -211,7 +218,8 @@ def _picture_pixels(picture: Image.Image, channels: int, background: tuple[int, 
         values = np.asarray(picture.convert(PICTURE_MODES[channels]))
     except ValueError as error:
         raise ImageError(f"pixels of mode {picture.mode}: {error}") from None
-    return values.reshape(*values.shape[:2], channels)
+    pixels = values.reshape(*values.shape[:2], channels)
+    return pixels.view(Rgba) if channels == 4 else pixels
 
 
 def _deep_gray(picture: Image.Image) -> np.ndarray:

@@ -77,8 +77,7 @@ def linear_start_(autoencoder: AutoencoderKL) -> None:
 def signals_at(colours: int, widths: Sequence[int], latents: int) -> list[list[str]]:
     """Return the signals after 0, 1, ... downsamplers: colours "0", "1", ..., then luma details, as words of DETAILS.
 
-    There are as many details as latents and widths allow, and none of images of other than 1 or 3 channels, in which a
-    detail of one channel (of alpha, of a spectral band) need not be one of the others.
+    There are as many details as latents and widths allow.
 
     Args:
         colours: Channels of the images.
@@ -99,7 +98,7 @@ def signals_at(colours: int, widths: Sequence[int], latents: int) -> list[list[s
         rooms = [min(widths[max(0, level - 1) : level + 2]) // 4 for level in range(levels + 1)]
         return all(len(signals) <= room for signals, room in zip(stages(details), rooms, strict=True))
 
-    count = max(0, min(len(words), latents - colours)) if colours in (1, 3) else 0
+    count = max(0, min(len(words), latents - colours))
     while not fits(words[:count]):
         count -= 1
     return stages(words[:count])
