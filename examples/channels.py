@@ -1,4 +1,4 @@
-"""Makes two small sets of images that are not RGB, for docs/channels.md: python examples/channels.py OUT [NUMBER]
+"""Makes two small sets of images that are not RGB (docs/channels.md): python examples/channels.py OUT [NUMBER [SEED]]
 
 OUT/rgba holds pictures with an alpha channel (PNG): soft-edged shapes, some of them translucent, over transparent.
 OUT/bands holds arrays of five spectral bands (.npy, 16 bits): fields, bare soil and water as a satellite sees them in
@@ -54,7 +54,7 @@ def bands_image(rng: np.random.Generator) -> np.ndarray:
 
 if __name__ == "__main__":
     out, number = Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 200
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(int(sys.argv[3]) if len(sys.argv) > 3 else 0)
     for name in ("rgba", "bands"):
         (out / name).mkdir(parents=True, exist_ok=True)
     for index in range(number):
