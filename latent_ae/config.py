@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from latent_ae.other_names import OTHER_NAMES
 
@@ -116,6 +116,16 @@ Weight = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Byte = Annotated[int, Field(ge=0, le=255)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
+
+
+def _one_or_three(group: tuple[int, ...]) -> tuple[int, ...]:
+    if len(group) not in (1, 3):
+        raise ValueError(f"{list(group)} is a group of {len(group)}: a network sees one channel or three")
+    return group
+
+
+Bands = tuple[Annotated[tuple[NonNegative, ...], AfterValidator(_one_or_three)], ...]
+"""Groups of one or three channels, which networks of gray and RGB images see in turn."""
 
 # Marks of fields: whether a run that is resumed may change them. A mark also holds for the fields of a section.
 FIXED = Field(json_schema_extra={"on_resume": "fixed"})

@@ -164,8 +164,8 @@ def test_help_and_mistakes_load_nothing_heavy() -> None:
         ("eval recon model photos mixed_precision=bf16", "here it is dtype"),
         ("data check photos in_channels=5", "here it is channels"),
         (
-            "train quickstart model.in_channels=5",
-            "model.init: linear needs 1 or 3 image channels, not 5: set model.init=d",
+            "train quickstart model.in_channels=9",
+            "model.init: linear needs model.latent_channels >= 9, or set model.init=d",
         ),
     ],
 )

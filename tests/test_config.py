@@ -56,7 +56,11 @@ def message(*words: str, source: str | None = None) -> str:
             "model.norm_num_groups: 512 groups of 512 channels hold one number each",
         ),
         ("model.out_channels=1", "model.out_channels: 1, but model.in_channels is 3"),
-        ("model.in_channels=4 model.out_channels=4", "loss.perceptual: LPIPS sees 1 or 3 channels"),
+        (
+            "model.in_channels=4 model.out_channels=4",
+            "loss.perceptual: LPIPS sees 1 or 3 channels, this AutoencoderKL has 4: set loss.backgrounds=",
+        ),
+        ("model.in_channels=5 model.out_channels=5", "5: set loss.bands to groups of one or three of them, such as"),
         ("loss.pixel_weight=0 loss.perceptual=0", "nothing would be reconstructed"),
         ("data.resize_px=64", "data.resize_px: 64 is smaller than data.resolution"),
         ("model.init=linear model.latent_channels=2", "model.init: linear needs model.latent_channels >= 3"),

@@ -87,7 +87,7 @@ def global_batch(
     """Images and noise of a step, a function of its number; with buckets of the step's size."""
     generator = torch.Generator().manual_seed(1000 + step)
     height, width = crop_size_at(settings.data, settings.seed, step) if settings.data.buckets else (SIDE, SIDE)
-    smooth = torch.randn(settings.batch_size, 3, height // 4, width // 4, generator=generator)
+    smooth = torch.randn(settings.batch_size, settings.model.in_channels, height // 4, width // 4, generator=generator)
     images = nn.functional.interpolate(smooth, size=(height, width), mode="bicubic").clamp(-1, 1)
     grid = (latent[0], height * latent[1] // SIDE, width * latent[2] // SIDE)
     return images, torch.randn(settings.batch_size, *grid, generator=generator)

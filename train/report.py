@@ -23,7 +23,7 @@ OTHER_CHARTS = {
     "Images per second": ("images_per_second",),
 }
 """Charts of values that no objective logs."""
-HIGHER_IS_BETTER = ("psnr", "ssim", "ms_ssim")
+HIGHER_IS_BETTER = ("psnr", "ssim", "ms_ssim", "psnr_alpha")
 
 
 def read_log(run: Path) -> list[dict[str, Any]]:
@@ -186,7 +186,7 @@ def text_table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def _rounded(key: str, value: float | None) -> str | None:
-    return None if value is None else f"{value:.2f}" if key == "psnr" else f"{value:.3f}"
+    return None if value is None else f"{value:.2f}" if key.startswith("psnr") else f"{value:.3f}"
 
 
 def _series(events: Sequence[dict[str, Any]], keys: Sequence[str]) -> dict[str, list[tuple[float, float]]]:

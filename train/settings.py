@@ -14,6 +14,8 @@ from latent_ae.export.pipelines import PipelineName, Shape, kind_misfit, shape_m
 from latent_ae.models.settings import DecoderSettings, ModelFacts, ModelSettings
 from latent_ae.objectives import OBJECTIVES
 from latent_ae.objectives.alignment import AlignmentSettings
+from latent_ae.objectives.alpha import AlphaSettings
+from latent_ae.objectives.bands import BandSettings
 from latent_ae.objectives.base import Objective, RunFacts
 from latent_ae.objectives.channel_masking import ChannelMaskingSettings
 from latent_ae.objectives.code_averages import CodeAveragesSettings
@@ -74,6 +76,8 @@ class LossSettings(
     KLSettings,
     DinoSettings,
     ConvNeXtSettings,
+    BandSettings,
+    AlphaSettings,
     ReconstructionSettings,
 ):
     """All terms are means: per image element (pixel, kl) or per sample (perceptual). See docs/losses.md."""

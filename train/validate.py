@@ -134,8 +134,7 @@ class Validator:
         self, reconstruct: Callable[[Tensor], Tensor], crop_px: int, preview: Path | None = None
     ) -> dict[str, Any]:
         """Return the mean metrics over crops of one side; arguments and errors as in `measure`."""
-        perceptual = {self.settings.loss.perceptual_net: self.perceptual} if self.perceptual is not None else {}
-        metrics = ReconstructionMetrics(self.accelerator.device, lpips=perceptual, frechet_from=FRECHET_FROM)
+        metrics = self._metrics()
         choice, pictures = self.chosen[1], dict[int, list[Tensor]]()
         number = self.settings.validation.preview_images if preview is not None else 0
         shown = range(number) if choice["of"] is None else spread(CHOICE_SEED, choice["number"], number)
@@ -148,8 +147,8 @@ class Validator:
                 for position, index in enumerate(indices):
                     if index in shown:
                         image = images[position]
-                        low = bicubic_down_up(image[None], self.factor)[0]
-                        pictures[index] = [part.cpu() for part in (image, reconstructions[position], low)]
+                        low = bicubic_down_up(image[None], self.factor, self._alpha)[0]
+                        pictures[index] = [self._shown(x).cpu() for x in (image, reconstructions[position], low)]
         except UserError as error:  # a reader that died on one process must not leave the others waiting
             failure = str(error)
         self._report_unreadable(crops.skipped, failure, crops.num_read)
@@ -169,14 +168,32 @@ class Validator:
             raise UserError(f"none of the held-out images of {self.settings.data.title} is readable")
         return summary
 
+    def _metrics(self) -> ReconstructionMetrics:
+        perceptual = {self.settings.loss.perceptual_net: self.perceptual} if self.perceptual is not None else {}
+        return ReconstructionMetrics(
+            self.accelerator.device,
+            lpips=perceptual,
+            frechet_from=FRECHET_FROM,
+            background=self.settings.data.background if self._alpha else None,
+            bands=self.settings.loss.bands,
+        )
+
+    @property
+    def _alpha(self) -> bool:
+        """Whether the fourth channel is known to be alpha."""
+        return bool(self.settings.loss.backgrounds)
+
+    def _shown(self, image: Tensor) -> Tensor:
+        """Return an image, (C, H, W), as previews show it: of bands the first group of `loss.bands`."""
+        bands = self.settings.loss.bands
+        return image[list(bands[0])] if bands else image
+
     def try_one_batch(self, model: nn.Module) -> None:
         """Run this rank's first batch of the largest held-out crops through model and metrics.
 
         It waits for no other process.
         """
-        perceptual = {self.settings.loss.perceptual_net: self.perceptual} if self.perceptual is not None else {}
-        metrics = ReconstructionMetrics(self.accelerator.device, lpips=perceptual, frechet_from=FRECHET_FROM)
-        training = model.training
+        metrics, training = self._metrics(), model.training
         model.eval()
         crop_px, rank, world_size = max(self.sides), self.accelerator.process_index, self.accelerator.num_processes
         with torch.no_grad(), encoder_in_memory(model.autoencoder):
@@ -232,4 +249,4 @@ class Validator:
 
     def measure_baseline(self) -> dict[str, Any]:
         """Return the metrics of bicubic down- and upsampling by the model's downsampling factor."""
-        return self.measure(lambda images: bicubic_down_up(images, self.factor))
+        return self.measure(lambda images: bicubic_down_up(images, self.factor, self._alpha))

@@ -14,7 +14,8 @@ def protocol_manifest(settings: ReconSettings) -> dict[str, Any]:
     """Return the whole protocol, and the settings that differ from it, JSON-ready."""
     own = {"name": settings.protocol, "changed": settings.changes()}
     background = {"background": settings.background, "pixel_range": "[-1, 1]", "arithmetic": "float32 without TF32"}
-    manifest = own | settings.resolved().model_dump(mode="json") | background
+    groups = {"bands": settings.bands} if settings.bands else {}
+    manifest = own | settings.resolved().model_dump(mode="json") | background | groups
     plain: dict[str, Any] = json.loads(json.dumps(manifest))
     return plain
 
@@ -59,4 +60,5 @@ def reference_key(settings: ReconSettings, channels: int, multiple_of: int, ince
     framing = ("resize_px", "crop_px", "resample", "crop_rounds", "rounding", "extractor", "extractor_dtype")
     protocol = settings.resolved().model_dump(mode="json", include=set(framing))
     own = {"channels": channels, "background": settings.background, "inception": inception, "versions": versions()}
+    own["alpha"] = channels == 4 and not settings.bands
     return protocol | own | {"multiple_of": multiple_of if settings.resolved().crop_px is None else None}

@@ -44,7 +44,7 @@ from latent_ae_eval.job import RECONSTRUCTION_FORMAT
 from latent_ae_eval.recon.cost import Costs, cost
 from latent_ae_eval.recon.manifest import data_fingerprint, evaluation_key, protocol_manifest, reference_key
 from latent_ae_eval.recon.pictures import chosen_rows, reconstructed, shown_groups
-from latent_ae_eval.recon.report import ERROR_GAIN, error_map, write_recon_report
+from latent_ae_eval.recon.report import ERROR_GAIN, panels, write_recon_report
 from latent_ae_eval.recon.settings import ReconSettings
 from latent_ae_eval.recon.shard import BASELINE, Measurer, inception_network
 from latent_ae_eval.recon.summary import collect, distances, means
@@ -98,6 +98,8 @@ def evaluate_reconstruction(
         Framing(protocol.resize_px, protocol.crop_px, protocol.resample, protocol.crop_rounds == "nearest"),
         checked_factor(stage, protocol.crop_px),
     )
+    if settings.bands and (most := max(map(max, settings.bands))) >= images.channels:
+        raise UserError(f"bands: {most}, and the channels of {stage.name} are 0 to {images.channels - 1}")
     inception, why_not = inception_network(settings, device)
     cache = None
     if inception is not None and settings.reference_cache:
@@ -187,6 +189,11 @@ def _result(
         raise UserError(f"{data}: {reason}")
     report_skipped(skipped, table.num_rows, settings)
     notes = [*([why_not] if why_not else []), *stream_notes(choice)]
+    if images.channels == 4 and not settings.bands:
+        notes.append(
+            f"four channels are taken as RGBA: metrics are of images over background={list(settings.background)}, and "
+            "PSNR of alpha is that of the fourth channel; with bands=[[0,1,2]] they are compared as they are"
+        )
     metrics: dict[str, dict[str, Any]] = {}
     intervals: dict[str, dict[str, Any]] = {}
     for kind in measurer.kinds:
@@ -244,11 +251,8 @@ def _write(folder: Path, result: dict[str, Any], table: pa.Table, measurer: Meas
     indices = sorted(table["index"][row].as_py() for rows in groups.values() for row in rows)
     shown = shown_groups(groups, table, reconstructed(indices, measurer, images) if indices else {})
     write_recon_report(folder / "report.html", result, table.to_pylist(), shown)
-    pairs = [
-        [one.image, one.reconstruction, error_map(one.image, one.reconstruction)]
-        for group in shown.values()
-        for one in group
-    ]
+    bands = measurer.settings.bands
+    pairs = [list(panels(one, bands).values()) for group in shown.values() for one in group]
     if pairs:
         with replacing(folder / "pairs.png") as part:
             labels = ["input", "reconstruction", f"error x{ERROR_GAIN}"]

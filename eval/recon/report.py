@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from latent_ae.data.images import to_uint8
+from latent_ae.data.images import to_uint8, visible
 from latent_ae.metrics.labels import ARROWS, in_order, label_of, number, pair, rounded, short_name, span
 from latent_ae.pretrained.weights import how_to_get
 from latent_ae.report import page
@@ -221,14 +221,12 @@ def _card(result: Mapping[str, Any], item: Shown, max_bytes: int) -> str:
     """Return an image's input, reconstruction and error side by side, and its metrics."""
     channels, height, width = item.image.shape
     size = f"{width} x {height} px"
-    if channels not in (1, 3, 4):
+    bands = result["settings"].get("bands") or ()
+    if bands:
+        size += f", {channels} channels, of which {', '.join(map(str, bands[0]))} shown"
+    elif channels not in (1, 3, 4):
         size += f", {channels} channels, of which {'the first three are' if channels > 3 else 'the first is'} shown"
-    reconstruction = item.reconstruction.float()
-    pictures = {
-        "input": item.image,
-        "reconstruction": reconstruction.nan_to_num(nan=-1),
-        f"error x{ERROR_GAIN}": error_map(item.image, reconstruction),
-    }
+    pictures = panels(item, bands)
     figures = [page.figure(to_picture(tensor), caption, max_bytes=max_bytes) for caption, tensor in pictures.items()]
     lines = []
     for prefix, name in _prefixes(result).items():
@@ -237,6 +235,25 @@ def _card(result: Mapping[str, Any], item: Shown, max_bytes: int) -> str:
         known = ", ".join(f"{label_of(key).name} {rounded(key, values[key])}" for key in in_order(values))
         lines += [page.paragraph(f"{name}: {known}", soft=True)] if known else []
     return page.card(item.name, f"no. {item.index}, {size}", page.beside(*figures), *lines)
+
+
+def panels(item: Shown, bands: Sequence[Sequence[int]] = ()) -> dict[str, Tensor]:
+    """Return what is shown of an image, side by side: input, reconstruction and error, by their captions.
+
+    Args:
+        item: The image.
+        bands: Groups of channels, of which the first is shown; the error is the mean over all channels. Without them 4
+            channels are RGBA, and colours count in the error as much as they are visible.
+    """
+    compared = [item.image, item.reconstruction.float()]
+    shown = [x[list(bands[0])] if bands else x for x in compared]
+    if len(item.image) == 4 and not bands:
+        compared = [visible(x[None], (0, 0, 0))[0] for x in compared]
+    return {
+        "input": shown[0],
+        "reconstruction": shown[1].nan_to_num(nan=-1),
+        f"error x{ERROR_GAIN}": error_map(*compared),
+    }
 
 
 def error_map(image: Tensor, reconstruction: Tensor, gain: float = ERROR_GAIN) -> Tensor:

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from latent_ae.config import NonNegative, Positive, Problem
+from latent_ae.config import Bands, NonNegative, Positive, Problem
 from latent_ae_eval.recon.protocols import PROTOCOLS, Extractor, Latent, Name, Protocol, Resample, Rounding
 from latent_ae_eval.settings import EvalSettings, Net
 
@@ -35,6 +35,10 @@ class ReconSettings(EvalSettings):
     are available wherever LPIPS is, have the features' name."""
     inception_weights: str | None = None
     """File with other weights than the published ones; the distances are then not called FID and KID."""
+    bands: Bands = ()
+    """Groups of one or three channels, counted from 0, as [[2, 1, 0], [3], [4]]: LPIPS is the mean over them, and the
+    first one is shown in pictures. Without them four channels are RGBA: metrics compare images over `background`, and
+    psnr_alpha is that of alpha itself."""
     baseline: bool = True
     """Also measure bicubic down- and upsampling by the model's factor."""
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from latent_ae.config import UserError
 from latent_ae.data.held_out import HeldOutImage
-from latent_ae.data.images import bicubic_down_up, to_uint8
+from latent_ae.data.images import bicubic_down_up, to_uint8, visible
 from latent_ae.data.rng import posterior_noise
 from latent_ae.metrics.labels import shift_keys
 from latent_ae.metrics.similarity import colour_shift, compare, json_columns
@@ -118,13 +118,19 @@ class Measurer:
     def _batch(self, batch: Sequence[HeldOutImage], *, with_reference: bool) -> tuple[Metrics, Features]:
         """Return the metrics and features of a batch, on the device; nan where there are none."""
         inputs, reconstructions = self.reconstruct(batch)
+        bands = self.settings.bands
+        alpha = inputs.shape[1] == 4 and not bands
+        if alpha:
+            ground = self.settings.background
+            inputs = visible(inputs, ground)
+            reconstructions = {kind: visible(image, ground) for kind, image in reconstructions.items()}
         kinds_of_image = dict(reconstructions)
         if self.settings.baseline and self.stage.factor > 1:
             kinds_of_image[BASELINE] = bicubic_down_up(inputs, self.stage.factor)
         pixels = {"input": to_uint8(inputs, self.protocol.rounding)}
         pixels |= {kind: to_uint8(image, self.protocol.rounding) for kind, image in kinds_of_image.items()}
         rounded = self.protocol.similarity_of == "levels"
-        compared = compare(inputs, kinds_of_image, self.lpips, rounded=rounded, pixels=pixels)
+        compared = compare(inputs, kinds_of_image, self.lpips, rounded=rounded, pixels=pixels, alpha=alpha, bands=bands)
         for kind, image in kinds_of_image.items():
             shifts = colour_shift(pixels["input"], pixels[kind])
             shifts = shifts.masked_fill(~image.isfinite().flatten(1).all(1, keepdim=True), torch.nan)
@@ -138,8 +144,9 @@ class Measurer:
             }
         if self.inception is not None:
             kinds = ["input"] * with_reference + list(reconstructions)
-            if inputs.shape[1] in (1, 3):
-                parts = self.inception(torch.cat([pixels[kind] for kind in kinds])).chunk(len(kinds))
+            if inputs.shape[1] in (1, 3) or alpha:
+                colours = torch.cat([pixels[kind][:, :3] for kind in kinds])
+                parts = self.inception(colours).chunk(len(kinds))
             else:
                 parts = (inputs.new_full((len(batch), FEATURES), torch.nan),) * len(kinds)
             bad = {kind: ~image.isfinite().flatten(1).all(1, keepdim=True) for kind, image in reconstructions.items()}

@@ -10,6 +10,7 @@ import os
 import stat
 import threading
 import warnings
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import BinaryIO, Literal
@@ -50,6 +51,13 @@ class ImageError(ValueError):
     """A file cannot be decoded to an image; the message is the reason, without the file's name."""
 
 
+class Rgba(np.ndarray):
+    """Pixels of a picture with straight alpha; crops keep the type.
+
+    A resize weights their colours by alpha. The four channels of a .npy array need not be RGBA, so it has another type.
+    """
+
+
 def decode(
     source: bytes | str | Path,
     *,
@@ -70,7 +78,7 @@ def decode(
         max_pixels: Larger images are refused before they are decoded.
 
     Returns:
-        (H, W, channels) uint8, uint16 or float32 in [0, 1].
+        (H, W, channels) uint8, uint16 or float32 in [0, 1]; an `Rgba` if it is a picture and has 4 channels of 8 bits.
 
     Raises:
         ImageError: If it is unreadable, too large, or has other channels.
@@ -210,7 +218,8 @@ def _picture_pixels(picture: Image.Image, channels: int, background: tuple[int, 
         values = np.asarray(picture.convert(PICTURE_MODES[channels]))
     except ValueError as error:
         raise ImageError(f"pixels of mode {picture.mode}: {error}") from None
-    return values.reshape(*values.shape[:2], channels)
+    pixels = values.reshape(*values.shape[:2], channels)
+    return pixels.view(Rgba) if channels == 4 else pixels
 
 
 def _deep_gray(picture: Image.Image) -> np.ndarray:
@@ -341,16 +350,53 @@ def to_uint8(images: torch.Tensor, rounding: Rounding = "up") -> torch.Tensor:
     return (levels.round() if rounding == "even" else levels.floor()).to(torch.uint8)
 
 
-def bicubic_down_up(images: torch.Tensor, factor: int) -> torch.Tensor:
+def over_background(images: torch.Tensor, colours: torch.Tensor) -> torch.Tensor:
+    """Lay RGBA images on a colour: a x + (1 - a) b (Porter and Duff 1984, "over" an opaque background).
+
+    Args:
+        images: (N, 4, H, W) float, straight alpha, all channels in [-1, 1]; values outside are not clamped.
+        colours: (N, 3) or (3,) in [-1, 1], the background b.
+
+    Returns:
+        (N, 3, H, W).
+    """
+    below = colours.to(images).view(-1, 3, 1, 1)
+    alpha = 0.5 * (images[:, 3:] + 1)
+    return below + alpha * (images[:, :3] - below)
+
+
+def visible(images: torch.Tensor, background: Sequence[int]) -> torch.Tensor:
+    """Return what of RGBA images can be seen: colours over a background, and alpha.
+
+    Args:
+        images: (N, 4, H, W) float, straight alpha, all channels in [-1, 1]; values outside are clamped.
+        background: Red, green and blue, 0 to 255.
+
+    Returns:
+        (N, 4, H, W) in [-1, 1]: composites and alpha; NaN where a value is not finite.
+    """
+    images = torch.where(images.isfinite(), images.clamp(-1, 1), torch.nan)
+    colour = torch.tensor(background, dtype=torch.float32) / 127.5 - 1
+    return torch.cat([over_background(images, colour), images[:, 3:]], dim=1)
+
+
+def bicubic_down_up(images: torch.Tensor, factor: int, alpha: bool = False) -> torch.Tensor:
     """Downsample images by `factor` with antialiased bicubic interpolation and upsample them again: a simple baseline.
 
     Args:
         images: (N, C, H, W) float in [-1, 1].
         factor: The downsampling factor.
+        alpha: Whether they are RGBA with straight alpha; colours are then weighted by alpha, so that those of invisible
+            pixels do not mix with others.
 
     Returns:
         Float32 of the same shape, in [-1, 1].
     """
+    if alpha:
+        premultiplied = bicubic_down_up(visible(images, (0, 0, 0)), factor)
+        opacity = 0.5 * (premultiplied[:, 3:] + 1)
+        colours = (premultiplied[:, :3] + 1) / opacity.clamp(min=1 / 255) - 1
+        return torch.cat([colours.clamp(-1, 1), premultiplied[:, 3:]], dim=1)
     size = images.shape[-2:]
     small = F.interpolate(images.float(), [max(1, side // factor) for side in size], mode="bicubic", antialias=True)
     return F.interpolate(small, size, mode="bicubic", antialias=True).clamp(-1, 1)

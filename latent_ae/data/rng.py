@@ -14,7 +14,7 @@ import torch
 
 # streams of random numbers that must never overlap: the highest word of Philox's counter
 CROP, NOISE, ORDER, BLOCK, AUGMENT, LATENT_NOISE, CHANNELS, EQUIVARIANCE, BINARY, PERMUTATION, SPREAD, FLIP = range(12)
-MIXTURE, BUCKET, CLASS_NOISE, DOWNSAMPLING, REPLAY = range(12, 17)
+MIXTURE, BUCKET, CLASS_NOISE, DOWNSAMPLING, REPLAY, BACKGROUND = range(12, 18)
 GOLDEN_RATIO = np.uint64(0x9E3779B97F4A7C15)
 """Its fractional part as a fraction of 2 ** 64."""
 
@@ -148,6 +148,12 @@ def augmentation_numbers(seed: int, numbers: Sequence[int], count: int) -> torch
     """Return `count` uniform numbers in [0, 1) per sample for the discriminator's augmentation: (N, count) float32."""
     generators = (np.random.Generator(_philox(seed, number, AUGMENT)) for number in numbers)
     return torch.from_numpy(np.stack([generator.random(count, dtype=np.float32) for generator in generators]))
+
+
+def background_numbers(seed: int, numbers: Sequence[int], count: int) -> torch.Tensor:
+    """Return uniform numbers in [0, 1) for `count` colours per sample: (N, count, 3) float32."""
+    generators = (np.random.Generator(_philox(seed, number, BACKGROUND)) for number in numbers)
+    return torch.from_numpy(np.stack([generator.random((count, 3), dtype=np.float32) for generator in generators]))
 
 
 def latent_noise(

@@ -8,7 +8,7 @@ from PIL import Image
 from torch.nn import functional as F
 
 from latent_ae.config import UserError
-from latent_ae.data.images import ImageError
+from latent_ae.data.images import ImageError, Rgba
 
 Resample = Literal["adm", "bicubic", "tensor", "linear"]
 LEVELS = {"uint8": 255.0, "uint16": 65535.0}
@@ -17,7 +17,9 @@ MAX_ELONGATION = 64
 
 
 def _resize(array: np.ndarray, height: int, width: int, resample: Image.Resampling) -> np.ndarray:
-    """Resize an HWC array to the same type, antialiased, each channel separately (four channels need not be RGBA)."""
+    """Resize an HWC array to the same type, antialiased, each channel separately; colours of `Rgba` count by alpha."""
+    if isinstance(array, Rgba):  # Pillow multiplies them by alpha before, and divides after
+        return np.asarray(Image.fromarray(np.ascontiguousarray(array)).resize((width, height), resample)).view(Rgba)
     if array.dtype == np.uint8 and array.shape[2] == 3:
         return np.asarray(Image.fromarray(array).resize((width, height), resample))
     bands = []

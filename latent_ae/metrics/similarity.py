@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from latent_ae.data.images import to_uint8
+from latent_ae.config import Bands
+from latent_ae.data.images import to_uint8, visible
 from latent_ae.metrics.distances import frechet_of_features
 from latent_ae.metrics.labels import METRICS
 from latent_ae.pretrained.lpips import LPIPS, TRUNKS, Net
@@ -194,6 +195,8 @@ def compare(
     *,
     rounded: bool = True,
     pixels: Mapping[str, Tensor] | None = None,
+    alpha: bool = False,
+    bands: Bands = (),
 ) -> Compared:
     """Measure one or more reconstructions of the same images: PSNR, SSIM, MS-SSIM and LPIPS of each image.
 
@@ -207,9 +210,16 @@ def compare(
             clamping), as some published protocols do.
         pixels: uint8 images by kind, and those of the inputs as "input", where they follow another rule than
             `to_uint8`.
+        alpha: The fourth channel is alpha and the others are composites, as `images.visible` returns them: `psnr_alpha`
+            is measured besides, and all else of the composites.
+        bands: Groups of channels; LPIPS is the mean over them, and there are no features. () takes whole images.
     """
     kinds = list(reconstructions)
     pixels = pixels or {"input": to_uint8(inputs)} | {kind: to_uint8(reconstructions[kind]) for kind in kinds}
+    opacity = {kind: values[:, 3:] for kind, values in pixels.items()}
+    if alpha:
+        inputs, reconstructions = inputs[:, :3], {kind: reconstructions[kind][:, :3] for kind in kinds}
+        pixels = {kind: values[:, :3] for kind, values in pixels.items()}
     metrics: dict[str, dict[str, Tensor]] = {}
     for kind in kinds:
         a, b = pixels["input"], pixels[kind]
@@ -218,15 +228,23 @@ def compare(
         else:  # as torchmetrics with data_range=(-1, 1): clamped, not shifted
             similarity, multi_scale = similarities(inputs.clamp(-1, 1), reconstructions[kind].clamp(-1, 1), 2.0)
         metrics[kind] = {"psnr": psnr(a, b), "ssim": similarity, "ms_ssim": multi_scale}
+        if alpha:
+            metrics[kind]["psnr_alpha"] = psnr(opacity["input"], opacity[kind])
     images = [inputs, *reconstructions.values()]
     if rounded:
         images = [pixels[kind].float() / 127.5 - 1 for kind in ("input", *kinds)]
     features: dict[Net, list[Tensor]] = {}
     for net, distance in lpips.items():
-        if inputs.shape[1] in (1, 3) and min(inputs.shape[-2:]) >= TRUNKS[net].min_px:
+        if (bands or inputs.shape[1] in (1, 3)) and min(inputs.shape[-2:]) >= TRUNKS[net].min_px:
             # an ambient autocast is for training; measurements are float32
             with torch.autocast(inputs.device.type, enabled=False):
-                distances, features[net] = distance.compare(images[0].float(), [x.float() for x in images[1:]])
+                first, *others = (x.float() for x in images)
+                if bands:
+                    groups = [[x[:, list(group)] for x in (first, *others)] for group in bands]
+                    found = [distance.compare(one, rest)[0] for one, *rest in groups]
+                    distances = [torch.stack(values).mean(0) for values in zip(*found, strict=True)]
+                else:
+                    distances, features[net] = distance.compare(first, others)
         else:
             distances = [torch.full((len(inputs),), math.nan)] * len(kinds)
         for kind, values in zip(kinds, distances, strict=True):
@@ -255,6 +273,9 @@ class ReconstructionMetrics:
         lpips_nets: LPIPS networks to load, "vgg" and "alex"; may be empty.
         lpips: Loaded networks by name, in place of `lpips_nets`.
         frechet_from: Smallest number of images for which the Fréchet distance is computed.
+        background: Images of four channels are RGBA and are compared over this colour, 0 to 255, and `psnr_alpha` is
+            measured besides; None compares their channels as they are.
+        bands: Groups of channels over which LPIPS is a mean; () takes whole images.
 
     Raises:
         UserError: If the weights of an LPIPS network are not available.
@@ -267,8 +288,10 @@ class ReconstructionMetrics:
         *,
         lpips: Mapping[Net, LPIPS] | None = None,
         frechet_from: int = 2,
+        background: tuple[int, int, int] | None = None,
+        bands: Bands = (),
     ):
-        self.frechet_from = frechet_from
+        self.frechet_from, self.background, self.bands = frechet_from, background, bands
         self.device = torch.device(device)
         self.lpips = dict(lpips) if lpips is not None else {net: LPIPS(net).to(self.device) for net in lpips_nets}
         self._rows: dict[int, Row] = {}
@@ -284,7 +307,10 @@ class ReconstructionMetrics:
             reconstructions: Like `inputs`.
         """
         inputs, reconstructions = inputs.to(self.device), reconstructions.to(self.device)
-        compared = compare(inputs, {"": reconstructions}, self.lpips)
+        alpha = self.background is not None and inputs.shape[1] == 4
+        if self.background is not None and alpha:
+            inputs, reconstructions = visible(inputs, self.background), visible(reconstructions, self.background)
+        compared = compare(inputs, {"": reconstructions}, self.lpips, alpha=alpha, bands=self.bands)
         columns = json_columns(compared.metrics[""])
         features = {net: [part.cpu() for part in both] for net, both in compared.features.items()}
         channels, height, width = inputs.shape[1:]
@@ -367,8 +393,9 @@ def bootstrap_interval(values: Sequence[float], seed: int = 0) -> list[float]:
 
 def missing_reason(key: str, row: Mapping[str, Any]) -> str:
     """Return in words why the image of a row has no value of the metric `key`."""
-    if key.startswith("lpips_") and row["channels"] not in (1, 3):
-        return f"LPIPS is defined for 1 or 3 channels and they have {row['channels']}"
+    alpha = any(name.endswith("psnr_alpha") for name in row)
+    if key.startswith("lpips_") and row["channels"] not in (1, 3) and not alpha:
+        return f"LPIPS is defined for 1 or 3 channels and they have {row['channels']}: bands=[[0,1,2]] names a group"
     least = {"ssim": SSIM_WINDOW_PX, "ms_ssim": MS_SSIM_MIN_PX}.get(key, 1)
     if key.startswith("lpips_"):
         least = {f"lpips_{net}": trunk.min_px for net, trunk in TRUNKS.items()}[key]

@@ -188,9 +188,7 @@ class ModelSettings(Settings):
             yield from self._linear_problems(wrong)
 
     def _linear_problems(self, wrong: list[int]) -> Iterator[Problem]:
-        if self.in_channels not in (1, 3):
-            yield Problem("init", f"linear needs 1 or 3 image channels, not {self.in_channels}: set model.init=default")
-        elif self.latent_channels < self.in_channels:
+        if self.latent_channels < self.in_channels:
             yield Problem(
                 "init", f"linear needs model.latent_channels >= {self.in_channels}, or set model.init=default"
             )

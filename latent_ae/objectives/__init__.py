@@ -3,6 +3,8 @@
 from typing import Any
 
 from latent_ae.objectives.alignment import Alignment
+from latent_ae.objectives.alpha import Alpha
+from latent_ae.objectives.bands import BandViews
 from latent_ae.objectives.base import Objective
 from latent_ae.objectives.channel_masking import ChannelMasking
 from latent_ae.objectives.code_averages import CodeAverages
@@ -26,6 +28,8 @@ OBJECTIVES: tuple[type[Objective[Any]], ...] = (
     ChannelMasking,
     Equivariance,
     Reconstruction,
+    Alpha,
+    BandViews,
     ConvNeXtLoss,
     DinoLoss,
     FSQ,

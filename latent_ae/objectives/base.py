@@ -16,6 +16,7 @@ if TYPE_CHECKING:  # brings diffusers
 
 S = TypeVar("S", bound=Settings)
 Transform = Callable[[Tensor], Tensor]
+Views = Callable[[Tensor], list[Tensor]]
 ADAPTIVE_EPS = 1e-4
 """Latent diffusion's value; it is added to the norm of the adversarial gradient, whose units are the same here."""
 
@@ -59,6 +60,11 @@ class RunFacts(NamedTuple):
         return "data.buckets" if len(self.crop_sizes) > 1 else "data.resolution"
 
 
+def unchanged(images: Tensor) -> list[Tensor]:
+    """Return images as their only view."""
+    return [images]
+
+
 class Batch(NamedTuple):
     """One micro-batch on the device."""
 
@@ -80,6 +86,10 @@ class Batch(NamedTuple):
     """How latents are replaced by codes, if there is a codebook."""
     second: Transform | None = None
     """Applied to the latent as it is decoded; the result is decoded, too, in the same forward pass."""
+    compared: Views = unchanged
+    """What pixel losses compare in place of images, (N, C, H, W): other images of the same samples, one loss each."""
+    seen: Views = unchanged
+    """What frozen networks see of them: (N, 1 or 3, H, W) images, one loss each."""
     full_size: int = 0
     """Number of elements (C x H x W) of one image as loaded."""
 
@@ -389,6 +399,19 @@ class Objective(nn.Module, Generic[S]):
 
     def refuse_another(self, facts: Mapping[str, Any]) -> None:
         """Raise UserError if the facts of the checkpoint from which a run resumes belong to a different objective."""
+
+
+def mean_over_views(views: Views, loss: Callable[[Tensor, Tensor], Tensor], image: Tensor, target: Tensor) -> Tensor:
+    """Return the mean over views of a loss.
+
+    Args:
+        views: `Batch.compared` or `Batch.seen`.
+        loss: Compares a view of the images with one of the targets.
+        image: (N, C, H, W), reconstructions.
+        target: (N, C, H, W), the images that they should be.
+    """
+    losses = [loss(one, other) for one, other in zip(views(image), views(target), strict=True)]
+    return losses[0] if len(losses) == 1 else torch.stack(losses).mean(0)
 
 
 class GradientBalance(nn.Module):

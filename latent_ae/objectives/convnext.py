@@ -1,15 +1,17 @@
 """The perceptual loss by the logits of a frozen ConvNeXt classifier (TA-TiTok, Kim et al. 2025)."""
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from latent_ae.config import Problem, Settings, Weight
 from latent_ae.models.settings import ModelFacts
-from latent_ae.objectives.base import Objective, Pass, RunFacts
+from latent_ae.objectives.bands import unseen
+from latent_ae.objectives.base import Objective, Pass, RunFacts, mean_over_views
 from latent_ae.pretrained.frozen import folder_problems
 
 if TYPE_CHECKING:
@@ -58,8 +60,7 @@ class ConvNeXtLoss(Objective[ConvNeXtSettings]):
             yield from folder_problems(key, place)
         elif place is not None and not Path(place).expanduser().is_file():
             yield Problem(key, f"no such file or folder: {place} (from {Path.cwd()})")
-        if model is not None and model.channels not in (1, 3):
-            yield Problem("loss.convnext", f"sees 1 or 3 channels, {model.name} has {model.channels}: set it to 0")
+        yield from unseen("loss.convnext", "ConvNeXt", run, model)
 
     @classmethod
     def build(
@@ -75,11 +76,21 @@ class ConvNeXtLoss(Objective[ConvNeXtSettings]):
         return f"ConvNeXt's logits with weight {own.convnext:g}"
 
     def backward(self, p: Pass) -> None:
-        with p.autocast():
-            with torch.no_grad():
-                target = self.network(p.batch.target)
-            logits = self.network(p.image)
-        loss = (logits - target).square().mean()
+        loss = mean_over_views(p.batch.seen, partial(self.loss, p), p.image, p.batch.target)
         (gradient,) = torch.autograd.grad(loss, p.image)
         p.logs["convnext"] = loss.detach()
         p.send_reconstruction(gradient, self.own.convnext * p.batch.area)
+
+    def loss(self, p: Pass, image: Tensor, target: Tensor) -> Tensor:
+        """Return the mean squared difference of logits.
+
+        Args:
+            p: The pass.
+            image: (N, 1 or 3, H, W), reconstructions.
+            target: (N, 1 or 3, H, W), the images that they should be.
+        """
+        with p.autocast():
+            with torch.no_grad():
+                expected = self.network(target)
+            logits = self.network(image)
+        return (logits - expected).square().mean()

@@ -1,6 +1,7 @@
 """The perceptual loss by the patch features of a frozen vision transformer (P-DINO, Ma et al. 2026)."""
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -8,7 +9,8 @@ from torch import Tensor, nn
 
 from latent_ae.config import Positive, Problem, Settings, Weight
 from latent_ae.models.settings import ModelFacts
-from latent_ae.objectives.base import Objective, Pass, RunFacts
+from latent_ae.objectives.bands import unseen
+from latent_ae.objectives.base import Objective, Pass, RunFacts, mean_over_views
 from latent_ae.pretrained.frozen import folder_problems
 from latent_ae.pretrained.vision import VisionModel
 
@@ -57,8 +59,7 @@ class DinoLoss(Objective[DinoSettings]):
             yield Problem(key, "loss.dino needs a folder with a vision transformer (docs/weights.md): give it")
         else:
             yield from folder_problems(key, own.dino_model)
-        if model is not None and model.channels not in (1, 3):
-            yield Problem("loss.dino", f"sees 1 or 3 channels, {model.name} has {model.channels}: set it to 0")
+        yield from unseen("loss.dino", "a vision model", run, model)
 
     @classmethod
     def build(cls, own: DinoSettings, run: RunFacts, autoencoder: nn.Module, device: torch.device) -> "DinoLoss":
@@ -70,14 +71,24 @@ class DinoLoss(Objective[DinoSettings]):
         return f"features of {own.dino_model} with weight {own.dino:g}"
 
     def backward(self, p: Pass) -> None:
-        with p.autocast():
-            with torch.no_grad():
-                target = self.vision(p.batch.target, self.vision.grid)
-            features = self.vision(p.image, self.vision.grid)
-        loss = dino_loss(features, target)
+        loss = mean_over_views(p.batch.seen, partial(self.loss, p), p.image, p.batch.target)
         (gradient,) = torch.autograd.grad(loss, p.image)
         p.logs["dino"] = loss.detach()
         p.send_reconstruction(gradient, self.own.dino * p.batch.area)
+
+    def loss(self, p: Pass, image: Tensor, target: Tensor) -> Tensor:
+        """Return `dino_loss` of the features.
+
+        Args:
+            p: The pass.
+            image: (N, 1 or 3, H, W), reconstructions.
+            target: (N, 1 or 3, H, W), the images that they should be.
+        """
+        with p.autocast():
+            with torch.no_grad():
+                expected = self.vision(target, self.vision.grid)
+            features = self.vision(image, self.vision.grid)
+        return dino_loss(features, expected)
 
 
 def dino_loss(features: Tensor, target: Tensor) -> Tensor:

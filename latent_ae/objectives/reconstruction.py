@@ -14,7 +14,8 @@ from latent_ae.config import FIXED, Positive, Problem, Settings, Weight, fixed_w
 from latent_ae.data.rng import downsampling_number
 from latent_ae.models.likelihood import LIKELIHOODS, Likelihood, log_likelihood
 from latent_ae.models.settings import ModelFacts
-from latent_ae.objectives.base import Batch, Objective, Pass, RunFacts
+from latent_ae.objectives.bands import unseen
+from latent_ae.objectives.base import Batch, Objective, Pass, RunFacts, mean_over_views
 from latent_ae.pretrained.lpips import LPIPS, TRUNKS
 
 PixelLoss = Literal["l1", "l2", "charbonnier"]
@@ -90,10 +91,17 @@ class Reconstruction(Objective[ReconstructionSettings]):
         least = TRUNKS[own.perceptual_net].min_px
         if own.perceptual and min(run.resolution, run.validation_px) < least:
             yield Problem("loss.perceptual_net", f"{own.perceptual_net} needs images of at least {least} px for LPIPS")
-        if own.perceptual and model is not None and model.channels not in (1, 3):
+        if own.perceptual:
+            yield from unseen("loss.perceptual", "LPIPS", run, model)
+        elif "bands" in run.enabled and not run.enabled & {"convnext", "dino"}:
             yield Problem(
-                "loss.perceptual",
-                f"LPIPS sees 1 or 3 channels, {model.name} has {model.channels}: set loss.perceptual=0",
+                "loss.bands", "is for loss.perceptual, loss.convnext and loss.dino, which have weight 0: leave it out"
+            )
+        if own.pixel in LIKELIHOODS and "alpha" in run.enabled:
+            yield Problem(
+                "loss.backgrounds",
+                f"compares composites, and loss.pixel {own.pixel} is a likelihood of the channels: use l1, l2 or "
+                "charbonnier",
             )
 
     @classmethod
@@ -164,17 +172,18 @@ class Reconstruction(Objective[ReconstructionSettings]):
                 pixel = -log_likelihood(own.pixel, image, target, known).mean()
                 p.likelihood = own.pixel
             else:
-                pixel = pixel_loss(cast(PixelLoss, own.pixel), image, target)
+                distance = partial(pixel_loss, cast(PixelLoss, own.pixel))
+                pixel = mean_over_views(p.batch.compared, distance, image, target)
             p.logs[own.pixel + ending] = pixel.detach()
             terms.append(own.pixel_weight * pixel)
         if own.perceptual and self.perceptual is not None:
-            rows = every_nth(p.batch, own.perceptual_every)
+            rows, network = every_nth(p.batch, own.perceptual_every), self.perceptual
             # a sum over the chosen rows, scaled as if all rows had been computed: its mean over the global batch
             # is the same however the batch is split
             perceptual = image.new_zeros(())
             if range(*rows.indices(len(image))):
                 with p.autocast():
-                    distances = self.perceptual(image[rows], target[rows])
+                    distances = mean_over_views(p.batch.seen, lambda x, y: network(x[rows], y[rows]), image, target)
                 perceptual = distances.sum() * (own.perceptual_every / len(image))
                 terms.append(own.perceptual * perceptual)
             p.logs["lpips" + ending] = perceptual.detach()

@@ -8,18 +8,23 @@ from PIL import Image, ImageDraw, ImageFont
 
 from latent_ae.data.images import to_uint8
 
+SQUARE_PX, GRAY = 8, 204
+"""Side of the squares behind transparent pixels, and the level of the dark ones, as image editors show them."""
+
 
 def to_picture(image: torch.Tensor) -> Image.Image:
     """Return an image as an RGB picture.
 
     Args:
-        image: (C, H, W) in [-1, 1]. 4 channels are RGBA, laid on white; of other numbers the first three or the first
-            are shown.
+        image: (C, H, W) in [-1, 1]. 4 channels are RGBA, laid on a checkerboard of white and gray; of other numbers the
+            first three or the first are shown.
     """
     pixels = to_uint8(image.cpu()).permute(1, 2, 0).contiguous().numpy()
     if pixels.shape[2] == 4:
-        picture = Image.fromarray(pixels)
-        return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
+        rows, columns = (np.arange(side) // SQUARE_PX % 2 for side in pixels.shape[:2])
+        board = np.where(rows[:, None] ^ columns, GRAY, 255).astype(np.uint8)
+        ground = Image.fromarray(board).convert("RGBA")
+        return Image.alpha_composite(ground, Image.fromarray(pixels)).convert("RGB")
     bands = pixels[..., :3] if pixels.shape[2] >= 3 else pixels[..., 0]
     return Image.fromarray(np.ascontiguousarray(bands)).convert("RGB")
 

@@ -486,5 +486,19 @@ def test_picture_grid_places_images_and_labels() -> None:
     # the cell of a small image is enlarged in whole steps; a huge one is bounded
     assert picture_grid([[torch.zeros(3, 32, 32)]]).size == (128 + 12, 128 + 12)
     assert picture_grid([[torch.zeros(2, 2000, 1000)]]).size == (256 + 12, 512 + 12)
-    clear = torch.full((4, 128, 128), -1.0)
-    assert (np.asarray(picture_grid([[clear]])) == 255).all()
+    half = torch.tensor([1.0, -1.0, -1.0, 0.0])[:, None, None].expand(4, 128, 128)
+    seen = np.asarray(picture_grid([[half]]))[6:-6, 6:-6]
+    assert np.abs(seen[0, 0].astype(int) - (255, 127, 127)).max() <= 1  # half of red over white, and over gray
+    assert np.abs(seen[0, 8].astype(int) - (229, 102, 102)).max() <= 1 and (seen[8, 8] == seen[0, 0]).all()
+
+
+def test_a_resized_picture_shows_no_invisible_colour_and_an_array_is_resized_by_channel() -> None:
+    """Visible red beside invisible green: the edge is red that fades out."""
+    rgba = np.zeros((64, 64, 4), dtype=np.uint8)
+    rgba[:, :31], rgba[:, 31:, 1] = (255, 0, 0, 255), 255
+    picture = decode(encode(Image.fromarray(rgba), "PNG"), channels=4)
+    small = crops.resize_shorter(picture[::-1], 20)
+    edge = (small[..., 3] > 0) & (small[..., 3] < 255)
+    assert edge.any() and (small[edge][:, :2] == (255, 0)).all()
+    apart = crops.resize_shorter(rgba[::-1], 20)
+    assert (apart[edge][:, 1] > 0).all() and (apart[..., 3] == small[..., 3]).all()

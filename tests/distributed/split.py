@@ -75,6 +75,7 @@ def cases(place: Path) -> dict[str, Case]:
                 "loss": {
                     **{"convnext": 0.3, "convnext_weights": str(place / "convnext")},
                     **{"dino": 0.7, "dino_model": str(place / "vision"), "dino_px": 8, "scale_consistency": 0.25},
+                    "bands": [[2, 0, 1], [1]],
                 },
                 "gan": {
                     **{**FELT, "discriminator_warmup": 0, "network": "dino", "norm": "instance"},
@@ -83,6 +84,14 @@ def cases(place: Path) -> dict[str, Case]:
             },
         ),
     }
+    found["RGBA"] = Case(
+        2,
+        {
+            "model": {"in_channels": 4, "out_channels": 4},
+            "loss": {**TAUGHT, "backgrounds": ["white", "random", "random"], "alpha": 0.5},
+            "gan": {**FELT, "discriminator_warmup": 0},
+        },
+    )
     found["stored latents"] = Case(
         3,
         {

@@ -41,6 +41,7 @@ NAMES = (
         "AutoencoderTiny, taught",
         "codes",
         "frozen networks",
+        "RGBA",
         "stored latents",
     ),
     *SHAPES,

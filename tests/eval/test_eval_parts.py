@@ -129,7 +129,8 @@ def test_keys_hold_all_that_numbers_depend_on():
     changes = [{"resample": "linear"}, {"rounding": "cut"}, {"extractor": "pytorch-fid"}, {"crop_px": 128}]
     changes += [{"resize_px": 300}, {"background": (0, 0, 0)}]
     references = [reference_key(default.model_copy(update=change), 3, 8, "i") for change in changes]
-    references += [reference_key(default, *words) for words in ((3, 8, "i"), (1, 8, "i"), (3, 8, "j"))]
+    references += [reference_key(default.model_copy(update={"bands": ((0, 1, 2),)}), 4, 8, "i")]
+    references += [reference_key(default, *words) for words in ((4, 8, "i"), (3, 8, "i"), (1, 8, "i"), (3, 8, "j"))]
     assert len({json.dumps(key) for key in references}) == len(references)
     assert reference_key(default, 3, 4, "i") == reference_key(default, 3, 8, "i")  # of a crop the factor does not enter
     assert reference_key(default.model_copy(update={"latents": ("mode",)}), 3, 8, "i") == references[-3]

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import skimage
 import torch
+from PIL import Image
 from scipy.ndimage import gaussian_filter
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torchmetrics.functional.image import (
@@ -243,3 +244,31 @@ def test_one_channel_counts_as_gray_for_lpips():
 
 def test_nothing_measured_is_an_empty_summary():
     assert summarise([]) == {"n": 0}
+
+
+def test_rgba_is_compared_over_the_background_and_alpha_by_itself():
+    """Composites by Pillow; invisible colours, of another image here, do not count."""
+    rng = np.random.default_rng(0)
+    a, b = (rng.integers(0, 256, (40, 40, 4), dtype=np.uint8) for _ in range(2))
+    a[:20, :, 3] = b[:20, :, 3] = 0
+    composites = []
+    for rgba in (a, b):
+        ground = Image.new("RGBA", (40, 40), (30, 200, 90, 255))
+        composites.append(np.asarray(Image.alpha_composite(ground, Image.fromarray(rgba)).convert("RGB")))
+    metrics = ReconstructionMetrics("cpu", (), background=(30, 200, 90))
+    metrics.update([0], ["a"], *(floats(torch.from_numpy(x).permute(2, 0, 1)[None]) for x in (a, b)))
+    (row,) = metrics.rows()
+    expected = peak_signal_noise_ratio(composites[0], composites[1])
+    assert row["psnr"] == pytest.approx(expected, abs=0.05) and expected < 25
+    assert row["psnr_alpha"] == pytest.approx(peak_signal_noise_ratio(a[..., 3], b[..., 3]), abs=1e-6)
+
+
+def test_bands_are_compared_as_they_are_and_by_groups_for_lpips(lpips_vgg):
+    a, b = (torch.cat([x, x[:, 1:].flip(1)], dim=1)[:, :4] for x in pairs())
+    metrics = ReconstructionMetrics("cpu", lpips={"vgg": lpips_vgg}, bands=((3, 1, 0), (2,)))
+    metrics.update(range(4), "abcd", floats(a), floats(b))
+    x, y = a.float() / 127.5 - 1, b.float() / 127.5 - 1
+    expected = (lpips_vgg(x[:, [3, 1, 0]], y[:, [3, 1, 0]]) + lpips_vgg(x[:, [2]], y[:, [2]])) / 2
+    assert [row["lpips_vgg"] for row in metrics.rows()] == pytest.approx(expected.tolist(), abs=1e-6)
+    assert metrics.rows()[2]["psnr"] == pytest.approx(peak_signal_noise_ratio(a[2].numpy(), b[2].numpy()), abs=1e-6)
+    assert "psnr_alpha" not in metrics.rows()[0] and "frechet_vgg16" not in metrics.summary()

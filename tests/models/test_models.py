@@ -141,20 +141,22 @@ def test_stock_diffusers_loads_a_linear_start(tmp_path: Path) -> None:
         assert torch.equal(stock(image).sample, Reconstructor(autoencoder)(image).image)
 
 
-def test_a_linear_start_for_gray_images() -> None:
+@pytest.mark.parametrize(("channels", "latents"), [(1, 4), (4, 7)])
+def test_a_linear_start_for_images_of_other_channels(channels: int, latents: int) -> None:
     settings = ModelSettings(
-        in_channels=1,
-        out_channels=1,
-        block_out_channels=(16, 32),
+        in_channels=channels,
+        out_channels=channels,
+        block_out_channels=(32, 32),
         norm_num_groups=4,
-        latent_channels=4,
+        latent_channels=latents,
         layers_per_block=1,
         init="linear",
     )
     model = Reconstructor(build_autoencoder(settings, sample_size=32)).eval()
-    image = photographs()[0].mean(1, keepdim=True)
+    gray = photographs()[0].mean(1, keepdim=True)
+    image = torch.cat([gray.roll(5 * shift, -1) for shift in range(channels)], dim=1)
     with torch.no_grad():
-        assert psnr(model(image).image, linear_codec(image, 1, 3)) > 35
+        assert psnr(model(image).image, linear_codec(image, 1, 3)) > 50
 
 
 @pytest.mark.parametrize(("levels", "channels"), [(2, 1), (3, 3), (4, 4), (5, 7), (6, 3)])
