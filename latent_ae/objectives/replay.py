@@ -63,5 +63,5 @@ class Replay(nn.Module):
             (N, C, H, W), (N, c, h, w), and (N,) bool.
         """
         filled = min(number, self.size)
-        slots = (drawn * filled).long().clamp(max=filled - 1)
+        slots = (drawn * filled).long()
         return self.images[slots], self.latents[slots], self.present[slots] > 0

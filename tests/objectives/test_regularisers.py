@@ -15,6 +15,7 @@ from latent_ae.objectives.channel_masking import first_channels
 from latent_ae.objectives.equivariance import Change, change_at, scaled_and_turned
 from latent_ae.objectives.kl import kl_loss
 from latent_ae.objectives.latent_noise import noised, with_noise_added
+from latent_ae_train.preflight import dearest_step
 from latent_ae_train.settings import TrainSettings
 from latent_ae_train.step import TrainStep
 from tests.tiny import GAN, LATENT, SIDE, build_step, drawing, global_batch, micro_batches, settings_for
@@ -354,3 +355,8 @@ def test_noise_makes_a_decoder_that_bears_noise() -> None:
 def test_settings_that_do_not_go_together_are_refused(words: list[str], expected: str) -> None:
     with pytest.raises(UserError, match=expected):
         load_settings(TrainSettings, None, words)
+
+
+def test_a_trial_of_the_memory_takes_a_step_on_whole_images() -> None:
+    settings = settings_for(data={"resolution": 64}, latents={"equivariance": 0.5}, steps=40)
+    assert drawn_at(dearest_step(build_step(settings)), settings, 32, 2) is None

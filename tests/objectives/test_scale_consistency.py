@@ -78,6 +78,7 @@ def test_only_scales_that_losses_can_see_are_drawn() -> None:
         ("latents.equivariance=0.5", "downsamples latents, as latents.equivariance does"),
         ("compile=true", "decodes images of other sizes"),
         ("data.resolution=24 validate.crop_px=24", "halves latents of 3 px and images of 24 px, of which"),
+        ("data.resolution=40 validate.crop_px=40", "halves latents of 5 px and images of 40 px, of which"),
     ],
 )
 def test_settings_that_do_not_go_with_it_are_refused(words: str, expected: str) -> None:

@@ -107,7 +107,7 @@ def test_the_estimate_is_that_of_gaussians() -> None:
     settings = settings_for(loss=FACTOR_VAE)
     objective = TotalCorrelation(settings.loss, settings.facts(), judge)
     optimizer = torch.optim.Adam(judge.parameters(), 3e-3, betas=(0.5, 0.9))
-    estimates = []
+    estimates, accuracies = [], []
     for step in range(300):
         a, b = torch.randn(2, 512)
         latent = torch.stack([a, 0.8 * a + 0.6 * b], 1)[:, :, None, None].requires_grad_()
@@ -117,9 +117,16 @@ def test_the_estimate_is_that_of_gaussians() -> None:
         objective.backward(passed)
         means = passed.logs
         estimates.append(float(means["total_correlation"]))
+        accuracies.append(float(means["total_correlation_accuracy"]))
         optimizer.step()
         optimizer.zero_grad()
     assert np.mean(estimates[-100:]) == pytest.approx(-0.5 * math.log(1 - 0.8**2), abs=0.1)
+    # of the best guess, by which density is larger: (1 + the total variation distance) / 2
+    x = np.random.default_rng(0).normal(size=(2, 100_000))
+    a, b = x[0], 0.8 * x[0] + 0.6 * x[1]
+    ratio = np.exp((b**2 - ((b - 0.8 * a) / 0.6) ** 2) / 2) / 0.6  # of the densities of b with and without a
+    best = 0.5 + 0.5 * np.maximum(0, 1 - 1 / ratio).mean()
+    assert np.mean(accuracies[-100:]) == pytest.approx(best, abs=0.02)
 
 
 def test_a_step_that_is_not_finite_leaves_the_discriminator_alone() -> None:

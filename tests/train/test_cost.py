@@ -73,6 +73,18 @@ def test_the_computed_memory_is_what_the_allocator_counts_in_a_step(name: str) -
     assert cost_of(settings).peak(settings.micro_batch) == pytest.approx(measured, rel=0.05)
 
 
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_reserved_memory_is_that_of_the_optimizers_states(kind: str) -> None:
+    settings = settings_for(optim={"kind": kind}, gan=GAN, micro_batch_size=4)
+    step = build_step(settings)
+    reserved = sum(one.nbytes for one in step.optimizers.memory_placeholder())
+    gradients = sum(p.nbytes for network in step.networks for p in network.parameters())  # of the earlier pass
+    step(0, micro_batches(0, settings))
+    states = [state for optimizer in step.optimizers.by_name.values() for state in optimizer.state.values()]
+    kept = sum(one.nbytes for state in states for name, one in state.items() if name != "step")
+    assert reserved == kept + gradients
+
+
 def test_the_arithmetic_is_that_of_the_convolutions() -> None:
     settings = settings_for()  # L1 alone: one forward pass and one backward pass
     macs = []

@@ -398,6 +398,7 @@ def test_no_host_read_in_a_step(lpips_vgg: LPIPS, monkeypatch: pytest.MonkeyPatc
             monkeypatch.setattr(torch.Tensor, name, read)
         means = step(1, iter(batches))
         assert not reads.names
+        assert not any(value.requires_grad for value in means.values())  # logs hold no graph in memory
         float(means["l1"]), means["l1"].cpu()  # both kinds of read are seen
     assert {"cpu", "_local_scalar_dense.default"} <= set(reads.names)
 
@@ -503,3 +504,12 @@ def test_skipped_steps_in_a_row_are_counted_across_readings() -> None:
         if number in (2, 3, 6):
             counts.append(step.skipped_steps())
     assert counts == [([1, 2], 2), ([3], 3), ([5, 6], 2)]
+
+
+def test_new_networks_do_not_depend_on_the_global_random_state() -> None:
+    settings = settings_for(gan=GAN, loss={"total_correlation": 1.0, "total_correlation_width": 8})
+    torch.manual_seed(1)
+    one = build_step(settings)
+    torch.manual_seed(2)
+    for network, other in zip(one.networks, build_step(settings).networks, strict=True):
+        assert not moved(weights(network), weights(other))
