@@ -178,7 +178,9 @@ def _measured(settings: TrainSettings, autoencoder: ModelMixin, gpu: bool, size:
     autoencoder = copy.deepcopy(autoencoder).to("meta")
     batch_size = size * settings.accumulation * settings.processes
     fresh = settings.gan.model_copy(update={"init_from": None})  # in a later phase it is not there yet
-    settings = settings.model_copy(update={"micro_batch_size": size, "batch_size": batch_size, "gan": fresh})
+    optim = settings.optim.model_copy(update={"layerwise": False})  # it looks at data, and needs hardly any memory
+    changes = {"micro_batch_size": size, "batch_size": batch_size, "gan": fresh, "optim": optim}
+    settings = settings.model_copy(update=changes)
     objectives = build_objectives(settings, autoencoder, torch.device("meta"))
     for objective in objectives:
         objective.run = settings.facts(facts_of(autoencoder))

@@ -3,6 +3,7 @@
 import copy
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from latent_ae.models.borrowed_encoder import BorrowedEncoder
 from latent_ae.models.reconstruct import Reconstructor
 from latent_ae.objectives.base import Objective
 
+from .layerwise import Layerwise
 from .muon import Muon, inner_weights
 from .run_config import OptimSettings
 from .settings import TrainSettings
@@ -37,7 +39,9 @@ class Optimizers:
         self.muon = Muon(inner, optim.lr, optim.weight_decay) if inner else None
         taken = {id(parameter) for parameter in inner}
         rest = [p for p in reconstructor.parameters() if p.requires_grad and id(p) not in taken]
-        groups: list[dict[str, Any]] = [{"params": rest, "lr_scale": 1.0}]
+        self.layerwise = Layerwise(reconstructor, settings.data.crop_sizes[0]) if settings.layerwise else None
+        groups: list[dict[str, Any]]
+        groups = self.layerwise.groups(rest) if self.layerwise is not None else [{"params": rest, "lr_scale": 1.0}]
         for objective in objectives:
             if own := list(objective.parameters()):
                 groups.append({"params": own, "lr_scale": objective.lr_scale, "weight_decay": 0.0})
@@ -92,10 +96,18 @@ class Optimizers:
             if objective.adversary is not None and objective.trains_adversary(step):
                 family = [self.adversaries[objective.name]], self.adversary_lr * scale
                 families[f"grad_norm_{objective.network_name}"] = family
-        limit = settings.optim.clip or float("inf")
+        limit, own = settings.optim.clip or float("inf"), {id(parameter) for parameter in self.objective_parameters}
         norms = {
             name: nn.utils.clip_grad_norm_(
-                [p for optimizer in optimizers for p in optimizer.param_groups[0]["params"]], limit, foreach=True
+                [
+                    parameter
+                    for optimizer in optimizers
+                    for group in optimizer.param_groups
+                    for parameter in group["params"]
+                    if id(parameter) not in own
+                ],
+                limit,
+                foreach=True,
             )
             for name, (optimizers, _) in families.items()
         }
@@ -108,7 +120,9 @@ class Optimizers:
                 for group in optimizer.param_groups:
                     group["lr"] = lr * group.get("lr_scale", 1.0)
                 optimizer.found_inf = bad.float()  # what a GradScaler sets; the kernels then skip their update
-                optimizer.step()
+                layerwise = self.layerwise if optimizer is self.autoencoder else None
+                with layerwise.centred() if layerwise is not None else nullcontext():
+                    optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
         return norms, bad
 

@@ -161,6 +161,12 @@ class TrainSettings(Settings):
         return self.train if isinstance(self.train, str) else f"[{', '.join(self.train)}]"
 
     @property
+    def layerwise(self) -> bool:
+        """Whether AdamW's steps are made independent of the width."""
+        given, fresh = self.optim.layerwise, self.init_from is None and self.model.init == "linear"
+        return fresh and self.optim.kind == "adamw" if given is None else given
+
+    @property
     def micro_batch(self) -> int:
         """Samples per process and pass."""
         return micro_batch_of(self.batch_size, self.processes, self.micro_batch_size)
@@ -280,6 +286,7 @@ class TrainSettings(Settings):
     def problems_with(self, model: ModelFacts | None) -> Iterator[Problem]:
         """Yield settings that do not go with each other or with the autoencoder (None: not known yet)."""
         run = self.facts(model)
+        yield from self._layer_problems(model)
         if model is not None:
             sides = [("data.resolution", self.data.resolution), ("validate.crop_px", self.validation.crop_px)]
             sides += [("validate.also_px", side) for side in self.validation.also_px]
@@ -307,6 +314,19 @@ class TrainSettings(Settings):
                 return  # what is trained is not known
         for objective in OBJECTIVES:
             yield from objective.problems(self.section_of(objective), run, model)
+
+    def _layer_problems(self, model: ModelFacts | None) -> Iterator[Problem]:
+        key = "optim.layerwise"
+        if not self.optim.layerwise:
+            return
+        if self.optim.kind != "adamw":
+            yield Problem(key, f"is for adamw, and optim.kind is {self.optim.kind}: leave it out")
+        if self.decoder.latents is not None:
+            yield Problem(
+                key, "looks at what the encoder makes of images, and decoder.latents are stored: leave it out"
+            )
+        if model is not None and model.latent != "posterior":
+            yield Problem(key, f"is for first stages with a Gaussian posterior, unlike {model.name}: leave it out")
 
     def _bucket_problems(self, model: ModelFacts) -> Iterator[Problem]:
         uneven = [one.title for one in self.data.buckets if one.width % model.factor or one.height % model.factor]
