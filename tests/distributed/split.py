@@ -51,7 +51,11 @@ def cases(place: Path) -> dict[str, Case]:
             },
         ),
         "capacity": Case(
-            3, {"loss": {"pixel": "logistic", "scale": 0.3, "learned_logvar": True, "kl": 1.0, "kl_capacity": 3.0}}
+            3,
+            {
+                "loss": {"pixel": "logistic", "scale": 0.3, "learned_logvar": True, "kl": 1.0, "kl_capacity": 3.0},
+                "optim": {"layerwise": True},
+            },
         ),
         "buckets": Case(
             3,
