@@ -476,6 +476,22 @@ def where(result: dict[str, Any]) -> str:
 
 
 # by the beginning of a result's name, the longer one first
+def widths_table(result: dict[str, Any]) -> str:
+    """Held-out quality of the averaged weights, and PSNR of the weights themselves, after so many crops."""
+    rows = result["rows"]
+    due = sorted({int(point["crops"]) for points in rows.values() for point in points})
+    lines = [
+        f"`{result['base']}`; {result['held_out_images']} held-out crops of {result['data']}; {where(result)}.",
+        "",
+        f"| PSNR (of the weights, not averaged), LPIPS after so many crops | {' | '.join(f'{one:,}' for one in due)} |",
+        "|---|" + "---:|" * len(due),
+    ]
+    for name, points in rows.items():
+        cells = {int(p["crops"]): f"{p['psnr']:.2f} ({p['psnr_raw']:.2f}), {p['lpips']:.3f}" for p in points}
+        lines.append(f"| {name} | {' | '.join(cells.get(one, '') for one in due)} |")
+    return "\n".join(lines)
+
+
 def step_memory_table(result: dict[str, Any]) -> str:
     """Computed memory of a training step beside what a process took."""
     lines = [f"{where(result)}.", "", "| | computed (MB) | measured (MB) | ratio |", "|---|---:|---:|---:|"]
@@ -514,6 +530,7 @@ MAKERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "tried-fresh": fresh_table,
     "tried-cost": cost_table,
     "tried": tried_table,
+    "widths": widths_table,
     "step-memory": step_memory_table,
     "step": step_table,
     "loader": loader_table,

@@ -22,15 +22,13 @@ from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
-from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
 from latent_ae.models.build import channels_of
 from latent_ae.models.reconstruct import Reconstructor
 
-USUAL_SIZE = 3200.0
-"""A x the number of residual blocks for which the learning rate is used as written: about that of 64 channels in
-sixteen blocks, with which the quickstart's rate was found."""
+USUAL_SIZE = 200.0
+"""A for which the learning rate is used as written: about that of a convolution of 64 channels behind SiLU."""
 
 
 class Layerwise:
@@ -45,10 +43,7 @@ class Layerwise:
         sizes, means = _measured(reconstructor, size_px)
         self.means = {layer: mean for layer, mean in means.items() if layer.weight.requires_grad and _has_bias(layer)}
         """Mean of each input channel by layer, (C,)."""
-        blocks = sum(isinstance(module, ResnetBlock2D) for module in reconstructor.autoencoder.modules())
-        self.scales = {
-            id(layer.weight): _power_of_two(USUAL_SIZE / (max(1, blocks) * size)) for layer, size in sizes.items()
-        }
+        self.scales = {id(layer.weight): _power_of_two(USUAL_SIZE / size) for layer, size in sizes.items()}
         """Factors of the learning rate by the weight's id, at most 1."""
 
     def groups(self, parameters: list[nn.Parameter]) -> list[dict[str, object]]:
