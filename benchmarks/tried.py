@@ -47,7 +47,7 @@ class Group(NamedTuple):
     """Side of the held-out crops."""
 
 
-BASE = "precision=bf16 gan.weight=0"
+BASE = "precision=bf16 gan.weight=0 optim.layerwise=false"
 F8 = "model.block_out_channels=[32,64,64,64] model.latent_channels={}"
 WIDE = (
     "model.block_out_channels=[128,256,512,512] model.layers_per_block=2 model.norm_num_groups=32 "
