@@ -43,7 +43,7 @@ class Layerwise:
         sizes, means = _measured(reconstructor, size_px)
         self.means = {layer: mean for layer, mean in means.items() if layer.weight.requires_grad and _has_bias(layer)}
         """Mean of each input channel by layer, (C,)."""
-        self.scales = {id(layer.weight): _power_of_two(USUAL_SIZE / size) for layer, size in sizes.items()}
+        self.scales = {id(layer.weight): _power_of_two(USUAL_SIZE / max(size, 1.0)) for layer, size in sizes.items()}
         """Factors of the learning rate by the weight's id, at most 1."""
 
     def groups(self, parameters: list[nn.Parameter]) -> list[dict[str, object]]:
@@ -92,10 +92,8 @@ def _measured(
     finally:
         for hook in hooks:
             hook.remove()
-    if (
-        torch.distributed.is_available() and torch.distributed.is_initialized()
-    ):  # all processes must take the same steps, to the last bit
-        for mean in means.values():
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        for mean in means.values():  # all processes must take the same steps, to the last bit
             torch.distributed.broadcast(mean, src=0)
     return sizes, means
 
@@ -112,4 +110,4 @@ def _has_bias(layer: nn.Module) -> bool:
 
 def _power_of_two(scale: float) -> float:
     """Return the nearest power of 2, at most 1: so that rounding does not decide in which group a weight is."""
-    return min(1.0, 2.0 ** round(math.log2(scale)))
+    return 2.0 ** min(0, round(math.log2(scale)))
