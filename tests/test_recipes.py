@@ -327,7 +327,10 @@ def narrow(settings: TrainSettings, folder: Path) -> TrainSettings:
     values = settings.model_dump(mode="json", by_alias=True)
     model = values["model"]
     if settings.model.gives_shape:
-        model |= {"block_out_channels": [width // 16 for width in model["block_out_channels"]], "norm_num_groups": 4}
+        # a linear start needs four channels for each colour, and as many in each group of the norm
+        part, groups = (3 / 32, 3) if settings.model.init == "linear" else (1 / 16, 4)
+        widths = [int(width * part) for width in model["block_out_channels"]]
+        model |= {"block_out_channels": widths, "norm_num_groups": groups}
         factor = settings.model.factor
     else:
         config = model["config"]

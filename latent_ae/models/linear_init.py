@@ -99,7 +99,7 @@ def signals_at(colours: int, widths: Sequence[int], latents: int) -> list[list[s
         return all(len(signals) <= room for signals, room in zip(stages(details), rooms, strict=True))
 
     count = max(0, min(len(words), latents - colours))
-    while not fits(words[:count]):
+    while count and not fits(words[:count]):
         count -= 1
     return stages(words[:count])
 
