@@ -58,7 +58,7 @@ def test_what_a_run_that_goes_on_may_change() -> None:
     fixed_sections = {key for key in keys if key.split(".")[0] in ("codebook", "data", "decoder", "model")}
     assert by_mark["fixed"] == (fixed_sections - {"data.num_workers", "data.max_bad_fraction"}) | {
         *("seed", "batch_size", "precision", "init_from", "train", "validate.images", "validate.crop_px"),
-        *("validate.also_px", "optim.kind"),
+        *("validate.also_px", "optim.kind", "optim.layerwise"),
         *("loss.perceptual_net", "loss.learned_logvar", "loss.total_correlation_width"),
         *("gan.loss", "gan.network", "gan.norm", "gan.channels", "gan.layers", "gan.blur"),
         *("gan.dino_px", "gan.dino_kernel", "gan.conditional", "gan.replay"),
