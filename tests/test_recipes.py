@@ -19,6 +19,8 @@ from tests.tiny_vision import save_vision_model
 PX = 256
 CLAMP_OF_SUMS = pytest.approx(1e4 / (3 * PX * PX), rel=1e-3)
 """Latent diffusion's clamp of 1e4 on a ratio whose numerator is a sum over an image; here it is a mean."""
+EPS_OF_SUMS = pytest.approx(1e-8 / (3 * PX * PX), rel=0.01)
+"""Adam's 1e-8 in trainers whose loss is a sum over an image."""
 IMAGENET = 1_281_167
 
 
@@ -74,6 +76,7 @@ def kl(base_batch: int, channels: int, *multipliers: int) -> dict[str, Any]:
         "model.norm_num_groups": 32,
         "model.mid_block_add_attention": True,
         "loss.kl": 1e-6,
+        "optim.eps": EPS_OF_SUMS,
         "gan.weight": 0.5,
         "gan.start": 50_001,
         "gan.layers": 3,
@@ -90,6 +93,7 @@ def vq(
         "model.config.latent_channels": channels,
         "model.config.num_vq_embeddings": codes,
         "loss.commitment": 1.0,
+        "optim.eps": 1e-8,
         "gan.weight": weight,
         "gan.start": start,
         "gan.layers": layers,
@@ -108,6 +112,8 @@ VA_VAE = {
     "gan.adaptive_cap": CLAMP_OF_SUMS,
     "optim.lr": 1e-4,
     "optim.betas": (0.5, 0.9),
+    "optim.eps": EPS_OF_SUMS,
+    "optim.clip": 0.0,
     **{f"model.{key}": value for key, value in attention(5, 1).items()},
 }
 MARGINS = {"alignment.weight": 0.1, "alignment.cosine_margin": 0.5, "alignment.distance_margin": 0.25}
@@ -117,20 +123,24 @@ DECODER_ONLY = {
     "batch_size": 16 * 12,
     "gan.weight": 0.0,
     "optim.lr": pytest.approx(4.5e-6 * 192),
+    "optim.eps": EPS_OF_SUMS,
 }
 DC_AE = {
     "model.kind": "AutoencoderDC",
     "loss.perceptual": 0.25,
     "loss.pixel": "l1",
     "precision": "bf16",
-    "batch_size": 4 * 24,
+    "optim.clip": 0.0,
 }
 DC_PHASES = [
     DC_AE
     | {
         "train": "all",
+        "steps": epochs(20, 4 * 24),
+        "batch_size": 4 * 24,
         "data.resolution": 256,
         "gan.weight": 0.0,
+        "optim.eps": EPS_OF_SUMS,
         "optim.lr": 6.4e-5,
         "optim.weight_decay": 0.1,
         "optim.betas": (0.9, 0.999),
@@ -138,19 +148,28 @@ DC_PHASES = [
     DC_AE
     | {
         "train": ("encoder.conv_out", "decoder.conv_in"),
+        "steps": epochs(4, 4 * 4),
+        "batch_size": 4 * 4,
         "data.resolution": 512,
         "gan.weight": 0.0,
         "optim.lr": 1.6e-5,
+        "optim.betas": (0.9, 0.999),
         "optim.weight_decay": 1e-3,
+        "optim.eps": pytest.approx(1e-8 / (3 * 512 * 512), rel=0.03),
     },
     DC_AE
     | {
         "train": ("decoder.norm_out", "decoder.conv_out"),
+        "steps": epochs(4, 4 * 24),
+        "batch_size": 4 * 24,
         "data.resolution": 256,
         "gan.weight": 0.5,
         "gan.start": 1,
+        "gan.adaptive_cap": CLAMP_OF_SUMS,
         "optim.lr": 5.4e-5,
         "optim.betas": (0.5, 0.9),
+        "optim.weight_decay": 0.01,  # AdamW's default
+        "optim.eps": EPS_OF_SUMS,
     },
 ]
 DC_32 = {
@@ -196,6 +215,7 @@ PUBLISHED: dict[str, list[dict[str, Any]]] = {
             "latents.equivariance": 0.5,
             "batch_size": 10 * 8 * 2,
             "optim.lr": pytest.approx(4.5e-6 * 160),
+            "optim.eps": EPS_OF_SUMS,
             "gan.start": 0,
             "gan.adaptive_cap": CLAMP_OF_SUMS,
         }
@@ -204,7 +224,8 @@ PUBLISHED: dict[str, list[dict[str, Any]]] = {
     "dc-ae-f64c128": [phase | DC_64 for phase in DC_PHASES],
     "dc-ae-1.5": [phase | DC_64 | {"latents.min_channels": 128 // 8} for phase in DC_PHASES],
     "taming-vqgan": [
-        vq(12, 16384, 256, 0.8, 250_001, 3, 1, 1, 2, 2, 4) | {"data.resize_px": 256, "model.config.vq_embed_dim": 256}
+        vq(12, 16384, 256, 0.8, 250_001, 3, 1, 1, 2, 2, 4)
+        | {"data.resize_px": 256, "data.flip": False, "model.config.vq_embed_dim": 256}
     ],
     "llamagen-vq16": [
         {
@@ -223,6 +244,7 @@ PUBLISHED: dict[str, list[dict[str, Any]]] = {
             "gan.adaptive": False,
             "optim.lr": 1e-4,
             "optim.betas": (0.9, 0.95),
+            "optim.eps": 1e-8,
             "optim.discriminator_betas": (0.9, 0.95),
             "optim.weight_decay": 0.05,
             "optim.clip": 1.0,
@@ -252,6 +274,7 @@ PUBLISHED: dict[str, list[dict[str, Any]]] = {
             "gan.adaptive_cap": 1e4,
             "optim.lr": 2e-4,
             "optim.betas": (0.9, 0.95),
+            "optim.eps": 1e-8,
             "optim.schedule": "cosine",
             "optim.final_lr": 2e-5 / 2e-4,
             "optim.warmup": epochs(1, 512),
@@ -275,6 +298,7 @@ PUBLISHED: dict[str, list[dict[str, Any]]] = {
             "gan.start": 0,
             "optim.lr": 4.5e-5,
             "optim.betas": (0.9, 0.95),
+            "optim.eps": 1e-8,
             "optim.weight_decay": 0.01,
             "optim.warmup": 100,
         }
