@@ -21,6 +21,7 @@ from latent_ae.objectives.class_noise import ClassNoise
 from latent_ae_train.data import drawn_batch
 from tests.runs import differing_tensors
 from tests.tiny import build_step, settings_for
+from tests.tiny_vision import save_vision_model
 
 SIDE = 32
 MEAN, STD = [0.4, 0.5, 0.6], [0.2, 0.3, 0.25]
@@ -129,6 +130,17 @@ def command(encoder: Path, pictures: Path, run: Path, *more: str) -> list[str]:
         *("loss.perceptual=0", "gan.network=patch", "gan.channels=8", "gan.layers=1", "gan.weight=0.5", "gan.start=1"),
         *more,
     ]
+
+
+def test_the_plan_computes_its_memory(
+    encoder: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With its noise, and a discriminator whose frozen network two modules hold."""
+    vision = f"gan.dino_model={save_vision_model(tmp_path / 'vision')}"
+    words = command(encoder, pictures, tmp_path / "run", "model.config.noise_tau=0.8", "gan.network=dino", vision)
+    words = [word for word in words if not word.startswith(("gan.network=patch", "gan.channels", "gan.layers"))]
+    assert main([*words, "gan.dino_px=8", "gan.dino_kernel=5", "--dry-run"]) == 0
+    assert "for a micro-batch of 2" in capsys.readouterr().out
 
 
 def test_a_run_is_exported_for_the_stock_class(
