@@ -129,11 +129,12 @@ Bands = tuple[Annotated[tuple[NonNegative, ...], AfterValidator(_one_or_three)],
 
 # Marks of fields: whether a run that is resumed may change them. A mark also holds for the fields of a section.
 FIXED = Field(json_schema_extra={"on_resume": "fixed"})
-"""May not change: the weights or the order of the samples would no longer fit."""
+"""May not change: the weights, the order of the samples or the meaning of the metrics would no longer fit."""
 FREE = Field(json_schema_extra={"on_resume": "free"})
 """May change, like a field without a mark; for a field in a fixed section."""
 SWITCH = Field(json_schema_extra={"on_resume": "switch"})
-"""May change its value, but may not be turned on or off: a checkpoint either holds its state or does not."""
+"""May change its value, but may not be turned on or off: a checkpoint either holds its state or does not, or metrics
+before and after would mean different things."""
 SILENT = Field(json_schema_extra={"on_resume": "silent"})
 """May change, and the change is not reported."""
 

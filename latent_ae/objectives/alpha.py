@@ -2,13 +2,13 @@
 
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from latent_ae.config import Byte, Problem, Settings, Weight
+from latent_ae.config import SWITCH, Byte, Problem, Settings, Weight
 from latent_ae.data.images import over_background
 from latent_ae.data.rng import background_numbers
 from latent_ae.models.settings import ModelFacts
@@ -21,7 +21,9 @@ LEVELS = {"black": (0, 0, 0), "gray": (128, 128, 128), "white": (255, 255, 255)}
 class AlphaSettings(Settings):
     """Losses of images whose fourth channel is alpha."""
 
-    backgrounds: tuple[Literal["black", "gray", "white", "random"] | tuple[Byte, Byte, Byte], ...] = ()
+    backgrounds: Annotated[
+        tuple[Literal["black", "gray", "white", "random"] | tuple[Byte, Byte, Byte], ...], SWITCH
+    ] = ()
     """Backgrounds over which losses compare images of four channels, RGBA: black, gray, white, [red, green, blue] in 0
     to 255, or random, a colour drawn for each sample; the losses are means over them. [] compares channels as they
     are. [black, white] is a good choice (docs/channels.md)."""

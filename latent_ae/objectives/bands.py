@@ -2,10 +2,11 @@
 
 from collections.abc import Iterator
 from functools import partial
+from typing import Annotated
 
 from torch import Tensor
 
-from latent_ae.config import Bands, Problem, Settings
+from latent_ae.config import FIXED, Bands, Problem, Settings
 from latent_ae.models.settings import ModelFacts
 from latent_ae.objectives.base import Batch, Objective, RunFacts
 
@@ -13,7 +14,7 @@ from latent_ae.objectives.base import Batch, Objective, RunFacts
 class BandSettings(Settings):
     """How frozen networks see images of n channels."""
 
-    bands: Bands = ()
+    bands: Annotated[Bands, FIXED] = ()
     """Groups of one or three channels, counted from 0, as [[2, 1, 0], [3], [4]]: LPIPS, ConvNeXt and DINO compare each
     group as a gray or RGB picture, and their losses are means over groups. [] shows images as they are."""
 
