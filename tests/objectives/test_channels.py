@@ -84,7 +84,6 @@ def test_networks_see_groups_of_bands_and_pixel_losses_all_channels() -> None:
         ("loss.bands=[[0,1]]", "loss.bands: [0, 1] is a group of 2: a network sees one channel or three"),
         ("loss.bands=[[]]", "loss.bands: [] is a group of 0"),
         ("loss.bands=[[0],[3]]", "loss.bands: 3, and the channels of this AutoencoderKL are 0 to 2"),
-        ("loss.bands=[[0]] loss.perceptual=0", "loss.bands: is for loss.perceptual, loss.convnext and loss.dino"),
         (
             "model.in_channels=4 model.out_channels=4 loss.bands=[[0]] loss.backgrounds=[black] loss.pixel=logistic",
             "loss.bands: loss.backgrounds shows composites of RGBA already",
