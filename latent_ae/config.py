@@ -6,6 +6,7 @@ This module imports nothing heavy (torch, diffusers, datasets), so that a wrong 
 import difflib
 import errno
 import os
+import re
 import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -14,7 +15,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 
 from latent_ae.other_names import OTHER_NAMES
 
@@ -118,13 +128,22 @@ Byte = Annotated[int, Field(ge=0, le=255)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
+def _groups(value: Any) -> Any:
+    """Refuse channels that are not in groups once, and not each of them."""
+    if isinstance(value, (list, tuple)) and all(isinstance(group, (list, tuple)) for group in value):
+        return value
+    raise ValueError("is a list of groups, each in brackets of its own, as in [[0,1,2]]")
+
+
 def _one_or_three(group: tuple[int, ...]) -> tuple[int, ...]:
     if len(group) not in (1, 3):
         raise ValueError(f"{list(group)} is a group of {len(group)}: a network sees one channel or three")
     return group
 
 
-Bands = tuple[Annotated[tuple[NonNegative, ...], AfterValidator(_one_or_three)], ...]
+Bands = Annotated[
+    tuple[Annotated[tuple[NonNegative, ...], AfterValidator(_one_or_three)], ...], BeforeValidator(_groups)
+]
 """Groups of one or three channels, which networks of gray and RGB images see in turn."""
 
 # Marks of fields: whether a run that is resumed may change them. A mark also holds for the fields of a section.
@@ -223,11 +242,17 @@ def _checked(cls: type[S], values: dict[str, Any], problems: list[Problem], wher
     if settings is not None:
         # relations are checked after wrong keys fell back to their defaults, so that one wrong key does not
         # hide another; problems of a wrong key itself are not reported twice
-        broken = {problem.key for problem in invalid}
-        problems += [problem for problem in settings.problems() if problem.key not in broken]
+        problems += [problem for problem in settings.problems() if not rests_on(problem, invalid)]
     refuse(problems, where)
     assert settings is not None
     return settings
+
+
+def rests_on(problem: Problem, invalid: Iterable[Problem]) -> bool:
+    """Return whether a relation is about a key with a wrong value: only the default that stands in may break it."""
+    keys = {one.key for one in invalid}
+    named = {word.rstrip(".") for word in re.findall(r"[\w.]+", problem.message) if "." in word}
+    return problem.key in keys or bool(keys & named)
 
 
 def refuse(problems: Iterable[Problem], where: str = "") -> None:
