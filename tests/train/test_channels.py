@@ -102,9 +102,12 @@ def test_five_bands_are_trained_with_lpips_of_groups(channels: Path, tmp_path: P
     assert all(line["lpips"] > 0 for line in log if line["event"] == "train")
     assert AutoencoderKL.from_pretrained(run / "export").config.in_channels == 5
     assert results["held_out"]["after"]["lpips_vgg"] > 0
-    measured = ReconSettings(bands=((4,),), lpips=(), frechet=(), resize_px=None, crop_px=None, limit=2, num_workers=0)
+    small = {"resize_px": None, "crop_px": 12, "limit": 2, "num_workers": 0}
+    measured = ReconSettings(bands=((4,),), lpips=("vgg",), frechet=("vgg16",), **small)
     result = evaluate_reconstruction(run, channels / "bands", measured, out=tmp_path / "out")
     assert result["protocol"]["bands"] == [[4]]  # results of other groups are not compared with it
+    assert result["notes"][0].startswith("mode_lpips_vgg: 2 of 2 images left out, a side is shorter than ")
+    assert "frechet_vgg16: vgg16 sees one picture of an image, and bands makes groups" in result["notes"][1]
     for path in (run / "previews/step-00000002.png", tmp_path / "out/pairs.png"):
         picture = np.asarray(Image.open(path))  # the first group is a single band
         assert (picture.max(2) == picture.min(2)).all() and picture.std() > 10, path
