@@ -215,6 +215,8 @@ def copy_with(folder: Path, place: Path, changes: dict[str, Any]) -> Path:
         ("loss.dino=1", "loss.dino_model: loss.dino needs a folder"),
         ("loss.dino=1 loss.dino_model=/nowhere", "loss.dino_model: no such folder: /nowhere"),
         ("loss.dino_model=/nowhere", "loss.dino_model: is used by loss.dino, whose weight is 0"),
+        ("loss.dino_px=64", "loss.dino_px: is used by loss.dino, whose weight is 0"),
+        ("codebook.entropy_temperature=1", "codebook.entropy_temperature: is used by codebook.entropy, whose weight"),
         ("loss.convnext=1 model.in_channels=4 model.out_channels=4", "loss.convnext: ConvNeXt sees 1 or 3 channels"),
         ("loss.pixel_weight=0 loss.perceptual=0", "loss: pixel_weight and perceptual are both 0"),
     ],
