@@ -250,7 +250,7 @@ def _checked(cls: type[S], values: dict[str, Any], problems: list[Problem], wher
 
 def rests_on(problem: Problem, invalid: Iterable[Problem]) -> bool:
     """Return whether a relation is about a key with a wrong value: only the default that stands in may break it."""
-    keys = {one.key for one in invalid}
+    keys = {one.key.partition("[")[0] for one in invalid}
     named = {word.rstrip(".") for word in re.findall(r"[\w.]+", problem.message) if "." in word}
     return problem.key in keys or bool(keys & named)
 
@@ -387,10 +387,9 @@ def validated(cls: type[S], values: dict[str, Any]) -> tuple[S | None, list[Prob
     except ValidationError as error:
         problems = []
         for detail in error.errors():
-            # a list's index is part of the location; the setting is what the user can name
-            path = [str(part) for part in detail["loc"] if isinstance(part, str) and part in _key_words(cls, values)]
-            problems.append(Problem(".".join(path), _explain(cls, path, detail)))
-            _drop(values, path)
+            place = _place(cls, detail["loc"])
+            problems.append(Problem(place.shown, _explain(place, detail)))
+            _drop(values, place.setting)
         unique = list({(problem.key, problem.message): problem for problem in problems}.values())
         try:
             return cls.model_validate(values), unique
@@ -398,17 +397,38 @@ def validated(cls: type[S], values: dict[str, Any]) -> tuple[S | None, list[Prob
             return None, unique
 
 
-def _key_words(cls: type[Settings], values: Any) -> set[str]:
-    words = {part for key in all_keys(cls) for part in key.split(".")}
+class _Place(typing.NamedTuple):
+    """Where a wrong value is."""
 
-    def walk(node: Any) -> None:
-        if isinstance(node, dict):
-            for key, inner in node.items():
-                words.add(str(key))
-                walk(inner)
+    setting: list[str]
+    """Keys of the setting that is wrong, or that holds the list with the wrong section."""
+    shown: str
+    """All keys, with the index of a section in a list."""
+    owner: type[Settings]
+    """The settings, or the class of the sections in a list."""
+    path: list[str]
+    """Keys in the owner."""
 
-    walk(values)
-    return words
+
+def _place(cls: type[Settings], location: Sequence[int | str]) -> _Place:
+    """Return the place of pydantic's location, which also names the members of unions and counts values in lists."""
+    place = _Place([], "", cls, [])
+    inside: Any = cls
+    for part in location:
+        if isinstance(part, str) and _is_section(inside):
+            path, shown = [*place.path, part], f"{place.shown}.{part}".removeprefix(".")
+            place = place._replace(setting=path if place.owner is cls else place.setting, shown=shown, path=path)
+            keys = {key_of(inside, name): field.annotation for name, field in inside.model_fields.items()}
+            inside = keys.get(part)
+        elif isinstance(part, int) and typing.get_origin(inside) is tuple:
+            inside = typing.get_args(inside)[0]
+            if _is_section(inside):
+                place = place._replace(shown=f"{place.shown}[{part}]", owner=inside, path=[])
+    return place
+
+
+def _is_section(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, Settings)
 
 
 def _drop(values: Any, path: list[str]) -> None:
@@ -419,17 +439,21 @@ def _drop(values: Any, path: list[str]) -> None:
             del values[key]
 
 
-def _explain(cls: type[Settings], path: list[str], detail: Any) -> str:
+def _explain(place: _Place, detail: Any) -> str:
     if detail["type"] == "extra_forbidden":
-        inner, path = detail["input"], list(path)
+        inner, path = detail["input"], list(place.path)
         while isinstance(inner, dict) and len(inner) == 1:  # the innermost key of an unknown section says most
             ((name, inner),) = inner.items()
             path.append(str(name))
-        hint = hint_for(cls, path)
+        hint = hint_for(place.owner, path)
         return "no such setting" + (f"; {hint}" if hint else "")
     if detail["type"] == "missing":
-        return "has too few values"
+        return "is missing: give it" if isinstance(detail["loc"][-1], str) else "has too few values"
     message = str(detail["msg"]).removeprefix("Value error, ")
+    if detail["type"] == "tuple_type":
+        message = "a list in brackets is expected, as in [a, b]"
+    elif detail["type"] in ("dict_type", "model_type"):
+        message = "a section of keys and values is expected, as in {key: value}"
     given = detail.get("input")
     shown = "" if isinstance(given, (dict, Settings)) or "yes/no" in message else f" (given: {given!r})"
     return message[:1].lower() + message[1:] + shown
