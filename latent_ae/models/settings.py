@@ -155,8 +155,8 @@ class ModelSettings(Settings):
         if self.kind == "HierarchicalVAE":  # takes images of one size only, and its latents are 1 x 1
             side, channels = self.config.get("sample_size", resolution), self.config.get("in_channels", 3)
             if isinstance(side, int) and side > 0 and isinstance(channels, int):
-                keys = ("model.config.in_channels",)
-                return ModelFacts(name, "hierarchy", side, channels, 0, side, ("all",), channel_keys=keys)
+                own = ("model.config.in_channels",)
+                return ModelFacts(name, "hierarchy", side, channels, 0, side, ("all",), channel_keys=own)
         return None
 
     @property
