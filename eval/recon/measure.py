@@ -47,7 +47,7 @@ from latent_ae_eval.recon.pictures import chosen_rows, reconstructed, shown_grou
 from latent_ae_eval.recon.report import ERROR_GAIN, panels, write_recon_report
 from latent_ae_eval.recon.settings import ReconSettings
 from latent_ae_eval.recon.shard import BASELINE, Measurer, inception_network
-from latent_ae_eval.recon.summary import collect, distances, means
+from latent_ae_eval.recon.summary import collect, distances, means, unseen_reason
 from latent_ae_eval.storage import ReferenceCache, WorkFolder, shard_size
 
 
@@ -197,7 +197,7 @@ def _result(
     metrics: dict[str, dict[str, Any]] = {}
     intervals: dict[str, dict[str, Any]] = {}
     for kind in measurer.kinds:
-        metrics[kind], intervals[kind] = means(table, kind, notes.append, settings.seed)
+        metrics[kind], intervals[kind] = means(table, kind, notes.append, settings.seed, settings.bands)
         for network in settings.frechet:
             names: tuple[str, str | None] = (f"frechet_{network}", None)
             if network == "inception":
@@ -206,6 +206,9 @@ def _result(
                     continue
                 own = f"inception_{inception.sha256[:8]}"
                 names = ("fid", "kid") if inception.is_published else (f"frechet_{own}", f"kernel_{own}")
+            if reason := unseen_reason(network, images.channels, settings.bands):
+                notes.append(f"{names[0]}: {reason}")
+                continue
             values, widths = distances(files, kind, network, names, notes.append)
             metrics[kind] |= values
             intervals[kind] |= widths

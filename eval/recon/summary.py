@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from latent_ae.config import Bands
 from latent_ae.data.rng import spread
 from latent_ae.metrics.distances import (
     GROUPS,
@@ -60,7 +61,9 @@ def collect(work: WorkFolder, numbers: Iterable[int]) -> tuple[pa.Table, list[st
     return pa.concat_tables(tables, promote_options="permissive") if tables else pa.table({}), sorted(skipped), files
 
 
-def means(table: pa.Table, kind: str, note: Note, seed: int) -> tuple[dict[str, Any], dict[str, list[float]]]:
+def means(
+    table: pa.Table, kind: str, note: Note, seed: int, bands: Bands = ()
+) -> tuple[dict[str, Any], dict[str, list[float]]]:
     """Return each metric's mean over the images that have it, and its 95 % bootstrap interval.
 
     Args:
@@ -68,6 +71,7 @@ def means(table: pa.Table, kind: str, note: Note, seed: int) -> tuple[dict[str, 
         kind: The kind of reconstruction, prefix of the columns.
         note: Is called with a sentence on images that lack a metric.
         seed: Seed of the bootstrap.
+        bands: Groups of channels over which LPIPS is a mean; () took whole images.
 
     Returns:
         `n` and the means (None if no image has the metric), and [low, high] by metric.
@@ -88,7 +92,7 @@ def means(table: pa.Table, kind: str, note: Note, seed: int) -> tuple[dict[str, 
             intervals[key] = bootstrap_interval(column[known], seed)
         if not known.all():
             row = table.slice(int(np.argmin(known)), 1).to_pylist()[0]
-            note(f"{name}: {(~known).sum()} of {len(known)} images left out, {missing_reason(key, row)}")
+            note(f"{name}: {(~known).sum()} of {len(known)} images left out, {missing_reason(key, row, bands)}")
     return summary, intervals
 
 
@@ -136,6 +140,21 @@ def kernel(a: FeatureFile, b: FeatureFile) -> tuple[float, list[float] | None]:
         return value, None
     rows = spread(0, a.count, WHOLE_SET)
     return value, jackknife_interval(value, mmd_without_groups(a.rows(rows), b.rows(rows), GROUPS))
+
+
+def unseen_reason(network: str, channels: int, bands: Bands) -> str:
+    """Return in words why a network of the setting `frechet` sees none of the images, or an empty text if it does.
+
+    Args:
+        network: The network.
+        channels: Channels of the images.
+        bands: Groups of channels over which LPIPS is a mean; () takes whole images, and four channels for RGBA.
+    """
+    if bands and (network != "inception" or channels not in (1, 3)):
+        return f"{network} sees one picture of an image, and bands makes groups of its channels"
+    if channels not in (1, 3, 4):
+        return f"{network} sees 1 or 3 channels, and the images have {channels}"
+    return ""
 
 
 def distances(

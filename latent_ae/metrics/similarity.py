@@ -340,7 +340,7 @@ class ReconstructionMetrics:
             `n` (images), the mean of each metric over the images that have it, `frechet_vgg16` and `frechet_alexnet`
             where there are enough images, and `notes` about images that lack a metric.
         """
-        summary = summarise(self.rows())
+        summary = summarise(self.rows(), bands=self.bands)
         for net in self.lpips:
             pairs = [self._features[index].get(net) for index in sorted(self._features)]
             features = np.array([pair for pair in pairs if pair is not None and np.isfinite(pair).all()])
@@ -354,12 +354,13 @@ def json_columns(columns: Mapping[str, Tensor]) -> dict[str, list[float | None]]
     return {key: [v if math.isfinite(v) else None for v in column.tolist()] for key, column in columns.items()}
 
 
-def summarise(rows: Sequence[Mapping[str, Any]], prefix: str = "") -> dict[str, Any]:
+def summarise(rows: Sequence[Mapping[str, Any]], prefix: str = "", bands: Bands = ()) -> dict[str, Any]:
     """Return `n` and the mean of each metric over rows, JSON-ready; a metric that no row has is None.
 
     Args:
         rows: One mapping per image, as `ReconstructionMetrics.rows` returns them.
         prefix: What precedes each metric's name in the keys of the rows.
+        bands: Groups of channels over which LPIPS is a mean; () took whole images.
 
     Returns:
         Means by metric, and `notes` about images that lack one.
@@ -376,7 +377,9 @@ def summarise(rows: Sequence[Mapping[str, Any]], prefix: str = "") -> dict[str, 
             summary[key] = math.fsum(values) / len(values) if values else None
         lacking = [row for row, value in column if value is None]
         if lacking:
-            notes.append(f"{key}: {len(lacking)} of {len(rows)} images left out, {missing_reason(key, lacking[0])}")
+            notes.append(
+                f"{key}: {len(lacking)} of {len(rows)} images left out, {missing_reason(key, lacking[0], bands)}"
+            )
     return summary | ({"notes": notes} if notes else {})
 
 
@@ -391,10 +394,10 @@ def bootstrap_interval(values: Sequence[float], seed: int = 0) -> list[float]:
     return [float(low), float(high)]
 
 
-def missing_reason(key: str, row: Mapping[str, Any]) -> str:
-    """Return in words why the image of a row has no value of the metric `key`."""
+def missing_reason(key: str, row: Mapping[str, Any], bands: Bands = ()) -> str:
+    """Return in words why the image of a row has no value of the metric `key`, measured over groups `bands`."""
     alpha = any(name.endswith("psnr_alpha") for name in row)
-    if key.startswith("lpips_") and row["channels"] not in (1, 3) and not alpha:
+    if key.startswith("lpips_") and row["channels"] not in (1, 3) and not alpha and not bands:
         return f"LPIPS is defined for 1 or 3 channels and they have {row['channels']}: bands=[[0,1,2]] names a group"
     least = {"ssim": SSIM_WINDOW_PX, "ms_ssim": MS_SSIM_MIN_PX}.get(key, 1)
     if key.startswith("lpips_"):
