@@ -6,6 +6,7 @@ This module imports nothing heavy (torch, diffusers, datasets), so that a wrong 
 import difflib
 import errno
 import os
+import re
 import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -14,7 +15,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 
 from latent_ae.other_names import OTHER_NAMES
 
@@ -118,22 +128,32 @@ Byte = Annotated[int, Field(ge=0, le=255)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
+def _groups(value: Any) -> Any:
+    """Refuse channels that are not in groups once, and not each of them."""
+    if isinstance(value, (list, tuple)) and all(isinstance(group, (list, tuple)) for group in value):
+        return value
+    raise ValueError("is a list of groups, each in brackets of its own, as in [[0,1,2]]")
+
+
 def _one_or_three(group: tuple[int, ...]) -> tuple[int, ...]:
     if len(group) not in (1, 3):
         raise ValueError(f"{list(group)} is a group of {len(group)}: a network sees one channel or three")
     return group
 
 
-Bands = tuple[Annotated[tuple[NonNegative, ...], AfterValidator(_one_or_three)], ...]
+Bands = Annotated[
+    tuple[Annotated[tuple[NonNegative, ...], AfterValidator(_one_or_three)], ...], BeforeValidator(_groups)
+]
 """Groups of one or three channels, which networks of gray and RGB images see in turn."""
 
 # Marks of fields: whether a run that is resumed may change them. A mark also holds for the fields of a section.
 FIXED = Field(json_schema_extra={"on_resume": "fixed"})
-"""May not change: the weights or the order of the samples would no longer fit."""
+"""May not change: the weights, the order of the samples or the meaning of the metrics would no longer fit."""
 FREE = Field(json_schema_extra={"on_resume": "free"})
 """May change, like a field without a mark; for a field in a fixed section."""
 SWITCH = Field(json_schema_extra={"on_resume": "switch"})
-"""May change its value, but may not be turned on or off: a checkpoint either holds its state or does not."""
+"""May change its value, but may not be turned on or off: a checkpoint either holds its state or does not, or metrics
+before and after would mean different things."""
 SILENT = Field(json_schema_extra={"on_resume": "silent"})
 """May change, and the change is not reported."""
 
@@ -222,11 +242,17 @@ def _checked(cls: type[S], values: dict[str, Any], problems: list[Problem], wher
     if settings is not None:
         # relations are checked after wrong keys fell back to their defaults, so that one wrong key does not
         # hide another; problems of a wrong key itself are not reported twice
-        broken = {problem.key for problem in invalid}
-        problems += [problem for problem in settings.problems() if problem.key not in broken]
+        problems += [problem for problem in settings.problems() if not rests_on(problem, invalid)]
     refuse(problems, where)
     assert settings is not None
     return settings
+
+
+def rests_on(problem: Problem, invalid: Iterable[Problem]) -> bool:
+    """Return whether a relation is about a key with a wrong value: only the default that stands in may break it."""
+    keys = {one.key.partition("[")[0] for one in invalid}
+    named = {word.rstrip(".") for word in re.findall(r"[\w.]+", problem.message) if "." in word}
+    return problem.key in keys or bool(keys & named)
 
 
 def refuse(problems: Iterable[Problem], where: str = "") -> None:
@@ -361,10 +387,9 @@ def validated(cls: type[S], values: dict[str, Any]) -> tuple[S | None, list[Prob
     except ValidationError as error:
         problems = []
         for detail in error.errors():
-            # a list's index is part of the location; the setting is what the user can name
-            path = [str(part) for part in detail["loc"] if isinstance(part, str) and part in _key_words(cls, values)]
-            problems.append(Problem(".".join(path), _explain(cls, path, detail)))
-            _drop(values, path)
+            place = _place(cls, detail["loc"])
+            problems.append(Problem(place.shown, _explain(place, detail)))
+            _drop(values, place.setting)
         unique = list({(problem.key, problem.message): problem for problem in problems}.values())
         try:
             return cls.model_validate(values), unique
@@ -372,17 +397,38 @@ def validated(cls: type[S], values: dict[str, Any]) -> tuple[S | None, list[Prob
             return None, unique
 
 
-def _key_words(cls: type[Settings], values: Any) -> set[str]:
-    words = {part for key in all_keys(cls) for part in key.split(".")}
+class _Place(typing.NamedTuple):
+    """Where a wrong value is."""
 
-    def walk(node: Any) -> None:
-        if isinstance(node, dict):
-            for key, inner in node.items():
-                words.add(str(key))
-                walk(inner)
+    setting: list[str]
+    """Keys of the setting that is wrong, or that holds the list with the wrong section."""
+    shown: str
+    """All keys, with the index of a section in a list."""
+    owner: type[Settings]
+    """The settings, or the class of the sections in a list."""
+    path: list[str]
+    """Keys in the owner."""
 
-    walk(values)
-    return words
+
+def _place(cls: type[Settings], location: Sequence[int | str]) -> _Place:
+    """Return the place of pydantic's location, which also names the members of unions and counts values in lists."""
+    place = _Place([], "", cls, [])
+    inside: Any = cls
+    for part in location:
+        if isinstance(part, str) and _is_section(inside):
+            path, shown = [*place.path, part], f"{place.shown}.{part}".removeprefix(".")
+            place = place._replace(setting=path if place.owner is cls else place.setting, shown=shown, path=path)
+            keys = {key_of(inside, name): field.annotation for name, field in inside.model_fields.items()}
+            inside = keys.get(part)
+        elif isinstance(part, int) and typing.get_origin(inside) is tuple:
+            inside = typing.get_args(inside)[0]
+            if _is_section(inside):
+                place = place._replace(shown=f"{place.shown}[{part}]", owner=inside, path=[])
+    return place
+
+
+def _is_section(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, Settings)
 
 
 def _drop(values: Any, path: list[str]) -> None:
@@ -393,17 +439,21 @@ def _drop(values: Any, path: list[str]) -> None:
             del values[key]
 
 
-def _explain(cls: type[Settings], path: list[str], detail: Any) -> str:
+def _explain(place: _Place, detail: Any) -> str:
     if detail["type"] == "extra_forbidden":
-        inner, path = detail["input"], list(path)
+        inner, path = detail["input"], list(place.path)
         while isinstance(inner, dict) and len(inner) == 1:  # the innermost key of an unknown section says most
             ((name, inner),) = inner.items()
             path.append(str(name))
-        hint = hint_for(cls, path)
+        hint = hint_for(place.owner, path)
         return "no such setting" + (f"; {hint}" if hint else "")
     if detail["type"] == "missing":
-        return "has too few values"
+        return "is missing: give it" if isinstance(detail["loc"][-1], str) else "has too few values"
     message = str(detail["msg"]).removeprefix("Value error, ")
+    if detail["type"] == "tuple_type":
+        message = "a list in brackets is expected, as in [a, b]"
+    elif detail["type"] in ("dict_type", "model_type"):
+        message = "a section of keys and values is expected, as in {key: value}"
     given = detail.get("input")
     shown = "" if isinstance(given, (dict, Settings)) or "yes/no" in message else f" (given: {given!r})"
     return message[:1].lower() + message[1:] + shown

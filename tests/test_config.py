@@ -80,6 +80,8 @@ def message(*words: str, source: str | None = None) -> str:
         ("data.resolution=16 loss.perceptual_net=alex", "loss.perceptual_net: alex needs images of at least 31 px"),
         ("seed=99999999999999999999999999", "seed: input should be less than"),
         ("data.background=[1,2]", "data.background: has too few values"),
+        ("data.scale=0.5", "data.scale: a list in brackets is expected"),
+        ("model=3", "model: a section of keys and values is expected, as in {key: value}"),
     ],
 )
 def test_each_mistake_has_its_message(word: str, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from diffusers import ModelMixin
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -222,16 +222,21 @@ def _measured(settings: TrainSettings, autoencoder: ModelMixin, gpu: bool, size:
 def without_data_(module: nn.Module) -> None:
     """Replace all parameters and buffers by tensors of the same shapes, in place, inside a FakeTensorMode.
 
-    Networks that its modules hold without registering them (frozen ones, adversaries) are included.
+    Networks and tensors that its modules hold without registering them (frozen ones, adversaries) are included.
     """
+    tensors = [*module.parameters(), *module.buffers()]
+    if tensors and all(isinstance(one, FakeTensor) for one in tensors):  # two modules can hold the same one
+        return
     trained = {name: one.requires_grad for name, one in module.named_parameters()}
     module.to_empty(device="cpu")
     for name, one in module.named_parameters():
         one.requires_grad_(trained[name])
     for part in module.modules():
-        for held in vars(part).values():
+        for name, held in list(vars(part).items()):
             if isinstance(held, nn.Module):
                 without_data_(held)
+            elif isinstance(held, Tensor) and held.is_meta:
+                setattr(part, name, torch.empty_like(held, device="cpu"))
 
 
 class Allocations(TorchDispatchMode):

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from latent_ae.config import Problem, UserError, validated
+from latent_ae.config import Problem, UserError, rests_on, validated
 from latent_ae.objectives.gan import shape_of
 
 if TYPE_CHECKING:
@@ -134,10 +134,11 @@ def phase_problems(settings: "TrainSettings") -> Iterator[Problem]:
         own, invalid = validated(type(settings), _values_of(settings, entry, number))
         problems = list(invalid)
         if own is not None:
-            broken = {problem.key for problem in invalid}
             # a later phase has an init_from, and its shape is that of the phase before
             settled = {"decoder", "model"} if number > 1 else set()
-            problems += [problem for problem in own.problems() if problem.key not in broken | settled]
+            problems += [
+                problem for problem in own.problems() if problem.key not in settled and not rests_on(problem, invalid)
+            ]
             if first is not None and own.model != first.model:
                 yield Problem(f"{prefix}.model", "the shape stays that of the first phase: leave it out")
             first = first or own

@@ -266,6 +266,10 @@ class TrainSettings(Settings):
             return
         yield from super().problems()
         yield from self._decoder_problems()
+        sides = self.validation_sides
+        if twice := next((side for side in sides if sides.count(side) > 1), None):
+            first = f" ({'validate.crop_px' if self.validation.crop_px else 'data.resolution'} is measured, too)"
+            yield Problem("validate.also_px", f"{twice} is given twice{first * (twice == sides[0])}: give it once")
         yield from self._batch_problems()
         yield from self._shape_problems()
         yield from self._path_problems()

@@ -102,7 +102,7 @@ def facts_of(autoencoder: ModelMixin, name: str | None = None) -> ModelFacts:
 
     Args:
         autoencoder: An instance of one of FAMILIES.
-        name: What messages call it; None takes its class.
+        name: What messages call it if it is an existing first stage; None takes its class.
     """
     family = family_of(autoencoder)
     names = {
@@ -118,6 +118,8 @@ def facts_of(autoencoder: ModelMixin, name: str | None = None) -> ModelFacts:
         last_layers[side] = names.get(id(getattr(layers[-1], "weight", None)), "")
     if family.latent == "codebook":
         last_layers["codes"] = "quantize.embedding.weight"
+    section = "model" if type(autoencoder) is AutoencoderKL else "model.config"
+    keys = [key for key in ("in_channels", "out_channels") if name is None and key in autoencoder.config]
     return ModelFacts(
         name or f"this {type(autoencoder).__name__}",
         family.latent,
@@ -129,6 +131,7 @@ def facts_of(autoencoder: ModelMixin, name: str | None = None) -> ModelFacts:
         tuple(names.values()),
         last_layers,
         family.codes(autoencoder.config) if family.latent == "codebook" else None,
+        tuple(f"{section}.{key}" for key in keys),
     )
 
 

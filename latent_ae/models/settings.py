@@ -72,6 +72,8 @@ class ModelFacts(NamedTuple):
     the `codes` of a codebook; empty if they are known only once the autoencoder is built."""
     codes: int | None = None
     """Number of codes of a codebook."""
+    channel_keys: tuple[str, ...] = ()
+    """Settings that give the number of `channels`; empty for an existing first stage, which keeps its own."""
 
     @property
     def random(self) -> bool:
@@ -147,11 +149,14 @@ class ModelSettings(Settings):
         """
         name = f"this {self.kind}"
         if self.gives_shape:
-            return ModelFacts(name, "posterior", self.factor, self.in_channels, self.latent_channels)
+            keys = ("model.in_channels", "model.out_channels")
+            shape = (self.factor, self.in_channels, self.latent_channels)
+            return ModelFacts(name, "posterior", *shape, channel_keys=keys)
         if self.kind == "HierarchicalVAE":  # takes images of one size only, and its latents are 1 x 1
             side, channels = self.config.get("sample_size", resolution), self.config.get("in_channels", 3)
             if isinstance(side, int) and side > 0 and isinstance(channels, int):
-                return ModelFacts(name, "hierarchy", side, channels, 0, side, ("all",))
+                own = ("model.config.in_channels",)
+                return ModelFacts(name, "hierarchy", side, channels, 0, side, ("all",), channel_keys=own)
         return None
 
     @property

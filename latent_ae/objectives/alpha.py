@@ -2,13 +2,14 @@
 
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
+from pydantic import BeforeValidator
 from torch import Tensor
 
-from latent_ae.config import Byte, Problem, Settings, Weight
+from latent_ae.config import SWITCH, Byte, Problem, Settings, Weight
 from latent_ae.data.images import over_background
 from latent_ae.data.rng import background_numbers
 from latent_ae.models.settings import ModelFacts
@@ -18,13 +19,32 @@ LEVELS = {"black": (0, 0, 0), "gray": (128, 128, 128), "white": (255, 255, 255)}
 """Backgrounds that have a name."""
 
 
+def _known(value: Any) -> Any:
+    levels = isinstance(value, (list, tuple)) and len(value) == 3
+    if value not in (*LEVELS, "random") and not (levels and all(type(x) is int and 0 <= x <= 255 for x in value)):
+        raise ValueError("give black, gray, white, random or [red, green, blue] in 0 to 255")
+    return value
+
+
+def _one_or_several(value: Any) -> Any:
+    """Return a list of backgrounds, also of one that is written without a list."""
+    if isinstance(value, str):
+        return (value,)
+    if isinstance(value, (list, tuple)) and value and all(isinstance(level, (int, float)) for level in value):
+        return (value,)
+    return value
+
+
+Background = Annotated[Literal["black", "gray", "white", "random"] | tuple[Byte, Byte, Byte], BeforeValidator(_known)]
+
+
 class AlphaSettings(Settings):
     """Losses of images whose fourth channel is alpha."""
 
-    backgrounds: tuple[Literal["black", "gray", "white", "random"] | tuple[Byte, Byte, Byte], ...] = ()
+    backgrounds: Annotated[tuple[Background, ...], BeforeValidator(_one_or_several), SWITCH] = ()
     """Backgrounds over which losses compare images of four channels, RGBA: black, gray, white, [red, green, blue] in 0
-    to 255, or random, a colour drawn for each sample; the losses are means over them. [] compares channels as they
-    are. [black, white] is a good choice (docs/channels.md)."""
+    to 255, or random, a colour drawn for each sample; the losses are means over them. One needs no list around it.
+    [] compares channels as they are. [black, white] is a good choice (docs/channels.md)."""
     alpha: Weight = 0.0
     """Weight of the mean absolute error of alpha itself, beside loss.backgrounds."""
 
@@ -52,10 +72,11 @@ class Alpha(Objective[AlphaSettings]):
         if own.alpha and not own.backgrounds:
             yield Problem("loss.alpha", "is for RGBA images over loss.backgrounds: give them, such as [black, white]")
         if own.backgrounds and model is not None and model.channels != 4:
+            keys = " ".join(f"{key}=4" for key in model.channel_keys)
+            cure = f"set {keys}" if keys else "start from a first stage of four"
             yield Problem(
                 "loss.backgrounds",
-                f"is for images of four channels, RGBA, and {model.name} has {model.channels}: leave it out, or set "
-                "model.in_channels=4 model.out_channels=4",
+                f"is for images of four channels, RGBA, and {model.name} has {model.channels}: leave it out, or {cure}",
             )
 
     @classmethod

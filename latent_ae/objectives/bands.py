@@ -2,24 +2,26 @@
 
 from collections.abc import Iterator
 from functools import partial
+from typing import Annotated
 
 from torch import Tensor
 
-from latent_ae.config import Bands, Problem, Settings
+from latent_ae.config import FIXED, Bands, Problem, Settings
 from latent_ae.models.settings import ModelFacts
 from latent_ae.objectives.base import Batch, Objective, RunFacts
 
 
 class BandSettings(Settings):
-    """How frozen networks see images of n channels."""
+    """How frozen networks and previews see images of n channels."""
 
-    bands: Bands = ()
+    bands: Annotated[Bands, FIXED] = ()
     """Groups of one or three channels, counted from 0, as [[2, 1, 0], [3], [4]]: LPIPS, ConvNeXt and DINO compare each
-    group as a gray or RGB picture, and their losses are means over groups. [] shows images as they are."""
+    group as a gray or RGB picture, and their losses are means over groups. Previews show the first group, also where
+    these losses are off. [] shows images as they are, and previews take four channels for RGBA."""
 
 
 class BandViews(Objective[BandSettings]):
-    """Shows groups of one or three channels to frozen networks; pixel losses compare all channels."""
+    """Shows groups of one or three channels to frozen networks and in previews; pixel losses compare all channels."""
 
     name, section, docs = "bands", "loss", "docs/channels.md"
     plan_line = "losses"
@@ -42,7 +44,7 @@ class BandViews(Objective[BandSettings]):
     @classmethod
     def describe(cls, own: BandSettings, run: RunFacts) -> str:
         groups = " and ".join(f"[{', '.join(map(str, group))}]" for group in own.bands)
-        return f"networks see the channels {groups}"
+        return f"the channels {groups} as pictures"
 
     def prepare(self, batch: Batch, step: int) -> Batch:
         return batch._replace(seen=partial(groups_of, bands=self.own.bands))

@@ -59,6 +59,10 @@ class CodeEntropy(Objective[CodeEntropySettings]):
     def problems(cls, own: CodeEntropySettings, run: RunFacts, model: ModelFacts | None) -> Iterator[Problem]:
         if own.entropy:
             yield from codebook_problems("codebook.entropy", "0", run, model, moves_codes=False)
+        elif own.entropy_temperature != CodeEntropySettings().entropy_temperature:
+            yield Problem(
+                "codebook.entropy_temperature", "is used by codebook.entropy, whose weight is 0: give it a weight"
+            )
 
     @classmethod
     def build(

@@ -54,6 +54,8 @@ class DinoLoss(Objective[DinoSettings]):
         if not own.dino:
             if own.dino_model is not None:
                 yield Problem(key, "is used by loss.dino, whose weight is 0: give it a weight")
+            if own.dino_px != DinoSettings().dino_px:
+                yield Problem("loss.dino_px", "is used by loss.dino, whose weight is 0: give it a weight")
             return
         if own.dino_model is None:
             yield Problem(key, "loss.dino needs a folder with a vision transformer (docs/weights.md): give it")

@@ -93,10 +93,6 @@ class Reconstruction(Objective[ReconstructionSettings]):
             yield Problem("loss.perceptual_net", f"{own.perceptual_net} needs images of at least {least} px for LPIPS")
         if own.perceptual:
             yield from unseen("loss.perceptual", "LPIPS", run, model)
-        elif "bands" in run.enabled and not run.enabled & {"convnext", "dino"}:
-            yield Problem(
-                "loss.bands", "is for loss.perceptual, loss.convnext and loss.dino, which have weight 0: leave it out"
-            )
         if own.pixel in LIKELIHOODS and "alpha" in run.enabled:
             yield Problem(
                 "loss.backgrounds",

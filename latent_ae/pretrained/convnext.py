@@ -43,7 +43,7 @@ class ConvNeXtLogits(FrozenNetwork):
         else:
             path = Path(weights).expanduser()
         if path.is_dir():
-            super().__init__(*read_folder(path, setting, "ConvNextForImageClassification", complete=True))
+            super().__init__(*read_folder(path, setting, "ConvNextForImageClassification"))
         else:
             super().__init__(_of_torchvision(path, setting), IMAGENET_MEAN, IMAGENET_STD)
         try:

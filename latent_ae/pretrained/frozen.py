@@ -70,7 +70,7 @@ def folder_problems(key: str, folder: str) -> Iterator[Problem]:
 
 
 def read_folder(
-    folder: str | Path, setting: str, kind: str = "AutoModel", *, complete: bool = False, **options: Any
+    folder: str | Path, setting: str, kind: str = "AutoModel", *, spare: Sequence[str] = (), **options: Any
 ) -> tuple[Any, Tensor, Tensor]:
     """Return a network that transformers loads from a local folder, and the mean and standard deviation of its images.
 
@@ -80,11 +80,12 @@ def read_folder(
         folder: A folder with the model's config, safetensors weights and preprocessor_config.json.
         setting: The setting that names it, for messages.
         kind: Name of a class of transformers.
-        complete: Refuse a folder that lacks some of the network's weights, which transformers would draw anew.
+        spare: Names of parts whose weights the folder may lack, because their outputs are not used; transformers draws
+            missing weights anew.
         **options: Passed to the class's `from_pretrained`.
 
     Raises:
-        UserError: If transformers is missing, or the folder holds no such model.
+        UserError: If transformers is missing, or the folder holds no such model with all of its weights.
     """
     try:
         import transformers
@@ -92,6 +93,7 @@ def read_folder(
         raise UserError(f"{setting}: {NEEDS_TRANSFORMERS}") from error
     folder = Path(folder).expanduser()
     statistics = []
+    needs = f"{setting}: {folder} needs a preprocessor_config.json with image_mean and image_std"
     try:
         processing = json.loads((folder / "preprocessor_config.json").read_text(encoding="utf-8"))
         for name in ("mean", "std"):
@@ -99,10 +101,12 @@ def read_folder(
             if values.numel() not in (1, 3) or not values.isfinite().all() or (name == "std" and values.min() <= 0):
                 raise ValueError(f"image_{name} is {processing[f'image_{name}']}")
             statistics.append(values)
+    except FileNotFoundError as error:
+        raise UserError(f"{needs}, and there is none: take it from where the model's other files are from") from error
     except Exception as error:  # what a foreign file holds may be of any kind
-        raise UserError(
-            f"{setting}: {folder} needs a preprocessor_config.json with image_mean and image_std: {reason(error)}"
-        ) from error
+        raise UserError(f"{needs}: {reason(error)}") from error
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()  # it warns of missing weights in a table; here they are refused or spare
     try:
         model, loading = getattr(transformers, kind).from_pretrained(
             folder,
@@ -112,10 +116,13 @@ def read_folder(
             output_loading_info=True,
             **options,
         )
-        if complete and (missing := sorted(loading["missing_keys"])):
-            raise ValueError(f"{len(missing)} weights of a {kind} are missing in it, such as {missing[0]}")
+        if missing := sorted(key for key in loading["missing_keys"] if not {*key.split(".")} & {*spare}):
+            name = type(model).__name__
+            raise ValueError(f"{len(missing)} weights of a {name} are missing in it, such as {missing[0]}")
     except Exception as error:  # transformers raises many kinds for a foreign folder
         raise UserError(f"{setting}: transformers cannot load {folder}: {reason(error)}") from error
+    finally:
+        transformers.logging.set_verbosity(verbosity)
     return model, statistics[0], statistics[1]
 
 

@@ -13,6 +13,9 @@ from latent_ae.config import UserError
 from latent_ae.pretrained.frozen import FrozenNetwork, read_folder, reason
 from latent_ae.pretrained.weight_files import tensors_sha256
 
+SPARE = ("pooler", "head", "mask_token")
+"""Parts of vision transformers that do not contribute to patch features; a checkpoint may lack them."""
+
 
 class VisionModel(FrozenNetwork):
     """A frozen model such as DINOv2 that transformers loads (the extra `alignment`); it returns patch features.
@@ -41,7 +44,7 @@ class VisionModel(FrozenNetwork):
         twice_differentiable: bool = False,
     ):
         options: dict[str, Any] = {"attn_implementation": "eager"} if twice_differentiable else {}
-        model, mean, std = read_folder(folder, setting, **options)
+        model, mean, std = read_folder(folder, setting, spare=SPARE, **options)
         super().__init__(model, mean, std)
         folder = Path(folder).expanduser()
         patch = getattr(self.model.config, "patch_size", None)

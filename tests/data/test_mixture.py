@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from latent_ae.__main__ import main
-from latent_ae.config import UserError
+from latent_ae.config import UserError, validated
 from latent_ae.data.held_out import held_out_images
 from latent_ae.data.loader import open_images, training_batches
 from latent_ae.data.mixture import WEIGHTED_EPOCH, Mixture, samples_per_epoch
@@ -147,6 +147,21 @@ def test_an_unreadable_image_is_replaced_by_one_of_its_source(two: list[dict]) -
 def test_what_does_not_go_together_is_refused(values: dict, expected: str) -> None:
     lines = [f"{key}: {text}" for key, text in TrainingData.model_validate(values).problems()]
     assert len(lines) == 1 and lines[0].startswith(expected)
+
+
+@pytest.mark.parametrize(
+    ("part", "expected"),
+    [
+        ({"weight": 1}, "mixture[1].source: is missing: give it"),
+        ({"source": "photos", "weight": 0}, "mixture[1].weight: input should be greater than 0 (given: 0)"),
+        ({"source": "photos", "wieght": 1}, "mixture[1].wieght: no such setting; did you mean weight?"),
+        ("photos", "mixture[1]: a section of keys and values is expected, as in {key: value} (given: 'photos')"),
+    ],
+)
+def test_a_mistake_in_a_source_is_named_by_its_place(part: object, expected: str) -> None:
+    found, problems = validated(TrainingData, {"mixture": [{"source": "photos"}, part]})
+    assert [f"{key}: {text}" for key, text in problems] == [expected]
+    assert found == TrainingData()
 
 
 def test_a_source_that_cannot_be_opened_is_named_by_its_place(two: list[dict], tmp_path: Path) -> None:

@@ -5,6 +5,8 @@ import torch
 from torch import Tensor
 
 from latent_ae.config import UserError, load_settings
+from latent_ae.models.build import facts_of
+from latent_ae_train.build import starting_autoencoder
 from latent_ae_train.settings import TrainSettings
 from tests.distributed.split import Distance
 from tests.tiny import build_step, micro_batches, settings_for
@@ -80,11 +82,9 @@ def test_networks_see_groups_of_bands_and_pixel_losses_all_channels() -> None:
     [
         ("loss.backgrounds=[black]", "loss.backgrounds: is for images of four channels, RGBA, and this AutoencoderKL"),
         ("loss.alpha=1", "loss.alpha: is for RGBA images over loss.backgrounds"),
-        ("loss.backgrounds=[pink]", "loss.backgrounds"),
         ("loss.bands=[[0,1]]", "loss.bands: [0, 1] is a group of 2: a network sees one channel or three"),
         ("loss.bands=[[]]", "loss.bands: [] is a group of 0"),
         ("loss.bands=[[0],[3]]", "loss.bands: 3, and the channels of this AutoencoderKL are 0 to 2"),
-        ("loss.bands=[[0]] loss.perceptual=0", "loss.bands: is for loss.perceptual, loss.convnext and loss.dino"),
         (
             "model.in_channels=4 model.out_channels=4 loss.bands=[[0]] loss.backgrounds=[black] loss.pixel=logistic",
             "loss.bands: loss.backgrounds shows composites of RGBA already",
@@ -99,3 +99,35 @@ def test_settings_that_do_not_go_together_are_refused(words: str, message: str) 
     with pytest.raises(UserError) as error:
         load_settings(TrainSettings, None, words.split())
     assert message in str(error.value), str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("loss.backgrounds=[purple] loss.alpha=1", "loss.backgrounds: give black, gray, white, random or [red, green,"),
+        ("loss.backgrounds=[[300,0,0]] loss.alpha=1", "loss.backgrounds: give black, gray, white, random or [red,"),
+        ("loss.bands=[0,1,2]", "loss.bands: is a list of groups, each in brackets of its own, as in [[0,1,2]]"),
+    ],
+)
+def test_a_mistake_is_told_once_and_nothing_that_follows_from_it(words: str, message: str) -> None:
+    with pytest.raises(UserError) as error:
+        load_settings(TrainSettings, None, [*(f"model.{key}=4" for key in FOUR), *words.split(" ")])
+    assert str(error.value).startswith(f"1 problem in the settings:\n  {message}"), str(error.value)
+    assert len(str(error.value).splitlines()) == 2
+
+
+def test_one_background_needs_no_list() -> None:
+    for word, expected in (("white", "white"), ("[30,200,90]", (30, 200, 90))):
+        words = [*(f"model.{key}=4" for key in FOUR), f"loss.backgrounds={word}"]
+        assert load_settings(TrainSettings, None, words).loss.backgrounds == (expected,)
+
+
+def test_the_cure_for_three_channels_is_one_that_the_class_takes() -> None:
+    autoencoder = starting_autoencoder(load_settings(TrainSettings, "vqgan"))
+    settings = load_settings(TrainSettings, "vqgan", ["loss.backgrounds=[black]"])
+    for name, cure in (
+        (None, "set model.config.in_channels=4 model.config.out_channels=4"),
+        ("runs/old", "start from a first stage of four"),
+    ):
+        problems = [one for one in settings.problems_with(facts_of(autoencoder, name)) if one.key == "loss.backgrounds"]
+        assert [one.message.rpartition(", or ")[2] for one in problems] == [cure]

@@ -167,7 +167,7 @@ def test_what_cannot_serve_ends_in_one_message(
     )
     refusal(headless, r"transformers cannot load .*: 2 weights of a ConvNextForImageClassification are missing in it")
     (headless / "preprocessor_config.json").unlink()
-    refusal(headless, ".* needs a preprocessor_config.json")
+    refusal(headless, ".* needs a preprocessor_config.json with image_mean and image_std, and there is none: take it")
     other = tmp_path / "other.pth"
     for content in (state, {"state": [1]}):
         torch.save(content, other)
@@ -178,6 +178,25 @@ def test_what_cannot_serve_ends_in_one_message(
     coarse = copy_with(dino, tmp_path / "coarse", {"patch_size": "x"})
     with pytest.raises(UserError, match=r"^loss\.dino_model: "):
         VisionModel(coarse, image_px=DINO_PX, setting="loss.dino_model")
+
+
+def test_a_checkpoint_may_lack_the_pooler_and_no_weights_of_features(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = save_vision_model(tmp_path / "vit", "ViT")
+    state, images = load_file(folder / "model.safetensors"), torch.rand(1, 3, DINO_PX, DINO_PX)
+    features = VisionModel(folder, image_px=DINO_PX).layers(images, [2])[0]
+    for lacking in ("pooler", "layer.1"):
+        kept = {key: value for key, value in state.items() if lacking not in key}
+        assert len(kept) < len(state)
+        save_file(kept, folder / "model.safetensors", {"format": "pt"})
+        capfd.readouterr()
+        if lacking == "pooler":
+            assert torch.equal(VisionModel(folder, image_px=DINO_PX).layers(images, [2])[0], features)
+        else:
+            with pytest.raises(UserError, match=r"^loss\.dino_model: .* weights of a ViTModel are missing in it"):
+                VisionModel(folder, image_px=DINO_PX, setting="loss.dino_model")
+        assert "MISSING" not in "".join(capfd.readouterr())
 
 
 def copy_with(folder: Path, place: Path, changes: dict[str, Any]) -> Path:
@@ -196,6 +215,8 @@ def copy_with(folder: Path, place: Path, changes: dict[str, Any]) -> Path:
         ("loss.dino=1", "loss.dino_model: loss.dino needs a folder"),
         ("loss.dino=1 loss.dino_model=/nowhere", "loss.dino_model: no such folder: /nowhere"),
         ("loss.dino_model=/nowhere", "loss.dino_model: is used by loss.dino, whose weight is 0"),
+        ("loss.dino_px=64", "loss.dino_px: is used by loss.dino, whose weight is 0"),
+        ("codebook.entropy_temperature=1", "codebook.entropy_temperature: is used by codebook.entropy, whose weight"),
         ("loss.convnext=1 model.in_channels=4 model.out_channels=4", "loss.convnext: ConvNeXt sees 1 or 3 channels"),
         ("loss.pixel_weight=0 loss.perceptual=0", "loss: pixel_weight and perceptual are both 0"),
     ],

@@ -52,6 +52,7 @@ def test_what_a_run_that_goes_on_may_change() -> None:
     by_mark = {mark: {key for key in keys if marks[key] == mark} for mark in set(marks.values())}
     assert by_mark["switch"] == {
         *("gan.weight", "ema.decay", "loss.kl_target", "loss.total_correlation"),
+        "loss.backgrounds",  # metrics are of composites with it, and of channels without
         *("alignment.model", "alignment.adaptive", "distillation.teacher"),
     }
     assert by_mark["fixed with learned_logvar"] == {"loss.pixel", "loss.scale"}
@@ -59,7 +60,7 @@ def test_what_a_run_that_goes_on_may_change() -> None:
     assert by_mark["fixed"] == (fixed_sections - {"data.num_workers", "data.max_bad_fraction"}) | {
         *("seed", "batch_size", "precision", "init_from", "train", "validate.images", "validate.crop_px"),
         *("validate.also_px", "optim.kind", "optim.layerwise"),
-        *("loss.perceptual_net", "loss.learned_logvar", "loss.total_correlation_width"),
+        *("loss.perceptual_net", "loss.bands", "loss.learned_logvar", "loss.total_correlation_width"),
         *("gan.loss", "gan.network", "gan.norm", "gan.channels", "gan.layers", "gan.blur"),
         *("gan.dino_px", "gan.dino_kernel", "gan.conditional", "gan.replay"),
     }

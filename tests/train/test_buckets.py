@@ -101,7 +101,12 @@ def test_phases_have_buckets_of_their_own() -> None:
         ({"loss": {"perceptual": 0.0, "kl": 1.0, "kl_capacity": 9.0}}, "loss.kl_capacity: is in nats per image"),
         ({"latents": {"equivariance": 0.5}}, "latents.equivariance: turns images and needs squares"),
         ({"gan": {"layers": 5}}, "gan.layers: 5 need crops of at least 96 px; the shortest side of data.buckets is 48"),
-        ({"validate": {"also_px": [64, 62]}}, "validate.also_px: 62 is not a multiple"),
+        ({"validate": {"also_px": [62]}}, "validate.also_px: 62 is not a multiple"),
+        ({"validate": {"also_px": [128, 128]}}, "validate.also_px: 128 is given twice: give it once"),
+        (
+            {"validate": {"also_px": [64], "crop_px": 64}},
+            "validate.also_px: 64 is given twice (validate.crop_px is measured, too): give it once",
+        ),
     ],
 )
 def test_what_does_not_go_with_buckets_ends_in_one_message(values: dict[str, Any], expected: str) -> None:

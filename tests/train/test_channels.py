@@ -8,15 +8,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from diffusers import AutoencoderKL
 from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio
 
 from latent_ae.__main__ import main
-from latent_ae.config import UserError
+from latent_ae.config import UserError, load_settings
+from latent_ae.data.images import bicubic_down_up
+from latent_ae.data.loader import open_images
 from latent_ae.pretrained.lpips import LPIPS
+from latent_ae.report.pictures import picture_grid
 from latent_ae_eval.recon.measure import evaluate_reconstruction
 from latent_ae_eval.recon.settings import ReconSettings
+from latent_ae_train.settings import TrainSettings
+from latent_ae_train.validate import Validator
 from tests.runs import words
 
 ROOT = Path(__file__).parents[2]
@@ -74,6 +80,18 @@ def test_rgba_is_trained_exported_and_measured_over_a_background(
     assert result["metrics"]["mode"]["psnr_alpha"] == pytest.approx(np.mean(opacity), abs=0.02)
 
 
+def test_previews_show_the_first_group_of_bands_without_any_perceptual_loss(channels: Path, tmp_path: Path) -> None:
+    shape = ["model.in_channels=4", "model.out_channels=4", "data.resolution=64", "loss.perceptual=0"]
+    shape += ["validate.preview_images=2"]
+    settings = load_settings(TrainSettings, None, [*shape, f"data.source={channels / 'rgba'}", "loss.bands=[[3]]"])
+    held_out = open_images(settings.data, "held_out")
+    validator = Validator(settings, Accelerator(cpu=True), held_out, 4, 4, None)
+    validator.measure(lambda images: images, tmp_path / "preview.png")
+    rows = [[image[3:], image[3:], bicubic_down_up(image[None], 4)[0, 3:]] for image in validator.some(2)]
+    labels = ["input", "reconstruction, 100.00 dB", "bicubic /4"]
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "preview.png")), np.asarray(picture_grid(rows, labels)))
+
+
 def test_five_bands_are_trained_with_lpips_of_groups(channels: Path, tmp_path: Path, lpips_vgg: LPIPS) -> None:
     bands = np.load(channels / "bands/000.npy")
     assert bands.dtype == np.uint16 and bands.shape == (64, 64, 5) and bands.std() > 1000
@@ -84,9 +102,12 @@ def test_five_bands_are_trained_with_lpips_of_groups(channels: Path, tmp_path: P
     assert all(line["lpips"] > 0 for line in log if line["event"] == "train")
     assert AutoencoderKL.from_pretrained(run / "export").config.in_channels == 5
     assert results["held_out"]["after"]["lpips_vgg"] > 0
-    measured = ReconSettings(bands=((4,),), lpips=(), frechet=(), resize_px=None, crop_px=None, limit=2, num_workers=0)
+    small = {"resize_px": None, "crop_px": 12, "limit": 2, "num_workers": 0}
+    measured = ReconSettings(bands=((4,),), lpips=("vgg",), frechet=("vgg16",), **small)
     result = evaluate_reconstruction(run, channels / "bands", measured, out=tmp_path / "out")
     assert result["protocol"]["bands"] == [[4]]  # results of other groups are not compared with it
+    assert result["notes"][0].startswith("mode_lpips_vgg: 2 of 2 images left out, a side is shorter than ")
+    assert "frechet_vgg16: vgg16 sees one picture of an image, and bands makes groups" in result["notes"][1]
     for path in (run / "previews/step-00000002.png", tmp_path / "out/pairs.png"):
         picture = np.asarray(Image.open(path))  # the first group is a single band
         assert (picture.max(2) == picture.min(2)).all() and picture.std() > 10, path
