@@ -4,10 +4,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.economy import drawn
-
 
 @pytest.fixture(autouse=True, scope="module")
 def charts_are_drawn() -> Iterator[None]:
+    from tests.economy import drawn
+
     with drawn():
         yield

@@ -1,17 +1,19 @@
-"""What diffusion models and priors learn from here: pictures, a first stage, its latents."""
+"""What diffusion models and priors learn from here: pictures, a first stage, its latents.
+
+The project is imported in the fixtures, because tests/conftest.py must come first (see `tests.distributed.warm`).
+"""
+
+from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from latent_ae.latents.cache import LatentCache, open_latents
-from latent_ae.latents.encode import encode_images
-from latent_ae.models.build import build_autoencoder
-from latent_ae.models.settings import ModelSettings
-from latent_ae_eval.generation.settings import DiffusionSettings
-from tests.eval.generation.small import SMALL
+if TYPE_CHECKING:
+    from latent_ae.latents.cache import LatentCache
 
 
 @pytest.fixture(autouse=True)
@@ -36,6 +38,9 @@ def images(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
     """A first stage that reconstructs without training: the linear start."""
+    from latent_ae.models.build import build_autoencoder
+    from latent_ae.models.settings import ModelSettings
+
     folder = tmp_path_factory.mktemp("model")
     shape = {"block_out_channels": (16, 16), "layers_per_block": 1, "norm_num_groups": 4, "init": "linear"}
     vae = build_autoencoder(ModelSettings(**shape), sample_size=16)
@@ -46,6 +51,11 @@ def model(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def latents(model, images, tmp_path_factory) -> LatentCache:
+    from latent_ae.latents.cache import open_latents
+    from latent_ae.latents.encode import encode_images
+    from latent_ae_eval.generation.settings import DiffusionSettings
+    from tests.eval.generation.small import SMALL
+
     folder = tmp_path_factory.mktemp("latents")
     encode_images(model, images, folder, DiffusionSettings(**SMALL).encoding("train"))
     return open_latents(folder)
