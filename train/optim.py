@@ -46,6 +46,7 @@ class Optimizers:
             if own := list(objective.parameters()):
                 groups.append({"params": own, "lr_scale": objective.lr_scale, "weight_decay": 0.0})
         self.objective_parameters = [parameter for objective in objectives for parameter in objective.parameters()]
+        self.unclipped = {id(parameter) for parameter in self.objective_parameters}
         self.autoencoder = torch.optim.AdamW(
             groups,
             lr=optim.lr,
@@ -96,7 +97,7 @@ class Optimizers:
             if objective.adversary is not None and objective.trains_adversary(step):
                 family = [self.adversaries[objective.name]], self.adversary_lr * scale
                 families[f"grad_norm_{objective.network_name}"] = family
-        limit, own = settings.optim.clip or float("inf"), {id(parameter) for parameter in self.objective_parameters}
+        limit, own = settings.optim.clip or float("inf"), self.unclipped
         norms = {
             name: nn.utils.clip_grad_norm_(
                 [
