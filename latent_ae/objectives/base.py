@@ -414,6 +414,27 @@ def mean_over_views(views: Views, loss: Callable[[Tensor, Tensor], Tensor], imag
     return losses[0] if len(losses) == 1 else torch.stack(losses).mean(0)
 
 
+def loss_of_outputs(
+    p: Pass, network: Callable[[Tensor], Tensor], distance: Callable[[Tensor, Tensor], Tensor]
+) -> Tensor:
+    """Return the mean over `Batch.seen` of a distance between a frozen network's outputs.
+
+    Args:
+        p: The pass, whose reconstructions and targets are compared.
+        network: Takes (N, 1 or 3, H, W).
+        distance: Compares its outputs for reconstructions with those for targets, which have no gradient.
+    """
+
+    def compared(image: Tensor, target: Tensor) -> Tensor:
+        with p.autocast():
+            with torch.no_grad():
+                expected = network(target)
+            outputs = network(image)
+        return distance(outputs, expected)
+
+    return mean_over_views(p.batch.seen, compared, p.image, p.batch.target)
+
+
 class GradientBalance(nn.Module):
     """The adaptive weight of a term: |gradient of the reconstruction| / |gradient of the term| at one layer.
 

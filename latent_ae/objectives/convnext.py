@@ -1,17 +1,16 @@
 """The perceptual loss by the logits of a frozen ConvNeXt classifier (TA-TiTok, Kim et al. 2025)."""
 
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from latent_ae.config import Problem, Settings, Weight
 from latent_ae.models.settings import ModelFacts
 from latent_ae.objectives.bands import unseen
-from latent_ae.objectives.base import Objective, Pass, RunFacts, mean_over_views
+from latent_ae.objectives.base import Objective, Pass, RunFacts, loss_of_outputs
 from latent_ae.pretrained.frozen import folder_problems
 
 if TYPE_CHECKING:
@@ -76,21 +75,7 @@ class ConvNeXtLoss(Objective[ConvNeXtSettings]):
         return f"ConvNeXt's logits with weight {own.convnext:g}"
 
     def backward(self, p: Pass) -> None:
-        loss = mean_over_views(p.batch.seen, partial(self.loss, p), p.image, p.batch.target)
+        loss = loss_of_outputs(p, self.network, lambda outputs, expected: (outputs - expected).square().mean())
         (gradient,) = torch.autograd.grad(loss, p.image)
         p.logs["convnext"] = loss.detach()
         p.send_reconstruction(gradient, self.own.convnext * p.batch.area)
-
-    def loss(self, p: Pass, image: Tensor, target: Tensor) -> Tensor:
-        """Return the mean squared difference of logits.
-
-        Args:
-            p: The pass.
-            image: (N, 1 or 3, H, W), reconstructions.
-            target: (N, 1 or 3, H, W), the images that they should be.
-        """
-        with p.autocast():
-            with torch.no_grad():
-                expected = self.network(target)
-            logits = self.network(image)
-        return (logits - expected).square().mean()

@@ -1,7 +1,6 @@
 """The perceptual loss by the patch features of a frozen vision transformer (P-DINO, Ma et al. 2026)."""
 
 from collections.abc import Iterator
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +9,7 @@ from torch import Tensor, nn
 from latent_ae.config import Positive, Problem, Settings, Weight
 from latent_ae.models.settings import ModelFacts
 from latent_ae.objectives.bands import unseen
-from latent_ae.objectives.base import Objective, Pass, RunFacts, mean_over_views
+from latent_ae.objectives.base import Objective, Pass, RunFacts, loss_of_outputs
 from latent_ae.pretrained.frozen import folder_problems
 from latent_ae.pretrained.vision import VisionModel
 
@@ -73,24 +72,10 @@ class DinoLoss(Objective[DinoSettings]):
         return f"features of {own.dino_model} with weight {own.dino:g}"
 
     def backward(self, p: Pass) -> None:
-        loss = mean_over_views(p.batch.seen, partial(self.loss, p), p.image, p.batch.target)
+        loss = loss_of_outputs(p, lambda images: self.vision(images, self.vision.grid), dino_loss)
         (gradient,) = torch.autograd.grad(loss, p.image)
         p.logs["dino"] = loss.detach()
         p.send_reconstruction(gradient, self.own.dino * p.batch.area)
-
-    def loss(self, p: Pass, image: Tensor, target: Tensor) -> Tensor:
-        """Return `dino_loss` of the features.
-
-        Args:
-            p: The pass.
-            image: (N, 1 or 3, H, W), reconstructions.
-            target: (N, 1 or 3, H, W), the images that they should be.
-        """
-        with p.autocast():
-            with torch.no_grad():
-                expected = self.vision(target, self.vision.grid)
-            features = self.vision(image, self.vision.grid)
-        return dino_loss(features, expected)
 
 
 def dino_loss(features: Tensor, target: Tensor) -> Tensor:
