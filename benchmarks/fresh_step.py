@@ -11,14 +11,16 @@ from latent_ae_train.settings import TrainSettings
 from latent_ae_train.step import TrainStep
 
 
-def fresh_step(settings: TrainSettings, accelerator: Accelerator) -> TrainStep:
-    """The step as `train` builds it."""
+def fresh_step(
+    settings: TrainSettings, accelerator: Accelerator, layout: torch.memory_format | None = None
+) -> TrainStep:
+    """The step as `train` builds it, or with another memory format of the networks."""
     autoencoder = starting_autoencoder(settings).to(accelerator.device)
     objectives = build_objectives(settings, autoencoder, accelerator.device)
     ema = Ema(autoencoder, settings.ema.decay) if settings.ema.decay else None
-    if settings.compile:
+    if settings.facts().compiles_on(accelerator.device):
         compile_blocks(autoencoder)
-    return TrainStep(settings, accelerator, autoencoder, objectives, ema)
+    return TrainStep(settings, accelerator, autoencoder, objectives, ema, layout)
 
 
 def first_batch(step: TrainStep, images: torch.Tensor, noise: torch.Tensor) -> Batch:

@@ -4,8 +4,8 @@
     python -m benchmarks.step --shape sd --batch 2 --rounds 3 --latent-diffusion CHECKOUT --taming CHECKOUT
 
 The baseline is latent-diffusion's own loss module, from checkouts of CompVis/latent-diffusion and
-CompVis/taming-transformers, around the same autoencoder; all others share LPIPS and PatchGAN, too. In one process, in
-turns, medians. Writes benchmarks/results/step-*.json.
+CompVis/taming-transformers, around the same autoencoder; without checkouts it is that module's schedule. All others
+share LPIPS and PatchGAN, too. In one process, in turns, medians. Writes benchmarks/results/step-*.json.
 """
 
 import argparse
@@ -21,9 +21,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.fresh_step import first_batch, fresh_step
 from benchmarks.machine import alternate, matmul_peak, save
 from benchmarks.rivals import (
+    GAN_WEIGHT,
     Networks,
     diffusers_example_step,
     latent_diffusion_checkout_step,
+    latent_diffusion_step,
 )
 from latent_ae.arithmetic import training_memory_format
 from latent_ae.models.build import build_autoencoder, count_parameters
@@ -49,8 +51,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, help="images per update; default: that of the shape")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--compile", action="store_true", help="ours also with torch.compile")
-    parser.add_argument("--latent-diffusion", type=Path, required=True, metavar="CHECKOUT", help="for its loss module")
-    parser.add_argument("--taming", type=Path, required=True, metavar="CHECKOUT", help="which that one imports")
+    parser.add_argument("--latent-diffusion", type=Path, metavar="CHECKOUT", help="for its loss module")
+    parser.add_argument("--taming", type=Path, metavar="CHECKOUT", help="which that one imports")
     arguments = parser.parse_args()
     shape = SHAPES[arguments.shape]
     side, batch = arguments.side or shape.side_px, arguments.batch or shape.batch
@@ -61,10 +63,14 @@ def main() -> None:
     if bf16_is_fast:
         peaks["bf16"] = matmul_peak(torch.bfloat16, device)
     images = torch.rand(batch, 3, side, side, device=device) * 2 - 1
-    nets = rival_networks(shape, torch.float32, device)
-    step = latent_diffusion_checkout_step(nets, arguments.latent_diffusion, arguments.taming, device)
-    calls: dict[str, Callable[[], object]] = {
-        "a  latent-diffusion's own loss, fp32": lambda: step(nets, images),
+    calls: dict[str, Callable[[], object]] = {}
+    if arguments.latent_diffusion is not None:
+        nets = rival_networks(shape, torch.float32, device)
+        step = latent_diffusion_checkout_step(nets, arguments.latent_diffusion, arguments.taming, device)
+        calls["a  latent-diffusion's own loss, fp32"] = lambda: step(nets, images)
+    else:
+        calls["a  latent-diffusion's schedule, fp32"] = rival(shape, latent_diffusion_schedule, images, torch.float32)
+    calls |= {
         "b  diffusers example, fp32": rival(shape, diffusers_example_step, images, torch.float32),
         "c  ours, fp32": ours(shape, images, "fp32"),
     }
@@ -128,6 +134,11 @@ def settings_of(shape: Shape, **more: Any) -> TrainSettings:
 
 def autoencoder_of(shape: Shape) -> Any:
     return build_autoencoder(settings_of(shape).model, sample_size=shape.side_px)
+
+
+def latent_diffusion_schedule(nets: Networks, images: torch.Tensor) -> None:
+    """A step with the adversarial term, and LPIPS on all images."""
+    latent_diffusion_step(nets, images, 1.0, GAN_WEIGHT, 1, slice(None))
 
 
 def rival_networks(shape: Shape, dtype: torch.dtype, device: torch.device) -> Networks:

@@ -40,8 +40,8 @@ def lay_out(network: Network, layout: torch.memory_format) -> Network:
 
 
 @contextmanager
-def float32_arithmetic(*, tf32: bool = False, repeatable: bool = False) -> Iterator[None]:
-    """Set in a `with` block whether float32 convolutions and matrix products on CUDA devices may use TF32.
+def float32_arithmetic(*, tf32: bool = False, repeatable: bool = False, benchmark: bool = False) -> Iterator[None]:
+    """Set in a `with` block how CUDA devices compute float32 convolutions and matrix products.
 
     PyTorch's own default is TF32 (10 bits of mantissa instead of 23) for convolutions and float32 for matrix products.
     The previous settings are restored afterwards. A CPU has no TF32.
@@ -49,6 +49,7 @@ def float32_arithmetic(*, tf32: bool = False, repeatable: bool = False) -> Itera
     Args:
         tf32: Whether both kinds of operations may round their inputs to TF32.
         repeatable: Also restrict cuDNN to algorithms that give the same result every time.
+        benchmark: Let cuDNN try its algorithms on each new shape and keep the fastest, unless `repeatable`.
     """
     cudnn, products = torch.backends.cudnn, torch.backends.cuda.matmul
     precisions = [operation.fp32_precision for operation in _operations()]
@@ -62,8 +63,9 @@ def float32_arithmetic(*, tf32: bool = False, repeatable: bool = False) -> Itera
         cudnn.allow_tf32 = products.allow_tf32 = tf32
     if not tf32:  # "none", which the older flags leave, would follow torch.backends.fp32_precision
         _set_precisions(["ieee"] * len(precisions))
+    cudnn.benchmark = benchmark and not repeatable
     if repeatable:
-        cudnn.deterministic, cudnn.benchmark = True, False
+        cudnn.deterministic = True
     try:
         yield
     finally:

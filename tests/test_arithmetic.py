@@ -135,8 +135,12 @@ class Seen(Exception):
     pass
 
 
+def flags_of_a_run() -> tuple[bool, ...]:
+    return (*tf32_flags(), torch.backends.cudnn.benchmark)
+
+
 @pytest.mark.parametrize("tf32", [False, True])
-def test_a_run_holds_tf32_as_its_setting_says(tf32: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_computes_as_its_settings_say(tf32: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In its validation and its steps, and afterwards the flags are the caller's, although this run ends badly."""
     from latent_ae_train.validate import Validator
 
@@ -144,22 +148,23 @@ def test_a_run_holds_tf32_as_its_setting_says(tf32: bool, tmp_path: Path, monkey
     measure = Validator.measure
 
     def measuring(self: Validator, *words: Any) -> dict[str, Any]:
-        during.append(tf32_flags())
+        during.append(flags_of_a_run())
         return measure(self, *words)
 
     def stepping(self: TrainStep, *_: Any) -> dict[str, Tensor]:
-        during.append(tf32_flags())
+        during.append(flags_of_a_run())
         raise Seen
 
     monkeypatch.setattr(Validator, "measure", measuring)
     monkeypatch.setattr(TrainStep, "__call__", stepping)
-    outside = tf32_flags()
-    settings = settings_for(output_dir=str(tmp_path), tf32=tf32, validate={"images": 1}, data={"num_workers": 0})
+    outside = flags_of_a_run()
+    fast = {"tf32": tf32, "cudnn_benchmark": tf32}
+    settings = settings_for(output_dir=str(tmp_path), **fast, validate={"images": 1}, data={"num_workers": 0})
     with pytest.raises(Seen):
         train(settings)
     assert len(during) == 3, "the baseline, the model as it starts, and a step"
     assert {flag for flags in during for flag in flags} == {tf32}
-    assert tf32_flags() == outside
+    assert flags_of_a_run() == outside
 
 
 @pytest.mark.parametrize("network", ["autoencoder", "discriminator"])

@@ -329,6 +329,16 @@ def test_a_recipe_has_the_published_values(name: str) -> None:
             assert value_of(phase.settings, key) == value, (phase.title, key)
 
 
+def test_full_size_recipes_compile_on_gpus_only() -> None:
+    """All whose class and losses allow it."""
+    not_compiled = {"eq-vae", "rae-dinov2-b"}  # images of changing size; no blocks that are known here
+    texts = {name: file.read_text() for folder in recipe_folders().values() for name, file in folder.items()}
+    compiled = {name for name, text in texts.items() if "\ncompile: cuda\n" in text}
+    assert compiled == texts.keys() - recipe_folders()["small"].keys() - not_compiled
+    facts = TrainSettings.load("sd-vae").facts()
+    assert facts.compiles_on(torch.device("cuda", 1)) and not facts.compiles_on(torch.device("cpu"))
+
+
 @pytest.mark.parametrize("name", FULL_SIZE)
 def test_a_narrow_copy_makes_two_steps(name: str, lpips_vgg: LPIPS, tmp_path: Path) -> None:
     whole = TrainSettings.load(name, *FOLDER.get(name, []))

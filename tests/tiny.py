@@ -71,7 +71,7 @@ def build_step(
     for one in more:
         one.run = run
     ema = Ema(autoencoder, settings.ema.decay) if settings.ema.decay else None
-    if settings.compile:
+    if run.compiles_on(accelerator.device):
         compile_blocks(autoencoder)
     return TrainStep(settings, accelerator, autoencoder, objectives, ema)
 

@@ -180,6 +180,7 @@ def _measured(settings: TrainSettings, autoencoder: ModelMixin, gpu: bool, size:
     fresh = settings.gan.model_copy(update={"init_from": None})  # in a later phase it is not there yet
     optim = settings.optim.model_copy(update={"layerwise": False})  # it looks at data, and needs hardly any memory
     changes = {"micro_batch_size": size, "batch_size": batch_size, "gan": fresh, "optim": optim}
+    changes["compile"] = False  # compiled blocks keep less; how much, only compiling them would show
     settings = settings.model_copy(update=changes)
     objectives = build_objectives(settings, autoencoder, torch.device("meta"))
     for objective in objectives:

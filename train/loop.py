@@ -72,7 +72,10 @@ def train(settings: TrainSettings, objectives: Sequence[Objective[Any]] = ()) ->
         for phase in phases:
             if phase is not phases[0]:
                 accelerator = _accelerator(phase)
-            with phase.named_in_errors(), float32_arithmetic(tf32=phase.settings.tf32):
+            with (
+                phase.named_in_errors(),
+                float32_arithmetic(tf32=phase.settings.tf32, benchmark=phase.settings.cudnn_benchmark),
+            ):
                 # their state must not go on into the next phase, where a resumed run would not have it
                 results = _train(phase, accelerator, objectives if phase.alone else copy.deepcopy(objectives))
             with Agreed(accelerator):
@@ -139,7 +142,7 @@ def _train(phase: Phase, accelerator: Accelerator, more: Sequence[Objective[Any]
             print(f"warning: {text}", file=sys.stderr)
         if accelerator.is_main_process:  # only now, because everything above may refuse the settings
             write_config(phase)
-    if settings.compile:
+    if facts.compiles_on(accelerator.device):
         compile_blocks(autoencoder)
     step = TrainStep(settings, accelerator, autoencoder, objectives, ema)
     averaged = Reconstructor(ema.module if ema is not None else autoencoder)

@@ -113,8 +113,12 @@ class TrainSettings(Settings):
     train: Annotated[str | tuple[str, ...], BeforeValidator(read_parts), FIXED] = "all"
     """What learns: all, decoder, encoder, or a list of names and patterns, [decoder.up_blocks.*, encoder.conv_out].
     Where nothing of the encoder learns, latents stay bit-identical and keep the scaling of init_from's config."""
-    compile: Annotated[bool, SILENT] = False
-    """torch.compile of the blocks and the discriminator: minutes at the start, then faster steps."""
+    compile: Annotated[bool | Literal["cuda"], SILENT] = False
+    """torch.compile of the blocks and the discriminator: minutes at the start, then faster steps, because normalisation
+    and activation become one kernel. true, false, or cuda (on NVIDIA GPUs only)."""
+    cudnn_benchmark: Annotated[bool, SILENT] = False
+    """Let cuDNN try its algorithms on each new shape of a convolution and keep the fastest, on NVIDIA GPUs. Two runs
+    may choose differently, and then differ by rounding."""
     gradient_checkpointing: Annotated[bool, SILENT] = False
     """Recompute the autoencoder's blocks in the backward pass: less memory, about a third more time."""
     report_to: Annotated[tuple[Literal["tensorboard", "wandb", "trackio"], ...], SILENT] = ()

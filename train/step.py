@@ -85,14 +85,16 @@ class TrainStep:
         """
         passes, logs, means = self.settings.accumulation, dict[str, Tensor](), dict[str, Tensor]()
         before = [buffer.clone() for buffer in buffers_to_restore(self.state)]
-        for index in range(passes):
-            # spectral norm takes one power iteration per step, however the batch is split
-            for network in self.bare_adversaries.values():
-                network.train(index == 0)
-            with nullcontext() if index == passes - 1 else self.without_synchronisation():
-                done = self.forward_backward(next(batches), step, index == 0)
-            for sums, values in ((logs, done.logs), (means, done.global_means)):
-                sums |= {name: sums[name] + value if name in sums else value for name, value in values.items()}
+        # an autocast drops its casts of weights when the outermost one ends; in this one all passes share them
+        with self.autocast(enabled=False):
+            for index in range(passes):
+                # spectral norm takes one power iteration per step, however the batch is split
+                for network in self.bare_adversaries.values():
+                    network.train(index == 0)
+                with nullcontext() if index == passes - 1 else self.without_synchronisation():
+                    done = self.forward_backward(next(batches), step, index == 0)
+                for sums, values in ((logs, done.logs), (means, done.global_means)):
+                    sums |= {name: sums[name] + value if name in sums else value for name, value in values.items()}
         logs = {name: value / passes for name, value in logs.items()}
         for parameter in self.state.parameters():  # their gradients are not averaged by a wrapper
             if parameter.grad is not None and self.accelerator.num_processes > 1:

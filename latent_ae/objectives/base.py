@@ -40,8 +40,8 @@ class RunFacts(NamedTuple):
     """Side of the smallest image that every objective in use can process, px."""
     train: Literal["all", "decoder", "encoder"]
     """The side of the autoencoder to which all that is trained belongs."""
-    compile: bool
-    """Whether networks are compiled."""
+    compile: bool | Literal["cuda"]
+    """Whether networks are compiled: always, never, or on NVIDIA GPUs only."""
     weights_dir: str | None
     """Folder with the weights of metric networks; None searches for them."""
     enabled: frozenset[str]
@@ -53,6 +53,10 @@ class RunFacts(NamedTuple):
     `codes` if there are codes and they are not trained."""
     one_size: bool = True
     """Whether images and latents have the same size in all steps."""
+
+    def compiles_on(self, device: torch.device) -> bool:
+        """Return whether networks on the device are compiled."""
+        return self.compile in (True, device.type)
 
     @property
     def resolution_key(self) -> str:

@@ -225,7 +225,7 @@ class GAN(Objective[GanSettings]):
             network.attach(vision, vision.sha256())
         if own.init_from is not None:
             network.load_state_dict(discriminator_weights(own.init_from, network))
-        if run.compile:
+        if run.compiles_on(device):
             network.compile()
         replay = None
         if own.replay:

@@ -104,6 +104,7 @@ class LPIPS(nn.Module):
             raise ValueError(f"LPIPS net must be one of {', '.join(TRUNKS)}, not {net!r}")
         self.net = net
         self.trunk = TRUNKS[net]
+        self._casts: dict[tuple[int, torch.dtype], tuple[Tensor, Tensor]] = {}
         self._keep("shift", torch.tensor([-0.030, -0.088, -0.188]).view(1, 3, 1, 1))
         self._keep("scale", torch.tensor([0.458, 0.448, 0.450]).view(1, 3, 1, 1))
         tensors = load_file(weight_file(self.trunk.weights, weights_folder)) if weights else _shapes(self.trunk.weights)
@@ -200,11 +201,27 @@ class LPIPS(nn.Module):
         if number in self.trunk.pooled_stages:
             features = F.max_pool2d(features, self.trunk.pool_px, stride=2)
         for conv in self.trunk.stages[number]:
-            weight, bias = self.get_buffer(f"conv{conv.position}_weight"), self.get_buffer(f"conv{conv.position}_bias")
-            features = F.conv2d(features, weight, bias, conv.stride, conv.padding)
+            features = F.conv2d(features, *self._weights(conv.position), conv.stride, conv.padding)
             # In place is safe: a convolution's backward needs its input, not its output.
             features = F.relu_(features)
         return features
+
+    def _weights(self, position: int) -> tuple[Tensor, Tensor]:
+        """Return weight and bias of a convolution in the ambient autocast's precision, cast at their first use only.
+
+        An autocast itself keeps the casts of trained weights alone.
+        """
+        weight, bias = self.get_buffer(f"conv{position}_weight"), self.get_buffer(f"conv{position}_bias")
+        if not torch.is_autocast_enabled(weight.device.type):
+            return weight, bias
+        dtype = torch.get_autocast_dtype(weight.device.type)
+        if (position, dtype) not in self._casts:
+            self._casts[position, dtype] = weight.to(dtype), bias.to(dtype)
+        return self._casts[position, dtype]
+
+    def _apply(self, *arguments: Any, **options: Any) -> "LPIPS":
+        self._casts.clear()  # the weights move to another device or precision
+        return super()._apply(*arguments, **options)
 
     def _compare(self, number: int, a: Tensor, b: Tensor) -> Tensor:
         return _UnitDistance.apply(a, b, self.get_buffer(f"head{number}"))

@@ -363,6 +363,48 @@ def test_saving_memory_or_time_gives_the_same_step(
     assert set(step.bare_reconstructor.state_dict()) == set(build_step(plain).bare_reconstructor.state_dict())
 
 
+class Casts(TorchDispatchMode):
+    """Counts the casts to bf16 of each of some tensors, by its name."""
+
+    def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
+        super().__init__()
+        self.names = {tensor.data_ptr(): name for name, tensor in tensors.items()}
+        self.counts: dict[str, int] = {}
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        casts = operation is torch.ops.aten._to_copy.default and (kwargs or {}).get("dtype") is torch.bfloat16
+        if casts and (name := self.names.get(args[0].data_ptr())) is not None:
+            self.counts[name] = self.counts.get(name, 0) + 1
+        return operation(*args, **kwargs or {})
+
+
+def test_weights_are_cast_once_in_a_step_and_frozen_ones_once(
+    lpips_vgg: LPIPS, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many passes share them; and the gradients are those of a cast in each pass."""
+    settings = settings_for(precision="bf16", loss={"perceptual": 1.0, "kl": 1e-3}, gan=GAN, micro_batch_size=4)
+    step, other = build_step(settings, lpips_vgg), build_step(settings, lpips_vgg)
+    trained = dict(step.bare_reconstructor.named_parameters()) | dict(adversary_of(step).named_parameters())
+    frozen = {name: tensor for name, tensor in lpips_vgg.named_buffers() if name.startswith("conv")}
+    with Casts(trained | frozen) as casts:
+        shared = gradients_of(step, settings)
+    assert set(casts.counts.values()) == {1}
+    posterior = {"autoencoder.encoder.conv_out.weight", "autoencoder.decoder.conv_in.weight"}  # computes in float32
+    convolutions = {name for name, tensor in trained.items() if tensor.ndim == 4 and "quant_conv" not in name}
+    assert convolutions - casts.counts.keys() == posterior
+    forward_backward = TrainStep.forward_backward
+
+    def forgetting(self: TrainStep, *words: Any) -> Any:
+        torch.clear_autocast_cache()
+        return forward_backward(self, *words)
+
+    monkeypatch.setattr(TrainStep, "forward_backward", forgetting)
+    with Casts(dict(other.bare_reconstructor.named_parameters()) | frozen) as casts:
+        expected = gradients_of(other, settings)
+    assert casts.counts and set(casts.counts.values()) == {2}, "in each pass, and not of what is frozen"
+    assert all(torch.equal(shared[name], gradient) for name, gradient in expected.items())
+
+
 class HostReads(TorchDispatchMode):
     """Counts what makes the host wait for a value on the device."""
 
