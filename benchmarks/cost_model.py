@@ -6,7 +6,7 @@ One small recipe on the CPU in float32, at four resolutions, batches, widths and
 running anything (latent_ae_train.cost) are the floating point operations and the memory of a step; three rates, fitted
 to all points at once, turn them into seconds. Times are processor seconds of one thread, in turns, medians; those of
 several processes are the clock's, with one thread each. Memory needs Linux with glibc. Each dimension can be repeated
-(`--only`). Writes benchmarks/results/cost-model.json.
+(`--only`). Writes benchmarks/results/cost-model.json and cost-gpus.json.
 """
 
 import argparse
@@ -42,8 +42,6 @@ GPUS = (8, 64, 1024)
 NODE, NVLINK, NETWORK, DISK = 8, 300e9, 40e9, 1e9
 """GPUs of a node; bytes per second of each GPU within a node, between nodes, and of a checkpoint's disk. Assumed: two
 thirds of an H100's NVLink and four fifths of a 400 Gbit/s adapter, and a slow shared disk."""
-CPU_CORES = 26
-"""Processor cores for each GPU where nodes have 208, as is usual."""
 
 
 def words_of(resolution: int = 64, batch: int = 4, width: int = 32) -> list[str]:
@@ -65,7 +63,8 @@ def main() -> None:
     parts: dict[str, Callable[[int], Any]] = {"time": times, "memory": memories, "processes": launches}
     for part in arguments.only or parts:
         measured[part] = parts[part](arguments.rounds)
-    save(NAME, {"base": BASE, "measured": measured, **fitted(measured), "gpus": extrapolated()})
+    save(NAME, {"base": BASE, "process_batch": PROCESS_BATCH, "measured": measured, **fitted(measured)})
+    save("cost-gpus", extrapolated())
 
 
 def points() -> dict[str, list[str]]:
@@ -229,7 +228,8 @@ def extrapolated() -> dict[str, Any]:
             "images_per_second": each * count / step,
             "loader_cores_per_gpu": each / step / per_core,
         }
-    return {"recipe": RECIPE, "gpu": GPU, "utilisation": UTILISATION, "loader_per_core": per_core, "rows": rows}
+    assumed = {"utilisation": UTILISATION, "node": NODE, "nvlink": NVLINK, "network": NETWORK, "disk": DISK}
+    return {"recipe": RECIPE, "gpu": GPU, **assumed, "loader_per_core": per_core, "rows": rows}
 
 
 if __name__ == "__main__":

@@ -37,8 +37,9 @@ from latent_ae_train.step import TrainStep
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 GAN = "gan.start=0 gan.discriminator_warmup=0 gan.warmup=0"
 SMALL = (
-    "model.block_out_channels=[16,16] model.norm_num_groups=4 model.latent_channels=4 data.resolution=32 "
-    "model.mid_block_add_attention=false gan.channels=8 gan.layers=1 optim.layerwise=false"
+    "model.block_out_channels=[16] model.layers_per_block=1 model.norm_num_groups=4 model.init=default "
+    "data.resolution=32 "
+    "model.mid_block_add_attention=false gan.channels=8 gan.layers=1"
 )
 Call = Callable[[], object]
 

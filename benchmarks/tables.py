@@ -24,6 +24,7 @@ NAMES = (
     "family",
     "data",
     "recipes",
+    "cost",
 )
 PAGES = [DOCS / f"{name}.md" for name in NAMES]
 
@@ -475,7 +476,6 @@ def where(result: dict[str, Any]) -> str:
     )
 
 
-# by the beginning of a result's name, the longer one first
 def widths_table(result: dict[str, Any]) -> str:
     """Held-out quality of the averaged weights, and PSNR of the weights themselves, after so many crops."""
     rows = result["rows"]
@@ -526,6 +526,73 @@ def recipes_table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def cost_model_table(result: dict[str, Any]) -> str:
+    """Modelled against measured time and memory of a step, by resolution, batch, width and processes."""
+    rates = result["rates"]
+    lines = [
+        f"`{result['base']}`, on crops of 64 px, batch 4, width 32 where nothing else is said; {where(result)}. "
+        f"Fitted: A {rates['gflops']:.0f} GFLOP/s, B {rates['activations_gb_per_s']:.2f} GB/s, "
+        f"C {rates['weights_gb_per_s']:.2f} GB/s.",
+        "",
+        "| | measured (s) | modelled (s) | error | measured (MB) | computed (MB) | error |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for name, row in result["points"].items():
+        late = row["modelled_s"] / row["measured_s"] - 1
+        lines.append(
+            f"| {name} | {row['measured_s']:.2f} | {row['modelled_s']:.2f} | {late:+.0%} | {row['measured_mb']:,.0f} "
+            f"| {row['computed_mb']:,.0f} | {row['computed_over_measured'] - 1:+.0%} |"
+        )
+    for count, row in result["processes"].items():
+        name = f"processes {count}, batch {result['process_batch']}"
+        late = row["modelled_s"] / row["measured_s"] - 1
+        lines.append(f"| {name} | {row['measured_s']:.2f} | {row['modelled_s']:.2f} | {late:+.0%} | | | |")
+    return "\n".join(lines)
+
+
+def cost_gpus_table(result: dict[str, Any]) -> str:
+    """What the cost model says of many GPUs."""
+    lines = [
+        f"`{result['recipe']}` on {result['gpu'].upper()}s, computed and not measured: {result['utilisation']:.0%} of "
+        f"the peak, {result['nvlink'] / 1e9:.0f} GB/s within a machine of {result['node']} GPUs and "
+        f"{result['network'] / 1e9:.0f} GB/s between machines for each GPU, checkpoints written at "
+        f"{result['disk'] / 1e9:.0f} GB/s, {result['loader_per_core']:.0f} images/s for each core of the loader; "
+        f"`{result['command']}`.",
+        "",
+        "| GPUs | batch, images per GPU | compute (ms) | sum of gradients (ms), not hidden | checkpoints (ms) "
+        "| images/s | loader cores per GPU |",
+        "|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for count, row in result["rows"].items():
+        lines.append(
+            f"| {int(count):,} | {row['batch']:,}, {row['images_per_gpu']} | {row['compute_ms']:.0f} "
+            f"| {row['all_reduce_ms']:.1f}, {row['waiting_ms']:.1f} | {row['checkpoint_ms']:.1f} "
+            f"| {row['images_per_second']:,.0f} | {row['loader_cores_per_gpu']:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def starts_table(result: dict[str, Any]) -> str:
+    """Held-out quality of the linear and the default start by images seen, and the search of the default's rate."""
+    lines = [
+        f"`{result['base']}`, {result['steps']} steps, `{result['gan']}`; {result['held_out_images']} held-out crops "
+        f"of {result['data']}; {where(result)}.",
+        "",
+        "| start, seed | images | PSNR (dB) | LPIPS | Fréchet distance (VGG16) |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    curves = {f"{start}, {seed}": points for start, of in result["curves"].items() for seed, points in of.items()}
+    curves |= {f"default at {rate}, no GAN": points[-1:] for rate, points in result["search"].items()}
+    for name, points in curves.items():
+        for point in points:
+            lines.append(
+                f"| {name} | {point['images']:,.0f} | {point['psnr']:.2f} | {point['lpips_vgg']:.3f} "
+                f"| {point['frechet_vgg16']:.1f} |"
+            )
+    return "\n".join(lines)
+
+
+# by the beginning of a result's name, the longer one first
 MAKERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "tried-fresh": fresh_table,
     "tried-cost": cost_table,
@@ -552,6 +619,9 @@ MAKERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "gan-weight": gan_weight_table,
     "buckets": buckets_table,
     "recipes": recipes_table,
+    "cost-model": cost_model_table,
+    "cost-gpus": cost_gpus_table,
+    "starts": starts_table,
 }
 
 
