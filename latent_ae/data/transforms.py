@@ -34,7 +34,9 @@ def _resize(array: np.ndarray, height: int, width: int, resample: Image.Resampli
     return np.stack(bands, axis=2)
 
 
-def resize_shorter(array: np.ndarray, size_px: int, resample: Resample = "adm") -> np.ndarray:
+def resize_shorter(
+    array: np.ndarray, size_px: int, resample: Resample = "adm", image_size: tuple[int, int] | None = None
+) -> np.ndarray:
     """Resize an image so that its shorter side is `size_px`; the aspect ratio is kept.
 
     Args:
@@ -45,6 +47,8 @@ def resize_shorter(array: np.ndarray, size_px: int, resample: Resample = "adm") 
             Resize(BICUBIC) of a picture. "tensor" is bilinear with antialiasing, as torchvision's Resize of a tensor;
             its result is float32 and not rounded to levels. "linear" is bilinear without antialiasing, as OpenCV's
             INTER_LINEAR (albumentations), to within a level.
+        image_size: Only for "adm": height and width of the image whose JPEG was decoded to the smaller `array`
+            (`images.decode_scaled`), px. The result has the size that the image itself would get.
 
     Returns:
         The resized array; of the same type, except for "tensor".
@@ -52,7 +56,7 @@ def resize_shorter(array: np.ndarray, size_px: int, resample: Resample = "adm") 
     Raises:
         ImageError: If the image is too elongated to be enlarged.
     """
-    height, width = array.shape[:2]
+    height, width = image_size or array.shape[:2]
     if min(height, width) == size_px:
         return array
     if min(height, width) < size_px and max(height, width) > MAX_ELONGATION * min(height, width):
@@ -61,7 +65,8 @@ def resize_shorter(array: np.ndarray, size_px: int, resample: Resample = "adm") 
         return _resize_once(array, size_px, resample)
     while min(height, width) >= 2 * size_px:
         height, width = height // 2, width // 2
-        array = _resize(array, height, width, Image.Resampling.BOX)
+        if array.shape[0] >= 2 * height:  # otherwise the decoder has halved it already
+            array = _resize(array, height, width, Image.Resampling.BOX)
     scale = size_px / min(height, width)
     return _resize(array, round(height * scale), round(width * scale), Image.Resampling.BICUBIC)
 
@@ -90,6 +95,7 @@ def random_crop(
     flip: bool,
     rng: np.random.Generator,
     scale: tuple[float, float] | None = None,
+    image_size: tuple[int, int] | None = None,
 ) -> np.ndarray:
     """Return a random crop, mirrored half of the time; smaller images are enlarged to cover it.
 
@@ -102,6 +108,7 @@ def random_crop(
         scale: Bounds, 0 to 1, between which the side of the crop in the image is drawn uniformly, relative to the
             largest crop of this aspect ratio; the crop is then resized to `size`. It is at least `size`, so that
             nothing is enlarged but images that are too small for any crop. None takes crops of `size`.
+        image_size: Height and width of the image, px, if it was decoded to a smaller `array`; see `resize_shorter`.
 
     Returns:
         (height, width, C) of the array's type; it may be a view.
@@ -110,7 +117,7 @@ def random_crop(
         ImageError: If the image is too elongated to be enlarged.
     """
     if resize_px is not None:
-        array = resize_shorter(array, resize_px)
+        array = resize_shorter(array, resize_px, image_size=image_size)
     shorter = min(array.shape[:2])
     needed = max(-(-side * shorter // whole) for side, whole in zip(size, array.shape[:2], strict=True))
     if needed > shorter:
