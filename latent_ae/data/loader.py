@@ -25,7 +25,7 @@ from latent_ae.data.images import Decoded, ImageError, decode, decode_scaled, re
 from latent_ae.data.mixture import Candidate, Mixture
 from latent_ae.data.rng import Share, buckets_at, crop_rng, epoch_order, posterior_noise
 from latent_ae.data.settings import DataSettings
-from latent_ae.data.shared_pixels import SharedPixels
+from latent_ae.data.shared_pixels import Sent, SharedPixels
 from latent_ae.data.sources import Encoded, ImageSource, StreamReader, StreamSource, first_line
 from latent_ae.data.transforms import random_crop
 from latent_ae.text import printable
@@ -165,16 +165,17 @@ class _Crops(IterableDataset):
             for count, step in enumerate(itertools.count(self.first_step + worker, workers)):
                 numbers, skipped, num_replaced = self.share.numbers(step), list[str](), 0
                 size = crop_size_at(self.settings, self.seed, numbers[0] // self.share.batch_size)
-                crops, indices = [], list[int]()
-                for number in numbers:
+                crops, indices = list[Sent](), list[int]()
+                for place, number in enumerate(numbers):
                     candidates = self._of_stream(stream) if stream else self._candidates(number)
                     index, crop, bad = self._crop(number, size, candidates)
-                    crops.append(crop)
+                    # copied at once: a view would keep the whole image until the batch is complete
+                    crops.append(self.shared.put(worker, count, place, crop) if self.shared else crop.copy())
                     indices.append(index)
                     skipped += bad
                     num_replaced += bool(bad)
                 yield (
-                    crops if self.shared is None else self.shared.put(worker, count, crops),
+                    crops,
                     numbers,
                     [] if stream else indices,
                     skipped,
@@ -282,9 +283,9 @@ def _received(crops: _Crops, is_stream: bool) -> Generator[Batch, None, None]:
     """
     states, shared = list(crops.states), None
     if crops.settings.num_workers:
-        largest = max(math.prod(size) for size in crops.settings.crop_sizes)
-        size = crops.share.micro_batch_size * crops.channels * largest
-        shared = crops.shared = SharedPixels(crops.settings.num_workers, AHEAD + 1, size)
+        size = crops.channels * max(map(math.prod, crops.settings.crop_sizes))
+        shared = SharedPixels(crops.settings.num_workers, AHEAD + 1, crops.share.micro_batch_size, size)
+        crops.shared = shared
     for count, item in enumerate(loaded(crops, crops.settings.num_workers)):
         if isinstance(item, UserError):
             raise item

@@ -1,10 +1,11 @@
 """Hands pixels from the workers of a loader to the process that started them, through memory that both see.
 
-A pipe copies each batch four times. The memory is anonymous: it has no name, needs no /dev/shm, and goes away with the
-processes. A worker that was not forked does not see it and sends its pixels through the pipe, as it does with pixels
-that do not fit.
+Through a pipe pixels are copied four times. The memory is anonymous: it has no name, needs no /dev/shm, and goes away
+with the processes. A worker that was not forked does not see it and sends its pixels through the pipe, as it does with
+pixels that do not fit.
 """
 
+import math
 import mmap
 from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeAlias
@@ -17,52 +18,57 @@ class Place(NamedTuple):
 
     start: int
     """Number of its first byte."""
-    shape: tuple[int, int, int]
+    shape: tuple[int, ...]
     """Channels, height and width."""
     type: str
     """NumPy's name of its type."""
 
 
-Sent: TypeAlias = Sequence[Place] | Sequence[np.ndarray]
-"""What goes through the pipe: the places of an item's images, or the images."""
+Sent: TypeAlias = Place | np.ndarray
+"""What goes through the pipe: the place of an image, or the image."""
 
 
 class SharedPixels:
-    """Memory for the newest items of each worker, used in turn.
+    """Memory for the images of each worker's newest items, used in turn.
 
     Args:
         workers: Number of workers.
         items: Number of items of a worker that must stay intact: those prepared ahead, and the one that is being read.
-        size: Largest number of bytes of an item.
+        images: Number of images in an item.
+        size: Largest number of bytes of an image.
     """
 
-    def __init__(self, workers: int, items: int, size: int) -> None:
-        self.items, self.size = items, size
+    def __init__(self, workers: int, items: int, images: int, size: int) -> None:
+        self.items, self.images, self.size = items, images, size
         try:
-            self.memory: mmap.mmap | None = mmap.mmap(-1, workers * items * size)
+            self.memory: mmap.mmap | None = mmap.mmap(-1, workers * items * images * size)
         except (OSError, OverflowError, ValueError):  # too little memory for that many at once
             self.memory = None
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"memory": None}  # only a fork sees it
 
-    def put(self, worker: int, count: int, arrays: Sequence[np.ndarray]) -> Sent:
-        """Store the images of a worker's item `count`, (H, W, C) each, and return what is sent for them."""
-        if self.memory is None or sum(array.nbytes for array in arrays) > self.size:
-            return arrays
-        start, places = (worker * self.items + count % self.items) * self.size, list[Place]()
-        for array in arrays:
-            planes = array.transpose(2, 0, 1)  # the order that a tensor needs, so that it is made in the one copy
-            places.append(Place(start, planes.shape, array.dtype.str))
-            self._planes(places[-1])[:] = planes
-            start += array.nbytes
-        return places
+    def put(self, worker: int, item: int, image: int, pixels: np.ndarray) -> Sent:
+        """Copy an image, (H, W, C), into its place and return what is sent for it.
 
-    def get(self, sent: Sent) -> list[np.ndarray]:
-        """Return the images of an item, (H, W, C) each, as they are until the worker's item after `items` others."""
+        Args:
+            worker: Number of the worker.
+            item: How many items of this worker came before.
+            image: Number of the image in the item.
+            pixels: The image.
+        """
+        if self.memory is None or pixels.nbytes > self.size:
+            return pixels.copy()  # not a view, which would keep a much larger array
+        planes = pixels.transpose(2, 0, 1)  # the order of a tensor, so that this is the only copy
+        start = ((worker * self.items + item % self.items) * self.images + image) * self.size
+        place = Place(start, planes.shape, pixels.dtype.str)
+        self._planes(place)[:] = planes
+        return place
+
+    def get(self, sent: Sequence[Sent]) -> list[np.ndarray]:
+        """Return the images of an item, (H, W, C) each; they stay until the worker has made `items` more."""
         return [self._planes(one).transpose(1, 2, 0) if isinstance(one, Place) else one for one in sent]
 
     def _planes(self, place: Place) -> np.ndarray:
         assert self.memory is not None
-        count = place.shape[0] * place.shape[1] * place.shape[2]
-        return np.frombuffer(self.memory, place.type, count, place.start).reshape(place.shape)
+        return np.frombuffer(self.memory, place.type, math.prod(place.shape), place.start).reshape(place.shape)
