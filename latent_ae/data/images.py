@@ -41,8 +41,6 @@ UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-LYING = (5, 6, 7, 8)
-"""The orientations whose width is the upright picture's height."""
 # compressed data do not end in this many zero bytes, but a file whose end was allocated and never written does
 UNWRITTEN_BYTES = 256
 HALVES = {"uint8": 127.5, "uint16": 32767.5, "float32": 0.5}
@@ -112,6 +110,7 @@ def decode_scaled(
     """Decode a picture or .npy array as `decode` does, but a large JPEG smaller than it is.
 
     A JPEG decoder can compute 1/2, 1/4 or 1/8 of the sides (rounded up) from the cosine transform's lower frequencies.
+    Pictures that their EXIF tag turns are decoded in full size.
 
     Args:
         source: The encoded bytes, or a file.
@@ -134,16 +133,16 @@ def decode_scaled(
             if width * height > max_pixels:
                 raise ImageError(f"{width} x {height} px is more than the limit of {max_pixels} px")
             divisor = 1
-            if picture.format == "JPEG" and shorter_px is not None:
+            # in a picture that is turned, the pixels that the image covers in part would not be the last ones
+            if shorter_px is not None and picture.format == "JPEG" and _orientation(picture) not in UPRIGHT:
                 divisor = max(one for one in (1, 2, 4, 8) if one == 1 or min(width, height) >= one * shorter_px)
             pixels = _ordinary_jpeg_pixels(picture, stream, channels, divisor)
             if pixels is not None:
                 return Decoded(pixels, (height, width))
             if divisor > 1:
                 picture.draft(None, (width // divisor, height // divisor))
-            picture = _loaded(picture, stream)
-            size = (width, height) if _orientation(picture) in LYING else (height, width)
-            return Decoded(_picture_pixels(_upright(picture), channels, background), size)
+            pixels = _picture_pixels(_upright(_loaded(picture, stream)), channels, background)
+            return Decoded(pixels, (height, width) if divisor > 1 else pixels.shape[:2])
         except OSError as error:
             raise ImageError(reason_of(error)) from None
 

@@ -16,18 +16,27 @@ LEVELS = {"uint8": 255.0, "uint16": 65535.0}
 MAX_ELONGATION = 64
 
 
-def _resize(array: np.ndarray, height: int, width: int, resample: Image.Resampling) -> np.ndarray:
-    """Resize an HWC array to the same type, antialiased, each channel separately; colours of `Rgba` count by alpha."""
+def _resize(
+    array: np.ndarray,
+    height: int,
+    width: int,
+    resample: Image.Resampling,
+    box: tuple[float, float, float, float] | None = None,
+) -> np.ndarray:
+    """Resize an HWC array to the same type, antialiased, each channel separately; colours of `Rgba` count by alpha.
+
+    `box` is the part that is resized: left, top, right and bottom, px; None takes all.
+    """
     if isinstance(array, Rgba):  # Pillow multiplies them by alpha before, and divides after
-        return np.asarray(Image.fromarray(np.ascontiguousarray(array)).resize((width, height), resample)).view(Rgba)
+        return np.asarray(Image.fromarray(np.ascontiguousarray(array)).resize((width, height), resample, box)).view(Rgba)
     if array.dtype == np.uint8 and array.shape[2] == 3:
-        return np.asarray(Image.fromarray(array).resize((width, height), resample))
+        return np.asarray(Image.fromarray(array).resize((width, height), resample, box))
     bands = []
     for channel in range(array.shape[2]):
         band = np.ascontiguousarray(array[..., channel])
         deep = band.dtype != np.uint8
         picture = Image.fromarray(band.astype(np.float32) if deep else band)
-        resized = np.asarray(picture.resize((width, height), resample))
+        resized = np.asarray(picture.resize((width, height), resample, box))
         if deep:  # bicubic overshoots at edges
             resized = resized.clip(0, 1) if band.dtype == np.float32 else resized.round().clip(0, 65535)
         bands.append(resized.astype(array.dtype))
@@ -63,12 +72,22 @@ def resize_shorter(
         raise ImageError(f"{width} x {height} px is too elongated to enlarge to {size_px} px")
     if resample != "adm":
         return _resize_once(array, size_px, resample)
+    box = None if image_size is None else _part_of_pixels(array, image_size)
     while min(height, width) >= 2 * size_px:
         height, width = height // 2, width // 2
         if array.shape[0] >= 2 * height:  # otherwise the decoder has halved it already
-            array = _resize(array, height, width, Image.Resampling.BOX)
+            array, box = _resize(array, height, width, Image.Resampling.BOX, box), None
     scale = size_px / min(height, width)
-    return _resize(array, round(height * scale), round(width * scale), Image.Resampling.BICUBIC)
+    return _resize(array, round(height * scale), round(width * scale), Image.Resampling.BICUBIC, box)
+
+
+def _part_of_pixels(array: np.ndarray, image_size: tuple[int, int]) -> tuple[float, float, float, float] | None:
+    """Return the part that an image takes up in its scaled decoding: a pixel at the edge may be covered in part."""
+    height, width = image_size
+    for divisor in (8, 4, 2):
+        if array.shape[:2] == (-(-height // divisor), -(-width // divisor)):
+            return 0, 0, width / divisor, height / divisor
+    return None
 
 
 def _resize_once(array: np.ndarray, size_px: int, resample: Resample) -> np.ndarray:
