@@ -202,9 +202,7 @@ def _open_picture(stream: BinaryIO) -> Image.Image:
         raise ImageError(f"unreadable: {reason_of(error)}") from error
 
 
-def _ordinary_jpeg_pixels(
-    picture: Image.Image, stream: BinaryIO, channels: int, divisor: int
-) -> np.ndarray | None:
+def _ordinary_jpeg_pixels(picture: Image.Image, stream: BinaryIO, channels: int, divisor: int) -> np.ndarray | None:
     """Return the pixels of an opened JPEG that is upright and in sRGB; None if Pillow has to decode the file."""
     if picture.format != "JPEG" or _orientation(picture) in UPRIGHT:
         return None

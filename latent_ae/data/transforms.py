@@ -28,7 +28,9 @@ def _resize(
     `box` is the part that is resized: left, top, right and bottom, px; None takes all.
     """
     if isinstance(array, Rgba):  # Pillow multiplies them by alpha before, and divides after
-        return np.asarray(Image.fromarray(np.ascontiguousarray(array)).resize((width, height), resample, box)).view(Rgba)
+        return np.asarray(Image.fromarray(np.ascontiguousarray(array)).resize((width, height), resample, box)).view(
+            Rgba
+        )
     if array.dtype == np.uint8 and array.shape[2] == 3:
         return np.asarray(Image.fromarray(array).resize((width, height), resample, box))
     bands = []

@@ -167,7 +167,7 @@ def test_scaled_decoding_keeps_the_size_and_nearly_the_pixels(
             random_crop(pixels, (8, 8), shorter_px, True, crop_rng(0, 5), image_size=size)
             for pixels, size in ((exact, None), (scaled.pixels, scaled.size))
         ]
-        assert psnr(*crops) > 36, "another part of the image, or mirrored"
+        assert psnr(*crops) > 30, "another part of the image, or mirrored"
 
 
 def test_scaled_decoding_is_of_training_crops_alone(tmp_path: Path) -> None:
