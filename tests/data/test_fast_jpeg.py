@@ -98,6 +98,7 @@ def test_photographs_have_pillows_pixels(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_other_files_are_left_to_pillow(picture: Image.Image, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("simplejpeg")
     exif = Image.Exif()
     exif[274] = 6
     whole = encode(picture, "JPEG")
@@ -109,6 +110,7 @@ def test_other_files_are_left_to_pillow(picture: Image.Image, monkeypatch: pytes
         "cut off": whole[: len(whole) // 2],
         "without its last byte": whole[:-1],
         "never written to its end": whole[:-300] + bytes(300),
+        "zeros behind junk": whole + b"x" + bytes(300),
         "too large": whole[:height] + b"\xff\xff" + b"\xff\xff" + whole[width + 2 :],
         "higher than it was": whole[:height] + b"\x7f\xff" + whole[height + 2 :],
         "PNG": encode(picture, "PNG"),
@@ -117,10 +119,13 @@ def test_other_files_are_left_to_pillow(picture: Image.Image, monkeypatch: pytes
         (found, reason), fast, (expected, same) = both(monkeypatch, file)
         assert not fast and reason == same, name
         assert found is None or (found == expected).all(), name
-        assert (found is None) == (name in list(files)[3:7]), name
+        assert (found is None) == (name in list(files)[3:8]), name
     assert "more than the limit" in outcome(files["too large"])[1]
     # luma is not a JPEG's Y after Pillow's rounding, and alpha is not in it
     assert not any(both(monkeypatch, whole, channels)[1] for channels in (1, 4))
+    # another size than Pillow found, against which the limit was checked, is not even decoded
+    monkeypatch.setattr(fast_jpeg.simplejpeg, "decode_jpeg", None)
+    assert fast_jpeg.decode_jpeg(whole, "RGB", (9, 9), 3) is None
 
 
 def test_damage_gives_the_same_pixels_or_reason(picture: Image.Image, monkeypatch: pytest.MonkeyPatch) -> None:
