@@ -66,8 +66,10 @@ def step_table(result: dict[str, Any]) -> str:
 
 
 def loader_table(result: dict[str, Any]) -> str:
-    lines = [f"{where(result)}.", "", "| source | images/s |", "|---|---:|"]
-    return "\n".join(lines + [f"| {name} | {rate:.0f} |" for name, rate in result["images_per_second"].items()])
+    lines = [f"{where(result)}.", "", "| source | images/s | images per processor second |", "|---|---:|---:|"]
+    busy = result["images_per_processor_second"]
+    rates = result["images_per_second"].items()
+    return "\n".join(lines + [f"| {name} | {rate:.0f} | {busy[name]:.0f} |" for name, rate in rates])
 
 
 def quality_table(result: dict[str, Any]) -> str:

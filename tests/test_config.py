@@ -63,6 +63,7 @@ def message(*words: str, source: str | None = None) -> str:
         ("model.in_channels=5 model.out_channels=5", "5: set loss.bands to groups of one or three of them, such as"),
         ("loss.pixel_weight=0 loss.perceptual=0", "nothing would be reconstructed"),
         ("data.resize_px=64", "data.resize_px: 64 is smaller than data.resolution"),
+        ("data.scaled_decoding=true", "data.scaled_decoding: speeds up data.resize_px, which is null"),
         ("model.init=linear model.latent_channels=2", "model.init: linear needs model.latent_channels >= 3"),
         ("decoder.block_out_channels=[4,8]", "decoder: is for the latents of an existing first stage: give init_from"),
         ("decoder.layers_per_block=2 init_from=a/b train=all", "train: all, and with decoder.* the decoder trains"),

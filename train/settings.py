@@ -390,7 +390,7 @@ class TrainSettings(Settings):
             yield Problem("latents.equivariance", "encodes smaller images, and decoder.latents are stored: set it to 0")
         if self.decoder.latents is not None and self.data.streaming:
             yield Problem("data.streaming", "decoder.latents belong to stored images, not to a stream: set it to false")
-        for key in ("buckets", "scale"):
+        for key in ("buckets", "scale", "scaled_decoding"):
             if self.decoder.latents is not None and getattr(self.data, key):
                 yield Problem(f"data.{key}", "decoder.latents are of crops that are stored already: leave it out")
         if self.decoder.latents is not None and self.data.mixture:

@@ -13,7 +13,7 @@ from torch.utils.data import IterableDataset
 
 from latent_ae.config import UserError
 from latent_ae.data.images import ImageError, kind_of
-from latent_ae.data.loader import WorkerDied, decode_for, loaded, open_images, training_crop, worker_place
+from latent_ae.data.loader import WorkerDied, decode_to_crop, loaded, open_images, training_crop, worker_place
 from latent_ae.data.settings import DataSettings
 from latent_ae.data.sources import (
     Encoded,
@@ -75,10 +75,10 @@ class _Images(IterableDataset):
             digest = digest_of(encoded)
             with contextlib.suppress(ImageError):  # the reason reported is the one that training would give
                 kind = kind_of(encoded)
-            pixels = decode_for(encoded, self.settings, self.channels)
+            image = decode_to_crop(encoded, self.settings, self.channels)
             for size in self.settings.crop_sizes:
-                training_crop(pixels, self.settings, np.random.default_rng(0), size)  # refuses some images' sizes
-            return Checked(name, kind, (pixels.shape[1], pixels.shape[0]), digest)
+                training_crop(image, self.settings, np.random.default_rng(0), size)  # refuses some images' sizes
+            return Checked(name, kind, image.size[::-1], digest)
         except ImageError as error:
             return Checked(name, kind, digest=digest, reason=str(error))
 

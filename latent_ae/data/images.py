@@ -13,12 +13,14 @@ import warnings
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import BinaryIO, Literal, NamedTuple
 
 import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageCms
 from torch.nn import functional as F
+
+from latent_ae.data import fast_jpeg
 
 MAX_PIXELS = 200_000_000
 PICTURE_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
@@ -41,6 +43,8 @@ UPRIGHT = {
 }
 # compressed data do not end in this many zero bytes, but a file whose end was allocated and never written does
 UNWRITTEN_BYTES = 256
+HALVES = {"uint8": 127.5, "uint16": 32767.5, "float32": 0.5}
+"""Half of the range of levels, by type."""
 JPEG_END = b"\xff\xd9"
 SAME_COLOUR_LEVELS = 2
 BITS_PER_SAMPLE, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0
@@ -83,12 +87,62 @@ def decode(
     Raises:
         ImageError: If it is unreadable, too large, or has other channels.
     """
+    return decode_scaled(source, channels=channels, background=background, max_pixels=max_pixels).pixels
+
+
+class Decoded(NamedTuple):
+    """A decoded image."""
+
+    pixels: np.ndarray
+    """As `decode` returns them; smaller than the image if the decoder scaled it."""
+    size: tuple[int, int]
+    """Height and width of the image itself, upright, px."""
+
+
+def decode_scaled(
+    source: bytes | str | Path,
+    *,
+    channels: int,
+    background: tuple[int, int, int] = (255, 255, 255),
+    max_pixels: int = MAX_PIXELS,
+    shorter_px: int | None = None,
+) -> Decoded:
+    """Decode a picture or .npy array as `decode` does, but a large JPEG smaller than it is.
+
+    A JPEG decoder can compute 1/2, 1/4 or 1/8 of the sides (rounded up) from the cosine transform's lower frequencies.
+    Pictures that their EXIF tag turns are decoded in full size.
+
+    Args:
+        source: The encoded bytes, or a file.
+        channels: As for `decode`.
+        background: As for `decode`.
+        max_pixels: As for `decode`; the image's own size counts.
+        shorter_px: Length that the shorter side keeps at least, px; None decodes in full size.
+
+    Raises:
+        ImageError: As for `decode`.
+    """
     with open_encoded(source) as stream:
         try:
             if stream.read(len(NUMPY_MAGIC)) == NUMPY_MAGIC:
-                return _array_pixels(source, stream, channels, max_pixels)
+                array = _array_pixels(source, stream, channels, max_pixels)
+                return Decoded(array, array.shape[:2])
             stream.seek(0)
-            return _picture_pixels(_load_picture(stream, max_pixels), channels, background)
+            picture = _open_picture(stream)
+            width, height = picture.size
+            if width * height > max_pixels:
+                raise ImageError(f"{width} x {height} px is more than the limit of {max_pixels} px")
+            divisor = 1
+            # in a picture that is turned, the pixels that the image covers in part would not be the last ones
+            if shorter_px is not None and picture.format == "JPEG" and _orientation(picture) not in UPRIGHT:
+                divisor = max(one for one in (1, 2, 4, 8) if one == 1 or min(width, height) >= one * shorter_px)
+            pixels = _ordinary_jpeg_pixels(picture, stream, channels, divisor)
+            if pixels is not None:
+                return Decoded(pixels, (height, width))
+            if divisor > 1:
+                picture.draft(None, (width // divisor, height // divisor))
+            pixels = _picture_pixels(_upright(_loaded(picture, stream)), channels, background)
+            return Decoded(pixels, (height, width) if divisor > 1 else pixels.shape[:2])
         except OSError as error:
             raise ImageError(reason_of(error)) from None
 
@@ -148,12 +202,21 @@ def _open_picture(stream: BinaryIO) -> Image.Image:
         raise ImageError(f"unreadable: {reason_of(error)}") from error
 
 
-def _load_picture(stream: BinaryIO, max_pixels: int) -> Image.Image:
-    """Return the picture decoded and upright. A file whose missing pixels Pillow would fill silently is refused."""
-    picture = _open_picture(stream)
-    width, height = picture.size
-    if width * height > max_pixels:
-        raise ImageError(f"{width} x {height} px is more than the limit of {max_pixels} px")
+def _ordinary_jpeg_pixels(picture: Image.Image, stream: BinaryIO, channels: int, divisor: int) -> np.ndarray | None:
+    """Return the pixels of an opened JPEG that is upright and in sRGB; None if Pillow has to decode the file."""
+    if picture.format != "JPEG" or _orientation(picture) in UPRIGHT:
+        return None
+    icc_profile = picture.info.get("icc_profile")
+    if icc_profile and _srgb_transform(icc_profile, picture.mode) is not None:
+        return None
+    if stream.seek(0, os.SEEK_END) > fast_jpeg.MAX_BYTES or _ends_unwritten(stream):
+        return None
+    stream.seek(0)
+    return fast_jpeg.decode_jpeg(stream.read(), picture.mode, picture.size, channels, divisor)
+
+
+def _loaded(picture: Image.Image, stream: BinaryIO) -> Image.Image:
+    """Decode an opened picture. A file whose missing pixels Pillow would fill silently is refused."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -166,17 +229,26 @@ def _load_picture(stream: BinaryIO, max_pixels: int) -> Image.Image:
         raise ImageError(f"unreadable: {reason_of(error)}") from error
     if picture.format in ("JPEG", "MPO", "WEBP", "AVIF") and _ends_unwritten(stream):
         raise ImageError("unreadable: its end was never written, it is all zeros")
+    return picture
+
+
+def _orientation(picture: Image.Image) -> int | None:
+    """Return the value of the EXIF tag; None if there is none, or the tags are damaged."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            orientation = picture.getexif().get(ExifTags.Base.Orientation)
-    except Exception:  # damaged tags are ignored
+            return picture.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # on damaged tags Pillow raises errors of any kind
+        return None
+
+
+def _upright(picture: Image.Image) -> Image.Image:
+    orientation = _orientation(picture)
+    if orientation not in UPRIGHT:
         return picture
-    if orientation in UPRIGHT:
-        turned = picture.transpose(UPRIGHT[orientation])
-        turned.format = picture.format
-        return turned
-    return picture
+    turned = picture.transpose(UPRIGHT[orientation])
+    turned.format = picture.format
+    return turned
 
 
 def _ends_unwritten(stream: BinaryIO) -> bool:
@@ -321,13 +393,32 @@ def to_tensor(array: np.ndarray) -> torch.Tensor:
     Raises:
         ValueError: If the array has another type.
     """
-    half = {"uint8": 127.5, "uint16": 32767.5, "float32": 0.5}.get(array.dtype.name)
-    if half is None:
-        raise ValueError(f"uint8, uint16 or float32 expected, not {array.dtype}")
-    planes = np.ascontiguousarray(array.transpose(2, 0, 1)).astype(np.float32)
-    planes /= half
-    planes -= 1
-    return torch.from_numpy(planes)
+    return to_batch([array])[0]
+
+
+def to_batch(arrays: Sequence[np.ndarray], pin_memory: bool = False) -> torch.Tensor:
+    """Convert decoded pixels of one size to a batch, each as `to_tensor` does.
+
+    Args:
+        arrays: N arrays (H, W, C), each of uint8, uint16, or float32 in [0, 1].
+        pin_memory: Whether the batch lies in pinned memory, from which a GPU copies faster.
+
+    Returns:
+        (N, C, H, W) float32 in [-1, 1].
+
+    Raises:
+        ValueError: If an array has another type.
+    """
+    height, width, channels = arrays[0].shape
+    batch = torch.empty(len(arrays), channels, height, width, pin_memory=pin_memory)
+    for planes, array in zip(batch.numpy(), arrays, strict=True):
+        half = HALVES.get(array.dtype.name)
+        if half is None:
+            raise ValueError(f"uint8, uint16 or float32 expected, not {array.dtype}")
+        planes[:] = np.ascontiguousarray(array.transpose(2, 0, 1))  # faster than from a view with other strides
+        planes /= half
+        planes -= 1
+    return batch
 
 
 def to_uint8(images: torch.Tensor, rounding: Rounding = "up") -> torch.Tensor:

@@ -6,6 +6,7 @@ Streams are the exception: see `Batch.stream_state` and docs/data.md.
 """
 
 import itertools
+import math
 import multiprocessing
 import signal
 import threading
@@ -20,10 +21,11 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from latent_ae.config import UserError
 from latent_ae.data.datasets import open_images
-from latent_ae.data.images import ImageError, decode, reason_of, to_tensor
+from latent_ae.data.images import Decoded, ImageError, decode, decode_scaled, reason_of, to_batch
 from latent_ae.data.mixture import Candidate, Mixture
 from latent_ae.data.rng import Share, buckets_at, crop_rng, epoch_order, posterior_noise
 from latent_ae.data.settings import DataSettings
+from latent_ae.data.shared_pixels import Sent, SharedPixels
 from latent_ae.data.sources import Encoded, ImageSource, StreamReader, StreamSource, first_line
 from latent_ae.data.transforms import random_crop
 from latent_ae.text import printable
@@ -35,6 +37,8 @@ __all__ = ["Batch", "ImageSource", "open_images", "posterior_noise", "stop_if_to
 MAX_BAD_IN_A_ROW = 100
 # a source of few images, like `photos`: every worker keeps the decoded pixels
 KEPT_IMAGES, KEPT_BYTES_EACH = 16, 2**23
+AHEAD = 2
+"""Number of items that each worker prepares ahead."""
 T = TypeVar("T")
 WORKER_DIED = "DataLoader worker (pid"
 
@@ -135,7 +139,7 @@ def stop_if_too_many_bad(
 class _Crops(IterableDataset):
     """The work of one worker: every n-th micro-batch, for n workers, or a UserError.
 
-    Yields (crops HWC, numbers, indices, skipped, num_replaced, stream state).
+    Yields (crops HWC or where they lie in `shared`, numbers, indices, skipped, num_replaced, stream state).
     """
 
     source: ImageSource
@@ -146,7 +150,9 @@ class _Crops(IterableDataset):
     first_step: int
     states: Sequence[dict[str, Any] | None]
     crop: Callable[[np.ndarray, int], np.ndarray] | None = None
-    kept: dict[tuple[str, tuple[int, int, int]], np.ndarray] = field(default_factory=dict)
+    kept: dict[tuple[str, tuple[int, int, int]], Decoded] = field(default_factory=dict)
+    shared: SharedPixels | None = None
+    """Where workers put the crops; None without workers."""
 
     def __iter__(self) -> Iterator[Any]:
         worker, workers = worker_place()
@@ -156,14 +162,15 @@ class _Crops(IterableDataset):
             buffer_size, state = self.settings.shuffle_buffer, self.states[worker]
             stream = StreamReader(self.source, self.seed, buffer_size, reader, readers, state)
         try:
-            for step in itertools.count(self.first_step + worker, workers):
+            for count, step in enumerate(itertools.count(self.first_step + worker, workers)):
                 numbers, skipped, num_replaced = self.share.numbers(step), list[str](), 0
                 size = crop_size_at(self.settings, self.seed, numbers[0] // self.share.batch_size)
-                crops, indices = [], list[int]()
-                for number in numbers:
+                crops, indices = list[Sent](), list[int]()
+                for place, number in enumerate(numbers):
                     candidates = self._of_stream(stream) if stream else self._candidates(number)
                     index, crop, bad = self._crop(number, size, candidates)
-                    crops.append(crop)
+                    # copied at once: a view would keep the whole image until the batch is complete
+                    crops.append(self.shared.put(worker, count, place, crop) if self.shared else crop.copy())
                     indices.append(index)
                     skipped += bad
                     num_replaced += bool(bad)
@@ -200,29 +207,44 @@ class _Crops(IterableDataset):
         bad, settings = list[str](), self.settings
         for index, name, read, settings in itertools.islice(candidates, MAX_BAD_IN_A_ROW):
             try:
-                array = self._pixels(name, read, settings)
+                image = self._decoded(name, read, settings)
                 if self.crop is not None:
-                    return index, self.crop(array, number), bad
-                return index, training_crop(array, settings, crop_rng(self.seed, number), size), bad
+                    return index, self.crop(image.pixels, number), bad
+                return index, training_crop(image, settings, crop_rng(self.seed, number), size), bad
             except ImageError as error:
                 bad.append(f"{printable(name)}: {printable(str(error))}")
         shown = "".join(f"\n  {line}" for line in bad[:5])
         raise UserError(f"data.source: {len(bad)} images in a row of {settings.source} are unreadable:{shown}")
 
-    def _pixels(self, name: str, read: Callable[[], Encoded], settings: DataSettings) -> np.ndarray:
+    def _decoded(self, name: str, read: Callable[[], Encoded], settings: DataSettings) -> Decoded:
         key = (name, settings.background)
         if key in self.kept:
             return self.kept[key]
-        array = decode_for(read(), settings, self.channels)
+        image = decode_to_crop(read(), settings, self.channels)
         few = not isinstance(self.source, StreamSource) and len(self.source) <= KEPT_IMAGES
-        if few and array.nbytes <= KEPT_BYTES_EACH:
-            self.kept[key] = array
-        return array
+        if few and image.pixels.nbytes <= KEPT_BYTES_EACH:
+            self.kept[key] = image
+        return image
 
 
 def decode_for(encoded: Encoded, settings: DataSettings, channels: int) -> np.ndarray:
-    """Decode an image as the settings say, (H, W, channels). Raises ImageError if it is unreadable."""
+    """Decode an image in full size, (H, W, channels). Raises ImageError if it is unreadable."""
     return decode(encoded, channels=channels, background=settings.background, max_pixels=settings.max_pixels)
+
+
+def decode_to_crop(encoded: Encoded, settings: DataSettings, channels: int) -> Decoded:
+    """Decode an image from which training crops are cut, smaller than it is if the settings allow that.
+
+    Raises:
+        ImageError: If it is unreadable.
+    """
+    return decode_scaled(
+        encoded,
+        channels=channels,
+        background=settings.background,
+        max_pixels=settings.max_pixels,
+        shorter_px=settings.resize_px if settings.scaled_decoding else None,
+    )
 
 
 def crop_size_at(settings: DataSettings, seed: int, step: int) -> tuple[int, int]:
@@ -232,12 +254,12 @@ def crop_size_at(settings: DataSettings, seed: int, step: int) -> tuple[int, int
 
 
 def training_crop(
-    array: np.ndarray, settings: DataSettings, rng: np.random.Generator, size: tuple[int, int]
+    image: Decoded, settings: DataSettings, rng: np.random.Generator, size: tuple[int, int]
 ) -> np.ndarray:
     """Return a random crop as the settings say, (height, width, C).
 
     Args:
-        array: (H, W, C) decoded pixels.
+        image: What `decode_to_crop` returns.
         settings: The section `data` of the settings.
         rng: Decides position, flip and, with data.scale, the side in the image.
         size: Height and width, px.
@@ -245,7 +267,7 @@ def training_crop(
     Raises:
         ImageError: If the image is too elongated to be enlarged.
     """
-    return random_crop(array, size, settings.resize_px, settings.flip, rng, settings.scale)
+    return random_crop(image.pixels, size, settings.resize_px, settings.flip, rng, settings.scale, image.size)
 
 
 def worker_place() -> tuple[int, int]:
@@ -257,24 +279,26 @@ def worker_place() -> tuple[int, int]:
 def _received(crops: _Crops, is_stream: bool) -> Generator[Batch, None, None]:
     """Yield the micro-batches of the workers in turn.
 
-    Pixels are sent through pipes as they were decoded: uint8 is a quarter of the size of floats, and /dev/shm may be
-    small.
+    Pixels are sent as they were decoded, because uint8 is a quarter of the size of floats.
     """
-    states = list(crops.states)
+    states, shared = list(crops.states), None
+    if crops.settings.num_workers:
+        size = crops.channels * max(map(math.prod, crops.settings.crop_sizes))
+        shared = SharedPixels(crops.settings.num_workers, AHEAD + 1, crops.share.micro_batch_size, size)
+        crops.shared = shared
     for count, item in enumerate(loaded(crops, crops.settings.num_workers)):
         if isinstance(item, UserError):
             raise item
-        arrays, numbers, indices, skipped, num_replaced, states[count % len(states)] = item
-        images = torch.stack([to_tensor(array) for array in arrays])
-        if torch.cuda.is_available():
-            images = images.pin_memory()
+        sent, numbers, indices, skipped, num_replaced, states[count % len(states)] = item
+        # the worker reuses the memory as soon as its next items are asked for, and this copies the pixels
+        images = to_batch(sent if shared is None else shared.get(sent), pin_memory=torch.cuda.is_available())
         state = None
         if is_stream:
             state = {"rank": crops.share.rank, "world_size": crops.share.world_size, "workers": list(states)}
         yield Batch(images, numbers, skipped, num_replaced, indices, state)
 
 
-def loaded(dataset: IterableDataset, num_workers: int, ahead: int = 2) -> Iterator[Any]:
+def loaded(dataset: IterableDataset, num_workers: int, ahead: int = AHEAD) -> Iterator[Any]:
     """Yield the items of `dataset` from its workers in turn, worker 0 first.
 
     Args:

@@ -1,7 +1,7 @@
 """The section `data` of the training settings. This module imports little, so that a typo is refused at once."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -71,6 +71,9 @@ class DataSettings(Settings):
     is drawn for each sample, and the crop is resized to its size in px. null does not resize crops."""
     resize_px: Positive | None = None
     """Shorter side to which an image is resized before the crop, px; null crops from the image in its own size."""
+    scaled_decoding: bool = False
+    """Let the decoder of JPEG files do the halvings of resize_px, which is faster and changes pixels slightly. Only
+    training crops are decoded so, held-out images never are (docs/data.md)."""
     flip: bool = True
     """Mirror half of the crops, at random."""
     background: tuple[Byte, Byte, Byte] = (255, 255, 255)
@@ -93,16 +96,18 @@ class DataSettings(Settings):
         return " and ".join(one.title for one in self.buckets) or f"{self.resolution} px"
 
     def problems(self) -> Iterator[Problem]:
-        yield from self._crop_problems()
+        yield from self._crop_problems([self])
         yield from self._source_problems()
 
-    def _crop_problems(self) -> Iterator[Problem]:
-        """Yield problems of what all sources of a mixture share."""
+    def _crop_problems(self, sources: Sequence["DataSettings"]) -> Iterator[Problem]:
+        """Yield problems of what all `sources` of a mixture share."""
         titles = [bucket.title for bucket in self.buckets]
         if twice := next((title for title in titles if titles.count(title) > 1), None):
             yield Problem("buckets", f"{twice} is given twice: give it once, with a weight")
         if self.scale is not None and self.scale[0] > self.scale[1]:
             yield Problem("scale", f"begins above its end: use [{self.scale[1]:g}, {self.scale[0]:g}]")
+        if self.scaled_decoding and all(one.resize_px is None for one in sources):
+            yield Problem("scaled_decoding", "speeds up data.resize_px, which is null: give that, or set this to false")
 
     def _source_problems(self) -> Iterator[Problem]:
         """Yield problems of what each source of a mixture may have of its own."""
@@ -189,7 +194,7 @@ class TrainingData(DataSettings):
             return
         if self.source != DataSettings().source:
             yield Problem("source", f"{self.source}: data.mixture names the sources; leave data.source out")
-        yield from self._crop_problems()
+        yield from self._crop_problems(self.sources())
         if self.streaming:
             yield Problem("streaming", "a stream has no number for each image, which a mixture needs: set it to false")
         weighted = [part.weight is not None for part in self.mixture]

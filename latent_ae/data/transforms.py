@@ -16,25 +16,38 @@ LEVELS = {"uint8": 255.0, "uint16": 65535.0}
 MAX_ELONGATION = 64
 
 
-def _resize(array: np.ndarray, height: int, width: int, resample: Image.Resampling) -> np.ndarray:
-    """Resize an HWC array to the same type, antialiased, each channel separately; colours of `Rgba` count by alpha."""
+def _resize(
+    array: np.ndarray,
+    height: int,
+    width: int,
+    resample: Image.Resampling,
+    box: tuple[float, float, float, float] | None = None,
+) -> np.ndarray:
+    """Resize an HWC array to the same type, antialiased, each channel separately; colours of `Rgba` count by alpha.
+
+    `box` is the part that is resized: left, top, right and bottom, px; None takes all.
+    """
     if isinstance(array, Rgba):  # Pillow multiplies them by alpha before, and divides after
-        return np.asarray(Image.fromarray(np.ascontiguousarray(array)).resize((width, height), resample)).view(Rgba)
+        return np.asarray(Image.fromarray(np.ascontiguousarray(array)).resize((width, height), resample, box)).view(
+            Rgba
+        )
     if array.dtype == np.uint8 and array.shape[2] == 3:
-        return np.asarray(Image.fromarray(array).resize((width, height), resample))
+        return np.asarray(Image.fromarray(array).resize((width, height), resample, box))
     bands = []
     for channel in range(array.shape[2]):
         band = np.ascontiguousarray(array[..., channel])
         deep = band.dtype != np.uint8
         picture = Image.fromarray(band.astype(np.float32) if deep else band)
-        resized = np.asarray(picture.resize((width, height), resample))
+        resized = np.asarray(picture.resize((width, height), resample, box))
         if deep:  # bicubic overshoots at edges
             resized = resized.clip(0, 1) if band.dtype == np.float32 else resized.round().clip(0, 65535)
         bands.append(resized.astype(array.dtype))
     return np.stack(bands, axis=2)
 
 
-def resize_shorter(array: np.ndarray, size_px: int, resample: Resample = "adm") -> np.ndarray:
+def resize_shorter(
+    array: np.ndarray, size_px: int, resample: Resample = "adm", image_size: tuple[int, int] | None = None
+) -> np.ndarray:
     """Resize an image so that its shorter side is `size_px`; the aspect ratio is kept.
 
     Args:
@@ -45,6 +58,8 @@ def resize_shorter(array: np.ndarray, size_px: int, resample: Resample = "adm") 
             Resize(BICUBIC) of a picture. "tensor" is bilinear with antialiasing, as torchvision's Resize of a tensor;
             its result is float32 and not rounded to levels. "linear" is bilinear without antialiasing, as OpenCV's
             INTER_LINEAR (albumentations), to within a level.
+        image_size: Only for "adm": height and width of the image whose JPEG was decoded to the smaller `array`
+            (`images.decode_scaled`), px. The result has the size that the image itself would get.
 
     Returns:
         The resized array; of the same type, except for "tensor".
@@ -52,18 +67,29 @@ def resize_shorter(array: np.ndarray, size_px: int, resample: Resample = "adm") 
     Raises:
         ImageError: If the image is too elongated to be enlarged.
     """
-    height, width = array.shape[:2]
+    height, width = image_size or array.shape[:2]
     if min(height, width) == size_px:
         return array
     if min(height, width) < size_px and max(height, width) > MAX_ELONGATION * min(height, width):
         raise ImageError(f"{width} x {height} px is too elongated to enlarge to {size_px} px")
     if resample != "adm":
         return _resize_once(array, size_px, resample)
+    box = None if image_size is None else _part_of_pixels(array, image_size)
     while min(height, width) >= 2 * size_px:
         height, width = height // 2, width // 2
-        array = _resize(array, height, width, Image.Resampling.BOX)
+        if array.shape[0] >= 2 * height:  # otherwise the decoder has halved it already
+            array, box = _resize(array, height, width, Image.Resampling.BOX, box), None
     scale = size_px / min(height, width)
-    return _resize(array, round(height * scale), round(width * scale), Image.Resampling.BICUBIC)
+    return _resize(array, round(height * scale), round(width * scale), Image.Resampling.BICUBIC, box)
+
+
+def _part_of_pixels(array: np.ndarray, image_size: tuple[int, int]) -> tuple[float, float, float, float] | None:
+    """Return the part that an image takes up in its scaled decoding: a pixel at the edge may be covered in part."""
+    height, width = image_size
+    for divisor in (8, 4, 2):
+        if array.shape[:2] == (-(-height // divisor), -(-width // divisor)):
+            return 0, 0, width / divisor, height / divisor
+    return None
 
 
 def _resize_once(array: np.ndarray, size_px: int, resample: Resample) -> np.ndarray:
@@ -90,6 +116,7 @@ def random_crop(
     flip: bool,
     rng: np.random.Generator,
     scale: tuple[float, float] | None = None,
+    image_size: tuple[int, int] | None = None,
 ) -> np.ndarray:
     """Return a random crop, mirrored half of the time; smaller images are enlarged to cover it.
 
@@ -102,6 +129,7 @@ def random_crop(
         scale: Bounds, 0 to 1, between which the side of the crop in the image is drawn uniformly, relative to the
             largest crop of this aspect ratio; the crop is then resized to `size`. It is at least `size`, so that
             nothing is enlarged but images that are too small for any crop. None takes crops of `size`.
+        image_size: Height and width of the image, px, if it was decoded to a smaller `array`; see `resize_shorter`.
 
     Returns:
         (height, width, C) of the array's type; it may be a view.
@@ -110,7 +138,7 @@ def random_crop(
         ImageError: If the image is too elongated to be enlarged.
     """
     if resize_px is not None:
-        array = resize_shorter(array, resize_px)
+        array = resize_shorter(array, resize_px, image_size=image_size)
     shorter = min(array.shape[:2])
     needed = max(-(-side * shorter // whole) for side, whole in zip(size, array.shape[:2], strict=True))
     if needed > shorter:

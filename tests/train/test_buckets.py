@@ -116,9 +116,11 @@ def test_what_does_not_go_with_buckets_ends_in_one_message(values: dict[str, Any
 
 def test_stored_latents_have_no_buckets_and_no_scale(tmp_path: Path) -> None:
     values = {"init_from": str(tmp_path), "decoder": {"latents": "latents"}, "model": {}}
-    lines = [f"{key}: {text}" for key, text in settings_of(**values, data={"scale": [0.5, 1]}).problems()]
-    # the third one: there are no such latents
-    assert [line.partition(":")[0] for line in lines] == ["data.buckets", "data.scale", "decoder.latents"], lines
+    data = {"scale": [0.5, 1], "scaled_decoding": True, "resize_px": 512}
+    lines = [f"{key}: {text}" for key, text in settings_of(**values, data=data).problems()]
+    # the last one: there are no such latents
+    expected = ["data.buckets", "data.scale", "data.scaled_decoding", "decoder.latents"]
+    assert [line.partition(":")[0] for line in lines] == expected, lines
 
 
 def test_compiling_for_several_sizes_is_announced() -> None:
