@@ -1,0 +1,375 @@
+"""Our training against others' own programs, unmodified: held-out quality after the same time on one core.
+
+    python -m benchmarks.against --data TRAIN_FOLDER --held-out TEST_FOLDER --python THEIR_PYTHON \\
+        --diffusers CHECKOUT --latent-diffusion CHECKOUT --taming CHECKOUT --lavinal CHECKOUT --old-lightning FOLDER
+
+Every program trains the same architecture, at two sizes, on the same tiles of 64 px, cut from the photographs, in
+batches of 8, on one thread of one core. A rival gets `--minutes` from the end of its first step on, once with its own
+learning rate and once with one that suits a short run; ours gets a fifth, two fifths and all of that time, in a run of
+its own each, because its learning rate decays over the run. Rivals and ours take turns. What a rival has saved when
+its time is up is converted, and measured on centre crops of the held-out photographs by `latent-ae eval recon` and by
+torchmetrics and lpips around a stock AutoencoderKL.
+
+Each result is written into benchmarks/results/against.json when it is there. The same command again makes what is
+missing or has failed. What a program needs to run at all is in `programs` of the file; THEIR_PYTHON is an interpreter
+with the packages named there, and --old-lightning the folder with those that must be old.
+"""
+
+import argparse
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from itertools import chain, zip_longest
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import lpips
+import numpy as np
+import psutil
+import torch
+import torchvision
+from diffusers import AutoencoderKL
+from PIL import Image
+from safetensors.torch import load_file
+from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
+
+from benchmarks.against_programs.programs import AS_PUBLISHED, NEEDED, RIVALS, Places, Program, ours
+from benchmarks.machine import RESULTS, save
+from benchmarks.plain_evaluation import levels, lpips_network
+from benchmarks.runs import evaluate, folder_name, latent_ae
+from benchmarks.widths import WIDTHS
+from latent_ae.config import load_settings
+from latent_ae.pretrained.weights import weight_file
+from latent_ae_train.settings import TrainSettings
+
+NAME = "against"
+SIZES = {"f4": "", "f8": f"{WIDTHS['12M']} model.latent_channels=16"}
+"""Settings of the model beyond the recipe quickstart."""
+SHORT_RUN_RATE = 3e-4
+"""A learning rate for rivals beside their own, which are for runs a thousand times as long: ours, the quickstart's."""
+PARTS = (0.2, 0.4, 1.0)
+"""Of a rival's time that ours gets."""
+TARGETS = {"f4": PARTS[0], "f8": PARTS[1]}
+"""The part at which ours should have a rival's quality."""
+TILE_PX = 64
+EVALUATION = ["resize_px=null", "crop_px=null", "latents=[mode]", "lpips=[vgg]", "frechet=[]", "baseline=false"]
+POLL_S = 0.2
+PATIENCE_S = 600.0
+"""Until the first step, and from the end of the time until weights are there."""
+
+
+class Failed(RuntimeError):
+    """A program that did not start, or ended without weights."""
+
+
+class Entry(NamedTuple):
+    """One training: of a rival with a learning rate (None: its own), or of ours with a part of the time."""
+
+    program: str
+    size: str
+    rate: float | None = None
+    part: float = 1.0
+
+    def name(self, minutes: float) -> str:
+        if self.program == "ours":
+            return f"ours, {minutes * self.part:g} min, {self.size}"
+        return f"{self.program}, {'its own rate' if self.rate is None else f'lr {self.rate:g}'}, {self.size}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="a folder of photographs to train on")
+    parser.add_argument("--held-out", type=Path, required=True, help="a folder of photographs to measure on")
+    parser.add_argument("--python", type=Path, required=True, help="an interpreter with the packages of the rivals")
+    for name in ("diffusers", "latent-diffusion", "taming", "lavinal"):
+        parser.add_argument(f"--{name}", type=Path, required=True, help="a checkout")
+    parser.add_argument("--old-lightning", type=Path, required=True, help="a folder with pytorch-lightning 1.4.2")
+    parser.add_argument("--minutes", type=float, default=10.0, help="of training, for each rival")
+    parser.add_argument("--images", type=int, default=48, help="held-out crops that are measured")
+    parser.add_argument("--crop", type=int, default=256, help="their side, px")
+    parser.add_argument("--only", metavar="WORD", help="make only entries whose name contains this")
+    parser.add_argument("--work", type=Path, default=Path("runs") / NAME, help="a folder for runs, several GB")
+    parser.add_argument("--name", default=NAME, help="of the result")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    on_one_core()
+    found = {name: getattr(arguments, name).absolute() for name in Places._fields if name != "work"}
+    places = Places(**found, work=arguments.work.absolute())
+    prepare(places, arguments.data, arguments.held_out, arguments.images, arguments.crop)
+    facts: dict[str, Any] = {
+        "minutes": arguments.minutes,
+        "data": arguments.data.name,
+        "tiles": len(list(places.photographs.iterdir())),
+        "tile_px": TILE_PX,
+        "held_out": arguments.held_out.name,
+        "held_out_images": arguments.images,
+        "crop_px": arguments.crop,
+        "sizes": {size: f"quickstart {words}".strip() for size, words in SIZES.items()},
+        "programs": {name: {"settings": AS_PUBLISHED[name], "needed": NEEDED[name]} for name in NEEDED},
+    }
+    path = RESULTS / f"{arguments.name}.json"
+    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    same = all(before.get(key) == facts[key] for key in ("minutes", "tiles", "held_out_images", "crop_px"))
+    rows: dict[str, dict[str, Any]] = before["entries"] if same else {}
+    for entry in entries():
+        name = entry.name(arguments.minutes)
+        if (arguments.only or "") not in name or "psnr" in rows.get(name, {}).get("latent_ae", {}):
+            continue
+        print(f"{time.strftime('%H:%M:%S')} {name}", file=sys.stderr, flush=True)
+        try:
+            rows[name] = measure(entry, name, places, 60 * arguments.minutes)
+        except (Failed, subprocess.CalledProcessError, OSError, ValueError) as error:
+            rows[name] = {"failed": str(error)}
+        print(f"  {rows[name]}", file=sys.stderr, flush=True)
+        save(arguments.name, {**facts, "entries": rows, "target": targets(rows)})
+
+
+def entries() -> list[Entry]:
+    """In the order in which they are made: rivals and ours in turns, size after size."""
+    made: list[Entry] = []
+    for size in SIZES:
+        rivals = [Entry(program, size, rate) for rate in (None, SHORT_RUN_RATE) for program in RIVALS]
+        mine = [Entry("ours", size, part=part) for part in PARTS]
+        made += [entry for entry in chain(*zip_longest(rivals, mine)) if entry is not None]
+    return made
+
+
+def measure(entry: Entry, name: str, places: Places, limit_s: float) -> dict[str, Any]:
+    """Trains, and measures what came of it.
+
+    Raises:
+        Failed: With the end of the program's log.
+    """
+    folder = places.work / "runs" / folder_name(name)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    settings = settings_of(entry.size)
+    if entry.program == "ours":
+        row, model = train_ours(entry, places, folder, limit_s * entry.part)
+    else:
+        program = RIVALS[entry.program](places, folder, settings, entry.rate)
+        row, weights = run(program, folder, places, limit_s, settings.batch_size)
+        assert weights is not None
+        model = weights
+        if program.convert is not None:
+            model = folder / "converted"
+            latent_ae("convert", str(weights), str(model), *program.convert)
+    held_out = places.work / "held-out"
+    result = evaluate(folder / "evaluation", "recon", model, held_out, *EVALUATION)
+    means = result["metrics"]["mode"]
+    row["parameters"] = result["model"]["parameters"]
+    row["latent_ae"] = {"psnr": means["psnr"], "ssim": means["ssim"], "lpips": means["lpips_vgg"]}
+    row["independent"] = independent(model, held_out)
+    return {"program": entry.program, "size": entry.size, "part": entry.part, **row}
+
+
+def settings_of(size: str, *words: str) -> TrainSettings:
+    return load_settings(TrainSettings, "quickstart", [*SIZES[size].split(), *words])
+
+
+def train_ours(entry: Entry, places: Places, folder: Path, limit_s: float) -> tuple[dict[str, Any], Path]:
+    """A run of as many steps as fit, by a short trial before it; it is made again where it took longer after all."""
+    words = [*SIZES[entry.size].split(), f"data.source={places.photographs}", "validate.images=1", "log.every=1"]
+    words += [f"data.eval_source={places.work / 'held-out'}"]
+    trial = folder / "trial"
+    trial.mkdir()
+    gan = ["gan.start=8", "gan.discriminator_warmup=2", "gan.warmup=2"]
+    program = ours(places, trial, [*words, *gan, "steps=20", "checkpoint.every=20", "validate.every=20"])
+    run(program, trial, places, math.inf, 1)
+    rates = [1 / line["images_per_second"] for line in lines_of(trial) if "images_per_second" in line]
+    settings = settings_of(entry.size)
+    # the medians of steps without and with the GAN; the lines begin at the second step
+    plain, adversarial = (settings.batch_size * float(np.median(part)) for part in (rates[:6], rates[-8:]))
+    steps = steps_within(0.97 * limit_s, plain, adversarial, settings.gan.start)
+    while True:
+        shutil.rmtree(folder / "run", ignore_errors=True)
+        every = [f"steps={steps}", f"checkpoint.every={steps}", f"validate.every={steps}"]
+        row, _ = run(ours(places, folder, [*words, *every]), folder, places, math.inf, settings.batch_size)
+        if row["seconds"] <= 1.01 * limit_s:
+            return row, folder / "run" / "export"
+        steps = int(steps * 0.97 * limit_s / row["seconds"])
+
+
+def steps_within(seconds: float, plain_s: float, adversarial_s: float, start: int) -> int:
+    """Steps that fit into a time if those after the first `start` have an adversary and take longer."""
+    steps = seconds / plain_s
+    return max(2, int(steps if steps <= start else start + (seconds - start * plain_s) / adversarial_s))
+
+
+def lines_of(folder: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (folder / "run" / "log.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["event"] == "train"]
+
+
+def run(
+    program: Program, folder: Path, places: Places, limit_s: float, batch_size: int
+) -> tuple[dict[str, Any], Path | None]:
+    """Trains until the program ends or its time is up, and then until its weights are there.
+
+    Returns:
+        Steps, the seconds from the end of the first step to the end of the last one that is known (to the moment when
+        weights were asked for or found), images per second in between, the most memory of all its processes, and the
+        seconds to the end of the first step; and the weights.
+
+    Raises:
+        Failed: If it ends on its own with an error, makes no first step, or does not save.
+    """
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_HOME": str(places.torch_home), "HF_HUB_OFFLINE": "1"}
+    with (folder / "log.txt").open("wb") as log:
+        started = time.perf_counter()
+        process = subprocess.Popen(
+            program.command,
+            cwd=folder,
+            env={**environment, **program.environment},
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    watch = psutil.Process(process.pid)
+    first = asked = math.inf
+    first_step = steps = asked_steps = 0
+    last, peak = started, 0.0
+    weights: Path | None = None
+    try:
+        while process.poll() is None:
+            time.sleep(POLL_S)
+            now = time.perf_counter()
+            peak = max(peak, resident_gb(watch))
+            if (done := program.steps()) > steps:
+                steps, last = done, now
+                if first == math.inf:
+                    first, first_step = now, done
+            if asked == math.inf and now - first >= limit_s:
+                asked, asked_steps = now, steps
+                program.ask(process)
+            if asked != math.inf and (weights := program.weights(asked_steps)) is not None:
+                break
+            if now - min(first, asked if asked != math.inf else now) > limit_s + PATIENCE_S:
+                raise Failed(f"it saved nothing: {tail(folder)}")
+            if first == math.inf and now - started > PATIENCE_S:
+                raise Failed(f"no first step in {PATIENCE_S:.0f} s: {tail(folder)}")
+        if weights is None and (limit_s != math.inf or process.returncode):
+            raise Failed(f"it ended with {process.returncode}: {tail(folder)}")
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, 9)
+            process.wait()
+    seconds = last - first
+    return {
+        "steps": steps,
+        "seconds": round(seconds, 1),
+        "images_per_second": round((steps - first_step) * batch_size / seconds, 3) if seconds else None,
+        "peak_memory_gb": round(peak, 2),
+        "seconds_to_first_step": round(first - started, 1),
+        "started": [Path(word).name if Path(word).is_absolute() else word for word in program.command],
+    }, weights
+
+
+def resident_gb(process: psutil.Process) -> float:
+    """Of a process and its descendants."""
+    total = 0
+    try:
+        for one in (process, *process.children(recursive=True)):
+            total += one.memory_info().rss
+    except psutil.Error:
+        pass  # it has just ended
+    return total / 1e9
+
+
+def tail(folder: Path) -> str:
+    """The end of a log, without terminal bars."""
+    text = (folder / "log.txt").read_bytes()[-6000:].decode(errors="replace")
+    lines = [line.split("\r")[-1].rstrip() for line in text.splitlines()]
+    return "\n".join([line for line in lines if line][-8:])
+
+
+def independent(model: Path, folder: Path) -> dict[str, float]:
+    """PSNR and SSIM by torchmetrics and LPIPS by its authors' package, of posterior means, over an image each."""
+    vae, network = AutoencoderKL.from_pretrained(model).eval(), lpips_network("vgg")
+    values: dict[str, list[float]] = {"psnr": [], "ssim": [], "lpips": []}
+    for path in sorted(folder.iterdir()):
+        image = torch.from_numpy(np.array(Image.open(path))).permute(2, 0, 1)[None].float() / 127.5 - 1
+        with torch.inference_mode():
+            image_of_latent = vae.decode(vae.encode(image).latent_dist.mode()).sample
+            a, b = levels(image) / 255, levels(image_of_latent) / 255
+            values["psnr"].append(float(peak_signal_noise_ratio(b, a, data_range=1.0)))
+            values["ssim"].append(float(structural_similarity_index_measure(b, a, data_range=1.0)))
+            values["lpips"].append(float(network(2 * a - 1, 2 * b - 1)))
+    return {name: sum(parts) / len(parts) for name, parts in values.items()}
+
+
+def targets(rows: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """For each rival that was measured: whether ours, in its part of the time, is at least as good."""
+    measured = {name: row for name, row in rows.items() if "failed" not in row}
+    made: list[dict[str, Any]] = []
+    for rival, theirs in measured.items():
+        for name, mine in measured.items():
+            asked = theirs["program"] != "ours" and mine["program"] == "ours" and mine["size"] == theirs["size"]
+            if asked and mine["part"] == TARGETS[theirs["size"]]:
+                better = {
+                    by: {
+                        "psnr": mine[by]["psnr"] >= theirs[by]["psnr"],
+                        "lpips": mine[by]["lpips"] <= theirs[by]["lpips"],
+                    }
+                    for by in ("latent_ae", "independent")
+                }
+                made.append({"rival": rival, "ours": name, "at_least_as_good": better})
+    return made
+
+
+def prepare(places: Places, data: Path, held_out: Path, images: int, crop_px: int) -> None:
+    """What all programs share: tiles, held-out crops, VGG16 as torchvision's file, LPIPS's linear heads as files."""
+    once(places.photographs, lambda folder: cut_tiles(data, folder))
+    shutil.rmtree(places.work / "held-out", ignore_errors=True)
+    once(places.work / "held-out", lambda folder: cut_centres(held_out, folder, images, crop_px))
+    once(places.torch_home / "hub" / "checkpoints", write_vgg16)
+    heads = Path(lpips.__file__).parent / "weights" / "v0.1" / "vgg.pth"
+    for place in ("taming/modules/autoencoder/lpips", "sgm/modules/autoencoding/lpips/loss"):
+        once(places.linear_heads / place, lambda folder: shutil.copy(heads, folder / "vgg.pth"))
+
+
+def once(folder: Path, make: Callable[[Path], object]) -> None:
+    """Makes a folder; one that was left half-made is not taken for a whole one."""
+    if not folder.exists():
+        part = folder.with_name(f"{folder.name}.part")
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        make(part)
+        part.rename(folder)
+
+
+def cut_tiles(data: Path, folder: Path) -> None:
+    for path in sorted(data.iterdir()):
+        image = Image.open(path).convert("RGB")
+        for top in range(0, image.height - TILE_PX + 1, TILE_PX):
+            for left in range(0, image.width - TILE_PX + 1, TILE_PX):
+                tile = image.crop((left, top, left + TILE_PX, top + TILE_PX))
+                tile.save(folder / f"{path.stem}-{top}-{left}.png")
+
+
+def cut_centres(data: Path, folder: Path, images: int, crop_px: int) -> None:
+    for path in sorted(data.iterdir())[:images]:
+        image = Image.open(path).convert("RGB")
+        left, top = (image.width - crop_px) // 2, (image.height - crop_px) // 2
+        image.crop((left, top, left + crop_px, top + crop_px)).save(folder / f"{path.stem}.png")
+
+
+def write_vgg16(folder: Path) -> None:
+    """The trunk in the file that torchvision would download; the classifier stays as it is initialised."""
+    network = torchvision.models.vgg16(weights=None).state_dict()
+    torch.save({**network, **load_file(weight_file("vgg16"))}, folder / "vgg16-397923af.pth")
+
+
+def on_one_core() -> None:
+    """This process and those that it starts, where the system can."""
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+
+
+if __name__ == "__main__":
+    main()
