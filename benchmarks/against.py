@@ -4,11 +4,13 @@
         --diffusers CHECKOUT --latent-diffusion CHECKOUT --taming CHECKOUT --lavinal CHECKOUT --old-lightning FOLDER
 
 Every program trains the same architecture, at two sizes, on the same tiles of 64 px, cut from the photographs, in
-batches of 8, on one thread of one core. A rival gets `--minutes` from the end of its first step on, once with its own
-learning rate and once with one that suits a short run; ours gets a fifth, two fifths and all of that time, in a run of
-its own each, because its learning rate decays over the run. Rivals and ours take turns. What a rival has saved when
-its time is up is converted, and measured on centre crops of the held-out photographs by `latent-ae eval recon` and by
-torchmetrics and lpips around a stock AutoencoderKL.
+batches of 8, on one thread of one core. Time is the processor's, so that other work on the machine counts little; of a
+program that has its core alone it is that of the clock, which is in the result, too. A rival gets `--minutes` from the
+end of its first step on, once with its own learning rate and once with ours, which suits a short run. Ours gets a
+fifth, two fifths and all of that time, in a run of its own each, because its learning rate decays over the run, and all
+of it from the start that rivals have, too. Rivals and ours take turns. What a rival has saved when its time is up is
+converted, and measured on centre crops of the held-out photographs by `latent-ae eval recon` and by torchmetrics and
+lpips around a stock AutoencoderKL.
 
 Each result is written into benchmarks/results/against.json when it is there. The same command again makes what is
 missing or has failed. What a program needs to run at all is in `programs` of the file; THEIR_PYTHON is an interpreter
@@ -20,10 +22,11 @@ import json
 import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -54,11 +57,13 @@ SHORT_RUN_RATE = 3e-4
 """A learning rate for rivals beside their own, which are for runs a thousand times as long: ours, the quickstart's."""
 PARTS = (0.2, 0.4, 1.0)
 """Of a rival's time that ours gets."""
+OURS, PLAIN = "ours", "ours from the default start"
+"""The recipe, and the same without its linear start and steps by layer, which only goes with it."""
 TARGETS = {"f4": PARTS[0], "f8": PARTS[1]}
 """The part at which ours should have a rival's quality."""
 TILE_PX = 64
 EVALUATION = ["resize_px=null", "crop_px=null", "latents=[mode]", "lpips=[vgg]", "frechet=[]", "baseline=false"]
-POLL_S = 0.2
+POLL_S = 0.5
 PATIENCE_S = 600.0
 """Until the first step, and from the end of the time until weights are there."""
 
@@ -76,9 +81,18 @@ class Entry(NamedTuple):
     part: float = 1.0
 
     def name(self, minutes: float) -> str:
-        if self.program == "ours":
-            return f"ours, {minutes * self.part:g} min, {self.size}"
+        if self.program in (OURS, PLAIN):
+            return f"{self.program}, {minutes * self.part:g} min, {self.size}"
         return f"{self.program}, {'its own rate' if self.rate is None else f'lr {self.rate:g}'}, {self.size}"
+
+
+class Moment(NamedTuple):
+    """Of a program: steps done, the clock, processor seconds, and the most memory until then."""
+
+    steps: int
+    clock_s: float
+    processor_s: float
+    peak_gb: float
 
 
 def main() -> None:
@@ -90,7 +104,7 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=Path, required=True, help="a checkout")
     parser.add_argument("--old-lightning", type=Path, required=True, help="a folder with pytorch-lightning 1.4.2")
     parser.add_argument("--minutes", type=float, default=10.0, help="of training, for each rival")
-    parser.add_argument("--images", type=int, default=48, help="held-out crops that are measured")
+    parser.add_argument("--images", type=int, default=32, help="held-out crops that are measured")
     parser.add_argument("--crop", type=int, default=256, help="their side, px")
     parser.add_argument("--only", metavar="WORD", help="make only entries whose name contains this")
     parser.add_argument("--work", type=Path, default=Path("runs") / NAME, help="a folder for runs, several GB")
@@ -114,7 +128,7 @@ def main() -> None:
     }
     path = RESULTS / f"{arguments.name}.json"
     before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    same = all(before.get(key) == facts[key] for key in ("minutes", "tiles", "held_out_images", "crop_px"))
+    same = all(before.get(key) == facts[key] for key in facts if key != "programs")
     rows: dict[str, dict[str, Any]] = before["entries"] if same else {}
     for entry in entries():
         name = entry.name(arguments.minutes)
@@ -134,7 +148,7 @@ def entries() -> list[Entry]:
     made: list[Entry] = []
     for size in SIZES:
         rivals = [Entry(program, size, rate) for rate in (None, SHORT_RUN_RATE) for program in RIVALS]
-        mine = [Entry("ours", size, part=part) for part in PARTS]
+        mine = [*(Entry(OURS, size, part=part) for part in PARTS), Entry(PLAIN, size)]
         made += [entry for entry in chain(*zip_longest(rivals, mine)) if entry is not None]
     return made
 
@@ -145,11 +159,9 @@ def measure(entry: Entry, name: str, places: Places, limit_s: float) -> dict[str
     Raises:
         Failed: With the end of the program's log.
     """
-    folder = places.work / "runs" / folder_name(name)
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    folder = fresh(places.work / "runs" / folder_name(name))
     settings = settings_of(entry.size)
-    if entry.program == "ours":
+    if entry.program in (OURS, PLAIN):
         row, model = train_ours(entry, places, folder, limit_s * entry.part)
     else:
         program = RIVALS[entry.program](places, folder, settings, entry.rate)
@@ -176,23 +188,25 @@ def train_ours(entry: Entry, places: Places, folder: Path, limit_s: float) -> tu
     """A run of as many steps as fit, by a short trial before it; it is made again where it took longer after all."""
     words = [*SIZES[entry.size].split(), f"data.source={places.photographs}", "validate.images=1", "log.every=1"]
     words += [f"data.eval_source={places.work / 'held-out'}"]
+    words += ["model.init=default"] if entry.program == PLAIN else []
     trial = folder / "trial"
     trial.mkdir()
     gan = ["gan.start=8", "gan.discriminator_warmup=2", "gan.warmup=2"]
     program = ours(places, trial, [*words, *gan, "steps=20", "checkpoint.every=20", "validate.every=20"])
-    run(program, trial, places, math.inf, 1)
-    rates = [1 / line["images_per_second"] for line in lines_of(trial) if "images_per_second" in line]
+    measured, _ = run(program, trial, places, math.inf, 1)
+    share = measured["processor_seconds"] / measured["clock_seconds"]
+    each = [1 / line["images_per_second"] for line in lines_of(trial) if "images_per_second" in line]
     settings = settings_of(entry.size)
     # the medians of steps without and with the GAN; the lines begin at the second step
-    plain, adversarial = (settings.batch_size * float(np.median(part)) for part in (rates[:6], rates[-8:]))
+    plain, adversarial = (share * settings.batch_size * float(np.median(part)) for part in (each[:6], each[-8:]))
     steps = steps_within(0.97 * limit_s, plain, adversarial, settings.gan.start)
     while True:
         shutil.rmtree(folder / "run", ignore_errors=True)
         every = [f"steps={steps}", f"checkpoint.every={steps}", f"validate.every={steps}"]
         row, _ = run(ours(places, folder, [*words, *every]), folder, places, math.inf, settings.batch_size)
-        if row["seconds"] <= 1.01 * limit_s:
+        if row["processor_seconds"] <= 1.01 * limit_s:
             return row, folder / "run" / "export"
-        steps = int(steps * 0.97 * limit_s / row["seconds"])
+        steps = int(steps * 0.97 * limit_s / row["processor_seconds"])
 
 
 def steps_within(seconds: float, plain_s: float, adversarial_s: float, start: int) -> int:
@@ -211,10 +225,17 @@ def run(
 ) -> tuple[dict[str, Any], Path | None]:
     """Trains until the program ends or its time is up, and then until its weights are there.
 
+    Args:
+        program: What is started.
+        folder: Where it is started, and its log.txt is written.
+        places: What all programs share.
+        limit_s: Processor seconds from the end of the first step on; infinite for a program that ends by itself.
+        batch_size: Images in a step.
+
     Returns:
-        Steps, the seconds from the end of the first step to the end of the last one that is known (to the moment when
-        weights were asked for or found), images per second in between, the most memory of all its processes, and the
-        seconds to the end of the first step; and the weights.
+        What was measured from the end of the first step to that of the last one before weights were there, the most
+        memory of all processes of the program until then, the seconds to the end of the first step, and the command;
+        and the weights, None of a program that ended by itself.
 
     Raises:
         Failed: If it ends on its own with an error, makes no first step, or does not save.
@@ -231,54 +252,55 @@ def run(
             start_new_session=True,
         )
     watch = psutil.Process(process.pid)
-    first = asked = math.inf
-    first_step = steps = asked_steps = 0
-    last, peak = started, 0.0
+    first: Moment | None = None
+    last = now = Moment(0, started, 0.0, 0.0)
+    asked: Moment | None = None
     weights: Path | None = None
     try:
-        while process.poll() is None:
+        while process.poll() is None and weights is None:
             time.sleep(POLL_S)
-            now = time.perf_counter()
-            peak = max(peak, resident_gb(watch))
-            if (done := program.steps()) > steps:
-                steps, last = done, now
-                if first == math.inf:
-                    first, first_step = now, done
-            if asked == math.inf and now - first >= limit_s:
-                asked, asked_steps = now, steps
+            now = look(watch, program.steps(), now)
+            if now.steps > last.steps:
+                first, last = first or now, now
+            if first is None and now.clock_s - started > PATIENCE_S:
+                raise Failed(f"it made no first step in {PATIENCE_S:.0f} s: {tail(folder)}")
+            if asked is not None:
+                weights = program.weights(asked.steps)
+                if now.clock_s - asked.clock_s > PATIENCE_S:
+                    raise Failed(f"it saved nothing in {PATIENCE_S:.0f} s: {tail(folder)}")
+            elif first is not None and now.processor_s - first.processor_s >= limit_s:
+                asked = now
                 program.ask(process)
-            if asked != math.inf and (weights := program.weights(asked_steps)) is not None:
-                break
-            if now - min(first, asked if asked != math.inf else now) > limit_s + PATIENCE_S:
-                raise Failed(f"it saved nothing: {tail(folder)}")
-            if first == math.inf and now - started > PATIENCE_S:
-                raise Failed(f"no first step in {PATIENCE_S:.0f} s: {tail(folder)}")
-        if weights is None and (limit_s != math.inf or process.returncode):
+        if first is None or (weights is None and (limit_s != math.inf or process.returncode)):
             raise Failed(f"it ended with {process.returncode}: {tail(folder)}")
     finally:
         if process.poll() is None:
-            os.killpg(process.pid, 9)
+            os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-    seconds = last - first
+    seconds = last.processor_s - first.processor_s
     return {
-        "steps": steps,
-        "seconds": round(seconds, 1),
-        "images_per_second": round((steps - first_step) * batch_size / seconds, 3) if seconds else None,
-        "peak_memory_gb": round(peak, 2),
-        "seconds_to_first_step": round(first - started, 1),
+        "steps": last.steps,
+        "processor_seconds": round(seconds, 1),
+        "clock_seconds": round(last.clock_s - first.clock_s, 1),
+        "images_per_processor_second": round((last.steps - first.steps) * batch_size / max(seconds, 1e-9), 2),
+        "peak_memory_gb": round(last.peak_gb, 2),
+        "processor_seconds_to_first_step": round(first.processor_s, 1),
         "started": [Path(word).name if Path(word).is_absolute() else word for word in program.command],
     }, weights
 
 
-def resident_gb(process: psutil.Process) -> float:
-    """Of a process and its descendants."""
-    total = 0
+def look(process: psutil.Process, steps: int, before: Moment) -> Moment:
+    """A process and its descendants now; as before once it has ended."""
+    seconds = memory = 0.0
     try:
         for one in (process, *process.children(recursive=True)):
-            total += one.memory_info().rss
+            times = one.cpu_times()
+            seconds += times.user + times.system
+            memory += one.memory_info().rss / 1e9
     except psutil.Error:
-        pass  # it has just ended
-    return total / 1e9
+        pass
+    processor_s, peak = max(before.processor_s, seconds), max(before.peak_gb, memory)
+    return Moment(steps, time.perf_counter(), processor_s, peak)
 
 
 def tail(folder: Path) -> str:
@@ -309,7 +331,7 @@ def targets(rows: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
     made: list[dict[str, Any]] = []
     for rival, theirs in measured.items():
         for name, mine in measured.items():
-            asked = theirs["program"] != "ours" and mine["program"] == "ours" and mine["size"] == theirs["size"]
+            asked = theirs["program"] in RIVALS and mine["program"] == OURS and mine["size"] == theirs["size"]
             if asked and mine["part"] == TARGETS[theirs["size"]]:
                 better = {
                     by: {
@@ -324,23 +346,18 @@ def targets(rows: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 def prepare(places: Places, data: Path, held_out: Path, images: int, crop_px: int) -> None:
     """What all programs share: tiles, held-out crops, VGG16 as torchvision's file, LPIPS's linear heads as files."""
-    once(places.photographs, lambda folder: cut_tiles(data, folder))
-    shutil.rmtree(places.work / "held-out", ignore_errors=True)
-    once(places.work / "held-out", lambda folder: cut_centres(held_out, folder, images, crop_px))
-    once(places.torch_home / "hub" / "checkpoints", write_vgg16)
+    cut_tiles(data, fresh(places.photographs))
+    cut_centres(held_out, fresh(places.work / "held-out"), images, crop_px)
+    write_vgg16(fresh(places.torch_home / "hub" / "checkpoints"))
     heads = Path(lpips.__file__).parent / "weights" / "v0.1" / "vgg.pth"
     for place in ("taming/modules/autoencoder/lpips", "sgm/modules/autoencoding/lpips/loss"):
-        once(places.linear_heads / place, lambda folder: shutil.copy(heads, folder / "vgg.pth"))
+        shutil.copy(heads, fresh(places.linear_heads / place) / "vgg.pth")
 
 
-def once(folder: Path, make: Callable[[Path], object]) -> None:
-    """Makes a folder; one that was left half-made is not taken for a whole one."""
-    if not folder.exists():
-        part = folder.with_name(f"{folder.name}.part")
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
-        make(part)
-        part.rename(folder)
+def fresh(folder: Path) -> Path:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    return folder
 
 
 def cut_tiles(data: Path, folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""The training programs of benchmarks/against.py: their commands, progress, weights, and what they need to run at all."""
+"""The training programs of benchmarks/against.py: commands, progress, weights, and what each needs to run at all."""
 
 import json
 import re
@@ -79,8 +79,8 @@ NEEDED: dict[str, list[str]] = {
     "latent-diffusion": [
         "pytorch-lightning 1.4.2, as its environment.yaml says, with torchmetrics 0.6.0, pyDeprecate 0.3.2 and "
         "setuptools below 70, in a folder of their own; omegaconf, einops",
-        "taming-transformers on PYTHONPATH, and LPIPS's linear heads at taming/modules/autoencoder/lpips/vgg.pth of the "
-        "folder it is started in",
+        "taming-transformers on PYTHONPATH, and LPIPS's linear heads at taming/modules/autoencoder/lpips/vgg.pth of "
+        "the folder it is started in",
         "VGG16 as torchvision's file in TORCH_HOME; its classifier, which LPIPS does not use, is random",
         "names that NumPy 2, Pillow 10 and Python's format of enumerations no longer have, added by launch.py",
         "8 instead of 32 groups as the default of its norms, by launch.py, so that the network is the same",
@@ -101,14 +101,16 @@ NEEDED: dict[str, list[str]] = {
 }
 
 AS_PUBLISHED: dict[str, str] = {
-    "diffusers": "learning rate 4.5e-6 (constant), L2 + 0.5 LPIPS (without a gradient) + 1e-6 KL, GAN from step 50,001",
-    "latent-diffusion": "base learning rate 4.5e-6 times the batch of 8 (constant), L1 + LPIPS + 1e-6 KL, GAN from step "
+    "diffusers": "learning rate 4.5e-6, constant; L2 + 0.5 LPIPS (which it computes without a gradient) + 1e-6 KL; "
+    "GAN from step 50,001, whose adaptive weight is computed from the first step on",
+    "latent-diffusion": "learning rate 4.5e-6 times the batch of 8, constant; L1 + LPIPS + 1e-6 KL; GAN from step "
     "50,001, whose discriminator and adaptive weight are computed from the first step on",
-    "lavinal712/AutoencoderKL": "base learning rate 4.5e-6 times the batch of 8 (constant), L1 + LPIPS + 1e-6 KL, GAN "
-    "from step 50,001",
-    "ours": "the recipe quickstart, of which the steps are those that fit the time",
+    "lavinal712/AutoencoderKL": "learning rate 4.5e-6 times the batch of 8, constant; L1 + LPIPS + 1e-6 KL; GAN from "
+    "step 50,001",
+    "ours": "the recipe quickstart, with as many steps as fit into the time; L1 + LPIPS of every second image + 1e-6 "
+    "KL; GAN from step 100",
 }
-"""The losses of rivals do not change with the learning rate, and no GAN starts within the time."""
+"""What they train with where no learning rate is given. No rival's GAN starts within the time."""
 
 
 def diffusers(places: Places, folder: Path, settings: TrainSettings, rate: float | None) -> Program:
@@ -301,7 +303,7 @@ def of_latent_diffusions_line(
         lambda: progress(folder, r"Epoch (\d+): .*?\| (\d+)/(\d+) \["),
         ask,
         saved,
-        [f"norm_num_groups={settings.model.norm_num_groups}", "scaling_factor=1"],
+        [f"norm_num_groups={settings.model.norm_num_groups}", "scaling_factor=1", "shift_factor=0"],
     )
 
 
