@@ -23,10 +23,12 @@ import math
 import os
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import cache
 from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -54,7 +56,7 @@ NAME = "against"
 SIZES = {"f4": "", "f8": f"{WIDTHS['12M']} model.latent_channels=16"}
 """Settings of the model beyond the recipe quickstart."""
 SHORT_RUN_RATE = 3e-4
-"""A learning rate for rivals beside their own, which are for runs a thousand times as long: ours, the quickstart's."""
+"""A learning rate for rivals beside their own, which are for runs a thousand times as long: the quickstart's."""
 PARTS = (0.2, 0.4, 1.0)
 """Of a rival's time that ours gets."""
 OURS, PLAIN = "ours", "ours from the default start"
@@ -104,6 +106,9 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=Path, required=True, help="a checkout")
     parser.add_argument("--old-lightning", type=Path, required=True, help="a folder with pytorch-lightning 1.4.2")
     parser.add_argument("--minutes", type=float, default=10.0, help="of training, for each rival")
+    parser.add_argument(
+        "--rates", type=float, nargs="*", default=[SHORT_RUN_RATE], help="learning rates of rivals beside their own"
+    )
     parser.add_argument("--images", type=int, default=32, help="held-out crops that are measured")
     parser.add_argument("--crop", type=int, default=256, help="their side, px")
     parser.add_argument("--only", metavar="WORD", help="make only entries whose name contains this")
@@ -128,26 +133,27 @@ def main() -> None:
     }
     path = RESULTS / f"{arguments.name}.json"
     before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    same = all(before.get(key) == facts[key] for key in facts if key != "programs")
-    rows: dict[str, dict[str, Any]] = before["entries"] if same else {}
-    for entry in entries():
+    if changed := [key for key in facts if before and key != "programs" and before.get(key) != facts[key]]:
+        parser.error(f"{path} was made with other {', '.join(changed)}: move it, or give another --name")
+    rows: dict[str, dict[str, Any]] = before.get("entries", {})
+    for entry in entries(arguments.rates):
         name = entry.name(arguments.minutes)
-        if (arguments.only or "") not in name or "psnr" in rows.get(name, {}).get("latent_ae", {}):
+        if (arguments.only or "") not in name or "latent_ae" in rows.get(name, {}):
             continue
         print(f"{time.strftime('%H:%M:%S')} {name}", file=sys.stderr, flush=True)
         try:
             rows[name] = measure(entry, name, places, 60 * arguments.minutes)
-        except (Failed, subprocess.CalledProcessError, OSError, ValueError) as error:
+        except (RuntimeError, ValueError, OSError, subprocess.CalledProcessError) as error:
             rows[name] = {"failed": str(error)}
         print(f"  {rows[name]}", file=sys.stderr, flush=True)
         save(arguments.name, {**facts, "entries": rows, "target": targets(rows)})
 
 
-def entries() -> list[Entry]:
+def entries(rates: Sequence[float]) -> list[Entry]:
     """In the order in which they are made: rivals and ours in turns, size after size."""
     made: list[Entry] = []
     for size in SIZES:
-        rivals = [Entry(program, size, rate) for rate in (None, SHORT_RUN_RATE) for program in RIVALS]
+        rivals = [Entry(program, size, rate) for rate in (None, *rates) for program in RIVALS]
         mine = [*(Entry(OURS, size, part=part) for part in PARTS), Entry(PLAIN, size)]
         made += [entry for entry in chain(*zip_longest(rivals, mine)) if entry is not None]
     return made
@@ -180,26 +186,15 @@ def measure(entry: Entry, name: str, places: Places, limit_s: float) -> dict[str
     return {"program": entry.program, "size": entry.size, "part": entry.part, **row}
 
 
-def settings_of(size: str, *words: str) -> TrainSettings:
-    return load_settings(TrainSettings, "quickstart", [*SIZES[size].split(), *words])
+def settings_of(size: str) -> TrainSettings:
+    return load_settings(TrainSettings, "quickstart", SIZES[size].split())
 
 
 def train_ours(entry: Entry, places: Places, folder: Path, limit_s: float) -> tuple[dict[str, Any], Path]:
     """A run of as many steps as fit, by a short trial before it; it is made again where it took longer after all."""
-    words = [*SIZES[entry.size].split(), f"data.source={places.photographs}", "validate.images=1", "log.every=1"]
-    words += [f"data.eval_source={places.work / 'held-out'}"]
-    words += ["model.init=default"] if entry.program == PLAIN else []
-    trial = folder / "trial"
-    trial.mkdir()
-    gan = ["gan.start=8", "gan.discriminator_warmup=2", "gan.warmup=2"]
-    program = ours(places, trial, [*words, *gan, "steps=20", "checkpoint.every=20", "validate.every=20"])
-    measured, _ = run(program, trial, places, math.inf, 1)
-    share = measured["processor_seconds"] / measured["clock_seconds"]
-    each = [1 / line["images_per_second"] for line in lines_of(trial) if "images_per_second" in line]
     settings = settings_of(entry.size)
-    # the medians of steps without and with the GAN; the lines begin at the second step
-    plain, adversarial = (share * settings.batch_size * float(np.median(part)) for part in (each[:6], each[-8:]))
-    steps = steps_within(0.97 * limit_s, plain, adversarial, settings.gan.start)
+    words = [*words_of(entry.size, places), *(["model.init=default"] if entry.program == PLAIN else [])]
+    steps = steps_within(0.97 * limit_s, *step_seconds(entry.size, places), settings.gan.start)
     while True:
         shutil.rmtree(folder / "run", ignore_errors=True)
         every = [f"steps={steps}", f"checkpoint.every={steps}", f"validate.every={steps}"]
@@ -209,15 +204,31 @@ def train_ours(entry: Entry, places: Places, folder: Path, limit_s: float) -> tu
         steps = int(steps * 0.97 * limit_s / row["processor_seconds"])
 
 
+def words_of(size: str, places: Places) -> list[str]:
+    data = [f"data.source={places.photographs}", f"data.eval_source={places.work / 'held-out'}"]
+    return [*SIZES[size].split(), *data, "validate.images=1", "log.every=1"]
+
+
+@cache
+def step_seconds(size: str, places: Places) -> tuple[float, float]:
+    """Processor seconds of our steps without and with the GAN: medians of a short run."""
+    folder = fresh(places.work / "runs" / f"trial-{size}")
+    gan = ["gan.start=8", "gan.discriminator_warmup=2", "gan.warmup=2"]
+    every = ["steps=20", "checkpoint.every=20", "validate.every=20"]
+    row, _ = run(ours(places, folder, [*words_of(size, places), *gan, *every]), folder, places, math.inf, 1)
+    log = (folder / "run" / "log.jsonl").read_text().splitlines()
+    rates = [line["images_per_second"] for line in map(json.loads, log) if "images_per_second" in line]
+    share = row["processor_seconds"] / row["clock_seconds"]
+    batch = settings_of(size).batch_size
+    # the lines begin at the second step
+    plain, adversarial = (share * batch / statistics.median(part) for part in (rates[:6], rates[-8:]))
+    return plain, adversarial
+
+
 def steps_within(seconds: float, plain_s: float, adversarial_s: float, start: int) -> int:
     """Steps that fit into a time if those after the first `start` have an adversary and take longer."""
     steps = seconds / plain_s
     return max(2, int(steps if steps <= start else start + (seconds - start * plain_s) / adversarial_s))
-
-
-def lines_of(folder: Path) -> list[dict[str, Any]]:
-    lines = [json.loads(line) for line in (folder / "run" / "log.jsonl").read_text().splitlines()]
-    return [line for line in lines if line["event"] == "train"]
 
 
 def run(
