@@ -21,6 +21,7 @@ import argparse
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import statistics
@@ -122,10 +123,10 @@ def main() -> None:
     prepare(places, arguments.data, arguments.held_out, arguments.images, arguments.crop)
     facts: dict[str, Any] = {
         "minutes": arguments.minutes,
-        "data": arguments.data.name,
+        "data": "/".join(arguments.data.absolute().parts[-2:]),
         "tiles": len(list(places.photographs.iterdir())),
         "tile_px": TILE_PX,
-        "held_out": arguments.held_out.name,
+        "held_out": "/".join(arguments.held_out.absolute().parts[-2:]),
         "held_out_images": arguments.images,
         "crop_px": arguments.crop,
         "sizes": {size: f"quickstart {words}".strip() for size, words in SIZES.items()},
@@ -144,7 +145,7 @@ def main() -> None:
         try:
             rows[name] = measure(entry, name, places, 60 * arguments.minutes)
         except (RuntimeError, ValueError, OSError, subprocess.CalledProcessError) as error:
-            rows[name] = {"failed": str(error)}
+            rows[name] = {"failed": without_folders(str(error))}
         print(f"  {rows[name]}", file=sys.stderr, flush=True)
         save(arguments.name, {**facts, "entries": rows, "target": targets(rows)})
 
@@ -296,7 +297,7 @@ def run(
         "images_per_processor_second": round((last.steps - first.steps) * batch_size / max(seconds, 1e-9), 2),
         "peak_memory_gb": round(last.peak_gb, 2),
         "processor_seconds_to_first_step": round(first.processor_s, 1),
-        "started": [Path(word).name if Path(word).is_absolute() else word for word in program.command],
+        "started": without_folders(" ".join(program.command)),
     }, weights
 
 
@@ -312,6 +313,11 @@ def look(process: psutil.Process, steps: int, before: Moment) -> Moment:
         pass
     processor_s, peak = max(before.processor_s, seconds), max(before.peak_gb, memory)
     return Moment(steps, time.perf_counter(), processor_s, peak)
+
+
+def without_folders(text: str) -> str:
+    """A path says something on this machine only: its last part is enough."""
+    return re.sub(r"(?<![\w.])/(?:[^\s/'\"]+/)+", "", text)
 
 
 def tail(folder: Path) -> str:

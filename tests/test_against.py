@@ -78,6 +78,7 @@ def test_a_program_is_asked_for_its_weights_and_ended(tmp_path):
     places = Places(*[tmp_path] * len(Places._fields))
     row, weights = run(program(SAVES_WHEN_ASKED), tmp_path, places, 0.0, 8)
     assert (row["steps"], weights) == (3, tmp_path / "last.ckpt")
+    assert row["started"].startswith(f"{Path(sys.executable).name} -c")
     (tmp_path / "last.ckpt").unlink()
     with pytest.raises(Failed, match="ended with 1: [^$]*no such architecture"):
         run(program("raise SystemExit('no such architecture')"), tmp_path, places, 0.0, 8)
