@@ -528,6 +528,7 @@ def recipes_table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+<<<<<<< HEAD
 def cost_model_table(result: dict[str, Any]) -> str:
     """Modelled against measured time and memory of a step, by resolution, batch, width and processes."""
     rates = result["rates"]
@@ -595,6 +596,37 @@ def starts_table(result: dict[str, Any]) -> str:
 
 
 # by the beginning of a result's name, the longer one first
+=======
+def against_table(result: dict[str, Any]) -> str:
+    """Other programs and ours after the same time, and whether ours has their quality in a part of it."""
+    lines = [
+        f"{result['tiles']:,} tiles of {result['tile_px']} px of {result['data']}; {result['held_out_images']} crops "
+        f"of {result['crop_px']} px of {result['held_out']}; {result['minutes']:g} minutes for each rival; "
+        f"{where(result)}.",
+        "",
+        "| | steps | images/s | memory (GB) | processor seconds to the first step | PSNR (dB) | SSIM | LPIPS "
+        "| by torchmetrics and lpips |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    rows = sorted(result["entries"].items(), key=lambda item: item[0].rpartition(", ")[2])
+    for name, row in rows:
+        if "failed" in row:
+            lines.append(f"| {name} | failed |" + " |" * 7)
+            continue
+        own, other = row["latent_ae"], row["independent"]
+        cells = [str(row["steps"]), f"{row['images_per_processor_second']:.2f}", f"{row['peak_memory_gb']:.1f}"]
+        cells += [f"{row['processor_seconds_to_first_step']:.0f}", f"{own['psnr']:.2f}", f"{own['ssim']:.3f}"]
+        cells += [f"{own['lpips']:.3f}", f"{other['psnr']:.2f}, {other['ssim']:.3f}, {other['lpips']:.3f}"]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    lines += ["", "| target | at least as good as | PSNR | LPIPS |", "|---|---|---|---|"]
+    for row in result["target"]:
+        better = row["at_least_as_good"]["latent_ae"]
+        cells = ["yes" if better[key] else "no" for key in ("psnr", "lpips")]
+        lines.append(f"| {row['ours']} | {row['rival']} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+>>>>>>> against
 MAKERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "tried-fresh": fresh_table,
     "tried-cost": cost_table,
@@ -621,9 +653,13 @@ MAKERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "gan-weight": gan_weight_table,
     "buckets": buckets_table,
     "recipes": recipes_table,
+<<<<<<< HEAD
     "cost-model": cost_model_table,
     "cost-gpus": cost_gpus_table,
     "starts": starts_table,
+=======
+    "against": against_table,
+>>>>>>> against
 }
 
 

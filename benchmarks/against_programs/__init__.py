@@ -1,0 +1,1 @@
+"""How benchmarks/against.py starts each program, reads its progress, and takes its weights."""
