@@ -528,7 +528,6 @@ def recipes_table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-<<<<<<< HEAD
 def cost_model_table(result: dict[str, Any]) -> str:
     """Modelled against measured time and memory of a step, by resolution, batch, width and processes."""
     rates = result["rates"]
@@ -595,8 +594,6 @@ def starts_table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-# by the beginning of a result's name, the longer one first
-=======
 def against_table(result: dict[str, Any]) -> str:
     """Other programs and ours after the same time, and whether ours has their quality in a part of it."""
     lines = [
@@ -626,7 +623,7 @@ def against_table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
->>>>>>> against
+# by the beginning of a result's name, the longer one first
 MAKERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "tried-fresh": fresh_table,
     "tried-cost": cost_table,
@@ -653,13 +650,10 @@ MAKERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "gan-weight": gan_weight_table,
     "buckets": buckets_table,
     "recipes": recipes_table,
-<<<<<<< HEAD
     "cost-model": cost_model_table,
     "cost-gpus": cost_gpus_table,
     "starts": starts_table,
-=======
     "against": against_table,
->>>>>>> against
 }
 
 
