@@ -5,8 +5,9 @@
 One small recipe on the CPU in float32, at four resolutions, batches, widths and numbers of processes. Computed without
 running anything (latent_ae_train.cost) are the floating point operations and the memory of a step; three rates, fitted
 to all points at once, turn them into seconds. Times are processor seconds of one thread, in turns, medians; those of
-several processes are the clock's, with one thread each. Memory needs Linux with glibc. Each dimension can be repeated
-(`--only`). Writes benchmarks/results/cost-model.json and cost-gpus.json.
+several processes are the clock's, with one thread each. Memory needs Linux with glibc. Memory is computed
+without a fit but for one number, which the process takes for itself. `--only` measures a part anew, and without words
+only fits. Writes benchmarks/results/cost-model.json and cost-gpus.json.
 """
 
 import argparse
@@ -51,7 +52,7 @@ def words_of(resolution: int = 64, batch: int = 4, width: int = 32) -> list[str]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=["time", "memory", "processes"], help="what is measured anew")
+    parser.add_argument("--only", nargs="*", choices=["time", "memory", "processes"], help="what is measured anew")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
@@ -61,7 +62,7 @@ def main() -> None:
     path = RESULTS / f"{NAME}.json"
     measured: dict[str, Any] = json.loads(path.read_text())["measured"] if path.exists() else {}
     parts: dict[str, Callable[[int], Any]] = {"time": times, "memory": memories, "processes": launches}
-    for part in arguments.only or parts:
+    for part in parts if arguments.only is None else arguments.only:
         measured[part] = parts[part](arguments.rounds)
     save(NAME, {"base": BASE, "process_batch": PROCESS_BATCH, "measured": measured, **fitted(measured)})
     save("cost-gpus", extrapolated())
@@ -162,8 +163,10 @@ def fitted(measured: dict[str, Any]) -> dict[str, Any]:
     # relative errors are made small, so that small steps count like large ones
     rates = torch.linalg.lstsq(table / seconds[:, None], torch.ones(len(names), 1, dtype=torch.float64)).solution[:, 0]
     modelled = table @ rates
+    memory = measured["memory"]
+    own = statistics.median(row["measured_mb"] - row["computed_mb"] for row in memory.values())
     rows = {
-        name: {"measured_s": float(seconds[i]), "modelled_s": float(modelled[i]), **measured["memory"][name]}
+        name: {"measured_s": float(seconds[i]), "modelled_s": float(modelled[i]), **memory[name]}
         for i, name in enumerate(names)
     }
     # one process: the same for a larger batch; each of several has its share of it, and cores are shared out
@@ -189,6 +192,7 @@ def fitted(measured: dict[str, Any]) -> dict[str, Any]:
             "activations_gb_per_s": 1e-9 / float(rates[1]),
             "weights_gb_per_s": 1e-9 / float(rates[2]),
             "all_reduce_s": each,
+            "memory_of_process_mb": own,
         },
         "points": rows,
         "processes": processes,
@@ -205,8 +209,8 @@ def extrapolated() -> dict[str, Any]:
     cost = step_cost(settings, planned_autoencoder(settings))
     trained = cost.gradients
     rate = UTILISATION * gpu.tflops * 1e12
-    loader = json.loads((RESULTS / "loader.json").read_text())["images_per_second"]
-    per_core = next(value for key, value in loader.items() if key.startswith("JPEG folder, 1 worker"))
+    loader = json.loads((RESULTS / "loader.json").read_text())
+    per_core = loader["images_per_processor_second"]["JPEG folder, 1 worker(s)"]
     checkpoint = cost.networks + cost.average + cost.optimizers
     rows: dict[str, Any] = {}
     for count in GPUS:

@@ -24,7 +24,7 @@ from accelerate import Accelerator
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.fresh_step import first_batch, fresh_step
-from benchmarks.loader import images_per_second, write_sources
+from benchmarks.loader import SIDE_PX, images_per_second, write_sources
 from benchmarks.machine import RESULTS, alternate, matmul_peak, save, synchronise
 from benchmarks.runs import events
 from benchmarks.step import count_flops
@@ -90,12 +90,12 @@ def suite(shape: Shape) -> dict[str, Any]:
 def quickstart(shape: Shape) -> dict[str, Any]:
     """The README's first command."""
     with tempfile.TemporaryDirectory() as scratch:
-        words = [f"output_dir={scratch}/run", *(["steps=4", "validate.images=2"] if shape.small else ())]
+        words = [f"output_dir={scratch}/run", *(["steps=4", "log.every=2", "validate.images=2"] if shape.small else ())]
         begun = time.perf_counter()
         subprocess.run([sys.executable, "-m", "latent_ae", "train", "quickstart", *words], check=True)
         seconds = time.perf_counter() - begun
         last = events(Path(scratch) / "run", "validate")[-1]
-        rate = events(Path(scratch) / "run", "train")[-1]["images_per_second"]
+        rate = rates_of(Path(scratch) / "run")[-1]
         return {"seconds": seconds, "psnr": last["psnr"], "lpips": last["lpips_vgg"], "images_per_second": rate}
 
 
@@ -208,7 +208,7 @@ def whole_program(shape: Shape) -> dict[str, Any]:
     """`latent-ae train sd-vae` with its loader: images/s of its log, beside the loader alone."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "jpeg"
-        write_sources(folder, Path(scratch) / "images.parquet")
+        write_sources(folder, SIDE_PX)
         steps = 4 if shape.small else 200
         words = (
             f"output_dir={scratch}/run data.source={folder} steps={steps} batch_size={4 * shape.batch} "
@@ -217,9 +217,13 @@ def whole_program(shape: Shape) -> dict[str, Any]:
         )
         words += " compile=false data.num_workers=1" if shape.small else ""
         subprocess.run([sys.executable, "-m", "latent_ae", "train", *shape.recipe, *words.split()], check=True)
-        lines = events(Path(scratch) / "run", "train")
-        loader = images_per_second(folder, 1 if shape.small else 8, 8 if shape.small else 100)
-        return {"images_per_second": [line["images_per_second"] for line in lines], "loader_images_per_second": loader}
+        workers, batches = (1, 8) if shape.small else (8, 100)
+        loader, per_core = images_per_second({"source": str(folder)}, workers, batches)
+        return {
+            "images_per_second": rates_of(Path(scratch) / "run"),
+            "loader_images_per_second": loader,
+            "loader_images_per_processor_second": per_core,
+        }
 
 
 def against_schedules(shape: Shape) -> dict[str, Any]:
@@ -239,6 +243,11 @@ PARTS: dict[str, Callable[[Shape], dict[str, Any]]] = {
     "against_schedules": against_schedules,
     "suite": suite,
 }
+
+
+def rates_of(run: Path) -> list[float]:
+    """The images/s in a run's log; its first line has none."""
+    return [line["images_per_second"] for line in events(run, "train") if "images_per_second" in line]
 
 
 def _memory() -> float:
