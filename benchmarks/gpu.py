@@ -168,7 +168,7 @@ def largest_batch(shape: Shape) -> dict[str, Any]:
         rows[name] = {"computed_largest": cost.largest_micro_batch(_memory()), "sizes": {}}
         while not shape.small or size <= 4:
             try:
-                _, call = shape.step("precision=bf16", *words.split(), batch=size)
+                step, call = shape.step("precision=bf16", *words.split(), batch=size)
                 call()
                 row = alternate({name: call}, 3, DEVICE)[name]
             except torch.OutOfMemoryError:
@@ -177,6 +177,7 @@ def largest_batch(shape: Shape) -> dict[str, Any]:
             row["computed_memory_gb"] = round(cost.peak(size) / 1e9, 2)
             rows[name]["sizes"][size] = row
             size *= 2
+            del step, call  # before the next one is built
             if DEVICE.type == "cuda":
                 torch.cuda.empty_cache()
     return rows
