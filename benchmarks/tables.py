@@ -12,6 +12,17 @@ from typing import Any
 
 from benchmarks.machine import RESULTS
 
+IFID_FIGURES = {
+    "ifid": "midpoints (iFID-like)",
+    "rfid": "reconstructions (rFID-like)",
+    "psnr": "PSNR (dB)",
+    "kl": "KL (nats per value)",
+    "rank": "effective rank",
+    "rank_share": "rank / channels",
+    "slope": "slope of spectrum",
+    "high_share": "power at high frequencies",
+}
+"""Columns of the table of interpolated distances, by their keys in benchmarks/results/ifid.json."""
 DOCS = Path(__file__).parent.parent / "docs"
 NAMES = (
     "performance",
@@ -215,6 +226,30 @@ def diffusion_table(result: dict[str, Any]) -> str:
         floors = f"{row['reconstructions']:.1f} | {row['held_out']:.1f}"
         lines.append(f"| {name} | {row['psnr']:.2f} | {row['kl']:.2f} | {floors} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def ifid_table(result: dict[str, Any]) -> str:
+    budget, seeds, rows = result["diffusion"], result["seeds"], result["first_stages"]
+    lines = [
+        f"{result['data']}, {result['first_stage_steps']} steps of {result['first_stage_batch']} for each first stage, "
+        f"{budget['steps']:,} of {budget['batch_size']} for each diffusion model, seeds {', '.join(map(str, seeds))}, "
+        f"{budget['samples']:,} samples; Fréchet distances in VGG16's features; {where(result)}.",
+        "",
+        f"| first stage | samples | {' | '.join(IFID_FIGURES.values())} |",
+        "|---" + "|---:" * (len(IFID_FIGURES) + 1) + "|",
+    ]
+    # the best samples first
+    for name, row in sorted(rows.items(), key=lambda item: statistics.mean(item[1]["samples"])):
+        samples = "; ".join(f"{value:.1f}" for value in row["samples"])
+        lines.append(f"| {name} | {samples} | {' | '.join(f'{row[key]:.3g}' for key in IFID_FIGURES)} |")
+    found = result["correlations"]
+
+    def rho(key: str) -> str:
+        value = found.get(key, {}).get("rho")
+        return "–" if value is None else f"{value:.2f} (p = {found[key]['p']:.2g})".replace("-", "−")
+
+    cells = [rho("another seed"), *map(rho, IFID_FIGURES)]
+    return "\n".join([*lines, f"| **rank correlation with the samples** | {' | '.join(cells)} |"])
 
 
 def family_table(result: dict[str, Any]) -> str:
@@ -604,6 +639,7 @@ MAKERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "time-to-quality": quality_table,
     "processes": processes_table,
     "diffusion": diffusion_table,
+    "ifid": ifid_table,
     "likelihood": likelihood_table,
     "evaluate-memory": evaluate_memory_table,  # before the other, whose name it begins with
     "evaluate": evaluate_table,
