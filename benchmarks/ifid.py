@@ -41,10 +41,10 @@ STAGES = {
     "half as wide": ["model.block_out_channels=[16,32,32]"],
 }
 """What sets a first stage apart from the recipe below."""
-BATCH = 32
+BATCH = 16
 COMMON = (
-    f"batch_size={BATCH} seed=0 data.resolution=32 validate.crop_px=32 validate.images=200 validate.every=100000 "
-    "checkpoint.every=100000 loss.perceptual_every=4 gan.weight=0 ema.decay=0.99 optim.warmup=50 log.every=50"
+    f"batch_size={BATCH} seed=0 data.resolution=32 validate.crop_px=32 validate.images=50 validate.every=100000 "
+    "checkpoint.every=100000 loss.perceptual_every=8 gan.weight=0 ema.decay=0.99 optim.warmup=50 log.every=50"
 ).split()
 DIFFUSION = {"width": 128, "depth": 4, "batch_size": 64, "sampling_steps": 15, "validations": 2}
 FIGURES = {
@@ -67,10 +67,10 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder with CIFAR-10 as train.parquet, test.parquet")
     parser.add_argument("--scratch", type=Path, required=True)
     parser.add_argument("--stages", nargs="+", default=list(STAGES), choices=STAGES)
-    parser.add_argument("--steps", type=int, default=400, help="of each first stage")
-    parser.add_argument("--diffusion-steps", type=int, default=600)
-    parser.add_argument("--images", type=int, default=800, help="samples, and held-out images that are measured")
-    parser.add_argument("--trained-on", type=int, default=8000, help="images, which are also the neighbours")
+    parser.add_argument("--steps", type=int, default=300, help="of each first stage")
+    parser.add_argument("--diffusion-steps", type=int, default=500)
+    parser.add_argument("--images", type=int, default=500, help="samples, and held-out images that are measured")
+    parser.add_argument("--trained-on", type=int, default=5000, help="images, which are also the neighbours")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="of the diffusion models")
     parser.add_argument("--name", default="ifid", help="of the result and of the picture")
     words = parser.parse_args()
