@@ -48,12 +48,12 @@ COMMON = (
 ).split()
 DIFFUSION = {"width": 128, "depth": 4, "batch_size": 64, "sampling_steps": 15, "validations": 2}
 FIGURES = {
-    "ifid": "interpolated distance (iFID-like)",
-    "rfid": "distance of reconstructions (rFID-like)",
-    "psnr": "PSNR",
-    "kl": "KL per value",
+    "ifid": "midpoints (iFID-like)",
+    "rfid": "reconstructions (rFID-like)",
+    "psnr": "PSNR (dB)",
+    "kl": "KL (nats per value)",
     "rank": "effective rank",
-    "rank_share": "effective rank / channels",
+    "rank_share": "rank / channels",
     "slope": "slope of the spectrum",
     "high_share": "power at high frequencies",
 }
@@ -83,6 +83,7 @@ def main() -> None:
         "first_stage_batch": BATCH,
         "diffusion": DIFFUSION | {"steps": words.diffusion_steps, "samples": words.images},
         "seeds": words.seeds,
+        "figures": FIGURES,
         "first_stages": {},
     }
     for name in words.stages:

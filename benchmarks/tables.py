@@ -12,17 +12,6 @@ from typing import Any
 
 from benchmarks.machine import RESULTS
 
-IFID_FIGURES = {
-    "ifid": "midpoints (iFID-like)",
-    "rfid": "reconstructions (rFID-like)",
-    "psnr": "PSNR (dB)",
-    "kl": "KL (nats per value)",
-    "rank": "effective rank",
-    "rank_share": "rank / channels",
-    "slope": "slope of spectrum",
-    "high_share": "power at high frequencies",
-}
-"""Columns of the table of interpolated distances, by their keys in benchmarks/results/ifid.json."""
 DOCS = Path(__file__).parent.parent / "docs"
 NAMES = (
     "performance",
@@ -230,25 +219,25 @@ def diffusion_table(result: dict[str, Any]) -> str:
 
 def ifid_table(result: dict[str, Any]) -> str:
     budget, seeds, rows = result["diffusion"], result["seeds"], result["first_stages"]
+    figures, found = result["figures"], result["correlations"]
     lines = [
         f"{result['data']}, {result['first_stage_steps']} steps of {result['first_stage_batch']} for each first stage, "
         f"{budget['steps']:,} of {budget['batch_size']} for each diffusion model, seeds {', '.join(map(str, seeds))}, "
         f"{budget['samples']:,} samples; Fréchet distances in VGG16's features; {where(result)}.",
         "",
-        f"| first stage | samples | {' | '.join(IFID_FIGURES.values())} |",
-        "|---" + "|---:" * (len(IFID_FIGURES) + 1) + "|",
+        f"| first stage | samples | {' | '.join(figures.values())} |",
+        "|---" + "|---:" * (len(figures) + 1) + "|",
     ]
     # the best samples first
     for name, row in sorted(rows.items(), key=lambda item: statistics.mean(item[1]["samples"])):
         samples = "; ".join(f"{value:.1f}" for value in row["samples"])
-        lines.append(f"| {name} | {samples} | {' | '.join(f'{row[key]:.3g}' for key in IFID_FIGURES)} |")
-    found = result["correlations"]
+        lines.append(f"| {name} | {samples} | {' | '.join(f'{row[key]:.3g}' for key in figures)} |")
 
     def rho(key: str) -> str:
         value = found.get(key, {}).get("rho")
         return "–" if value is None else f"{value:.2f} (p = {found[key]['p']:.2g})".replace("-", "−")
 
-    cells = [rho("another seed"), *map(rho, IFID_FIGURES)]
+    cells = [rho("another seed"), *map(rho, figures)]
     return "\n".join([*lines, f"| **rank correlation with the samples** | {' | '.join(cells)} |"])
 
 

@@ -113,12 +113,13 @@ def test_processes_and_kills_change_nothing(tmp_path, monkeypatch, capsys, lpips
     monkeypatch.setattr(neighbours, "spherical", interrupted)
     with pytest.raises(KeyboardInterrupt):
         interpolated_distance(model, photos, settings, out=tmp_path / "killed")
-    monkeypatch.undo()
     monkeypatch.setattr(Passes, "_latents", _interrupt)  # all images were encoded before the kill
     killed = interpolated_distance(model, photos, settings, out=tmp_path / "killed")
     assert "resuming from 1 finished parts" in capsys.readouterr().err
+    assert len(calls) == 20 + 36 + 6, "16 of 52 midpoints were there, and 6 are shown"
     tables = [pyarrow.parquet.read_table(tmp_path / name / "pairs.parquet") for name in ("whole", "two", "killed")]
     assert tables[0].equals(tables[1]) and tables[0].equals(tables[2])
+    assert all(row["neighbour_index"] != row["index"] for row in tables[0].to_pylist())
     for other in (two, killed):
         for key in ("metrics", "intervals", "neighbours", "data"):
             assert other[key] == whole[key], key
