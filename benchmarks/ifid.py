@@ -67,7 +67,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder with CIFAR-10 as train.parquet, test.parquet")
     parser.add_argument("--scratch", type=Path, required=True)
     parser.add_argument("--stages", nargs="+", default=list(STAGES), choices=STAGES)
-    parser.add_argument("--steps", type=int, default=300, help="of each first stage")
+    parser.add_argument("--steps", type=int, default=200, help="of each first stage")
     parser.add_argument("--diffusion-steps", type=int, default=500)
     parser.add_argument("--images", type=int, default=500, help="samples, and held-out images that are measured")
     parser.add_argument("--trained-on", type=int, default=5000, help="images, which are also the neighbours")
