@@ -8,9 +8,9 @@ latents (`eval latents`), and for each seed the samples of a diffusion model (`e
 VGG16's features throughout. The rank correlations with the samples' distance, mean over the seeds, tell which figure
 predicts it; the correlation of one seed with the other is the most that can be expected.
 
-The whole takes about an hour of one thread: 400 processor seconds for each first stage, of which its own training takes a
-quarter and the two diffusion models take half. Killed, it goes on when started again with the same scratch folder. Writes benchmarks/results/ifid.json after each first
-stage, and at the end docs/images/ifid.png.
+The whole takes about an hour of one thread: 400 processor seconds for each first stage, of which its own training takes
+a quarter and the two diffusion models take half. Killed, it goes on when started again with the same scratch folder.
+Writes benchmarks/results/ifid.json after each first stage, and at the end docs/images/ifid.png.
 """
 
 import argparse
