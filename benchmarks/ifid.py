@@ -38,7 +38,7 @@ STAGES = {
     "4 channels": ["model.latent_channels=4"],
     "16 channels": ["model.latent_channels=16"],
     "16 channels, KL 0.1": ["model.latent_channels=16", "loss.kl=0.1"],
-    "half as wide": ["model.block_out_channels=[16,32,32]"],
+    "half as wide": ["model.block_out_channels=[16,32,32]", "model.norm_num_groups=4"],
 }
 """What sets a first stage apart from the recipe below."""
 BATCH = 16

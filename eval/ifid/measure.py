@@ -122,7 +122,7 @@ def interpolated_distance(
             result |= {"device": device.type, "processes": state.num_processes, "seconds": round(seconds, 1)}
             if out is not None:
                 shown = _shown(passes, pairs, sets["images"], others, latents["images"], near)
-                with written_into(Path(out), FILES):
+                with written_into(Path(out), [name for name in FILES if shown or name != "pairs.png"]):
                     _write(Path(out), result, pairs, shown)
                 for one, _ in works.values():
                     one.remove()
@@ -210,7 +210,7 @@ def _distances(
         for kind, made in KINDS.items():
             name = "ifid" if network == "fid" and kind == "midpoints" else network
             value, interval = frechet(original, files[f"{network}.{made}"])
-            metrics[kind][name] = value
+            metrics[kind] |= {"n": original.count, name: value}
             if interval is not None:
                 intervals[kind][name] = interval
         if network == "fid" and original.count < RELIABLE_IMAGES:
