@@ -80,7 +80,8 @@ def whole(scratch: Path, count: int, data: str) -> None:
 
 def statistics(scratch: Path, count: int, data: str) -> None:
     """Random features, a few of them in common, in shards as an evaluation leaves them."""
-    from latent_ae_eval.recon.summary import collect, distances
+    from latent_ae_eval.features import collect
+    from latent_ae_eval.recon.summary import distances
     from latent_ae_eval.storage import Shard, WorkFolder
 
     work = WorkFolder(scratch / "work", None)

@@ -219,6 +219,30 @@ def diffusion_table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def ifid_table(result: dict[str, Any]) -> str:
+    budget, seeds, rows = result["diffusion"], result["seeds"], result["first_stages"]
+    figures, found = result["figures"], result["correlations"]
+    lines = [
+        f"{result['data']}, {result['first_stage_steps']} steps of {result['first_stage_batch']} for each first stage, "
+        f"{budget['steps']:,} of {budget['batch_size']} for each diffusion model, seeds {', '.join(map(str, seeds))}, "
+        f"{budget['samples']:,} samples; Fréchet distances in VGG16's features; {where(result)}.",
+        "",
+        f"| first stage | samples | {' | '.join(figures.values())} |",
+        "|---" + "|---:" * (len(figures) + 1) + "|",
+    ]
+    # the best samples first
+    for name, row in sorted(rows.items(), key=lambda item: statistics.mean(item[1]["samples"])):
+        samples = "; ".join(f"{value:.1f}" for value in row["samples"])
+        lines.append(f"| {name} | {samples} | {' | '.join(f'{row[key]:.3g}' for key in figures)} |")
+
+    def rho(key: str) -> str:
+        value = found.get(key, {}).get("rho")
+        return "–" if value is None else f"{value:.2f} (p = {found[key]['p']:.2g})".replace("-", "−")
+
+    cells = [rho("another seed"), *map(rho, figures)]
+    return "\n".join([*lines, f"| **rank correlation with the samples** | {' | '.join(cells)} |"])
+
+
 def family_table(result: dict[str, Any]) -> str:
     kinds = ("CIFAR-10, 20,000 images to train on", "BSDS500's 200 photographs to train on")
     parts: dict[int, dict[str, Any]] = {0: {}, 1: {}}
@@ -637,6 +661,7 @@ MAKERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "time-to-quality": quality_table,
     "processes": processes_table,
     "diffusion": diffusion_table,
+    "ifid": ifid_table,
     "likelihood": likelihood_table,
     "evaluate-memory": evaluate_memory_table,  # before the other, whose name it begins with
     "evaluate": evaluate_table,

@@ -16,6 +16,7 @@ COMMANDS = {
     "likelihood": "how likely a variational autoencoder finds images: ELBO and a tighter bound, rate, distortion",
     "sample": "what latents of a prior decode to: the model's own, a Gaussian, or a flow fitted to the latents",
     "factors": "which latent dimensions represent which known factors, and how separately",
+    "ifid": "how good decoded midpoints between neighbouring latents are, a guide to samples without a training",
     "diffusion": "how well a diffusion model learns the latents: loss curve, samples, their Frechet distance to data",
     "compare": "which of several measured first stages is better, beyond chance",
 }

@@ -14,7 +14,7 @@ from latent_ae.config import Settings, UserError, changed_settings, close_word, 
 from latent_ae.metrics.labels import short_name
 from latent_ae.text import printable
 
-JOBS = ("recon", "latents", "interpolate", "probe", "anomaly", "likelihood", "sample", "factors", "diffusion")
+JOBS = ("recon", "latents", "interpolate", "probe", "anomaly", "likelihood", "sample", "factors", "ifid", "diffusion")
 """Packages with a `JOB`. `eval compare` is none of them, because it takes results instead of a model."""
 RECONSTRUCTION_FORMAT = "latent-ae reconstruction 1"
 """The format that results of `eval recon` state and `eval compare` requires."""

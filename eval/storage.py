@@ -8,17 +8,24 @@ import contextlib
 import hashlib
 import json
 import os
+import sys
+import tempfile
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from accelerate import PartialState
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from latent_ae.config import UserError
+from latent_ae.distributed import on_main
 from latent_ae.files import writing
+from latent_ae.only_writer import only_writer
 from latent_ae.pretrained.weight_files import tensors_sha256
 from latent_ae.pretrained.weights import cache_folder
 
@@ -110,6 +117,50 @@ class WorkFolder:
         return self.folder / f"shard-{self.token}-{number:06d}.safetensors"
 
 
+def opened_work(
+    stack: ExitStack, out: str | Path | None, keys: Mapping[str, dict[str, Any] | None], state: PartialState
+) -> dict[str, tuple[WorkFolder, frozenset[int]]]:
+    """Open the folders of an evaluation's shards, the same on all processes, and lock them until `stack` ends.
+
+    Args:
+        stack: Holds the lock, or the temporary folder.
+        out: The folder of --out, in which they are; None takes a temporary one.
+        keys: The key of each part of the evaluation, see `WorkFolder`, by the name of its folder; an evaluation of one
+            part has an empty name.
+        state: The processes.
+
+    Returns:
+        The folders with the numbers of their finished shards, by name.
+
+    Raises:
+        UserError: If the folder cannot be written, another evaluation uses it, or a process does not see it.
+    """
+
+    def begin() -> dict[str, tuple[WorkFolder, frozenset[int]]]:
+        try:
+            if out is None:
+                folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="latent-ae-")))
+            else:
+                refusal = f"--out: another evaluation is writing into {out}; wait for it, or give another folder"
+                stack.enter_context(only_writer(Path(out) / ".evaluation.lock", refusal))
+                folder = Path(out) / "unfinished"
+            works = {}
+            for name, key in keys.items():
+                work = WorkFolder(folder / name, key)
+                if count := work.begin():
+                    print(f"resuming from {count} finished parts in {work.folder}", file=sys.stderr)
+                works[name] = work, work.done()
+            return works
+        except OSError as error:
+            raise UserError(f"--out: cannot write into {out}: {error}") from error
+
+    works = on_main(state, begin)
+    for work, _ in works.values():
+        if not work.folder.is_dir():
+            raise UserError(f"--out: this process does not see {work.folder}; give a folder that all machines share")
+    return works
+
+
 class ReferenceCache:
     """A cache on disk of Inception features of original images, which several evaluations share.
 
@@ -157,6 +208,12 @@ class FeatureFile:
         with self.path.open("ab") as stream:
             stream.write(np.ascontiguousarray(features, dtype=np.float32).tobytes())
         self.count += len(features)
+
+    def block(self, first: int, count: int) -> np.ndarray:
+        """Return the features of `count` neighbouring rows, from `first` on (fewer at the end): (n, D) float32."""
+        size = max(0, min(count, self.count - first)) * self.dimensions
+        flat = np.fromfile(self.path, dtype=np.float32, count=size, offset=4 * self.dimensions * first)
+        return flat.reshape(-1, self.dimensions)
 
     def rows(self, rows: np.ndarray) -> np.ndarray:
         """Return the features of the row numbers `rows`, in their order: (len(rows), D) float32."""

@@ -35,11 +35,12 @@ COMMANDS = {
     "factors": ["{model}", "{table}", "steps=3"],
     # these need the trunk of LPIPS
     "sample-compared": ["{model}", "{data}", "prior=gaussian", *GENERATED],
+    "ifid": ["{model}", "{data}", "num_pictures=1"],
     "diffusion": ["{model}", "{data}", *GENERATED, *FLOW],
 }
 """By name; what follows a hyphen tells two runs of one command apart."""
 NO_WORKERS = set(COMMANDS) - {"compare"}
-DOWNLOADS = {"sample-compared", "diffusion"}
+DOWNLOADS = {"sample-compared", "ifid", "diffusion"}
 
 
 class Ended(NamedTuple):

@@ -17,6 +17,7 @@ from latent_ae.other_names import OTHER_NAMES
 from latent_ae_eval.anomaly.settings import AnomalySettings
 from latent_ae_eval.factors.settings import FactorsSettings
 from latent_ae_eval.generation.settings import DiffusionSettings
+from latent_ae_eval.ifid.settings import IfidSettings
 from latent_ae_eval.interpolate.settings import InterpolateSettings
 from latent_ae_eval.latents.settings import LatentsSettings
 from latent_ae_eval.likelihood.settings import LikelihoodSettings
@@ -35,6 +36,7 @@ JOBS = {
     "likelihood": LikelihoodSettings,
     "sample": SampleSettings,
     "factors": FactorsSettings,
+    "ifid": IfidSettings,
     "diffusion": DiffusionSettings,
 }
 COMMANDS = {

@@ -13,9 +13,10 @@ from torch import nn
 
 from latent_ae.data.rng import spread
 from latent_ae_eval.diffusion.report import write_diffusion_page
+from latent_ae_eval.features import feature_networks
 from latent_ae_eval.generation.base import FAR_STD, LARGE_MEAN, Generation, begin, fingerprint
 from latent_ae_eval.generation.flow import CHOICE_SEED, classes_of
-from latent_ae_eval.generation.sampling import feature_networks, samples
+from latent_ae_eval.generation.sampling import samples
 from latent_ae_eval.generation.settings import DiffusionSettings
 
 FORMAT = "latent-ae diffusion 1"
@@ -61,7 +62,7 @@ class _Job(Generation):
         settings, stage = self.settings, self.stage
         self.check_pipeline()
         # first what may be missing, before anything that takes long
-        networks, notes = feature_networks(settings, self.device)
+        networks, notes = feature_networks(settings.chosen("frechet"), self.device)
         self.check_data()
         flow = self.flow()
         pipeline = self.pipeline(flow.trainer.average)

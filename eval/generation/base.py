@@ -34,11 +34,11 @@ from latent_ae.pretrained.lpips import TRUNKS
 from latent_ae.progress import progress_bar
 from latent_ae.provenance import versions
 from latent_ae.report.pictures import picture_grid
+from latent_ae_eval.features import Features
 from latent_ae_eval.generation.flow import CHOICE_SEED, NULL_CLASS, Trivial, Validation
 from latent_ae_eval.generation.sampling import (
     GRID,
     KINDS,
-    Features,
     ImageSet,
     StandInDecoder,
     distances,

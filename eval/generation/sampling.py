@@ -9,19 +9,14 @@ from diffusers import ConfigMixin, DiTPipeline, DiTTransformer2DModel, DPMSolver
 from diffusers.models.autoencoders.vae import DecoderOutput
 from torch import Tensor, nn
 
-from latent_ae.config import UserError
 from latent_ae.data.images import to_uint8
 from latent_ae.data.rng import spread
 from latent_ae.metrics.distances import GROUPS, Gaussian, frechet_distance, frechet_of_features, jackknife_interval
 from latent_ae.models.loading import FirstStage
 from latent_ae.models.registry import scaling_of
-from latent_ae.pretrained.inception import InceptionFeatures
-from latent_ae.pretrained.lpips import LPIPS
-from latent_ae.pretrained.weights import briefly
+from latent_ae_eval.features import Features
 from latent_ae_eval.generation.settings import DiffusionSettings
 
-Features = Callable[[Tensor], Tensor]
-"""Returns features, (N, D) float32, of (N, C, H, W) uint8 images."""
 GRID = 8
 """Number of images along each side of a picture."""
 KINDS = ("samples", "reconstructions", "held_out")
@@ -94,32 +89,6 @@ def samples(pipeline: DiTPipeline, classes: Sequence[int], settings: DiffusionSe
             output_type="pt",
         ).images
         yield to_uint8(2 * images.cpu() - 1)
-
-
-def feature_networks(settings: DiffusionSettings, device: torch.device) -> tuple[dict[str, Features], list[str]]:
-    """Return the feature networks by the name of their distance, and notes on missing ones.
-
-    Raises:
-        UserError: If no network is available.
-    """
-    networks: dict[str, Features] = {}
-    notes = []
-    if "vgg16" in settings.chosen("frechet"):
-        trunk = LPIPS("vgg").to(device)
-
-        def vgg16(images: Tensor) -> Tensor:
-            return trunk.compare(images.to(device).float() / 127.5 - 1, [])[1][0].cpu()
-
-        networks["frechet_vgg16"] = vgg16
-    if "inception" in settings.chosen("frechet"):
-        try:
-            network = InceptionFeatures().to(device, memory_format=torch.channels_last)
-            networks["fid"] = lambda images: network(images.to(device)).cpu()
-        except UserError as error:
-            notes.append(f"FID is missing: {briefly(error)}")
-            if not networks:
-                raise
-    return networks, notes
 
 
 @torch.no_grad()

@@ -6,7 +6,6 @@ print(result["metrics"]["mode"])
 """
 
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -18,7 +17,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
-from accelerate import PartialState
 from torch import Tensor, nn
 
 from latent_ae.arithmetic import float32_arithmetic
@@ -27,10 +25,10 @@ from latent_ae.data.held_out import Framing, HeldOutImages, Part
 from latent_ae.data.sources import source_stamp
 from latent_ae.distributed import on_main, together
 from latent_ae.files import replacing, write_json, writing
-from latent_ae.only_writer import only_writer
 from latent_ae.progress import progress_bar
 from latent_ae.provenance import versions
 from latent_ae.report.pictures import picture_grid
+from latent_ae_eval.features import collect
 from latent_ae_eval.inputs import (
     checked_factor,
     opened_data,
@@ -47,8 +45,8 @@ from latent_ae_eval.recon.pictures import chosen_rows, reconstructed, shown_grou
 from latent_ae_eval.recon.report import ERROR_GAIN, panels, write_recon_report
 from latent_ae_eval.recon.settings import ReconSettings
 from latent_ae_eval.recon.shard import BASELINE, Measurer, inception_network
-from latent_ae_eval.recon.summary import collect, distances, means, unseen_reason
-from latent_ae_eval.storage import ReferenceCache, WorkFolder, shard_size
+from latent_ae_eval.recon.summary import distances, means, unseen_reason
+from latent_ae_eval.storage import ReferenceCache, WorkFolder, opened_work, shard_size
 
 
 def evaluate_reconstruction(
@@ -113,7 +111,7 @@ def evaluate_reconstruction(
         if stage.sha256 is not None and (stamp := source_stamp(source)) is not None:
             own = inception.sha256 if inception is not None else None
             key = evaluation_key(settings, model=stage.sha256, data=stamp, shard=size, inception=own)
-        work, done = _begin(stack, out, key, state)
+        work, done = opened_work(stack, out, {"": key}, state)[""]
         part = Part(state.process_index, state.num_processes, size, done)
         shows = progress and state.is_main_process
         measured = together(lambda: _measure(replace(images, part=part), measurer, work, num_images, size, shows))
@@ -133,31 +131,6 @@ def evaluate_reconstruction(
         finished = on_main(state, finish)
         state.wait_for_everyone()
     return finished
-
-
-def _begin(
-    stack: ExitStack, out: str | Path | None, key: dict[str, Any] | None, state: PartialState
-) -> tuple[WorkFolder, frozenset[int]]:
-    """Open the folder of the shards, the same on all processes, lock it, and return it with the finished shards."""
-
-    def begin() -> tuple[WorkFolder, frozenset[int]]:
-        try:
-            if out is None:
-                work = WorkFolder(Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="latent-ae-"))), key)
-            else:
-                refusal = f"--out: another evaluation is writing into {out}; wait for it, or give another folder"
-                stack.enter_context(only_writer(Path(out) / ".evaluation.lock", refusal))
-                work = WorkFolder(Path(out) / "unfinished", key)
-            if count := work.begin():
-                print(f"resuming from {count} finished parts in {work.folder}", file=sys.stderr)
-            return work, work.done()
-        except OSError as error:
-            raise UserError(f"--out: cannot write into {out}: {error}") from error
-
-    work, done = on_main(state, begin)
-    if not work.folder.is_dir():
-        raise UserError(f"--out: this process does not see {work.folder}; give a folder that all machines share")
-    return work, done
 
 
 def _measure(

@@ -1,6 +1,6 @@
 """Summarises finished shards: one table, means with intervals, and distances between sets of features."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -11,54 +11,18 @@ from latent_ae.data.rng import spread
 from latent_ae.metrics.distances import (
     GROUPS,
     RELIABLE_IMAGES,
-    Gaussian,
-    frechet_distance,
-    frechet_of_features,
     jackknife_interval,
     kernel_distance,
     mmd_without_groups,
 )
 from latent_ae.metrics.labels import METRICS, SHIFT
 from latent_ae.metrics.similarity import FEWEST, bootstrap_interval, missing_reason
-from latent_ae_eval.storage import FeatureFile, WorkFolder
+from latent_ae_eval.features import frechet
+from latent_ae_eval.storage import FeatureFile
 
-BLOCK = 1024
-"""Number of feature vectors in memory at a time."""
 WHOLE_SET = 4000
 """Largest number of images from which the interval of KID is computed."""
 Note = Callable[[str], None]
-
-
-def collect(work: WorkFolder, numbers: Iterable[int]) -> tuple[pa.Table, list[str], dict[str, FeatureFile]]:
-    """Join the shards: all rows by index, the skipped images, and each kind's features in the same order, in a file.
-
-    Images that are too small for a network, or have a reconstruction that is not finite, are missing in its files.
-
-    Args:
-        work: The shards.
-        numbers: Numbers of the shards.
-
-    Returns:
-        The table, `name: reason` of the skipped images, and the files by name of the features.
-
-    Raises:
-        OSError: If a file cannot be written.
-    """
-    tables, skipped, files = [], [], dict[str, FeatureFile]()
-    for number in sorted(numbers):
-        shard = work.read(number)
-        skipped += shard.skipped
-        if not shard.rows:
-            continue
-        order = np.argsort([row["index"] for row in shard.rows])
-        tables.append(pa.Table.from_pylist([shard.rows[i] for i in order]))
-        for network in sorted({name.split(".")[0] for name in shard.features}):
-            parts = {name: part.numpy() for name, part in shard.features.items() if name.startswith(f"{network}.")}
-            known = np.all([np.isfinite(part).all(1) for part in parts.values()], axis=0)
-            for name, part in parts.items():
-                file = files.setdefault(name, FeatureFile(work.folder / f"{work.token}-{name}.f32"))
-                file.append(part[order][known[order]])
-    return pa.concat_tables(tables, promote_options="permissive") if tables else pa.table({}), sorted(skipped), files
 
 
 def means(
@@ -94,38 +58,6 @@ def means(
             row = table.slice(int(np.argmin(known)), 1).to_pylist()[0]
             note(f"{name}: {(~known).sum()} of {len(known)} images left out, {missing_reason(key, row, bands)}")
     return summary, intervals
-
-
-def frechet(a: FeatureFile, b: FeatureFile) -> tuple[float, list[float] | None]:
-    """Return the Fréchet distance of two files with equally many rows, and its 95 % interval.
-
-    The interval is None with fewer than 5 images per group of the jackknife.
-    """
-    count = a.count
-    groups = [np.arange(group, count, GROUPS) for group in range(GROUPS)] if count >= 5 * GROUPS else []
-    if count <= a.dimensions:
-        x, y = (file.rows(np.arange(count)) for file in (a, b))
-        value = frechet_of_features(x, y)
-        left_out = [frechet_of_features(np.delete(x, rows, 0), np.delete(y, rows, 0)) for rows in groups]
-    else:
-        everything = tuple(_gaussian(file, np.arange(count)) for file in (a, b))
-        value = _between(everything)
-        left_out = []
-        for rows in groups:
-            pair = tuple(whole - _gaussian(file, rows) for whole, file in zip(everything, (a, b), strict=True))
-            left_out.append(_between(pair, quick=True))
-    return value, jackknife_interval(value, left_out) if groups else None
-
-
-def _between(pair: Sequence[Gaussian], *, quick: bool = False) -> float:
-    return frechet_distance(*pair[0].moments(), *pair[1].moments(), quick=quick)
-
-
-def _gaussian(file: FeatureFile, rows: np.ndarray) -> Gaussian:
-    total = Gaussian.of(np.zeros((0, file.dimensions)))
-    for first in range(0, len(rows), BLOCK):
-        total += Gaussian.of(file.rows(rows[first : first + BLOCK]))
-    return total
 
 
 def kernel(a: FeatureFile, b: FeatureFile) -> tuple[float, list[float] | None]:

@@ -21,9 +21,10 @@ from latent_ae.data.images import to_uint8
 from latent_ae.data.rng import spread
 from latent_ae.latents.cache import LatentCache
 from latent_ae.models.registry import scaling_of
+from latent_ae_eval.features import Features, feature_networks
 from latent_ae_eval.generation.base import FAR_STD, Generation, begin, fingerprint
 from latent_ae_eval.generation.flow import CHOICE_SEED, STATISTICS, flow_batch, raw_latents
-from latent_ae_eval.generation.sampling import GRID, Features, feature_networks, generators, samples
+from latent_ae_eval.generation.sampling import GRID, generators, samples
 from latent_ae_eval.sample.report import write_sample_report
 from latent_ae_eval.sample.settings import PRIORS, SampleSettings
 
@@ -84,7 +85,7 @@ class _Job(Generation):
         notes: list[str] = []
         count = min(settings.chosen("samples"), GRID**2)
         if self.data:
-            networks, notes = feature_networks(settings, self.device)
+            networks, notes = feature_networks(settings.chosen("frechet"), self.device)
             self.check_data()
             count = min(settings.chosen("samples"), len(self.source("train")))
         elif settings.prior in ("gaussian", "flow"):

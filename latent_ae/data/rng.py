@@ -14,7 +14,7 @@ import torch
 
 # streams of random numbers that must never overlap: the highest word of Philox's counter
 CROP, NOISE, ORDER, BLOCK, AUGMENT, LATENT_NOISE, CHANNELS, EQUIVARIANCE, BINARY, PERMUTATION, SPREAD, FLIP = range(12)
-MIXTURE, BUCKET, CLASS_NOISE, DOWNSAMPLING, REPLAY, BACKGROUND = range(12, 18)
+MIXTURE, BUCKET, CLASS_NOISE, DOWNSAMPLING, REPLAY, BACKGROUND, NEIGHBOUR = range(12, 19)
 GOLDEN_RATIO = np.uint64(0x9E3779B97F4A7C15)
 """Its fractional part as a fraction of 2 ** 64."""
 
@@ -212,6 +212,12 @@ def replay_numbers(seed: int, numbers: Sequence[int]) -> torch.Tensor:
     """Return the uniform number in [0, 1) by which each sample's stored reconstruction is chosen: (N,) float32."""
     drawn = [np.random.Generator(_philox(seed, number, REPLAY)).random(dtype=np.float32) for number in numbers]
     return torch.tensor(drawn)
+
+
+def neighbour_numbers(seed: int, numbers: Sequence[int]) -> torch.Tensor:
+    """Return the uniform number in [0, 1) by which a neighbour of each image is drawn: (N,) float64."""
+    drawn = [np.random.Generator(_philox(seed, number, NEIGHBOUR)).random() for number in numbers]
+    return torch.tensor(drawn, dtype=torch.float64)
 
 
 def replay_slot(seed: int, number: int, size: int) -> int:

@@ -32,6 +32,7 @@ LABELS = {
     "psnr_alpha": Label("PSNR of alpha (dB)", "higher", 2),
     "fid": Label("rFID", "lower", 3),
     "kid": Label("KID", "lower", 5),
+    "ifid": Label("iFID", "lower", 3),
     **{f"shift_{name}": Label(f"{name} shift (levels)", None, 2) for name in ("red", "green", "blue", "alpha", "grey")},
 }
 NAMES = {

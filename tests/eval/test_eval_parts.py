@@ -13,12 +13,13 @@ from latent_ae.data.held_out import HeldOutImage
 from latent_ae.metrics.distances import frechet_of_features, mmd_without_groups, squared_mmd
 from latent_ae.models.loading import first_stage
 from latent_ae.pretrained.inception import InceptionFeatures
+from latent_ae_eval.features import collect, frechet
 from latent_ae_eval.recon.manifest import evaluation_key, reference_key
 from latent_ae_eval.recon.measure import evaluate_reconstruction
 from latent_ae_eval.recon.pictures import chosen_rows
 from latent_ae_eval.recon.settings import ReconSettings
 from latent_ae_eval.recon.shard import Measurer
-from latent_ae_eval.recon.summary import collect, frechet, kernel, means
+from latent_ae_eval.recon.summary import kernel, means
 from latent_ae_eval.storage import FeatureFile, ReferenceCache, Shard, WorkFolder
 from tests.eval.small import settings_with, write_photos
 from tests.tiny_models import tiny

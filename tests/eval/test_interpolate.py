@@ -10,8 +10,9 @@ from PIL import Image
 
 from latent_ae.__main__ import main
 from latent_ae.config import UserError
-from latent_ae_eval.interpolate.measure import angle, interpolate, linear, spherical
+from latent_ae_eval.interpolate.measure import interpolate
 from latent_ae_eval.interpolate.settings import InterpolateSettings
+from latent_ae_eval.paths import angle, linear, spherical
 from tests.tiny_models import tiny_autoencoder
 
 QUICK = InterpolateSettings(steps=5, frames=2, num_workers=0, lpips=None)

@@ -48,6 +48,10 @@ EXPECTED = {
         ("Fréchet, vgg16 (not FID) ↓", "samples", f"{r['metrics']['samples']['frechet_vgg16']:.3f}"),
         ("", "held-out images", f"{r['metrics']['held_out']['frechet_vgg16']:.3f}"),
     ],
+    "ifid": lambda r: [
+        ("Fréchet, vgg16 (not FID) ↓", "midpoints", f"{r['metrics']['midpoints']['frechet_vgg16']:.3f}"),
+        ("", "reconstructions", f"{r['metrics']['reconstructions']['frechet_vgg16']:.3f}"),
+    ],
     "diffusion": lambda r: [
         ("loss, relative to the trivial predictor's", f"{r['loss']['relative_loss']:.3f}"),
         ("Fréchet, vgg16 (not FID) ↓", "samples", f"{r['metrics']['samples']['frechet_vgg16']:.3f}"),
