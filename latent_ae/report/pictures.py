@@ -8,6 +8,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from latent_ae.data.images import to_uint8
 
+FONT_PX, LINE_PX = 13, 16
+"""Size of the letters, and height of a line of text."""
 SQUARE_PX, GRAY = 8, 204
 """Side of the squares behind transparent pixels, and the level of the dark ones, as image editors show them."""
 
@@ -54,7 +56,7 @@ def picture_grid(
         largest_px: Largest side of a cell, px.
     """
     gap, smallest, largest = 6, 128, largest_px
-    font = ImageFont.load_default(13)
+    font = ImageFont.load_default(FONT_PX)
     side = round(max(map(font.getlength, row_labels), default=0)) + (gap if row_labels else 0)
     pictures = [[to_picture(image) for image in row] for row in rows]
     sizes = np.array([picture.size for row in pictures for picture in row])
@@ -64,7 +66,8 @@ def picture_grid(
     cell_w, cell_h = (float(side) * scale for side in sizes.max(axis=0))
     fitted = [[_fit(picture, cell_w, cell_h) for picture in row] for row in pictures]
     heights = [max(picture.height for picture in row) for row in fitted]
-    head, step = 26 if labels else gap, round(cell_w) + gap
+    titles = [_lines(label, font, cell_w) for label in labels or ()]
+    head, step = gap + max((20 + LINE_PX * title.count("\n") for title in titles), default=0), round(cell_w) + gap
     size = (side + max(map(len, rows)) * step + gap, head + sum(heights) + gap * len(heights))
     sheet = Image.new("RGB", size, "white")
     top, draw = head, ImageDraw.Draw(sheet)
@@ -75,9 +78,21 @@ def picture_grid(
             left = side + gap + x * step + (round(cell_w) - picture.width) // 2
             sheet.paste(picture, (left, top + (height - picture.height) // 2))
         top += height + gap
-    for x, label in enumerate(labels or ()):
-        while draw.textlength(label, font=font) > cell_w and len(label) > 1:
-            label = label.removesuffix("…")[:-1] + "…"
+    for x, title in enumerate(titles):
         middle = (side + gap + x * step + cell_w / 2, head / 2)
-        draw.text(middle, label, fill=(60, 60, 60), font=font, anchor="mm")
+        gray, between = (60, 60, 60), LINE_PX - FONT_PX
+        draw.multiline_text(middle, title, gray, font=font, anchor="mm", align="center", spacing=between)
     return sheet
+
+
+def _lines(label: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: float) -> str:
+    """Return a label broken into lines behind commas where it is wider than `width` px; a line that stays is cut."""
+    lines = [""]
+    for part in label.split(", "):
+        longer = f"{lines[-1]}, {part}" if lines[-1] else part
+        lines[-1:] = [longer] if font.getlength(longer) <= width or not lines[-1] else [lines[-1], part]
+    for number, line in enumerate(lines):
+        while font.getlength(line) > width and len(line) > 1:
+            line = line.removesuffix("…")[:-1] + "…"
+        lines[number] = line
+    return "\n".join(lines)

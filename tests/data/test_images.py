@@ -485,6 +485,8 @@ def test_picture_grid_places_images_and_labels() -> None:
     assert (pixels[:26, 134:140] == 255).all()
     # the cell of a small image is enlarged in whole steps; a huge one is bounded
     assert picture_grid([[torch.zeros(3, 32, 32)]]).size == (128 + 12, 128 + 12)
+    in_three_lines = picture_grid([[torch.zeros(3, 32, 32)]], ["reconstruction, 22.98 dB, LPIPS 0.277"])
+    assert in_three_lines.size == (128 + 12, 26 + 2 * 16 + 128 + 6), "it would be cut in one"
     assert picture_grid([[torch.zeros(2, 2000, 1000)]]).size == (256 + 12, 512 + 12)
     half = torch.tensor([1.0, -1.0, -1.0, 0.0])[:, None, None].expand(4, 128, 128)
     seen = np.asarray(picture_grid([[half]]))[6:-6, 6:-6]
