@@ -65,7 +65,8 @@ def test_what_a_run_that_goes_on_may_change() -> None:
         *("gan.dino_px", "gan.dino_kernel", "gan.conditional", "gan.replay"),
     }
     assert by_mark["silent"] == {
-        *("output_dir", "report_to", "push_to_hub", "micro_batch_size", "compile", "gradient_checkpointing"),
+        *("output_dir", "report_to", "push_to_hub", "micro_batch_size"),
+        *("compile", "cudnn_benchmark", "gradient_checkpointing"),
         *("gan.init_from", "validate.every", "validate.preview_images", "log.every"),
         *(key for key in keys if key.startswith("checkpoint.")),
     }
