@@ -186,6 +186,10 @@ class Feed:
         self.stream_state = batch.stream_state
         return self.on_device(batch)
 
+    def close(self) -> None:
+        """Stop the workers."""
+        self.batches.close()
+
     def gray(self) -> LoadedBatch:
         """Return a micro-batch of gray images of the largest size, which needs no file."""
         size = self.settings.micro_batch

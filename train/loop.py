@@ -200,6 +200,7 @@ def _train(phase: Phase, accelerator: Accelerator, more: Sequence[Objective[Any]
                     log.restart_clock(done)
                 if saving:
                     prune(run, settings, accelerator)
+        feed.close()  # the workers' memory is free for what follows
         log.close()
         results = finish_run(phase, accelerator, averaged, source, validator, objectives)
         if stopped_by and not phase.last:  # a signal in the last step of a phase keeps the next one from beginning
@@ -208,6 +209,8 @@ def _train(phase: Phase, accelerator: Accelerator, more: Sequence[Objective[Any]
         log.close()
         _say_how_to_go_on(phase, number, accelerator)
         raise
+    finally:
+        feed.close()
     return results
 
 

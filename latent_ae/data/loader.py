@@ -5,11 +5,14 @@ global number. So the numbers of workers and processes do not change the samples
 Streams are the exception: see `Batch.stream_state` and docs/data.md.
 """
 
+import atexit
 import itertools
 import math
 import multiprocessing
+import multiprocessing.process
 import signal
 import threading
+import weakref
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -41,6 +44,7 @@ AHEAD = 2
 """Number of items that each worker prepares ahead."""
 T = TypeVar("T")
 WORKER_DIED = "DataLoader worker (pid"
+_WORKERS: weakref.WeakSet[multiprocessing.process.BaseProcess] = weakref.WeakSet()
 
 
 @dataclass(frozen=True)
@@ -323,7 +327,9 @@ def loaded(dataset: IterableDataset, num_workers: int, ahead: int = AHEAD) -> It
     handler = signal.getsignal(signal.SIGCHLD)
     try:
         multiprocessing.Lock()  # fails here first, because torch's half-started workers would print a traceback
+        others = set(multiprocessing.active_children())
         items = iter(loader)
+        _WORKERS.update(set(multiprocessing.active_children()) - others)
         if in_main_thread:
             # torch's handler would raise wherever the program is, not where the dead worker's item is awaited
             signal.signal(signal.SIGCHLD, handler)
@@ -354,6 +360,17 @@ class WorkerDied(UserError):
 
 def _unchanged(item: T) -> T:
     return item
+
+
+@atexit.register
+def _end_workers() -> None:
+    """End the workers of iterators that are still alive when the program ends, which would otherwise wait for them.
+
+    Python ends such processes by one SIGTERM, and the workers heed only the second.
+    """
+    for worker in list(_WORKERS):
+        if worker.is_alive():
+            worker.kill()
 
 
 def _ignore_interrupts(worker: int) -> None:

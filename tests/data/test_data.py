@@ -7,6 +7,8 @@ import multiprocessing
 import os
 import pickle
 import random
+import subprocess
+import sys
 import tarfile
 import time
 from pathlib import Path
@@ -223,6 +225,19 @@ def test_workers_stop_when_the_iterator_is_closed(tmp_path: Path) -> None:
     while multiprocessing.active_children() and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not multiprocessing.active_children()
+
+
+def test_a_program_ends_although_it_holds_an_iterator_with_workers(tmp_path: Path) -> None:
+    write_folder(tmp_path)
+    script = """
+import sys
+from latent_ae.data.loader import open_images, training_batches
+from latent_ae.data.settings import TrainingData
+settings = TrainingData(source=sys.argv[1], resolution=32, num_workers=1)
+held = training_batches(open_images(settings, "all"), settings, channels=3, seed=0, batch_size=4, micro_batch_size=4)
+next(held)
+"""
+    subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=True, timeout=120)
 
 
 @pytest.mark.parametrize("kind", ["folder", "table", "stream"])

@@ -1,9 +1,12 @@
 """The main job on tiny networks and generated pictures: run folder, resume, processes, export, messages."""
 
 import json
+import multiprocessing
 import re
 import shutil
+import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from latent_ae.__main__ import main
+from latent_ae_train import loop
 from tests.distributed.launch import launch_command
 from tests.runs import difference_of_the_third_step, differing_tensors, words
 
@@ -43,6 +47,24 @@ def test_the_run_folder_holds_what_the_design_says(finished: Path) -> None:
     page = (finished / "report.html").read_text()
     assert "bicubic /2" in page and "data:image/" in page
     assert not re.search(r"(src|href)=.https?:", page), "the page must not load anything"
+
+
+def test_workers_have_ended_when_a_run_is_finished(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker that is left would keep the program from ending."""
+    finish, left = loop.finish_run, list[bool]()
+
+    def finishing(*arguments: Any) -> Any:
+        deadline = time.monotonic() + 30
+        while multiprocessing.active_children() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        left.append(bool(multiprocessing.active_children()))
+        return finish(*arguments)
+
+    monkeypatch.setattr(loop, "finish_run", finishing)
+    assert main(words(pictures, tmp_path / "run", "data.num_workers=1", "steps=1")) == 0
+    assert left == [False]
 
 
 def test_the_export_holds_the_averaged_weights_and_measured_latents(finished: Path, pictures: Path) -> None:
