@@ -78,7 +78,7 @@ class Shape:
 def suite(shape: Shape) -> dict[str, Any]:
     """The project's tests on this machine."""
     words = ["-n", "4"] if not shape.small else ["tests/test_arithmetic.py"]
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *words]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *words]
     begun = time.perf_counter()
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     lines = done.stdout.splitlines()
