@@ -1,4 +1,4 @@
-"""Decodes ordinary JPEG files with simplejpeg, which takes about 60 % of Pillow's time and gives the same pixels.
+"""Decodes ordinary JPEG files with simplejpeg, which takes four fifths of Pillow's time and gives the same pixels.
 
 Both call libjpeg-turbo with the same options. Each brings its own copy of that library, so the equality is one of
 versions; tests/data/test_fast_jpeg.py compares them. Files for which it is not certain are left to Pillow.
