@@ -11,16 +11,46 @@ from typing import Any, Generic, TypeVar
 
 from latent_ae import command_line
 from latent_ae.config import Settings, UserError, changed_settings, close_word, load_settings, own_key
-from latent_ae.metrics.labels import short_name
+from latent_ae.metrics.labels import number, pair, short_name
 from latent_ae.text import printable
 
 JOBS = ("recon", "latents", "interpolate", "probe", "anomaly", "likelihood", "sample", "factors", "ifid", "diffusion")
 """Packages with a `JOB`. `eval compare` is none of them, because it takes results instead of a model."""
-RECONSTRUCTION_FORMAT = "latent-ae reconstruction 1"
-"""The format that results of `eval recon` state and `eval compare` requires."""
+Figures = dict[tuple[str, str], tuple[float, tuple[float, float] | None]]
+"""Numbers of a result that are compared between models, each with its 95 % interval if it has one. A key holds what was
+measured (a kind of latent, a set of images; empty if there is only one) and the metric, which `label_of` names."""
 Kind = TypeVar("Kind", bound=Settings)
 Shown = Callable[[Mapping[str, Any]], str]
 """Returns the text that a terminal shows of a result."""
+
+
+def measured_figures(result: Mapping[str, Any]) -> Figures:
+    """Return the figures of a result with the sections `metrics` and `intervals`, which hold parts with metrics."""
+    figures: Figures = {}
+    for part, metrics in result["metrics"].items():
+        intervals = (result.get("intervals") or {}).get(part) or {}
+        for metric, value in (metrics or {}).items():
+            if metric not in ("n", "reference_images") and (known := number(value)) is not None:
+                figures[part, metric] = known, pair(intervals.get(metric))
+    return figures
+
+
+def figures_at(result: Mapping[str, Any], places: Mapping[str, str], part: str = "") -> Figures:
+    """Return the figures at dotted paths of a result, without intervals; those that it lacks are left out.
+
+    Args:
+        result: The result, or a section of it.
+        places: Paths such as `health.effective_rank`, by metric.
+        part: What was measured.
+    """
+    figures: Figures = {}
+    for metric, path in places.items():
+        value: Any = result
+        for key in path.split("."):
+            value = value.get(key) if isinstance(value, Mapping) else None
+        if (known := number(value)) is not None:
+            figures[part, metric] = known, None
+    return figures
 
 
 @dataclass(frozen=True)
@@ -33,11 +63,17 @@ class Job:
     """Function in the package's module `measure`: (model, data, settings=..., out=..., progress=...) -> result."""
     text: str
     """Function in its module `report`: result -> text for a terminal."""
+    format: str
+    """The format that its results state."""
     description: str
     examples: str
+    figures: Callable[[Mapping[str, Any]], Figures] = measured_figures
+    """Returns what `eval compare` compares of a result."""
     needs_data: bool = True
     batch_key: str = "batch_size"
     """Setting to lower if memory is too small."""
+    incidental: tuple[str, ...] = ("batch_size",)
+    """Settings in which compared results may differ, besides those of every evaluation: see `eval compare`."""
     on_command_line: Mapping[str, Any] = field(default_factory=dict)
     """More arguments of `measure` when it is called from the command line."""
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from latent_ae.config import UserError
 from latent_ae.data.rng import spread
 from latent_ae.provenance import versions
+from latent_ae_eval.anomaly import JOB
 from latent_ae_eval.anomaly.images import Part, Work, opened_part
 from latent_ae_eval.anomaly.report import Finding, write_anomaly_report, write_maps, write_pictures
 from latent_ae_eval.anomaly.roc import FEWEST_SCORES, PixelScores, auroc, auroc_interval, conformal_threshold
@@ -26,7 +27,6 @@ from latent_ae_eval.anomaly.settings import AnomalySettings
 from latent_ae_eval.inputs import opened_model
 from latent_ae_eval.jobs import lpips_or_reason, make_folder, one_process, write_json, written_into
 
-FORMAT = "latent-ae anomaly 1"
 FIT = 5
 """One in this many normal images, drawn evenly, fits the ELBO's variance and is not used for thresholds, so that the
 scores of the others stay exchangeable with those of new images."""
@@ -131,7 +131,7 @@ def find_anomalies(
     scores = {name: _figures(part.rows, name, thresholds.get(name), paired=settings.defects) for name in scorer.names}
     notes += _without_intervals(part.rows, scores)
     result: dict[str, Any] = {
-        "format": FORMAT,
+        "format": JOB.format,
         "model": stage.describe(),
         "data": {
             "location": str(data),

@@ -1,4 +1,4 @@
-"""latent-ae eval compare: compares results of `eval recon`."""
+"""latent-ae eval compare: compares results of evaluations."""
 
 import argparse
 import json
@@ -9,9 +9,10 @@ from pathlib import Path
 from latent_ae_eval.job import add_json, for_stdout, shows_table
 
 DESCRIPTION = """\
-Compare results of `eval recon` with the first of them: differences, their 95 % intervals, and whether they are more
-than chance. A terminal gets a table, a pipe JSON; comparison.json and comparison.html are written into a folder.
-Results of different protocols, data, N or seeds are refused."""
+Compare measured first stages with the first of them: differences, their 95 % intervals, and whether they are more than
+chance; quality against speed, size and predictions of samples. Takes results of any evaluations, of which those of the
+same weights belong together. A terminal gets a table, a pipe JSON; comparison.json and comparison.html are written into
+a folder. Results of different protocols, settings, data, N or seeds are refused."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -19,7 +20,8 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="latent-ae eval compare",
         description=DESCRIPTION,
-        epilog="example: latent-ae eval compare recon-ours recon-theirs/result.json --out ours-or-theirs",
+        epilog="example: latent-ae eval compare recon-ours recon-theirs/result.json --out ours-or-theirs\n"
+        "with all evaluations of each: latent-ae eval compare ours/* theirs/*",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("results", nargs="+", metavar="RESULT", help="a result.json, or the folder that holds one")

@@ -8,7 +8,6 @@ print(comparison["differences"])
 from collections.abc import Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
-from string import ascii_uppercase
 from typing import Any
 
 import numpy as np
@@ -18,19 +17,21 @@ from latent_ae.files import write_json, writing
 from latent_ae.metrics.labels import in_order, label_of
 from latent_ae.report import page
 from latent_ae_eval.compare.results import (
+    Figure,
     ImageTable,
+    Model,
     NoPairs,
-    Result,
     differing,
+    models_of,
     paired_differences,
     read_images,
     read_result,
 )
 from latent_ae_eval.cost import conditions, number_at
+from latent_ae_eval.job import JOBS
 
-Figure = tuple[str, str]
-"""A latent kind and a metric."""
-
+DESCRIBING = ("format", "model", "protocol", "data", "seed", "settings", "versions", "device", "cost", "notes")
+"""Keys of a result that a comparison repeats: what was measured, how, and what it costs."""
 CONFIDENCE = 0.95
 RESAMPLES = 2000
 SEED = 0
@@ -44,89 +45,102 @@ PAIRED, INDEPENDENT, NONE = "paired bootstrap", "independent intervals", "no int
 
 
 def compare(results: Sequence[str | Path], *, anyway: bool = False, out: str | Path | None = None) -> dict[str, Any]:
-    """Compare each result with the first one.
+    """Compare each measured model with the first one.
 
-    A difference has a 95 % interval: from a paired bootstrap over images if both results have images.parquet of the
-    same images, and otherwise from the two results' own intervals. Its verdict is "differs" if the interval does not
-    contain zero.
+    Results of the same weights belong to one model, which has at most one of each evaluation; a second one of the same
+    evaluation is compared like another model's. A difference has a 95 % interval: from a paired bootstrap over images
+    if both models' reconstructions have images.parquet of the same images, and otherwise from the two results' own
+    intervals. Its verdict is "differs" if the interval does not contain zero.
 
     Args:
-        results: At least two files that `eval recon` wrote, or their folders.
-        anyway: Also compare results of different protocols, data, N or seeds.
+        results: Files that evaluations wrote, or their folders, of at least two models.
+        anyway: Also compare results of different protocols, settings, data, N or seeds.
         out: Folder for comparison.json and comparison.html; None writes nothing.
 
     Returns:
         The comparison, JSON-ready.
 
     Raises:
-        UserError: If a file is no such result, the results were not measured in the same way, or `out` cannot be
-            written.
+        UserError: If a file is no such result, all are of one model, the results were not measured in the same way, or
+            `out` cannot be written.
     """
-    if not 2 <= len(results) <= len(ascii_uppercase):
-        raise UserError(f"compare takes 2 to {len(ascii_uppercase)} results, not {len(results)}")
-    loaded = [read_result(path, label) for path, label in zip(results, ascii_uppercase, strict=False)]
-    obstacles = differing(loaded)
+    models = models_of([read_result(path) for path in results])
+    if len(models) < 2:
+        raise UserError(
+            "compare takes results of at least two models" + (", and these are all of one" if models else "")
+        )
+    obstacles = differing(models)
     if obstacles and not anyway:
-        names = "\n".join(f"  {result.label} is {result.path}" for result in loaded)
+        names = "\n".join(f"  {model.label} is {result.path}" for model in models for result in model.results.values())
         lines = "\n".join(f"  {line}" for line in obstacles)
         raise UserError(
             f"these results were not measured in the same way:\n{lines}\n{names}\n"
             "Measure again with the same protocol and data, or add --anyway to compare them nevertheless."
         )
-    comparison, per_image = _compared(loaded, obstacles)
+    comparison, per_image = _compared(models, obstacles)
     if out is not None:
         _write(Path(out), comparison, per_image)
     return comparison
 
 
-def _compared(
-    results: Sequence[Result], obstacles: list[str]
-) -> tuple[dict[str, Any], dict[str, dict[str, np.ndarray]]]:
-    """Return the comparison, and each image's differences from the first result, by metric and name."""
+def _compared(models: Sequence[Model], obstacles: list[str]) -> tuple[dict[str, Any], dict[str, dict[str, np.ndarray]]]:
+    """Return the comparison, and each image's differences from the first model, by metric and name."""
     tables: dict[str, ImageTable | NoPairs] = {}
-    for result in results:
-        try:
-            tables[result.label] = read_images(result)
-        except NoPairs as reason:
-            tables[result.label] = reason
-    first, notes = results[0], _notes(results)
+    for model in models:
+        if "recon" in model.results:
+            try:
+                tables[model.label] = read_images(model)
+            except NoPairs as reason:
+                tables[model.label] = reason
+    first, notes = models[0], _notes(models)
     rows: dict[Figure, dict[frozenset[str], dict[str, Any]]] = {}
     per_image: dict[str, dict[str, np.ndarray]] = {}
-    for a, b in combinations(results, 2):
-        paired, why_not = _pairs(tables[a.label], tables[b.label])
+    for a, b in combinations(models, 2):
+        paired, why_not = _pairs(*(tables[label] for label in (a.label, b.label) if label in tables))
         for figure, row in _differences(a, b, paired).items():
             rows.setdefault(figure, {})[frozenset((a.label, b.label))] = row
         if a is first:
             notes += [f"{b.label} and {a.label} are not compared image by image: {why_not}."] if why_not else []
-            for (kind, metric), values in paired.items():
-                per_image.setdefault(metric, {})[f"{b.label} − {a.label}, {kind}"] = values
+            for figure, values in paired.items():
+                per_image.setdefault(figure.metric, {})[f"{b.label} − {a.label}, {figure.part}"] = values
+    known = [figure for model in models for figure in model.figures()]
     figures = [
-        (kind, metric)
-        for kind in dict.fromkeys(kind for result in results for kind in result.document["metrics"])
-        for metric in in_order(metric for result in results for k, metric in result.figures() if k == kind)
+        Figure(job, part, metric)
+        for job in JOBS
+        for part in dict.fromkeys(figure.part for figure in known if figure.job == job)
+        for metric in in_order(figure.metric for figure in known if figure[:2] == (job, part))
     ]
     comparison = {
-        "format": "latent-ae comparison 1",
+        "format": "latent-ae comparison 2",
         "comparable": not obstacles,
         "differing": obstacles,
         "notes": notes,
         "differences": [row for figure in figures for pair, row in rows.get(figure, {}).items() if first.label in pair],
-        "metrics": [_metric(results, figure, rows.get(figure, {})) for figure in figures],
+        "metrics": [_metric(models, figure, rows.get(figure, {})) for figure in figures],
         "method": {"confidence": CONFIDENCE, "resamples": RESAMPLES, "seed": SEED, "fewest_images": FEWEST_IMAGES},
-        "results": [
-            {"label": r.label, "name": r.name, "path": str(r.path)}
-            | {key: value for key, value in r.document.items() if key not in ("metrics", "intervals", "baseline")}
-            for r in results
+        "models": [
+            {
+                "label": model.label,
+                "name": model.name,
+                "results": {
+                    job: {"path": str(result.path)} | {k: v for k, v in result.document.items() if k in DESCRIBING}
+                    for job, result in model.results.items()
+                },
+            }
+            for model in models
         ],
     }
     return comparison, per_image
 
 
-def _pairs(a: ImageTable | NoPairs, b: ImageTable | NoPairs) -> tuple[dict[Figure, np.ndarray], str | None]:
-    """Return each image's differences b - a, or none and the reason."""
-    for table in (a, b):
+def _pairs(*tables: ImageTable | NoPairs) -> tuple[dict[Figure, np.ndarray], str | None]:
+    """Return each image's differences b - a of two tables, or none and the reason; fewer tables need no reason."""
+    for table in tables:
         if isinstance(table, NoPairs):
             return {}, str(table)
+    if len(tables) < 2:
+        return {}, None
+    a, b = tables
     assert isinstance(a, ImageTable) and isinstance(b, ImageTable)
     try:
         return paired_differences(a, b), None
@@ -134,39 +148,42 @@ def _pairs(a: ImageTable | NoPairs, b: ImageTable | NoPairs) -> tuple[dict[Figur
         return {}, str(reason)
 
 
-def _differences(a: Result, b: Result, paired: Mapping[Figure, np.ndarray]) -> dict[Figure, dict[str, Any]]:
-    """Return the rows of b - a for every metric that both have."""
+def _differences(a: Model, b: Model, paired: Mapping[Figure, np.ndarray]) -> dict[Figure, dict[str, Any]]:
+    """Return the rows of b - a for everything that both have."""
     usable = {figure: values for figure, values in paired.items() if np.isfinite(values).any()}
     intervals = dict(zip(usable, mean_intervals(np.stack(list(usable.values()), 1)), strict=True)) if usable else {}
     rows = {}
     interval: tuple[float, float] | None
-    for kind, metric in set(a.figures()) & set(b.figures()):
-        values = usable.get((kind, metric))
+    for figure in set(a.figures()) & set(b.figures()):
+        values, n = usable.get(figure), fewest_images((a, b), figure)
         if values is not None:
             n = int(np.isfinite(values).sum())
             difference = float(np.nanmean(values))
-            low, high = map(float, intervals[kind, metric])
+            low, high = map(float, intervals[figure])
             interval, method = (low, high), PAIRED
         else:
-            n = min(a.num_images, b.num_images)
-            difference = (b.value(kind, metric) or 0.0) - (a.value(kind, metric) or 0.0)
-            interval, method = _independent(difference, a.interval(kind, metric), b.interval(kind, metric)), INDEPENDENT
+            difference = (b.value(figure) or 0.0) - (a.value(figure) or 0.0)
+            interval, method = _independent(difference, a.interval(figure), b.interval(figure)), INDEPENDENT
         verdict = UNKNOWN
-        if interval is not None and n >= FEWEST_IMAGES:
+        if interval is not None and (n is None or n >= FEWEST_IMAGES):
             verdict = CHANCE if interval[0] <= 0 <= interval[1] else DIFFERS
-        rows[kind, metric] = {
-            "metric": metric,
-            "latent": kind,
+        rows[figure] = figure._asdict() | {
             "of": b.label,
             "against": a.label,
             "difference": difference,
             "interval": interval if interval is None else list(interval),
             "verdict": verdict,
-            "better": _better(metric, a, b, difference) if verdict == DIFFERS else None,
+            "better": _better(figure.metric, a, b, difference) if verdict == DIFFERS else None,
             "method": method if interval is not None else NONE,
             "n": n,
         }
     return rows
+
+
+def fewest_images(models: Sequence[Model], figure: Figure) -> int | None:
+    """Return the smallest number of images that models were measured on, if it is known."""
+    counts = [model.results[figure.job].num_images(figure.part) for model in models]
+    return min((count for count in counts if count is not None), default=None)
 
 
 def mean_intervals(values: np.ndarray) -> np.ndarray:
@@ -203,7 +220,7 @@ def _independent(
     return difference - half, difference + half
 
 
-def _better(metric: str, a: Result, b: Result, difference: float) -> str | None:
+def _better(metric: str, a: Model, b: Model, difference: float) -> str | None:
     direction = label_of(metric).better
     if direction is None:
         return None
@@ -211,11 +228,10 @@ def _better(metric: str, a: Result, b: Result, difference: float) -> str | None:
 
 
 def _metric(
-    results: Sequence[Result], figure: Figure, rows: Mapping[frozenset[str], Mapping[str, Any]]
+    models: Sequence[Model], figure: Figure, rows: Mapping[frozenset[str], Mapping[str, Any]]
 ) -> dict[str, Any]:
-    """Return all results' values of a metric; the best is named only if it is better than every other beyond chance."""
-    kind, metric = figure
-    values = {result.label: result.value(kind, metric) for result in results}
+    """Return all models' values of a metric; the best is named only if it is better than every other beyond chance."""
+    values = {model.label: model.value(figure) for model in models}
     having = [label for label, value in values.items() if value is not None]
     best = [
         label
@@ -223,49 +239,61 @@ def _metric(
         if len(having) > 1
         and all(rows[frozenset((label, other))]["better"] == label for other in having if other != label)
     ]
-    return {
-        "metric": metric,
-        "latent": kind,
-        "direction": label_of(metric).better,
+    return figure._asdict() | {
+        "direction": label_of(figure.metric).better,
         "values": values,
-        "intervals": {result.label: result.interval(kind, metric) for result in results},
+        "intervals": {model.label: model.interval(figure) for model in models},
         "best": best[0] if best else None,
     }
 
 
-def _notes(results: Sequence[Result]) -> list[str]:
+def _notes(models: Sequence[Model]) -> list[str]:
     """Return notes on differences that do not prevent a comparison."""
     notes = []
-    smallest = min(result.num_images for result in results)
-    if smallest < FEWEST_IMAGES:
-        notes.append(f"{smallest} images are too few to tell a difference from chance; take {FEWEST_IMAGES} or more.")
-    for kind in dict.fromkeys(kind for result in results for kind in result.document["metrics"]):
-        lacking = [result.label for result in results if not result.document["metrics"].get(kind)]
-        if lacking:
-            notes.append(f"{', '.join(lacking)}: no figures for the latent's {kind}.")
-    everywhere = {figure for result in results for figure in result.figures()}
-    for result in results:
-        kinds = {kind for kind, _ in result.figures()}
-        missing = in_order({metric for kind, metric in everywhere - set(result.figures()) if kind in kinds})
-        if missing:
-            notes.append(f"{result.label} lacks {', '.join(label_of(metric).name for metric in missing)}.")
-    versions = [result.document.get("versions") or {} for result in results]
-    for package in dict.fromkeys(package for known in versions for package in known):
-        texts = [str(known.get(package, "not recorded")) for known in versions]
-        if len(set(texts)) > 1:
-            listed = ", ".join(f"{result.label} {text}" for result, text in zip(results, texts, strict=True))
-            notes.append(f"Versions of {package} differ: {listed}.")
-    notes += _cost_notes(results)
+    for job in (job for job in JOBS if any(job in model.results for model in models)):
+        having = [model for model in models if job in model.results]
+        if lacking := [model.label for model in models if model not in having]:
+            notes.append(f"{', '.join(lacking)}: no result of eval {job}.")
+        notes += [note if job == "recon" else f"eval {job}: {note}" for note in _notes_of(job, having)]
+    notes += _cost_notes([model for model in models if "recon" in model.results])
     own: dict[str, list[str]] = {}
-    for result in results:
-        for note in result.document.get("notes") or []:
-            own.setdefault(str(note), []).append(result.label)
+    for model in models:
+        for note in dict.fromkeys(
+            str(note) for one in model.results.values() for note in one.document.get("notes") or []
+        ):
+            own.setdefault(note, []).append(model.label)
     return notes + [f"{', '.join(labels)}: {note}" for note, labels in own.items()]
 
 
-def _cost_notes(results: Sequence[Result]) -> list[str]:
+def _notes_of(job: str, models: Sequence[Model]) -> list[str]:
+    """Return notes on results of one evaluation, which all these models have."""
+    notes = []
+    smallest = fewest_images(models, Figure(job, "", ""))
+    if smallest is not None and smallest < FEWEST_IMAGES:
+        notes.append(f"{smallest} images are too few to tell a difference from chance; take {FEWEST_IMAGES} or more.")
+    found = {model.label: [figure for figure in model.figures() if figure.job == job] for model in models}
+    everywhere = dict.fromkeys(figure for figures in found.values() for figure in figures)
+    for part in dict.fromkeys(figure.part for figure in everywhere):
+        if lacking := [label for label, figures in found.items() if part not in {figure.part for figure in figures}]:
+            what = f"the latent's {part}" if job == "recon" else part
+            notes.append(f"{', '.join(lacking)}: no figures for {what}.")
+    for label, figures in found.items():
+        parts = {figure.part for figure in figures}
+        missing = in_order(figure.metric for figure in everywhere if figure.part in parts and figure not in figures)
+        if missing:
+            notes.append(f"{label} lacks {', '.join(label_of(metric).name for metric in missing)}.")
+    versions = {model.label: model.results[job].document.get("versions") or {} for model in models}
+    for package in dict.fromkeys(package for known in versions.values() for package in known):
+        texts = {label: str(known.get(package, "not recorded")) for label, known in versions.items()}
+        if len(set(texts.values())) > 1:
+            listed = ", ".join(f"{label} {text}" for label, text in texts.items())
+            notes.append(f"Versions of {package} differ: {listed}.")
+    return notes
+
+
+def _cost_notes(models: Sequence[Model]) -> list[str]:
     """Return notes on missing costs, which are then not drawn, and on times that were taken in different ways."""
-    costs = {result.label: result.document.get("cost") for result in results}
+    costs = {model.label: model.results["recon"].document.get("cost") for model in models}
     older = [label for label, cost in costs.items() if not isinstance(cost, dict)]
     if older:
         return [

@@ -27,8 +27,19 @@ AXES = {
     "latent in fp16, bits per pixel": (("bits_per_pixel", "fp16"), 1.0),
 }
 """What quality is drawn against: where it is in the section `cost`, and its factor."""
-PERCEPTUAL = ("fid", "lpips_vgg", "lpips_alex")
-"""The first of these metrics that all results have is drawn besides PSNR."""
+HEADLINES = {
+    "psnr": ("recon", ("mode", "sample"), ("psnr",)),
+    "perceptual": ("recon", ("mode", "sample"), ("fid", "lpips_vgg", "lpips_alex")),
+    "midpoints": ("ifid", ("midpoints",), ("ifid", "frechet_vgg16")),
+    "samples": ("diffusion", ("samples",), ("fid", "frechet_vgg16")),
+    "rank": ("latents", ("",), ("effective_rank",)),
+}
+"""What the first table shows and charts draw: an evaluation, its parts, and metrics. Of these the one that most models
+have is taken, the first of equals."""
+QUALITY, PREDICTION = ("psnr", "perceptual"), ("midpoints", "samples")
+"""Headlines that charts draw upwards, and those that they draw to the right, besides time and size."""
+MOST_COLUMNS = 6
+"""Tables of more models have a row for each, so that they fit a page."""
 EXPLANATION = (
     "A difference counts if its 95 % interval does not contain zero; of twenty comparisons of equal models, one or so "
     "will count by chance. The paired bootstrap draws images and takes both models' values of each. Distances between "
@@ -44,33 +55,34 @@ def comparison_page(comparison: Mapping[str, Any], per_image: Mapping[str, Mappi
         comparison: A result of `compare`.
         per_image: Each image's differences from the first result, (n,), by metric and name.
     """
-    results = comparison["results"]
-    names = {result["label"]: result["name"] for result in results}
+    names = {model["label"]: model["name"] for model in comparison["models"]}
     notes = [f"NOT MEASURED IN THE SAME WAY: {line}" for line in comparison["differing"]] + comparison["notes"]
-    kinds = dict.fromkeys(row["latent"] for row in comparison["metrics"])
-    facts = {
-        "images": _each(f"{result['data']['num_images']:,}" for result in results),
-        "data": _each(short_name(result["data"].get("location"), "not recorded") for result in results),
-        "protocol": _each(result["protocol"].get("name") for result in results),
-        "results": len(results),
-    }
+    costs = [recon.get("cost") for recon in _reconstructions(comparison).values()]
     sections = [
-        page.facts(facts),
+        page.facts(_facts(comparison)),
         page.notes(notes),
-        *(page.section(f"Latent: {kind}", page.table(_figures(comparison, kind, names))) for kind in kinds),
+        page.section("At a glance", page.table(_overview(comparison, names)), page.grid(*_quality_charts(comparison))),
+    ]
+    # each kind of latent has all metrics of reconstructions; of the parts of other evaluations each has few
+    tables: dict[str, list[Mapping[str, Any]]] = {}
+    for row in comparison["metrics"]:
+        of = f", {row['part']}" if row["job"] == "recon" else ""
+        tables.setdefault(f"eval {row['job']}{of}", []).append(row)
+    sections += [page.section(heading, page.table(_figures(rows, names))) for heading, rows in tables.items()]
+    sections += [
         page.paragraph(
             f"{ARROWS} Small: 95 % intervals. Best is marked only where a value beats every other beyond chance.",
             soft=True,
         ),
         page.section(
-            f"Differences from {results[0]['name']}",
+            f"Differences from {comparison['models'][0]['name']}",
             *_difference_tables(comparison, names),
             page.paragraph(EXPLANATION, soft=True),
         ),
         page.section("Values and their 95 % intervals", page.grid(*_interval_charts(comparison, names))),
     ]
-    if any(cost_lines(result.get("cost")) for result in results):
-        sections.append(page.section("Cost", page.table(_costs(results)), page.grid(*_cost_charts(comparison))))
+    if any(cost_lines(cost) for cost in costs):
+        sections.append(page.section("Cost", page.table(_costs(comparison, names))))
     if per_image:
         charts = (
             page.histogram(
@@ -81,7 +93,7 @@ def comparison_page(comparison: Mapping[str, Any], per_image: Mapping[str, Mappi
             for metric in in_order(per_image)
         )
         sections.append(page.section("Differences image by image", page.grid(*charts)))
-    compared = {result["label"]: {k: v for k, v in result.items() if k != "label"} for result in results}
+    compared = {model["label"]: {k: v for k, v in model.items() if k != "label"} for model in comparison["models"]}
     sections.append(page.section("What was compared", page.manifest({"method": comparison["method"]} | compared)))
     title = " and ".join([", ".join(list(names.values())[:-1]), list(names.values())[-1]])
     loud = " (not measured in the same way)" if comparison["differing"] else ""
@@ -90,38 +102,108 @@ def comparison_page(comparison: Mapping[str, Any], per_image: Mapping[str, Mappi
     )
 
 
+def _reconstructions(comparison: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """Return the results of `eval recon` by label; the other models have none."""
+    found = {model["label"]: model["results"].get("recon") for model in comparison["models"]}
+    return {label: recon for label, recon in found.items() if recon}
+
+
+def _facts(comparison: Mapping[str, Any]) -> dict[str, Any]:
+    models = comparison["models"]
+    recons = list(_reconstructions(comparison).values())
+    shared = recons or [result for model in models for result in model["results"].values()]
+    facts = {"data": _each(short_name(result["data"].get("location"), "not recorded") for result in shared)}
+    if recons:
+        facts["images"] = _each(f"{recon['data']['num_images']:,}" for recon in recons)
+        facts["protocol"] = _each(recon["protocol"].get("name") for recon in recons)
+    jobs = dict.fromkeys(job for model in models for job in model["results"])
+    return facts | {"models": len(models), "evaluations": ", ".join(jobs)}
+
+
+def _headlines(comparison: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """Return the rows of HEADLINES that at least one model has."""
+    found = {}
+    for headline, (job, parts, metrics) in HEADLINES.items():
+        rows = [
+            row
+            for part in parts
+            for metric in metrics
+            for row in comparison["metrics"]
+            if (row["job"], row["part"], row["metric"]) == (job, part, metric)
+        ]
+        if rows:
+            found[headline] = max(rows, key=_known)  # the first of equals
+    return found
+
+
+def _known(row: Mapping[str, Any]) -> int:
+    """Return how many models have a value."""
+    return sum(number(value) is not None for value in row["values"].values())
+
+
+def _overview(comparison: Mapping[str, Any], names: Mapping[str, str]) -> list[dict[str, Any]]:
+    """Return a row for each model: what it is, what it costs, and the headlines."""
+    lines = []
+    recons, headlines = _reconstructions(comparison), _headlines(comparison).values()
+    abouts = {model["label"]: next(iter(model["results"].values()))["model"] for model in comparison["models"]}
+    classes = {str(about.get("class")) for about in abouts.values()}
+    for model in comparison["models"]:
+        about = abouts[model["label"]]
+        cost = recons.get(model["label"], {}).get("cost")
+        line: dict[str, Any] = {"": names[model["label"]]} | ({"class": about.get("class")} if len(classes) > 1 else {})
+        parameters = number(about.get("parameters"))
+        line["parameters"] = None if parameters is None else f"{parameters:,.0f}"
+        for label, (path, factor) in AXES.items():
+            value = number_at(cost, *path)
+            line[label] = None if value is None else f"{factor * value:.4g}"
+        for row in headlines:
+            line[_title(row)] = _estimate(row, model["label"], interval=False)
+        lines.append(line)
+    return lines
+
+
+def _title(row: Mapping[str, Any]) -> str:
+    """Return the name of a figure, with its part unless that is a kind of latent."""
+    label = label_of(row["metric"])
+    part = f", {row['part']}" if row["job"] != "recon" and row["part"] else ""
+    return f"{label.name}{part}{label.arrow}"
+
+
+def _estimate(row: Mapping[str, Any], label: str, *, interval: bool = True) -> page.Html | None:
+    """Return the table cell of a model's value, with its interval in small print."""
+    value = number(row["values"][label])
+    ends = span(row["metric"], pair(row["intervals"][label])) if interval else ""
+    return None if value is None else page.estimate(rounded(row["metric"], value), ends, best=row["best"] == label)
+
+
 def _each(values: Iterable[Any]) -> str:
     """Return the value that all results share, or all different values."""
     return " / ".join(dict.fromkeys(map(str, values)))
 
 
-def _figures(comparison: Mapping[str, Any], kind: str, names: Mapping[str, str]) -> list[dict[str, Any]]:
-    lines = []
-    for row in comparison["metrics"]:
-        if row["latent"] == kind:
-            label = label_of(row["metric"])
-            line: dict[str, Any] = {"": f"{label.name}{label.arrow}"}
-            for key, name in names.items():
-                value = number(row["values"][key])
-                interval = span(row["metric"], pair(row["intervals"][key]))
-                text = "" if value is None else rounded(row["metric"], value)
-                line[name] = page.estimate(text, interval, best=row["best"] == key) if text else None
-            lines.append(line)
-    return lines
+def _figures(rows: Sequence[Mapping[str, Any]], names: Mapping[str, str]) -> list[dict[str, Any]]:
+    """Return a row for each figure, or for each model if there are many."""
+    cells = {key: [_estimate(row, key) for row in rows] for key in names}
+    if len(names) > MOST_COLUMNS:
+        titles = [_title(row) for row in rows]
+        return [{"": names[key]} | dict(zip(titles, cells[key], strict=True)) for key in names]
+    return [{"": _title(row)} | {names[key]: cells[key][at] for key in names} for at, row in enumerate(rows)]
 
 
 def _differences(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
     """Return the differences as rows of text, for a page or a terminal."""
     lines = []
-    most = max((row["n"] for row in rows), default=0)
+    most: dict[str, int] = {}
+    for row in rows:
+        most[row["job"]] = max(row["n"] or 0, most.get(row["job"], 0))
     for row in rows:
         label = label_of(row["metric"])
-        fewer = "" if row["n"] == most else f", {row['n']:,} images"
+        fewer = "" if (row["n"] or 0) == most[row["job"]] else f", {row['n']:,} images"
         winner = f", {row['better']} is better" if row["better"] else ""
         lines.append(
             {
                 "metric": f"{label.name}{label.arrow}",
-                "latent": row["latent"],
+                "of": row["part"] if row["job"] == "recon" else f"{row['job']} {row['part']}".strip(),
                 "": f"{row['of']} − {row['against']}",
                 "difference": difference(row["metric"], row["difference"]),
                 "95 % interval": difference_span(row["metric"], pair(row["interval"])),
@@ -138,7 +220,7 @@ def _difference_tables(comparison: Mapping[str, Any], names: Mapping[str, str]) 
         lines = _differences([row for row in comparison["differences"] if row["of"] == of])
         for line in lines:
             line[line.pop("")] = page.estimate(line.pop("difference"), line.pop("95 % interval"))
-        order = ["metric", "latent", *(key for key in (lines[0] if lines else ()) if "−" in key), "verdict"]
+        order = ["metric", "of", *(key for key in (lines[0] if lines else ()) if "−" in key), "verdict"]
         how = {line["how"] for line in lines}
         order += ["how"] if len(how) > 1 else []
         tables += [
@@ -150,69 +232,86 @@ def _difference_tables(comparison: Mapping[str, Any], names: Mapping[str, str]) 
 
 
 def _interval_charts(comparison: Mapping[str, Any], names: Mapping[str, str]) -> list[str]:
-    kinds = list(dict.fromkeys(row["latent"] for row in comparison["metrics"]))
+    """Return a chart for each metric of an evaluation that has intervals."""
     charts = []
-    for metric in in_order(row["metric"] for row in comparison["metrics"]):
-        series: dict[str, dict[str, tuple[float, float | None, float | None]]] = {kind: {} for kind in kinds}
-        for row in comparison["metrics"]:
+    for job, metric in dict.fromkeys((row["job"], row["metric"]) for row in comparison["metrics"]):
+        rows = [row for row in comparison["metrics"] if (row["job"], row["metric"]) == (job, metric)]
+        if not any(pair(interval) for row in rows for interval in row["intervals"].values()):
+            continue
+        series: dict[str, dict[str, tuple[float, float | None, float | None]]] = {row["part"]: {} for row in rows}
+        for row in rows:
             for key, name in names.items():
                 value = number(row["values"][key])
-                if row["metric"] == metric and value is not None:
+                if value is not None:
                     low, high = pair(row["intervals"][key]) or (None, None)
-                    series[row["latent"]][name] = value, low, high
-        charts.append(page.interval_chart(series, title=f"{label_of(metric).name}{label_of(metric).arrow}"))
+                    series[row["part"]][name] = value, low, high
+        of = "" if job == "recon" else f", eval {job}"
+        charts.append(page.interval_chart(series, title=f"{label_of(metric).name}{label_of(metric).arrow}{of}"))
     return charts
 
 
-def _costs(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    lines = {result["name"]: cost_lines(result.get("cost")) for result in results}
+def _costs(comparison: Mapping[str, Any], names: Mapping[str, str]) -> list[dict[str, Any]]:
+    """Return what each model costs: a row for each number, or for each model if there are many."""
+    lines = {names[label]: cost_lines(recon.get("cost")) for label, recon in _reconstructions(comparison).items()}
     keys = dict.fromkeys(key for known in lines.values() for key in known)
+    if len(names) > MOST_COLUMNS:
+        title = {key: ", ".join(key) for key in keys}
+        return [{"": model} | {title[key]: known.get(key) for key in keys} for model, known in lines.items()]
     return [
         {"": name, "of": of} | {model: known.get((name, of)) for model, known in lines.items()} for name, of in keys
     ]
 
 
-def _cost_charts(comparison: Mapping[str, Any]) -> list[str]:
-    """Return PSNR and a perceptual metric against time and size, where all results have both."""
-    results = comparison["results"]
-    values: dict[str, Mapping[str, Any]] = {}
-    for row in comparison["metrics"]:  # the first kind of latent that all have
-        if all(number(row["values"][result["label"]]) is not None for result in results):
-            values.setdefault(row["metric"], row["values"])
-    metrics = [*(["psnr"] if "psnr" in values else []), *[metric for metric in PERCEPTUAL if metric in values][:1]]
+def _quality_charts(comparison: Mapping[str, Any]) -> list[str]:
+    """Return quality against time, size and predictions of samples, where at least two models have both."""
+    headlines, recons = _headlines(comparison), _reconstructions(comparison)
+    across: dict[str, dict[str, float | None]] = {
+        label: {
+            key: None if (value := number_at(recon.get("cost"), *path)) is None else factor * value
+            for key, recon in recons.items()
+        }
+        for label, (path, factor) in AXES.items()
+    }
+    across |= {
+        _title(headlines[key]): {label: number(value) for label, value in headlines[key]["values"].items()}
+        for key in PREDICTION
+        if key in headlines
+    }
     charts = []
-    for label, (path, factor) in AXES.items():
-        known = {result["label"]: number_at(result.get("cost"), *path) for result in results}
-        if any(value is None for value in known.values()):
-            continue
-        for metric in metrics:
+    for label, positions in across.items():
+        for row in (headlines[key] for key in QUALITY if key in headlines):
             points = {
-                result["name"]: (factor * (known[result["label"]] or 0.0), values[metric][result["label"]])
-                for result in results
+                model["name"]: (x, y)
+                for model in comparison["models"]
+                if (x := positions.get(model["label"])) is not None
+                and (y := number(row["values"][model["label"]])) is not None
             }
-            name = f"{label_of(metric).name}{label_of(metric).arrow}"
-            charts.append(page.scatter_chart(points, title=f"{name} against {label}", x_label=label, y_label=name))
+            if len(points) > 1:
+                title = f"{_title(row)} against {label}"
+                charts.append(page.scatter_chart(points, title=title, x_label=label, y_label=_title(row)))
     return charts
 
 
 def comparison_text(comparison: Mapping[str, Any]) -> str:
     """Return the differences as an aligned table for a terminal, with obstacles above and notes below."""
     lines = [f"NOT MEASURED IN THE SAME WAY: {line}" for line in comparison["differing"]]
-    lines += [f"{result['name']}: {result['path']}" for result in comparison["results"]]
+    for model in comparison["models"]:
+        lines += [f"{model['name']}: {result['path']}" for result in model["results"].values()]
     rows = _differences(comparison["differences"])
     if not rows:
-        return printable("\n".join([*lines, "No two results have a metric in common."]), lines=True)
+        return printable("\n".join([*lines, "No two models have a metric in common."]), lines=True)
     how = {row["how"] for row in rows}
     shown = []
     for row in rows:
         remark = row["verdict"] if len(how) == 1 else f"{row['verdict']} ({row['how']})"
-        of = f"{row['latent']}, {row['']}"
+        of = f"{row['of']}, {row['']}"
         shown.append(Row(row["metric"], row["difference"], row["95 % interval"], of, remark))
+    known = {label: cost_lines(recon.get("cost")) for label, recon in _reconstructions(comparison).items()}
     costs = [
-        Row(name, text, of=f"{of}, {result['label']}")
-        for name, of in dict.fromkeys(key for result in comparison["results"] for key in cost_lines(result.get("cost")))
-        for result in comparison["results"]
-        if (text := cost_lines(result.get("cost")).get((name, of)))
+        Row(name, text, of=f"{of}, {label}")
+        for name, of in dict.fromkeys(key for lines_of in known.values() for key in lines_of)
+        for label, lines_of in known.items()
+        if (text := lines_of.get((name, of)))
     ]
     table = [aligned(shown), *([f"\nMethod of all: {how.pop()}."] if len(how) == 1 else [])]
     table += ["", aligned(costs)] if costs else []

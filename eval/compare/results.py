@@ -1,67 +1,128 @@
-"""Reads results of `latent-ae eval recon` safely, and checks whether they can be compared."""
+"""Reads results of evaluations safely, groups them by model, and checks whether they can be compared."""
 
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from string import ascii_uppercase
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from latent_ae.config import UserError
-from latent_ae.metrics.labels import number, pair, short_name
+from latent_ae.metrics.labels import number, short_name
 from latent_ae.report.page import flattened
 from latent_ae.text import choice_in_words
-from latent_ae_eval.job import RECONSTRUCTION_FORMAT
+from latent_ae_eval.job import JOBS, Figures, job_of
 
 NOT_COMPARED = ("latents", "changed", "changed.latents")
 """Keys of a protocol that may differ: each kind of latent is compared with its own kind only, so a deterministic model
 needs no sample; and `changed` without further keys is empty."""
+INCIDENTAL = (
+    *("subfolder", "revision", "variant", "ema", "dtype"),
+    *("device", "num_workers", "max_bad_fraction", "num_pictures"),
+)
+"""Settings of other evaluations that may differ: they choose the model, or how it is run and what is shown."""
 AGREEMENT = 1e-4
 """Relative tolerance: a table whose means differ more from the result's comes from another measurement."""
 
 
+class Figure(NamedTuple):
+    """What is compared."""
+
+    job: str
+    """The evaluation."""
+    part: str
+    """A kind of latent or a set of images; empty if the evaluation has only one."""
+    metric: str
+
+
 @dataclass(frozen=True)
 class Result:
-    """One measured model."""
+    """What one evaluation found on one model."""
+
+    path: Path
+    job: str
+    document: Mapping[str, Any]
+    found: Figures
+
+    @property
+    def model(self) -> tuple[str, ...]:
+        """What tells the model apart: its weights, or without their digest where it comes from."""
+        model = self.document["model"]
+        known = model.get("sha256")
+        keys = ("dtype",) if known else ("location", "class", "weights", "dtype")
+        return tuple(str(part) for part in (known, *(model.get(key) for key in keys)))
+
+    def num_images(self, part: str = "") -> int | None:
+        """Return the number of images that a part was measured on, if it is known."""
+        parts = self.document.get("metrics")
+        section = parts.get(part) if isinstance(parts, Mapping) else None
+        counts = [section.get("n") if isinstance(section, Mapping) else None, self.document["data"].get("num_images")]
+        return next((int(count) for value in counts if (count := number(value)) is not None), None)
+
+
+@dataclass(frozen=True)
+class Model:
+    """A measured model with its results, at most one of each evaluation."""
 
     label: str
     """A, B, ..."""
-    path: Path
-    document: Mapping[str, Any]
+    results: dict[str, Result] = field(default_factory=dict)
+    """By evaluation."""
 
     @property
     def name(self) -> str:
         """The label and the name of the model."""
-        model = self.document["model"]
+        model = self._first.document["model"]
         return f"{self.label} {short_name(model.get('location'), str(model.get('class') or 'model'))}"
 
     @property
-    def num_images(self) -> int:
-        """Number of measured images."""
-        return int(self.document["data"]["num_images"])
+    def _first(self) -> Result:
+        return next(iter(self.results.values()))
 
-    def value(self, kind: str, metric: str) -> float | None:
-        """Return the value of a metric for a kind of latent, or None."""
-        return number((self.document["metrics"].get(kind) or {}).get(metric))
+    def figures(self) -> list[Figure]:
+        """Return what it has values of."""
+        return [Figure(job, *key) for job, result in self.results.items() for key in result.found]
 
-    def interval(self, kind: str, metric: str) -> tuple[float, float] | None:
-        """Return the 95 % interval of a metric for a kind of latent, or None."""
-        return pair(((self.document.get("intervals") or {}).get(kind) or {}).get(metric))
+    def value(self, figure: Figure) -> float | None:
+        """Return a value, or None."""
+        return self._found(figure)[0]
 
-    def figures(self) -> list[tuple[str, str]]:
-        """Return the latent kinds and metrics of which it has a value."""
-        pairs = [(kind, metric) for kind, values in self.document["metrics"].items() for metric in values or {}]
-        return [(kind, metric) for kind, metric in pairs if metric != "n" and self.value(kind, metric) is not None]
+    def interval(self, figure: Figure) -> tuple[float, float] | None:
+        """Return the 95 % interval of a value, or None."""
+        return self._found(figure)[1]
+
+    def _found(self, figure: Figure) -> tuple[float | None, tuple[float, float] | None]:
+        result = self.results.get(figure.job)
+        return (None, None) if result is None else result.found.get(figure[1:], (None, None))
 
 
-def read_result(path: str | Path, label: str) -> Result:
-    """Read a result of `eval recon`.
+def models_of(results: Sequence[Result]) -> list[Model]:
+    """Return results grouped by model, in their order. A second result of the same evaluation is another model's."""
+    models: list[Model] = []
+    for result in results:
+        for model in models:
+            if result.job not in model.results and model._first.model == result.model:
+                break
+        else:
+            models.append(model := Model(label_at(len(models))))
+        model.results[result.job] = result
+    return models
+
+
+def label_at(position: int) -> str:
+    """Return the label of a model by its position: A to Z, then AA, AB and so on, as a spreadsheet's columns."""
+    before, last = divmod(position, len(ascii_uppercase))
+    return (label_at(before - 1) if before else "") + ascii_uppercase[last]
+
+
+def read_result(path: str | Path) -> Result:
+    """Read a result of an evaluation.
 
     Args:
         path: A result.json, or the folder that holds one.
-        label: Label of the result in the comparison.
 
     Raises:
         UserError: If there is no such file, or it holds something else.
@@ -71,24 +132,33 @@ def read_result(path: str | Path, label: str) -> Result:
     try:
         document = json.loads(file.read_text(encoding="utf-8"), parse_constant=lambda _: None)
     except FileNotFoundError:
-        raise UserError(f"{file}: no such file; give a result.json, or the folder that `eval recon` wrote") from None
+        raise UserError(f"{file}: no such file; give a result.json, or the folder that `eval` wrote") from None
     except OSError as error:
         raise UserError(f"{file}: cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{file}: not JSON ({error}); give the result.json of `latent-ae eval recon`") from None
-    if problem := _problem(document):
-        raise UserError(f"{file}: not a result that can be compared: {problem}; measure again: latent-ae eval recon")
-    return Result(label, file, document)
+        raise UserError(f"{file}: not JSON ({error}); give the result.json of `latent-ae eval`") from None
+    stated = document.get("format") if isinstance(document, dict) else None
+    job = next((name for name in JOBS if stated == job_of(name).format), "")
+    problem = _problem(document, job)
+    if not problem:
+        try:
+            return Result(file, job, document, job_of(job).figures(document))
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+            problem = f"what `eval {job}` writes is missing or damaged ({type(error).__name__}: {error})"
+    again = f"latent-ae eval {job or 'recon'}"
+    raise UserError(f"{file}: not a result that can be compared: {problem}; measure again: {again}")
 
 
-def _problem(document: Any) -> str | None:
+def _problem(document: Any, job: str) -> str | None:
     if not isinstance(document, dict):
         return "it is not a JSON object"
-    if document.get("format") != RECONSTRUCTION_FORMAT:
-        return f'its "format" is {json.dumps(document.get("format"))}, not "{RECONSTRUCTION_FORMAT}"'
-    for key in ("model", "protocol", "data", "metrics"):
+    if not job:
+        return f'its "format" is {json.dumps(document.get("format"))}, not that of an evaluation of this version'
+    for key in ("model", "data", *(("protocol", "metrics") if job == "recon" else ("settings",))):
         if not isinstance(document.get(key), dict):
             return f'"{key}" is not an object'
+    if job != "recon":
+        return None
     for key in ("metrics", "intervals"):
         parts = document.get(key)
         kinds = parts.values() if isinstance(parts, dict) else [parts]
@@ -100,34 +170,65 @@ def _problem(document: Any) -> str | None:
     return None
 
 
-def differing(results: Sequence[Result]) -> list[str]:
-    """Return what prevents a comparison, a line for each difference with every result's value."""
-    settings = [dict(flattened(result.document["protocol"])) for result in results]
-    paths = dict.fromkeys(path for values in settings for path in values if path not in NOT_COMPARED)
-    lines = {f"protocol.{path}": [values.get(path) for values in settings] for path in paths}
-    lines["number of images"] = [f"{result.num_images:,}" for result in results]
-    obstacles = [_differing_line(name, results, values) for name, values in lines.items() if len(set(values)) > 1]
-    prints = [str(result.document["data"].get("fingerprint") or "") for result in results]
-    if len(set(prints)) > 1 or not all(prints):  # a fingerprint that is not recorded may be any
-        obstacles.append(_differing_line("data.fingerprint", results, [print_[:16] or None for print_ in prints]))
-        choices = [result.document["data"].get("choice") for result in results]
-        words = [choice_in_words(choice) if isinstance(choice, dict) else None for choice in choices]
-        if len(set(words)) > 1:
-            obstacles.append(
-                _differing_line("images chosen from the data", results, words)
-                + "; if the data is the same, measure again with the same limit and seed"
-            )
-    sampled = [result for result in results if result.document["metrics"].get("sample")]
-    seeds = [str(result.document.get("seed")) for result in sampled]
-    if len(set(seeds)) > 1:
-        obstacles.append(_differing_line("seed of the posterior's samples", sampled, seeds))
+def differing(models: Sequence[Model]) -> list[str]:
+    """Return what prevents a comparison, a line for each difference with every model's value."""
+    obstacles = []
+    jobs = {job for model in models for job in model.results}
+    for job in filter(jobs.__contains__, JOBS):
+        found = _differing({model.label: model.results[job] for model in models if job in model.results})
+        obstacles += found if job == "recon" else [f"eval {job}, {line}" for line in found]
     return obstacles
 
 
-def _differing_line(name: str, results: Sequence[Result], values: Sequence[str | None]) -> str:
+def _differing(results: Mapping[str, Result]) -> list[str]:
+    """Return what differs between results of one evaluation by their labels."""
+    documents = {label: result.document for label, result in results.items()}
+    conditions = {label: _conditions(result) for label, result in results.items()}
+    names = dict.fromkeys(name for values in conditions.values() for name in values)
+    obstacles = []
+    for name in names:
+        values = {label: known.get(name) for label, known in conditions.items()}
+        if len(set(values.values())) > 1:
+            obstacles.append(_differing_line(name, values))
+    prints = {label: _fingerprint(result) for label, result in results.items()}
+    if len(set(prints.values())) > 1 or not all(prints.values()):  # one that is not recorded may be any
+        obstacles.append(_differing_line("data.fingerprint", {key: text[:16] or None for key, text in prints.items()}))
+        choices = {label: document["data"].get("choice") for label, document in documents.items()}
+        words = {key: choice_in_words(one) if isinstance(one, dict) else None for key, one in choices.items()}
+        if len(set(words.values())) > 1:
+            obstacles.append(
+                _differing_line("images chosen from the data", words)
+                + "; if the data is the same, measure again with the same limit and seed"
+            )
+    seeds = {key: str(one.get("seed")) for key, one in documents.items() if (one.get("metrics") or {}).get("sample")}
+    if len(set(seeds.values())) > 1:
+        obstacles.append(_differing_line("seed of the posterior's samples", seeds))
+    return obstacles
+
+
+def _conditions(result: Result) -> dict[str, Any]:
+    """Return under which conditions a result was measured, besides its data."""
+    if result.job == "recon":
+        protocol = flattened(result.document["protocol"])
+        known = {f"protocol.{path}": text for path, text in protocol if path not in NOT_COMPARED}
+    else:
+        incidental = (*INCIDENTAL, *job_of(result.job).incidental)
+        known = dict(flattened({k: v for k, v in result.document["settings"].items() if k not in incidental}))
+    count = result.num_images()
+    return known | {"number of images": None if count is None else f"{count:,}"}
+
+
+def _fingerprint(result: Result) -> str:
+    """Return what tells the data of a result apart; evaluations that record no digest have their location."""
+    data = result.document["data"]
+    prints = str(data.get("fingerprint") or "".join(map(str, data.get("fingerprints") or ())))
+    return prints if prints or result.job == "recon" else f"{data.get('location')} {data.get('split') or ''}"
+
+
+def _differing_line(name: str, values: Mapping[str, str | None]) -> str:
     shown = (
-        f"{result.label} {'not recorded' if value is None else ' '.join(value.splitlines())}"
-        for result, value in zip(results, values, strict=True)
+        f"{label} {'not recorded' if value is None else ' '.join(value.splitlines())}"
+        for label, value in values.items()
     )
     return f"{name}: {', '.join(shown)}"
 
@@ -142,17 +243,19 @@ class ImageTable:
 
     keys: list[tuple[str, int]]
     """Sorted pairs of a digest and a number, which distinguishes images that are equal byte for byte."""
-    columns: Mapping[tuple[str, str], np.ndarray]
-    """(n,) float64 by latent kind and metric, nan where an image has no value."""
+    columns: Mapping[Figure, np.ndarray]
+    """(n,) float64, nan where an image has no value."""
 
 
-def read_images(result: Result) -> ImageTable:
-    """Read the table next to a result. Raises NoPairs if there is none, or it belongs to another measurement."""
+def read_images(model: Model) -> ImageTable:
+    """Read the table next to a model's reconstructions. Raises NoPairs if there is none, or it belongs to another
+    measurement."""
     from pyarrow import ArrowException
     from pyarrow.parquet import read_table
 
+    result = model.results["recon"]
     path = result.path.parent / "images.parquet"
-    names = {f"{kind}_{metric}": (kind, metric) for kind, metric in result.figures()}
+    names = {f"{part}_{metric}": Figure("recon", part, metric) for part, metric in result.found}
     try:
         table = read_table(path, partitioning=None)
         copies: Counter[str] = Counter()
@@ -167,20 +270,20 @@ def read_images(result: Result) -> ImageTable:
             if column in table.column_names
         }
     except FileNotFoundError:
-        raise NoPairs(f"{result.label} has no images.parquet") from None
+        raise NoPairs(f"{model.label} has no images.parquet") from None
     except (OSError, ArrowException, KeyError, TypeError, ValueError) as error:
         raise NoPairs(f"{path} cannot be read ({error})") from None
-    if len(rows) != result.num_images or not all(digest for digest, _ in rows):
-        raise NoPairs(f"{path} does not hold the {result.num_images} images of its result, each with a digest")
+    if len(rows) != result.document["data"]["num_images"] or not all(digest for digest, _ in rows):
+        raise NoPairs(f"{path} does not hold the images of its result, each with a digest")
     for figure, values in columns.items():
         mean = np.nanmean(values) if np.isfinite(values).any() else np.nan
-        if not np.isclose(mean, result.value(*figure), rtol=AGREEMENT, atol=1e-9):
-            raise NoPairs(f"{path} and its result differ in {'_'.join(figure)}: they are of different measurements")
+        if not np.isclose(mean, model.value(figure), rtol=AGREEMENT, atol=1e-9):
+            raise NoPairs(f"{path} and its result differ in {'_'.join(figure[1:])}: they are of different measurements")
     return ImageTable([rows[position] for position in order], columns)
 
 
-def paired_differences(a: ImageTable, b: ImageTable) -> dict[tuple[str, str], np.ndarray]:
-    """Return b - a by latent kind and metric, (n,), nan where either has no value.
+def paired_differences(a: ImageTable, b: ImageTable) -> dict[Figure, np.ndarray]:
+    """Return b - a, (n,), nan where either has no value.
 
     Raises:
         NoPairs: If the images differ.

@@ -8,7 +8,9 @@ JOB = Job(
     DiffusionSettings,
     measure="evaluate_diffusion",
     text="diffusion_text",
+    format="latent-ae diffusion 1",
     batch_key="batch_size",
+    incidental=("latents", "held_out_latents", "images_at_a_time"),
     description="""\
 Train a small diffusion transformer (DiT) by flow matching on the first stage's latents, on a fixed budget and seed,
 sample from it through a stock DiTPipeline, and measure the Frechet distance between samples and data, beside that of

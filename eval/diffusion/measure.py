@@ -12,14 +12,13 @@ from typing import Any
 from torch import nn
 
 from latent_ae.data.rng import spread
+from latent_ae_eval.diffusion import JOB
 from latent_ae_eval.diffusion.report import write_diffusion_page
 from latent_ae_eval.features import feature_networks
 from latent_ae_eval.generation.base import FAR_STD, LARGE_MEAN, Generation, begin, fingerprint
 from latent_ae_eval.generation.flow import CHOICE_SEED, classes_of
 from latent_ae_eval.generation.sampling import samples
 from latent_ae_eval.generation.settings import DiffusionSettings
-
-FORMAT = "latent-ae diffusion 1"
 
 
 def evaluate_diffusion(
@@ -74,7 +73,7 @@ class _Job(Generation):
         sets, metrics, intervals = self.compared(drawn, networks, count)
         described = flow.describe(settings)
         result = {
-            "format": FORMAT,
+            "format": JOB.format,
             "model": stage.describe() | {"subfolder": settings.subfolder, "revision": settings.revision},
             "data": {
                 "location": self.data,

@@ -1,13 +1,25 @@
 """latent-ae eval factors: the command's description; settings, measure and report are separate modules."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from latent_ae_eval.factors.settings import FactorsSettings
-from latent_ae_eval.job import Job
+from latent_ae_eval.job import Figures, Job, figures_at
+
+
+def factors_figures(result: Mapping[str, Any]) -> Figures:
+    """Return the mutual information gap and the total correlation of the posterior's mean and of a sample."""
+    places = {"mig": "mig", "total_correlation": "total_correlation"}
+    return figures_at(result["mean"], places, "mean") | figures_at(result["sample"], places, "sample")
+
 
 JOB = Job(
     "factors",
     FactorsSettings,
     measure="factors",
     text="factors_text",
+    format="latent-ae factors 1",
+    figures=factors_figures,
     description="""\
 Measure how well single latent dimensions represent known factors of the images: mutual information of every dimension
 and factor, and the mutual information gap. DATA needs a table with an integer column for each factor. A terminal gets

@@ -23,6 +23,7 @@ from latent_ae.models.loading import FirstStage
 from latent_ae.models.posterior import draw
 from latent_ae.provenance import versions
 from latent_ae.report.pictures import picture_grid
+from latent_ae_eval.factors import JOB
 from latent_ae_eval.factors.information import BINS, entropy, measured
 from latent_ae_eval.factors.report import write_factors_report
 from latent_ae_eval.factors.settings import FactorsSettings
@@ -37,7 +38,6 @@ from latent_ae_eval.jobs import (
     written_into,
 )
 
-FORMAT = "latent-ae factors 1"
 MOST_DIMENSIONS = 1024
 MOST_VALUES = 1000
 ACTIVE = 0.01
@@ -100,7 +100,7 @@ def factors(
             f"information about {names[worst]} ({chance[worst] / entropies[worst]:.0%} of its entropy)"
         )
     result: dict[str, Any] = {
-        "format": FORMAT,
+        "format": JOB.format,
         "model": stage.describe(),
         "data": {
             "location": str(data),

@@ -8,6 +8,7 @@ JOB = Job(
     IfidSettings,
     measure="interpolated_distance",
     text="ifid_text",
+    format="latent-ae ifid 1",
     description="""\
 Measure the interpolated Frechet distance (iFID, arXiv 2603.05630), a guide to how well a diffusion model will sample,
 without training one: the latent of each image is moved halfway to a near latent, the midpoint is decoded, and the

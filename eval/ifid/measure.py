@@ -28,6 +28,7 @@ from latent_ae.metrics.distances import RELIABLE_IMAGES
 from latent_ae.models.loading import FirstStage
 from latent_ae.provenance import versions
 from latent_ae_eval.features import Features, collect, feature_networks, frechet
+from latent_ae_eval.ifid import JOB
 from latent_ae_eval.ifid.neighbours import midpoints, rows_of
 from latent_ae_eval.ifid.passes import ImageSet, Latents, Passes, joined
 from latent_ae_eval.ifid.report import Shown, picture_of, write_ifid_report
@@ -36,7 +37,6 @@ from latent_ae_eval.inputs import opened_data, processes, refuse_generation_file
 from latent_ae_eval.jobs import images_for, latent_model, make_folder, write_json, written_into
 from latent_ae_eval.storage import FeatureFile, Shard, opened_work
 
-FORMAT = "latent-ae ifid 1"
 KINDS = {"midpoints": "midpoint", "reconstructions": "reconstruction"}
 """What is compared with the originals, and its name in the features."""
 SIDES = "height", "width"
@@ -250,7 +250,7 @@ def _result(
     first = known["images"].rows[0]
     columns = ("nearest_cosine", "cosine", "mean_squared_distance", "perplexity")
     return {
-        "format": FORMAT,
+        "format": JOB.format,
         "model": stage.describe() | {"subfolder": settings.subfolder, "revision": settings.revision},
         "data": described["images"] | {"split": settings.split, "size_px": [first[side] for side in SIDES]},
         "neighbours_from": described.get("others"),

@@ -26,6 +26,7 @@ from latent_ae.progress import progress_bar
 from latent_ae.provenance import versions
 from latent_ae.report.pictures import picture_grid
 from latent_ae_eval.inputs import opened_data
+from latent_ae_eval.interpolate import JOB
 from latent_ae_eval.interpolate.report import write_interpolation_report
 from latent_ae_eval.interpolate.settings import InterpolateSettings
 from latent_ae_eval.jobs import (
@@ -39,7 +40,6 @@ from latent_ae_eval.jobs import (
 )
 from latent_ae_eval.paths import angle, is_spherical, linear, spherical
 
-FORMAT = "latent-ae interpolation 1"
 PATHS = ("linear", "spherical", "cross-fade")
 GRID_PX, FRAME_PX = 160, 256
 FRAME_MS = 50
@@ -117,7 +117,7 @@ def interpolate(
             measured.append(about | {"paths": figures})
             grids.append(picture_grid([list(paths[kind]) for kind in PATHS], row_labels=PATHS, largest_px=GRID_PX))
         result: dict[str, Any] = {
-            "format": FORMAT,
+            "format": JOB.format,
             "model": stage.describe(),
             "data": {
                 "location": str(data),

@@ -32,6 +32,7 @@ from latent_ae.progress import progress_bar
 from latent_ae.provenance import versions
 from latent_ae_eval.inputs import checked_factor, opened_data, opened_model, processes, report_skipped, stream_notes
 from latent_ae_eval.jobs import make_folder, write_json, written_into
+from latent_ae_eval.latents import JOB
 from latent_ae_eval.latents.findings import findings
 from latent_ae_eval.latents.health import (
     TRANSFORMS,
@@ -44,7 +45,6 @@ from latent_ae_eval.latents.report import write_latents_page
 from latent_ae_eval.latents.settings import LatentsSettings
 from latent_ae_eval.latents.sums import Decoded, Encoded, LatentsMeasurer
 
-FORMAT = "latent-ae latents 1"
 MOST_BLOCKS, SMALLEST_BLOCK, STREAM_BLOCK, DECODED_BLOCK = 256, 4, 64, 4
 CONSTANT = 1e-6
 """A channel of a deterministic model is dead if its std is at most this fraction of the latents' std."""
@@ -125,7 +125,7 @@ def evaluate_latents(
                 shows,
             )
     result: dict[str, Any] = {
-        "format": FORMAT,
+        "format": JOB.format,
         "model": stage.describe() | {"subfolder": settings.subfolder, "revision": settings.revision},
         "data": {
             "location": str(data),

@@ -1,13 +1,33 @@
 """latent-ae eval likelihood: the command's description; settings, measure and report are separate modules."""
 
-from latent_ae_eval.job import Job
+from collections.abc import Mapping
+from typing import Any
+
+from latent_ae.metrics.labels import number, pair
+from latent_ae_eval.job import Figures, Job
 from latent_ae_eval.likelihood.settings import LikelihoodSettings
+
+
+def likelihood_figures(result: Mapping[str, Any]) -> Figures:
+    """Return the bounds, and the rate and distortion, which are two sides of one model and have no better direction."""
+    figures: Figures = {}
+    for part, metrics in result["metrics"].items():
+        bits = metrics["bits_per_dimension"]
+        if (mean := number(bits["mean"])) is not None:
+            figures[part, part if part in ("rate", "distortion") else "bits_per_dimension"] = (
+                mean,
+                pair(bits["interval"]),
+            )
+    return figures
+
 
 JOB = Job(
     "likelihood",
     LikelihoodSettings,
     measure="measure_likelihood",
     text="likelihood_text",
+    format="latent-ae likelihood 1",
+    figures=likelihood_figures,
     description="""\
 Bound the likelihood that a variational autoencoder gives to images: the ELBO and an importance-weighted bound in bits
 per dimension and nats per image, with rate and distortion. A terminal gets a table, a pipe JSON; result.json,

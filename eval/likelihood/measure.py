@@ -29,11 +29,11 @@ from latent_ae.provenance import versions
 from latent_ae.text import printable
 from latent_ae_eval.inputs import opened_data, report_skipped
 from latent_ae_eval.jobs import batches, images_for, opened, write_json, written_into
+from latent_ae_eval.likelihood import JOB
 from latent_ae_eval.likelihood.bounds import FIT_VALUES, Estimator, curve_sizes, fitted_scale
 from latent_ae_eval.likelihood.report import Shown, findings, write_likelihood_report
 from latent_ae_eval.likelihood.settings import LikelihoodSettings
 
-FORMAT = "latent-ae likelihood 1"
 FIT = 5
 """One in this many images, spread over all, fits the scale and is not measured."""
 METHOD = {
@@ -127,7 +127,7 @@ def measure_likelihood(
         text = "values between levels of 8 bits (more bits, or resized): the probability is that of a level's width"
         notes += [f"{off:,} images have {text} around them"] if kind != "bernoulli" and settings.discretised else []
     result: dict[str, Any] = {
-        "format": FORMAT,
+        "format": JOB.format,
         "model": stage.describe(),
         "data": {
             "location": str(data),

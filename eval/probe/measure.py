@@ -26,12 +26,12 @@ from latent_ae.progress import progress_bar
 from latent_ae.provenance import versions
 from latent_ae_eval.inputs import report_skipped
 from latent_ae_eval.jobs import opened, write_json, written_into
+from latent_ae_eval.probe import JOB
 from latent_ae_eval.probe.classifiers import BLOCK, logistic_regression, nearest
 from latent_ae_eval.probe.features import FEATURES, ImageFeatures, Scaled, add_components, several_sizes
 from latent_ae_eval.probe.report import write_probe_report
 from latent_ae_eval.probe.settings import ProbeSettings
 
-FORMAT = "latent-ae probe 1"
 VALIDATION = 5
 """One in this many labels is held back to choose l2 and k."""
 MOST_LABELS = 20_000
@@ -118,7 +118,7 @@ def probe(
                     scaled, train.labels[pool], pool, drawn, labels, len(names), settings, bar
                 )
     result = {
-        "format": FORMAT,
+        "format": JOB.format,
         "model": stage.describe(),
         "data": {
             "location": str(data),

@@ -38,7 +38,7 @@ from latent_ae_eval.inputs import (
     report_skipped,
     stream_notes,
 )
-from latent_ae_eval.job import RECONSTRUCTION_FORMAT
+from latent_ae_eval.recon import JOB
 from latent_ae_eval.recon.cost import Costs, cost
 from latent_ae_eval.recon.manifest import data_fingerprint, evaluation_key, protocol_manifest, reference_key
 from latent_ae_eval.recon.pictures import chosen_rows, reconstructed, shown_groups
@@ -188,7 +188,7 @@ def _result(
     if enlarged := int(np.sum(table["enlarged"].to_numpy(zero_copy_only=False))):
         notes.append(f"{enlarged:,} of {table.num_rows:,} images are smaller than the crop and were enlarged to fit")
     result = {
-        "format": RECONSTRUCTION_FORMAT,
+        "format": JOB.format,
         "model": stage.describe() | {"subfolder": settings.subfolder, "revision": settings.revision},
         "protocol": protocol_manifest(settings),
         "inception": inception.sha256 if inception is not None else None,

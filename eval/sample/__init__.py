@@ -8,8 +8,10 @@ JOB = Job(
     SampleSettings,
     measure="sample",
     text="sample_text",
+    format="latent-ae sample 1",
     needs_data=False,
     batch_key="images_at_a_time",
+    incidental=("latents", "held_out_latents", "images_at_a_time"),
     description="""\
 Draw latents from a prior and decode them: prior=normal, the one that a variational autoencoder was trained with;
 prior=gaussian, with the mean and covariance of the latents of DATA; prior=flow, a small transformer trained by flow

@@ -25,10 +25,10 @@ from latent_ae_eval.features import Features, feature_networks
 from latent_ae_eval.generation.base import FAR_STD, Generation, begin, fingerprint
 from latent_ae_eval.generation.flow import CHOICE_SEED, STATISTICS, flow_batch, raw_latents
 from latent_ae_eval.generation.sampling import GRID, generators, samples
+from latent_ae_eval.sample import JOB
 from latent_ae_eval.sample.report import write_sample_report
 from latent_ae_eval.sample.settings import PRIORS, SampleSettings
 
-FORMAT = "latent-ae sample 1"
 MOST_VALUES, MOST_LATENTS = 4096, 10_000
 """Largest number of values of a latent, and of images, to which a Gaussian with a full covariance is fitted."""
 NO_CLASS = 0
@@ -114,7 +114,7 @@ class _Job(Generation):
             sets, metrics, intervals = self.compared(sets["samples"], networks, count)
             notes += self.notes(metrics)
         result = {
-            "format": FORMAT,
+            "format": JOB.format,
             "model": stage.describe() | {"subfolder": settings.subfolder, "revision": settings.revision},
             "data": {
                 "location": self.data or None,

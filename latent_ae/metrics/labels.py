@@ -34,6 +34,28 @@ LABELS = {
     "kid": Label("KID", "lower", 5),
     "ifid": Label("iFID", "lower", 3),
     **{f"shift_{name}": Label(f"{name} shift (levels)", None, 2) for name in ("red", "green", "blue", "alpha", "grey")},
+    # of latents
+    "kl_nats_per_dim": Label("KL (nats per value)", None, 3),
+    "effective_rank": Label("effective rank", None, 2),
+    "dead_channels": Label("dead channels", "lower", 0),
+    "noise_share": Label("posterior's share of the variance", None, None),
+    "outliers": Label("share of outliers", "lower", None),
+    "excess_kurtosis": Label("excess kurtosis", None, 2),
+    "frechet_to_normal": Label("Fréchet distance to N(0, I)", "lower", 3),
+    "spectrum_slope": Label("slope of the spectrum", None, 2),
+    "high_share": Label("share of high frequencies", None, 3),
+    "psnr_apart": Label("equivariance (dB)", "higher", 2),
+    # of other evaluations
+    "bits_per_dimension": Label("bits per dimension", "lower", 4),
+    "rate": Label("rate (bits per dimension)", None, 4),
+    "distortion": Label("distortion (bits per dimension)", None, 4),
+    "accuracy": Label("accuracy", "higher", 3),
+    "auroc": Label("AUROC", "higher", 3),
+    "mig": Label("MIG", "higher", 3),
+    "total_correlation": Label("total correlation (nats)", "lower", 3),
+    "length": Label("length of the path, relative to the direct one", None, 3),
+    "largest_step": Label("largest step, relative to the mean", None, 3),
+    "middle_from_cross_fade": Label("middle from the cross-fade (levels)", None, 2),
 }
 NAMES = {
     **{key: LABELS[key].name for key in METRICS},
@@ -54,13 +76,15 @@ def shift_keys(channels: int) -> list[str]:
 
 def label_of(metric: str) -> Label:
     """Return the label of any metric; an unknown metric is named by its key and has no direction."""
+    if metric in LABELS:
+        return LABELS[metric]
     if metric.startswith(FRECHET):
         return Label(f"Fréchet, {metric.removeprefix(FRECHET)} (not FID)", "lower", 3)
     if metric.startswith(KERNEL):
         return Label(f"kernel distance, {metric.removeprefix(KERNEL)} (not KID)", "lower", 5)
-    if metric.startswith(SHIFT) and metric not in LABELS:
+    if metric.startswith(SHIFT):
         return Label(f"channel {metric.removeprefix(SHIFT)} shift (levels)", None, 2)
-    return LABELS.get(metric, Label(metric, None, None))
+    return Label(metric, None, None)
 
 
 def in_order(metrics: Iterable[str]) -> list[str]:

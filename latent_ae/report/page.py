@@ -38,7 +38,7 @@ class Finding(NamedTuple):
 
 STYLE = """
 :root { color-scheme: light dark;
-        --ink: #1c1e21; --soft: #5d646d; --paper: #fff; --line: #dfe3e8; --tint: #f5f7f9; --mark: #b7791f;
+        --ink: #1c1e21; --soft: #5d646d; --paper: #fff; --line: #dfe3e8; --tint: #f5f7f9; --mark: #966118;
         --bad: #b3372f }
 @media (prefers-color-scheme: dark) {
   :root { --ink: #e6e8eb; --soft: #9aa3ad; --paper: #15181c; --line: #31373e; --tint: #1d2126; --mark: #d9a441;

@@ -12,9 +12,14 @@ import scipy.stats
 from latent_ae.__main__ import main
 from latent_ae.config import UserError
 from latent_ae.metrics.distances import jackknife_interval
+from latent_ae.metrics.labels import Label, label_of
 from latent_ae_eval.compare import measure as module
 from latent_ae_eval.compare.measure import CHANCE, DIFFERS, INDEPENDENT, PAIRED, UNKNOWN, compare, mean_intervals
+from latent_ae_eval.compare.results import label_at
+from latent_ae_eval.job import job_of
+from latent_ae_eval.latents import HEALTH
 from tests.economy import drawn
+from tests.made_jobs import COMMANDS
 from tests.made_results import HOSTILE, result, table, write
 from tests.report.html_reader import read
 
@@ -25,7 +30,7 @@ def made(tmp_path, name, *, rows=None, parquet=True, changes=None, **numbers):
 
 
 def found(comparison, metric="psnr", kind="mode", of="B"):
-    (row,) = (r for r in comparison["differences"] if (r["metric"], r["latent"], r["of"]) == (metric, kind, of))
+    (row,) = (r for r in comparison["differences"] if (r["metric"], r["part"], r["of"]) == (metric, kind, of))
     return row
 
 
@@ -114,7 +119,7 @@ def test_best_beats_every_other_or_is_not_named(tmp_path):
     d = made(tmp_path, "d", noise=0.1, seed=3, shift=2)
 
     def best(*folders):
-        (row,) = (r for r in compare(folders)["metrics"] if (r["metric"], r["latent"]) == ("psnr", "mode"))
+        (row,) = (r for r in compare(folders)["metrics"] if (r["metric"], r["part"]) == ("psnr", "mode"))
         return row["best"]
 
     assert best(a, b) == "B" and best(b, a) == "A" and best(a, b, c) is None and best(a, b, c, d) == "D"
@@ -158,9 +163,9 @@ def test_a_deterministic_model_is_compared_by_its_mode_whatever_the_seed(tmp_pat
     a, b = made(tmp_path, "a"), made(tmp_path, "b", kinds=("mode",), noise=0.1, shift=1, changes=changes)
     comparison = compare([a, b], out=tmp_path / "out")
     assert found(comparison)["better"] == "B"
-    assert {row["latent"] for row in comparison["differences"]} == {"mode"}
+    assert {row["part"] for row in comparison["differences"]} == {"mode"}
     assert "B: no figures for the latent's sample." in comparison["notes"]
-    assert [row["values"]["B"] for row in comparison["metrics"] if row["latent"] == "sample"] == [None] * 5
+    assert [row["values"]["B"] for row in comparison["metrics"] if row["part"] == "sample"] == [None] * 5
 
 
 def test_missing_metrics_are_named(tmp_path):
@@ -243,8 +248,8 @@ def test_images_are_matched_by_what_they_are_and_not_by_their_order(tmp_path):
 @pytest.mark.parametrize(
     "damage, reason",
     [
-        (lambda rows: rows[:-1], "does not hold the 60 images"),
-        (lambda rows: [row | {"digest": None} for row in rows], "does not hold the 60 images"),
+        (lambda rows: rows[:-1], "does not hold the images of its result"),
+        (lambda rows: [row | {"digest": None} for row in rows], "does not hold the images of its result"),
         (lambda rows: [row | {"digest": f"other {row['name']}"} for row in rows], "their images are not the same"),
         (lambda rows: [row | {"mode_psnr": row["mode_psnr"] + 1} for row in rows], "of different measurements"),
         (lambda rows: [{"index": row["index"]} for row in rows], "cannot be read"),
@@ -273,11 +278,13 @@ def test_a_damaged_table_is_not_an_error(tmp_path):
         ("\udcff", "not JSON"),
         ("[1]", "not a JSON object"),
         ('{"model": {}}', '"format" is null'),
-        ('{"format": "latent-ae reconstruction 2"}', '"latent-ae reconstruction 2", not'),
+        ('{"format": "latent-ae reconstruction 2"}', '"latent-ae reconstruction 2", not that'),
         ('{"format": "latent-ae reconstruction 1"}', '"model" is not an object'),
         ({"metrics": {"mode": 3}}, '"metrics" does not hold'),
         ({"intervals": []}, '"intervals" does not hold'),
         ({"data": {"num_images": True}}, '"data.num_images"'),
+        ({"format": "latent-ae ifid 1", "metrics": {"midpoints": 3}}, "what `eval ifid` writes is missing or damaged"),
+        ({"format": "latent-ae latents 1"}, "KeyError: 'health'); measure again: latent-ae eval latents"),
     ],
 )
 def test_what_is_no_result_is_named(tmp_path, text, reason, capsys):
@@ -292,9 +299,110 @@ def test_what_is_no_result_is_named(tmp_path, text, reason, capsys):
     assert str(bad) in error and reason in error
 
 
+def other(folder, job: str, name: str, **changes):
+    """A result of another evaluation, of the model and data of `made(tmp_path, name)`."""
+    base = result(table(), name)
+    kept = {key: base[key] for key in ("model", "data", "versions", "notes")}
+    (folder := folder / f"{job}-{name}").mkdir()
+    document = {"format": job_of(job).format, "settings": {"seed": 0, "limit": None}, **kept}
+    (folder / "result.json").write_text(json.dumps(document | changes))
+    return folder
+
+
+def midpoints(value: float, half: float) -> dict:
+    return {
+        "metrics": {"midpoints": {"n": 60, "frechet_vgg16": value}, "reconstructions": {"n": 60, "frechet_vgg16": 5.0}},
+        "intervals": {"midpoints": {"frechet_vgg16": [value - half, value + half]}},
+    }
+
+
+def test_evaluations_of_one_model_stand_together_and_are_drawn_against_quality(tmp_path):
+    a, b = made(tmp_path, "a"), made(tmp_path, "b", noise=0.1, shift=1)
+    ifid_a, ifid_b = (other(tmp_path, "ifid", name, **midpoints(v, 1.0)) for name, v in (("a", 20.0), ("b", 30.0)))
+    health = {"health": {"effective_rank": 3.5, "dead_channels": [1], "spectrum": {"latents": {"slope": -1.5}}}}
+    latents_b = other(tmp_path, "latents", "b", **health)
+    charts, notes = shown_charts(tmp_path, ifid_b, a, latents_b, ifid_a, b)  # in any order: B's midpoints came first
+    assert [chart for chart in charts if "midpoints" in chart and "PSNR" in chart]
+    comparison = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    assert [(m["name"], set(m["results"])) for m in comparison["models"]] == [
+        ("A b", {"ifid", "latents", "recon"}),
+        ("B a", {"recon", "ifid"}),
+    ]
+    row = found(comparison, "frechet_vgg16", "midpoints")
+    assert row["job"] == "ifid" and row["better"] == "B" and row["difference"] == -10 and row["n"] == 60
+    assert row["interval"] == pytest.approx([-10 - 2**0.5, -10 + 2**0.5])
+    assert found(comparison, "frechet_vgg16", "reconstructions")["verdict"] == UNKNOWN  # without an interval
+    values = {row["metric"]: row["values"] for row in comparison["metrics"] if row["job"] == "latents"}
+    assert values == {
+        "effective_rank": {"A": 3.5, "B": None},
+        "dead_channels": {"A": 1.0, "B": None},
+        "spectrum_slope": {"A": -1.5, "B": None},
+    }
+    assert "B: no result of eval latents." in notes
+    text = read((tmp_path / "out" / "comparison.html").read_text()).text
+    assert "At a glance" in text and "eval ifid" in text and "effective rank" in text
+
+
+def test_weights_tell_models_apart_and_a_second_evaluation_is_compared_like_another_models(tmp_path):
+    def moved(name, sha256):  # the same weights in two folders are one model
+        return {"model": result(table(), name)["model"] | {"sha256": sha256}}
+
+    a = made(tmp_path, "a", changes=moved("a", "1"))
+    same, apart = (other(tmp_path, "ifid", n, **midpoints(1, 1), **moved(n, s)) for n, s in (("x", "1"), ("y", "2")))
+    assert [set(m["results"]) for m in compare([a, same, apart])["models"]] == [{"recon", "ifid"}, {"ifid"}]
+    again = made(tmp_path, "again", noise=0.1, changes=moved("a", "1"))
+    assert [m["label"] for m in compare([a, again, same])["models"]] == ["A", "B"]
+    with pytest.raises(UserError, match="at least two models"):
+        compare([a, same])
+
+
+def test_evaluations_under_other_conditions_are_refused(tmp_path):
+    a = other(tmp_path, "ifid", "a", **midpoints(1, 1))
+    b = other(
+        tmp_path, "ifid", "b", **midpoints(1, 1), settings={"seed": 1, "limit": None, "batch_size": 3, "ema": True}
+    )
+    with pytest.raises(UserError, match="eval ifid, seed: A 0, B 1") as refusal:
+        compare([a, b])
+    assert "batch_size" not in str(refusal.value) and "ema" not in str(refusal.value)
+    places = [
+        other(tmp_path, "probe", name, features={}, data={"location": place, "test_images": 9})
+        for name, place in (("a", "/d/x"), ("b", "/d/y"), ("c", "/d/x"))
+    ]
+    with pytest.raises(UserError, match="eval probe, data.fingerprint"):
+        compare(places[:2])
+    assert compare(places[::2])["comparable"]
+
+
+def test_every_evaluation_has_figures_with_names(jobs, lpips_vgg):
+    """Of real results, with all values that their figures name in their places."""
+    for name in (name for name in COMMANDS if name != "compare"):
+        document = json.loads((jobs(name).folder / "result.json").read_text())
+        job = job_of(name.partition("-")[0])
+        assert document["format"] == job.format
+        figures = job.figures(document)
+        if name != "sample":  # without data nothing is measured
+            assert figures, name
+        assert all(label_of(metric) != Label(metric, None, None) for _, metric in figures), name
+        if job.name == "latents":
+            assert set(HEALTH) <= {metric for _, metric in figures}
+            assert {"noise of 0.1 stds", "half size"} <= {part for part, _ in figures}
+
+
+def test_labels_go_on_behind_z():
+    assert [label_at(position) for position in (0, 25, 26, 51, 52, 701, 702)] == [
+        "A",
+        "Z",
+        "AA",
+        "AZ",
+        "BA",
+        "ZZ",
+        "AAA",
+    ]
+
+
 def test_counts_and_folders_that_cannot_be(tmp_path, capsys):
     a = made(tmp_path, "a")
-    assert main(["eval", "compare", str(a)]) == 2 and "2 to 26 results, not 1" in capsys.readouterr().err
+    assert main(["eval", "compare", str(a)]) == 2 and "at least two models" in capsys.readouterr().err
     assert main(["eval", "compare", str(a), str(a), "--out", str(a / "result.json")]) == 2
     assert "cannot write" in capsys.readouterr().err
 

@@ -31,6 +31,24 @@ PROBE = """<script>addEventListener("load", () => {
                  fetched: performance.getEntriesByType("resource").map(entry => entry.name), pictures: []};
   const drawn = text => { const m = text.getScreenCTM();
                           return parseFloat(getComputedStyle(text).fontSize) * Math.hypot(m.a, m.b); };
+  const color = text => (text.match(/[\d.]+/g) ?? [0, 0, 0, 0]).map(Number);
+  // WCAG 2.2: relative luminance, and the contrast ratio of two of them
+  const light = ([r, g, b]) => [r, g, b].map(v => v / 255)
+    .map(v => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4)
+    .reduce((sum, v, at) => sum + v * [0.2126, 0.7152, 0.0722][at], 0);
+  const ground = at => { for (; at; at = at.parentElement) {
+    const behind = color(getComputedStyle(at).backgroundColor);
+    if (behind.length < 4 || behind[3] > 0) return behind;
+  } return [255, 255, 255]; };
+  const contrast = at => { const style = getComputedStyle(at);
+    const [a, b] = [light(color(at.closest("svg") ? style.fill : style.color)), light(ground(at))];
+    return (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05); };
+  const written = [...document.body.querySelectorAll("*")].filter(at => !at.closest("style, script, metadata")
+    && [...at.childNodes].some(node => node.nodeType == 3 && node.textContent.trim()));
+  const contrasts = written.map(contrast);
+  found.contrast = Math.min(21, ...contrasts);
+  found.faintest = written[contrasts.indexOf(found.contrast)]?.outerHTML.slice(0, 200);
+  found.dark = matchMedia("(prefers-color-scheme: dark)").matches;
   found.letters = Math.min(...[...document.querySelectorAll("svg text")].map(drawn));
   const keys = [...document.querySelectorAll(".pairs th")].filter(key => key.textContent.length < 40);
   const lines = key => { const range = document.createRange(); range.selectNodeContents(key);
@@ -58,18 +76,19 @@ addEventListener("message", event => {
 FRAME = '<iframe style="border:0;width:%dpx;height:800px" srcdoc="%s"></iframe>'
 
 
-def narrow(folder, texts: Sequence[str], width_px: int) -> list[dict]:
+def narrow(folder, texts: Sequence[str], width_px: int, *, dark: bool = False) -> list[dict]:
     """What the probe found in each page, in frames of `width_px`: a window cannot be as narrow."""
     probed = [text.replace("</body>", PROBE + "</body>") for text in texts]
-    return _found(folder, NARROW % "".join(FRAME % (width_px, html.escape(text)) for text in probed))
+    return _found(folder, NARROW % "".join(FRAME % (width_px, html.escape(text)) for text in probed), dark=dark)
 
 
-def _found(folder, probed: str):
+def _found(folder, probed: str, *, dark: bool = False):
     assert BROWSER, NO_BROWSER
+    scheme = f"--blink-settings=preferredColorScheme={0 if dark else 1}"
     file = folder / "probed.html"
     file.write_text(probed, encoding="utf-8")
     done = subprocess.run(
-        [BROWSER, *FLAGS, f"--user-data-dir={folder / 'profile'}", "--dump-dom", file.as_uri()],
+        [BROWSER, *FLAGS, scheme, f"--user-data-dir={folder / 'profile'}", "--dump-dom", file.as_uri()],
         capture_output=True,
         text=True,
         encoding="utf-8",

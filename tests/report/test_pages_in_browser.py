@@ -23,11 +23,11 @@ WIDTH_PX = 700
 """Of the pictures: wider than a third of the page."""
 
 
-def opened(folder, text: str, *, width_px: int | None = None) -> dict:
+def opened(folder, text: str, *, width_px: int | None = None, dark: bool = False) -> dict:
     """What the probe found in a page, in a window of 1280 px or a frame of `width_px`."""
     if width_px is not None:
-        return narrow(folder, [text], width_px)[0]
-    return _found(folder, text.replace("</body>", PROBE + "</body>"))
+        return narrow(folder, [text], width_px, dark=dark)[0]
+    return _found(folder, text.replace("</body>", PROBE + "</body>"), dark=dark)
 
 
 @pytest.fixture(scope="module")
@@ -64,10 +64,28 @@ def latents(tmp_path_factory) -> str:
     return (folder / "out" / "latents.html").read_text(encoding="utf-8")
 
 
+@pytest.fixture(scope="module")
+def many(tmp_path_factory) -> str:
+    """A comparison of nine models, each with two evaluations."""
+    folder = tmp_path_factory.mktemp("many")
+    folders = []
+    for index in range(9):
+        rows = table(noise=0.1, seed=index, shift=index / 10)
+        document = result(rows, f"first-stage-{index}", model={"sha256": str(index)})
+        folders.append(write(folder / f"recon-{index}", document, rows))
+        part = {"metrics": {"midpoints": {"n": 60, "frechet_vgg16": 100.0 + index}}, "intervals": {}, "notes": []}
+        folders.append(write(folder / f"ifid-{index}", document | part | {"format": "latent-ae ifid 1"}))
+    compare(folders, out=folder / "out")
+    return (folder / "out" / "comparison.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("dark", [False, True])
 @pytest.mark.parametrize("width_px", [None, 390])
-@pytest.mark.parametrize("name", ["report", "comparison", "latents"])
-def test_pages_fit_and_fetch_nothing(request, tmp_path, name, width_px):
-    found = opened(tmp_path, request.getfixturevalue(name), width_px=width_px)
+@pytest.mark.parametrize("name", ["report", "comparison", "many", "latents"])
+def test_pages_fit_and_fetch_nothing_and_can_be_read_by_day_and_by_night(request, tmp_path, name, width_px, dark):
+    found = opened(tmp_path, request.getfixturevalue(name), width_px=width_px, dark=dark)
+    assert found["dark"] == dark
+    assert found["contrast"] >= 4.5, found["faintest"]  # WCAG 2.2, 1.4.3
     assert found["width"] == (width_px or 1280)
     assert found["overflow"] <= 0
     assert found["fetched"] == []
@@ -90,6 +108,9 @@ def test_the_probe_sees_what_it_looks_for(tmp_path):
     small = '<svg width="50" height="50" viewBox="0 0 100 100"><text style="font-size:20px">x</text></svg>'
     style = "display:block;width:3em;overflow-wrap:anywhere"
     keys = f'<table class="pairs"><tr><th style="{style}">settings.seed</th></tr></table>'
+    assert opened(tmp_path, '<!doctype html><body><p style="color:#777">x</p></body>')["contrast"] == pytest.approx(
+        4.48, abs=0.01
+    )
     found = opened(
         tmp_path, f'<!doctype html><body style="margin:0"><p style="width:1500px">{outside}</p>{small}{keys}</body>'
     )
