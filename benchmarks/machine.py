@@ -137,3 +137,12 @@ def _cpu_name() -> str:
         if line.startswith("model name"):
             return line.partition(":")[2].strip()
     return platform.processor()
+
+
+def where(result: dict[str, Any]) -> str:
+    """In words: the machine of a result, and the command that made it."""
+    machine = result["machine"]
+    return (
+        f"{machine['gpu'] or machine['cpu']}, {machine['threads']} threads, torch {machine['versions']['torch']}; "
+        f"`{result['command']}`"
+    )

@@ -4,37 +4,50 @@ Each has a folder in the benchmark's scratch folder and is not made again where 
 """
 
 import json
-import resource
+import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-SECONDS = "processor_seconds.json"
+SECONDS, PEAK_GB = "processor_seconds.json", "peak_gb.json"
 
 
-def latent_ae(*words: str) -> float:
-    """Runs a command; returns its processor seconds. Raises CalledProcessError when it fails."""
+class Spent(NamedTuple):
+    """What a command cost."""
+
+    processor_seconds: float
+    """With the processes that it has waited for."""
+    peak_gb: float
+    """Largest resident size of one of its processes."""
+
+
+def latent_ae(*words: str) -> Spent:
+    """Runs a command; returns what it cost. Raises CalledProcessError when it fails."""
     print("latent-ae", *words, file=sys.stderr)
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    subprocess.run([sys.executable, "-m", "latent_ae", *words], check=True, stdout=subprocess.DEVNULL)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return round(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, 1)
+    command = [sys.executable, "-m", "latent_ae", *words]
+    started = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(started.pid, 0)
+    started.returncode = os.waitstatus_to_exitcode(status)
+    if started.returncode:
+        raise subprocess.CalledProcessError(started.returncode, command)
+    return Spent(round(usage.ru_utime + usage.ru_stime, 1), round(usage.ru_maxrss / 1e6, 2))
 
 
 def train(folder: Path, recipe: str, *settings: str) -> None:
     """A run into `folder`. One that was killed begins anew, so that its seconds are those of a whole run."""
     if not (folder / SECONDS).exists():
         shutil.rmtree(folder, ignore_errors=True)
-        seconds = latent_ae("train", recipe, f"output_dir={folder}", *settings)
-        (folder / SECONDS).write_text(json.dumps(seconds))
+        spent = latent_ae("train", recipe, f"output_dir={folder}", *settings)
+        (folder / PEAK_GB).write_text(json.dumps(spent.peak_gb))
+        (folder / SECONDS).write_text(json.dumps(spent.processor_seconds))
 
 
-def evaluate(out: Path, kind: str, model: Path, data: Path, *settings: str) -> dict[str, Any]:
-    """The result of `latent-ae eval KIND MODEL DATA SETTINGS --out OUT`."""
+def evaluate(out: Path, kind: str, model: Path, data: Path | None, *settings: str) -> dict[str, Any]:
+    """The result of `latent-ae eval KIND MODEL [DATA] SETTINGS --out OUT`."""
     if not (out / "result.json").exists():
-        latent_ae("eval", kind, str(model), str(data), *settings, "--out", str(out))
+        latent_ae("eval", kind, str(model), *([str(data)] if data else []), *settings, "--out", str(out))
     result: dict[str, Any] = json.loads((out / "result.json").read_text())
     return result
 
@@ -42,6 +55,11 @@ def evaluate(out: Path, kind: str, model: Path, data: Path, *settings: str) -> d
 def seconds_of(folder: Path) -> float:
     """Processor seconds of a training."""
     return float(json.loads((folder / SECONDS).read_text()))
+
+
+def peak_gb_of(folder: Path) -> float:
+    """Largest resident size of a training, GB."""
+    return float(json.loads((folder / PEAK_GB).read_text()))
 
 
 def events(folder: Path, kind: str) -> list[dict[str, Any]]:

@@ -1,0 +1,187 @@
+"""The tables of docs/family.md."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from benchmarks.machine import where
+
+
+def family_table(result: dict[str, Any]) -> str:
+    kinds = ("CIFAR-10, 20,000 images to train on", "BSDS500's 200 photographs to train on")
+    parts: dict[int, dict[str, Any]] = {0: {}, 1: {}}
+    for name, row in result["members"].items():
+        parts[int(row["photos"])][name] = row
+    lines = [f"`{result['recipe']}`; {where(result)}."]
+    for number, members in parts.items():
+        if not members:
+            continue
+        size, images = result["sizes"][number], next(iter(members.values()))["images"]
+        lines += [
+            "",
+            f"{kinds[number]}, {result['steps']} steps of {size['batch']} at {size['px']} px; {images:,} held out:",
+            "",
+            "| | parameters (M) | latent | PSNR (dB) | SSIM | LPIPS (VGG) | Fréchet (VGG16) | training, images per "
+            "processor second | decoding |",
+            "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
+        ]
+        for name, row in members.items():
+            found, speed = row["metrics"]["mode"], row["speed"]
+            cells = [name, f"{row['parameters'] / 1e6:.2f}", " x ".join(map(str, row["latent_shape"]))]
+            cells += [f"{found['psnr']:.2f}", f"{found['ssim']:.3f}", f"{found['lpips_vgg']:.3f}"]
+            cells += [f"{found['frechet_vgg16']:.1f}", f"{speed['training']:.0f}", f"{speed['decoding']:.0f}"]
+            lines.append(f"| {' | '.join(cells)} |")
+    for name, row in result["members"].items():
+        if (codes := row.get("codebook")) is not None:
+            lines += [
+                "",
+                f"{name}: the held-out images use {codes['used']:,} of {codes['codes']:,} codes, perplexity "
+                f"{codes['perplexity']:.0f}.",
+            ]
+    lines += [
+        "",
+        "| beside the AutoencoderKL's scaled latents (variance {:.2f}) | squared distance of its own "
+        "| PSNR of its images of them (dB) | LPIPS (VGG) |",
+        "|---|---:|---:|---:|",
+    ]
+    for name, row in result["members"].items():
+        if (found := row.get("beside_the_teacher")) is not None:
+            lines[-2] = lines[-2].format(found["teacher_latent_variance"])
+            lines.append(f"| {name} | {found['latent_mse']:.3f} | {found['psnr']:.2f} | {found['lpips_vgg']:.3f} |")
+    return "\n".join(lines)
+
+
+def likelihood_table(result: dict[str, Any]) -> str:
+    lines = [
+        f"{result['data']}, {result['steps']} steps of {result['batch_size']}, {result['images']} test images, "
+        f"{result['samples']} samples; 95 % intervals over the images; {where(result)}.",
+        "",
+        "| | bits per dimension | ELBO | distortion | rate | nats per latent number | scale | PSNR (dB) "
+        "| processor time (s) |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for name, row in result["runs"].items():
+        bits = {key: values["bits_per_dimension"] for key, values in row["metrics"].items()}
+        low, high = bits["importance_bound"]["interval"]
+        cells = [f"{bits['importance_bound']['mean']:.3f} ({low:.2f} to {high:.2f})"]
+        cells += [f"{bits[key]['mean']:.3f}" for key in ("elbo", "distortion", "rate")]
+        cells.append(f"{row['metrics']['rate']['nats_per_image']['mean'] / row['latent_dimensions']:.2f}")
+        scale = row["likelihood"]["scale"]
+        cells += ["" if scale is None else f"{scale:.3f}", f"{row['psnr']:.2f}", f"{row['processor_seconds']:.0f}"]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def hierarchical_table(result: dict[str, Any]) -> str:
+    lines = [
+        f"{result['data']}; steps of {result['batch']} images; {where(result)}.",
+        "",
+        "| steps | latents | parameters | processor time (s) | bits per dimension | reconstruction | KL by level |",
+        "|---:|---|---:|---:|---:|---:|---|",
+    ]
+    for row in result["contestants"]:
+        levels = ", ".join(
+            f"{side} px: {part:.3f}" for side, part in zip(row["level_sides"], row["levels"], strict=True)
+        )
+        low, high = row["bits"]["interval"]
+        bits = f"{row['bits']['mean']:.3f} ({low:.3f} to {high:.3f})"
+        seconds = row["processor_seconds"]
+        cells = [f"{row['steps']:,}", row["name"], f"{row['parameters']:,}", f"{seconds:.0f}", bits]
+        lines.append(f"| {' | '.join(cells)} | {row['reconstruction']:.3f} | {levels} |")
+    return "\n".join(lines)
+
+
+def priors_table(result: dict[str, Any]) -> str:
+    recipe = result["priors"]["flow matching"]["recipe"]
+    gained, count = result["gained_by_the_flow"], next(iter(result["priors"].values()))["metrics"]["samples"]["n"]
+    lines = [
+        f"{result['data']}, {result['steps']} steps of {result['batch']} for each first stage; the flow prior has "
+        f"{recipe['parameters'] / 1e6:.1f} M parameters and {recipe['steps']:,} steps of {recipe['batch_size']}; "
+        f"{where(result)}.",
+        "",
+        f"| Fréchet distance to images trained on, VGG16's features, {count:,} images | |",
+        "|---|---:|",
+    ]
+    for name, row in result["priors"].items():
+        value, (low, high) = (row[key]["samples"]["frechet_vgg16"] for key in ("metrics", "intervals"))
+        lines.append(f"| samples, {name} | {value:.1f} ({low:.1f} to {high:.1f}) |")
+    metrics = next(iter(result["priors"].values()))["metrics"]
+    lines += [
+        f"| reconstructions of held-out images | {metrics['reconstructions']['frechet_vgg16']:.1f} |",
+        f"| held-out images | {metrics['held_out']['frechet_vgg16']:.1f} |",
+        "",
+        f"| bits per dimension of {result['held_out_images']} held-out images | parameters | ELBO | of it the rate "
+        f"| bound of {result['draws']} draws |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for name, row in result["bits_per_dimension"].items():
+        cells = [f"{row[key][0]:.3f}" for key in ("elbo", "rate", "importance_bound")]
+        lines.append(f"| {name.replace('-', ' ')} | {result['parameters'][name]:,} | {' | '.join(cells)} |")
+    cells = [
+        f"{value:+.3f} ({low:+.3f} to {high:+.3f})" for value, low, high in (gained["elbo"], gained["importance_bound"])
+    ]
+    lines.append(f"| saved by the flow, 95 % interval over the images | | {cells[0]} | | {cells[1]} |")
+    return "\n".join(lines)
+
+
+def disentangle_table(result: dict[str, Any]) -> str:
+    lines = [
+        f"{result['data']}; {result['steps']} steps of {result['batch_size']}; {where(result)}.",
+        "",
+        "| | MIG of samples, mean | each seed | MIG of means | active | PSNR (dB) | reconstruction (nats) | KL (nats) "
+        "| total correlation (nats): Gaussian, discriminator |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for name, row in result["rows"].items():
+        runs = row["runs"]
+
+        def mean(values: Sequence[float]) -> float:
+            return sum(values) / len(values)
+
+        def each(values: Sequence[float], digits: int) -> str:
+            return "; ".join(f"{value:.{digits}f}" for value in values)
+
+        samples = [run["mig"]["sample"] for run in runs]
+        estimates = [run["total_correlation"] for run in runs if run["total_correlation"] is not None]
+        total = f"{mean([run['gaussian_total_correlation'] for run in runs]):.2f}"
+        cells = [
+            f"**{mean(samples):.3f}**",
+            each(samples, 3),
+            each([run["mig"]["mean"] for run in runs], 3),
+            each([run["active_dimensions"] for run in runs], 0),
+            f"{mean([run['psnr'] for run in runs]):.2f}",
+            f"{mean([run['reconstruction_nats'] for run in runs]):.1f}",
+            f"{mean([run['kl_nats'] for run in runs]):.2f}",
+            f"{total}, {mean(estimates):.2f}" if estimates else total,
+        ]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def collapse_table(result: dict[str, Any]) -> str:
+    lines = [
+        f"{result['data']}, {result['steps']} steps of {result['batch_size']}; {result['images']} held-out images; "
+        f"{where(result)}.",
+        "",
+        "| cure | settings | bits per dimension | KL (nats per image) | active channels at the end | PSNR (dB) |",
+        "|---|---|---:|---:|---:|---:|",
+    ]
+    for name, row in result["runs"].items():
+        bits, rate = row["bits_per_dimension"], row["rate_nats_per_image"]
+        settings = ", ".join(f"`{word}`" for word in row["settings"])
+        (low, high), active = bits["interval"], row["active_channels"][-1][1]
+        lines.append(
+            f"| {name} | {settings} | {bits['mean']:.3f} ({low:.3f} to {high:.3f}) | {rate['mean']:.2f} "
+            f"| {active:.0%} | {row['psnr']:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+MAKERS = {
+    "likelihood": likelihood_table,
+    "family": family_table,
+    "hierarchical": hierarchical_table,
+    "priors": priors_table,
+    "disentangle": disentangle_table,
+    "collapse": collapse_table,
+}
+"""By the beginning of a result's name, the longer one first."""

@@ -1,0 +1,62 @@
+"""The tables of docs/linear-start.md."""
+
+from typing import Any
+
+from benchmarks.machine import where
+
+
+def fresh_table(result: dict[str, Any]) -> str:
+    names = list(next(iter(result["shapes"].values())))
+    lines = [
+        f"{result['held_out_images']} held-out images of {result['data']}, 128 px; {where(result)}.",
+        "",
+        "| before training: PSNR, LPIPS | " + " | ".join(names) + " |",
+        "|---" + "|---:" * len(names) + "|",
+    ]
+    for shape, row in result["shapes"].items():
+        lines.append(f"| {shape} | " + " | ".join(f"{v['psnr']:.2f}, {v['lpips']:.3f}" for v in row.values()) + " |")
+    return "\n".join(lines)
+
+
+def widths_table(result: dict[str, Any]) -> str:
+    """Held-out quality of the averaged weights, and PSNR of the weights themselves, after so many crops."""
+    rows = result["rows"]
+    due = sorted({int(point["crops"]) for points in rows.values() for point in points})
+    lines = [
+        f"`{result['base']}`; {result['held_out_images']} held-out crops of {result['data']}; {where(result)}.",
+        "",
+        f"| PSNR (of the weights, not averaged), LPIPS after so many crops | {' | '.join(f'{one:,}' for one in due)} |",
+        "|---|" + "---:|" * len(due),
+    ]
+    for name, points in rows.items():
+        cells = {int(p["crops"]): f"{p['psnr']:.2f} ({p['psnr_raw']:.2f}), {p['lpips']:.3f}" for p in points}
+        lines.append(f"| {name} | {' | '.join(cells.get(one, '') for one in due)} |")
+    return "\n".join(lines)
+
+
+def starts_table(result: dict[str, Any]) -> str:
+    """Held-out quality of the linear and the default start by images seen, and the search of the default's rate."""
+    lines = [
+        f"`{result['base']}`, {result['steps']} steps, `{result['gan']}`; {result['held_out_images']} held-out crops "
+        f"of {result['data']}; {where(result)}.",
+        "",
+        "| start, seed | images | PSNR (dB) | LPIPS | Fréchet distance (VGG16) |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    curves = {f"{start}, {seed}": points for start, of in result["curves"].items() for seed, points in of.items()}
+    curves |= {f"default at {rate}, no GAN": points[-1:] for rate, points in result["search"].items()}
+    for name, points in curves.items():
+        for point in points:
+            lines.append(
+                f"| {name} | {point['images']:,.0f} | {point['psnr']:.2f} | {point['lpips_vgg']:.3f} "
+                f"| {point['frechet_vgg16']:.1f} |"
+            )
+    return "\n".join(lines)
+
+
+MAKERS = {
+    "tried-fresh": fresh_table,
+    "widths": widths_table,
+    "starts": starts_table,
+}
+"""By the beginning of a result's name, the longer one first."""

@@ -1,0 +1,33 @@
+"""The tables of docs/losses.md."""
+
+from typing import Any
+
+from benchmarks.machine import where
+
+
+def gan_weight_table(result: dict[str, Any]) -> str:
+    """Each contestant's held-out metrics, seed after seed."""
+    columns = {"PSNR (dB)": ("psnr", 2), "LPIPS": ("lpips", 3), "Fréchet, VGG16": ("frechet_vgg16", 0)}
+    lines = [
+        f"{result['held_out_images']} held-out crops of {result['crop_px']} px of {result['data']}; "
+        f"`{result['base']}`, {result['steps_of_each_part']} steps of {result['batch']} crops in each part; "
+        f"{where(result)}.",
+        "",
+        f"| | {' | '.join(columns)} | adversarial gradient, relative | adaptive weight | accuracy |",
+        "|---|" + "---:|" * (len(columns) + 3),
+    ]
+    first = {f"first part, {name}": runs for name, runs in result["first_part"].items()}
+    for name, runs in [*first.items(), *((name, one["by_seed"]) for name, one in result["contestants"].items())]:
+        each = [runs[seed] for seed in sorted(runs)]
+        cells = [", ".join(f"{run[key]:.{digits}f}" for run in each) for key, digits in columns.values()]
+        for key in ("mean_gradient_ratio", "mean_adaptive_weight", "mean_accuracy"):
+            values = [run[key] for run in each if key in run]
+            cells.append(f"{sum(values) / len(values):.2g}" if values else "")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+MAKERS = {
+    "gan-weight": gan_weight_table,
+}
+"""By the beginning of a result's name, the longer one first."""

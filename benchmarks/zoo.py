@@ -1,0 +1,123 @@
+"""The small recipes, each trained by its own command and measured by every evaluation on the same held-out photographs.
+
+    python -m benchmarks.zoo --held-out /data/bsds500/test --scratch /tmp/zoo
+
+Trained is on the photographs that scikit-image ships, as the recipes say; a recipe that builds on the quickstart takes
+that of the same seed. Each recipe takes 5 to 10 processor minutes for each seed, half of them for the evaluations.
+Killed, it goes on when started again with the same scratch folder. Writes benchmarks/results/zoo.json after each
+training. Recipes that are not here: beta-vae, whose images are made (docs/family.md), and rae, whose frozen encoder has
+to be downloaded.
+"""
+
+import argparse
+import shutil
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from benchmarks.machine import save
+from benchmarks.runs import evaluate, peak_gb_of, seconds_of, train
+from latent_ae.config import load_settings
+from latent_ae.models.loading import load_first_stage
+from latent_ae_train.settings import TrainSettings
+
+
+class Member(NamedTuple):
+    """A recipe, the setting that names the quickstart it builds on, and the size of its images."""
+
+    builds_on: str = ""
+    measured: str = "whole"
+
+
+MEMBERS = {
+    "quickstart": Member(),
+    "flux2": Member(),
+    "asymmetric": Member(),
+    "tiny": Member(),
+    "vqgan": Member(),
+    "dc-ae": Member(),
+    "tiny-distilled": Member("distillation.teacher"),
+    "new-decoder": Member("init_from"),
+    "vae": Member(measured="32 px"),
+    "factor-vae": Member(measured="32 px"),
+    "flow-vae": Member(measured="32 px"),
+    "hierarchical-vae": Member(measured="32 px"),
+}
+FRAMING = {
+    "whole": {"recon": "resize_px=null crop_px=256", "latents": "", "ifid": "resize_px=null crop_px=64"},
+    "32 px": dict.fromkeys(("recon", "latents", "ifid"), "resize_px=64 crop_px=32"),
+}
+"""Of the held-out photographs. A vector of latents belongs to images of one size."""
+QUESTIONS = {
+    "recon": "limit=50 latents=[mode] lpips=[vgg] frechet=[vgg16] baseline=false batch_size=1",
+    "latents": "limit=50 num_decoded=0 lpips=null",
+    "ifid": "frechet=[vgg16]",
+    "text": "scripts=[latin] sizes_px=[8,12,16,24,32] fonts=[{font}]",
+}
+"""What is measured, and how much of it."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--held-out", type=Path, required=True, help="a folder of photographs to measure on")
+    parser.add_argument("--scratch", type=Path, required=True)
+    parser.add_argument("--recipes", nargs="+", default=list(MEMBERS), choices=MEMBERS)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--name", default="zoo", help="of the result")
+    words = parser.parse_args()
+    reads = shutil.which("tesseract") is not None
+    if not reads:
+        print("text is left out: tesseract is not installed", file=sys.stderr)
+    rows: dict[str, dict[str, Any]] = {}
+    for seed in words.seeds:
+        for recipe in words.recipes:
+            run = words.scratch / f"{recipe}-{seed}"
+            own = [f"seed={seed}"]
+            if on := MEMBERS[recipe].builds_on:
+                train(base := words.scratch / f"quickstart-{seed}", "quickstart", f"seed={seed}")
+                own.append(f"{on}={base / 'export'}")
+            train(run, recipe, *own)
+            row = rows.setdefault(recipe, about(recipe, run / "export"))
+            row["seeds"][str(seed)] = measured(recipe, run, words.held_out, reads)
+            facts = {"held_out": words.held_out.parent.name, "framing": FRAMING, "questions": QUESTIONS}
+            save(words.name, {**facts, "rows": rows})
+
+
+def about(recipe: str, export: Path) -> dict[str, Any]:
+    """What a recipe makes, and the command that repeats it."""
+    stage = load_first_stage(str(export))
+    settings = load_settings(TrainSettings, recipe, [])
+    return {
+        "command": f"latent-ae train {recipe}",
+        "class": stage.name,
+        "parameters": stage.describe()["parameters"],
+        "factor": stage.factor,
+        "steps": settings.steps,
+        "images": settings.steps * settings.batch_size,
+        "measured": MEMBERS[recipe].measured,
+        "seeds": {},
+    }
+
+
+def measured(recipe: str, run: Path, held_out: Path, reads: bool) -> dict[str, Any]:
+    """All figures of one training."""
+    found: dict[str, Any] = {"processor_seconds": seconds_of(run), "peak_gb": peak_gb_of(run)}
+    framing = FRAMING[MEMBERS[recipe].measured]
+
+    def ask(kind: str, data: Path | None = None) -> dict[str, Any]:
+        question = f"{framing.get(kind, '')} {QUESTIONS[kind]} num_workers=0".split()
+        return evaluate(run / kind, kind, run / "export", data, *question)
+
+    recon, latents = ask("recon", held_out), ask("latents", held_out)
+    found |= {key: recon["metrics"]["mode"][key] for key in ("psnr", "ssim", "lpips_vgg", "frechet_vgg16")}
+    found["decode_ms"] = 1e3 * recon["cost"]["seconds_per_image"]["decode"]
+    found["bits_per_pixel"] = recon["cost"]["bits_per_pixel"]["fp16"]
+    found |= {key: latents["health"][key] for key in ("effective_rank", "kl_nats_per_dim")}
+    found["midpoints"] = ask("ifid", held_out)["metrics"]["midpoints"]["frechet_vgg16"]
+    if reads and MEMBERS[recipe].measured == "whole":
+        found["text"] = ask("text")["metrics"]
+    return found
+
+
+if __name__ == "__main__":
+    main()
