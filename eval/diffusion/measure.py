@@ -62,7 +62,7 @@ class _Job(Generation):
         settings, stage = self.settings, self.stage
         self.check_pipeline()
         # first what may be missing, before anything that takes long
-        networks, notes = feature_networks(settings.chosen("frechet"), self.device)
+        networks, notes = feature_networks(settings.chosen("frechet"), self.device, settings)
         self.check_data()
         flow = self.flow()
         pipeline = self.pipeline(flow.trainer.average)

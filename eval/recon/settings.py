@@ -6,12 +6,13 @@ from typing import Any, Literal
 
 from latent_ae.config import Bands, NonNegative, Positive, Problem
 from latent_ae_eval.recon.protocols import PROTOCOLS, Extractor, Latent, Name, Protocol, Resample, Rounding
-from latent_ae_eval.settings import EvalSettings, Net
+from latent_ae_eval.settings import EvalSettings, FeatureSettings, Net
 
 OfProtocol = Literal["protocol"]
+FeatureName = Literal["inception", "vgg16", "alexnet", "dinov2", "clip"]
 
 
-class ReconSettings(EvalSettings):
+class ReconSettings(FeatureSettings, EvalSettings):
     """How reconstructions are measured; docs/evaluation.md explains the effect of each choice."""
 
     protocol: Name = "default"
@@ -30,9 +31,11 @@ class ReconSettings(EvalSettings):
     """Networks of LPIPS."""
     extractor: Extractor | OfProtocol = "protocol"
     """Variant of Inception: how it resizes to 299 px and normalises."""
-    frechet: tuple[Literal["inception", "vgg16", "alexnet"], ...] = ("inception",)
-    """Features whose Fréchet distance is measured: inception gives FID and KID; distances of the other features, which
-    are available wherever LPIPS is, have the features' name."""
+    frechet: tuple[FeatureName, ...] = ("inception",)
+    """Features whose Fréchet distance is measured: inception gives FID and KID; dinov2 and clip need their folder and
+    have a kernel distance, too; vgg16 and alexnet are available wherever LPIPS is."""
+    precision_recall: tuple[FeatureName, ...] = ()
+    """Features of `frechet` in which precision and recall are measured, with 3 neighbours."""
     inception_weights: str | None = None
     """File with other weights than the published ones; the distances are then not called FID and KID."""
     bands: Bands = ()
@@ -43,7 +46,8 @@ class ReconSettings(EvalSettings):
     """Also measure bicubic down- and upsampling by the model's factor."""
 
     reference_cache: bool = True
-    """Keep Inception's features of the originals for the next model, under a key of their content and the protocol."""
+    """Keep the features of the originals (inception, dinov2, clip) for the next model, under a key of their content and
+    the protocol."""
     num_pictures: NonNegative = 3
     """Number of worst, of median and of best images in the report."""
 
@@ -57,6 +61,12 @@ class ReconSettings(EvalSettings):
             yield Problem("latents", "nothing to decode: give [mode], [sample] or [mode, sample]")
         if len(set(protocol.latents)) < len(protocol.latents):
             yield Problem("latents", "has the same value twice; give each once")
+        yield from self.problems_of_features(self.frechet)
+        for key in ("frechet", "precision_recall"):
+            if len(set(getattr(self, key))) < len(getattr(self, key)):
+                yield Problem(key, "has the same value twice; give each once")
+        if missing := [name for name in self.precision_recall if name not in self.frechet]:
+            yield Problem("precision_recall", f"measures features of frechet, which lacks {', '.join(missing)}")
         weights = self.inception_weights
         if weights is not None and not Path(weights).expanduser().is_file():
             yield Problem("inception_weights", f"no such file: {weights} (from {Path.cwd()})")

@@ -32,6 +32,9 @@ LABELS = {
     "psnr_alpha": Label("PSNR of alpha (dB)", "higher", 2),
     "fid": Label("rFID", "lower", 3),
     "kid": Label("KID", "lower", 5),
+    "fd_dinov2": Label("FD-DINOv2", "lower", 2),
+    "kd_dinov2": Label("KD-DINOv2", "lower", 4),
+    "cmmd": Label("CMMD", "lower", 4),
     "ifid": Label("iFID", "lower", 3),
     **{f"shift_{name}": Label(f"{name} shift (levels)", None, 2) for name in ("red", "green", "blue", "alpha", "grey")},
 }
@@ -43,6 +46,9 @@ NAMES = {
 """Names of the metrics of `ReconstructionMetrics.summary`, as training logs and model cards show them."""
 ARROWS = "↑ higher is better, ↓ lower is better."
 FRECHET, KERNEL, SHIFT = "frechet_", "kernel_", "shift_"
+PRECISION, RECALL = "precision_", "recall_"
+PUBLISHED = {"inception": ("fid", "kid"), "dinov2": ("fd_dinov2", "kd_dinov2"), "clip": (f"{FRECHET}clip", "cmmd")}
+"""Names of the Fréchet and the kernel distance of features that are those of published numbers."""
 CHANNELS = {1: ("grey",), 3: ("red", "green", "blue"), 4: ("red", "green", "blue", "alpha")}
 """Names of an image's channels by their number; channels of other images have numbers."""
 
@@ -52,12 +58,25 @@ def shift_keys(channels: int) -> list[str]:
     return [f"{SHIFT}{name}" for name in CHANNELS.get(channels) or [f"{number:02d}" for number in range(channels)]]
 
 
+def distance_names(features: str) -> tuple[str, str]:
+    """Return the names of the Fréchet and the kernel distance of features.
+
+    Args:
+        features: `inception`, `dinov2` or `clip` if they are those of published numbers; else any other name, such as
+            `dinov2_CHECKSUM`.
+    """
+    return PUBLISHED.get(features, (f"{FRECHET}{features}", f"{KERNEL}{features}"))
+
+
 def label_of(metric: str) -> Label:
     """Return the label of any metric; an unknown metric is named by its key and has no direction."""
     if metric.startswith(FRECHET):
         return Label(f"Fréchet, {metric.removeprefix(FRECHET)} (not FID)", "lower", 3)
     if metric.startswith(KERNEL):
         return Label(f"kernel distance, {metric.removeprefix(KERNEL)} (not KID)", "lower", 5)
+    for prefix in (PRECISION, RECALL):
+        if metric.startswith(prefix):
+            return Label(f"{prefix.rstrip('_')}, {metric.removeprefix(prefix)}", "higher", 4)
     if metric.startswith(SHIFT) and metric not in LABELS:
         return Label(f"channel {metric.removeprefix(SHIFT)} shift (levels)", None, 2)
     return LABELS.get(metric, Label(metric, None, None))
