@@ -24,7 +24,8 @@ class ReconSettings(FeatureSettings, EvalSettings):
     resample: Resample | OfProtocol = "protocol"
     """Resampling method."""
     rounding: Rounding | OfProtocol = "protocol"
-    """How a float becomes one of 256 levels: to the nearest with halves up or to even, or with fractions cut off."""
+    """How a float becomes one of 256 levels: to the nearest with halves up or to even, or with fractions cut off
+    (cut32 does so in float32)."""
     latents: tuple[Latent, ...] | OfProtocol = "protocol"
     """What is decoded: the posterior's mean (mode) or a sample of it."""
     lpips: tuple[Net, ...] | OfProtocol = "protocol"

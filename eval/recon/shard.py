@@ -138,8 +138,17 @@ class Measurer:
             kinds_of_image[BASELINE] = bicubic_down_up(inputs, self.stage.factor)
         pixels = {"input": to_uint8(inputs, self.protocol.rounding)}
         pixels |= {kind: to_uint8(image, self.protocol.rounding) for kind, image in kinds_of_image.items()}
-        rounded = self.protocol.similarity_of == "levels"
-        compared = compare(inputs, kinds_of_image, self.lpips, rounded=rounded, pixels=pixels, alpha=alpha, bands=bands)
+        compared = compare(
+            inputs,
+            kinds_of_image,
+            self.lpips,
+            similarity_of=self.protocol.similarity_of,
+            psnr_of=self.protocol.psnr_of,
+            window=self.protocol.ssim_window,
+            pixels=pixels,
+            alpha=alpha,
+            bands=bands,
+        )
         for kind, image in kinds_of_image.items():
             shifts = colour_shift(pixels["input"], pixels[kind])
             shifts = shifts.masked_fill(~image.isfinite().flatten(1).all(1, keepdim=True), torch.nan)
