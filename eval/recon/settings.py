@@ -1,6 +1,7 @@
 """Settings of `latent-ae eval recon`."""
 
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,6 +33,8 @@ class ReconSettings(FeatureSettings, EvalSettings):
     """Networks of LPIPS."""
     extractor: Extractor | OfProtocol = "protocol"
     """Variant of Inception: how it resizes to 299 px and normalises."""
+    dists: bool = False
+    """Also measure DISTS (Ding et al. 2020)."""
     frechet: tuple[FeatureName, ...] = ("inception",)
     """Features whose Fréchet distance is measured: inception gives FID and KID; dinov2 and clip need their folder and
     have a kernel distance, too; vgg16 and alexnet are available wherever LPIPS is."""
@@ -62,6 +65,8 @@ class ReconSettings(FeatureSettings, EvalSettings):
             yield Problem("latents", "nothing to decode: give [mode], [sample] or [mode, sample]")
         if len(set(protocol.latents)) < len(protocol.latents):
             yield Problem("latents", "has the same value twice; give each once")
+        if self.dists and find_spec("torchmetrics") is None:
+            yield Problem("dists", "needs torchmetrics, which ships its weights: pip install 'latent-ae[dists]'")
         yield from self.problems_of_features(self.frechet)
         for key in ("frechet", "precision_recall"):
             if len(set(getattr(self, key))) < len(getattr(self, key)):

@@ -15,6 +15,7 @@ from latent_ae.metrics.labels import shift_keys
 from latent_ae.metrics.similarity import colour_shift, compare, json_columns
 from latent_ae.models.loading import CPU_BATCH_PX, FirstStage
 from latent_ae.models.posterior import draw
+from latent_ae.pretrained.dists import DISTS
 from latent_ae.pretrained.inception import InceptionFeatures
 from latent_ae.pretrained.lpips import LPIPS, TRUNKS
 from latent_ae.pretrained.weights import briefly
@@ -39,7 +40,7 @@ class Measurer:
         caches: Caches of their features of originals, by the same names; may be empty.
 
     Raises:
-        UserError: If the weights of LPIPS are not available.
+        UserError: If the weights of LPIPS or DISTS are not available.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class Measurer:
         features = {"vgg": "vgg16" in settings.frechet, "alex": "alexnet" in settings.frechet}
         nets = [net for net in TRUNKS if net in self.protocol.lpips or features[net]]
         self.lpips = {net: LPIPS(net).to(device) for net in nets}
+        self.dists = DISTS().to(device) if settings.dists else None
         self.frechet_nets = [net for net in nets if features[net]]
         self.kinds = self.protocol.latents if stage.random else ("mode",)
         self.watch = Stopwatch(device)
@@ -142,6 +144,7 @@ class Measurer:
             inputs,
             kinds_of_image,
             self.lpips,
+            dists=self.dists,
             similarity_of=self.protocol.similarity_of,
             psnr_of=self.protocol.psnr_of,
             window=self.protocol.ssim_window,

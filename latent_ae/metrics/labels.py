@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from numbers import Real
 from typing import Any, Literal, NamedTuple
 
-METRICS = ("psnr", "ssim", "ms_ssim", "lpips_vgg", "lpips_alex", "psnr_alpha")
+METRICS = ("psnr", "ssim", "ms_ssim", "lpips_vgg", "lpips_alex", "dists", "psnr_alpha")
 """Metrics that are measured for each image."""
 
 
@@ -29,6 +29,7 @@ LABELS = {
     "ms_ssim": Label("MS-SSIM", "higher", 4),
     "lpips_vgg": Label("LPIPS (VGG)", "lower", 4),
     "lpips_alex": Label("LPIPS (Alex)", "lower", 4),
+    "dists": Label("DISTS", "lower", 4),
     "psnr_alpha": Label("PSNR of alpha (dB)", "higher", 2),
     "fid": Label("rFID", "lower", 3),
     "kid": Label("KID", "lower", 5),

@@ -17,6 +17,8 @@ from latent_ae.config import Bands
 from latent_ae.data.images import to_uint8, visible
 from latent_ae.metrics.distances import frechet_of_features
 from latent_ae.metrics.labels import METRICS
+from latent_ae.pretrained.dists import DISTS
+from latent_ae.pretrained.dists import MIN_PX as DISTS_MIN_PX
 from latent_ae.pretrained.lpips import LPIPS, TRUNKS, Net
 
 Row = dict[str, Any]
@@ -236,6 +238,7 @@ def compare(
     reconstructions: Mapping[str, Tensor],
     lpips: Mapping[Net, LPIPS],
     *,
+    dists: DISTS | None = None,
     similarity_of: Compares = "levels",
     psnr_of: Literal["levels", "floats"] = "levels",
     window: Window = "gaussian",
@@ -251,9 +254,10 @@ def compare(
         inputs: (N, C, H, W) float in [-1, 1].
         reconstructions: Tensors like `inputs`, on the same device, by kind (a name of the caller's choice).
         lpips: LPIPS networks by name; may be empty.
-        similarity_of: What SSIM, MS-SSIM and LPIPS compare: 8-bit levels, or floats as some published protocols do.
-            SSIM is then of clamped "floats" in [-1, 1], or of "unit floats" in [0, 1]; LPIPS is of floats that are not
-            clamped.
+        dists: The network of DISTS; None does not measure it.
+        similarity_of: What SSIM, MS-SSIM, LPIPS and DISTS compare: 8-bit levels, or floats as some published protocols
+            do. SSIM is then of clamped "floats" in [-1, 1], or of "unit floats" in [0, 1]; LPIPS and DISTS are of
+            floats that are not clamped.
         psnr_of: What PSNR compares: 8-bit levels, or clamped floats.
         window: Windows of SSIM, see `similarities`.
         pixels: uint8 images by kind, and those of the inputs as "input", where they follow another rule than
@@ -286,27 +290,37 @@ def compare(
     if similarity_of == "levels":
         images = [pixels[kind].float() / 127.5 - 1 for kind in ("input", *kinds)]
     features: dict[Net, list[Tensor]] = {}
-    for net, distance in lpips.items():
-        if (bands or inputs.shape[1] in (1, 3)) and min(inputs.shape[-2:]) >= TRUNKS[net].min_px:
-            # an ambient autocast is for training; measurements are float32
-            with torch.autocast(inputs.device.type, enabled=False):
-                first, *others = (x.float() for x in images)
-                if bands:
-                    groups = [[x[:, list(group)] for x in (first, *others)] for group in bands]
-                    found = [distance.compare(one, rest)[0] for one, *rest in groups]
-                    distances = [torch.stack(values).mean(0) for values in zip(*found, strict=True)]
-                else:
-                    distances, features[net] = distance.compare(first, others)
-        else:
-            distances = [torch.full((len(inputs),), math.nan)] * len(kinds)
-        for kind, values in zip(kinds, distances, strict=True):
-            metrics[kind][f"lpips_{net}"] = values.double().to(inputs.device)
+    shortest = min(inputs.shape[-2:]) if bands or inputs.shape[1] in (1, 3) else 0
+    # an ambient autocast is for training; measurements are float32
+    with torch.autocast(inputs.device.type, enabled=False):
+        first, *others = (x.float() for x in images)
+        groups = [[x[:, list(group)] for x in (first, *others)] for group in bands]
+        distances: dict[str, list[Tensor]] = {}
+        for net, distance in lpips.items():
+            if shortest >= TRUNKS[net].min_px and bands:
+                distances[f"lpips_{net}"] = _means([distance.compare(one, rest)[0] for one, *rest in groups])
+            elif shortest >= TRUNKS[net].min_px:
+                distances[f"lpips_{net}"], features[net] = distance.compare(first, others)
+            else:
+                distances[f"lpips_{net}"] = [torch.full((len(inputs),), math.nan)] * len(kinds)
+        if dists is not None and shortest >= DISTS_MIN_PX:
+            distances["dists"] = _means([dists.compare(one, rest) for one, *rest in groups or [[first, *others]]])
+        elif dists is not None:
+            distances["dists"] = [torch.full((len(inputs),), math.nan)] * len(kinds)
+    for key, found in distances.items():
+        for kind, values in zip(kinds, found, strict=True):
+            metrics[kind][key] = values.double().to(inputs.device)
     for position, kind in enumerate(kinds, start=1):  # rounding to 8 bits turns a NaN into a dark pixel
         bad = ~reconstructions[kind].isfinite().flatten(1).all(1)
         metrics[kind] = {key: values.masked_fill(bad, math.nan) for key, values in metrics[kind].items()}
         for parts in features.values():
             parts[position] = parts[position].masked_fill(bad[:, None], math.nan)
     return Compared(metrics, features)
+
+
+def _means(groups: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+    """Return the mean over groups of channels of each kind's distances."""
+    return [torch.stack(values).mean(0) for values in zip(*groups, strict=True)]
 
 
 class ReconstructionMetrics:
@@ -449,9 +463,10 @@ def bootstrap_interval(values: Sequence[float], seed: int = 0) -> list[float]:
 def missing_reason(key: str, row: Mapping[str, Any], bands: Bands = ()) -> str:
     """Return in words why the image of a row has no value of the metric `key`, measured over groups `bands`."""
     alpha = any(name.endswith("psnr_alpha") for name in row)
-    if key.startswith("lpips_") and row["channels"] not in (1, 3) and not alpha and not bands:
-        return f"LPIPS is defined for 1 or 3 channels and they have {row['channels']}: bands=[[0,1,2]] names a group"
-    least = {"ssim": SSIM_WINDOW_PX, "ms_ssim": MS_SSIM_MIN_PX}.get(key, 1)
+    if key.startswith(("lpips_", "dists")) and row["channels"] not in (1, 3) and not alpha and not bands:
+        name, channels = key[:5].upper(), row["channels"]
+        return f"{name} is defined for 1 or 3 channels and they have {channels}: bands=[[0,1,2]] names a group"
+    least = {"ssim": SSIM_WINDOW_PX, "ms_ssim": MS_SSIM_MIN_PX, "dists": DISTS_MIN_PX}.get(key, 1)
     if key.startswith("lpips_"):
         least = {f"lpips_{net}": trunk.min_px for net, trunk in TRUNKS.items()}[key]
     if min(row["height"], row["width"]) < least:
