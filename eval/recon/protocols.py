@@ -97,6 +97,7 @@ PROTOCOLS: dict[str, Protocol] = {
         "apps/metrics/fid/fid.py",
         resize_px=512,
         crop_px=512,
+        ssim_window="mirrored",
         latents=("mode",),
         lpips=("alex",),
         extractor="pytorch-fid",
