@@ -94,7 +94,7 @@ def statistics(scratch: Path, count: int, data: str) -> None:
         rows = [{"index": first + i, "name": f"{first + i:08}.png", "mode_psnr": 30.0} for i in range(size)]
         work.write(first // SHARD, Shard(rows, [], {"inception.input": originals, "inception.mode": made}))
     _, _, files = collect(work, work.done())
-    distances(files, "mode", "inception", ("fid", "kid"), print)
+    distances(files, "mode", "inception", "inception", print)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
-"""Features of images for Fréchet distances: the networks, features joined from shards, the distance of two sets."""
+"""Features of images for distances between sets: the networks, features joined from shards, Fréchet distances."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
@@ -15,9 +16,12 @@ from latent_ae.metrics.distances import (
     frechet_of_features,
     jackknife_interval,
 )
-from latent_ae.pretrained.inception import InceptionFeatures
-from latent_ae.pretrained.lpips import LPIPS
+from latent_ae.metrics.labels import distance_names
+from latent_ae.pretrained.image_features import Kind, image_features
+from latent_ae.pretrained.inception import FEATURES, InceptionFeatures
+from latent_ae.pretrained.lpips import LPIPS, TRUNKS
 from latent_ae.pretrained.weights import briefly
+from latent_ae_eval.settings import FeatureSettings
 from latent_ae_eval.storage import FeatureFile, WorkFolder
 
 Features = Callable[[Tensor], Tensor]
@@ -26,34 +30,88 @@ BLOCK = 1024
 """Number of feature vectors in memory at a time."""
 
 
-def feature_networks(names: Sequence[str], device: torch.device) -> tuple[dict[str, Features], list[str]]:
-    """Return the feature networks by the name of their distance, and notes on missing ones.
+@dataclass(frozen=True)
+class FeatureNetwork:
+    """A network whose features of images are compared."""
 
-    Args:
-        names: `vgg16`, `inception` or both; only Inception's distance is called `fid`.
-        device: Where the networks run.
+    features: Features
+    dimensions: int
+    """Number of features D."""
+    name: str
+    """`inception`, `dinov2` or `clip` if its distances are those of published numbers; else another name."""
+    sha256: str = ""
+    """Checksum of the weights; empty for networks of which there is only one."""
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Return the features, (N, D) float32, of (N, C, H, W) uint8 images."""
+        return self.features(images)
+
+
+def inception_network(network: InceptionFeatures, device: torch.device) -> FeatureNetwork:
+    """Return Inception on a device; of other weights than the published ones, the name holds the checksum."""
+    network = network.to(device, memory_format=torch.channels_last)
+    name = "inception" if network.is_published else f"inception_{network.sha256[:8]}"
+    return FeatureNetwork(_on(device, network), FEATURES, name, network.sha256)
+
+
+def folder_networks(names: Sequence[str], settings: FeatureSettings, device: torch.device) -> dict[str, FeatureNetwork]:
+    """Return DINOv2 and CLIP on a device, as far as `names` has them, by `dinov2` and `clip`.
+
+    Of another size than the published one, the name of the features holds the checksum of the weights.
 
     Raises:
-        UserError: If no network is available.
+        UserError: If transformers is missing, or a folder holds no such network.
     """
-    networks: dict[str, Features] = {}
+    folders: dict[Kind, str | None] = {"dinov2": settings.dinov2_model, "clip": settings.clip_model}
+    networks: dict[str, FeatureNetwork] = {}
+    for kind, folder in folders.items():
+        if kind in names:
+            network = image_features(kind, str(folder)).to(device)
+            name = kind if network.is_published else f"{kind}_{network.sha256[:8]}"
+            networks[kind] = FeatureNetwork(_on(device, network), network.dimensions, name, network.sha256)
+    return networks
+
+
+def feature_networks(
+    names: Sequence[str], device: torch.device, settings: FeatureSettings
+) -> tuple[dict[str, FeatureNetwork], list[str]]:
+    """Return the feature networks by the name of their Fréchet distance, and notes on missing ones.
+
+    Args:
+        names: Features of the setting `frechet`; only Inception's distance is called `fid`.
+        device: Where the networks run.
+        settings: Name the folders of DINOv2 and CLIP.
+
+    Raises:
+        UserError: If no network is available, or a folder holds none.
+    """
+    found = []
     notes = []
     if "vgg16" in names:
         trunk = LPIPS("vgg").to(device)
 
         def vgg16(images: Tensor) -> Tensor:
-            return trunk.compare(images.to(device).float() / 127.5 - 1, [])[1][0].cpu()
+            return trunk.compare(images.to(device).float() / 127.5 - 1, [])[1][0]
 
-        networks["frechet_vgg16"] = vgg16
+        found.append(FeatureNetwork(vgg16, TRUNKS["vgg"].features, "vgg16"))
+    found += folder_networks(names, settings, device).values()
     if "inception" in names:
         try:
-            network = InceptionFeatures().to(device, memory_format=torch.channels_last)
-            networks["fid"] = lambda images: network(images.to(device)).cpu()
+            found.append(inception_network(InceptionFeatures(), device))
         except UserError as error:
             notes.append(f"FID is missing: {briefly(error)}")
-            if not networks:
+            if not found:
                 raise
-    return networks, notes
+    return {distance_names(network.name)[0]: network for network in found}, notes
+
+
+def digests(networks: Mapping[str, FeatureNetwork]) -> dict[str, str]:
+    """Return the checksum of the weights of each network, as results record it."""
+    return {name: network.sha256 for name, network in networks.items()}
+
+
+def _on(device: torch.device, network: Features) -> Features:
+    return lambda images: network(images.to(device))
 
 
 def collect(work: WorkFolder, numbers: Iterable[int]) -> tuple[pa.Table, list[str], dict[str, FeatureFile]]:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn import functional as F
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
 
@@ -26,3 +27,17 @@ def random_inception(path: Path) -> Path:
                 torch.nn.init.kaiming_normal_(module.weight)
     torch.save(network.state_dict(), path)
     return path
+
+
+def pytorch_fid(weights: Path | str, images: torch.Tensor) -> torch.Tensor:
+    """The features of (N, 3, H, W) uint8 images as pytorch-fid computes them.
+
+    It takes ToTensor, F.interpolate without corners or antialiasing, and 2 x - 1. At 299 px torch-fidelity's own resize
+    does nothing, so its network can be given the result by way of its layers.
+    """
+    network = FeatureExtractorInceptionV3("reference", ["2048"], feature_extractor_weights_path=str(weights))
+    x = 2 * F.interpolate(images / 255, size=(299, 299), mode="bilinear", align_corners=False) - 1
+    for name, layer in list(network.named_children())[:-1]:
+        assert name != "fc"
+        x = layer(x)
+    return x.flatten(1)

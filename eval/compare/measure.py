@@ -30,7 +30,19 @@ from latent_ae_eval.compare.results import (
 from latent_ae_eval.cost import conditions, number_at
 from latent_ae_eval.job import JOBS
 
-DESCRIBING = ("format", "model", "protocol", "data", "seed", "settings", "versions", "device", "cost", "notes")
+DESCRIBING = (
+    "format",
+    "model",
+    "protocol",
+    "networks",
+    "data",
+    "seed",
+    "settings",
+    "versions",
+    "device",
+    "cost",
+    "notes",
+)
 """Keys of a result that a comparison repeats: what was measured, how, and what it costs."""
 CONFIDENCE = 0.95
 RESAMPLES = 2000

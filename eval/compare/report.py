@@ -30,8 +30,8 @@ AXES = {
 HEADLINES = {
     "psnr": ("recon", ("mode", "sample"), ("psnr",)),
     "perceptual": ("recon", ("mode", "sample"), ("fid", "lpips_vgg", "lpips_alex")),
-    "midpoints": ("ifid", ("midpoints",), ("ifid", "frechet_vgg16")),
-    "samples": ("diffusion", ("samples",), ("fid", "frechet_vgg16")),
+    "midpoints": ("ifid", ("midpoints",), ("ifid", "fd_dinov2", "frechet_vgg16")),
+    "samples": ("diffusion", ("samples",), ("fid", "fd_dinov2", "frechet_vgg16")),
     "rank": ("latents", ("",), ("effective_rank",)),
 }
 """What the first table shows and charts draw: an evaluation, its parts, and metrics. Of these the one that most models

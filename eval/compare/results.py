@@ -22,6 +22,7 @@ needs no sample; and `changed` without further keys is empty."""
 INCIDENTAL = (
     *("subfolder", "revision", "variant", "ema", "dtype"),
     *("device", "num_workers", "max_bad_fraction", "num_pictures"),
+    *("dinov2_model", "clip_model"),  # `networks` says which they are
 )
 """Settings of other evaluations that may differ: they choose the model, or how it is run and what is shown."""
 AGREEMENT = 1e-4
@@ -190,6 +191,12 @@ def _differing(results: Mapping[str, Result]) -> list[str]:
         values = {label: known.get(name) for label, known in conditions.items()}
         if len(set(values.values())) > 1:
             obstacles.append(_differing_line(name, values))
+    networks = {label: one.get("networks") or {} for label, one in documents.items()}
+    for name in dict.fromkeys(name for known in networks.values() for name in known):
+        # one that a result lacks is missing for a metric, which prevents nothing
+        weights = {label: str(known[name])[:16] for label, known in networks.items() if name in known}
+        if len(set(weights.values())) > 1:
+            obstacles.append(_differing_line(f"networks.{name}", weights))
     prints = {label: _fingerprint(result) for label, result in results.items()}
     if len(set(prints.values())) > 1 or not all(prints.values()):  # one that is not recorded may be any
         obstacles.append(_differing_line("data.fingerprint", {key: text[:16] or None for key, text in prints.items()}))

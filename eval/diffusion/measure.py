@@ -14,7 +14,7 @@ from torch import nn
 from latent_ae.data.rng import spread
 from latent_ae_eval.diffusion import JOB
 from latent_ae_eval.diffusion.report import write_diffusion_page
-from latent_ae_eval.features import feature_networks
+from latent_ae_eval.features import digests, feature_networks
 from latent_ae_eval.generation.base import FAR_STD, LARGE_MEAN, Generation, begin, fingerprint
 from latent_ae_eval.generation.flow import CHOICE_SEED, classes_of
 from latent_ae_eval.generation.sampling import samples
@@ -61,7 +61,7 @@ class _Job(Generation):
         settings, stage = self.settings, self.stage
         self.check_pipeline()
         # first what may be missing, before anything that takes long
-        networks, notes = feature_networks(settings.chosen("frechet"), self.device)
+        networks, notes = feature_networks(settings.chosen("frechet"), self.device, settings)
         self.check_data()
         flow = self.flow()
         pipeline = self.pipeline(flow.trainer.average)
@@ -81,6 +81,7 @@ class _Job(Generation):
                 "choices": self.choices,
             },
             **described,
+            "networks": digests(networks),
             "metrics": metrics,
             "intervals": intervals,
             "notes": [*notes, *_notes(described["latents"]), *self.notes(metrics)],

@@ -34,7 +34,7 @@ from latent_ae.pretrained.lpips import TRUNKS
 from latent_ae.progress import progress_bar
 from latent_ae.provenance import versions
 from latent_ae.report.pictures import picture_grid
-from latent_ae_eval.features import Features
+from latent_ae_eval.features import FeatureNetwork
 from latent_ae_eval.generation.flow import CHOICE_SEED, NULL_CLASS, Trivial, Validation
 from latent_ae_eval.generation.sampling import (
     GRID,
@@ -218,7 +218,7 @@ class Generation:
         return Flow(train, held_out, trivial, validation, trainer, curve)
 
     def compared(
-        self, samples: ImageSet, networks: dict[str, Features], count: int
+        self, samples: ImageSet, networks: dict[str, FeatureNetwork], count: int
     ) -> tuple[dict[str, ImageSet], dict[str, dict[str, Any]], dict[str, dict[str, list[float]]]]:
         """Measure distances of samples and, for comparison, of held-out images and their reconstructions.
 
@@ -239,7 +239,9 @@ class Generation:
             sets["reconstructions"] = self.image_set(reconstructions, networks, count, "reconstructions")
             return sets, *distances(sets)
 
-    def image_set(self, batches: Iterable[Tensor], networks: dict[str, Features], count: int, what: str) -> ImageSet:
+    def image_set(
+        self, batches: Iterable[Tensor], networks: dict[str, FeatureNetwork], count: int, what: str
+    ) -> ImageSet:
         """Call `sampling.image_set` with a progress bar named `what`."""
         with self.bar(what, count) as bar:
             return image_set(batches, networks, count, bar.update)

@@ -14,7 +14,7 @@ from latent_ae.data.rng import spread
 from latent_ae.metrics.distances import GROUPS, Gaussian, frechet_distance, frechet_of_features, jackknife_interval
 from latent_ae.models.loading import FirstStage
 from latent_ae.models.registry import scaling_of
-from latent_ae_eval.features import Features
+from latent_ae_eval.features import FeatureNetwork
 from latent_ae_eval.generation.settings import DiffusionSettings
 
 GRID = 8
@@ -93,7 +93,7 @@ def samples(pipeline: DiTPipeline, classes: Sequence[int], settings: DiffusionSe
 
 @torch.no_grad()
 def image_set(
-    batches: Iterable[Tensor], networks: dict[str, Features], size: int, progress: Callable[[int], object]
+    batches: Iterable[Tensor], networks: dict[str, FeatureNetwork], size: int, progress: Callable[[int], object]
 ) -> ImageSet:
     """Compute the features of images, in one pass over the batches.
 
@@ -109,7 +109,7 @@ def image_set(
     count = 0
     for images in batches:
         for name, network in networks.items():
-            parts[name].append(network(images))
+            parts[name].append(network(images).cpu())
         shown += [image for number, image in enumerate(images, start=count) if number in chosen]
         count += len(images)
         progress(len(images))

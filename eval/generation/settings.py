@@ -6,8 +6,9 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from latent_ae.config import NonNegative, Positive, Problem, Settings
+from latent_ae.config import NonNegative, Positive, Problem
 from latent_ae.latents.settings import EncodeSettings
+from latent_ae_eval.settings import FeatureSettings
 
 OfPreset = Literal["preset"]
 HEAD_CHANNELS = 64
@@ -45,7 +46,7 @@ DIFFUSION_PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-class DiffusionSettings(Settings):
+class DiffusionSettings(FeatureSettings):
     """A diffusion model trained on a first stage's latents, and how it is measured; docs/diffusion.md says more."""
 
     presets: ClassVar[dict[str, dict[str, Any]]] = DIFFUSION_PRESETS
@@ -76,8 +77,8 @@ class DiffusionSettings(Settings):
     """Steps of the sampler for each image."""
     validation_images: Positive | OfPreset = "preset"
     """Number of held-out latents for the loss curve."""
-    frechet: tuple[Literal["inception", "vgg16"], ...] | OfPreset = "preset"
-    """Features of the Fréchet distances; only Inception's is an FID."""
+    frechet: tuple[Literal["inception", "vgg16", "dinov2", "clip"], ...] | OfPreset = "preset"
+    """Features of the Fréchet distances; only Inception's is an FID; dinov2 and clip need their folder."""
     validations: Annotated[int, Field(ge=2)] = 10
     """Number of points of the loss curve, the first before training."""
     seed: NonNegative = 0
@@ -117,6 +118,7 @@ class DiffusionSettings(Settings):
             yield Problem("width", f"{self.chosen('width')} is not a multiple of {HEAD_CHANNELS}")
         if not self.chosen("frechet"):
             yield Problem("frechet", "nothing to compare samples by: give [vgg16], [inception] or both")
+        yield from self.problems_of_features(self.chosen("frechet"))
         for key in ("latents", "held_out_latents"):
             folder = getattr(self, key)
             if folder is not None and not Path(folder).expanduser().is_dir():

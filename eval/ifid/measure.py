@@ -24,10 +24,9 @@ from latent_ae.config import UserError
 from latent_ae.data.sources import StreamSource, fingerprint, source_stamp
 from latent_ae.distributed import on_main, together
 from latent_ae.files import writing
-from latent_ae.metrics.distances import RELIABLE_IMAGES
 from latent_ae.models.loading import FirstStage
 from latent_ae.provenance import versions
-from latent_ae_eval.features import Features, collect, feature_networks, frechet
+from latent_ae_eval.features import FeatureNetwork, collect, digests, feature_networks, frechet
 from latent_ae_eval.ifid import JOB
 from latent_ae_eval.ifid.neighbours import midpoints, rows_of
 from latent_ae_eval.ifid.passes import ImageSet, Latents, Passes, joined
@@ -78,7 +77,7 @@ def interpolated_distance(
     state, device = processes(settings)
     stage = latent_model("ifid", model, settings, device)
     _refuse_codes(stage)
-    networks, notes = feature_networks(settings.frechet, device)
+    networks, notes = feature_networks(settings.frechet, device, settings)
     sets = {"images": _image_set(stage, str(data), settings, networks, 0)}
     if settings.neighbours_from is not None:
         apart = settings.model_copy(update={"split": settings.neighbours_split, "limit": None})
@@ -117,7 +116,7 @@ def interpolated_distance(
                 table, _, files = collect(work, work.done())
             pairs = _pairs(table, known.get("others", known["images"]).rows)
             result = _result(passes, sets, latents["images"].shape, known, pairs, notes)
-            result |= _distances(files, networks, result["notes"], len(pairs))
+            result |= {"networks": digests(networks)} | _distances(files, networks, result["notes"], len(pairs))
             seconds = time.perf_counter() - started
             result |= {"device": device.type, "processes": state.num_processes, "seconds": round(seconds, 1)}
             if out is not None:
@@ -148,7 +147,7 @@ def _refuse_codes(stage: FirstStage) -> None:
 
 
 def _image_set(
-    stage: FirstStage, data: str, settings: IfidSettings, networks: Mapping[str, Features], number: int
+    stage: FirstStage, data: str, settings: IfidSettings, networks: Mapping[str, FeatureNetwork], number: int
 ) -> ImageSet:
     source, choice = opened_data(data, settings)
     assert not isinstance(source, StreamSource), "jobs do not open streams"
@@ -177,7 +176,7 @@ def _key(one: ImageSet, stage: FirstStage, settings: IfidSettings) -> dict[str, 
         "model": stage.sha256,
         "data": stamp,
         "shard": one.shard,
-        "networks": list(one.networks),
+        "networks": digests(one.networks),
         "draw": one.number,
         "versions": versions(),
     }
@@ -213,10 +212,11 @@ def _distances(
             metrics[kind] |= {"n": original.count, name: value}
             if interval is not None:
                 intervals[kind][name] = interval
-        if network == "fid" and original.count < RELIABLE_IMAGES:
+        if original.count < original.dimensions and network != "frechet_vgg16":
+            names = "ifid, fid" if network == "fid" else network
             notes.append(
-                f"ifid, fid: {original.count:,} images are fewer than Inception has features ({RELIABLE_IMAGES:,}): "
-                "biased upwards, and not to be compared with values at another number"
+                f"{names}: {original.count:,} images are fewer than the features ({original.dimensions:,}): biased "
+                "upwards, and not to be compared with values at another number"
             )
     return {"metrics": metrics, "intervals": intervals}
 

@@ -22,7 +22,7 @@ from latent_ae.models.loading import FirstStage
 from latent_ae.models.posterior import draw as draw_posterior
 from latent_ae.pretrained.lpips import TRUNKS
 from latent_ae.progress import progress_bar
-from latent_ae_eval.features import Features
+from latent_ae_eval.features import FeatureNetwork
 from latent_ae_eval.ifid.neighbours import draw, midpoints, nearest, rows_of
 from latent_ae_eval.ifid.settings import IfidSettings
 from latent_ae_eval.inputs import report_skipped
@@ -38,7 +38,7 @@ class ImageSet:
     images: HeldOutImages
     source: StoredImages
     choice: dict[str, Any]
-    networks: Mapping[str, Features]
+    networks: Mapping[str, FeatureNetwork]
     """Networks whose features of the images and of their reconstructions are measured, by the name of the distance."""
     number: int
     """Number of the draw from the posteriors, so that an image in two sets has independent latents."""
@@ -140,7 +140,7 @@ class Passes:
         encoded: WorkFolder,
         work: WorkFolder,
         done: frozenset[int],
-        networks: Mapping[str, Features],
+        networks: Mapping[str, FeatureNetwork],
     ) -> None:
         """Draw neighbours for this process's unfinished shards, decode the midpoints, and write their features.
 
@@ -235,7 +235,7 @@ def _row(item: HeldOutImage) -> dict[str, Any]:
     return {"index": item.index, "name": name, "digest": item.digest, "height": height, "width": width}
 
 
-def _features(networks: Mapping[str, Features], images: Tensor, kind: str) -> dict[str, Tensor]:
+def _features(networks: Mapping[str, FeatureNetwork], images: Tensor, kind: str) -> dict[str, Tensor]:
     """Return the features of images in [-1, 1] on the CPU by `network.kind`; nan where an image is not finite."""
     bad = ~images.isfinite().flatten(1).all(1, keepdim=True).cpu()
     levels = to_uint8(images)

@@ -1,6 +1,7 @@
 """Records what reconstruction metrics depend on, and makes the keys of stored work."""
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 import pyarrow as pa
@@ -26,7 +27,7 @@ def data_fingerprint(table: pa.Table) -> str:
 
 
 def evaluation_key(
-    settings: ReconSettings, *, model: str, data: str, shard: int, inception: str | None
+    settings: ReconSettings, *, model: str, data: str, shard: int, networks: Mapping[str, str]
 ) -> dict[str, Any]:
     """Return everything that the numbers depend on, JSON-ready: only shards with the same key are used to resume.
 
@@ -35,7 +36,7 @@ def evaluation_key(
         model: sha256 of the weights.
         data: Stamp of the images, see `sources.source_stamp`.
         shard: Images per shard.
-        inception: sha256 of Inception's weights, or None.
+        networks: sha256 of the weights of each feature network, by its name in the setting `frechet`.
     """
     irrelevant = {"batch_size", "num_workers", "num_pictures", "reference_cache", "max_bad_fraction", "device"}
     return {
@@ -43,22 +44,22 @@ def evaluation_key(
         "model": model,
         "data": data,
         "shard": shard,
-        "inception": inception,
+        "networks": dict(networks),
         "versions": versions(),
     }
 
 
-def reference_key(settings: ReconSettings, channels: int, multiple_of: int, inception: str) -> dict[str, Any]:
-    """Return everything besides a file that Inception's features of an original depend on, JSON-ready.
+def reference_key(settings: ReconSettings, channels: int, multiple_of: int, network: str) -> dict[str, Any]:
+    """Return everything besides a file that a network's features of an original depend on, JSON-ready.
 
     Args:
         settings: The settings.
         channels: Channels of the images.
         multiple_of: The model's downsampling factor, of which the sides are multiples.
-        inception: sha256 of Inception's weights.
+        network: sha256 of the network's weights.
     """
     framing = ("resize_px", "crop_px", "resample", "crop_rounds", "rounding", "extractor", "extractor_dtype")
     protocol = settings.resolved().model_dump(mode="json", include=set(framing))
-    own = {"channels": channels, "background": settings.background, "inception": inception, "versions": versions()}
+    own = {"channels": channels, "background": settings.background, "network": network, "versions": versions()}
     own["alpha"] = channels == 4 and not settings.bands
     return protocol | own | {"multiple_of": multiple_of if settings.resolved().crop_px is None else None}

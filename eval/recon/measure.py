@@ -25,10 +25,11 @@ from latent_ae.data.held_out import Framing, HeldOutImages, Part
 from latent_ae.data.sources import source_stamp
 from latent_ae.distributed import on_main, together
 from latent_ae.files import replacing, write_json, writing
+from latent_ae.metrics.labels import distance_names
 from latent_ae.progress import progress_bar
 from latent_ae.provenance import versions
 from latent_ae.report.pictures import picture_grid
-from latent_ae_eval.features import collect
+from latent_ae_eval.features import collect, digests
 from latent_ae_eval.inputs import (
     checked_factor,
     opened_data,
@@ -44,7 +45,7 @@ from latent_ae_eval.recon.manifest import data_fingerprint, evaluation_key, prot
 from latent_ae_eval.recon.pictures import chosen_rows, reconstructed, shown_groups
 from latent_ae_eval.recon.report import ERROR_GAIN, panels, write_recon_report
 from latent_ae_eval.recon.settings import ReconSettings
-from latent_ae_eval.recon.shard import BASELINE, Measurer, inception_network
+from latent_ae_eval.recon.shard import BASELINE, Measurer, networks_of
 from latent_ae_eval.recon.summary import distances, means, unseen_reason
 from latent_ae_eval.storage import ReferenceCache, WorkFolder, opened_work, shard_size
 
@@ -98,19 +99,20 @@ def evaluate_reconstruction(
     )
     if settings.bands and (most := max(map(max, settings.bands))) >= images.channels:
         raise UserError(f"bands: {most}, and the channels of {stage.name} are 0 to {images.channels - 1}")
-    inception, why_not = inception_network(settings, device)
-    cache = None
-    if inception is not None and settings.reference_cache:
-        cache = ReferenceCache(reference_key(settings, images.channels, images.multiple_of, inception.sha256))
-    measurer = Measurer(stage, settings, device, inception, cache)
+    networks, why_not = networks_of(settings, device)
+    caches = {
+        name: ReferenceCache(reference_key(settings, images.channels, images.multiple_of, network.sha256))
+        for name, network in networks.items()
+        if settings.reference_cache
+    }
+    measurer = Measurer(stage, settings, device, networks, caches)
     with ExitStack() as stack:
         # TF32 convolutions would change the third digit
         stack.enter_context(float32_arithmetic(repeatable=True))
         size = shard_size(num_images, protocol.crop_px is None)
         key = None
         if stage.sha256 is not None and (stamp := source_stamp(source)) is not None:
-            own = inception.sha256 if inception is not None else None
-            key = evaluation_key(settings, model=stage.sha256, data=stamp, shard=size, inception=own)
+            key = evaluation_key(settings, model=stage.sha256, data=stamp, shard=size, networks=digests(networks))
         work, done = opened_work(stack, out, {"": key}, state)[""]
         part = Part(state.process_index, state.num_processes, size, done)
         shows = progress and state.is_main_process
@@ -154,7 +156,7 @@ def _result(
     work: WorkFolder, measurer: Measurer, images: HeldOutImages, data: str, choice: dict[str, Any], why_not: str
 ) -> tuple[dict[str, Any], pa.Table]:
     """Return the result without times and costs, and the rows of all images."""
-    settings, stage, inception = measurer.settings, measurer.stage, measurer.inception
+    settings, stage, networks = measurer.settings, measurer.stage, measurer.networks
     with writing(work.folder):  # `collect` writes the features of all shards into files
         table, skipped, files = collect(work, work.done())
     if not table.num_rows:
@@ -172,17 +174,15 @@ def _result(
     for kind in measurer.kinds:
         metrics[kind], intervals[kind] = means(table, kind, notes.append, settings.seed, settings.bands)
         for network in settings.frechet:
-            names: tuple[str, str | None] = (f"frechet_{network}", None)
-            if network == "inception":
-                if inception is None:
-                    metrics[kind] |= {"fid": None, "kid": None}
-                    continue
-                own = f"inception_{inception.sha256[:8]}"
-                names = ("fid", "kid") if inception.is_published else (f"frechet_{own}", f"kernel_{own}")
-            if reason := unseen_reason(network, images.channels, settings.bands):
-                notes.append(f"{names[0]}: {reason}")
+            if network == "inception" and network not in networks:
+                metrics[kind] |= {"fid": None, "kid": None}
                 continue
-            values, widths = distances(files, kind, network, names, notes.append)
+            name = networks[network].name if network in networks else network
+            if reason := unseen_reason(network, images.channels, settings.bands):
+                notes.append(f"{distance_names(name)[0]}: {reason}")
+                continue
+            recall = network in settings.precision_recall
+            values, widths = distances(files, kind, network, name, notes.append, with_recall=recall)
             metrics[kind] |= values
             intervals[kind] |= widths
     if enlarged := int(np.sum(table["enlarged"].to_numpy(zero_copy_only=False))):
@@ -191,7 +191,7 @@ def _result(
         "format": JOB.format,
         "model": stage.describe() | {"subfolder": settings.subfolder, "revision": settings.revision},
         "protocol": protocol_manifest(settings),
-        "inception": inception.sha256 if inception is not None else None,
+        "networks": digests(networks),
         "data": {
             "location": data,
             "split": settings.split,

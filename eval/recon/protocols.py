@@ -1,7 +1,7 @@
 """Named settings after which others measured their first stages. docs/evaluation.md says more on each.
 
 `remarks` states what a source leaves open. No protocol changes these: the reference is framed and rounded exactly as
-the input, PSNR is computed on 8-bit pixels per image and then averaged, and convolutions run in full float32.
+the input, PSNR is computed per image and then averaged, and convolutions run in full float32.
 """
 
 from typing import Literal
@@ -10,10 +10,12 @@ from latent_ae.config import Positive, Settings
 from latent_ae_eval.settings import Net
 
 Latent = Literal["mode", "sample"]
-Resample = Literal["adm", "bicubic", "tensor", "linear"]
-Rounding = Literal["up", "even", "cut"]
+Resample = Literal["adm", "bicubic", "bilinear", "tensor", "linear"]
+Rounding = Literal["up", "even", "cut", "cut32"]
 Extractor = Literal["torch-fidelity", "pytorch-fid"]
-Name = Literal["default", "ldm", "vavae", "titok", "rae", "dcae"]
+Name = Literal[
+    "default", "ldm", "vavae", "titok", "rae", "dcae", "lavinal712", "uae", "coco5k", "omnidoc", "tokenbench"
+]
 
 
 class Protocol(Settings):
@@ -32,8 +34,13 @@ class Protocol(Settings):
     """Rounding of odd margins; nearest is that of torchvision's CenterCrop."""
     rounding: Rounding = "up"
     """How a float becomes one of 256 levels; see latent_ae.data.images.to_uint8."""
-    similarity_of: Literal["levels", "floats"] = "levels"
-    """What SSIM, MS-SSIM and LPIPS compare: 8-bit levels or floats."""
+    similarity_of: Literal["levels", "floats", "unit floats"] = "levels"
+    """What SSIM, MS-SSIM and LPIPS compare: 8-bit levels or floats; SSIM those in [-1, 1], or in [0, 1]."""
+    psnr_of: Literal["levels", "floats"] = "levels"
+    """What PSNR compares: 8-bit levels or clamped floats."""
+    ssim_window: Literal["gaussian", "mirrored", "uniform"] = "gaussian"
+    """Windows of SSIM: Gaussian of 11 px inside the image; the same also over mirrored borders, as torchmetrics takes
+    them; or uniform of 7 px with the sample covariance, as scikit-image does by default."""
     latents: tuple[Latent, ...] = ("mode", "sample")
     """What is decoded: the posterior's mean, or a sample that depends on the seed and the image's number only."""
     lpips: tuple[Net, ...] = ("vgg", "alex")
@@ -58,11 +65,11 @@ PROTOCOLS: dict[str, Protocol] = {
     ),
     "vavae": Protocol(
         source="hustvl/LightningDiT 2725fed: evaluate_tokenizer.py, tools/calculate_fid.py",
-        remarks="there SSIM and LPIPS are averaged over batches of 8, the last one smaller, and SSIM also counts "
-        "windows over mirrored borders; here over images and windows inside",
+        remarks="there SSIM and LPIPS are averaged over batches of 8, the last one smaller; here over images",
         resample="tensor",
         crop_rounds="nearest",
         similarity_of="floats",
+        ssim_window="mirrored",
         latents=("sample",),
         lpips=("vgg",),
         extractor="pytorch-fid",
@@ -81,6 +88,7 @@ PROTOCOLS: dict[str, Protocol] = {
     "rae": Protocol(
         source="bytetriper/RAE a4d18c4: src/stage1_sample_ddp.py, src/eval/fid.py, src/eval/ref_iqa.py",
         rounding="cut",
+        ssim_window="mirrored",
         latents=("mode",),
         lpips=("vgg",),
     ),
@@ -89,8 +97,64 @@ PROTOCOLS: dict[str, Protocol] = {
         "apps/metrics/fid/fid.py",
         resize_px=512,
         crop_px=512,
+        ssim_window="mirrored",
         latents=("mode",),
         lpips=("alex",),
         extractor="pytorch-fid",
+    ),
+    "lavinal712": Protocol(
+        source="lavinal712/AutoencoderKL 26dff75: eval.py (Resize, CenterCrop, scikit-image 0.22, pytorch-fid 0.3)",
+        remarks="there the noise of the posterior depends on the number of GPUs; only FID is of 8-bit files",
+        resample="bilinear",
+        crop_rounds="nearest",
+        rounding="cut32",
+        similarity_of="unit floats",
+        psnr_of="floats",
+        ssim_window="uniform",
+        latents=("sample",),
+        lpips=("vgg",),
+        extractor="pytorch-fid",
+    ),
+    "uae": Protocol(
+        source="WeichenFan/UAE 3c2fde4: src/stage1_sample_ddp.py, src/eval/fid.py, src/eval/ref_iqa.py; on ImageNet's "
+        "validation set, or on COCO 2017's",
+        remarks="there originals are read from val_ImageNet.npz and val_COCO2017.npz, of which the repository does not "
+        "say how they were made; here they are framed as the inputs; there TF32 is on, and LPIPS is not measured",
+        rounding="cut",
+        ssim_window="mirrored",
+        latents=("mode",),
+        lpips=(),
+    ),
+    "coco5k": Protocol(
+        source="model card of stabilityai/sd-vae-ft-mse: COCO 2017 (256x256, val, 5000 images)",
+        remarks="put together: no code was published; the card says neither how images become 256 px, nor rounding, "
+        "latent, SSIM or extractor, which are those of the protocol ldm here; its PSIM is not the LPIPS measured here",
+        resample="linear",
+        rounding="cut",
+        latents=("sample",),
+        lpips=("vgg",),
+    ),
+    "omnidoc": Protocol(
+        source="alibaba/OmniDoc-TokenBench f2815a7: example_recon.py, eval_metrics.py (piq, lpips, pytorch-fid); on "
+        "its 3,042 images of 256 px",
+        remarks="there 1e-8 is added to the squared error of PSNR, so that it ends at 80 dB; the text part (NED) is "
+        "not measured",
+        resize_px=None,
+        crop_px=None,
+        rounding="even",
+        latents=("mode",),
+        lpips=("vgg",),
+        extractor="pytorch-fid",
+    ),
+    "tokenbench": Protocol(
+        source="NVlabs/TokenBench dcbb7d5: token_bench/metrics_cli.py; files as NVIDIA/Cosmos-Tokenizer 3584ae7 writes "
+        "them: cosmos_tokenizer/utils.py",
+        remarks="the image part, on frames of the benchmark's videos; there they are MP4 files, sides are padded to "
+        "multiples of 16 (here cut to multiples of the factor), and FID is not measured",
+        resize_px=None,
+        crop_px=None,
+        ssim_window="uniform",
+        latents=("mode",),
+        lpips=("vgg",),
     ),
 }

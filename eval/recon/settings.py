@@ -1,17 +1,19 @@
 """Settings of `latent-ae eval recon`."""
 
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
 from latent_ae.config import Bands, NonNegative, Positive, Problem
 from latent_ae_eval.recon.protocols import PROTOCOLS, Extractor, Latent, Name, Protocol, Resample, Rounding
-from latent_ae_eval.settings import EvalSettings, Net
+from latent_ae_eval.settings import EvalSettings, FeatureSettings, Net
 
 OfProtocol = Literal["protocol"]
+FeatureName = Literal["inception", "vgg16", "alexnet", "dinov2", "clip"]
 
 
-class ReconSettings(EvalSettings):
+class ReconSettings(FeatureSettings, EvalSettings):
     """How reconstructions are measured; docs/evaluation.md explains the effect of each choice."""
 
     protocol: Name = "default"
@@ -23,16 +25,21 @@ class ReconSettings(EvalSettings):
     resample: Resample | OfProtocol = "protocol"
     """Resampling method."""
     rounding: Rounding | OfProtocol = "protocol"
-    """How a float becomes one of 256 levels: to the nearest with halves up or to even, or with fractions cut off."""
+    """How a float becomes one of 256 levels: to the nearest with halves up or to even, or with fractions cut off
+    (cut32 does so in float32)."""
     latents: tuple[Latent, ...] | OfProtocol = "protocol"
     """What is decoded: the posterior's mean (mode) or a sample of it."""
     lpips: tuple[Net, ...] | OfProtocol = "protocol"
     """Networks of LPIPS."""
     extractor: Extractor | OfProtocol = "protocol"
     """Variant of Inception: how it resizes to 299 px and normalises."""
-    frechet: tuple[Literal["inception", "vgg16", "alexnet"], ...] = ("inception",)
-    """Features whose Fréchet distance is measured: inception gives FID and KID; distances of the other features, which
-    are available wherever LPIPS is, have the features' name."""
+    dists: bool = False
+    """Also measure DISTS (Ding et al. 2020)."""
+    frechet: tuple[FeatureName, ...] = ("inception",)
+    """Features whose Fréchet distance is measured: inception gives FID and KID; dinov2 and clip need their folder and
+    have a kernel distance, too; vgg16 and alexnet are available wherever LPIPS is."""
+    precision_recall: tuple[FeatureName, ...] = ()
+    """Features of `frechet` in which precision and recall are measured, with 3 neighbours."""
     inception_weights: str | None = None
     """File with other weights than the published ones; the distances are then not called FID and KID."""
     bands: Bands = ()
@@ -43,7 +50,8 @@ class ReconSettings(EvalSettings):
     """Also measure bicubic down- and upsampling by the model's factor."""
 
     reference_cache: bool = True
-    """Keep Inception's features of the originals for the next model, under a key of their content and the protocol."""
+    """Keep the features of the originals (inception, dinov2, clip) for the next model, under a key of their content and
+    the protocol."""
     num_pictures: NonNegative = 3
     """Number of worst, of median and of best images in the report."""
 
@@ -57,6 +65,14 @@ class ReconSettings(EvalSettings):
             yield Problem("latents", "nothing to decode: give [mode], [sample] or [mode, sample]")
         if len(set(protocol.latents)) < len(protocol.latents):
             yield Problem("latents", "has the same value twice; give each once")
+        if self.dists and find_spec("torchmetrics") is None:
+            yield Problem("dists", "needs torchmetrics, which ships its weights: pip install 'latent-ae[dists]'")
+        yield from self.problems_of_features(self.frechet)
+        for key in ("frechet", "precision_recall"):
+            if len(set(getattr(self, key))) < len(getattr(self, key)):
+                yield Problem(key, "has the same value twice; give each once")
+        if missing := [name for name in self.precision_recall if name not in self.frechet]:
+            yield Problem("precision_recall", f"measures features of frechet, which lacks {', '.join(missing)}")
         weights = self.inception_weights
         if weights is not None and not Path(weights).expanduser().is_file():
             yield Problem("inception_weights", f"no such file: {weights} (from {Path.cwd()})")

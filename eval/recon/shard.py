@@ -1,6 +1,6 @@
 """Measures a shard of images: one pass through the model and through each metric's network."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -15,9 +15,11 @@ from latent_ae.metrics.labels import shift_keys
 from latent_ae.metrics.similarity import colour_shift, compare, json_columns
 from latent_ae.models.loading import CPU_BATCH_PX, FirstStage
 from latent_ae.models.posterior import draw
-from latent_ae.pretrained.inception import FEATURES, InceptionFeatures
+from latent_ae.pretrained.dists import DISTS
+from latent_ae.pretrained.inception import InceptionFeatures
 from latent_ae.pretrained.lpips import LPIPS, TRUNKS
 from latent_ae.pretrained.weights import briefly
+from latent_ae_eval.features import FeatureNetwork, folder_networks, inception_network
 from latent_ae_eval.recon.cost import Stopwatch
 from latent_ae_eval.recon.settings import ReconSettings
 from latent_ae_eval.storage import ReferenceCache, Shard
@@ -34,11 +36,11 @@ class Measurer:
         stage: The model.
         settings: The settings.
         device: Where the networks run.
-        inception: Inception, or None.
-        cache: Cache of Inception's features of originals, or None.
+        networks: Feature networks by their name in the setting `frechet`, besides those of LPIPS.
+        caches: Caches of their features of originals, by the same names; may be empty.
 
     Raises:
-        UserError: If the weights of LPIPS are not available.
+        UserError: If the weights of LPIPS or DISTS are not available.
     """
 
     def __init__(
@@ -46,14 +48,15 @@ class Measurer:
         stage: FirstStage,
         settings: ReconSettings,
         device: torch.device,
-        inception: InceptionFeatures | None,
-        cache: ReferenceCache | None,
+        networks: Mapping[str, FeatureNetwork],
+        caches: Mapping[str, ReferenceCache],
     ):
         self.stage, self.settings, self.protocol, self.device = stage, settings, settings.resolved(), device
-        self.inception, self.cache = inception, cache
+        self.networks, self.caches = networks, caches
         features = {"vgg": "vgg16" in settings.frechet, "alex": "alexnet" in settings.frechet}
         nets = [net for net in TRUNKS if net in self.protocol.lpips or features[net]]
         self.lpips = {net: LPIPS(net).to(device) for net in nets}
+        self.dists = DISTS().to(device) if settings.dists else None
         self.frechet_nets = [net for net in nets if features[net]]
         self.kinds = self.protocol.latents if stage.random else ("mode",)
         self.watch = Stopwatch(device)
@@ -65,8 +68,10 @@ class Measurer:
         most_px = CPU_BATCH_PX if self.device.type == "cpu" else None
         batches = list(_batches(readable, self.settings.batch_size, most_px))
         ordered = [item for batch in batches for item in batch]
-        cached = self._cached_reference(ordered)
-        measured = [self._batch(batch, with_reference=cached is None) for batch in batches]
+        digests = [item.digest for item in ordered]
+        found = {name: cache.find(digests) for name, cache in self.caches.items()} if ordered else {}
+        cached = {name: features for name, features in found.items() if features is not None}
+        measured = [self._batch(batch, cached.keys()) for batch in batches]
         # from here on, values are read from the device
         rows = []
         for batch, (metrics, _) in zip(batches, measured, strict=True):
@@ -79,10 +84,11 @@ class Measurer:
             rows += [_row(item, {name: column[i] for name, column in numbers.items()}) for i, item in enumerate(batch)]
         names = measured[0][1] if measured else {}
         features = {name: torch.cat([parts[name] for _, parts in measured]).cpu() for name in names}
-        if cached is not None:
-            features["inception.input"] = cached
-        elif self.cache is not None and rows:
-            self.cache.keep([item.digest for item in ordered], features["inception.input"])
+        for name in found:
+            if name in cached:
+                features[f"{name}.input"] = cached[name]
+            else:
+                self.caches[name].keep(digests, features[f"{name}.input"])
         return Shard(rows, [f"{item.name}: {item.reason}" for item in items if item.image is None], features)
 
     def reconstruct(self, items: Sequence[HeldOutImage]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -115,8 +121,13 @@ class Measurer:
                 reconstructions[kind] = self.stage.decode(latent)
         return images, reconstructions
 
-    def _batch(self, batch: Sequence[HeldOutImage], *, with_reference: bool) -> tuple[Metrics, Features]:
-        """Return the metrics and features of a batch, on the device; nan where there are none."""
+    def _batch(self, batch: Sequence[HeldOutImage], cached: Collection[str]) -> tuple[Metrics, Features]:
+        """Return the metrics and features of a batch, on the device; nan where there are none.
+
+        Args:
+            batch: Images of one size.
+            cached: Names of the networks whose features of the originals are known.
+        """
         inputs, reconstructions = self.reconstruct(batch)
         bands = self.settings.bands
         alpha = inputs.shape[1] == 4 and not bands
@@ -129,8 +140,18 @@ class Measurer:
             kinds_of_image[BASELINE] = bicubic_down_up(inputs, self.stage.factor)
         pixels = {"input": to_uint8(inputs, self.protocol.rounding)}
         pixels |= {kind: to_uint8(image, self.protocol.rounding) for kind, image in kinds_of_image.items()}
-        rounded = self.protocol.similarity_of == "levels"
-        compared = compare(inputs, kinds_of_image, self.lpips, rounded=rounded, pixels=pixels, alpha=alpha, bands=bands)
+        compared = compare(
+            inputs,
+            kinds_of_image,
+            self.lpips,
+            dists=self.dists,
+            similarity_of=self.protocol.similarity_of,
+            psnr_of=self.protocol.psnr_of,
+            window=self.protocol.ssim_window,
+            pixels=pixels,
+            alpha=alpha,
+            bands=bands,
+        )
         for kind, image in kinds_of_image.items():
             shifts = colour_shift(pixels["input"], pixels[kind])
             shifts = shifts.masked_fill(~image.isfinite().flatten(1).all(1, keepdim=True), torch.nan)
@@ -142,24 +163,19 @@ class Measurer:
             features |= {
                 f"{TRUNKS[net].weights}.{kind}": by_kind.get(kind, missing) for kind in ("input", *reconstructions)
             }
-        if self.inception is not None:
-            kinds = ["input"] * with_reference + list(reconstructions)
+        bad = {kind: ~image.isfinite().flatten(1).all(1, keepdim=True) for kind, image in reconstructions.items()}
+        for name, network in self.networks.items():
+            kinds = ["input"] * (name not in cached) + list(reconstructions)
             if inputs.shape[1] in (1, 3) or alpha:
                 colours = torch.cat([pixels[kind][:, :3] for kind in kinds])
-                parts = self.inception(colours).chunk(len(kinds))
+                parts = network(colours).chunk(len(kinds))
             else:
-                parts = (inputs.new_full((len(batch), FEATURES), torch.nan),) * len(kinds)
-            bad = {kind: ~image.isfinite().flatten(1).all(1, keepdim=True) for kind, image in reconstructions.items()}
+                parts = (inputs.new_full((len(batch), network.dimensions), torch.nan),) * len(kinds)
             features |= {
-                f"inception.{kind}": part.masked_fill(bad[kind], torch.nan) if kind in bad else part
+                f"{name}.{kind}": part.masked_fill(bad[kind], torch.nan) if kind in bad else part
                 for kind, part in zip(kinds, parts, strict=True)
             }
         return compared.metrics, features
-
-    def _cached_reference(self, items: Sequence[HeldOutImage]) -> Tensor | None:
-        if self.cache is None or self.inception is None or not items:
-            return None
-        return self.cache.find([item.digest for item in items])
 
 
 def _batches(
@@ -189,21 +205,24 @@ def _row(item: HeldOutImage, values: dict[str, Any]) -> dict[str, Any]:
     return {"index": item.index, "name": name, "digest": item.digest, "enlarged": item.enlarged} | shape | values
 
 
-def inception_network(settings: ReconSettings, device: torch.device) -> tuple[InceptionFeatures | None, str]:
-    """Return Inception and an empty text, or None and the reason if it is not requested or its weights are missing.
+def networks_of(settings: ReconSettings, device: torch.device) -> tuple[dict[str, FeatureNetwork], str]:
+    """Return the feature networks by their name in the setting `frechet`, besides those of LPIPS.
+
+    The text is empty, or the reason why Inception is not among them although it was requested.
 
     Raises:
-        UserError: If the weights of the setting `inception_weights` cannot be used.
+        UserError: If the weights that a setting names cannot be used.
     """
-    if "inception" not in settings.frechet:
-        return None, ""
-    protocol = settings.resolved()
-    try:
-        network = InceptionFeatures(
-            protocol.extractor, settings.inception_weights, double=protocol.extractor_dtype == "fp64"
-        )
-    except UserError as error:
-        if settings.inception_weights is not None:
-            raise
-        return None, f"FID and KID are missing: {briefly(error)}"
-    return network.to(device, memory_format=torch.channels_last), ""
+    networks = folder_networks(settings.frechet, settings, device)
+    if "inception" in settings.frechet:
+        protocol = settings.resolved()
+        try:
+            network = InceptionFeatures(
+                protocol.extractor, settings.inception_weights, double=protocol.extractor_dtype == "fp64"
+            )
+        except UserError as error:
+            if settings.inception_weights is not None:
+                raise
+            return networks, f"FID and KID are missing: {briefly(error)}"
+        networks["inception"] = inception_network(network, device)
+    return networks, ""

@@ -10,19 +10,25 @@ from latent_ae.config import Bands
 from latent_ae.data.rng import spread
 from latent_ae.metrics.distances import (
     GROUPS,
-    RELIABLE_IMAGES,
+    NEIGHBOURS,
+    gaussian_distance,
     jackknife_interval,
     kernel_distance,
     mmd_without_groups,
+    precision_recall,
 )
-from latent_ae.metrics.labels import METRICS, SHIFT
+from latent_ae.metrics.labels import METRICS, PRECISION, RECALL, SHIFT, distance_names
 from latent_ae.metrics.similarity import FEWEST, bootstrap_interval, missing_reason
 from latent_ae_eval.features import frechet
 from latent_ae_eval.storage import FeatureFile
 
 WHOLE_SET = 4000
-"""Largest number of images from which the interval of KID is computed."""
+"""Largest number of images from which the interval of KID, or of precision and recall, is computed."""
+BY_LPIPS = ("vgg16", "alexnet")
+"""Features that LPIPS gives; they have no kernel distance."""
 Note = Callable[[str], None]
+Estimate = tuple[float, list[float] | None]
+"""A value and its 95 % interval, [low, high]; None with fewer than 5 images per group of the jackknife."""
 
 
 def means(
@@ -60,7 +66,7 @@ def means(
     return summary, intervals
 
 
-def kernel(a: FeatureFile, b: FeatureFile) -> tuple[float, list[float] | None]:
+def kernel(a: FeatureFile, b: FeatureFile) -> Estimate:
     """Return KID of two files with equally many rows, and its 95 % interval.
 
     The interval is None with fewer than 5 images per group of the jackknife. Its width is that of a jackknife of the
@@ -74,6 +80,30 @@ def kernel(a: FeatureFile, b: FeatureFile) -> tuple[float, list[float] | None]:
     return value, jackknife_interval(value, mmd_without_groups(a.rows(rows), b.rows(rows), GROUPS))
 
 
+def gaussian(a: FeatureFile, b: FeatureFile) -> Estimate:
+    """Return CMMD of two files with equally many rows, which are in memory meanwhile, and its 95 % interval."""
+    groups = GROUPS if a.count >= 5 * GROUPS else 1
+    value, left_out = gaussian_distance(a.block(0, a.count), b.block(0, b.count), groups)
+    return value, jackknife_interval(value, left_out) if left_out else None
+
+
+def precision_and_recall(a: FeatureFile, b: FeatureFile) -> tuple[Estimate, Estimate]:
+    """Return precision and recall of two files with equally many rows, which are in memory meanwhile, with intervals.
+
+    The width of the intervals is that of a jackknife of up to WHOLE_SET images, spread over the file. They end at 0 and
+    1.
+    """
+    values = precision_recall(a.block(0, a.count), b.block(0, b.count))
+    if a.count < 5 * GROUPS:
+        return (values[0], None), (values[1], None)
+    rows = spread(0, a.count, WHOLE_SET)
+    x, y = a.rows(rows), b.rows(rows)
+    left_out = [precision_recall(*(np.delete(z, np.s_[group::GROUPS], 0) for z in (x, y))) for group in range(GROUPS)]
+    intervals = [jackknife_interval(values[i], [pair[i] for pair in left_out]) for i in (0, 1)]
+    precision, recall = ([max(0.0, low), min(1.0, high)] for low, high in intervals)
+    return (values[0], precision), (values[1], recall)
+
+
 def unseen_reason(network: str, channels: int, bands: Bands) -> str:
     """Return in words why a network of the setting `frechet` sees none of the images, or an empty text if it does.
 
@@ -82,7 +112,7 @@ def unseen_reason(network: str, channels: int, bands: Bands) -> str:
         channels: Channels of the images.
         bands: Groups of channels over which LPIPS is a mean; () takes whole images, and four channels for RGBA.
     """
-    if bands and (network != "inception" or channels not in (1, 3)):
+    if bands and (network in BY_LPIPS or channels not in (1, 3)):
         return f"{network} sees one picture of an image, and bands makes groups of its channels"
     if channels not in (1, 3, 4):
         return f"{network} sees 1 or 3 channels, and the images have {channels}"
@@ -90,7 +120,7 @@ def unseen_reason(network: str, channels: int, bands: Bands) -> str:
 
 
 def distances(
-    files: dict[str, FeatureFile], kind: str, network: str, names: tuple[str, str | None], note: Note
+    files: dict[str, FeatureFile], kind: str, network: str, name: str, note: Note, *, with_recall: bool = False
 ) -> tuple[dict[str, float], dict[str, list[float]]]:
     """Return the distances between originals and one kind of reconstruction in a network's features.
 
@@ -98,26 +128,29 @@ def distances(
         files: Features by `network.kind`.
         kind: The kind of reconstruction.
         network: The network.
-        names: Names of the Fréchet distance and of the kernel distance (None measures none).
+        name: Name of its features, see `labels.distance_names`.
         note: Is called with a sentence if a distance is missing or unreliable.
+        with_recall: Also measure precision and recall.
 
     Returns:
         Values and 95 % intervals, [low, high], by name.
     """
+    frechet_name, kernel_name = distance_names(name)
     a, b = files.get(f"{network}.input"), files.get(f"{network}.{kind}")
     if a is None or b is None or a.count < 2:
-        note(f"{names[0]}: fewer than two images have {network}'s features")
+        note(f"{frechet_name}: fewer than two images have {network}'s features")
         return {}, {}
-    if a.count < RELIABLE_IMAGES and network == "inception":
+    if a.count < a.dimensions:
         note(
-            f"{names[0]}: N = {a.count:,} is under {RELIABLE_IMAGES:,}: biased upwards, and not to be "
+            f"{frechet_name}: N = {a.count:,} is under {a.dimensions:,}: biased upwards, and not to be "
             "compared with values at another N"
         )
-    values: dict[str, float] = {}
-    intervals: dict[str, list[float]] = {}
-    for name, measure in zip(names, (frechet, kernel), strict=True):
-        if name is not None:
-            values[name], interval = measure(a, b)
-            if interval is not None:
-                intervals[name] = interval
-    return values, intervals
+    found = {frechet_name: frechet(a, b)}
+    if network not in BY_LPIPS:
+        found[kernel_name] = (gaussian if network == "clip" else kernel)(a, b)
+    if with_recall and a.count > NEIGHBOURS:
+        found[f"{PRECISION}{name}"], found[f"{RECALL}{name}"] = precision_and_recall(a, b)
+    elif with_recall:
+        note(f"{PRECISION}{name}, {RECALL}{name}: N = {a.count} is too few, {NEIGHBOURS + 1} images are needed")
+    values = {key: value for key, (value, _) in found.items()}
+    return values, {key: interval for key, (_, interval) in found.items() if interval is not None}

@@ -21,7 +21,7 @@ from latent_ae.data.images import to_uint8
 from latent_ae.data.rng import spread
 from latent_ae.latents.cache import LatentCache
 from latent_ae.models.registry import scaling_of
-from latent_ae_eval.features import Features, feature_networks
+from latent_ae_eval.features import FeatureNetwork, digests, feature_networks
 from latent_ae_eval.generation.base import FAR_STD, Generation, begin, fingerprint
 from latent_ae_eval.generation.flow import CHOICE_SEED, STATISTICS, flow_batch, raw_latents
 from latent_ae_eval.generation.sampling import GRID, generators, samples
@@ -81,11 +81,11 @@ class _Job(Generation):
         """Run the evaluation and return its result."""
         settings, stage = self.settings, self.stage
         side = self._side()
-        networks: dict[str, Features] = {}
+        networks: dict[str, FeatureNetwork] = {}
         notes: list[str] = []
         count = min(settings.chosen("samples"), GRID**2)
         if self.data:
-            networks, notes = feature_networks(settings.chosen("frechet"), self.device)
+            networks, notes = feature_networks(settings.chosen("frechet"), self.device, settings)
             self.check_data()
             count = min(settings.chosen("samples"), len(self.source("train")))
         elif settings.prior in ("gaussian", "flow"):
@@ -124,6 +124,7 @@ class _Job(Generation):
             "prior": {"kind": settings.prior, "method": method},
             "shape": [stage.latent_channels, side, side],
             **about,
+            "networks": digests(networks),
             "metrics": metrics,
             "intervals": intervals,
             "notes": notes,

@@ -24,7 +24,7 @@ from latent_ae.data import fast_jpeg
 
 MAX_PIXELS = 200_000_000
 PICTURE_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
-Rounding = Literal["up", "even", "cut"]
+Rounding = Literal["up", "even", "cut", "cut32"]
 NUMPY_MAGIC = b"\x93NUMPY"
 FORMATS = (
     *("AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "MPO", "PCX", "PNG", "PPM", "QOI", "SGI", "TGA"),
@@ -427,8 +427,9 @@ def to_uint8(images: torch.Tensor, rounding: Rounding = "up") -> torch.Tensor:
     Args:
         images: Floats in [-1, 1], of any shape.
         rounding: "up" rounds halves up, floor(127.5 x + 128), as nearly all image files are written; "even" rounds
-            halves to the even level; "cut" drops fractions, which darkens by half a level. Published protocols use all
-            three.
+            halves to the even level; "cut" drops fractions, which darkens by half a level; "cut32" drops those of
+            float32 numbers in [0, 1] times 255, where 63 of an image's 256 levels come back slightly below themselves
+            and so lose a whole level. Published protocols use all of them.
 
     Returns:
         uint8 of the same shape.
@@ -436,6 +437,8 @@ def to_uint8(images: torch.Tensor, rounding: Rounding = "up") -> torch.Tensor:
     levels = images.detach().float().clamp(-1, 1)
     if rounding == "up":
         return (levels * 127.5 + 128).floor().to(torch.uint8)
+    if rounding == "cut32":
+        return ((levels + 1) / 2 * 255).to(torch.uint8)
     # in float64: k / 127.5 - 1 in float32 may come back slightly below k, and dropping fractions would make it k - 1
     levels = ((levels.double() + 1) * 127.5).mul_(2**16).round_().div_(2**16)
     return (levels.round() if rounding == "even" else levels.floor()).to(torch.uint8)

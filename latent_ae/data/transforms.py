@@ -10,7 +10,8 @@ from torch.nn import functional as F
 from latent_ae.config import UserError
 from latent_ae.data.images import ImageError, Rgba
 
-Resample = Literal["adm", "bicubic", "tensor", "linear"]
+Resample = Literal["adm", "bicubic", "bilinear", "tensor", "linear"]
+PILLOW = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 LEVELS = {"uint8": 255.0, "uint16": 65535.0}
 # enlarging the shorter side of an image more elongated than this could fill the memory
 MAX_ELONGATION = 64
@@ -54,10 +55,10 @@ def resize_shorter(
         array: (H, W, C) uint8, uint16, or float32 in [0, 1].
         size_px: The new shorter side, px.
         resample: "adm" halves by boxes, then resizes bicubically, as `center_crop_arr` of openai/guided-diffusion
-            (image_datasets.py) does; most published numbers rest on it. "bicubic" is Pillow's, as torchvision's
-            Resize(BICUBIC) of a picture. "tensor" is bilinear with antialiasing, as torchvision's Resize of a tensor;
-            its result is float32 and not rounded to levels. "linear" is bilinear without antialiasing, as OpenCV's
-            INTER_LINEAR (albumentations), to within a level.
+            (image_datasets.py) does; most published numbers rest on it. "bicubic" and "bilinear" are Pillow's, as
+            torchvision's Resize of a picture. "tensor" is bilinear with antialiasing, as torchvision's Resize of a
+            tensor; its result is float32 and not rounded to levels. "linear" is bilinear without antialiasing, as
+            OpenCV's INTER_LINEAR (albumentations), to within a level.
         image_size: Only for "adm": height and width of the image whose JPEG was decoded to the smaller `array`
             (`images.decode_scaled`), px. The result has the size that the image itself would get.
 
@@ -98,8 +99,8 @@ def _resize_once(array: np.ndarray, size_px: int, resample: Resample) -> np.ndar
     # torchvision drops the fraction of the longer side, albumentations rounds it
     exact = [side * size_px / shorter for side in (height, width)]
     sides = [round(side) if resample == "linear" else int(side) for side in exact]
-    if resample == "bicubic":
-        return _resize(array, sides[0], sides[1], Image.Resampling.BICUBIC)
+    if resample in PILLOW:
+        return _resize(array, sides[0], sides[1], PILLOW[resample])
     levels = LEVELS.get(array.dtype.name, 1.0)
     planes = torch.from_numpy(np.ascontiguousarray(array.transpose(2, 0, 1))[None].astype(np.float32))
     resized = F.interpolate(planes, sides, mode="bilinear", antialias=resample == "tensor", align_corners=False)

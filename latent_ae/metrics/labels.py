@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from numbers import Real
 from typing import Any, Literal, NamedTuple
 
-METRICS = ("psnr", "ssim", "ms_ssim", "lpips_vgg", "lpips_alex", "psnr_alpha")
+METRICS = ("psnr", "ssim", "ms_ssim", "lpips_vgg", "lpips_alex", "dists", "psnr_alpha")
 """Metrics that are measured for each image."""
 
 
@@ -29,9 +29,13 @@ LABELS = {
     "ms_ssim": Label("MS-SSIM", "higher", 4),
     "lpips_vgg": Label("LPIPS (VGG)", "lower", 4),
     "lpips_alex": Label("LPIPS (Alex)", "lower", 4),
+    "dists": Label("DISTS", "lower", 4),
     "psnr_alpha": Label("PSNR of alpha (dB)", "higher", 2),
     "fid": Label("rFID", "lower", 3),
     "kid": Label("KID", "lower", 5),
+    "fd_dinov2": Label("FD-DINOv2", "lower", 2),
+    "kd_dinov2": Label("KD-DINOv2", "lower", 4),
+    "cmmd": Label("CMMD", "lower", 4),
     "ifid": Label("iFID", "lower", 3),
     **{f"shift_{name}": Label(f"{name} shift (levels)", None, 2) for name in ("red", "green", "blue", "alpha", "grey")},
     # of latents
@@ -65,6 +69,9 @@ NAMES = {
 """Names of the metrics of `ReconstructionMetrics.summary`, as training logs and model cards show them."""
 ARROWS = "↑ higher is better, ↓ lower is better."
 FRECHET, KERNEL, SHIFT = "frechet_", "kernel_", "shift_"
+PRECISION, RECALL = "precision_", "recall_"
+PUBLISHED = {"inception": ("fid", "kid"), "dinov2": ("fd_dinov2", "kd_dinov2"), "clip": (f"{FRECHET}clip", "cmmd")}
+"""Names of the Fréchet and the kernel distance of features that are those of published numbers."""
 CHANNELS = {1: ("grey",), 3: ("red", "green", "blue"), 4: ("red", "green", "blue", "alpha")}
 """Names of an image's channels by their number; channels of other images have numbers."""
 
@@ -72,6 +79,16 @@ CHANNELS = {1: ("grey",), 3: ("red", "green", "blue"), 4: ("red", "green", "blue
 def shift_keys(channels: int) -> list[str]:
     """Return the metric of each channel's mean colour shift, for images of this many channels."""
     return [f"{SHIFT}{name}" for name in CHANNELS.get(channels) or [f"{number:02d}" for number in range(channels)]]
+
+
+def distance_names(features: str) -> tuple[str, str]:
+    """Return the names of the Fréchet and the kernel distance of features.
+
+    Args:
+        features: `inception`, `dinov2` or `clip` if they are those of published numbers; else any other name, such as
+            `dinov2_CHECKSUM`.
+    """
+    return PUBLISHED.get(features, (f"{FRECHET}{features}", f"{KERNEL}{features}"))
 
 
 def label_of(metric: str) -> Label:
@@ -82,6 +99,9 @@ def label_of(metric: str) -> Label:
         return Label(f"Fréchet, {metric.removeprefix(FRECHET)} (not FID)", "lower", 3)
     if metric.startswith(KERNEL):
         return Label(f"kernel distance, {metric.removeprefix(KERNEL)} (not KID)", "lower", 5)
+    for prefix in (PRECISION, RECALL):
+        if metric.startswith(prefix):
+            return Label(f"{prefix.rstrip('_')}, {metric.removeprefix(prefix)}", "higher", 4)
     if metric.startswith(SHIFT):
         return Label(f"channel {metric.removeprefix(SHIFT)} shift (levels)", None, 2)
     return Label(metric, None, None)

@@ -6,7 +6,7 @@ is kept per image, and means are taken over the rows of all processes, so they d
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -17,6 +17,8 @@ from latent_ae.config import Bands
 from latent_ae.data.images import to_uint8, visible
 from latent_ae.metrics.distances import frechet_of_features
 from latent_ae.metrics.labels import METRICS
+from latent_ae.pretrained.dists import DISTS
+from latent_ae.pretrained.dists import MIN_PX as DISTS_MIN_PX
 from latent_ae.pretrained.lpips import LPIPS, TRUNKS, Net
 
 Row = dict[str, Any]
@@ -26,6 +28,10 @@ PSNR_CAP_DB = 100.0
 SSIM_WINDOW_PX = 11
 SSIM_SIGMA_PX = 1.5
 SSIM_C1, SSIM_C2 = 0.01**2, 0.03**2
+UNIFORM_PX = 7
+"""Side of the window of scikit-image's SSIM without Gaussian weights."""
+Window = Literal["gaussian", "mirrored", "uniform"]
+Compares = Literal["levels", "floats", "unit floats"]
 MS_SSIM_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
 MS_SSIM_MIN_PX = SSIM_WINDOW_PX * 2 ** (len(MS_SSIM_WEIGHTS) - 1)
 """176 px: in smaller images the window does not fit at the coarsest scale."""
@@ -53,6 +59,20 @@ def psnr(a: Tensor, b: Tensor) -> Tensor:
     squared = (a.long() - b.long()).square().flatten(1).sum(1)
     mse = squared.double() / a[0].numel()
     return (10 * torch.log10(255.0**2 / mse)).clamp(max=PSNR_CAP_DB)
+
+
+def psnr_of_floats(a: Tensor, b: Tensor) -> Tensor:
+    """Return the peak signal-to-noise ratio of each image in dB, at most `PSNR_CAP_DB` (100), without rounding.
+
+    Args:
+        a: (N, C, H, W) float in [-1, 1]; the range is 2.
+        b: The same shape.
+
+    Returns:
+        (N,) float64.
+    """
+    mse = (a.double() - b.double()).square().flatten(1).mean(1)
+    return (10 * torch.log10(2.0**2 / mse)).clamp(max=PSNR_CAP_DB)
 
 
 def colour_shift(a: Tensor, b: Tensor) -> Tensor:
@@ -108,7 +128,7 @@ def ms_ssim(a: Tensor, b: Tensor) -> Tensor:
     return similarities(a.double() / 255, b.double() / 255)[1]
 
 
-def similarities(a: Tensor, b: Tensor, data_range: float = 1.0) -> tuple[Tensor, Tensor]:
+def similarities(a: Tensor, b: Tensor, data_range: float = 1.0, window: Window = "gaussian") -> tuple[Tensor, Tensor]:
     """Return SSIM (Wang et al. 2004: Gaussian window of 11 px, sigma 1.5 px) and MS-SSIM (Wang et al. 2003, 5 scales).
 
     Both are means over channels and over the positions whose window lies inside the image, like scikit-image's SSIM
@@ -121,6 +141,9 @@ def similarities(a: Tensor, b: Tensor, data_range: float = 1.0) -> tuple[Tensor,
         a: (N, C, H, W), any type.
         b: (N, C, H, W).
         data_range: Largest minus smallest possible value.
+        window: Windows of SSIM; MS-SSIM always has the Gaussian ones inside the image. "mirrored" also counts those
+            that extend over mirrored borders, as torchmetrics does; "uniform" are the windows of 7 px that
+            scikit-image's `structural_similarity` takes by default, with the sample covariance.
 
     Returns:
         SSIM and MS-SSIM, (N,) float64 each; nan for images with a side under 11 px and 176 px.
@@ -129,10 +152,15 @@ def similarities(a: Tensor, b: Tensor, data_range: float = 1.0) -> tuple[Tensor,
     missing = torch.full((len(a),), math.nan, dtype=torch.float64, device=a.device)
     if min(a.shape[-2:]) < SSIM_WINDOW_PX:
         return missing, missing
-    similarity, contrast = _similarity(a, b, data_range)
+    finest = similarity, contrast = _similarity(a, b, data_range)
+    if window == "mirrored":
+        padding = (SSIM_WINDOW_PX // 2,) * 4
+        finest = _similarity(F.pad(a, padding, mode="reflect"), F.pad(b, padding, mode="reflect"), data_range)
+    elif window == "uniform":
+        finest = _similarity(a, b, data_range, [1 / UNIFORM_PX] * UNIFORM_PX, 1 + 1 / (UNIFORM_PX**2 - 1))
     if min(a.shape[-2:]) < MS_SSIM_MIN_PX:
-        return similarity, missing
-    finest, product = similarity, torch.ones_like(similarity)
+        return finest[0], missing
+    product = torch.ones_like(similarity)
     for scale, weight in enumerate(MS_SSIM_WEIGHTS):
         if scale:
             a, b = F.avg_pool2d(a, 2), F.avg_pool2d(b, 2)
@@ -140,31 +168,48 @@ def similarities(a: Tensor, b: Tensor, data_range: float = 1.0) -> tuple[Tensor,
         coarsest = scale == len(MS_SSIM_WEIGHTS) - 1
         # a negative mean has no fractional power
         product = product * (similarity if coarsest else contrast).clamp(min=0) ** weight
-    return finest, product
+    return finest[0], product
 
 
-def _similarity(a: Tensor, b: Tensor, data_range: float) -> tuple[Tensor, Tensor]:
-    """Return the means over each image of SSIM and of its contrast-structure factor, (N,) float64 each."""
+def _gaussian_weights() -> list[float]:
+    """Return the weights of SSIM's window along a side."""
+    offsets = torch.arange(SSIM_WINDOW_PX, dtype=torch.float64) - SSIM_WINDOW_PX // 2
+    weights = torch.exp(-offsets.square() / (2 * SSIM_SIGMA_PX**2))
+    numbers: list[float] = (weights / weights.sum()).tolist()
+    return numbers
+
+
+def _similarity(
+    a: Tensor, b: Tensor, data_range: float, weights: Sequence[float] | None = None, norm: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """Return the means over each image of SSIM and of its contrast-structure factor, (N,) float64 each.
+
+    Args:
+        a: (N, C, H, W) float64.
+        b: (N, C, H, W) float64.
+        data_range: Largest minus smallest possible value.
+        weights: Weights of the window along a side; None takes the Gaussian ones.
+        norm: Factor of variances and covariance.
+    """
+    weights = weights or _gaussian_weights()
     c1, c2 = SSIM_C1 * data_range**2, SSIM_C2 * data_range**2
     similarity, contrast = [], []
     for x, y in zip(a.unbind(1), b.unbind(1), strict=True):  # by channel: a quarter of the memory
-        mean_x, mean_y, squares, product = _windowed(torch.stack([x, y, x * x + y * y, x * y]))
+        mean_x, mean_y, squares, product = _windowed(torch.stack([x, y, x * x + y * y, x * y]), weights)
         means, mean_squares = mean_x * mean_y, mean_x * mean_x + mean_y * mean_y
-        factor = (2 * (product - means) + c2) / (squares - mean_squares + c2)
+        factor = (2 * norm * (product - means) + c2) / (norm * (squares - mean_squares) + c2)
         contrast.append(factor.flatten(1).mean(1))
         factor = factor * (2 * means + c1) / (mean_squares + c1)
         similarity.append(factor.flatten(1).mean(1))
     return torch.stack(similarity).mean(0), torch.stack(contrast).mean(0)
 
 
-def _windowed(images: Tensor) -> Tensor:
-    """Return the Gaussian-weighted means of all windows inside the image: (..., H, W) -> (..., H - 10, W - 10)."""
-    offsets = torch.arange(SSIM_WINDOW_PX, dtype=torch.float64) - SSIM_WINDOW_PX // 2
-    weights = torch.exp(-offsets.square() / (2 * SSIM_SIGMA_PX**2))
+def _windowed(images: Tensor, weights: Sequence[float]) -> Tensor:
+    """Return the weighted means of all windows of n px inside the image: (..., H, W) -> (..., H - n + 1, W - n + 1)."""
     for dim in (-1, -2):
-        size = images.shape[dim] - SSIM_WINDOW_PX + 1
+        size = images.shape[dim] - len(weights) + 1
         total = torch.zeros_like(images.narrow(dim, 0, size))
-        for offset, weight in enumerate((weights / weights.sum()).tolist()):
+        for offset, weight in enumerate(weights):
             total.add_(images.narrow(dim, offset, size), alpha=weight)
         images = total
     return images
@@ -193,21 +238,28 @@ def compare(
     reconstructions: Mapping[str, Tensor],
     lpips: Mapping[Net, LPIPS],
     *,
-    rounded: bool = True,
+    dists: DISTS | None = None,
+    similarity_of: Compares = "levels",
+    psnr_of: Literal["levels", "floats"] = "levels",
+    window: Window = "gaussian",
     pixels: Mapping[str, Tensor] | None = None,
     alpha: bool = False,
     bands: Bands = (),
 ) -> Compared:
     """Measure one or more reconstructions of the same images: PSNR, SSIM, MS-SSIM and LPIPS of each image.
 
-    PSNR always compares 8-bit pixels. The trunks of LPIPS run once on the inputs for all kinds.
+    The trunks of LPIPS run once on the inputs for all kinds.
 
     Args:
         inputs: (N, C, H, W) float in [-1, 1].
         reconstructions: Tensors like `inputs`, on the same device, by kind (a name of the caller's choice).
         lpips: LPIPS networks by name; may be empty.
-        rounded: Compute SSIM and LPIPS of 8-bit pixels too. False uses the floats in [-1, 1] (for LPIPS without
-            clamping), as some published protocols do.
+        dists: The network of DISTS; None does not measure it.
+        similarity_of: What SSIM, MS-SSIM, LPIPS and DISTS compare: 8-bit levels, or floats as some published protocols
+            do. SSIM is then of clamped "floats" in [-1, 1], or of "unit floats" in [0, 1]; LPIPS and DISTS are of
+            floats that are not clamped.
+        psnr_of: What PSNR compares: 8-bit levels, or clamped floats.
+        window: Windows of SSIM, see `similarities`.
         pixels: uint8 images by kind, and those of the inputs as "input", where they follow another rule than
             `to_uint8`.
         alpha: The fourth channel is alpha and the others are composites, as `images.visible` returns them: `psnr_alpha`
@@ -223,38 +275,52 @@ def compare(
     metrics: dict[str, dict[str, Tensor]] = {}
     for kind in kinds:
         a, b = pixels["input"], pixels[kind]
-        if rounded:
-            similarity, multi_scale = similarities(a.double() / 255, b.double() / 255)
-        else:  # as torchmetrics with data_range=(-1, 1): clamped, not shifted
-            similarity, multi_scale = similarities(inputs.clamp(-1, 1), reconstructions[kind].clamp(-1, 1), 2.0)
-        metrics[kind] = {"psnr": psnr(a, b), "ssim": similarity, "ms_ssim": multi_scale}
+        x, y = inputs.clamp(-1, 1), reconstructions[kind].clamp(-1, 1)
+        if similarity_of == "levels":
+            similarity, multi_scale = similarities(a.double() / 255, b.double() / 255, 1.0, window)
+        elif similarity_of == "floats":  # as torchmetrics with data_range=(-1, 1): clamped, not shifted
+            similarity, multi_scale = similarities(x, y, 2.0, window)
+        else:
+            similarity, multi_scale = similarities((x + 1) / 2, (y + 1) / 2, 1.0, window)
+        ratio = psnr(a, b) if psnr_of == "levels" else psnr_of_floats(x, y)
+        metrics[kind] = {"psnr": ratio, "ssim": similarity, "ms_ssim": multi_scale}
         if alpha:
             metrics[kind]["psnr_alpha"] = psnr(opacity["input"], opacity[kind])
     images = [inputs, *reconstructions.values()]
-    if rounded:
+    if similarity_of == "levels":
         images = [pixels[kind].float() / 127.5 - 1 for kind in ("input", *kinds)]
     features: dict[Net, list[Tensor]] = {}
-    for net, distance in lpips.items():
-        if (bands or inputs.shape[1] in (1, 3)) and min(inputs.shape[-2:]) >= TRUNKS[net].min_px:
-            # an ambient autocast is for training; measurements are float32
-            with torch.autocast(inputs.device.type, enabled=False):
-                first, *others = (x.float() for x in images)
-                if bands:
-                    groups = [[x[:, list(group)] for x in (first, *others)] for group in bands]
-                    found = [distance.compare(one, rest)[0] for one, *rest in groups]
-                    distances = [torch.stack(values).mean(0) for values in zip(*found, strict=True)]
-                else:
-                    distances, features[net] = distance.compare(first, others)
-        else:
-            distances = [torch.full((len(inputs),), math.nan)] * len(kinds)
-        for kind, values in zip(kinds, distances, strict=True):
-            metrics[kind][f"lpips_{net}"] = values.double().to(inputs.device)
+    shortest = min(inputs.shape[-2:]) if bands or inputs.shape[1] in (1, 3) else 0
+    # an ambient autocast is for training; measurements are float32
+    with torch.autocast(inputs.device.type, enabled=False):
+        first, *others = (x.float() for x in images)
+        groups = [[x[:, list(group)] for x in (first, *others)] for group in bands]
+        distances: dict[str, list[Tensor]] = {}
+        for net, distance in lpips.items():
+            if shortest >= TRUNKS[net].min_px and bands:
+                distances[f"lpips_{net}"] = _means([distance.compare(one, rest)[0] for one, *rest in groups])
+            elif shortest >= TRUNKS[net].min_px:
+                distances[f"lpips_{net}"], features[net] = distance.compare(first, others)
+            else:
+                distances[f"lpips_{net}"] = [torch.full((len(inputs),), math.nan)] * len(kinds)
+        if dists is not None and shortest >= DISTS_MIN_PX:
+            distances["dists"] = _means([dists.compare(one, rest) for one, *rest in groups or [[first, *others]]])
+        elif dists is not None:
+            distances["dists"] = [torch.full((len(inputs),), math.nan)] * len(kinds)
+    for key, found in distances.items():
+        for kind, values in zip(kinds, found, strict=True):
+            metrics[kind][key] = values.double().to(inputs.device)
     for position, kind in enumerate(kinds, start=1):  # rounding to 8 bits turns a NaN into a dark pixel
         bad = ~reconstructions[kind].isfinite().flatten(1).all(1)
         metrics[kind] = {key: values.masked_fill(bad, math.nan) for key, values in metrics[kind].items()}
         for parts in features.values():
             parts[position] = parts[position].masked_fill(bad[:, None], math.nan)
     return Compared(metrics, features)
+
+
+def _means(groups: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+    """Return the mean over groups of channels of each kind's distances."""
+    return [torch.stack(values).mean(0) for values in zip(*groups, strict=True)]
 
 
 class ReconstructionMetrics:
@@ -397,9 +463,10 @@ def bootstrap_interval(values: Sequence[float], seed: int = 0) -> list[float]:
 def missing_reason(key: str, row: Mapping[str, Any], bands: Bands = ()) -> str:
     """Return in words why the image of a row has no value of the metric `key`, measured over groups `bands`."""
     alpha = any(name.endswith("psnr_alpha") for name in row)
-    if key.startswith("lpips_") and row["channels"] not in (1, 3) and not alpha and not bands:
-        return f"LPIPS is defined for 1 or 3 channels and they have {row['channels']}: bands=[[0,1,2]] names a group"
-    least = {"ssim": SSIM_WINDOW_PX, "ms_ssim": MS_SSIM_MIN_PX}.get(key, 1)
+    if key.startswith(("lpips_", "dists")) and row["channels"] not in (1, 3) and not alpha and not bands:
+        name, channels = key[:5].upper(), row["channels"]
+        return f"{name} is defined for 1 or 3 channels and they have {channels}: bands=[[0,1,2]] names a group"
+    least = {"ssim": SSIM_WINDOW_PX, "ms_ssim": MS_SSIM_MIN_PX, "dists": DISTS_MIN_PX}.get(key, 1)
     if key.startswith("lpips_"):
         least = {f"lpips_{net}": trunk.min_px for net, trunk in TRUNKS.items()}[key]
     if min(row["height"], row["width"]) < least:

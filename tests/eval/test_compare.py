@@ -364,6 +364,13 @@ def test_evaluations_under_other_conditions_are_refused(tmp_path):
     with pytest.raises(UserError, match="eval ifid, seed: A 0, B 1") as refusal:
         compare([a, b])
     assert "batch_size" not in str(refusal.value) and "ema" not in str(refusal.value)
+    c, d, e = (
+        other(tmp_path, "ifid", name, **midpoints(1, 1), networks=networks)
+        for name, networks in (("c", {"fid": "1", "frechet_vgg16": ""}), ("d", {"fid": "2"}), ("e", {}))
+    )
+    with pytest.raises(UserError, match="eval ifid, networks.fid: A 1, B 2"):
+        compare([c, d])
+    assert compare([c, e])["comparable"]  # what is missing is missing
     places = [
         other(tmp_path, "probe", name, features={}, data={"location": place, "test_images": 9})
         for name, place in (("a", "/d/x"), ("b", "/d/y"), ("c", "/d/x"))

@@ -13,7 +13,7 @@ from latent_ae.data.held_out import HeldOutImage
 from latent_ae.metrics.distances import frechet_of_features, mmd_without_groups, squared_mmd
 from latent_ae.models.loading import first_stage
 from latent_ae.pretrained.inception import InceptionFeatures
-from latent_ae_eval.features import collect, frechet
+from latent_ae_eval.features import collect, frechet, inception_network
 from latent_ae_eval.recon.manifest import evaluation_key, reference_key
 from latent_ae_eval.recon.measure import evaluate_reconstruction
 from latent_ae_eval.recon.pictures import chosen_rows
@@ -120,8 +120,8 @@ def test_a_changed_reference_file_is_not_believed(tmp_path):
 
 def test_keys_hold_all_that_numbers_depend_on():
     default = ReconSettings()
-    parts = {"model": "m", "data": "d", "shard": 16, "inception": "i"}
-    keys = [evaluation_key(default, **parts | {name: "x"}) for name in parts]
+    parts = {"model": "m", "data": "d", "shard": 16, "networks": {"inception": "i"}}
+    keys = [evaluation_key(default, **parts | {name: {"x": "x"}}) for name in parts]
     changes = [{"seed": 1}, {"limit": 5}, {"dtype": "bf16"}, {"rounding": "cut"}, {"frechet": ()}, {"baseline": False}]
     keys += [evaluation_key(default.model_copy(update=change), **parts) for change in changes]
     keys.append(evaluation_key(default, **parts))
@@ -149,7 +149,8 @@ def test_the_worst_come_first_and_what_is_not_finite_is_the_worst():
 def measured(items: list[HeldOutImage], model, inception: str, **changes) -> Shard:
     settings = settings_with(frechet=("inception",), inception_weights=inception, **changes)
     network = InceptionFeatures(settings.resolved().extractor, inception)
-    return Measurer(first_stage(model), settings, torch.device("cpu"), network, None).measure(items)
+    networks = {"inception": inception_network(network, torch.device("cpu"))}
+    return Measurer(first_stage(model), settings, torch.device("cpu"), networks, {}).measure(items)
 
 
 def test_features_are_those_of_the_rounded_pixels_of_each_kind_and_nan_where_there_are_none(inception):

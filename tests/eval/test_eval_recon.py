@@ -24,6 +24,7 @@ from latent_ae_eval.recon.settings import ReconSettings
 from tests.distributed.launch import DISTRIBUTED, launch
 from tests.inception import random_inception
 from tests.tiny_models import SIZES, tiny_autoencoder
+from tests.tiny_vision import save_vision_model
 
 NO_LPIPS = ReconSettings(resize_px=None, crop_px=32, lpips=(), frechet=(), num_workers=0)
 
@@ -113,14 +114,15 @@ def test_two_processes_give_the_numbers_of_one(model, photos, tmp_path, inceptio
         path.write_bytes(b"not a picture")
     script = DISTRIBUTED / "recon_on_processes.py"
     out = [str(tmp_path / name) for name in ("photos-out", "half-out", "none-out")]
-    done = launch(2, script, model, str(inception), photos, out[0], str(half), out[1], str(none), out[2])
+    dinov2 = str(save_vision_model(tmp_path / "dinov2", patch_size=56, image_size=224))
+    data = [word for pair in zip((photos, str(half), str(none)), out, strict=True) for word in pair]
+    done = launch(2, script, model, str(inception), dinov2, *data)
     assert done.returncode == 0, done.stderr
     for data, folder in ((photos, out[0]), (str(half), out[1])):
         ranks = [json.loads(Path(f"{folder}.rank{rank}.json").read_text()) for rank in (0, 1)]
-        features = {"frechet": ("inception",), "inception_weights": str(inception), "max_bad_fraction": 1.0}
-        alone = evaluate_reconstruction(
-            model, data, NO_LPIPS.model_copy(update=features | {"batch_size": 2, "limit": 4})
-        )
+        features = {"frechet": ("inception", "dinov2"), "precision_recall": ("dinov2",), "dinov2_model": dinov2}
+        features |= {"inception_weights": str(inception), "max_bad_fraction": 1.0, "batch_size": 2, "limit": 4}
+        alone = evaluate_reconstruction(model, data, NO_LPIPS.model_copy(update=features))
         assert ranks[0] == ranks[1]
         written = json.loads((Path(folder) / "result.json").read_text())
         assert written == {key: value for key, value in ranks[0].items() if key != "images"}

@@ -22,7 +22,7 @@ from latent_ae_eval.recon.protocols import PROTOCOLS
 from latent_ae_eval.recon.settings import ReconSettings
 from tests.distributed import children
 from tests.distributed.launch import launch_command
-from tests.eval.small import settings_with, write_photos
+from tests.eval.small import frechet, settings_with, write_photos
 from tests.tiny_models import TRAINED, tiny
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -58,14 +58,6 @@ def kept_features(root, name) -> torch.Tensor:
     """The features that torch-fidelity's command has kept, (images, 2048)."""
     (path,) = (path for path in root.rglob("*.pt") if name in path.name and path.name.endswith("features-2048.pt"))
     return torch.load(path).double()
-
-
-def frechet(a: torch.Tensor, b: torch.Tensor) -> float:
-    """The Fréchet distance (Dowson and Landau 1982). torch-fidelity takes a square root of 2048 x 2048 numbers, which
-    takes most of a minute. Its trace is the sum of the singular values of the product of the centred features."""
-    left, right = ((x - x.mean(0)) / (len(x) - 1) ** 0.5 for x in (a, b))
-    shared = torch.linalg.svdvals(left @ right.T).sum()
-    return float((a.mean(0) - b.mean(0)).square().sum() + left.square().sum() + right.square().sum() - 2 * shared)
 
 
 def test_published_weights_make_it_an_fid(tmp_path, inception, monkeypatch):
@@ -291,7 +283,7 @@ def test_names_that_no_table_can_hold_are_shown(tmp_path):
 def test_settings_that_contradict_each_other_end_with_exit_code_2(tmp_path, capsys):
     for words, message in (
         (["crop_px=512"], "resize_px 256 is smaller than crop_px 512"),
-        (["protocol=vae"], "'default', 'ldm', 'vavae', 'titok', 'rae' or 'dcae'"),
+        (["protocol=vae"], "'default', 'ldm', 'vavae', 'titok', 'rae', 'dcae', 'lavinal712', 'uae', "),
         (["latents=[]"], "nothing to decode"),
         (["inception_weights=/nowhere/at/all.pth"], "no such file: /nowhere"),
         (["dtype=fp8"], "dtype"),

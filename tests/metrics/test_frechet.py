@@ -11,8 +11,10 @@ from latent_ae.metrics.distances import (
     Gaussian,
     frechet_distance,
     frechet_of_features,
+    gaussian_distance,
     jackknife_interval,
     kernel_distance,
+    precision_recall,
     squared_mmd,
     student_quantile,
 )
@@ -117,3 +119,43 @@ def test_the_jackknife_covers_a_frechet_distance_of_pairs_as_often_as_it_says():
     intervals = np.array([jackknife_interval(*case) for case in zip(values, left_out, strict=True)])
     covered = np.mean((intervals[:, 0] <= values.mean()) & (values.mean() <= intervals[:, 1]))
     assert 0.94 < covered < 0.96  # 2.9 standard errors; `values.mean()` is the distance for this N
+
+
+def test_cmmd_is_the_biased_sum_over_gaussian_kernels_also_without_groups(monkeypatch):
+    monkeypatch.setattr("latent_ae.metrics.distances.BLOCK", 7)
+    a, b = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (features(23, 6, 1), features(23, 6, 2, shift=0.2)))
+
+    def expected(x, y):  # google-research/cmmd/distance.py, written out
+        def kernel(u, v):
+            squares = np.square(u[:, None].astype(np.float64) - v[None]).sum(2)
+            return np.exp(-squares / (2 * 10**2)).mean()
+
+        return 1000 * (kernel(x, x) + kernel(y, y) - 2 * kernel(x, y))
+
+    value, left_out = gaussian_distance(a, b, 5)
+    assert value == pytest.approx(expected(a, b), rel=1e-9) and value > 0.1
+    kept = [np.arange(23) % 5 != group for group in range(5)]
+    assert left_out == pytest.approx([expected(a[rows], b[rows]) for rows in kept], rel=1e-9)
+    assert gaussian_distance(a, b, 1) == (pytest.approx(value, rel=1e-12), [])
+
+
+def test_precision_counts_what_is_made_and_recall_the_originals():
+    originals = np.array([[0.0], [1.0], [2.0], [3.0]], np.float32)  # third neighbours: 3, 2, 2 and 3 away
+    made = np.array([[0.5], [1.5], [50.0], [51.0], [52.0]], np.float32)  # of the first: 50.5 away
+    assert precision_recall(originals, made) == (pytest.approx(2 / 5), 1.0)
+    assert precision_recall(originals, made + 100) == (0.0, 0.0)
+    with pytest.raises(ValueError, match="4 images or more"):
+        precision_recall(originals[:3], made)
+
+
+def test_precision_and_recall_are_those_of_the_definition():
+    a, b = features(60, 8, 1).astype(np.float64), features(60, 8, 2, shift=0.4).astype(np.float64)
+
+    def share_within(points, centres):  # Kynkäänniemi et al. 2019, eq. 1 and 2
+        own = np.linalg.norm(centres[:, None] - centres[None], axis=2)
+        radii = np.sort(own, axis=1)[:, 3]  # the first is the point itself
+        return (np.linalg.norm(points[:, None] - centres[None], axis=2) <= radii).any(1).mean()
+
+    precision, recall = precision_recall(a.astype(np.float32), b.astype(np.float32))
+    assert precision == pytest.approx(share_within(b, a)) and recall == pytest.approx(share_within(a, b))
+    assert 0 < precision < 1 and 0 < recall < 1 and precision != recall

@@ -4,7 +4,6 @@ import json
 import math
 import random
 
-import lpips as reference_lpips
 import numpy as np
 import pytest
 import skimage
@@ -30,6 +29,7 @@ from latent_ae.metrics.similarity import (
     ssim,
     summarise,
 )
+from tests.lpips_package import lpips_package
 
 
 def pairs(channels: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
@@ -125,7 +125,7 @@ def test_several_kinds_are_measured_as_each_alone(lpips_vgg):
 def test_floats_are_compared_as_floats_where_a_protocol_says_so(lpips_vgg):
     a, b = (floats(images) for images in pairs())
     b = b * 1.3 + 0.001  # out of range, and between levels
-    compared = compare(a, {"": b}, {"vgg": lpips_vgg}, rounded=False).metrics[""]
+    compared = compare(a, {"": b}, {"vgg": lpips_vgg}, similarity_of="floats").metrics[""]
     torch.testing.assert_close(compared["lpips_vgg"].float(), lpips_vgg(a, b), rtol=1e-4, atol=1e-6)
     for value, x, y in zip(compared["ssim"].tolist(), a.double().numpy(), b.clamp(-1, 1).double().numpy(), strict=True):
         expected = structural_similarity(
@@ -187,12 +187,7 @@ def test_lpips_equals_its_package_on_the_rounded_pixels():
     a, b = pairs()
     metrics = measure(floats(a), floats(b), nets=("vgg", "alex"))
     for net in ("vgg", "alex"):
-        # the package with our trunk: its own would come from a hub
-        package = reference_lpips.LPIPS(net=net, pnet_rand=True, verbose=False).eval()
-        trunk = {name.replace(".", "_"): tensor for name, tensor in metrics.lpips[net].named_buffers()}
-        for name, parameter in package.net.named_parameters():
-            _, position, kind = name.rsplit(".", 2)
-            parameter.data.copy_(trunk[f"conv{position}_{kind}"])
+        package = lpips_package(metrics.lpips[net])
         with torch.no_grad():
             expected = package(a.float() / 127.5 - 1, b.float() / 127.5 - 1).flatten().tolist()
         assert [row[f"lpips_{net}"] for row in metrics.rows()] == pytest.approx(expected, abs=1e-5)

@@ -5,12 +5,11 @@ import pickle
 import pytest
 import torch
 from safetensors.torch import save_file
-from torch.nn import functional as F
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
 from latent_ae.config import UserError
 from latent_ae.pretrained.inception import InceptionFeatures
-from tests.inception import random_inception
+from tests.inception import pytorch_fid, random_inception
 
 
 @pytest.fixture(scope="module")
@@ -34,15 +33,8 @@ def test_features_are_torch_fidelitys_bit_for_bit(weights):
 
 
 def test_the_other_resize_is_pytorch_fids(weights):
-    reference = FeatureExtractorInceptionV3("reference", ["2048"], feature_extractor_weights_path=str(weights))
-    # pytorch-fid: ToTensor, F.interpolate without corners or antialiasing, 2 x - 1; at 299 px torch-fidelity's own
-    # resize does nothing, so its network can be given the result by way of its layers
-    x = 2 * F.interpolate(pictures() / 255, size=(299, 299), mode="bilinear", align_corners=False) - 1
-    for name, layer in list(reference.named_children())[:-1]:
-        assert name != "fc"
-        x = layer(x)
     ours = InceptionFeatures("pytorch-fid", weights)(pictures())
-    torch.testing.assert_close(ours, x.flatten(1), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(ours, pytorch_fid(weights, pictures()), rtol=1e-6, atol=1e-6)
     assert not torch.allclose(ours, InceptionFeatures(weights=weights)(pictures()), rtol=1e-2)
 
 
