@@ -69,6 +69,9 @@ class Job:
     examples: str
     figures: Callable[[Mapping[str, Any]], Figures] = measured_figures
     """Returns what `eval compare` compares of a result."""
+    images: str = ""
+    """Table in the folder of a result with a row for each image: its digest, and its values of figures as `part_metric`
+    or, without a part, `metric`. Two results are then compared image by image."""
     needs_data: bool = True
     batch_key: str = "batch_size"
     """Setting to lower if memory is too small."""

@@ -28,7 +28,7 @@ from latent_ae_eval.compare.results import (
     read_result,
 )
 from latent_ae_eval.cost import conditions, number_at
-from latent_ae_eval.job import JOBS
+from latent_ae_eval.job import JOBS, job_of
 
 DESCRIBING = (
     "format",
@@ -44,6 +44,8 @@ DESCRIBING = (
     "notes",
 )
 """Keys of a result that a comparison repeats: what was measured, how, and what it costs."""
+PerImage = dict[tuple[str, str], dict[str, np.ndarray]]
+"""Each image's differences, (n,), by evaluation and metric, and the name of the two models and of what was measured."""
 CONFIDENCE = 0.95
 RESAMPLES = 2000
 SEED = 0
@@ -95,32 +97,34 @@ def compare(results: Sequence[str | Path], *, anyway: bool = False, out: str | P
     return comparison
 
 
-def _compared(models: Sequence[Model], obstacles: list[str]) -> tuple[dict[str, Any], dict[str, dict[str, np.ndarray]]]:
-    """Return the comparison, and each image's differences from the first model, by metric and name."""
-    tables: dict[str, ImageTable | NoPairs] = {}
-    for model in models:
-        if "recon" in model.results:
-            try:
-                tables[model.label] = read_images(model)
-            except NoPairs as reason:
-                tables[model.label] = reason
+def _compared(models: Sequence[Model], obstacles: list[str]) -> tuple[dict[str, Any], PerImage]:
+    """Return the comparison, and each image's differences from the first model."""
+    tables: dict[str, dict[str, ImageTable | NoPairs]] = {}
+    for job in (job for job in JOBS if job_of(job).images):
+        tables[job] = {model.label: _table(model, job) for model in models if job in model.results}
     first, notes = models[0], _notes(models)
     rows: dict[Figure, dict[frozenset[str], dict[str, Any]]] = {}
-    per_image: dict[str, dict[str, np.ndarray]] = {}
+    per_image: PerImage = {}
     for a, b in combinations(models, 2):
-        paired, why_not = _pairs(*(tables[label] for label in (a.label, b.label) if label in tables))
+        paired: dict[Figure, np.ndarray] = {}
+        for job, known in tables.items():
+            found, why_not = _pairs(*(known[label] for label in (a.label, b.label) if label in known))
+            paired |= found
+            if a is first and why_not:
+                of = "" if job == "recon" else f"eval {job}: "
+                notes.append(f"{of}{b.label} and {a.label} are not compared image by image: {why_not}.")
         for figure, row in _differences(a, b, paired).items():
             rows.setdefault(figure, {})[frozenset((a.label, b.label))] = row
         if a is first:
-            notes += [f"{b.label} and {a.label} are not compared image by image: {why_not}."] if why_not else []
             for figure, values in paired.items():
-                per_image.setdefault(figure.metric, {})[f"{b.label} − {a.label}, {figure.part}"] = values
-    known = [figure for model in models for figure in model.figures()]
+                pair_name = ", ".join(filter(None, (f"{b.label} − {a.label}", figure.part)))
+                per_image.setdefault((figure.job, figure.metric), {})[pair_name] = values
+    everything = [figure for model in models for figure in model.figures()]
     figures = [
         Figure(job, part, metric)
         for job in JOBS
-        for part in dict.fromkeys(figure.part for figure in known if figure.job == job)
-        for metric in in_order(figure.metric for figure in known if figure[:2] == (job, part))
+        for part in dict.fromkeys(figure.part for figure in everything if figure.job == job)
+        for metric in in_order(figure.metric for figure in everything if figure[:2] == (job, part))
     ]
     comparison = {
         "format": "latent-ae comparison 2",
@@ -143,6 +147,14 @@ def _compared(models: Sequence[Model], obstacles: list[str]) -> tuple[dict[str, 
         ],
     }
     return comparison, per_image
+
+
+def _table(model: Model, job: str) -> ImageTable | NoPairs:
+    """Return the table of a model's images, or the reason why it cannot be used."""
+    try:
+        return read_images(model, job)
+    except NoPairs as reason:
+        return reason
 
 
 def _pairs(*tables: ImageTable | NoPairs) -> tuple[dict[Figure, np.ndarray], str | None]:
@@ -321,7 +333,7 @@ def _cost_notes(models: Sequence[Model]) -> list[str]:
     return notes
 
 
-def _write(folder: Path, comparison: dict[str, Any], per_image: Mapping[str, Mapping[str, np.ndarray]]) -> None:
+def _write(folder: Path, comparison: dict[str, Any], per_image: PerImage) -> None:
     from latent_ae_eval.compare.report import comparison_page
 
     with writing(folder):

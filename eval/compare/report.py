@@ -9,7 +9,6 @@ from latent_ae.metrics.labels import (
     ARROWS,
     difference,
     difference_span,
-    in_order,
     label_of,
     number,
     pair,
@@ -48,12 +47,14 @@ EXPLANATION = (
 )
 
 
-def comparison_page(comparison: Mapping[str, Any], per_image: Mapping[str, Mapping[str, np.ndarray]]) -> str:
+def comparison_page(
+    comparison: Mapping[str, Any], per_image: Mapping[tuple[str, str], Mapping[str, np.ndarray]]
+) -> str:
     """Return the comparison as one self-contained HTML file.
 
     Args:
         comparison: A result of `compare`.
-        per_image: Each image's differences from the first result, (n,), by metric and name.
+        per_image: Each image's differences from the first model, (n,), by evaluation and metric, and by name.
     """
     names = {model["label"]: model["name"] for model in comparison["models"]}
     notes = [f"NOT MEASURED IN THE SAME WAY: {line}" for line in comparison["differing"]] + comparison["notes"]
@@ -86,11 +87,11 @@ def comparison_page(comparison: Mapping[str, Any], per_image: Mapping[str, Mappi
     if per_image:
         charts = (
             page.histogram(
-                {name: values.tolist() for name, values in per_image[metric].items()},
-                title=f"Difference in {label_of(metric).name}{label_of(metric).arrow}",
+                {name: values.tolist() for name, values in differences.items()},
+                title=f"Difference in {label_of(metric).name}{label_of(metric).arrow}{_of(job)}",
                 mark=0.0,
             )
-            for metric in in_order(per_image)
+            for (job, metric), differences in per_image.items()
         )
         sections.append(page.section("Differences image by image", page.grid(*charts)))
     compared = {model["label"]: {k: v for k, v in model.items() if k != "label"} for model in comparison["models"]}
@@ -176,6 +177,11 @@ def _estimate(row: Mapping[str, Any], label: str, *, interval: bool = True) -> p
     return None if value is None else page.estimate(rounded(row["metric"], value), ends, best=row["best"] == label)
 
 
+def _of(job: str) -> str:
+    """Return what a title says behind a metric; reconstructions are the usual case."""
+    return "" if job == "recon" else f", eval {job}"
+
+
 def _each(values: Iterable[Any]) -> str:
     """Return the value that all results share, or all different values."""
     return " / ".join(dict.fromkeys(map(str, values)))
@@ -245,8 +251,8 @@ def _interval_charts(comparison: Mapping[str, Any], names: Mapping[str, str]) ->
                 if value is not None:
                     low, high = pair(row["intervals"][key]) or (None, None)
                     series[row["part"]][name] = value, low, high
-        of = "" if job == "recon" else f", eval {job}"
-        charts.append(page.interval_chart(series, title=f"{label_of(metric).name}{label_of(metric).arrow}{of}"))
+        title = f"{label_of(metric).name}{label_of(metric).arrow}{_of(job)}"
+        charts.append(page.interval_chart(series, title=title))
     return charts
 
 

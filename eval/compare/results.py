@@ -254,15 +254,14 @@ class ImageTable:
     """(n,) float64, nan where an image has no value."""
 
 
-def read_images(model: Model) -> ImageTable:
-    """Read the table next to a model's reconstructions. Raises NoPairs if there is none, or it belongs to another
-    measurement."""
+def read_images(model: Model, job: str) -> ImageTable:
+    """Read the table of images next to a result. Raises NoPairs if there is none, or it is of another measurement."""
     from pyarrow import ArrowException
     from pyarrow.parquet import read_table
 
-    result = model.results["recon"]
-    path = result.path.parent / "images.parquet"
-    names = {f"{part}_{metric}": Figure("recon", part, metric) for part, metric in result.found}
+    result = model.results[job]
+    path = result.path.parent / job_of(job).images
+    names = {"_".join(filter(None, key)): Figure(job, *key) for key in result.found}
     try:
         table = read_table(path, partitioning=None)
         copies: Counter[str] = Counter()
@@ -277,10 +276,10 @@ def read_images(model: Model) -> ImageTable:
             if column in table.column_names
         }
     except FileNotFoundError:
-        raise NoPairs(f"{model.label} has no images.parquet") from None
+        raise NoPairs(f"{model.label} has no {path.name}") from None
     except (OSError, ArrowException, KeyError, TypeError, ValueError) as error:
         raise NoPairs(f"{path} cannot be read ({error})") from None
-    if len(rows) != result.document["data"]["num_images"] or not all(digest for digest, _ in rows):
+    if len(rows) != result.num_images() or not all(digest for digest, _ in rows):
         raise NoPairs(f"{path} does not hold the images of its result, each with a digest")
     for figure, values in columns.items():
         mean = np.nanmean(values) if np.isfinite(values).any() else np.nan

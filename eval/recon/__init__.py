@@ -9,6 +9,7 @@ JOB = Job(
     measure="evaluate_reconstruction",
     text="recon_text",
     format="latent-ae reconstruction 1",
+    images="images.parquet",
     on_command_line={"rows": False},
     description="""\
 Measure reconstructions of the posterior's mean and of a sample, overall with intervals and per image, by a named
