@@ -24,15 +24,30 @@ Shown = Callable[[Mapping[str, Any]], str]
 """Returns the text that a terminal shows of a result."""
 
 
-def measured_figures(result: Mapping[str, Any]) -> Figures:
-    """Return the figures of a result with the sections `metrics` and `intervals`, which hold parts with metrics."""
+def measured_figures(result: Mapping[str, Any], parts: Sequence[str] | None = None) -> Figures:
+    """Return the figures of a result with the sections `metrics` and `intervals`, which hold parts with metrics.
+
+    Args:
+        result: The result.
+        parts: Those that count; None takes all.
+    """
     figures: Figures = {}
     for part, metrics in result["metrics"].items():
+        if parts is not None and part not in parts:
+            continue
         intervals = (result.get("intervals") or {}).get(part) or {}
         for metric, value in (metrics or {}).items():
             if metric not in ("n", "reference_images") and (known := number(value)) is not None:
                 figures[part, metric] = known, pair(intervals.get(metric))
     return figures
+
+
+def at_path(document: Mapping[str, Any], path: str) -> Any:
+    """Return what stands at a dotted path, or None."""
+    value: Any = document
+    for key in path.split("."):
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return value
 
 
 def figures_at(result: Mapping[str, Any], places: Mapping[str, str], part: str = "") -> Figures:
@@ -45,10 +60,7 @@ def figures_at(result: Mapping[str, Any], places: Mapping[str, str], part: str =
     """
     figures: Figures = {}
     for metric, path in places.items():
-        value: Any = result
-        for key in path.split("."):
-            value = value.get(key) if isinstance(value, Mapping) else None
-        if (known := number(value)) is not None:
+        if (known := number(at_path(result, path))) is not None:
             figures[part, metric] = known, None
     return figures
 
@@ -77,6 +89,8 @@ class Job:
     """Setting to lower if memory is too small."""
     incidental: tuple[str, ...] = ("batch_size",)
     """Settings in which compared results may differ, besides those of every evaluation: see `eval compare`."""
+    conditions: tuple[str, ...] = ()
+    """Further sections of a result, as dotted paths, in which compared results must agree."""
     on_command_line: Mapping[str, Any] = field(default_factory=dict)
     """More arguments of `measure` when it is called from the command line."""
 

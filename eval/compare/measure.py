@@ -21,8 +21,10 @@ from latent_ae_eval.compare.results import (
     ImageTable,
     Model,
     NoPairs,
+    Result,
     differing,
     models_of,
+    names_of,
     paired_differences,
     read_images,
     read_result,
@@ -55,6 +57,7 @@ FEWEST_IMAGES = 20
 """With fewer images a bootstrap interval is much too narrow, so no verdict is given."""
 
 DIFFERS, CHANCE, UNKNOWN = "differs", "no difference beyond chance", "cannot be told"
+OTHERWISE = "not comparable"
 PAIRED, INDEPENDENT, NONE = "paired bootstrap", "independent intervals", "no interval"
 
 
@@ -78,7 +81,7 @@ def compare(results: Sequence[str | Path], *, anyway: bool = False, out: str | P
         UserError: If a file is no such result, all are of one model, the results were not measured in the same way, or
             `out` cannot be written.
     """
-    models = models_of([read_result(path) for path in results])
+    models = models_of(_read(results))
     if len(models) < 2:
         raise UserError(
             "compare takes results of at least two models" + (", and these are all of one" if models else "")
@@ -86,10 +89,11 @@ def compare(results: Sequence[str | Path], *, anyway: bool = False, out: str | P
     obstacles = differing(models)
     if obstacles and not anyway:
         names = "\n".join(f"  {model.label} is {result.path}" for model in models for result in model.results.values())
-        lines = "\n".join(f"  {line}" for line in obstacles)
+        lines = [f"  {line}" for found in obstacles.values() for line in found]
+        older = " What is not recorded was left out by an older version." if "not recorded" in str(lines) else ""
         raise UserError(
-            f"these results were not measured in the same way:\n{lines}\n{names}\n"
-            "Measure again with the same protocol and data, or add --anyway to compare them nevertheless."
+            "these results were not measured in the same way:\n" + "\n".join(lines) + f"\n{names}\n"
+            f"Measure again with the same protocol and data, or add --anyway to compare them nevertheless.{older}"
         )
     comparison, per_image = _compared(models, obstacles)
     if out is not None:
@@ -97,12 +101,25 @@ def compare(results: Sequence[str | Path], *, anyway: bool = False, out: str | P
     return comparison
 
 
-def _compared(models: Sequence[Model], obstacles: list[str]) -> tuple[dict[str, Any], PerImage]:
+def _read(paths: Sequence[str | Path]) -> list[Result]:
+    """Read results. Raises one UserError that names every path that is none."""
+    read, problems = [], []
+    for path in paths:
+        try:
+            read.append(read_result(path))
+        except UserError as problem:
+            problems.append(str(problem))
+    if problems:
+        raise UserError("\n".join(problems))
+    return read
+
+
+def _compared(models: Sequence[Model], obstacles: Mapping[str, list[str]]) -> tuple[dict[str, Any], PerImage]:
     """Return the comparison, and each image's differences from the first model."""
     tables: dict[str, dict[str, ImageTable | NoPairs]] = {}
     for job in (job for job in JOBS if job_of(job).images):
         tables[job] = {model.label: _table(model, job) for model in models if job in model.results}
-    first, notes = models[0], _notes(models)
+    first, notes, names = models[0], _notes(models), names_of(models)
     rows: dict[Figure, dict[frozenset[str], dict[str, Any]]] = {}
     per_image: PerImage = {}
     for a, b in combinations(models, 2):
@@ -113,7 +130,7 @@ def _compared(models: Sequence[Model], obstacles: list[str]) -> tuple[dict[str, 
             if a is first and why_not:
                 of = "" if job == "recon" else f"eval {job}: "
                 notes.append(f"{of}{b.label} and {a.label} are not compared image by image: {why_not}.")
-        for figure, row in _differences(a, b, paired).items():
+        for figure, row in _differences(a, b, paired, obstacles).items():
             rows.setdefault(figure, {})[frozenset((a.label, b.label))] = row
         if a is first:
             for figure, values in paired.items():
@@ -129,7 +146,7 @@ def _compared(models: Sequence[Model], obstacles: list[str]) -> tuple[dict[str, 
     comparison = {
         "format": "latent-ae comparison 2",
         "comparable": not obstacles,
-        "differing": obstacles,
+        "differing": [line for found in obstacles.values() for line in found],
         "notes": notes,
         "differences": [row for figure in figures for pair, row in rows.get(figure, {}).items() if first.label in pair],
         "metrics": [_metric(models, figure, rows.get(figure, {})) for figure in figures],
@@ -137,7 +154,7 @@ def _compared(models: Sequence[Model], obstacles: list[str]) -> tuple[dict[str, 
         "models": [
             {
                 "label": model.label,
-                "name": model.name,
+                "name": names[model.label],
                 "results": {
                     job: {"path": str(result.path)} | {k: v for k, v in result.document.items() if k in DESCRIBING}
                     for job, result in model.results.items()
@@ -172,8 +189,10 @@ def _pairs(*tables: ImageTable | NoPairs) -> tuple[dict[Figure, np.ndarray], str
         return {}, str(reason)
 
 
-def _differences(a: Model, b: Model, paired: Mapping[Figure, np.ndarray]) -> dict[Figure, dict[str, Any]]:
-    """Return the rows of b - a for everything that both have."""
+def _differences(
+    a: Model, b: Model, paired: Mapping[Figure, np.ndarray], obstacles: Mapping[str, list[str]]
+) -> dict[Figure, dict[str, Any]]:
+    """Return the rows of b - a for everything that both have; there is no verdict on what was measured otherwise."""
     usable = {figure: values for figure, values in paired.items() if np.isfinite(values).any()}
     intervals = dict(zip(usable, mean_intervals(np.stack(list(usable.values()), 1)), strict=True)) if usable else {}
     rows = {}
@@ -186,10 +205,13 @@ def _differences(a: Model, b: Model, paired: Mapping[Figure, np.ndarray]) -> dic
             low, high = map(float, intervals[figure])
             interval, method = (low, high), PAIRED
         else:
-            difference = (b.value(figure) or 0.0) - (a.value(figure) or 0.0)
-            interval, method = _independent(difference, a.interval(figure), b.interval(figure)), INDEPENDENT
+            ends = [(model.value(figure) or 0.0, model.interval(figure)) for model in (a, b)]
+            difference = ends[1][0] - ends[0][0]
+            interval, method = independent_interval(*ends), INDEPENDENT
         verdict = UNKNOWN
-        if interval is not None and (n is None or n >= FEWEST_IMAGES):
+        if figure.job in obstacles:
+            verdict = OTHERWISE
+        elif interval is not None and (n is None or n >= FEWEST_IMAGES):
             verdict = CHANCE if interval[0] <= 0 <= interval[1] else DIFFERS
         rows[figure] = figure._asdict() | {
             "of": b.label,
@@ -234,14 +256,25 @@ def mean_intervals(values: np.ndarray) -> np.ndarray:
     return np.nanpercentile(np.concatenate(means), [tail, 100 - tail], axis=0).T
 
 
-def _independent(
-    difference: float, a: tuple[float, float] | None, b: tuple[float, float] | None
+def independent_interval(
+    a: tuple[float, tuple[float, float] | None], b: tuple[float, tuple[float, float] | None]
 ) -> tuple[float, float] | None:
-    """Return the interval of a difference from two intervals, as if they were of different images: squares add."""
-    if a is None or b is None:
+    """Return the interval of b - a from their own intervals, as if they were of different images.
+
+    Of each side the squares of the distances add (Zou and Donner 2008, "MOVER"), so an interval that is longer on one
+    side, as near a bound, stays so.
+
+    Args:
+        a: A value and its interval.
+        b: The other value and its interval.
+    """
+    (value_a, interval_a), (value_b, interval_b) = a, b
+    if interval_a is None or interval_b is None:
         return None
-    half = float(np.hypot(a[1] - a[0], b[1] - b[0])) / 2
-    return difference - half, difference + half
+    difference = value_b - value_a
+    low = float(np.hypot(value_b - interval_b[0], interval_a[1] - value_a))
+    high = float(np.hypot(interval_b[1] - value_b, value_a - interval_a[0]))
+    return difference - low, difference + high
 
 
 def _better(metric: str, a: Model, b: Model, difference: float) -> str | None:

@@ -28,7 +28,7 @@ AXES = {
 """What quality is drawn against: where it is in the section `cost`, and its factor."""
 HEADLINES = {
     "psnr": ("recon", ("mode", "sample"), ("psnr",)),
-    "perceptual": ("recon", ("mode", "sample"), ("fid", "lpips_vgg", "lpips_alex")),
+    "perceptual": ("recon", ("mode", "sample"), ("fid", "fd_dinov2", "lpips_vgg", "lpips_alex", "dists")),
     "midpoints": ("ifid", ("midpoints",), ("ifid", "fd_dinov2", "frechet_vgg16")),
     "samples": ("diffusion", ("samples",), ("fid", "fd_dinov2", "frechet_vgg16")),
     "rank": ("latents", ("",), ("effective_rank",)),
@@ -37,8 +37,14 @@ HEADLINES = {
 have is taken, the first of equals."""
 QUALITY, PREDICTION = ("psnr", "perceptual"), ("midpoints", "samples")
 """Headlines that charts draw upwards, and those that they draw to the right, besides time and size."""
+MOST_NAMED = 4
+"""More models are not named in the title."""
 MOST_COLUMNS = 6
 """Tables of more models have a row for each, so that they fit a page."""
+ONE_RUN = (
+    "Letters are those of the table, lines 95 % intervals. Times are of one run on one machine and vary between runs, "
+    "more so beside other work. Distances of samples are those of one seed of the diffusion model."
+)
 EXPLANATION = (
     "A difference counts if its 95 % interval does not contain zero; of twenty comparisons of equal models, one or so "
     "will count by chance. The paired bootstrap draws images and takes both models' values of each. Distances between "
@@ -62,14 +68,21 @@ def comparison_page(
     sections = [
         page.facts(_facts(comparison)),
         page.notes(notes),
-        page.section("At a glance", page.table(_overview(comparison, names)), page.grid(*_quality_charts(comparison))),
+        page.section(
+            "At a glance",
+            page.table(_overview(comparison, names)),
+            page.grid(*_quality_charts(comparison)),
+            page.paragraph(ONE_RUN, soft=True),
+        ),
     ]
     # each kind of latent has all metrics of reconstructions; of the parts of other evaluations each has few
     tables: dict[str, list[Mapping[str, Any]]] = {}
     for row in comparison["metrics"]:
         of = f", {row['part']}" if row["job"] == "recon" else ""
         tables.setdefault(f"eval {row['job']}{of}", []).append(row)
-    sections += [page.section(heading, page.table(_figures(rows, names))) for heading, rows in tables.items()]
+    for heading, rows in tables.items():
+        data = page.paragraph(_data_of(comparison, rows[0]["job"]), soft=True)
+        sections.append(page.section(heading, data, page.table(_figures(rows, names))))
     sections += [
         page.paragraph(
             f"{ARROWS} Small: 95 % intervals. Best is marked only where a value beats every other beyond chance.",
@@ -96,7 +109,8 @@ def comparison_page(
         sections.append(page.section("Differences image by image", page.grid(*charts)))
     compared = {model["label"]: {k: v for k, v in model.items() if k != "label"} for model in comparison["models"]}
     sections.append(page.section("What was compared", page.manifest({"method": comparison["method"]} | compared)))
-    title = " and ".join([", ".join(list(names.values())[:-1]), list(names.values())[-1]])
+    *others, last = names.values()
+    title = f"{', '.join(others)} and {last}" if len(names) <= MOST_NAMED else f"{len(names)} first stages"
     loud = " (not measured in the same way)" if comparison["differing"] else ""
     return page.page(
         f"Comparison of {title}{loud}", sections, subtitle="First stages, compared by latent-ae eval compare."
@@ -119,6 +133,14 @@ def _facts(comparison: Mapping[str, Any]) -> dict[str, Any]:
         facts["protocol"] = _each(recon["protocol"].get("name") for recon in recons)
     jobs = dict.fromkeys(job for model in models for job in model["results"])
     return facts | {"models": len(models), "evaluations": ", ".join(jobs)}
+
+
+def _data_of(comparison: Mapping[str, Any], job: str) -> str:
+    """Return on what an evaluation was made."""
+    found = [model["results"][job]["data"] for model in comparison["models"] if job in model["results"]]
+    location = _each(short_name(data.get("location"), "no data") for data in found)
+    counts = [count for data in found if (count := number(data.get("num_images"))) is not None]
+    return f"{_each(f'{count:,.0f}' for count in counts)} images of {location}." if counts else f"On {location}."
 
 
 def _headlines(comparison: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
@@ -204,7 +226,7 @@ def _differences(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
         most[row["job"]] = max(row["n"] or 0, most.get(row["job"], 0))
     for row in rows:
         label = label_of(row["metric"])
-        fewer = "" if (row["n"] or 0) == most[row["job"]] else f", {row['n']:,} images"
+        fewer = "" if (row["n"] or 0) == most[row["job"]] else f", {row['n'] or 0:,} images"
         winner = f", {row['better']} is better" if row["better"] else ""
         lines.append(
             {
@@ -287,14 +309,16 @@ def _quality_charts(comparison: Mapping[str, Any]) -> list[str]:
     for label, positions in across.items():
         for row in (headlines[key] for key in QUALITY if key in headlines):
             points = {
-                model["name"]: (x, y)
+                model["label"]: (x, y)
                 for model in comparison["models"]
                 if (x := positions.get(model["label"])) is not None
                 and (y := number(row["values"][model["label"]])) is not None
             }
             if len(points) > 1:
                 title = f"{_title(row)} against {label}"
-                charts.append(page.scatter_chart(points, title=title, x_label=label, y_label=_title(row)))
+                ends = {key: known for key in points if (known := pair(row["intervals"][key]))}
+                chart = page.scatter_chart(points, title=title, x_label=label, y_label=_title(row), intervals=ends)
+                charts.append(chart)
     return charts
 
 
@@ -304,8 +328,17 @@ def comparison_text(comparison: Mapping[str, Any]) -> str:
     for model in comparison["models"]:
         lines += [f"{model['name']}: {result['path']}" for result in model["results"].values()]
     rows = _differences(comparison["differences"])
+    notes = [f"note: {note}" for note in comparison["notes"]]
     if not rows:
-        return printable("\n".join([*lines, "No two models have a metric in common."]), lines=True)
+        return printable("\n".join([*lines, "No two models have a metric in common.", *notes]), lines=True)
+    shown = [
+        Row(_title(row), rounded(row["metric"], value), span(row["metric"], pair(row["intervals"][label])), label, best)
+        for row in _headlines(comparison).values()
+        for label in row["values"]
+        if (value := number(row["values"][label])) is not None
+        for best in ["best" if row["best"] == label else ""]
+    ]
+    lines += ["", aligned(shown), ""] if shown else []
     how = {row["how"] for row in rows}
     shown = []
     for row in rows:
@@ -321,5 +354,4 @@ def comparison_text(comparison: Mapping[str, Any]) -> str:
     ]
     table = [aligned(shown), *([f"\nMethod of all: {how.pop()}."] if len(how) == 1 else [])]
     table += ["", aligned(costs)] if costs else []
-    notes = [f"note: {note}" for note in comparison["notes"]]
     return printable("\n".join([*lines, "", *table, "", *notes]).rstrip(), lines=True)

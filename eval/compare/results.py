@@ -14,7 +14,7 @@ from latent_ae.config import UserError
 from latent_ae.metrics.labels import number, short_name
 from latent_ae.report.page import flattened
 from latent_ae.text import choice_in_words
-from latent_ae_eval.job import JOBS, Figures, job_of
+from latent_ae_eval.job import JOBS, Figures, at_path, job_of
 
 NOT_COMPARED = ("latents", "changed", "changed.latents")
 """Keys of a protocol that may differ: each kind of latent is compared with its own kind only, so a deterministic model
@@ -75,12 +75,13 @@ class Model:
 
     @property
     def name(self) -> str:
-        """The label and the name of the model."""
-        model = self._first.document["model"]
-        return f"{self.label} {short_name(model.get('location'), str(model.get('class') or 'model'))}"
+        """The name of the model, without its label."""
+        model = self.first.document["model"]
+        return short_name(model.get("location"), str(model.get("class") or "model"))
 
     @property
-    def _first(self) -> Result:
+    def first(self) -> Result:
+        """The result that was given first."""
         return next(iter(self.results.values()))
 
     def figures(self) -> list[Figure]:
@@ -105,12 +106,22 @@ def models_of(results: Sequence[Result]) -> list[Model]:
     models: list[Model] = []
     for result in results:
         for model in models:
-            if result.job not in model.results and model._first.model == result.model:
+            if result.job not in model.results and model.first.model == result.model:
                 break
         else:
             models.append(model := Model(label_at(len(models))))
         model.results[result.job] = result
     return models
+
+
+def names_of(models: Sequence[Model]) -> dict[str, str]:
+    """Return the names of models by label, with the folder of the first result where names are the same."""
+    names = [model.name for model in models]
+    return {
+        model.label: f"{model.label} {model.name}"
+        + (f" ({model.first.path.parent.name})" if names.count(model.name) > 1 else "")
+        for model in models
+    }
 
 
 def label_at(position: int) -> str:
@@ -158,6 +169,11 @@ def _problem(document: Any, job: str) -> str | None:
     for key in ("model", "data", *(("protocol", "metrics") if job == "recon" else ("settings",))):
         if not isinstance(document.get(key), dict):
             return f'"{key}" is not an object'
+    for key in ("versions", "networks"):
+        if not isinstance(document.get(key) or {}, dict):
+            return f'"{key}" is not an object'
+    if not isinstance(document.get("notes") or [], list):
+        return '"notes" is not a list'
     if job != "recon":
         return None
     for key in ("metrics", "intervals"):
@@ -171,13 +187,13 @@ def _problem(document: Any, job: str) -> str | None:
     return None
 
 
-def differing(models: Sequence[Model]) -> list[str]:
-    """Return what prevents a comparison, a line for each difference with every model's value."""
-    obstacles = []
-    jobs = {job for model in models for job in model.results}
-    for job in filter(jobs.__contains__, JOBS):
+def differing(models: Sequence[Model]) -> dict[str, list[str]]:
+    """Return what prevents a comparison by evaluation: a line for each difference with every model's value."""
+    obstacles = {}
+    for job in JOBS:
         found = _differing({model.label: model.results[job] for model in models if job in model.results})
-        obstacles += found if job == "recon" else [f"eval {job}, {line}" for line in found]
+        if found:
+            obstacles[job] = found if job == "recon" else [f"eval {job}, {line}" for line in found]
     return obstacles
 
 
@@ -197,16 +213,16 @@ def _differing(results: Mapping[str, Result]) -> list[str]:
         weights = {label: str(known[name])[:16] for label, known in networks.items() if name in known}
         if len(set(weights.values())) > 1:
             obstacles.append(_differing_line(f"networks.{name}", weights))
-    prints = {label: _fingerprint(result) for label, result in results.items()}
-    if len(set(prints.values())) > 1 or not all(prints.values()):  # one that is not recorded may be any
-        obstacles.append(_differing_line("data.fingerprint", {key: text[:16] or None for key, text in prints.items()}))
-        choices = {label: document["data"].get("choice") for label, document in documents.items()}
-        words = {key: choice_in_words(one) if isinstance(one, dict) else None for key, one in choices.items()}
-        if len(set(words.values())) > 1:
-            obstacles.append(
-                _differing_line("images chosen from the data", words)
-                + "; if the data is the same, measure again with the same limit and seed"
-            )
+    data = {label: _data(result) for label, result in results.items()}
+    name = next((name for name, _ in data.values()), "")
+    if len(set(data.values())) > 1 or not all(text for _, text in data.values()):  # one not recorded may be any
+        obstacles.append(_differing_line(name, {label: text or None for label, (_, text) in data.items()}))
+    choices = {label: _choice(result) for label, result in results.items()}
+    if len(set(choices.values())) > 1 and (name == "data.location" or len(set(data.values())) > 1):
+        obstacles.append(
+            _differing_line("images chosen from the data", choices)
+            + "; if the data is the same, measure again with the same limit and seed"
+        )
     seeds = {key: str(one.get("seed")) for key, one in documents.items() if (one.get("metrics") or {}).get("sample")}
     if len(set(seeds.values())) > 1:
         obstacles.append(_differing_line("seed of the posterior's samples", seeds))
@@ -219,17 +235,45 @@ def _conditions(result: Result) -> dict[str, Any]:
         protocol = flattened(result.document["protocol"])
         known = {f"protocol.{path}": text for path, text in protocol if path not in NOT_COMPARED}
     else:
-        incidental = (*INCIDENTAL, *job_of(result.job).incidental)
-        known = dict(flattened({k: v for k, v in result.document["settings"].items() if k not in incidental}))
+        job = job_of(result.job)
+        # a preset's values are in `conditions`
+        settings = {
+            key: value
+            for key, value in result.document["settings"].items()
+            if key not in (*INCIDENTAL, *job.incidental) and not _in_conditions(key, result, job.conditions)
+        }
+        known = dict(flattened(settings))
+        for path in job.conditions:
+            section = at_path(result.document, path)
+            known |= dict(flattened({path: section} if section is not None else {}))
+        known.pop("recipe.parameters", None)  # a larger latent needs a larger transformer
     count = result.num_images()
     return known | {"number of images": None if count is None else f"{count:,}"}
 
 
-def _fingerprint(result: Result) -> str:
-    """Return what tells the data of a result apart; evaluations that record no digest have their location."""
+def _in_conditions(key: str, result: Result, conditions: Sequence[str]) -> bool:
+    """Return whether one of the sections that must agree holds the value of a setting."""
+    sections = (at_path(result.document, path) for path in conditions)
+    return any(isinstance(section, Mapping) and key in section for section in sections)
+
+
+def _data(result: Result) -> tuple[str, str]:
+    """Return what tells the data of a result apart, and its name; evaluations without digests have a location."""
     data = result.document["data"]
     prints = str(data.get("fingerprint") or "".join(map(str, data.get("fingerprints") or ())))
-    return prints if prints or result.job == "recon" else f"{data.get('location')} {data.get('split') or ''}"
+    if prints or result.job == "recon":
+        return "data.fingerprint", prints[:16]
+    location = str(data.get("location")).rstrip("/")
+    return "data.location", f"{location} {data['split']}" if data.get("split") else location
+
+
+def _choice(result: Result) -> str | None:
+    """Return in words which images of the data were measured, with the digest of their numbers."""
+    choice = result.document["data"].get("choice")
+    if not isinstance(choice, dict):
+        return None
+    prints = choice.get("fingerprint")
+    return choice_in_words(choice) + (f" ({str(prints)[:16]})" if prints else "")
 
 
 def _differing_line(name: str, values: Mapping[str, str | None]) -> str:
@@ -261,9 +305,15 @@ def read_images(model: Model, job: str) -> ImageTable:
 
     result = model.results[job]
     path = result.path.parent / job_of(job).images
-    names = {"_".join(filter(None, key)): Figure(job, *key) for key in result.found}
     try:
         table = read_table(path, partitioning=None)
+        names = {Figure(job, *key): "_".join(filter(None, key)) for key in result.found}
+        # a deterministic model's samples are its mode
+        names |= {
+            figure: f"mode_{figure.metric}"
+            for figure, column in names.items()
+            if figure.part == "sample" and column not in table.column_names
+        }
         copies: Counter[str] = Counter()
         rows = []
         for digest in table["digest"].to_pylist():
@@ -272,7 +322,7 @@ def read_images(model: Model, job: str) -> ImageTable:
         order = sorted(range(len(rows)), key=rows.__getitem__)
         columns = {
             figure: table[column].to_numpy().astype(np.float64)[order]
-            for column, figure in names.items()
+            for figure, column in names.items()
             if column in table.column_names
         }
     except FileNotFoundError:

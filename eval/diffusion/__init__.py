@@ -1,7 +1,9 @@
 """latent-ae eval diffusion: the command's description; settings, measure and report are separate modules."""
 
+from functools import partial
+
 from latent_ae_eval.generation.settings import DiffusionSettings
-from latent_ae_eval.job import Job
+from latent_ae_eval.job import Job, measured_figures
 
 JOB = Job(
     "diffusion",
@@ -10,6 +12,8 @@ JOB = Job(
     text="diffusion_text",
     format="latent-ae diffusion 1",
     batch_key="batch_size",
+    figures=partial(measured_figures, parts=("samples", "reconstructions")),  # the others are the same for every model
+    conditions=("recipe",),
     incidental=("latents", "held_out_latents", "images_at_a_time"),
     description="""\
 Train a small diffusion transformer (DiT) by flow matching on the first stage's latents, on a fixed budget and seed,

@@ -24,7 +24,7 @@ def latents_figures(result: Mapping[str, Any]) -> Figures:
     health = result["health"]
     figures = figures_at(health, HEALTH)
     figures["", "dead_channels"] = float(len(health["dead_channels"])), None
-    for row in health.get("noise") or ():
+    for row in (row for row in health.get("noise") or () if row["sigma"]):  # without noise it is that of `eval recon`
         figures |= figures_at(row, {"psnr": "psnr"}, f"noise of {row['sigma']:g} stds")
     for row in health.get("transforms") or ():
         figures |= figures_at(row, {"psnr_apart": "psnr_apart"}, str(row["transform"]))

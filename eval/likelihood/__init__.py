@@ -28,6 +28,7 @@ JOB = Job(
     text="likelihood_text",
     format="latent-ae likelihood 1",
     figures=likelihood_figures,
+    conditions=("likelihood.kind", "likelihood.discretised"),
     description="""\
 Bound the likelihood that a variational autoencoder gives to images: the ELBO and an importance-weighted bound in bits
 per dimension and nats per image, with rate and distortion. A terminal gets a table, a pipe JSON; result.json,

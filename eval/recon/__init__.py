@@ -1,7 +1,25 @@
 """latent-ae eval recon: the command's description; settings, measure and report are separate modules."""
 
-from latent_ae_eval.job import Job
+from collections.abc import Mapping
+from typing import Any
+
+from latent_ae_eval.job import Figures, Job, measured_figures
 from latent_ae_eval.recon.settings import ReconSettings
+
+
+def recon_figures(result: Mapping[str, Any]) -> Figures:
+    """Return the metrics of each kind of latent. A deterministic model's only reconstruction is its sample, too."""
+    figures = measured_figures(result)
+    if is_deterministic(result):
+        figures |= {("sample", metric): value for (part, metric), value in figures.items() if part == "mode"}
+    return figures
+
+
+def is_deterministic(result: Mapping[str, Any]) -> bool:
+    """Return whether samples were to be decoded and the model has none."""
+    metrics = result["metrics"]
+    return "sample" in result["protocol"].get("latents", ()) and not metrics.get("sample") and bool(metrics.get("mode"))
+
 
 JOB = Job(
     "recon",
@@ -10,6 +28,7 @@ JOB = Job(
     text="recon_text",
     format="latent-ae reconstruction 1",
     images="images.parquet",
+    figures=recon_figures,
     on_command_line={"rows": False},
     description="""\
 Measure reconstructions of the posterior's mean and of a sample, overall with intervals and per image, by a named

@@ -1,6 +1,8 @@
 """latent-ae eval sample: the command's description; settings, measure and report are separate modules."""
 
-from latent_ae_eval.job import Job
+from functools import partial
+
+from latent_ae_eval.job import Job, measured_figures
 from latent_ae_eval.sample.settings import SampleSettings
 
 JOB = Job(
@@ -11,6 +13,8 @@ JOB = Job(
     format="latent-ae sample 1",
     needs_data=False,
     batch_key="images_at_a_time",
+    figures=partial(measured_figures, parts=("samples", "reconstructions")),  # the others are the same for every model
+    conditions=("recipe",),
     incidental=("latents", "held_out_latents", "images_at_a_time"),
     description="""\
 Draw latents from a prior and decode them: prior=normal, the one that a variational autoencoder was trained with;

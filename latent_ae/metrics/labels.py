@@ -143,7 +143,10 @@ def number(value: Any) -> float | None:
     """Return `value` as a float if it is a finite number, else None (a result file may hold anything in its place)."""
     if isinstance(value, bool) or not isinstance(value, Real):  # NumPy's numbers are real ones, too
         return None
-    return float(value) if math.isfinite(value) else None
+    try:
+        return float(value) if math.isfinite(value) else None
+    except OverflowError:  # a whole number of hundreds of digits
+        return None
 
 
 def pair(value: Any) -> tuple[float, float] | None:
@@ -151,7 +154,7 @@ def pair(value: Any) -> tuple[float, float] | None:
     if not isinstance(value, (list, tuple)) or len(value) != 2:
         return None
     low, high = map(number, value)
-    return None if low is None or high is None else (low, high)
+    return None if low is None or high is None or low > high else (low, high)
 
 
 def short_name(location: Any, otherwise: str = "") -> str:

@@ -177,7 +177,12 @@ def interval_chart(
 
 
 def scatter_chart(
-    points: Mapping[str, tuple[float, float]], *, title: str = "", x_label: str = "", y_label: str = ""
+    points: Mapping[str, tuple[float, float]],
+    *,
+    title: str = "",
+    x_label: str = "",
+    y_label: str = "",
+    intervals: Mapping[str, tuple[float, float]] | None = None,
 ) -> str:
     """Return named points as inline SVG; the name is written beside its point.
 
@@ -188,6 +193,7 @@ def scatter_chart(
         title: Title of the chart.
         x_label: Label of the x axis.
         y_label: Label of the y axis.
+        intervals: Interval of y by name, drawn as a line.
     """
     xs = [x for x, _ in points.values()]
     low, high = min(xs, default=1.0), max(xs, default=1.0)
@@ -198,6 +204,8 @@ def scatter_chart(
         for position, (name, (x, y)) in enumerate(points.items()):
             colour = COLOURS[position % len(COLOURS)]
             axes.plot([x], [y], "o", color=colour, markersize=6)
+            if intervals and name in intervals:
+                axes.plot([x, x], intervals[name], color=colour, linewidth=1)
             side = -1 if x > middle else 1  # into the chart
             label = _label(name)
             axes.annotate(

@@ -14,7 +14,17 @@ from latent_ae.config import UserError
 from latent_ae.metrics.distances import jackknife_interval
 from latent_ae.metrics.labels import Label, label_of
 from latent_ae_eval.compare import measure as module
-from latent_ae_eval.compare.measure import CHANCE, DIFFERS, INDEPENDENT, PAIRED, UNKNOWN, compare, mean_intervals
+from latent_ae_eval.compare.measure import (
+    CHANCE,
+    DIFFERS,
+    INDEPENDENT,
+    OTHERWISE,
+    PAIRED,
+    UNKNOWN,
+    compare,
+    independent_interval,
+    mean_intervals,
+)
 from latent_ae_eval.compare.results import label_at
 from latent_ae_eval.job import job_of
 from latent_ae_eval.latents import HEALTH
@@ -75,7 +85,7 @@ def test_equal_models_on_other_images_each_differ_in_one_comparison_of_twenty_or
     false_alarms = 0
     for a, b, without_a, without_b in zip(*means, *left_out, strict=True):
         pair = tuple(jackknife_interval(a, without_a)), tuple(jackknife_interval(b, without_b))
-        low, high = module._independent(b - a, *pair)
+        low, high = independent_interval((a, pair[0]), (b, pair[1]))
         false_alarms += low > 0 or high < 0
     assert 0.03 < false_alarms / 5000 < 0.05  # P(|T| > 2.262) with 18 degrees of freedom: 0.036
 
@@ -147,6 +157,8 @@ def test_what_was_measured_otherwise_is_refused_and_told_loudly_when_compared_an
     printed = capsys.readouterr()
     comparison = json.loads(printed.out)
     assert comparison["differing"] == [line] and comparison["comparable"] is False
+    assert {row["verdict"] for row in comparison["differences"]} == {OTHERWISE}
+    assert {row["best"] for row in comparison["metrics"]} == {None}
     loud = f"NOT MEASURED IN THE SAME WAY: {line}"
     shown = read((tmp_path / "out" / "comparison.html").read_text()).text
     assert loud in printed.err and loud in shown and "and B b (not measured in the same way)" in shown
@@ -166,6 +178,27 @@ def test_a_deterministic_model_is_compared_by_its_mode_whatever_the_seed(tmp_pat
     assert {row["part"] for row in comparison["differences"]} == {"mode"}
     assert "B: no figures for the latent's sample." in comparison["notes"]
     assert [row["values"]["B"] for row in comparison["metrics"] if row["part"] == "sample"] == [None] * 5
+
+
+def test_a_deterministic_model_stands_beside_samples_where_a_protocol_takes_only_those(tmp_path):
+    """As in the tables of papers: a codebook's reconstruction beside that of a posterior's sample."""
+    sampled = {"protocol": {"latents": ["sample"]}}
+    a, b = (
+        made(tmp_path, "a", kinds=("sample",), changes=sampled),
+        made(tmp_path, "b", kinds=("mode",), changes=sampled),
+    )
+    comparison = compare([a, b])
+    row = found(comparison, kind="sample")
+    assert row["difference"] == pytest.approx(0.5) and row["method"] == PAIRED  # samples of `table` are that much worse
+    (psnr,) = (r for r in comparison["metrics"] if (r["part"], r["metric"]) == ("sample", "psnr"))
+    assert psnr["best"] == "B" and None not in psnr["values"].values()
+
+
+def test_independent_intervals_keep_their_longer_side():
+    """Zou and Donner (2008), eq. 3, on two proportions near 1."""
+    a, b = (0.95, (0.90, 0.97)), (0.99, (0.96, 1.00))
+    low, high = 0.04 - (0.03**2 + 0.02**2) ** 0.5, 0.04 + (0.01**2 + 0.05**2) ** 0.5
+    assert independent_interval(a, b) == pytest.approx((low, high))
 
 
 def test_missing_metrics_are_named(tmp_path):
@@ -199,8 +232,9 @@ def test_quality_is_drawn_against_time_and_size_with_names(tmp_path):
     assert not notes and len(charts) == 4
     expected = [(metric, axis) for axis in ("time to decode", "bits per pixel") for metric in ("PSNR", "rFID")]
     for chart, words in zip(charts, expected, strict=True):
-        assert all(word in chart for word in (*words, "A a", "B quick"))
+        assert all(word in chart for word in words) and " A B " in chart
     text = read((tmp_path / "out" / "comparison.html").read_text()).text
+    assert "A a83,653,8635001" in text.replace("\n", "") and "B quick83,653,86362.54" in text.replace("\n", "")
     for line in ("time (ms per image)decode50062.5", "latent (bits per pixel)fp1614", "parametersdecoder49,490,199"):
         assert line in text.replace("\n", "")
 
@@ -284,6 +318,8 @@ def test_a_damaged_table_is_not_an_error(tmp_path):
         ({"intervals": []}, '"intervals" does not hold'),
         ({"data": {"num_images": True}}, '"data.num_images"'),
         ({"format": "latent-ae ifid 1", "metrics": {"midpoints": 3}}, "what `eval ifid` writes is missing or damaged"),
+        ({"notes": 5}, '"notes" is not a list'),
+        ({"versions": ["x"]}, '"versions" is not an object'),
         ({"format": "latent-ae latents 1"}, "KeyError: 'health'); measure again: latent-ae eval latents"),
     ],
 )
@@ -364,6 +400,18 @@ def test_evaluations_under_other_conditions_are_refused(tmp_path):
     with pytest.raises(UserError, match="eval ifid, seed: A 0, B 1") as refusal:
         compare([a, b])
     assert "batch_size" not in str(refusal.value) and "ema" not in str(refusal.value)
+    likely = {"metrics": {"elbo": {"bits_per_dimension": {"mean": 4.0, "interval": [3.0, 5.0]}}}}
+    kinds = [other(tmp_path, "likelihood", k, **likely, likelihood={"kind": k}) for k in ("gaussian", "bernoulli")]
+    with pytest.raises(UserError, match="eval likelihood, likelihood.kind: A gaussian, B bernoulli"):
+        compare(kinds)
+    trained = {"metrics": {"samples": {"n": 60, "frechet_vgg16": 9.0}, "held_out": {"frechet_vgg16": 1.0}}}
+    steps = [
+        other(tmp_path, "diffusion", name, **trained, settings={"lr": lr}, recipe={"lr": 1e-3, "steps": count})
+        for name, lr, count in (("f", "preset", 500), ("g", 1e-3, 500), ("h", "preset", 40_000))
+    ]
+    assert [row["part"] for row in compare(steps[:2])["metrics"]] == ["samples"]  # a preset and its value are the same
+    with pytest.raises(UserError, match="eval diffusion, recipe.steps: A 500, B 40000"):
+        compare(steps[::2])
     c, d, e = (
         other(tmp_path, "ifid", name, **midpoints(1, 1), networks=networks)
         for name, networks in (("c", {"fid": "1", "frechet_vgg16": ""}), ("d", {"fid": "2"}), ("e", {}))
@@ -375,9 +423,14 @@ def test_evaluations_under_other_conditions_are_refused(tmp_path):
         other(tmp_path, "probe", name, features={}, data={"location": place, "test_images": 9})
         for name, place in (("a", "/d/x"), ("b", "/d/y"), ("c", "/d/x"))
     ]
-    with pytest.raises(UserError, match="eval probe, data.fingerprint"):
+    with pytest.raises(UserError, match="eval probe, data.location: A /d/x, B /d/y"):
         compare(places[:2])
     assert compare(places[::2])["comparable"]
+    facts = {"method": "spread", "number": 9, "seed": 0, "fingerprint": "1"}
+    datas = ({"location": "x", "split": of, "choice": facts | {"of": of}} for of in (24, 23))
+    choices = [other(tmp_path, "probe", str(data["split"]), features={}, data=data) for data in datas]
+    with pytest.raises(UserError, match="images chosen from the data: A 9 of 24 images.*, B 9 of 23"):
+        compare(choices)
 
 
 def test_every_evaluation_has_figures_with_names(jobs, lpips_vgg):
@@ -393,6 +446,22 @@ def test_every_evaluation_has_figures_with_names(jobs, lpips_vgg):
         if job.name == "latents":
             assert set(HEALTH) <= {metric for _, metric in figures}
             assert {"noise of 0.1 stds", "half size"} <= {part for part, _ in figures}
+
+
+def test_numbers_that_no_float_holds_and_parts_without_a_count_are_survived(tmp_path):
+    a, b = (other(tmp_path, "ifid", name, **midpoints(1, 1)) for name in "ab")
+    document = json.loads((b / "result.json").read_text())
+    del document["metrics"]["midpoints"]["n"]
+    document["metrics"]["reconstructions"]["frechet_vgg16"] = 10**400
+    (b / "result.json").write_text(json.dumps(document))
+    comparison = compare([a, b], out=tmp_path / "out")
+    assert {row["part"] for row in comparison["differences"]} == {"midpoints"}
+
+
+def test_models_of_one_name_are_told_apart_by_their_folders(tmp_path):
+    a = made(tmp_path, "a", changes={"model": {"location": "/m/x"}})
+    b = made(tmp_path, "b", changes={"model": {"location": "/n/x"}})
+    assert [model["name"] for model in compare([a, b])["models"]] == ["A x (a)", "B x (b)"]
 
 
 def test_labels_go_on_behind_z():
