@@ -259,6 +259,7 @@ class Measurer:
             made = self.stage.reconstruct(inputs)
             columns = json_columns(compare(inputs, {"": made}, nets).metrics[""])
             columns.pop("ms_ssim")
+            made[~made.isfinite().flatten(1).all(1)] = 0  # a plain grey, in which nothing is read
             pixels = [to_uint8(some).permute(0, 2, 3, 1).cpu().numpy() for some in (inputs, made)]
             pictures += list(zip(*pixels, strict=True))
             for i, item in enumerate(batch):
@@ -328,7 +329,7 @@ def _result(
         of = "NED and exact readings" if texts.rendered is None else "the agreement of both readings"
         notes.append(f"nothing was read in {silent:,} of {len(rows):,} originals, which {of} leave out")
     if bad := sum(row["psnr"] is None for row in rows):
-        notes.append(f"{bad:,} of {len(rows):,} reconstructions are not finite: they count as unreadable")
+        notes.append(f"{bad:,} of {len(rows):,} reconstructions are not finite, and nothing is read in them")
     groups = {}
     if texts.rendered is not None:
         for axis in AXES:

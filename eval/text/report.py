@@ -47,9 +47,9 @@ ABOUT = (
     "lacks of it was lost by the first stage. Small: 95 % bootstrap intervals over the crops."
 )
 OF_DATA = (
-    "NED is the normalised edit distance, 1 - Levenshtein distance / length of the longer text, between the readings of "
-    "the reconstruction and of the original, which counts as the truth: 1 is the same text, 0 has nothing in common. "
-    "Small: 95 % bootstrap intervals over the crops."
+    "NED is the normalised edit distance, 1 - Levenshtein distance / length of the longer text, between the readings "
+    "of the reconstruction and of the original, which counts as the truth: 1 is the same text, 0 has nothing in "
+    "common. Small: 95 % bootstrap intervals over the crops."
 )
 SHOWN_IN = "metrics", "intervals", "groups", "notes"
 """Parts of a result that the page shows above its manifest."""
@@ -156,10 +156,9 @@ def _charts(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     by_script = {
         script: _line([row for row in rows if row["script"] == script], "ned_reconstruction") for script in scripts
     }
-    axes = {"x_label": AXES["size_px"], "y_label": "NED"}
+    titles = {"all scripts": by_kind, "reconstructions, by script": by_script}
     return [
-        page.line_chart(by_kind, title="all scripts", **axes),
-        page.line_chart(by_script, title="reconstructions, by script", **axes),
+        page.line_chart(series, title=title, x_label=AXES["size_px"], y_label="NED") for title, series in titles.items()
     ]
 
 
@@ -188,12 +187,7 @@ def _card(one: Shown) -> str:
     if "text" not in row:
         names = {"ned_agreement": "NED"}
     detail = ", ".join(f"{label} {_value(name, row[name])}" for name, label in names.items())
-    texts = {
-        "text": "rendered",
-        "read_original": "read in the original",
-        "read_reconstruction": "in the reconstruction",
-    }
-    readings = [
-        {"": label, "text": " / ".join(row[key].split("\n")).strip(" /")} for key, label in texts.items() if key in row
-    ]
-    return page.card(row["name"], detail, page.figure(picture_of([one]), max_bytes=PICTURE_BYTES), page.table(readings))
+    texts = {"text": "rendered", "read_original": "read before", "read_reconstruction": "read after"}
+    readings = {label: row[key].strip().replace("\n", " / ") for key, label in texts.items() if key in row}
+    table = page.table([{"": label, "text": text} for label, text in readings.items()])
+    return page.card(row["name"], detail, page.figure(picture_of([one]), max_bytes=PICTURE_BYTES), table)

@@ -22,7 +22,7 @@ READING = ("languages", "resize_px", "split")
 
 
 class TextSettings(JobSettings):
-    """What is rendered, and how it is read; docs/text.md says more."""
+    """What is rendered, and how it is read; docs/evaluation.md says more."""
 
     scripts: tuple[Name, ...] = ("latin", "cyrillic", "greek", "arabic", "chinese", "japanese")
     """Scripts of rendered text; one without a font or without a language of tesseract is left out with a note."""
@@ -43,7 +43,7 @@ class TextSettings(JobSettings):
     crop_px: Positive | None = None
     """Side of the square crop, px; null renders 256 px, and keeps the largest sides of an image of DATA that are
     multiples of the model's factor."""
-    lpips: Net | None = "vgg"
+    lpips: Net | None = "alex"
     """Network of LPIPS, if its weights are available; null leaves it out."""
     num_readers: Positive | None = None
     """Number of crops that each process reads at the same time; null takes its share of the CPU's cores."""
@@ -66,11 +66,9 @@ class TextSettings(JobSettings):
     def too_large(self, side_px: int) -> Iterator[Problem]:
         """Yield the problem that letters do not fit into images of this side, if they do not."""
         most = int((side_px - 2 * MARGIN_PX) / LINE_HEIGHT)
-        if self.sizes_px and max(self.sizes_px) > most:
-            yield Problem(
-                "sizes_px",
-                f"{max(self.sizes_px)} px is too large for crops of {side_px} px; {max(0, most)} is the most",
-            )
+        if max(self.sizes_px, default=0) > most:
+            largest = max(self.sizes_px)
+            yield Problem("sizes_px", f"{largest} px is too large for crops of {side_px} px; take {most} or less")
 
     def misplaced(self, has_data: bool) -> Iterator[Problem]:
         """Yield the settings of rendered text that were changed beside DATA, or those of DATA without it."""
