@@ -204,7 +204,7 @@ def _given(data: str, stage: FirstStage, settings: TextSettings, reader: Reader)
     refuse_generation_files(data)
     if missing := [language for language in settings.languages if language not in reader.languages]:
         has = ", ".join(sorted(reader.languages))
-        raise UserError(f"languages: {missing_language(missing[0])}; it has {has}")
+        raise UserError(f"languages: {'; '.join(map(missing_language, missing))}; it has {has}")
     factor = checked_factor(stage, settings.crop_px)
     source, choice = opened_data(data, settings)
     framing = Framing(settings.resize_px, settings.crop_px)

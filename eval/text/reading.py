@@ -5,12 +5,15 @@ import unicodedata
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
+from tempfile import gettempdir
 from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image
 
 from latent_ae.config import UserError
+from latent_ae.files import writing
 
 ENLARGED = 3
 """Factor by which images are enlarged first: tesseract expects letters of 20 px or more."""
@@ -62,7 +65,8 @@ class Tesseract:
         size = ENLARGED * picture.width, ENLARGED * picture.height
         picture = picture.resize(size, Image.Resampling.BICUBIC)
         try:
-            return str(self._package.image_to_string(picture, lang=language, config=LAYOUT))
+            with writing(Path(gettempdir())):  # the package hands the image over in a file
+                return str(self._package.image_to_string(picture, lang=language, config=LAYOUT))
         except self._package.TesseractError as error:
             raise UserError(f"tesseract cannot read {language}: {' '.join(str(error).split())[:300]}") from error
 

@@ -34,8 +34,8 @@ NAMES = {
 }
 """Values of the axes as tables name them, where they are no plain words already."""
 COLUMNS = {
-    "ned_original": "NED, original ↑",
-    "ned_reconstruction": "NED, reconstruction ↑",
+    "ned_original": "NED before ↑",
+    "ned_reconstruction": "NED after ↑",
     "ned_lost": "NED lost ↓",
     "exact_reconstruction": "read exactly ↑",
 }
