@@ -17,6 +17,7 @@ COMMANDS = {
     "sample": "what latents of a prior decode to: the model's own, a Gaussian, or a flow fitted to the latents",
     "factors": "which latent dimensions represent which known factors, and how separately",
     "ifid": "how good decoded midpoints between neighbouring latents are, a guide to samples without a training",
+    "text": "how well text survives: what tesseract reads in reconstructions, by script and size",
     "diffusion": "how well a diffusion model learns the latents: loss curve, samples, their Frechet distance to data",
     "compare": "which of several measured first stages is better, beyond chance",
 }

@@ -14,7 +14,10 @@ from latent_ae.config import Settings, UserError, changed_settings, close_word, 
 from latent_ae.metrics.labels import number, pair, short_name
 from latent_ae.text import printable
 
-JOBS = ("recon", "latents", "interpolate", "probe", "anomaly", "likelihood", "sample", "factors", "ifid", "diffusion")
+JOBS = (
+    *("recon", "latents", "interpolate", "probe", "anomaly", "likelihood", "sample", "factors", "ifid", "text"),
+    "diffusion",
+)
 """Packages with a `JOB`. `eval compare` is none of them, because it takes results instead of a model."""
 Figures = dict[tuple[str, str], tuple[float, tuple[float, float] | None]]
 """Numbers of a result that are compared between models, each with its 95 % interval if it has one. A key holds what was
@@ -143,9 +146,10 @@ def evaluate(
 
     Args:
         name: One of `JOBS`.
-        model: Run, checkpoint, diffusers folder, hub id, or an instance of a first stage; `recon` and `anomaly` also
-            take a function from NCHW images in [-1, 1] to their reconstructions.
-        data: `photos`, a folder of images, Parquet, Arrow or WebDataset files, or a hub id. `sample` needs none.
+        model: Run, checkpoint, diffusers folder, hub id, or an instance of a first stage; `recon`, `text`
+            and `anomaly` also take a function from NCHW images in [-1, 1] to their reconstructions.
+        data: `photos`, a folder of images, Parquet, Arrow or WebDataset files, or a hub id. `sample`
+            and `text` need none.
         settings: The job's settings; None takes the defaults.
         out: Folder for result.json, the report and pictures; None writes nothing.
         progress: Show progress bars on stderr.

@@ -24,6 +24,7 @@ from latent_ae_eval.likelihood.settings import LikelihoodSettings
 from latent_ae_eval.probe.settings import ProbeSettings
 from latent_ae_eval.recon.settings import ReconSettings
 from latent_ae_eval.sample.settings import SampleSettings
+from latent_ae_eval.text.settings import TextSettings
 from latent_ae_train.settings import TrainSettings
 from tests.recipes import FOLDER
 
@@ -37,6 +38,7 @@ JOBS = {
     "sample": SampleSettings,
     "factors": FactorsSettings,
     "ifid": IfidSettings,
+    "text": TextSettings,
     "diffusion": DiffusionSettings,
 }
 COMMANDS = {

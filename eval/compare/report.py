@@ -31,6 +31,7 @@ HEADLINES = {
     "perceptual": ("recon", ("mode", "sample"), ("fid", "fd_dinov2", "lpips_vgg", "lpips_alex", "dists")),
     "midpoints": ("ifid", ("midpoints",), ("ifid", "fd_dinov2", "frechet_vgg16")),
     "samples": ("diffusion", ("samples",), ("fid", "fd_dinov2", "frechet_vgg16")),
+    "text": ("text", ("",), ("ned_reconstruction", "ned_agreement")),
     "rank": ("latents", ("",), ("effective_rank",)),
 }
 """What the first table shows and charts draw: an evaluation, its parts, and metrics. Of these the one that most models

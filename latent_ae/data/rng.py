@@ -14,7 +14,7 @@ import torch
 
 # streams of random numbers that must never overlap: the highest word of Philox's counter
 CROP, NOISE, ORDER, BLOCK, AUGMENT, LATENT_NOISE, CHANNELS, EQUIVARIANCE, BINARY, PERMUTATION, SPREAD, FLIP = range(12)
-MIXTURE, BUCKET, CLASS_NOISE, DOWNSAMPLING, REPLAY, BACKGROUND, NEIGHBOUR = range(12, 19)
+MIXTURE, BUCKET, CLASS_NOISE, DOWNSAMPLING, REPLAY, BACKGROUND, NEIGHBOUR, RENDERING = range(12, 20)
 GOLDEN_RATIO = np.uint64(0x9E3779B97F4A7C15)
 """Its fractional part as a fraction of 2 ** 64."""
 
@@ -218,6 +218,11 @@ def neighbour_numbers(seed: int, numbers: Sequence[int]) -> torch.Tensor:
     """Return the uniform number in [0, 1) by which a neighbour of each image is drawn: (N,) float64."""
     drawn = [np.random.Generator(_philox(seed, number, NEIGHBOUR)).random() for number in numbers]
     return torch.tensor(drawn, dtype=torch.float64)
+
+
+def rendering_generator(seed: int, number: int) -> np.random.Generator:
+    """Return the generator that decides what stands in the rendered image `number`, and how."""
+    return np.random.Generator(_philox(seed, number, RENDERING))
 
 
 def replay_slot(seed: int, number: int, size: int) -> int:

@@ -49,6 +49,11 @@ LABELS = {
     "spectrum_slope": Label("slope of the spectrum", None, 2),
     "high_share": Label("share of high frequencies", None, 3),
     "psnr_apart": Label("equivariance (dB)", "higher", 2),
+    # of text
+    "ned_reconstruction": Label("NED of the text", "higher", 3),
+    "ned_lost": Label("NED lost", "lower", 3),
+    "ned_agreement": Label("NED of both readings", "higher", 3),
+    "exact_reconstruction": Label("share read exactly", "higher", 3),
     # of other evaluations
     "bits_per_dimension": Label("bits per dimension", "lower", 4),
     "rate": Label("rate (bits per dimension)", None, 4),
