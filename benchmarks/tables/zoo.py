@@ -15,7 +15,6 @@ COLUMNS: dict[str, tuple[str, Callable[[dict[str, Any]], float | None]]] = {
     "text ↑": ("{:.3f}", lambda row: row["text"]["ned_reconstruction"] if "text" in row else None),
     "effective rank": ("{:.2f}", lambda row: row["effective_rank"]),
     "KL (nats per value)": ("{:.2f}", lambda row: row["kl_nats_per_dim"]),
-    "decode (ms)": ("{:.0f}", lambda row: row["decode_ms"]),
     "training (min)": ("{:.1f}", lambda row: row["processor_seconds"] / 60),
     "memory (GB)": ("{:.1f}", lambda row: row["peak_gb"]),
 }
@@ -30,13 +29,13 @@ def zoo_table(result: dict[str, Any]) -> str:
             name: column for name, column in COLUMNS.items() if any(_values(row, column[1]) for row in rows.values())
         }
         about = ["factor", "latent (bits per pixel)", "parameters (M)", "images seen", "seeds"]
-        heads = [*about, *columns]
+        heads = [*about, "encode, decode (ms)", *columns]
         lines += ["", f"Measured on {'whole images' if size == 'whole' else f'images of {size}'}:", ""]
         lines += [f"| `latent-ae train` | {' | '.join(heads)} |", "|---" + "|---:" * len(heads) + "|"]
         for recipe, row in rows.items():
             first = next(iter(row["seeds"].values()))
             cells = [f"{row['factor']}", f"{first['bits_per_pixel']:.3g}", f"{row['parameters'] / 1e6:.2f}"]
-            cells += [f"{row['images']:,}", f"{len(row['seeds'])}"]
+            cells += [f"{row['images']:,}", f"{len(row['seeds'])}", f"{row['encode_ms']:.0f}, {row['decode_ms']:.0f}"]
             cells += [_cell(_values(row, value), form) for form, value in columns.values()]
             lines.append(f"| `{recipe}` | {' | '.join(cells)} |")
     return "\n".join(lines)
