@@ -6,6 +6,8 @@ import subprocess
 import sys
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import scipy.stats
 
@@ -377,6 +379,29 @@ def test_evaluations_of_one_model_stand_together_and_are_drawn_against_quality(t
     assert "B: no result of eval latents." in notes
     text = read((tmp_path / "out" / "comparison.html").read_text()).text
     assert "At a glance" in text and "eval ifid" in text and "effective rank" in text
+
+
+def test_readings_of_text_are_compared_crop_by_crop_and_by_size(tmp_path):
+    folders = []
+    for name, better in (("a", 0.0), ("b", 0.01)):
+        ned = np.random.default_rng(0).uniform(0.2, 0.8, 40) + better  # the crops differ more than the models
+        group = {"metrics": {"ned_reconstruction": ned.mean()}, "intervals": {"ned_reconstruction": [0.4, 0.6]}}
+        more = {
+            "data": {"num_images": 40, "fingerprint": "f"},
+            "engine": {"version": "5"},
+            "groups": {"size_px": {"8": group}},
+        }
+        folders.append(other(tmp_path, "text", name, **group, **more))
+        rows = [{"digest": str(i), "ned_reconstruction": float(value)} for i, value in enumerate(ned)]
+        pq.write_table(pa.Table.from_pylist(rows), folders[-1] / "readings.parquet")
+    comparison = compare(folders)
+    whole, small = (found(comparison, "ned_reconstruction", part) for part in ("", "8 px"))
+    assert whole["method"] == PAIRED and whole["better"] == "B" and whole["interval"] == pytest.approx([0.01, 0.01])
+    assert small["method"] == INDEPENDENT and small["verdict"] == CHANCE
+    document = json.loads((folders[0] / "result.json").read_text())
+    write(folders[0], document | {"engine": {"version": "4"}})
+    with pytest.raises(UserError, match="eval text, engine.version: A 4, B 5"):
+        compare(folders)
 
 
 def test_weights_tell_models_apart_and_a_second_evaluation_is_compared_like_another_models(tmp_path):
