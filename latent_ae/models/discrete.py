@@ -27,7 +27,7 @@ class CodesOutput(BaseOutput):
 
 
 class DiscreteVAE(ModelMixin, ConfigMixin):
-    """Codes at each position with a categorical posterior q(z | x) and a uniform prior (Ramesh et al. 2021, section 2.1).
+    """Codes with a categorical posterior q(z | x) and a uniform prior at each position (Ramesh et al. 2021, 2.1).
 
     The encoder gives the logits of q. Training decodes a sample of its relaxation; everything else decodes the vectors
     of the most likely codes. The decoder gives for each value of the image a mean and a log-scale, as the logit-Laplace
@@ -133,6 +133,19 @@ class DiscreteVAE(ModelMixin, ConfigMixin):
         """Return the vectors of codes, (N, c, h, w), which `decode` takes, for their numbers, (N, h, w)."""
         vectors: Tensor = self.embedding(indices).movedim(-1, 1).contiguous()
         return vectors
+
+    def sample_prior(self, noise: Tensor) -> Tensor:
+        """Sample the uniform prior: the vectors of codes that are equally likely and independent.
+
+        Args:
+            noise: (N, c, h, w) standard normal, of which the first channel chooses the codes.
+
+        Returns:
+            (N, c, h, w) latents.
+        """
+        count = self.embedding.num_embeddings
+        chosen = (torch.special.ndtr(noise[:, 0].double()) * count).long()
+        return self.vectors(chosen.clamp(max=count - 1))
 
     def encode(self, images: Tensor) -> CodesOutput:
         """Return the most likely codes of images, (N, C, H, W) in [-1, 1]."""

@@ -107,8 +107,8 @@ class Family(NamedTuple):
 
     latent: Literal["posterior", "deterministic", "codebook", "categorical", "hierarchy", "flow"]
     """Kind of latent. `posterior` is one Gaussian; `hierarchy` and `flow` are random without being one Gaussian, so the
-    class samples them itself. `codebook` is the nearest code, `categorical` a code from a distribution, of which all but
-    training take the most likely one."""
+    class samples them itself. `codebook` is the nearest code; `categorical` is a code that training draws from a
+    distribution, and of which everything else takes the most likely one."""
     factor: Callable[[Any], int]
     """Image px per latent px along one side."""
     latent_channels: Callable[[Any], int] = of_config("latent_channels")

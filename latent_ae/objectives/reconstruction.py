@@ -88,8 +88,8 @@ class Reconstruction(Objective[ReconstructionSettings]):
         if own.pixel == "logit_laplace" and model is not None and not model.gives_scale:
             yield Problem(
                 "loss.pixel",
-                f"logit_laplace needs a decoder that gives a scale for each value, as a DiscreteVAE's does, and that of "
-                f"{model.name} gives none: use logistic",
+                f"logit_laplace needs a decoder that gives the scale of each value, as a DiscreteVAE has: {model.name} "
+                "has none, so use logistic",
             )
         if not (own.pixel_weight or own.perceptual or run.enabled & {"convnext", "dino"}):
             yield Problem("loss", "pixel_weight and perceptual are both 0: nothing would be reconstructed")
