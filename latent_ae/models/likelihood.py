@@ -47,7 +47,7 @@ def log_likelihood(
     of that level (Kingma et al. 2016, section 2.4; Salimans et al. 2017, eq. 2). The first and the last level include
     the tails. logit_laplace: the density of a value whose logit, after the map of [-1, 1] to [0.1, 0.9], has a Laplace
     distribution around the image's (Ramesh et al. 2021, appendix A.3), in nats per [-1, 1] unit: the published
-    one, whose unit is the mapped value, is larger by log(0.4).
+    one, whose unit is the mapped value, is larger by log(2.5).
 
     Args:
         kind: Family of distributions.
