@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.autoencoders.vae import Decoder, DecoderOutput, Encoder
@@ -89,6 +90,15 @@ class DiscreteVAE(ModelMixin, ConfigMixin):
         )
         self.encoder.conv_out = WeightPrecisionConv2d(widths[-1], num_vq_embeddings, 1)
         self.embedding = nn.Embedding(num_vq_embeddings, latent_channels)
+        with torch.no_grad():
+            # logits begin as products of the codes' vectors with a random projection of the features: codes with similar
+            # vectors have similar logits, so that the noise of many codes does not hide the image from the decoder. The
+            # features' common mean is left out, or it would choose the same codes everywhere
+            projection = torch.randn(latent_channels, widths[-1]) / math.sqrt(widths[-1])
+            projection -= projection.mean(1, keepdim=True)
+            self.embedding.weight.copy_(math.sqrt(latent_channels) * F.normalize(self.embedding.weight))
+            self.encoder.conv_out.weight.copy_((self.embedding.weight @ projection)[:, :, None, None])
+            self.encoder.conv_out.bias.zero_()
         self.decoder = Decoder(
             in_channels=latent_channels,
             out_channels=2 * in_channels,
