@@ -91,9 +91,9 @@ class DiscreteVAE(ModelMixin, ConfigMixin):
         self.encoder.conv_out = WeightPrecisionConv2d(widths[-1], num_vq_embeddings, 1)
         self.embedding = nn.Embedding(num_vq_embeddings, latent_channels)
         with torch.no_grad():
-            # logits begin as products of the codes' vectors with a random projection of the features: codes with similar
-            # vectors have similar logits, so that the noise of many codes does not hide the image from the decoder. The
-            # features' common mean is left out, or it would choose the same codes everywhere
+            # logits begin as products of the codes' vectors with a random projection of the features: codes of similar
+            # vectors have similar logits, so the noise on many logits does not hide the image from the decoder. Vectors
+            # of equal length, and features without their common mean, let an untrained encoder use many codes
             projection = torch.randn(latent_channels, widths[-1]) / math.sqrt(widths[-1])
             projection -= projection.mean(1, keepdim=True)
             self.embedding.weight.copy_(math.sqrt(latent_channels) * F.normalize(self.embedding.weight))
