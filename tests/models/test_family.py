@@ -197,6 +197,13 @@ def test_mistakes_are_said(
     assert said in capsys.readouterr().err
 
 
+def quantiser_for(kind: str, noise: torch.Tensor) -> Quantiser:
+    """One with which gradients reach the encoder."""
+    codes = SHAPES["DiscreteVAE"]["num_vq_embeddings"]
+    relaxation = Relaxation(torch.zeros(len(noise), codes, *noise.shape[2:]), 1.0)
+    return Quantiser(relaxation=relaxation if kind == "DiscreteVAE" else None)
+
+
 @pytest.mark.parametrize("kind", SHAPES)
 def test_what_init_from_brings_learns_as_a_fresh_one_does(tmp_path: Path, kind: str) -> None:
     """Several processes wait for the gradient of every weight that asks for one."""
@@ -213,8 +220,7 @@ def test_what_init_from_brings_learns_as_a_fresh_one_does(tmp_path: Path, kind: 
     assert learning == [name for name, weight in fresh.named_parameters() if weight.requires_grad]
     images = torch.rand(2, 3, SIDE, SIDE)
     noise = torch.randn(2, latent_channels_of(brought), *2 * [SIDE // factor_of(brought)])
-    how = Quantiser(relaxation=Relaxation(torch.zeros(2, 32, *noise.shape[2:]), 1.0) if kind == "DiscreteVAE" else None)
-    result = Reconstructor(brought)(images, noise, quantiser=how)
+    result = Reconstructor(brought)(images, noise, quantiser=quantiser_for(kind, noise))
     codes = (result.codes.vectors.sum(),) if result.codes is not None else ()
     torch.autograd.backward([result.image.sum(), *codes])
     assert [name for name, weight in brought.named_parameters() if weight.grad is not None] == learning
@@ -315,7 +321,8 @@ def test_checkpointed_gradients_are_the_same(kind: str) -> None:
         torch.manual_seed(0)
         images = torch.rand(2, 3, SIDE, SIDE)
         noise = torch.randn(2, latent_channels_of(network), *2 * [SIDE // factor_of(network)])
-        Reconstructor(network)(images, noise).image.square().mean().backward()
+        result = Reconstructor(network)(images, noise, quantiser=quantiser_for(kind, noise))
+        result.image.square().mean().backward()
         gradients.append([parameter.grad for parameter in network.parameters()])
         assert len(calls) == 2 * times, "the blocks run again in the backward pass"
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True) if a is not None)
