@@ -20,6 +20,7 @@ from torch.distributions import (
 )
 
 from latent_ae.__main__ import main
+from latent_ae.config import UserError
 from latent_ae.data.rng import gumbel_noise
 from latent_ae.models.discrete import DiscreteVAE
 from latent_ae.models.likelihood import Likelihood
@@ -28,6 +29,7 @@ from latent_ae.models.quantize import Quantiser, Relaxation
 from latent_ae.models.reconstruct import Reconstructor
 from latent_ae.objectives.code_relaxation import CodeRelaxationSettings, temperature_at
 from latent_ae.objectives.codebook import perplexity
+from latent_ae_eval.likelihood.measure import measure_likelihood
 from tests.runs import SHAPES, differing_tensors, family_words
 from tests.tiny import build_step, micro_batches, settings_for
 from tests.tiny_models import pictures as images_of
@@ -91,6 +93,8 @@ def test_codes_and_images_of_a_folder(model: DiscreteVAE, tmp_path: Path) -> Non
     model.save_pretrained(tmp_path)
     stage = load_first_stage(str(tmp_path))
     assert torch.equal(stage.reconstruct(images), image) and torch.equal(stage.encode(images).mean, encoded.latent)
+    with pytest.raises(UserError, match="the latents of DiscreteVAE are drawn in training alone"):
+        measure_likelihood(str(tmp_path), "photos")
     assert not stage.random and stage.family is not None and stage.family.codes(model.config) == CODES
     # without noise, as validation runs, training's forward pass takes the most likely codes
     result = Reconstructor(model)(images)
