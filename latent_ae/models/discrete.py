@@ -34,8 +34,8 @@ class DiscreteVAE(ModelMixin, ConfigMixin):
     of the most likely codes. The decoder gives for each value of the image a mean and a log-scale, as the logit-Laplace
     likelihood needs them (`likelihood.log_likelihood`).
 
-    Encoder and decoder have the blocks of a VQModel, except that the convolution to the logits is 1 x 1, as published,
-    and as the vectors of the codes are in effect. Both stay in float32 under autocast.
+    Encoder and decoder have the blocks of a VQModel, but the convolution to the logits is 1 x 1, as published. It and
+    the mixture of the codes' vectors stay in float32 under autocast.
 
     Args:
         in_channels: Channels of the images.
@@ -124,8 +124,9 @@ class DiscreteVAE(ModelMixin, ConfigMixin):
 
         Returns:
             The latent, (N, c, h, w) float32: the mean of the codes' vectors under softmax((logits + noise) /
-            temperature), or the vectors of the most likely codes. The most likely codes, whose `vectors` and `latent`
-            are the latent. KL(q(z | x) || uniform) of each position in nats, (N, 1, h, w).
+            temperature), or the vectors of the most likely codes.
+            The codes: `indices` are the most likely ones, `vectors` and `latent` the latent.
+            KL(q(z | x) || uniform) of each position in nats, (N, 1, h, w) float32.
         """
         logits = self.logits(images)
         logarithms = logits.log_softmax(1)

@@ -32,8 +32,8 @@ class Reconstruction(NamedTuple):
     codes: Codes | None = None
     """The codes of the latent; None if there is no codebook."""
     rates: tuple[Tensor, ...] = ()
-    """KL of each latent dimension in nats, level by level (see `posterior.Drawn`), or of each code; empty without a
-    posterior."""
+    """KL of each latent dimension in nats, level by level (see `posterior.Drawn`), or of the code at each position;
+    empty without a posterior."""
     second: Tensor | None = None
     """The image of the latent as `second` changes it, if that was given."""
     log_scale: Tensor | None = None
