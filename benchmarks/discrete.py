@@ -26,7 +26,6 @@ CONTESTANTS = {
     "DiscreteVAE, losses of vqgan": ["dvae", *SAME],
     "DiscreteVAE": ["dvae"],
     "DiscreteVAE, KL weight 6.6": ["dvae", "loss.kl=6.6"],
-    "DiscreteVAE, KL weight 0.1": ["dvae", "loss.kl=0.1"],
 }
 PX, BATCH, SEED, IMAGES = 64, 4, 0, 200
 
