@@ -39,6 +39,7 @@ MEMBERS = {
     "asymmetric": Member(),
     "tiny": Member(),
     "vqgan": Member(),
+    "dvae": Member(),
     "dc-ae": Member(),
     "tiny-distilled": Member("distillation.teacher"),
     "new-decoder": Member("init_from"),

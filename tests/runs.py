@@ -106,6 +106,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         **{"width": 16, "level_sides": [4, 8, 8], "level_channels": [3, 2, 0]},
         **{"blocks": 1, "norm_num_groups": 4},
     },
+    "DiscreteVAE": {**KL_LIKE, "latent_channels": 3, "num_vq_embeddings": 32},
     "FlowAutoencoderKL": {**KL_LIKE, "latent_channels": 4, "flow_layers": 2, "flow_width": 8},
 }
 

@@ -14,7 +14,7 @@ from latent_ae.data.loader import crop_size_at
 from latent_ae.models.build import facts_of
 from latent_ae.models.run_checkpoint import MANIFEST
 from latent_ae.objectives import GAN as GAN_OBJECTIVE
-from latent_ae.objectives import Reconstruction
+from latent_ae.objectives import CodeRelaxation, Reconstruction
 from latent_ae.objectives.base import Batch, Objective
 from latent_ae_train.build import compile_blocks, starting_autoencoder
 from latent_ae_train.data import drawn_batch
@@ -105,9 +105,11 @@ def micro_batches(step: int, settings: TrainSettings, rank: int = 0, latent: Seq
 
 def drawing(settings: TrainSettings) -> list[Objective[Any]]:
     """The objectives that draw for samples; they need no networks for that."""
-    run = settings.facts()
+    run, model = settings.facts(), settings.model
+    codes = model.config["num_vq_embeddings"] if model.kind == "DiscreteVAE" else 0
+    more = {GAN_OBJECTIVE: [nn.Identity()], CodeRelaxation: [codes]}
     kinds = [kind for kind in settings.objectives if kind.draw is not Objective.draw]
-    return [kind(settings.section_of(kind), run, *([nn.Identity()] if kind is GAN_OBJECTIVE else [])) for kind in kinds]
+    return [kind(settings.section_of(kind), run, *more.get(kind, [])) for kind in kinds]
 
 
 def weights(module: nn.Module | None) -> dict[str, torch.Tensor]:

@@ -13,6 +13,7 @@ from diffusers import (
     VQModel,
 )
 
+from latent_ae.models.discrete import DiscreteVAE
 from latent_ae.models.flow import FlowAutoencoderKL
 from latent_ae.models.hierarchical import HierarchicalVAE
 from latent_ae.models.registry import FAMILIES, OWN, class_of
@@ -147,6 +148,8 @@ def tiny(name: str, seed: int = 0) -> torch.nn.Module:
         for coupling in flow.flow:  # which begin as the identity
             torch.nn.init.normal_(coupling.network[-1].weight)
         return flow
+    if name == "DiscreteVAE":
+        return DiscreteVAE(**TWO, latent_channels=4, num_vq_embeddings=16)
     return VQModel(**TWO, latent_channels=4, num_vq_embeddings=16)
 
 

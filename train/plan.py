@@ -16,9 +16,8 @@ from latent_ae.models.build import (
     latent_channels_of,
 )
 from latent_ae.models.new_decoder import decoder_parameters
-from latent_ae.models.registry import family_of
 from latent_ae.models.stored_encoder import out_of_memory_parameters
-from latent_ae.objectives import GAN, KL, OBJECTIVES, Codebook
+from latent_ae.objectives import GAN, KL, OBJECTIVES, Codebook, CodeRelaxation
 from latent_ae.objectives.class_noise import ClassNoise
 
 from .build import load_original, planned_autoencoder
@@ -99,10 +98,12 @@ def _plan_of_a_run(
             clauses.append(text)
     if (noise := ClassNoise.of(autoencoder)) is not None:
         texts[noise.plan_line].insert(0, f"noise of deviations up to {noise.tau:g} added (noise_tau)")
-    if not family_of(autoencoder).random:
+    if not facts.random:
         texts[KL.plan_line] = []
     if facts.no_codebook:
         del texts[Codebook.plan_line]
+    if facts.latent != "categorical":
+        del texts[CodeRelaxation.plan_line]
     most, micro_batch = settings.micro_batch_size, settings.micro_batch
     fewer = f" (micro_batch_size {most} is the most; {micro_batch} divides)" if most and most > micro_batch else ""
     trains = {}

@@ -21,6 +21,7 @@ from latent_ae.objectives.channel_masking import ChannelMaskingSettings
 from latent_ae.objectives.code_averages import CodeAveragesSettings
 from latent_ae.objectives.code_entropy import CodeEntropySettings
 from latent_ae.objectives.code_gradient import CodeGradientSettings
+from latent_ae.objectives.code_relaxation import CodeRelaxationSettings
 from latent_ae.objectives.codebook import CodebookSettings
 from latent_ae.objectives.convnext import ConvNeXtSettings
 from latent_ae.objectives.dino import DinoSettings
@@ -87,8 +88,15 @@ class LatentSettings(ChannelMaskingSettings, LatentNoiseSettings, EquivarianceSe
     """Changes to the latents during training; all are off by default. See docs/latents.md."""
 
 
-class CodeSettings(FSQSettings, CodeAveragesSettings, CodeEntropySettings, CodeGradientSettings, UnitCodesSettings):
-    """How the codes of a VQModel are compared, learned and spread. See docs/family.md."""
+class CodeSettings(
+    CodeRelaxationSettings,
+    FSQSettings,
+    CodeAveragesSettings,
+    CodeEntropySettings,
+    CodeGradientSettings,
+    UnitCodesSettings,
+):
+    """How the codes of a VQModel are compared, learned and spread, or those of a DiscreteVAE drawn: docs/family.md."""
 
 
 class TrainSettings(Settings):

@@ -176,7 +176,27 @@ def collapse_table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def discrete_table(result: dict[str, Any]) -> str:
+    lines = [
+        f"BSDS500's 200 photographs to train on, {result['steps']} steps of {result['batch']} crops of {result['px']} "
+        f"px, {result['images']} held out; seed {result['seed']}; {where(result)}.",
+        "",
+        "| | settings | parameters (M) | PSNR (dB) | SSIM | LPIPS (VGG) | codes used | perplexity "
+        "| KL (nats per position) | processor time (s) |",
+        "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for name, row in result["contestants"].items():
+        found, rate = row["metrics"], row["kl_per_position"]
+        cells = [name, f"`{' '.join(row['settings'])}`", f"{row['parameters'] / 1e6:.2f}"]
+        cells += [f"{found['psnr']:.2f}", f"{found['ssim']:.3f}", f"{found['lpips_vgg']:.3f}"]
+        cells += [f"{row['used']:,} of {row['codes']:,}", f"{row['perplexity']:.0f}"]
+        cells += ["" if rate is None else f"{rate:.2f}", f"{row['processor_seconds']:.0f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 MAKERS = {
+    "discrete": discrete_table,
     "likelihood": likelihood_table,
     "family": family_table,
     "hierarchical": hierarchical_table,

@@ -141,7 +141,9 @@ def evaluate_latents(
     }
     if stage.family.latent == "codebook":
         notes.append(f"latents of a {stage.name} are those before quantisation, which decoding then quantises")
-    if stage.family.draws_itself:
+    if stage.family.latent == "categorical":
+        notes.append(f"latents of a {stage.name} are the vectors of its most likely codes, without KL and spread")
+    elif stage.family.draws_itself:
         notes.append(f"the posterior of a {stage.name} is not Gaussian: its mode is measured, without KL and spread")
     elif not stage.has_posterior:
         notes.append(f"{stage.name} has no posterior, so there is no KL and no posterior's spread")

@@ -76,9 +76,10 @@ def measure_likelihood(
     settings = settings or LikelihoodSettings()
     device, stage, folder = opened("likelihood", model, settings, out)
     if not stage.random:
+        drawn = stage.family is not None and stage.family.latent == "categorical"
         raise UserError(
-            f"eval likelihood needs a posterior to sample, and the latents of {stage.name} are not random; "
-            "eval recon measures its reconstructions"
+            f"eval likelihood needs a posterior to sample, and the latents of {stage.name} are "
+            f"{'drawn in training alone' if drawn else 'not random'}; eval recon measures its reconstructions"
         )
     source, choice = opened_data(str(data), settings)
     assert not isinstance(source, StreamSource), "jobs do not open streams"

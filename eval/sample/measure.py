@@ -160,7 +160,7 @@ class _Job(Generation):
 
     def _own_prior(self) -> Callable[[Tensor], Tensor]:
         """Return a function that turns noise into latents of the prior with which the model was trained."""
-        if not self.stage.random:
+        if not (self.stage.random or self.has_own_prior):
             raise UserError(
                 f"prior: {self.stage.name} was trained without one; prior=flow or prior=gaussian fits one to "
                 "the latents of DATA"

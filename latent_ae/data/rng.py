@@ -14,7 +14,7 @@ import torch
 
 # streams of random numbers that must never overlap: the highest word of Philox's counter
 CROP, NOISE, ORDER, BLOCK, AUGMENT, LATENT_NOISE, CHANNELS, EQUIVARIANCE, BINARY, PERMUTATION, SPREAD, FLIP = range(12)
-MIXTURE, BUCKET, CLASS_NOISE, DOWNSAMPLING, REPLAY, BACKGROUND, NEIGHBOUR, RENDERING = range(12, 20)
+MIXTURE, BUCKET, CLASS_NOISE, DOWNSAMPLING, REPLAY, BACKGROUND, NEIGHBOUR, RENDERING, GUMBEL = range(12, 21)
 GOLDEN_RATIO = np.uint64(0x9E3779B97F4A7C15)
 """Its fractional part as a fraction of 2 ** 64."""
 
@@ -142,6 +142,20 @@ def posterior_noise(seed: int, numbers: Sequence[int], shape: Sequence[int], dra
     generators = (np.random.Generator(_philox(seed, number, NOISE, block=draw)) for number in numbers)
     noise = [generator.standard_normal(tuple(shape), dtype=np.float32) for generator in generators]
     return torch.from_numpy(np.stack(noise))
+
+
+def gumbel_noise(seed: int, numbers: Sequence[int], shape: Sequence[int]) -> torch.Tensor:
+    """Return standard Gumbel noise for the codes of samples: (N, *shape) float32 on the CPU.
+
+    Args:
+        seed: Seed of the run.
+        numbers: Global numbers of N samples.
+        shape: (codes, h, w).
+    """
+    generators = (np.random.Generator(_philox(seed, number, GUMBEL)) for number in numbers)
+    waiting = np.stack([generator.standard_exponential(tuple(shape), dtype=np.float32) for generator in generators])
+    # minus the logarithm of an exponential number; one that is rounded to 0 must not become infinite
+    return torch.from_numpy(-np.log(np.maximum(waiting, np.float32(2.0**-26))))
 
 
 def augmentation_numbers(seed: int, numbers: Sequence[int], count: int) -> torch.Tensor:

@@ -40,6 +40,7 @@ KIND_OF_LATENT = {
     "hierarchy": "modes of all levels given the modes above, packed, the top level first; raw",
     "flow": "modes before the flow, sent through it; its posterior has no moments",
     "codebook": "latents before quantisation; there is no posterior",
+    "categorical": "vectors of the most likely codes; their posterior is not stored",
 }
 
 

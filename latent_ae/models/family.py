@@ -11,7 +11,7 @@ from latent_ae.models.adapters import Moments
 SIDES: dict[str, tuple[str, ...]] = {
     "encoder": ("encoder", "quant_conv"),
     "decoder": ("decoder", "decoder_unet", "post_quant_conv"),
-    "codebook": ("quantize",),
+    "codebook": ("quantize", "embedding"),
     "flow": ("flow",),
 }
 """The modules of first stages by the side to which they belong."""
@@ -105,9 +105,10 @@ def factor_of_patches(config: Any) -> int:
 class Family(NamedTuple):
     """A class of first stages. Fields that are functions take its diffusers config, unless they say otherwise."""
 
-    latent: Literal["posterior", "deterministic", "codebook", "hierarchy", "flow"]
+    latent: Literal["posterior", "deterministic", "codebook", "categorical", "hierarchy", "flow"]
     """Kind of latent. `posterior` is one Gaussian; `hierarchy` and `flow` are random without being one Gaussian, so the
-    class samples them itself."""
+    class samples them itself. `codebook` is the nearest code; `categorical` is a code that training draws from a
+    distribution, and of which everything else takes the most likely one."""
     factor: Callable[[Any], int]
     """Image px per latent px along one side."""
     latent_channels: Callable[[Any], int] = of_config("latent_channels")
@@ -156,7 +157,7 @@ class Family(NamedTuple):
 
     @property
     def random(self) -> bool:
-        """Whether latents are sampled from a posterior, so that there is a KL term."""
+        """Whether evaluations sample latents from a posterior; only training samples `categorical` ones."""
         return self.latent in ("posterior", "hierarchy", "flow")
 
     @property

@@ -9,6 +9,15 @@ from torch import Tensor
 from latent_ae.models.fsq import bounded
 
 
+class Relaxation(NamedTuple):
+    """How a sample of a distribution over codes is made differentiable: a softmax in place of a maximum."""
+
+    gumbel: Tensor
+    """Standard Gumbel noise on the logits, (N, codes, h, w)."""
+    temperature: float
+    """The logits with their noise are divided by it; towards 0 the sample becomes a single code."""
+
+
 class Quantiser(NamedTuple):
     """How training replaces latents by codes.
 
@@ -22,6 +31,8 @@ class Quantiser(NamedTuple):
     """Whether the gradient passes through a rotation of latents into codes, in place of straight through."""
     levels: tuple[int, ...] = ()
     """Levels of each channel of finite scalar quantisation, whose codebook is `fsq.grid`; empty without it."""
+    relaxation: Relaxation | None = None
+    """How codes are drawn from the distribution of a `DiscreteVAE`; None takes the most likely ones."""
 
 
 PLAIN = Quantiser()

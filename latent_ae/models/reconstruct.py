@@ -32,9 +32,12 @@ class Reconstruction(NamedTuple):
     codes: Codes | None = None
     """The codes of the latent; None if there is no codebook."""
     rates: tuple[Tensor, ...] = ()
-    """KL of each latent dimension in nats, level by level (see `posterior.Drawn`); empty without a posterior."""
+    """KL of each latent dimension in nats, level by level (see `posterior.Drawn`), or of the code at each position;
+    empty without a posterior."""
     second: Tensor | None = None
     """The image of the latent as `second` changes it, if that was given."""
+    log_scale: Tensor | None = None
+    """Logarithm of the scale of the likelihood around each value of `image`, (N, C, H, W), if the decoder gives it."""
 
 
 class Reconstructor(nn.Module):
@@ -74,13 +77,16 @@ class Reconstructor(nn.Module):
             quantiser: How latents are replaced by codes, if there is a codebook.
             second: Applied to the latent after the transforms; the result is decoded besides.
         """
-        encoder = getattr(self.autoencoder, "encoder", None)
+        encoder, kind = getattr(self.autoencoder, "encoder", None), family_of(self.autoencoder).latent
+        codes, how, log_scale = None, {}, None
         if decode is not None and isinstance(encoder, StoredEncoder):
             latent, mean, logvar, rates = decode, decode, None, tuple[Tensor, ...]()
+        elif kind == "categorical":
+            latent, codes, rate = self.autoencoder.draw_codes(images, quantiser.relaxation)
+            mean, logvar, rates = latent, None, (rate,)
         else:
             latent, mean, logvar, rates, _ = draw(self.autoencoder, images, noise)
-        codes, how = None, {}
-        if self.num_codes:
+        if kind == "codebook":
             latent, codes = quantised(mean, self.codebook, quantiser)
             how = {"force_not_quantize": True}  # because it is quantised already
         heads = {name: head(latent).float() for name, head in self.heads.items()}
@@ -90,9 +96,12 @@ class Reconstructor(nn.Module):
         for transform in transforms:
             decoded = transform(decoded)
         decode_latent = partial(family_of(self.autoencoder).decode, self.autoencoder, **how)
-        image = decode_latent(decoded).float()
+        if kind == "categorical":
+            image, log_scale = self.autoencoder.decode_distribution(decoded)
+        else:
+            image = decode_latent(decoded).float()
         second_image = decode_latent(second(decoded)).float() if second is not None else None
-        return Reconstruction(image, mean, logvar, latent, to_decode, heads, codes, rates, second_image)
+        return Reconstruction(image, mean, logvar, latent, to_decode, heads, codes, rates, second_image, log_scale)
 
     @property
     def codebook(self) -> Tensor:
@@ -119,7 +128,8 @@ class Reconstructor(nn.Module):
 
 def num_codes_of(autoencoder: nn.Module) -> int:
     """Return the number of codes; 0 without a codebook."""
-    return len(autoencoder.quantize.embedding.weight) if family_of(autoencoder).latent == "codebook" else 0
+    family = family_of(autoencoder)
+    return family.codes(autoencoder.config) or 0 if family.latent in ("codebook", "categorical") else 0
 
 
 def keep_posterior_precise_(module: nn.Module) -> None:

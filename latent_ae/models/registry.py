@@ -109,6 +109,12 @@ FAMILIES = {
         encoded="vae.encode(images).latent",
         trains=("all",),
     ),
+    "DiscreteVAE": Family(
+        "categorical",
+        powers_of_two("block_out_channels"),
+        encoded="vae.encode(images).latent",
+        codes=of_config("num_vq_embeddings"),
+    ),
     "FlowAutoencoderKL": Family("flow", powers_of_two("block_out_channels"), encoded="vae.encode(images).latent"),
     "AutoencoderRAE": Family(
         "deterministic",
@@ -183,7 +189,11 @@ FAMILIES = {
     ),
 }
 
-OWN = {"FlowAutoencoderKL": "latent_ae.models.flow", "HierarchicalVAE": "latent_ae.models.hierarchical"}
+OWN = {
+    "DiscreteVAE": "latent_ae.models.discrete",
+    "FlowAutoencoderKL": "latent_ae.models.flow",
+    "HierarchicalVAE": "latent_ae.models.hierarchical",
+}
 """Modules of this project's own classes, which save and load like those of diffusers; they are in FAMILIES, too."""
 
 

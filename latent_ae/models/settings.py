@@ -17,6 +17,7 @@ Kind = Literal[
     "AsymmetricAutoencoderKL",
     "AutoencoderKLFlux2",
     "HierarchicalVAE",
+    "DiscreteVAE",
     "FlowAutoencoderKL",
     "AutoencoderRAE",
 ]
@@ -54,7 +55,7 @@ class ModelFacts(NamedTuple):
 
     name: str
     """Its name in messages."""
-    latent: Literal["posterior", "deterministic", "codebook", "hierarchy", "flow"]
+    latent: Literal["posterior", "deterministic", "codebook", "categorical", "hierarchy", "flow"]
     """Kind of latent, as in `family.Family`."""
     factor: int
     """Image px per latent px along one side."""
@@ -77,8 +78,8 @@ class ModelFacts(NamedTuple):
 
     @property
     def random(self) -> bool:
-        """Whether latents are sampled from a posterior, so that there is a KL term."""
-        return self.latent in ("posterior", "hierarchy", "flow")
+        """Whether training samples latents from a posterior, so that there is a KL term."""
+        return self.latent in ("posterior", "categorical", "hierarchy", "flow")
 
     @property
     def one_grid(self) -> bool:
@@ -87,8 +88,15 @@ class ModelFacts(NamedTuple):
 
     @property
     def no_codebook(self) -> str:
-        """The message about settings of a codebook if there is none; empty if there is one."""
+        """The message about settings of nearest codes if there are none; empty if there are."""
+        if self.latent == "categorical":
+            return f"is for the nearest codes of a codebook, and {self.name} draws its codes: leave it out"
         return "" if self.latent == "codebook" else f"is for a codebook, which {self.name} does not have: leave it out"
+
+    @property
+    def gives_scale(self) -> bool:
+        """Whether the decoder gives a log-scale beside each value of the image."""
+        return self.latent == "categorical"
 
     @property
     def fixed_latent(self) -> str:

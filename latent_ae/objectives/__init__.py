@@ -10,6 +10,7 @@ from latent_ae.objectives.channel_masking import ChannelMasking
 from latent_ae.objectives.code_averages import CodeAverages
 from latent_ae.objectives.code_entropy import CodeEntropy
 from latent_ae.objectives.code_gradient import CodeGradient
+from latent_ae.objectives.code_relaxation import CodeRelaxation
 from latent_ae.objectives.codebook import Codebook
 from latent_ae.objectives.convnext import ConvNeXtLoss
 from latent_ae.objectives.dino import DinoLoss
@@ -32,6 +33,7 @@ OBJECTIVES: tuple[type[Objective[Any]], ...] = (
     BandViews,
     ConvNeXtLoss,
     DinoLoss,
+    CodeRelaxation,
     FSQ,
     CodeGradient,
     CodeAverages,

@@ -1,4 +1,4 @@
-"""The codebook loss (van den Oord et al. 2017), the use of codes, and the restart of dead codes."""
+"""The use of codes, and for nearest codes their loss (van den Oord et al. 2017) and the restart of dead ones."""
 
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
@@ -26,16 +26,17 @@ class CodebookSettings(Settings):
 
 
 class Codebook(Objective[CodebookSettings]):
-    """Moves codes and latents towards each other; does nothing if the model has no codebook.
+    """Moves codes and latents towards each other, and logs their use; does nothing if the model has no codes.
 
     Dead codes restart as latents of the step's first sample (Dhariwal et al. 2020, random restarts). Codes that are
     running means of latents (codebook.ema_decay) get no gradient; those of finite scalar quantisation
-    (codebook.levels) stay fixed, and neither they nor the latents have a loss.
+    (codebook.levels) stay fixed, and neither they nor the latents have a loss. Neither have codes that are drawn from a
+    distribution (DiscreteVAE): the most likely ones are counted, and other losses move them.
 
     Args:
         own: The weights.
         run: Facts of the run.
-        num_codes: Number of codes that learn; 0 if there are none.
+        num_codes: Number of codes that learn by this loss; 0 if there are none.
     """
 
     name, section, docs, plan_line = "codebook", "loss", "docs/family.md", "codebook"
@@ -45,6 +46,7 @@ class Codebook(Objective[CodebookSettings]):
 
     def __init__(self, own: CodebookSettings, run: RunFacts, num_codes: int = 0) -> None:
         super().__init__(own, run)
+        self.num_codes = num_codes
         self.counts: Tensor | None = None
         """Number of uses of each code in the newest step, mean over the global batch, (num_codes,)."""
         self.candidates: Tensor | None = None
@@ -69,8 +71,10 @@ class Codebook(Objective[CodebookSettings]):
     @classmethod
     def build(cls, own: CodebookSettings, run: RunFacts, autoencoder: nn.Module, device: torch.device) -> "Codebook":
         from latent_ae.models.reconstruct import num_codes_of
+        from latent_ae.models.registry import family_of
 
-        return cls(own, run, 0 if "fsq" in run.enabled else num_codes_of(autoencoder)).to(device)
+        learned = "fsq" not in run.enabled and family_of(autoencoder).latent == "codebook"
+        return cls(own, run, num_codes_of(autoencoder) if learned else 0).to(device)
 
     @classmethod
     def describe(cls, own: CodebookSettings, run: RunFacts) -> str:
@@ -86,7 +90,7 @@ class Codebook(Objective[CodebookSettings]):
         if codes is None:
             return
         p.global_means["codebook/counts"] = code_counts(codes.indices, p.model.num_codes)
-        if "fsq" in self.run.enabled:
+        if not self.num_codes:
             return
         if out.mean.requires_grad or codes.vectors.requires_grad:
             loss = codebook_loss(codes.latent, codes.vectors, self.own.commitment)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from latent_ae.config import FIXED, Positive, Problem, Settings, Weight, fixed_with
 from latent_ae.data.rng import downsampling_number
-from latent_ae.models.likelihood import LIKELIHOODS, Likelihood, log_likelihood
+from latent_ae.models.likelihood import LIKELIHOODS, SCALED, Likelihood, log_likelihood
 from latent_ae.models.settings import ModelFacts
 from latent_ae.objectives.bands import unseen
 from latent_ae.objectives.base import Batch, Objective, Pass, RunFacts, mean_over_views
@@ -20,18 +20,17 @@ from latent_ae.pretrained.lpips import LPIPS, TRUNKS
 
 PixelLoss = Literal["l1", "l2", "charbonnier"]
 CHARBONNIER_EPS = 1e-3
-SCALED = ("gaussian", "logistic")
-"""Likelihoods with a scale."""
 
 
 class ReconstructionSettings(Settings):
     """Reconstruction losses."""
 
     pixel: Annotated[
-        Literal["l1", "l2", "charbonnier", "bernoulli", "gaussian", "logistic"], fixed_with("learned_logvar")
+        Literal["l1", "l2", "charbonnier", "bernoulli", "gaussian", "logistic", "logit_laplace"],
+        fixed_with("learned_logvar"),
     ] = "l1"
     """A distance, or the negative logarithm of a likelihood in nats: with kl=1 and perceptual=0 the loss is minus the
-    evidence lower bound."""
+    evidence lower bound. logit_laplace is for decoders that give a scale for each value (DiscreteVAE)."""
     pixel_weight: Weight = 1.0
     """Weight of the pixel term."""
     scale: Annotated[float, Field(gt=0), fixed_with("learned_logvar")] = 0.1
@@ -84,6 +83,14 @@ class Reconstruction(Objective[ReconstructionSettings]):
             )
         if own.learned_logvar and own.pixel == "bernoulli":
             yield Problem("loss.learned_logvar", "bernoulli has no variance to learn: set it to false")
+        if own.learned_logvar and own.pixel == "logit_laplace":
+            yield Problem("loss.learned_logvar", "the decoder gives the scale of logit_laplace: set it to false")
+        if own.pixel == "logit_laplace" and model is not None and not model.gives_scale:
+            yield Problem(
+                "loss.pixel",
+                f"logit_laplace needs a decoder that gives the scale of each value, as a DiscreteVAE has: {model.name} "
+                "has none, so use logistic",
+            )
         if not (own.pixel_weight or own.perceptual or run.enabled & {"convnext", "dino"}):
             yield Problem("loss", "pixel_weight and perceptual are both 0: nothing would be reconstructed")
         if own.scale_consistency:
@@ -132,8 +139,15 @@ class Reconstruction(Objective[ReconstructionSettings]):
 
     def backward(self, p: Pass) -> None:
         own, area = self.own, p.batch.area
-        loss = area * self.loss(p, p.image, p.batch.target)
-        if not own.learned_logvar:
+        log_scale = None
+        if own.pixel == "logit_laplace":
+            assert p.out.log_scale is not None
+            log_scale = p.out.log_scale.detach().requires_grad_()
+        loss = area * self.loss(p, p.image, p.batch.target, log_scale=log_scale)
+        if log_scale is not None and p.out.log_scale is not None:
+            gradient, of_scale = torch.autograd.grad(loss, (p.image, log_scale))
+            p.send(p.out.log_scale, of_scale)
+        elif not own.learned_logvar:
             (gradient,) = torch.autograd.grad(loss, p.image)
         elif own.pixel in LIKELIHOODS:
             gradient, p.global_means["reconstruction/logvar"] = torch.autograd.grad(loss, (p.image, self.logvar))
@@ -151,7 +165,7 @@ class Reconstruction(Objective[ReconstructionSettings]):
             (gradient,) = torch.autograd.grad(loss, small)
             p.send(second, own.scale_consistency * gradient)
 
-    def loss(self, p: Pass, image: Tensor, target: Tensor, ending: str = "") -> Tensor:
+    def loss(self, p: Pass, image: Tensor, target: Tensor, ending: str = "", log_scale: Tensor | None = None) -> Tensor:
         """Return the weighted sum of the pixel and LPIPS terms, with a graph at `image`, and log each term.
 
         Args:
@@ -159,12 +173,16 @@ class Reconstruction(Objective[ReconstructionSettings]):
             image: (N, C, H, W), reconstructions.
             target: (N, C, H, W), the images that they should be.
             ending: End of the terms' names in the log.
+            log_scale: (N, C, H, W), logarithm of the likelihood's scale, if the decoder gives it.
         """
         own = self.own
         terms: list[Tensor] = []
         if own.pixel_weight:
             if own.pixel in LIKELIHOODS:
-                known = self.logvar if own.learned_logvar else image.new_full((), 2.0 * math.log(own.scale))
+                if log_scale is not None:
+                    known = 2.0 * log_scale
+                else:
+                    known = self.logvar if own.learned_logvar else image.new_full((), 2.0 * math.log(own.scale))
                 pixel = -log_likelihood(own.pixel, image, target, known).mean()
                 p.likelihood = own.pixel
             else:
@@ -197,7 +215,7 @@ class Reconstruction(Objective[ReconstructionSettings]):
         if own.pixel not in LIKELIHOODS:
             return {"likelihood": None}
         scale = math.exp(0.5 * self.logvar.item()) if own.learned_logvar else own.scale
-        return {"likelihood": Likelihood(own.pixel, None if own.pixel == "bernoulli" else scale)._asdict()}
+        return {"likelihood": Likelihood(own.pixel, scale if own.pixel in SCALED else None)._asdict()}
 
 
 def downsampled(x: Tensor, times: int) -> Tensor:

@@ -114,7 +114,8 @@ def cases(place: Path) -> dict[str, Case]:
         },
     )
     for kind, shape in SHAPES.items():
-        more = {"revive_after": 1} if kind == "VQModel" else {"kl": 1e-3}
+        more: dict[str, Any] = {"revive_after": 1} if kind == "VQModel" else {"kl": 1e-3}
+        more |= {"pixel": "logit_laplace"} if kind == "DiscreteVAE" else {}
         gan = {**FELT, "discriminator_warmup": 0, "conditional": kind == "AutoencoderDC"}
         gan["replay"] = 2 if kind == "AutoencoderDC" else 0
         codebook = {"entropy": 0.1} if kind == "VQModel" else {}

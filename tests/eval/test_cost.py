@@ -66,7 +66,7 @@ def test_each_parameter_is_on_one_side(name):
     sides = parameters_by_side(module)
     assert sum(sides.values()) == sum(parameter.numel() for parameter in module.parameters())
     assert sides["encoder"] > 0 and sides["decoder"] > 0
-    others = {"VQModel": {"codebook"}, "FlowAutoencoderKL": {"flow"}}
+    others = {"VQModel": {"codebook"}, "DiscreteVAE": {"codebook"}, "FlowAutoencoderKL": {"flow"}}
     assert set(sides) - {"encoder", "decoder"} == others.get(name, set())
 
 

@@ -231,7 +231,9 @@ def test_every_class_of_first_stage_is_measured(name, photos, tmp_path):
         assert health["kl_nats_per_dim"] > 0
     else:
         assert not any("kl" in key or "posterior" in key for key in [*health, *health["channels"][0]])
-        said = "is not Gaussian" if name == "FlowAutoencoderKL" else "no posterior"
+        said = {"FlowAutoencoderKL": "is not Gaussian", "DiscreteVAE": "without KL and spread"}.get(
+            name, "no posterior"
+        )
         assert any(said in note for note in result["notes"])
     assert any("before quantisation" in note for note in result["notes"]) == (name == "VQModel")
     page = (tmp_path / "out/latents.html").read_text()

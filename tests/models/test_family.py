@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from latent_ae.__main__ import main
 from latent_ae.models.build import build_autoencoder, factor_of, latent_channels_of
 from latent_ae.models.loading import load_first_stage
-from latent_ae.models.quantize import quantised
+from latent_ae.models.quantize import Quantiser, Relaxation, quantised
 from latent_ae.models.reconstruct import Reconstructor
 from latent_ae.models.registry import BLOCKS, class_of, module_of
 from latent_ae.models.settings import ModelSettings
@@ -197,6 +197,13 @@ def test_mistakes_are_said(
     assert said in capsys.readouterr().err
 
 
+def quantiser_for(kind: str, noise: torch.Tensor) -> Quantiser:
+    """One with which gradients reach the encoder."""
+    codes = SHAPES["DiscreteVAE"]["num_vq_embeddings"]
+    relaxation = Relaxation(torch.zeros(len(noise), codes, *noise.shape[2:]), 1.0)
+    return Quantiser(relaxation=relaxation if kind == "DiscreteVAE" else None)
+
+
 @pytest.mark.parametrize("kind", SHAPES)
 def test_what_init_from_brings_learns_as_a_fresh_one_does(tmp_path: Path, kind: str) -> None:
     """Several processes wait for the gradient of every weight that asks for one."""
@@ -213,7 +220,7 @@ def test_what_init_from_brings_learns_as_a_fresh_one_does(tmp_path: Path, kind: 
     assert learning == [name for name, weight in fresh.named_parameters() if weight.requires_grad]
     images = torch.rand(2, 3, SIDE, SIDE)
     noise = torch.randn(2, latent_channels_of(brought), *2 * [SIDE // factor_of(brought)])
-    result = Reconstructor(brought)(images, noise)
+    result = Reconstructor(brought)(images, noise, quantiser=quantiser_for(kind, noise))
     codes = (result.codes.vectors.sum(),) if result.codes is not None else ()
     torch.autograd.backward([result.image.sum(), *codes])
     assert [name for name, weight in brought.named_parameters() if weight.grad is not None] == learning
@@ -256,6 +263,28 @@ IN_VAIN = [
         "loss.revive_after=5",
         "loss.revive_after: is for a codebook, which this AutoencoderTiny",
     ),
+    (
+        "DiscreteVAE",
+        "loss.commitment=1",
+        "loss.commitment: is for the nearest codes of a codebook, and this DiscreteVAE",
+    ),
+    ("DiscreteVAE", "codebook.entropy=0.1", "codebook.entropy: is for the nearest codes of a codebook, and this Discr"),
+    ("DiscreteVAE", "loss.pixel=logit_laplace loss.learned_logvar=true", "loss.learned_logvar: the decoder gives the"),
+    (
+        "DiscreteVAE",
+        "codebook.temperature_end=2",
+        "codebook.temperature_end: 2 is above the first temperature, 1: lower",
+    ),
+    (
+        "VQModel",
+        "codebook.temperature=2",
+        "codebook.temperature: is for codes that are drawn, as a DiscreteVAE's, and not",
+    ),
+    (
+        "VQModel",
+        "loss.pixel=logit_laplace",
+        "loss.pixel: logit_laplace needs a decoder that gives the scale of each value",
+    ),
     ("AutoencoderKLFlux2", "model.config={in_channels: 1}", "model.config: in_channels is 1 and out_channels 3"),
 ]
 
@@ -264,7 +293,8 @@ IN_VAIN = [
 def test_what_means_nothing_to_a_class_is_refused_before_anything_is_written(
     pictures: Path, tmp_path: Path, kind: str, word: str, said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = family_words(pictures, tmp_path / "run", kind, word)
+    words = word.split() if kind == "DiscreteVAE" else [word]
+    command = family_words(pictures, tmp_path / "run", kind, *words)
     for more in ([], ["--dry-run"]):
         assert main([*command, *more]) == 2
         assert said in capsys.readouterr().err
@@ -291,7 +321,8 @@ def test_checkpointed_gradients_are_the_same(kind: str) -> None:
         torch.manual_seed(0)
         images = torch.rand(2, 3, SIDE, SIDE)
         noise = torch.randn(2, latent_channels_of(network), *2 * [SIDE // factor_of(network)])
-        Reconstructor(network)(images, noise).image.square().mean().backward()
+        result = Reconstructor(network)(images, noise, quantiser=quantiser_for(kind, noise))
+        result.image.square().mean().backward()
         gradients.append([parameter.grad for parameter in network.parameters()])
         assert len(calls) == 2 * times, "the blocks run again in the backward pass"
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True) if a is not None)

@@ -57,10 +57,36 @@ def test_bits_per_dimension() -> None:
     """A uniform choice of 256 levels has 8 bits; a density needs the width of a level to say so."""
     assert bits_per_dimension(torch.tensor(math.log(256.0)), "logistic") == pytest.approx(8.0)
     assert bits_per_dimension(torch.tensor(math.log(256.0)), "gaussian", discretised=True) == pytest.approx(8.0)
+    assert bits_per_dimension(torch.tensor(math.log(2.0)), "logit_laplace") == pytest.approx(1.0 + math.log2(127.5))
     assert bits_per_dimension(torch.tensor(math.log(2.0)), "gaussian") == pytest.approx(1.0 + math.log2(127.5))
 
 
-@pytest.mark.parametrize("kind", LIKELIHOODS)
+def test_the_logit_laplace_density_is_scipys() -> None:
+    """The density of a Laplace distribution of the logit, times the slopes of logit and map; it integrates to 1.
+
+    The gradients, too, are those of torch's own transformed distribution.
+    """
+    image = torch.linspace(-1.1, 1.1, 5, dtype=torch.float64)[:, None].requires_grad_()
+    log_scale = torch.tensor([[-2.0], [0.3], [-0.5], [0.0], [1.0]], dtype=torch.float64, requires_grad=True)
+    found = log_likelihood("logit_laplace", image, LEVELS, 2.0 * log_scale)
+    value, location = (0.1 + 0.8 * (x.detach().numpy() + 1) / 2 for x in (LEVELS, image))
+    spread = np.exp(log_scale.detach().numpy())
+    density = stats.laplace.pdf(np.log(value / (1 - value)), np.log(location / (1 - location)), spread)
+    torch.testing.assert_close(found.exp(), torch.from_numpy(density / (value * (1 - value)) * 0.4))
+    # all that the map reaches between 0 and 1
+    wide = torch.linspace(-1.25, 1.25, 2_000_001, dtype=torch.float64)[1:-1]
+    whole = log_likelihood("logit_laplace", image, wide, 2.0 * log_scale).exp().sum(1) * (wide[1] - wide[0])
+    torch.testing.assert_close(whole[:4], torch.ones(4, dtype=torch.float64), rtol=1e-3, atol=0)
+    mapped = torch.special.logit(0.5 + 0.4 * image)
+    law = torch.distributions.Laplace(mapped, log_scale.exp(), validate_args=False)
+    to_pixels = [torch.distributions.SigmoidTransform(), torch.distributions.AffineTransform(-1.25, 2.5)]
+    expected = torch.distributions.TransformedDistribution(law, to_pixels, validate_args=False).log_prob(LEVELS)
+    torch.testing.assert_close(found, expected)
+    slopes = [torch.autograd.grad(one.sum(), (image, log_scale)) for one in (found, expected)]
+    torch.testing.assert_close(*slopes)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in LIKELIHOODS if kind != "logit_laplace"])
 def test_the_loss_is_minus_the_elbo(kind: str) -> None:
     """Of torch's own distributions and KL, gradients of all weights and of the learned scale included."""
     learned = kind != "bernoulli"

@@ -61,6 +61,7 @@ def test_muon_takes_the_inner_weights_and_adamw_the_rest() -> None:
 ENDS = {f"{part}.{name}.weight" for part in ("encoder", "decoder") for name in ("conv_in", "conv_out")}
 OUTSIDE = {
     "VQModel": ENDS | {"quantize.embedding.weight"},
+    "DiscreteVAE": ENDS | {"embedding.weight"},
     "AutoencoderTiny": {f"{part}.layers.{end}.weight" for part in ("encoder", "decoder") for end in ("first", "last")},
     "HierarchicalVAE": (ENDS | {"decoder.start"}) - {"encoder.conv_out.weight", "decoder.conv_in.weight"},
 }
