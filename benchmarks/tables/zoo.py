@@ -11,7 +11,7 @@ COLUMNS: dict[str, tuple[str, Callable[[dict[str, Any]], float | None]]] = {
     "SSIM ↑": ("{:.3f}", lambda row: row["ssim"]),
     "LPIPS ↓": ("{:.3f}", lambda row: row["lpips_vgg"]),
     "Fréchet (VGG16) ↓": ("{:.1f}", lambda row: row["frechet_vgg16"]),
-    "midpoints ↓": ("{:.1f}", lambda row: row["midpoints"]),
+    "midpoints ↓": ("{:.1f}", lambda row: row.get("midpoints")),
     "text ↑": ("{:.3f}", lambda row: row["text"]["ned_reconstruction"] if "text" in row else None),
     "effective rank": ("{:.2f}", lambda row: row["effective_rank"]),
     "KL (nats per value)": ("{:.2f}", lambda row: row["kl_nats_per_dim"]),
