@@ -144,10 +144,8 @@ def measured(recipe: str, run: Path, held_out: Path, reads: bool) -> dict[str, A
     found |= {key: recon["metrics"]["mode"][key] for key in ("psnr", "ssim", "lpips_vgg", "frechet_vgg16")}
     found["bits_per_pixel"] = recon["cost"]["bits_per_pixel"]["fp16"]
     found |= {key: latents["health"].get(key) for key in ("effective_rank", "kl_nats_per_dim")}  # a posterior has a KL
-    if load_first_stage(str(run / "export")).family.latent not in (
-        "codebook",
-        "categorical",
-    ):  # codes have no midpoints
+    family = load_first_stage(str(run / "export")).family
+    if family is not None and family.latent not in ("codebook", "categorical"):  # there is nothing between codes
         found["midpoints"] = ask("ifid", held_out)["metrics"]["midpoints"]["frechet_vgg16"]
     if reads and MEMBERS[recipe].measured == "whole":
         found["text"] = ask("text")["metrics"]
