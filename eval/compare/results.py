@@ -219,8 +219,11 @@ def _differing(results: Mapping[str, Result]) -> list[str]:
         obstacles.append(_differing_line(name, {label: text or None for label, (_, text) in data.items()}))
     choices = {label: _choice(result) for label, result in results.items()}
     if len(set(choices.values())) > 1 and (name == "data.location" or len(set(data.values())) > 1):
+        words = {label: known and known[0] for label, known in choices.items()}
+        if len(set(words.values())) == 1:  # they differ in their numbers alone
+            words = {label: known and known[1] for label, known in choices.items()}
         obstacles.append(
-            _differing_line("images chosen from the data", choices)
+            _differing_line("images chosen from the data", words)
             + "; if the data is the same, measure again with the same limit and seed"
         )
     seeds = {key: str(one.get("seed")) for key, one in documents.items() if (one.get("metrics") or {}).get("sample")}
@@ -267,13 +270,10 @@ def _data(result: Result) -> tuple[str, str]:
     return "data.location", f"{location} {data['split']}" if data.get("split") else location
 
 
-def _choice(result: Result) -> str | None:
-    """Return in words which images of the data were measured, with the digest of their numbers."""
+def _choice(result: Result) -> tuple[str, str] | None:
+    """Return in words which images of the data were measured, and the digest of their numbers."""
     choice = result.document["data"].get("choice")
-    if not isinstance(choice, dict):
-        return None
-    prints = choice.get("fingerprint")
-    return choice_in_words(choice) + (f" ({str(prints)[:16]})" if prints else "")
+    return (choice_in_words(choice), str(choice.get("fingerprint"))[:16]) if isinstance(choice, dict) else None
 
 
 def _differing_line(name: str, values: Mapping[str, str | None]) -> str:

@@ -99,7 +99,10 @@ def test_a_comparison_is_a_table_and_json_in_a_pipe(jobs: Jobs, tmp_path, capsys
     document = json.loads((ended.folder / "comparison.json").read_text())
     row = next(row for row in document["differences"] if row["metric"] == "psnr")
     assert ended.code == 0 and "{" not in ended.out
-    assert f"{abs(row['difference']):.3f}" in next(line for line in ended.out.splitlines() if "PSNR (dB)" in line)
+    lines = [line for line in ended.out.splitlines() if "PSNR (dB)" in line]
+    values = next(row["values"] for row in document["metrics"] if row["metric"] == "psnr")
+    assert f"{values['A']:.2f}" in lines[0] and "B − A" in lines[1]
+    assert f"{abs(row['difference']):.3f}" in lines[1]
     words = [*jobs.words("compare"), "--out", str(tmp_path)]
     _, out, err = on_a_terminal(*words, "--json")
     assert out == json.dumps(document, indent=2) + "\n" and "PSNR (dB)" in err
