@@ -142,7 +142,8 @@ def measured(recipe: str, run: Path, held_out: Path, reads: bool) -> dict[str, A
 
     recon, latents = ask("recon", held_out), ask("latents", held_out)
     found |= {key: recon["metrics"]["mode"][key] for key in ("psnr", "ssim", "lpips_vgg", "frechet_vgg16")}
-    found["bits_per_pixel"] = recon["cost"]["bits_per_pixel"]["fp16"]
+    bits = recon["cost"]["bits_per_pixel"]
+    found["bits_per_pixel"] = bits["indices"] or bits["fp16"]
     found |= {key: latents["health"].get(key) for key in ("effective_rank", "kl_nats_per_dim")}  # a posterior has a KL
     family = load_first_stage(str(run / "export")).family
     if family is not None and family.latent not in ("codebook", "categorical"):  # there is nothing between codes

@@ -194,7 +194,10 @@ def _differences(
 ) -> dict[Figure, dict[str, Any]]:
     """Return the rows of b - a for everything that both have; there is no verdict on what was measured otherwise."""
     usable = {figure: values for figure, values in paired.items() if np.isfinite(values).any()}
-    intervals = dict(zip(usable, mean_intervals(np.stack(list(usable.values()), 1)), strict=True)) if usable else {}
+    intervals: dict[Figure, np.ndarray] = {}
+    for job in {figure.job for figure in usable}:  # each has images of its own
+        of_job = {figure: values for figure, values in usable.items() if figure.job == job}
+        intervals |= dict(zip(of_job, mean_intervals(np.stack(list(of_job.values()), 1)), strict=True))
     rows = {}
     interval: tuple[float, float] | None
     for figure in set(a.figures()) & set(b.figures()):

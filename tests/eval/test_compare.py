@@ -381,6 +381,11 @@ def test_evaluations_of_one_model_stand_together_and_are_drawn_against_quality(t
     assert "At a glance" in text and "eval ifid" in text and "effective rank" in text
 
 
+def located(name: str) -> dict:
+    """Changes that make a result that of the model `name`."""
+    return {"model": {"location": f"/m/{name}/export"}}
+
+
 def test_readings_of_text_are_compared_crop_by_crop_and_by_size(tmp_path):
     folders = []
     for name, better in (("a", 0.0), ("b", 0.01)):
@@ -394,7 +399,9 @@ def test_readings_of_text_are_compared_crop_by_crop_and_by_size(tmp_path):
         folders.append(other(tmp_path, "text", name, **group, **more))
         rows = [{"digest": str(i), "ned_reconstruction": float(value)} for i, value in enumerate(ned)]
         pq.write_table(pa.Table.from_pylist(rows), folders[-1] / "readings.parquet")
-    comparison = compare(folders)
+    # beside reconstructions of another number of images
+    comparison = compare([*folders, *(made(tmp_path, f"recon-{name}", changes=located(name)) for name in "ab")])
+    assert len(comparison["models"]) == 2 and found(comparison)["n"] == 60
     whole, small = (found(comparison, "ned_reconstruction", part) for part in ("", "8 px"))
     assert whole["method"] == PAIRED and whole["better"] == "B" and whole["interval"] == pytest.approx([0.01, 0.01])
     assert small["method"] == INDEPENDENT and small["verdict"] == CHANCE
