@@ -62,7 +62,7 @@ th { color: var(--soft); font-weight: 600 } td.number, th.number { text-align: r
 .estimate { white-space: nowrap } td b { font-weight: 600 }
 .best { font-size: .75rem; color: var(--mark); border: 1px solid; border-radius: 4px; padding: 0 .3rem }
 .scroll td:first-child { min-width: 6.5rem }
-.scroll th, .scroll td:first-child { max-width: 16rem; overflow-wrap: anywhere } .scroll th { min-width: 4.5rem }
+.scroll th, .scroll td:first-child { max-width: 16rem; overflow-wrap: anywhere } .scroll th { min-width: 6.2rem }
 td small { display: inline-block; margin-left: .4rem }
 .pairs { width: 100%; font-size: .85rem } .pairs th { font-weight: 400; width: 30% }
 .pairs td, .pairs th { overflow-wrap: anywhere; white-space: pre-line }
