@@ -263,9 +263,9 @@ def _in_conditions(key: str, result: Result, conditions: Sequence[str]) -> bool:
 def _data(result: Result) -> tuple[str, str]:
     """Return what tells the data of a result apart, and its name; evaluations without digests have a location."""
     data = result.document["data"]
-    prints = str(data.get("fingerprint") or "".join(map(str, data.get("fingerprints") or ())))
+    prints = [data["fingerprint"]] if data.get("fingerprint") else data.get("fingerprints") or []
     if prints or result.job == "recon":
-        return "data.fingerprint", prints[:16]
+        return "data.fingerprint", " ".join(str(print_)[:16] for print_ in prints)
     location = str(data.get("location")).rstrip("/")
     return "data.location", f"{location} {data['split']}" if data.get("split") else location
 

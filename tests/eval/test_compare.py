@@ -444,6 +444,9 @@ def test_evaluations_under_other_conditions_are_refused(tmp_path):
     assert [row["part"] for row in compare(steps[:2])["metrics"]] == ["samples"]  # a preset and its value are the same
     with pytest.raises(UserError, match="eval diffusion, recipe.steps: A 500, B 40000"):
         compare(steps[::2])
+    sets = [other(tmp_path, "diffusion", name, **trained, data={"fingerprints": ["1", name]}) for name in ("i", "j")]
+    with pytest.raises(UserError, match="eval diffusion, data.fingerprint: A 1 i, B 1 j"):
+        compare(sets)
     c, d, e = (
         other(tmp_path, "ifid", name, **midpoints(1, 1), networks=networks)
         for name, networks in (("c", {"fid": "1", "frechet_vgg16": ""}), ("d", {"fid": "2"}), ("e", {}))
