@@ -8,6 +8,7 @@ from latent_ae_eval.job import Figures, Job
 from latent_ae_eval.text.settings import TextSettings
 
 COMPARED = ("ned_reconstruction", "ned_lost", "ned_agreement", "exact_reconstruction")
+"""Metrics that tell models apart; those of the originals are the same for all."""
 
 
 def text_figures(result: Mapping[str, Any]) -> Figures:
