@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from latent_ae.metrics.labels import number
+from latent_ae.metrics.labels import number, value_at
 
 PLACES = {
     ("time (ms per image)", "encode"): (("seconds_per_image", "encode"), 1e3, "{:,.4g}"),
@@ -24,9 +24,7 @@ def number_at(section: Any, *path: str) -> float | None:
         section: The section `cost`.
         *path: The keys, from the outermost.
     """
-    for key in path:
-        section = section.get(key) if isinstance(section, Mapping) else None
-    return number(section)
+    return number(value_at(section, *path))
 
 
 def cost_lines(section: Any) -> dict[tuple[str, str], str]:

@@ -11,7 +11,7 @@ from typing import Any, Generic, TypeVar
 
 from latent_ae import command_line
 from latent_ae.config import Settings, UserError, changed_settings, close_word, load_settings, own_key
-from latent_ae.metrics.labels import number, pair, short_name
+from latent_ae.metrics.labels import number, pair, short_name, value_at
 from latent_ae.text import printable
 
 JOBS = (
@@ -45,14 +45,6 @@ def measured_figures(result: Mapping[str, Any], parts: Sequence[str] | None = No
     return figures
 
 
-def at_path(document: Mapping[str, Any], path: str) -> Any:
-    """Return what stands at a dotted path, or None."""
-    value: Any = document
-    for key in path.split("."):
-        value = value.get(key) if isinstance(value, Mapping) else None
-    return value
-
-
 def figures_at(result: Mapping[str, Any], places: Mapping[str, str], part: str = "") -> Figures:
     """Return the figures at dotted paths of a result, without intervals; those that it lacks are left out.
 
@@ -63,7 +55,7 @@ def figures_at(result: Mapping[str, Any], places: Mapping[str, str], part: str =
     """
     figures: Figures = {}
     for metric, path in places.items():
-        if (known := number(at_path(result, path))) is not None:
+        if (known := number(value_at(result, *path.split(".")))) is not None:
             figures[part, metric] = known, None
     return figures
 

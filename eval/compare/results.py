@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from latent_ae.config import UserError
-from latent_ae.metrics.labels import number, short_name
+from latent_ae.metrics.labels import number, short_name, value_at
 from latent_ae.report.page import flattened
 from latent_ae.text import choice_in_words
-from latent_ae_eval.job import JOBS, Figures, at_path, job_of
+from latent_ae_eval.job import JOBS, Figures, job_of
 
 NOT_COMPARED = ("latents", "changed", "changed.latents")
 """Keys of a protocol that may differ: each kind of latent is compared with its own kind only, so a deterministic model
@@ -247,7 +247,7 @@ def _conditions(result: Result) -> dict[str, Any]:
         }
         known = dict(flattened(settings))
         for path in job.conditions:
-            section = at_path(result.document, path)
+            section = value_at(result.document, *path.split("."))
             known |= dict(flattened({path: section} if section is not None else {}))
         known.pop("recipe.parameters", None)  # a larger latent needs a larger transformer
     count = result.num_images()
@@ -256,7 +256,7 @@ def _conditions(result: Result) -> dict[str, Any]:
 
 def _in_conditions(key: str, result: Result, conditions: Sequence[str]) -> bool:
     """Return whether one of the sections that must agree holds the value of a setting."""
-    sections = (at_path(result.document, path) for path in conditions)
+    sections = (value_at(result.document, *path.split(".")) for path in conditions)
     return any(isinstance(section, Mapping) and key in section for section in sections)
 
 

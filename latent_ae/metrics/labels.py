@@ -1,7 +1,7 @@
 """Names, rounding and order of the metrics in tables and reports."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from numbers import Real
 from typing import Any, Literal, NamedTuple
 
@@ -152,6 +152,13 @@ def number(value: Any) -> float | None:
         return float(value) if math.isfinite(value) else None
     except OverflowError:  # a whole number of hundreds of digits
         return None
+
+
+def value_at(document: Any, *keys: str) -> Any:
+    """Return what stands under nested keys, from the outermost on, or None (a result file may hold anything)."""
+    for key in keys:
+        document = document.get(key) if isinstance(document, Mapping) else None
+    return document
 
 
 def pair(value: Any) -> tuple[float, float] | None:
