@@ -25,7 +25,7 @@ from latent_ae.pretrained.lpips import LPIPS
 from latent_ae_train.settings import TrainSettings
 
 WIDTHS = {
-    "0.9M": "model.block_out_channels=[32,64,64,64]",
+    "1.2M": "model.block_out_channels=[32,64,64,64]",
     "12M": "model.block_out_channels=[64,128,192,192] model.layers_per_block=2",
     "84M": "model.block_out_channels=[128,256,512,512] model.layers_per_block=2 model.norm_num_groups=32 "
     "model.mid_block_add_attention=true",
@@ -40,7 +40,7 @@ def main() -> None:
     parser.add_argument("--data", default="photos")
     parser.add_argument("--held-out", metavar="DATA", help="default: photographs held out of --data")
     parser.add_argument("--images", type=int, default=8, help="held-out images that are measured")
-    parser.add_argument("--width", choices=WIDTHS, default="0.9M")
+    parser.add_argument("--width", choices=WIDTHS, default="1.2M")
     parser.add_argument("--rates", nargs="+", default=["1e-4", "3e-4", "1e-3"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--crops", type=int, nargs="+", default=[0, 64, 256], help="when it is measured")
