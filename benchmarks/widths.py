@@ -3,9 +3,9 @@
     python -m benchmarks.widths --data TRAIN_FOLDER --held-out TEST_FOLDER --width 84M --rates 1e-4 3e-4 1e-3
 
 The quickstart's step without its GAN, in bf16 on one thread, f8 with 16 latent channels unless others are given,
-batches of 8 crops of 64 px and a constant rate after 20 steps of warm-up. PSNR and LPIPS of held-out centre crops are those of the averaged
-weights, and of the weights themselves. Rows are added to benchmarks/results/widths.json, so that a long table can be
-made in parts.
+batches of 8 crops of 64 px and a constant rate after 20 steps of warm-up. PSNR and LPIPS of held-out centre crops are
+those of the averaged weights, and of the weights themselves. Rows are added to benchmarks/results/widths.json, so that
+a long table can be made in parts.
 """
 
 import argparse
