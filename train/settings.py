@@ -96,7 +96,7 @@ class CodeSettings(
     CodeGradientSettings,
     UnitCodesSettings,
 ):
-    """How codes of a VQModel or VQVAE2 are compared, learned and spread, those of a DiscreteVAE drawn: docs/family.md."""
+    """How codes of a VQModel or VQVAE2 are compared, learned and spread, or a DiscreteVAE's drawn: docs/family.md."""
 
 
 class TrainSettings(Settings):
