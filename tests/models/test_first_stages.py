@@ -218,9 +218,8 @@ def test_the_pages_name_the_classes_that_are_known():
     assert sorted(named.findall(sentence)) == sorted(set(FAMILIES) - set(OWN))
     text = (root / "docs" / "family.md").read_text(encoding="utf-8")
     sections = text[: text.index("## Classes that are measured")], text[text.index("## Classes that are measured") :]
-    trained, measured = (
-        re.findall(r"^\| (\w*Autoencoder\w*|VQModel|\w+VAE2?)", part, re.MULTILINE) for part in sections
-    )
+    row = re.compile(r"^\| (\w*Autoencoder\w*|VQModel|\w+VAE2?)", re.MULTILINE)
+    trained, measured = (row.findall(part) for part in sections)
     measured = measured[: len({name.split()[0] for name in CONFIGS} - set(get_args(Kind)))]
     assert sorted([*trained, *measured]) == sorted(FAMILIES) and sorted(trained) == sorted(get_args(Kind))
     text = " ".join((root / "docs" / "encode.md").read_text(encoding="utf-8").split())
