@@ -89,7 +89,9 @@ class VQVAE2(ModelMixin, ConfigMixin):
         found: list[Codes] = []
 
         def quantise(latent: Tensor) -> Tensor:
-            through, codes = quantised(latent.float(), self.quantize[len(found)].embedding.weight, how)
+            # a no-op but where the whole model is in half precision
+            codebook = self.quantize[len(found)].embedding.weight.float()
+            through, codes = quantised(latent.float(), codebook, how)
             found.append(codes)
             return through
 
@@ -204,7 +206,7 @@ class LevelsEncoder(nn.Module):
         for level, to_vectors in enumerate(self.to_vectors):
             own = features.pop()
             if level:
-                own = torch.cat([own, self.down[level - 1](joined(found))], 1)
+                own = torch.cat([own, self.down[level - 1](joined(found).to(own.dtype))], 1)
             found.append(quantise(to_vectors(own)))
         return found
 

@@ -120,6 +120,8 @@ def test_codes_decode_and_a_folder_gives_the_same_ones(model: VQVAE2, tmp_path: 
         model.decode(encoded.latent[:, :4])
     with pytest.raises(ValueError, match="levels 1"):
         VQVAE2(levels=1)
+    half = images.bfloat16()
+    assert model.bfloat16()(half).sample.dtype == model.encode(half).latent.dtype == torch.bfloat16
 
 
 def test_three_levels_fit_together() -> None:
