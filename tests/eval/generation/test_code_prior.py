@@ -12,12 +12,13 @@ from scipy import stats
 
 from latent_ae.config import UserError
 from latent_ae.data.images import to_tensor, to_uint8
+from latent_ae.latents.cache import open_latents
 from latent_ae.models.codes import latent_of_codes, nearest_codes
 from latent_ae.models.loading import load_first_stage
 from latent_ae.report.pictures import picture_grid
 from latent_ae_eval.__main__ import main
 from latent_ae_eval.sample import JOB
-from latent_ae_eval.sample.codes import nats
+from latent_ae_eval.sample.codes import CodeImages, nats
 from latent_ae_eval.sample.measure import sample
 from latent_ae_eval.sample.settings import SampleSettings
 from latent_ae_eval.sample.transformer import CodeTransformer, coarser_places
@@ -118,6 +119,11 @@ def test_its_rate_is_that_of_the_codes_of_held_out_images(images, tmp_path, caps
         for own, part in zip(trained, held_out, strict=True)
     )
     assert result["loss"]["relative_loss"] == pytest.approx(bits * 64 * math.log(2) / trivial, rel=2e-3)
+    # and of mirrored images, on which it trains, too
+    codes = CodeImages(module, open_latents(out / "latents" / "train"), torch.device("cpu"))
+    with torch.no_grad():
+        mirrored = torch.cat([one.flatten(1) for one in module.encode(pictures(images / "train").flip(3)).indices], 1)
+    assert sorted(codes.sequences(range(80), torch.ones(80)).tolist()) == sorted(mirrored.tolist())
 
     # the samples are those of the stored transformer, in batches of any size
     uniform = [torch.rand(80, generator=torch.Generator().manual_seed(number)) for number in range(20)]
