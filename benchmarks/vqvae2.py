@@ -36,6 +36,7 @@ COMMON = (
     f"batch_size={BATCH} seed={SEED} data.resolution={SIDE} validate.crop_px={SIDE} validate.images=100 "
     "validate.every=100000 checkpoint.every=100000 log.every=50"
 ).split()
+RECON = f"resize_px=null crop_px={SIDE} limit=1000 frechet=[] lpips=[] batch_size=50 num_workers=0".split()
 FITTED = ["batch_size=32", "validation_images=1000", "validations=5"]
 
 
@@ -70,9 +71,7 @@ def measured(run: Path, data: Path, steps: int) -> dict[str, Any]:
         words = (f"part={part}", f"resolution={SIDE}", "flips=false", "label_column=null", "batch_size=64")
         if not (folder / "manifest.json").exists():
             latent_ae("encode", str(export), str(data), str(folder), *words, "num_workers=0")
-    recon = evaluate(
-        run / "recon", "recon", export, data / "test.parquet", f"crop_px={SIDE}", "limit=1000", "frechet=[]", "lpips=[]"
-    )
+    recon = evaluate(run / "recon", "recon", export, data / "test.parquet", *RECON)
     given = [f"latents={encoded['train']}", f"held_out_latents={encoded['held_out']}"]
     given += [f"samples={SAMPLES}", "num_workers=0"]
     codes = evaluate(run / "codes", "sample", export, data, "prior=codes", f"steps={steps}", *FITTED, *given)
