@@ -23,6 +23,7 @@ from benchmarks.machine import alternate, save
 from benchmarks.runs import evaluate, peak_gb_of, seconds_of, train
 from latent_ae.config import load_settings
 from latent_ae.models.loading import load_first_stage
+from latent_ae.models.registry import family_of
 from latent_ae_train.settings import TrainSettings
 
 
@@ -40,6 +41,7 @@ MEMBERS = {
     "tiny": Member(),
     "vqgan": Member(),
     "dvae": Member(),
+    "vqvae2": Member(),
     "dc-ae": Member(),
     "tiny-distilled": Member("distillation.teacher"),
     "new-decoder": Member("init_from"),
@@ -140,13 +142,16 @@ def measured(recipe: str, run: Path, held_out: Path, reads: bool) -> dict[str, A
         question = f"{framing.get(kind, '')} {QUESTIONS[kind]} num_workers=0".split()
         return evaluate(run / kind, kind, run / "export", data, *question)
 
-    recon, latents = ask("recon", held_out), ask("latents", held_out)
+    module: Any = load_first_stage(str(run / "export")).module
+    family = family_of(module)
+    recon = ask("recon", held_out)
     found |= {key: recon["metrics"]["mode"][key] for key in ("psnr", "ssim", "lpips_vgg", "frechet_vgg16")}
     bits = recon["cost"]["bits_per_pixel"]
     found["bits_per_pixel"] = bits["indices"] or bits["fp16"]
-    found |= {key: latents["health"].get(key) for key in ("effective_rank", "kl_nats_per_dim")}  # a posterior has a KL
-    family = load_first_stage(str(run / "export")).family
-    if family is not None and family.latent not in ("codebook", "categorical"):  # there is nothing between codes
+    if family.one_grid:  # others are not measured
+        health = ask("latents", held_out)["health"]
+        found |= {key: health.get(key) for key in ("effective_rank", "kl_nats_per_dim")}  # a posterior has a KL
+    if family.one_grid and not family.codes(module.config):  # there is nothing between codes
         found["midpoints"] = ask("ifid", held_out)["metrics"]["midpoints"]["frechet_vgg16"]
     if reads and MEMBERS[recipe].measured == "whole":
         found["text"] = ask("text")["metrics"]

@@ -13,8 +13,8 @@ COLUMNS: dict[str, tuple[str, Callable[[dict[str, Any]], float | None]]] = {
     "Fréchet (VGG16) ↓": ("{:.1f}", lambda row: row["frechet_vgg16"]),
     "midpoints ↓": ("{:.1f}", lambda row: row.get("midpoints")),
     "text ↑": ("{:.3f}", lambda row: row["text"]["ned_reconstruction"] if "text" in row else None),
-    "effective rank": ("{:.2f}", lambda row: row["effective_rank"]),
-    "KL (nats per value)": ("{:.2f}", lambda row: row["kl_nats_per_dim"]),
+    "effective rank": ("{:.2f}", lambda row: row.get("effective_rank")),
+    "KL (nats per value)": ("{:.2f}", lambda row: row.get("kl_nats_per_dim")),
     "training (min)": ("{:.1f}", lambda row: row["processor_seconds"] / 60),
     "memory (GB)": ("{:.1f}", lambda row: row["peak_gb"]),
 }
