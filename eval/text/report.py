@@ -44,13 +44,14 @@ PICTURE_BYTES = 500_000
 ABOUT = (
     "NED is the normalised edit distance, 1 - Levenshtein distance / length of the longer text: 1 is the same text, 0 "
     "has nothing in common. The original's is the ceiling, because no engine reads everything; what the reconstruction "
-    "lacks of it was lost by the first stage. Small: 95 % bootstrap intervals over the crops."
+    "lacks of it was lost by the first stage. "
 )
 OF_DATA = (
     "NED is the normalised edit distance, 1 - Levenshtein distance / length of the longer text, between the readings "
     "of the reconstruction and of the original, which counts as the truth: 1 is the same text, 0 has nothing in "
-    "common. Small: 95 % bootstrap intervals over the crops."
+    "common. "
 )
+INTERVALS = "Small: 95 % bootstrap intervals over the crops."
 SHOWN_IN = "metrics", "intervals", "groups", "notes"
 """Parts of a result that the page shows above its manifest."""
 
@@ -132,7 +133,8 @@ def write_text_report(
     table = page.table([{"metric": label, "of": of, "": value} for (label, of), value in lines.items()])
     skipped = len(data["skipped"])
     remarks = [*result["notes"], *([f"Unreadable images that were skipped: {skipped:,}."] if skipped else [])]
-    about = page.paragraph(OF_DATA if data["location"] is not None else ABOUT, soft=True)
+    meaning = OF_DATA if data["location"] is not None else ABOUT
+    about = page.paragraph(meaning + INTERVALS * bool(result["intervals"]), soft=True)
     sections = [
         page.facts(facts),
         page.section("All crops", table, about, page.paragraph(ARROWS, soft=True), page.notes(remarks)),
