@@ -125,7 +125,7 @@ def labelled_images(settings: TrainSettings, source: ImageSource, held_out: Imag
         found = numbered_classes(source, held_out, own.label_column)
         if found is None:
             raise UserError(
-                f"classes: {settings.data.title} has no labels: give a table with a column of classes or integers, or a "
+                f"classes: {settings.data.title} has no labels: give a table with a column of classes, or a "
                 "folder of images with a folder for each class"
             )
         if len(found.names) != own.classes:
@@ -137,8 +137,10 @@ def labelled_images(settings: TrainSettings, source: ImageSource, held_out: Imag
             kept[shown] = labels[shown]
             labels = kept
     except UserError as error:
-        message = str(error).replace("test_fraction", "data.eval_fraction").replace(
-            "; lower labels_per_class", "; lower semi_supervised.labels_per_class"
+        message = (
+            str(error)
+            .replace("test_fraction", "data.eval_fraction")
+            .replace("; lower labels_per_class", "; lower semi_supervised.labels_per_class")
         )
         raise UserError(f"semi_supervised.{message}") from error
     rows = np.flatnonzero(labels >= 0)

@@ -419,7 +419,8 @@ class TrainSettings(Settings):
             return
         if self.data.streaming:
             yield Problem(
-                "data.streaming", "semi_supervised finds labels by the number of an image, and a stream has none: set it to false"
+                "data.streaming",
+                "semi_supervised finds labels by the number of an image, and a stream has none: set it to false",
             )
         if self.data.mixture:
             yield Problem("data.mixture", "semi_supervised takes images and labels from one source: give data.source")

@@ -17,8 +17,8 @@ from latent_ae.data.settings import DataSettings, MixedSource, TrainingData
 from latent_ae.data.sources import Encoded, StoredImages, StreamSource
 
 Candidate: TypeAlias = tuple[int, str, Callable[[], Encoded], DataSettings]
-"""An image that a sample may be cut from: its number in all that is read (-1 in a stream), its name, what reads it, and the
-settings of its source."""
+"""An image that a sample may be cut from: its number in all that is read (-1 in a stream), its name, what reads it, and
+the settings of its source."""
 WEIGHTED_EPOCH = 10_000
 """Number of samples after which sources with weights have been taken exactly in proportion to them."""
 
@@ -160,9 +160,7 @@ def samples_per_epoch(parts: Sequence[MixedSource], sizes: Sequence[int]) -> tup
     return tuple(int(count) for count in counts)
 
 
-def with_more_of(
-    source: StoredImages, rows: np.ndarray, share: float, settings: DataSettings, label: str
-) -> Mixture:
+def with_more_of(source: StoredImages, rows: np.ndarray, share: float, settings: DataSettings, label: str) -> Mixture:
     """Return a source's images, with a share of the samples from some of them alone.
 
     Args:

@@ -18,7 +18,8 @@ from latent_ae.metrics.labels import NAMES
 from latent_ae.models.borrowed_encoder import FOLDER, borrowed_encoder
 from latent_ae.models.build import channels_of, count_parameters, factor_of, latent_channels_of
 from latent_ae.models.discriminator import Discriminator
-from latent_ae.models.label_model import FOLDER, LabelModel
+from latent_ae.models.label_model import FOLDER as LABEL_MODEL
+from latent_ae.models.label_model import LabelModel
 from latent_ae.models.registry import family_of, module_of, scaling_of
 from latent_ae.text import printable
 
@@ -268,7 +269,7 @@ def label_model_text(label_model: LabelModel, location: str) -> str:
         f"({count_parameters(label_model):,} parameters; M2 of Kingma et al. 2014), which was trained with the "
         "autoencoder. `latent-ae eval probe` measures how well it classifies. Diffusers ignores it.\n\n"
         "```python\nfrom latent_ae.models.label_model import LabelModel\n\n"
-        f"labels = LabelModel.from_pretrained({str(Path(location) / FOLDER)!r})\n"
+        f"labels = LabelModel.from_pretrained({str(Path(location) / LABEL_MODEL)!r})\n"
         "probabilities = labels.classify(z).exp()  # z as encoded above, without scaling\n```"
     )
 

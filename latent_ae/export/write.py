@@ -184,7 +184,9 @@ def export_autoencoder(
                 shutil.copymode(fresh / "config.json", file)  # safetensors writes for the owner's eyes only
             difference = verify_export(fresh, autoencoder, check_images, autoencoder.device)
             facts["max_abs_difference"] = difference
-            text = model_card(exported, card, statistics, folder.name, difference, precision, discriminator, label_model)
+            text = model_card(
+                exported, card, statistics, folder.name, difference, precision, discriminator, label_model
+            )
             text.save(fresh / "README.md")
             if likelihood is not None:
                 write_json(fresh / FILE, likelihood._asdict())

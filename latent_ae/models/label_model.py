@@ -1,4 +1,4 @@
-"""A generative model of latents and labels: the model M2 of semi-supervised learning on the latents of a first stage."""
+"""A generative model of the latents of a first stage and of labels: M2 of semi-supervised learning."""
 
 import math
 from pathlib import Path
@@ -21,8 +21,8 @@ class LabelModel(ModelMixin, ConfigMixin):
     """p(z, y, s) = p(y) p(s) p(z | y, s) for a latent z, a label y and a style s (M2 of Kingma et al. 2014, 2.1).
 
     p(y) is uniform, p(s) standard normal and p(z | y, s) a diagonal Gaussian. The posterior is q(y | z) q(s | z, y).
-    Together with a first stage, p(x | z), this is the stacked model M1 + M2 (eq. 1 to 4 of the paper). Each of the three
-    networks has one hidden layer, as published; they see the latent normalised to mean 0 and deviation 1.
+    Together with a first stage, p(x | z), this is the stacked model M1 + M2. Each of the three networks has one hidden
+    layer, as published; they see the latent normalised to mean 0 and deviation 1.
 
     Args:
         num_classes: Number of labels K.
@@ -121,8 +121,8 @@ def semi_supervised_terms(terms: Tensor, labels: Tensor) -> tuple[Tensor, Tensor
         labels: (N,) integers, -1 where the label is unknown.
 
     Returns:
-        -L(z, y) of a labelled sample, the bound on log p(z, y), and -U(z) of another, the bound on log p(z): the mean of
-        -L(z, y) over q(y | z) plus the entropy of q(y | z). In nats, (N,).
+        -L(z, y) of a labelled sample, the bound on log p(z, y), and -U(z) of another, the bound on log p(z): the mean
+        of -L(z, y) over q(y | z) plus the entropy of q(y | z). In nats, (N,).
         -log q(y | z) of a labelled sample, and 0 for another, (N,).
     """
     log_q, bounds = terms.unbind(1)

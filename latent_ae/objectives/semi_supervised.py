@@ -50,9 +50,11 @@ class Head(nn.Module):
         super().__init__()
         self.label_model, self.weight = label_model, weight
 
-    def forward(self, latent: Tensor, noise: Tensor) -> Tensor:
-        """Return what `LabelModel.forward` returns."""
+    def forward(self, latent: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Return what `LabelModel.forward` returns; without noise the style is the mean of its posterior."""
         fixed = latent.detach()
+        if noise is None:
+            noise = latent.new_zeros(len(latent), self.label_model.style_size)
         terms: Tensor = self.label_model(fixed + self.weight * (latent - fixed) if self.weight else fixed, noise)
         return terms
 
@@ -85,9 +87,7 @@ class SemiSupervised(Objective[SemiSupervisedSettings]):
         return own.classes is not None
 
     @classmethod
-    def problems(
-        cls, own: SemiSupervisedSettings, run: RunFacts, model: ModelFacts | None
-    ) -> Iterator[Problem]:
+    def problems(cls, own: SemiSupervisedSettings, run: RunFacts, model: ModelFacts | None) -> Iterator[Problem]:
         plain = SemiSupervisedSettings()
         if own.classes is None:
             if changed := [key for key in type(own).model_fields if getattr(own, key) != getattr(plain, key)]:
