@@ -6,11 +6,11 @@
 Every program trains the same architecture, at two sizes, on the same tiles of 64 px, cut from the photographs, in
 batches of 8, on one thread of one core. Time is the processor's, so that other work on the machine counts little; of a
 program that has its core alone it is that of the clock, which is in the result, too. A rival gets `--minutes` from the
-end of its first step on, once with its own learning rate and once with ours, which suits a short run. Ours gets a
-fifth, two fifths and all of that time, in a run of its own each, because its learning rate decays over the run, and all
-of it from the start that rivals have, too. Rivals and ours take turns. What a rival has saved when its time is up is
-converted, and measured on centre crops of the held-out photographs by `latent-ae eval recon` and by torchmetrics and
-lpips around a stock AutoencoderKL.
+end of its first step on, once with its own learning rate and once with ours. Ours gets a fifth, two fifths and all of
+that time, in a run of its own each, because its learning rate decays over the run, and all of it from the start that
+rivals have, too; untrained, the linear start shows what training adds. Rivals and ours take turns. What a rival has
+saved when its time is up is converted, and measured on centre crops of the held-out photographs by `latent-ae eval
+recon` and by torchmetrics and lpips around a stock AutoencoderKL.
 
 Each result is written into benchmarks/results/against.json when it is there. The same command again makes what is
 missing or has failed. What a program needs to run at all is in `programs` of the file; THEIR_PYTHON is an interpreter
@@ -50,6 +50,7 @@ from benchmarks.plain_evaluation import levels, lpips_network
 from benchmarks.runs import evaluate, folder_name, latent_ae
 from benchmarks.widths import WIDTHS
 from latent_ae.config import load_settings
+from latent_ae.models.build import build_autoencoder
 from latent_ae.pretrained.weights import weight_file
 from latent_ae_train.settings import TrainSettings
 
@@ -60,8 +61,8 @@ SHORT_RUN_RATE = 3e-4
 """A learning rate for rivals beside their own, which are for runs a thousand times as long: the quickstart's."""
 PARTS = (0.2, 0.4, 1.0)
 """Of a rival's time that ours gets."""
-OURS, PLAIN = "ours", "ours from the default start"
-"""The recipe, and the same without its linear start and steps by layer, which only goes with it."""
+OURS, PLAIN, UNTRAINED = "ours", "ours from the default start", "ours, untrained"
+"""The recipe, the same without its linear start and steps by layer, which only goes with it, and the linear start."""
 TARGETS = {"f4": PARTS[0], "f8": PARTS[1]}
 """The part at which ours should have a rival's quality."""
 TILE_PX = 64
@@ -84,6 +85,8 @@ class Entry(NamedTuple):
     part: float = 1.0
 
     def name(self, minutes: float) -> str:
+        if self.program == UNTRAINED:
+            return f"{self.program}, {self.size}"
         if self.program in (OURS, PLAIN):
             return f"{self.program}, {minutes * self.part:g} min, {self.size}"
         return f"{self.program}, {'its own rate' if self.rate is None else f'lr {self.rate:g}'}, {self.size}"
@@ -155,7 +158,7 @@ def entries(rates: Sequence[float]) -> list[Entry]:
     made: list[Entry] = []
     for size in SIZES:
         rivals = [Entry(program, size, rate) for rate in (None, *rates) for program in RIVALS]
-        mine = [*(Entry(OURS, size, part=part) for part in PARTS), Entry(PLAIN, size)]
+        mine = [*(Entry(OURS, size, part=part) for part in PARTS), Entry(PLAIN, size), Entry(UNTRAINED, size, part=0.0)]
         made += [entry for entry in chain(*zip_longest(rivals, mine)) if entry is not None]
     return made
 
@@ -168,7 +171,11 @@ def measure(entry: Entry, name: str, places: Places, limit_s: float) -> dict[str
     """
     folder = fresh(places.work / "runs" / folder_name(name))
     settings = settings_of(entry.size)
-    if entry.program in (OURS, PLAIN):
+    row: dict[str, Any] = {"steps": 0}
+    if entry.program == UNTRAINED:
+        model = folder / "untrained"
+        build_autoencoder(settings.model, sample_size=TILE_PX, seed=settings.seed).save_pretrained(model)
+    elif entry.program in (OURS, PLAIN):
         row, model = train_ours(entry, places, folder, limit_s * entry.part)
     else:
         program = RIVALS[entry.program](places, folder, settings, entry.rate)

@@ -64,6 +64,8 @@ def main() -> None:
     parts: dict[str, Callable[[int], Any]] = {"time": times, "memory": memories, "processes": launches}
     for part in parts if arguments.only is None else arguments.only:
         measured[part] = parts[part](arguments.rounds)
+        if part == "processes":  # a fit on another machine needs those of this one
+            measured["cores"] = os.cpu_count() or 1
     save(NAME, {"base": BASE, "process_batch": PROCESS_BATCH, "measured": measured, **fitted(measured)})
     save("cost-gpus", extrapolated())
 
@@ -170,10 +172,11 @@ def fitted(measured: dict[str, Any]) -> dict[str, Any]:
         for i, name in enumerate(names)
     }
     # one process: the same for a larger batch; each of several has its share of it, and cores are shared out
-    cores = os.cpu_count() or 1
     alone = measured["processes"]["1"] / float(_cost(words_of(batch=PROCESS_BATCH)) @ rates)
     shares = {
-        count: alone * float(_cost(words_of(batch=PROCESS_BATCH // count)) @ rates) * max(1.0, count / cores)
+        count: alone
+        * float(_cost(words_of(batch=PROCESS_BATCH // count)) @ rates)
+        * max(1.0, count / measured["cores"])
         for count in PROCESSES
     }
     sent = {count: 2 * (count - 1) / count for count in PROCESSES}

@@ -45,7 +45,7 @@ SHAPES = {
     ],
     "CIFAR-10": [],
 }
-STEPS = {"digits": 1500, "CIFAR-10": 600}
+STEPS = {"digits": 1000, "CIFAR-10": 300}
 
 
 def main() -> None:

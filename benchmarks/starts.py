@@ -5,7 +5,7 @@
 Runs of `latent-ae train quickstart` with an f8 network of 12 M parameters and 16 latent channels, in bf16 on one
 thread, batches of 8 crops of 64 px. The default start takes the best of --rates, by LPIPS after a run of an eighth of
 the steps, without the GAN; the linear start takes the recipe's. Of each run: PSNR, LPIPS and the Fréchet distance of
-VGG16 features of the averaged weights on held-out photographs, and processor seconds. A run that was killed goes on
+VGG16 features of the averaged weights on held-out photographs, by images seen. A run that was killed goes on
 when this is started again with the same scratch folder. Writes benchmarks/results/starts.json after each run.
 """
 

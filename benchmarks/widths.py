@@ -2,10 +2,10 @@
 
     python -m benchmarks.widths --data TRAIN_FOLDER --held-out TEST_FOLDER --width 84M --rates 1e-4 3e-4 1e-3
 
-The quickstart's step without its GAN, in bf16 on one thread, f8 with 16 latent channels, batches of 8 crops of 64 px
-and a constant rate after 20 steps of warm-up. PSNR and LPIPS of held-out centre crops are those of the averaged
-weights, and of the weights themselves. Rows are added to benchmarks/results/widths.json, so that a long table can be
-made in parts.
+The quickstart's step without its GAN, in bf16 on one thread, f8 with 16 latent channels unless others are given,
+batches of 8 crops of 64 px and a constant rate after 20 steps of warm-up, or others. PSNR and LPIPS of held-out crops
+are those of the averaged weights, and of the weights themselves. Rows are added to benchmarks/results/widths.json, so
+that a long table can be made in parts.
 """
 
 import argparse
@@ -25,12 +25,12 @@ from latent_ae.pretrained.lpips import LPIPS
 from latent_ae_train.settings import TrainSettings
 
 WIDTHS = {
-    "0.9M": "model.block_out_channels=[32,64,64,64]",
+    "1.2M": "model.block_out_channels=[32,64,64,64]",
     "12M": "model.block_out_channels=[64,128,192,192] model.layers_per_block=2",
     "84M": "model.block_out_channels=[128,256,512,512] model.layers_per_block=2 model.norm_num_groups=32 "
     "model.mid_block_add_attention=true",
 }
-BASE = "precision=bf16 gan.weight=0 model.latent_channels=16 optim.schedule=constant"
+BASE = "precision=bf16 gan.weight=0 optim.schedule=constant"
 CROP_PX = 128
 NAME = "widths"
 
@@ -40,10 +40,12 @@ def main() -> None:
     parser.add_argument("--data", default="photos")
     parser.add_argument("--held-out", metavar="DATA", help="default: photographs held out of --data")
     parser.add_argument("--images", type=int, default=8, help="held-out images that are measured")
-    parser.add_argument("--width", choices=WIDTHS, default="0.9M")
+    parser.add_argument("--width", choices=WIDTHS, default="1.2M")
     parser.add_argument("--rates", nargs="+", default=["1e-4", "3e-4", "1e-3"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--crops", type=int, nargs="+", default=[0, 64, 256], help="when it is measured")
+    parser.add_argument("--latent-channels", type=int, default=16)
+    parser.add_argument("--warmup", type=int, default=20, help="steps")
     parser.add_argument("--plain", action="store_true", help="plain AdamW")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -52,9 +54,17 @@ def main() -> None:
         for seed in arguments.seeds:
             words = [*BASE.split(), *WIDTHS[arguments.width].split(), f"data.source={arguments.data}"]
             words += [f"data.eval_source={arguments.held_out}"] if arguments.held_out else []
-            words += [f"optim.lr={rate}", f"seed={seed}", f"optim.layerwise={str(not arguments.plain).lower()}"]
+            words += [
+                f"model.latent_channels={arguments.latent_channels}",
+                f"optim.lr={rate}",
+                f"seed={seed}",
+                f"optim.layerwise={str(not arguments.plain).lower()}",
+            ]
+            words.append(f"optim.warmup={arguments.warmup}")
             settings = load_settings(TrainSettings, "quickstart", words)
             key = f"{arguments.width}, lr {rate}, {'AdamW' if arguments.plain else 'by layer'}, seed {seed}"
+            key += "" if arguments.latent_channels == 16 else f", {arguments.latent_channels} latent channels"
+            key += "" if arguments.warmup == 20 else f", warm-up {arguments.warmup}"
             add(key, curve(settings, arguments.crops, arguments.images, perceptual), settings, arguments.images)
 
 

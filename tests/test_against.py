@@ -1,9 +1,11 @@
 """The benchmark against other programs: how a program is stopped, its progress is read, and results are compared."""
 
+import signal
 import sys
 import zipfile
 from pathlib import Path
 
+import psutil
 import pytest
 from tqdm import tqdm
 
@@ -82,6 +84,38 @@ def test_a_program_is_asked_for_its_weights_and_ended(tmp_path):
     (tmp_path / "last.ckpt").unlink()
     with pytest.raises(Failed, match="ended with 1: [^$]*no such architecture"):
         run(program("raise SystemExit('no such architecture')"), tmp_path, places, 0.0, 8)
+
+
+def test_the_time_of_a_program_is_the_processors_from_its_first_step_on(tmp_path):
+    """Waiting does not count, and neither does what comes before the first step."""
+    code = """
+import signal, time
+signal.signal(signal.SIGUSR1, lambda *_: open("saved", "w").close())
+def work(seconds):
+    while time.process_time() < seconds:
+        pass
+work(0.5)
+for step in range(1, 1000):
+    print(f"Epoch 0:   4%|1   | {step}/1000 [00:01<00:20]", flush=True)
+    time.sleep(0.1)
+    work(time.process_time() + 0.05)
+"""
+    asked: list[float] = []
+
+    def ask(process):
+        asked.append(sum(psutil.Process(process.pid).cpu_times()[:2]))
+        process.send_signal(signal.SIGUSR1)
+
+    def saved(_: int) -> Path | None:
+        return tmp_path / "saved" if (tmp_path / "saved").exists() else None
+
+    program = Program([sys.executable, "-c", code], {}, lambda: progress(tmp_path, EPOCHS), ask, saved, None)
+    row, weights = run(program, tmp_path, Places(*[tmp_path] * len(Places._fields)), 0.5, 8)
+    first = row["processor_seconds_to_first_step"]
+    assert weights == tmp_path / "saved" and first >= 0.5
+    # it looks twice in a second, in which the program works for a third of the time
+    assert 0.45 <= asked[0] - first <= 0.9 and row["processor_seconds"] <= 0.9
+    assert row["clock_seconds"] > 1.5 * row["processor_seconds"]
 
 
 def test_steps_that_fit_are_counted_with_and_without_an_adversary():

@@ -335,8 +335,19 @@ def test_full_size_recipes_compile_on_gpus_only() -> None:
     texts = {name: file.read_text() for folder in recipe_folders().values() for name, file in folder.items()}
     compiled = {name for name, text in texts.items() if "\ncompile: cuda\n" in text}
     assert compiled == texts.keys() - recipe_folders()["small"].keys() - not_compiled
+    searching = {name for name, text in texts.items() if "\ncudnn_benchmark: true\n" in text}
+    assert searching == compiled | {"rae-dinov2-b"}
     facts = TrainSettings.load("sd-vae").facts()
     assert facts.compiles_on(torch.device("cuda", 1)) and not facts.compiles_on(torch.device("cpu"))
+
+
+def test_recipes_with_this_projects_defaults_have_the_linear_start() -> None:
+    """All whose class has one (docs/linear-start.md), with steps by layer; no published recipe."""
+    recipes = {name: TrainSettings.load(name) for name in ("quickstart", *recipe_folders()["shapes"])}
+    linear = {name for name, settings in recipes.items() if settings.model.init == "linear" and settings.layerwise}
+    assert linear == recipes.keys() - {"flux2-shape"}
+    texts = [file.read_text() for file in recipe_folders()["published"].values()]
+    assert not any("init: linear" in text for text in texts)
 
 
 @pytest.mark.parametrize("name", FULL_SIZE)

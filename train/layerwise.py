@@ -73,12 +73,12 @@ def _measured(
     reconstructor: Reconstructor, size_px: tuple[int, int]
 ) -> tuple[dict[nn.Module, float], dict[nn.Module, Tensor]]:
     """Return for each linear layer the sum of its inputs' sizes over the receptive field, and their means."""
-    sizes, means = dict[nn.Module, float](), dict[nn.Module, Tensor]()
+    sizes, means = dict[nn.Module, Tensor](), dict[nn.Module, Tensor]()
 
     def look(layer: nn.Module, inputs: tuple[Tensor, ...], _: object) -> None:
         x = inputs[0].float()
         x = x.transpose(0, 1).flatten(1) if isinstance(layer, nn.Conv2d) else x.flatten(0, -2).mT
-        sizes[layer], means[layer] = float(x.abs().mean()) * layer.weight[0].numel(), x.mean(1)
+        sizes[layer], means[layer] = x.abs().mean() * layer.weight[0].numel(), x.mean(1)
 
     layers = [one for one in reconstructor.autoencoder.modules() if isinstance(one, (nn.Conv2d, nn.Linear))]
     hooks = [layer.register_forward_hook(look) for layer in layers]
@@ -93,9 +93,9 @@ def _measured(
         for hook in hooks:
             hook.remove()
     if torch.distributed.is_available() and torch.distributed.is_initialized():
-        for mean in means.values():  # all processes must take the same steps, to the last bit
-            torch.distributed.broadcast(mean, src=0)
-    return sizes, means
+        for value in (*sizes.values(), *means.values()):  # all processes must take the same steps, to the last bit
+            torch.distributed.broadcast(value, src=0)
+    return {layer: float(size) for layer, size in sizes.items()}, means
 
 
 def _mean_output(layer: nn.Module, mean: Tensor) -> Tensor:

@@ -161,8 +161,11 @@ def against_table(result: dict[str, Any]) -> str:
             lines.append(f"| {name} | failed |" + " |" * 7)
             continue
         own, other = row["latent_ae"], row["independent"]
-        cells = [str(row["steps"]), f"{row['images_per_processor_second']:.2f}", f"{row['peak_memory_gb']:.1f}"]
-        cells += [f"{row['processor_seconds_to_first_step']:.0f}", f"{own['psnr']:.2f}", f"{own['ssim']:.3f}"]
+        cells = [str(row["steps"]), "", "", ""]
+        if row["steps"]:
+            cells[1:3] = [f"{row['images_per_processor_second']:.2f}", f"{row['peak_memory_gb']:.1f}"]
+            cells[3] = f"{row['processor_seconds_to_first_step']:.0f}"
+        cells += [f"{own['psnr']:.2f}", f"{own['ssim']:.3f}"]
         cells += [f"{own['lpips']:.3f}", f"{other['psnr']:.2f}, {other['ssim']:.3f}, {other['lpips']:.3f}"]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     lines += ["", "| target | at least as good as | PSNR | LPIPS |", "|---|---|---|---|"]

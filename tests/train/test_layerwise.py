@@ -10,6 +10,7 @@ from torch import nn
 
 from latent_ae.config import UserError, load_settings
 from latent_ae_train.checkpoint import load_checkpoint, save_checkpoint
+from latent_ae_train.layerwise import Layerwise
 from latent_ae_train.settings import TrainSettings
 from tests.tiny import MODEL, STATE, build_step, global_batch, micro_batches, moved, settings_for, weights
 
@@ -84,6 +85,16 @@ def test_a_resumed_run_goes_on_bit_for_bit(tmp_path: Path) -> None:
     for one in (step, again):
         one(2, micro_batches(2, settings))
     assert not moved(weights(step.bare_reconstructor), weights(again.bare_reconstructor))
+
+
+def test_all_processes_take_what_the_first_one_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two kinds of processors may round a layer's rate to different powers of 2."""
+    model = build_step(linear(256)).bare_reconstructor
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "broadcast", lambda tensor, src: tensor.fill_(401.0))
+    layerwise = Layerwise(model, (16, 16))
+    assert set(layerwise.scales.values()) == {0.5}
+    assert all(bool((mean == 401.0).all()) for mean in layerwise.means.values())
 
 
 def test_it_belongs_to_the_linear_start() -> None:
