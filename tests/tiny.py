@@ -14,7 +14,7 @@ from latent_ae.data.loader import crop_size_at
 from latent_ae.models.build import facts_of
 from latent_ae.models.run_checkpoint import MANIFEST
 from latent_ae.objectives import GAN as GAN_OBJECTIVE
-from latent_ae.objectives import CodeRelaxation, Reconstruction
+from latent_ae.objectives import CodeRelaxation, Reconstruction, SemiSupervised
 from latent_ae.objectives.base import Batch, Objective
 from latent_ae_train.build import compile_blocks, starting_autoencoder
 from latent_ae_train.data import drawn_batch
@@ -100,14 +100,17 @@ def micro_batches(step: int, settings: TrainSettings, rank: int = 0, latent: Seq
         first = (index * settings.processes + rank) * settings.micro_batch
         rows, number = slice(first, first + settings.micro_batch), step * settings.batch_size + first
         numbers = range(number, number + settings.micro_batch)
-        yield drawn_batch(images[rows], noise[rows], numbers, drawing(settings))
+        batch = drawn_batch(images[rows], noise[rows], numbers, drawing(settings))
+        if (classes := settings.semi_supervised.classes) is not None:
+            batch = batch._replace(labels=torch.tensor([number % (classes + 1) - 1 for number in numbers]))
+        yield batch
 
 
 def drawing(settings: TrainSettings) -> list[Objective[Any]]:
     """The objectives that draw for samples; they need no networks for that."""
     run, model = settings.facts(), settings.model
     codes = model.config["num_vq_embeddings"] if model.kind == "DiscreteVAE" else 0
-    more = {GAN_OBJECTIVE: [nn.Identity()], CodeRelaxation: [codes]}
+    more = {GAN_OBJECTIVE: [nn.Identity()], CodeRelaxation: [codes], SemiSupervised: [nn.Identity()]}
     kinds = [kind for kind in settings.objectives if kind.draw is not Objective.draw]
     return [kind(settings.section_of(kind), run, *more.get(kind, [])) for kind in kinds]
 

@@ -3,16 +3,19 @@
 import math
 import sys
 from collections.abc import Callable, Sequence, Sized
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from diffusers import ModelMixin
 
 from latent_ae.arithmetic import training_memory_format
 from latent_ae.config import UserError
+from latent_ae.data.labels import PROBE_SEED, few_labels, numbered_classes
 from latent_ae.data.loader import Batch as LoadedBatch
 from latent_ae.data.loader import ImageSource, posterior_noise, stop_if_too_many_bad, training_batches
+from latent_ae.data.mixture import with_more_of
 from latent_ae.data.settings import DataSettings
 from latent_ae.data.sources import StreamSource
 from latent_ae.latents.pairs import LatentPairs, open_pairs
@@ -101,6 +104,54 @@ def stream_state_of(checkpoint: Checkpoint | None, accelerator: Accelerator) -> 
     return states[accelerator.process_index] if states[0] is not None else None
 
 
+class Labels(NamedTuple):
+    """The labels that training sees."""
+
+    of_images: np.ndarray
+    """(N,) int64 classes of the images of a source, -1 where they are unknown or hidden."""
+    names: list[str]
+    """Names of the classes."""
+
+
+def labelled_images(settings: TrainSettings, source: ImageSource, held_out: ImageSource) -> tuple[ImageSource, Labels]:
+    """Return the training images, of which a share of the samples is labelled, and their labels.
+
+    Raises:
+        UserError: If there are no labels, too few of a class, or another number of classes than the settings say.
+    """
+    own = settings.semi_supervised
+    assert not isinstance(source, StreamSource) and not isinstance(held_out, StreamSource)  # refused by the settings
+    try:
+        found = numbered_classes(source, held_out, own.label_column)
+        if found is None:
+            raise UserError(
+                f"classes: {settings.data.title} has no labels: give a table with a column of classes, or a "
+                "folder of images with a folder for each class"
+            )
+        if len(found.names) != own.classes:
+            raise UserError(f"classes: {own.classes}, and {settings.data.title} has {len(found.names)}")
+        labels = found.labels[0]
+        if own.labels_per_class is not None:
+            shown = few_labels(labels, found.names, [own.labels_per_class], PROBE_SEED, own.draw)[0]
+            kept = np.full_like(labels, -1)
+            kept[shown] = labels[shown]
+            labels = kept
+    except UserError as error:
+        message = (
+            str(error)
+            .replace("test_fraction", "data.eval_fraction")
+            .replace("; lower labels_per_class", "; lower semi_supervised.labels_per_class")
+        )
+        raise UserError(f"semi_supervised.{message}") from error
+    rows = np.flatnonzero(labels >= 0)
+    if not len(rows):
+        raise UserError(f"semi_supervised.classes: no training image of {settings.data.title} has a label")
+    if own.share and len(rows) < len(labels):
+        source = with_more_of(source, rows, own.share, settings.data, "labelled")
+        labels = np.concatenate([labels, labels[rows]])
+    return source, Labels(labels, found.names)
+
+
 def stored_latents(
     settings: TrainSettings, accelerator: Accelerator, source: ImageSource, autoencoder: ModelMixin
 ) -> LatentPairs | None:
@@ -136,6 +187,7 @@ class Feed:
         first_step: The step to begin with.
         stream_state: Position of this process's stream at that step; None for stored images.
         pairs: The stored latents of `source` that are decoded; None encodes the images.
+        labels: The labels of `source`, if an objective needs them.
 
     Raises:
         UserError: If the batch cannot be split, or there are no images.
@@ -149,8 +201,9 @@ class Feed:
         first_step: int,
         stream_state: dict[str, Any] | None,
         pairs: LatentPairs | None = None,
+        labels: Labels | None = None,
     ):
-        self.pairs = pairs
+        self.pairs, self.labels = pairs, labels
         self.settings, self.objectives = step.settings, list(step.objectives.values())
         settings, accelerator, autoencoder = step.settings, step.accelerator, step.bare_reconstructor.autoencoder
         self.channels, self.device = channels_of(autoencoder), accelerator.device
@@ -203,6 +256,8 @@ class Feed:
         height, width = (side // self.factor for side in images.shape[2:])
         noise = posterior_noise(self.settings.seed, batch.numbers, (self.latent_channels, height, width))
         drawn = drawn_batch(images, self._sent(noise), batch.numbers, self.objectives, self._sent)
+        if self.labels is not None:
+            drawn = drawn._replace(labels=self._sent(torch.from_numpy(self.labels.of_images[list(batch.indices)])))
         if self.pairs is None:
             return drawn
         return drawn._replace(decode=self._sent(self.pairs.latents(batch.indices, batch.numbers, noise)))

@@ -15,7 +15,7 @@ from latent_ae.config import UserError
 from latent_ae.data.loader import open_images
 from latent_ae.models.build import channels_of, factor_of, facts_of
 from latent_ae.models.reconstruct import Reconstructor
-from latent_ae.objectives import OBJECTIVES, Reconstruction
+from latent_ae.objectives import OBJECTIVES, Reconstruction, SemiSupervised
 from latent_ae.objectives.base import Objective
 
 from .agreement import Agreed, gathered, hosts, on_main, stop_on_drift
@@ -28,7 +28,7 @@ from .checkpoint import (
     prune_checkpoints,
     save_checkpoint,
 )
-from .data import Feed, stored_latents, stream_state_of
+from .data import Feed, labelled_images, stored_latents, stream_state_of
 from .finish import finish_run, finished_results, push_export, show_results
 from .log import Log
 from .optim import Ema
@@ -132,6 +132,10 @@ def _train(phase: Phase, accelerator: Accelerator, more: Sequence[Objective[Any]
         pairs = stored_latents(settings, accelerator, source, autoencoder)
         source = source if pairs is None else pairs.images
         objectives = [*build_objectives(settings, autoencoder, accelerator.device), *more]
+        fed, labels = source, None
+        for semi_supervised in (one for one in objectives if isinstance(one, SemiSupervised)):
+            fed, labels = labelled_images(settings, source, held_out)
+            semi_supervised.name_classes(labels.names)
         facts, state = settings.facts(facts_of(autoencoder)), checkpoint.state() if checkpoint is not None else None
         for objective in objectives:
             objective.run = facts
@@ -162,8 +166,8 @@ def _train(phase: Phase, accelerator: Accelerator, more: Sequence[Objective[Any]
             set_results_aside(phase.whole)
         label = "" if phase.alone else f"phase {phase.number}/{len(phase.recipe.phases)}, "
         kinds = [*OBJECTIVES, *(type(objective) for objective in more)]
-        log = Log(run, accelerator, settings, kinds, source, label)
-    feed = Feed(step, source, log, first_step, stream_state, pairs)
+        log = Log(run, accelerator, settings, kinds, fed, label)
+    feed = Feed(step, fed, log, first_step, stream_state, pairs, labels)
     with Agreed(accelerator):
         if first_step < settings.steps:
             try_passes(step, feed.on_device(feed.gray()))

@@ -32,6 +32,7 @@ from latent_ae.objectives.gan import GanSettings, settings_of_others
 from latent_ae.objectives.kl import KLSettings
 from latent_ae.objectives.latent_noise import LatentNoiseSettings
 from latent_ae.objectives.reconstruction import ReconstructionSettings
+from latent_ae.objectives.semi_supervised import SemiSupervisedSettings
 from latent_ae.objectives.total_correlation import TotalCorrelationSettings
 from latent_ae.objectives.unit_codes import UnitCodesSettings
 
@@ -150,6 +151,7 @@ class TrainSettings(Settings):
     codebook: Annotated[CodeSettings, FIXED] = CodeSettings()
     alignment: AlignmentSettings = AlignmentSettings()
     distillation: DistillationSettings = DistillationSettings()
+    semi_supervised: SemiSupervisedSettings = SemiSupervisedSettings()
     gan: GanSettings = GanSettings()
     optim: OptimSettings = OptimSettings()
     ema: EmaSettings = EmaSettings()
@@ -278,6 +280,7 @@ class TrainSettings(Settings):
             return
         yield from super().problems()
         yield from self._decoder_problems()
+        yield from self._label_problems()
         sides = self.validation_sides
         if twice := next((side for side in sides if sides.count(side) > 1), None):
             first = f" ({'validate.crop_px' if self.validation.crop_px else 'data.resolution'} is measured, too)"
@@ -410,6 +413,19 @@ class TrainSettings(Settings):
                 "distillation.teacher",
                 "decoder.* is for the latents of init_from themselves, without a teacher: leave it out",
             )
+
+    def _label_problems(self) -> Iterator[Problem]:
+        if self.semi_supervised.classes is None:
+            return
+        if self.data.streaming:
+            yield Problem(
+                "data.streaming",
+                "semi_supervised finds labels by the number of an image, and a stream has none: set it to false",
+            )
+        if self.data.mixture:
+            yield Problem("data.mixture", "semi_supervised takes images and labels from one source: give data.source")
+        if self.decoder.latents is not None:
+            yield Problem("decoder.latents", "have no labels, which semi_supervised needs: set it to null")
 
     def _representation_problems(self) -> Iterator[Problem]:
         if self.model.encoder is not None and self.init_from is not None:

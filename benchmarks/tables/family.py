@@ -195,6 +195,23 @@ def discrete_table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def semi_supervised_table(result: dict[str, Any]) -> str:
+    steps = ", ".join(f"{count:,} steps on {name}" for name, count in result["steps"].items())
+    lines = [f"{steps}; accuracy on the test images in percent, mean over draws of the labels; {where(result)}."]
+    names = list(next(iter(next(iter(result["rows"].values())).values()))["mean"])
+    lines += ["", f"| | labels per class | draws | {' | '.join(names)} |", "|---|---:|---:|" + "---:|" * len(names)]
+    for data, by_labels in result["rows"].items():
+        for labels, row in by_labels.items():
+            cells = [
+                " to ".join(dict.fromkeys((f"{100 * min(found):.1f}", f"{100 * max(found):.1f}")))
+                for found in ([one["accuracy"][name] for one in row["draws"]] for name in names)
+            ]
+            means = [f"{100 * row['mean'][name]:.1f}" for name in names]
+            both = [mean if mean == cell else f"{mean} ({cell})" for mean, cell in zip(means, cells, strict=True)]
+            lines.append(f"| {data} | {labels} | {len(row['draws'])} | {' | '.join(both)} |")
+    return "\n".join(lines)
+
+
 def vqvae2_table(result: dict[str, Any]) -> str:
     def of(values: list[float], digits: int) -> str:
         return f"{values[0]:.{digits}f} ({values[1]:.{digits}f} to {values[2]:.{digits}f})"
@@ -237,6 +254,7 @@ def vqvae2_table(result: dict[str, Any]) -> str:
 
 
 MAKERS = {
+    "semi-supervised": semi_supervised_table,
     "discrete": discrete_table,
     "vqvae2": vqvae2_table,
     "likelihood": likelihood_table,

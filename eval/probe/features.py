@@ -32,7 +32,8 @@ def several_sizes(a: Sequence[int], b: Sequence[int]) -> str:
 class ImageFeatures:
     """Files of features with a row per readable image.
 
-    `files` holds them by the kind of feature, `rows` the numbers of the images, `shape` their (C, H, W).
+    `files` holds them by the kind of feature, `rows` the numbers of the images, `shape` their (C, H, W), and
+    `latent_shape` that of the latents.
 
     Args:
         stem: Beginning of the files' paths.
@@ -50,6 +51,7 @@ class ImageFeatures:
         self.files = {kind: FeatureFile(stem.with_name(f"{stem.name}-{kind}.f32")) for kind in FEATURES[:3]}
         self.rows: list[int] = []
         self.shape: Sequence[int] = ()
+        self.latent_shape: Sequence[int] = ()
 
     def write(self, source: StoredImages, what: str) -> list[str]:
         """Compute and write the features of a source's images.
@@ -72,6 +74,7 @@ class ImageFeatures:
                 raise UserError(several_sizes(self.shape, batch.shape[1:]))
             self.shape = batch.shape[1:]
             latent = self.stage.encode(batch.to(self.device)).mean
+            self.latent_shape = latent.shape[1:]
             features = {"latent": latent.flatten(1), "latent_pooled": latent.mean((2, 3)), "pixels": batch.flatten(1)}
             for kind, values in features.items():
                 self.files[kind].append(values.cpu().numpy())

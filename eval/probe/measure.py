@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from latent_ae.config import UserError
-from latent_ae.data.labels import Classes, find_classes
+from latent_ae.data.labels import few_labels, numbered_classes
 from latent_ae.data.loader import open_images
 from latent_ae.data.rng import choice_facts, spread
 from latent_ae.data.sources import StoredImages, StreamSource
+from latent_ae.models.label_model import stored_label_model
 from latent_ae.progress import progress_bar
 from latent_ae.provenance import versions
 from latent_ae_eval.inputs import report_skipped
@@ -31,6 +32,7 @@ from latent_ae_eval.probe.classifiers import BLOCK, logistic_regression, nearest
 from latent_ae_eval.probe.features import FEATURES, ImageFeatures, Scaled, add_components, several_sizes
 from latent_ae_eval.probe.report import write_probe_report
 from latent_ae_eval.probe.settings import ProbeSettings
+from latent_ae_eval.storage import FeatureFile
 
 VALIDATION = 5
 """One in this many labels is held back to choose l2 and k."""
@@ -110,6 +112,7 @@ def probe(
             "classifier",
             disable=not progress,
         )
+        own = _own_accuracy(model, files[1]["latent"], read[1].latent_shape, labels, names, device)
         features = {}
         with bar:
             for kind in FEATURES:
@@ -133,6 +136,7 @@ def probe(
         "method": ALGORITHM | {"scaled": _scaling(settings.scale)},
         "chance": max(Counter(labels.tolist()).values()) / len(labels),
         "features": features,
+        "label_model": own,
         "settings": settings.model_dump(mode="json"),
         "versions": versions(),
     }
@@ -162,27 +166,19 @@ def _labelled(data: str, settings: ProbeSettings) -> tuple[Labelled, Labelled, l
             message = message.replace(theirs, ours)
         raise UserError(message.replace("data.", "")) from error
     assert not isinstance(train, StreamSource) and not isinstance(test, StreamSource)
-    both = find_classes(train, test, settings.label_column), find_classes(test, train, settings.label_column)
-    if both[0] is None or both[1] is None:
+    found = numbered_classes(train, test, settings.label_column)
+    if found is None:
         raise UserError(
             f"label_column: {data} has no labels, and a probe needs them: give tables with a column of classes or "
             "integers (label_column=NAME), or a folder of images with a folder for each class"
         )
-    known = sorted({int(label) for part in both if part for label in part.labels if label >= 0})
-    if len(known) < 2:
-        raise UserError(f"label_column: {data} has images of {len(known)} class(es); a probe needs two")
-    names = both[0].names
-    numbers = np.full(max(known) + 2, -1)  # -1, no label, is the last one
-    numbers[known] = np.arange(len(known))
-    parts = [_with_labels(source, classes, numbers) for source, classes in zip((train, test), both, strict=True)]
-    return parts[0], parts[1], [names[k] if names else str(k) for k in known], both[0].column
-
-
-def _with_labels(source: StoredImages, classes: Classes | None, numbers: np.ndarray) -> Labelled:
-    assert classes is not None
-    labels = numbers[classes.labels]
-    kept = np.flatnonzero(labels >= 0)
-    return Labelled(source.subset(kept), labels[kept])
+    if len(found.names) < 2:
+        raise UserError(f"label_column: {data} has images of {len(found.names)} class(es); a probe needs two")
+    parts = []
+    for source, labels in zip((train, test), found.labels, strict=True):
+        kept = np.flatnonzero(labels >= 0)
+        parts.append(Labelled(source.subset(kept), labels[kept]))
+    return parts[0], parts[1], found.names, found.column
 
 
 def _limited(test: Labelled, settings: ProbeSettings) -> tuple[Labelled, dict[str, Any]]:
@@ -203,20 +199,39 @@ def _draws(labels: np.ndarray, names: Sequence[str], settings: ProbeSettings) ->
             f"labels_per_class: {sizes[-1]} labels of {len(names)} classes are more than the {MOST_LABELS:,} that fit "
             f"into a probe; use at most {MOST_LABELS // len(names)}"
         )
-    draws = []
-    for number in range(settings.draws):
-        rng = np.random.default_rng([settings.seed, number])
-        orders = []
-        for label, name in enumerate(names):
-            rows = np.flatnonzero(labels == label)
-            if len(rows) < sizes[-1]:
-                raise UserError(
-                    f"labels_per_class: class {name} has {len(rows)} training images, fewer than {sizes[-1]}; "
-                    "lower labels_per_class, or test_fraction if that holds images back"
-                )
-            orders.append(rng.permutation(rows))
-        draws.append([np.concatenate([order[:size] for order in orders]) for size in sizes])
-    return draws
+    return [few_labels(labels, names, sizes, settings.seed, number) for number in range(settings.draws)]
+
+
+def _own_accuracy(
+    model: str | Path | nn.Module,
+    latents: FeatureFile,
+    shape: Sequence[int],
+    truth: np.ndarray,
+    names: Sequence[str],
+    device: torch.device,
+) -> dict[str, Any] | None:
+    """Return how well the label model in an export classifies the test images; None if it has none for these classes.
+
+    Args:
+        model: The model as the user gave it.
+        latents: Latents of the test images.
+        shape: (c, h, w) of a latent.
+        truth: (N,) classes of the test images.
+        names: Names of the classes.
+        device: Where the label model runs.
+    """
+    network = None if isinstance(model, nn.Module) else stored_label_model(model)
+    if network is None or list(network.config.class_names or ()) != list(names) or network.latent_shape != tuple(shape):
+        return None
+    network, guesses = network.to(device), []
+    for first in range(0, len(truth), BLOCK):
+        block = torch.from_numpy(latents.rows(np.arange(first, min(first + BLOCK, len(truth)))))
+        guesses.append(network.classify(block.unflatten(1, tuple(shape)).to(device)).argmax(1).cpu())
+    return {
+        "accuracy": float((torch.cat(guesses).numpy() == truth).mean()),
+        "labels_per_class": network.config.labels_per_class,
+        "draw": network.config.draw,
+    }
 
 
 def _accuracies(

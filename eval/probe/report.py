@@ -29,7 +29,15 @@ def probe_text(result: Mapping[str, Any]) -> str:
                 values = accuracies[kind][size]
                 mean, sd = f"{100 * values['mean']:.1f} %", f"± {100 * values['sd']:.1f}"
                 rows.append(Row(f"{title}, {size} labels", mean, sd, NAMES[feature]))
+    if (own := result.get("label_model")) is not None:
+        rows.append(Row(own_title(own), f"{100 * own['accuracy']:.1f} %", "", "label model"))
     return aligned(rows, "deviation over the draws")
+
+
+def own_title(own: Mapping[str, Any]) -> str:
+    """Return what the label model's row is called."""
+    labels = "all labels" if own["labels_per_class"] is None else f"{own['labels_per_class']} labels"
+    return f"Trained with the model, {labels}"
 
 
 def write_probe_report(path: Path, result: Mapping[str, Any]) -> None:
@@ -64,6 +72,10 @@ def write_probe_report(path: Path, result: Mapping[str, Any]) -> None:
         "Features of the first stage are useful where they beat the pixels that they were computed from.",
         soft=True,
     )
+    if (own := result.get("label_model")) is not None:
+        which = "" if own["labels_per_class"] is None else f" (draw {own['draw']})"
+        line = {own_title(own) + which: "label model", "accuracy": f"{100 * own['accuracy']:.1f}"}
+        tables.append(page.table([line]))
     sections.append(page.section("Accuracy", about, *tables))
     sections.append(page.section("Against the number of labels", page.grid(*charts)))
     manifest = {key: value for key, value in result.items() if key != "features"}

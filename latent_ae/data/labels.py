@@ -1,6 +1,7 @@
-"""Finds the class of each image of a source."""
+"""Finds the class of each image of a source, and chooses few labelled images."""
 
 import os
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import datasets
@@ -10,6 +11,8 @@ from latent_ae.config import UserError
 from latent_ae.data.sources import FolderSource, StoredImages, TableSource
 
 FOLDER_NAMES = "names of folders"
+PROBE_SEED = 0
+"""Seed of the choices of labels; the default of `latent-ae eval probe`, too."""
 
 
 class Classes(NamedTuple):
@@ -70,3 +73,64 @@ def _of_table(source: TableSource, column: str) -> Classes | None:
     values = source.others.data.column(name).combine_chunks().fill_null(-1) if len(source.others) else []
     labels = np.asarray(values, dtype=np.int64)[source.rows]
     return Classes(labels, list(feature.names) if is_class else None, name)
+
+
+class Numbered(NamedTuple):
+    """Classes of the images of two parts of a source, numbered from 0 without gaps."""
+
+    labels: tuple[np.ndarray, np.ndarray]
+    """(N,) int64 for each part; -1 where an image has none."""
+    names: list[str]
+    """Names of the classes."""
+    column: str
+    """Where they come from, as in `Classes`."""
+
+
+def numbered_classes(first: StoredImages, second: StoredImages, column: str) -> Numbered | None:
+    """Return the classes of two parts of a source, or None if one of them has none.
+
+    Raises:
+        UserError: If the column is missing or holds something else.
+    """
+    parts = find_classes(first, second, column), find_classes(second, first, column)
+    if parts[0] is None or parts[1] is None:
+        return None
+    known = sorted({int(label) for part in parts if part for label in part.labels if label >= 0})
+    numbers = np.full(max(known, default=-1) + 2, -1)  # -1, no label, is the last one
+    numbers[known] = np.arange(len(known))
+    names = parts[0].names
+    return Numbered(
+        (numbers[parts[0].labels], numbers[parts[1].labels]),
+        [names[k] if names else str(k) for k in known],
+        parts[0].column,
+    )
+
+
+def few_labels(
+    labels: np.ndarray, names: Sequence[str], sizes: Sequence[int], seed: int, number: int
+) -> list[np.ndarray]:
+    """Choose so many labelled images of each class at random; smaller choices are parts of larger ones.
+
+    Args:
+        labels: (N,) integers from 0 on, -1 where an image has no label.
+        names: Names of the classes.
+        sizes: Numbers of images of each class, ascending.
+        seed: Seed of the choice.
+        number: Number of the choice, from 0.
+
+    Returns:
+        Numbers of the images for each of the sizes, class after class.
+
+    Raises:
+        UserError: If a class has fewer images.
+    """
+    rng, orders = np.random.default_rng([seed, number]), list[np.ndarray]()
+    for label, name in enumerate(names):
+        rows = np.flatnonzero(labels == label)
+        if len(rows) < sizes[-1]:
+            raise UserError(
+                f"labels_per_class: class {name} has {len(rows)} training images, fewer than {sizes[-1]}; "
+                "lower labels_per_class, or test_fraction if that holds images back"
+            )
+        orders.append(rng.permutation(rows))
+    return [np.concatenate([order[:size] for order in orders]) for size in sizes]

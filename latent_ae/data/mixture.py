@@ -17,8 +17,8 @@ from latent_ae.data.settings import DataSettings, MixedSource, TrainingData
 from latent_ae.data.sources import Encoded, StoredImages, StreamSource
 
 Candidate: TypeAlias = tuple[int, str, Callable[[], Encoded], DataSettings]
-"""An image that a sample may be cut from: its number in its source (-1 in a stream), its name, what reads it, and the
-settings of its source."""
+"""An image that a sample may be cut from: its number in all that is read (-1 in a stream), its name, what reads it, and
+the settings of its source."""
 WEIGHTED_EPOCH = 10_000
 """Number of samples after which sources with weights have been taken exactly in proportion to them."""
 
@@ -85,7 +85,7 @@ class Mixture:
         order = self.orders[source][1]
         for offset in range(len(images)):
             row = int(order[(position + offset) % len(images)])
-            yield row, self._named(source, row), partial(images.read, row), settings
+            yield int(self.starts[source]) + row, self._named(source, row), partial(images.read, row), settings
 
     def sample(self, seed: int, number: int) -> tuple[int, int]:
         """Return the source of the sample `number`, and how many samples of that source precede it."""
@@ -158,3 +158,24 @@ def samples_per_epoch(parts: Sequence[MixedSource], sizes: Sequence[int]) -> tup
     for source in np.argsort(np.floor(exact) - exact, kind="stable")[: max(0, WEIGHTED_EPOCH - int(counts.sum()))]:
         counts[source] += 1
     return tuple(int(count) for count in counts)
+
+
+def with_more_of(source: StoredImages, rows: np.ndarray, share: float, settings: DataSettings, label: str) -> Mixture:
+    """Return a source's images, with a share of the samples from some of them alone.
+
+    Args:
+        source: The images.
+        rows: (n,) numbers of the images that are taken more often; in the mixture they are a second time behind all.
+        share: Share of the samples, 0 to 1, that are taken from these; the others are taken from all images.
+        settings: The section `data` of the settings.
+        label: What the log calls the samples of these images.
+    """
+    parts = [MixedSource(source=settings.source, weight=weight) for weight in (1 - share, share)]
+    sources = source, source.subset(rows)
+    return Mixture(
+        sources,
+        (settings, settings),
+        ("all", label),
+        samples_per_epoch(parts, [len(source), len(rows)]),
+        np.arange(len(source) + len(rows)),
+    )

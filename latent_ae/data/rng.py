@@ -14,7 +14,7 @@ import torch
 
 # streams of random numbers that must never overlap: the highest word of Philox's counter
 CROP, NOISE, ORDER, BLOCK, AUGMENT, LATENT_NOISE, CHANNELS, EQUIVARIANCE, BINARY, PERMUTATION, SPREAD, FLIP = range(12)
-MIXTURE, BUCKET, CLASS_NOISE, DOWNSAMPLING, REPLAY, BACKGROUND, NEIGHBOUR, RENDERING, GUMBEL = range(12, 21)
+MIXTURE, BUCKET, CLASS_NOISE, DOWNSAMPLING, REPLAY, BACKGROUND, NEIGHBOUR, RENDERING, GUMBEL, STYLE = range(12, 22)
 GOLDEN_RATIO = np.uint64(0x9E3779B97F4A7C15)
 """Its fractional part as a fraction of 2 ** 64."""
 
@@ -156,6 +156,12 @@ def gumbel_noise(seed: int, numbers: Sequence[int], shape: Sequence[int]) -> tor
     waiting = np.stack([generator.standard_exponential(tuple(shape), dtype=np.float32) for generator in generators])
     # minus the logarithm of an exponential number; one that is rounded to 0 must not become infinite
     return torch.from_numpy(-np.log(np.maximum(waiting, np.float32(2.0**-26))))
+
+
+def style_noise(seed: int, numbers: Sequence[int], size: int) -> torch.Tensor:
+    """Return standard normal noise for the styles of samples: (N, size) float32 on the CPU."""
+    generators = (np.random.Generator(_philox(seed, number, STYLE)) for number in numbers)
+    return torch.from_numpy(np.stack([generator.standard_normal(size, dtype=np.float32) for generator in generators]))
 
 
 def augmentation_numbers(seed: int, numbers: Sequence[int], count: int) -> torch.Tensor:

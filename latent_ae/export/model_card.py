@@ -18,6 +18,8 @@ from latent_ae.metrics.labels import NAMES
 from latent_ae.models.borrowed_encoder import FOLDER, borrowed_encoder
 from latent_ae.models.build import channels_of, count_parameters, factor_of, latent_channels_of
 from latent_ae.models.discriminator import Discriminator
+from latent_ae.models.label_model import FOLDER as LABEL_MODEL
+from latent_ae.models.label_model import LabelModel
 from latent_ae.models.registry import family_of, module_of, scaling_of
 from latent_ae.text import printable
 
@@ -58,6 +60,7 @@ def model_card(
     difference: float,
     precision: Mapping[str, Any] | None = None,
     discriminator: Discriminator | None = None,
+    label_model: LabelModel | None = None,
 ) -> ModelCard:
     """Return the model card of an export, with a valid model-index.
 
@@ -70,6 +73,7 @@ def model_card(
             1].
         precision: Result of `probe_precision`, with that of `probe_tiling` under "tiling" if it was run.
         discriminator: The discriminator in the export, if there is one.
+        label_model: The model of latents and labels in the export, if there is one.
     """
     measured = {key: facts.metrics[key] for key in NAMES if facts.metrics.get(key) is not None}
     results = [
@@ -94,7 +98,7 @@ def model_card(
         model_name=facts.name,
         eval_results=results or None,
     )
-    text = _card_text(autoencoder, facts, statistics, location, difference, precision, discriminator)
+    text = _card_text(autoencoder, facts, statistics, location, difference, precision, discriminator, label_model)
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}")
 
 
@@ -106,6 +110,7 @@ def _card_text(
     difference: float,
     precision: Mapping[str, Any] | None,
     discriminator: Discriminator | None,
+    label_model: LabelModel | None,
 ) -> str:
     factor, kind = factor_of(autoencoder), type(autoencoder).__name__
     borrowed = borrowed_encoder(autoencoder)
@@ -154,6 +159,7 @@ H and W are {sides}. {_scaling_text(autoencoder, statistics)}
         f"{difference:.1e} in [-1, 1].",
         _precision_text(precision) if precision else "",
         discriminator_text(discriminator, location) if discriminator is not None else "",
+        label_model_text(label_model, location) if label_model is not None else "",
     ]
     if facts.settings_yaml:
         longest = max(map(len, re.findall("`+", facts.settings_yaml)), default=0)
@@ -247,6 +253,24 @@ def discriminator_text(discriminator: Discriminator, location: str) -> str:
         f"`discriminator.safetensors` holds the {discriminator.title} of the adversarial loss "
         f"({count_parameters(discriminator):,} parameters), from which training can go on. Diffusers ignores it.\n\n"
         f"```\nlatent-ae train sd-vae init_from={place} gan.init_from={place} gan.start=0 {' '.join(words)}\n```"
+    )
+
+
+def label_model_text(label_model: LabelModel, location: str) -> str:
+    """Return the section on the label model in an export.
+
+    Args:
+        label_model: The label model.
+        location: The export's folder or hub id.
+    """
+    return (
+        "## Labels\n\n"
+        f"`label_model` holds a model of latents and {label_model.num_classes} labels "
+        f"({count_parameters(label_model):,} parameters; M2 of Kingma et al. 2014), which was trained with the "
+        "autoencoder. `latent-ae eval probe` measures how well it classifies. Diffusers ignores it.\n\n"
+        "```python\nfrom latent_ae.models.label_model import LabelModel\n\n"
+        f"labels = LabelModel.from_pretrained({str(Path(location) / LABEL_MODEL)!r})\n"
+        "probabilities = labels.classify(z).exp()  # z as encoded above, without scaling\n```"
     )
 
 

@@ -64,6 +64,7 @@ class Reconstructor(nn.Module):
         decode: Tensor | None = None,
         quantiser: Quantiser = PLAIN,
         second: Callable[[Tensor], Tensor] | None = None,
+        draws: Mapping[str, Sequence[Tensor]] = {},
     ) -> Reconstruction:
         """Reconstruct images.
 
@@ -76,6 +77,7 @@ class Reconstructor(nn.Module):
                 images' latent.
             quantiser: How latents are replaced by codes, if there is a codebook.
             second: Applied to the latent after the transforms; the result is decoded besides.
+            draws: Random tensors that each head takes besides the latent, by its name.
         """
         encoder, kind = getattr(self.autoencoder, "encoder", None), family_of(self.autoencoder).latent
         codes, how, log_scale = tuple[Codes, ...](), {}, None
@@ -93,7 +95,7 @@ class Reconstructor(nn.Module):
         if kind == "codebook":
             latent, nearest = quantised(mean, self.codebooks[0], quantiser)
             codes, how = (nearest,), {"force_not_quantize": True}
-        heads = {name: head(latent).float() for name, head in self.heads.items()}
+        heads = {name: head(latent, *draws.get(name, ())).float() for name, head in self.heads.items()}
         to_decode = latent if decode is None else decode
         to_decode = to_decode.view_as(to_decode)  # a separate node, whose gradient comes only from images
         decoded = to_decode

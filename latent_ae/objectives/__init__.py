@@ -21,6 +21,7 @@ from latent_ae.objectives.gan import GAN
 from latent_ae.objectives.kl import KL
 from latent_ae.objectives.latent_noise import LatentNoise
 from latent_ae.objectives.reconstruction import Reconstruction
+from latent_ae.objectives.semi_supervised import SemiSupervised
 from latent_ae.objectives.total_correlation import TotalCorrelation
 from latent_ae.objectives.unit_codes import UnitCodes
 
@@ -43,6 +44,7 @@ OBJECTIVES: tuple[type[Objective[Any]], ...] = (
     KL,
     Distillation,
     TotalCorrelation,
+    SemiSupervised,
     Alignment,
     GAN,
 )

@@ -96,6 +96,8 @@ class Batch(NamedTuple):
     """What frozen networks see of them: (N, 1 or 3, H, W) images, one loss each."""
     full_size: int = 0
     """Number of elements (C x H x W) of one image as loaded."""
+    labels: Tensor | None = None
+    """(N,) int64 classes, -1 where they are unknown or hidden; None if no objective needs labels."""
 
     @property
     def area(self) -> float:
@@ -328,7 +330,7 @@ class Objective(nn.Module, Generic[S]):
     def head(self) -> nn.Module | None:
         """Return a network on the latent that is trained inside the autoencoder's wrapped forward pass, or None.
 
-        Its output is `Pass.out.heads[name]`.
+        It takes the latent and the objective's own draws. Its output is `Pass.out.heads[name]`.
         """
         return None
 

@@ -114,6 +114,8 @@ def cases(place: Path) -> dict[str, Case]:
             "latents": {"noise": 0.8, "noise_form": "added"},
         },
     )
+    labels = {"classes": 3, "weight": 0.5, "style_size": 3, "width": 8}
+    found["labels"] = Case(3, {"semi_supervised": labels, "loss": {"kl": 1e-2}})
     for kind, shape in SHAPES.items():
         more: dict[str, Any] = {"revive_after": 1} if kind in CODEBOOKS else {"kl": 1e-3}
         more |= {"pixel": "logit_laplace"} if kind == "DiscreteVAE" else {}

@@ -16,6 +16,7 @@ from scipy.special import logsumexp
 
 from latent_ae.__main__ import main
 from latent_ae.config import UserError
+from latent_ae.data.labels import PROBE_SEED, few_labels
 from latent_ae_eval.probe.classifiers import logistic_regression, nearest
 from latent_ae_eval.probe.features import add_components
 from latent_ae_eval.probe.measure import _draws, probe
@@ -246,3 +247,10 @@ def test_several_processes_are_refused(model, tables, tmp_path, monkeypatch, cap
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert main(["eval", "probe", model, tables, "--out", str(tmp_path)]) == 2
     assert "runs on one process, and 2 were launched" in capsys.readouterr().err
+
+
+def test_draws_of_the_probe_are_those_of_training() -> None:
+    labels = np.random.default_rng(0).integers(3, size=200)
+    drawn = _draws(labels, "abc", ProbeSettings(labels_per_class=(5, 10), draws=3))
+    for number in range(3):
+        assert np.array_equal(few_labels(labels, "abc", [5], PROBE_SEED, number)[0], drawn[number][0])

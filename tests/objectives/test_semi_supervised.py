@@ -1,0 +1,228 @@
+"""The label model (M2 of Kingma et al. 2014): its bounds against a closed form, its labels, export and probe."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from latent_ae.__main__ import main
+from latent_ae.config import UserError, load_settings
+from latent_ae.data.loader import open_images, training_batches
+from latent_ae.models.label_model import LabelModel, semi_supervised_terms, stored_label_model
+from latent_ae_eval.probe.measure import probe
+from latent_ae_eval.probe.settings import ProbeSettings
+from latent_ae_train.data import labelled_images
+from latent_ae_train.settings import TrainSettings
+from tests.runs import differing_tensors, words
+from tests.tiny import build_step, micro_batches, settings_for
+
+SHAPE = (2, 1, 1)
+
+
+def linear_gaussian() -> tuple[LabelModel, torch.Tensor, torch.Tensor]:
+    """Return a label model with p(z | y, s) = N(m_y + A s, v), and q(s | z, y) set to N(0, 1); m, and A."""
+    model = LabelModel(num_classes=3, latent_shape=SHAPE, style_size=2, width=4)
+    means, loading = (
+        torch.tensor([[1.0, 0.0], [0.0, 2.0], [-1.0, 1.0]]).double(),
+        torch.tensor([[0.7, 0.2], [-0.3, 0.5]]),
+    )
+    return model, means, loading.double()
+
+
+def test_the_bound_is_the_evidence_where_the_posterior_is_exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    # with p(z | y, s) = N(m_y + A s, v I), log p(z, y) and the exact q(s | z, y) are known, and for this q every style
+    # gives log p(z, s, y) - log q(s | z, y) = log p(z, y), so that the bound's mean is the evidence
+    model, means, loading = linear_gaussian()
+    variance, z = 0.5, torch.randn(5, *SHAPE, generator=torch.Generator().manual_seed(0)).double()
+    flat = z.flatten(1)
+    precision = torch.eye(2).double() + loading.T @ loading / variance
+    covariance = precision.inverse()
+    # a diagonal posterior is exact only where the covariance is: rotate the style so
+    eigenvalues, rotation = torch.linalg.eigh(covariance)
+    loading = loading @ rotation
+
+    def encoder(given: torch.Tensor) -> torch.Tensor:
+        mean = (flat[:, None] - means) @ loading / variance * eigenvalues
+        return torch.cat([mean, eigenvalues.log().expand_as(mean)], 2)
+
+    def decoder(given: torch.Tensor) -> torch.Tensor:
+        mean = given[..., :2] @ loading.T + given[..., 2:] @ means
+        return torch.cat([mean, torch.full_like(mean, math.log(variance))], -1)
+
+    monkeypatch.setattr(model.encoder, "forward", encoder)
+    monkeypatch.setattr(model.decoder, "forward", decoder)
+    z32 = z.float()
+    noise = torch.randn(40_000, 5, 2, generator=torch.Generator().manual_seed(1)).double()
+    marginal = torch.distributions.MultivariateNormal(means, loading @ loading.T + variance * torch.eye(2).double())
+    evidence = marginal.log_prob(flat[:, None]) - math.log(3)
+    bounds = torch.stack([model(z32, one)[:, 1] for one in noise[:400]])
+    error = bounds.std(0) / math.sqrt(len(bounds))
+    assert ((bounds.mean(0) - evidence).abs() < 5 * error + 1e-5).all()
+
+
+def test_terms_are_those_of_the_paper_written_out() -> None:
+    generator = torch.Generator().manual_seed(0)
+    log_q = torch.randn(4, 3, generator=generator).log_softmax(1)
+    bounds, labels = torch.randn(4, 3, generator=generator), torch.tensor([2, -1, 0, -1])
+    bound, cross_entropy = semi_supervised_terms(torch.stack([log_q, bounds], 1), labels)
+    for n, label in enumerate(labels.tolist()):
+        q = log_q[n].exp().tolist()
+        marginal = sum(q[y] * float(bounds[n, y]) for y in range(3)) - sum(q[y] * math.log(q[y]) for y in range(3))
+        assert float(bound[n]) == pytest.approx(float(bounds[n, label]) if label >= 0 else marginal, rel=1e-5)
+        assert float(cross_entropy[n]) == pytest.approx(-math.log(q[label]) if label >= 0 else 0.0, rel=1e-5)
+
+
+def test_the_gradients_are_those_of_the_loss_written_out() -> None:
+    own = {"classes": 3, "weight": 0.25, "classification": 4.0, "style_size": 3, "width": 8}
+    settings = settings_for(semi_supervised=own, loss={"pixel_weight": 0.0}, optim={"lr": 1e-30})
+    step = build_step(settings)
+    found: dict[str, torch.Tensor] = {}
+    model = step.bare_reconstructor
+    step.optimizers.autoencoder.register_step_pre_hook(
+        lambda *_: found.update({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+    )
+    step(2, micro_batches(2, settings))
+
+    (batch,) = micro_batches(2, settings)
+    head = model.heads["semi_supervised"]
+    out = model(batch.images, batch.noise, draws=batch.draws)
+    assert batch.labels is not None and set(batch.labels.tolist()) == {-1, 0, 1, 2}
+
+    def loss(latent: torch.Tensor) -> torch.Tensor:
+        bound, cross_entropy = semi_supervised_terms(
+            head.label_model(latent, *batch.draws["semi_supervised"]), batch.labels
+        )
+        return (4.0 * cross_entropy - bound).mean() / (3 * 16 * 16)
+
+    assert out.logvar is not None
+    entropy = 0.5 * out.logvar.flatten(1).sum(1).mean() / (3 * 16 * 16)
+    encoder = [n for n, p in model.named_parameters() if n.startswith(("autoencoder.encoder", "autoencoder.quant"))]
+    of_label_model = [n for n in found if n.startswith("heads.")]
+    parameters = dict(model.named_parameters())
+    expected = dict(
+        zip(
+            of_label_model,
+            torch.autograd.grad(loss(out.latent.detach()), [parameters[n] for n in of_label_model]),
+            strict=True,
+        )
+    )
+    through = torch.autograd.grad(0.25 * (loss(out.latent) - entropy), [parameters[n] for n in encoder])
+    expected |= dict(zip(encoder, through, strict=True))
+    assert len(of_label_model) == 12 and len(encoder) > 20
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-8, msg=name)
+
+
+def test_without_a_weight_the_encoder_does_not_see_labels() -> None:
+    plain = settings_for(optim={"lr": 1e-2})
+    with_labels = settings_for(optim={"lr": 1e-2}, semi_supervised={"classes": 3, "style_size": 3, "width": 8})
+    steps = [build_step(plain), build_step(with_labels)]
+    for step in steps:
+        for number in range(2):
+            step(number, micro_batches(number, step.settings))
+    for (name, one), other in zip(
+        steps[0].bare_reconstructor.autoencoder.named_parameters(),
+        steps[1].bare_reconstructor.autoencoder.parameters(),
+        strict=True,
+    ):
+        assert torch.equal(one, other), name
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two classes of pictures, dark and light, in noise; 40 of each."""
+    folder, rng = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
+    for number in range(80):
+        place = folder / ("dark", "light")[number % 2]
+        place.mkdir(exist_ok=True)
+        pixels = rng.integers(0, 110, (16, 16, 3)) + 140 * (number % 2)
+        Image.fromarray(pixels.astype(np.uint8)).save(place / f"{number:02d}.png")
+    return folder
+
+
+LABELS = ["semi_supervised.classes=2", "semi_supervised.labels_per_class=3", "semi_supervised.width=16", "gan.weight=0"]
+
+
+def test_a_share_of_the_samples_is_labelled_and_no_other_label_is_seen(pictures: Path) -> None:
+    settings = load_settings(TrainSettings, "quickstart", [*words(pictures, pictures)[2:], *LABELS])
+    source, held_out = open_images(settings.data, "train"), open_images(settings.data, "held_out")
+    fed, labels = labelled_images(settings, source, held_out)
+    assert labels.names == ["dark", "light"]
+    shown = {fed.name(i).split(": ", 1)[1] for i in np.flatnonzero(labels.of_images >= 0)}
+    assert len(shown) == 6 and sum("dark" in name for name in shown) == 3
+    batches = training_batches(fed, settings.data, channels=3, seed=0, batch_size=100, micro_batch_size=100)
+    batch = next(batches)
+    batches.close()
+    seen = labels.of_images[list(batch.indices)]
+    brightness = batch.images.mean((1, 2, 3)).numpy()
+    assert ((brightness > 0) == (seen == 1))[seen >= 0].all()  # the label is that of the picture
+    hidden = sum(i >= len(source) for i in batch.indices)
+    assert 15 <= hidden <= 35 and (seen >= 0).sum() >= hidden
+    assert (seen < 0).sum() > 50
+
+
+def test_training_export_and_probe(pictures: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    command = [*words(pictures, run), *LABELS, "steps=40", "checkpoint.every=20", "optim.lr=3e-3"]
+    assert main(command) == 0
+    network = stored_label_model(run / "export")
+    assert network is not None and network.config.class_names == ["dark", "light"]
+    settings = ProbeSettings(test_fraction=0.25, labels_per_class=(3,), draws=2)
+    result = probe(run / "export", str(pictures), settings)
+    assert result["label_model"]["accuracy"] > 0.9 and result["label_model"]["labels_per_class"] == 3
+    assert result["label_model"]["draw"] == 0
+
+    # of a checkpoint the same one is exported
+    assert main(["export", str(run / "checkpoints/step-00000040"), str(tmp_path / "again")]) == 0
+    again = stored_label_model(tmp_path / "again")
+    assert again is not None and again.config.class_names == ["dark", "light"]
+    for one, other in zip(network.parameters(), again.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+    # a run that was interrupted ends like one that was not
+    resumed = tmp_path / "resumed"
+    half = [word for word in command if not word.startswith("output_dir")] + [f"output_dir={resumed}"]
+    assert main([*half, "steps=20", "optim.schedule=constant"]) == 0
+    assert main([*half, "optim.schedule=constant"]) == 0
+    whole = tmp_path / "whole"
+    assert main([*command, f"output_dir={whole}", "optim.schedule=constant"]) == 0
+    last = "checkpoints/step-00000040"
+    assert differing_tensors(resumed / last, whole / last) == []
+
+
+@pytest.mark.parametrize(
+    "changes, expected",
+    [
+        (["semi_supervised.classes=3"], "semi_supervised.classes: 3, and .* has 2"),
+        (["semi_supervised.labels_per_class=99"], "semi_supervised.labels_per_class: class dark has"),
+        (["semi_supervised.label_column=kind"], "semi_supervised.label_column: kind is a column"),
+    ],
+)
+def test_labels_that_do_not_fit(pictures: Path, changes: list[str], expected: str) -> None:
+    settings = load_settings(TrainSettings, "quickstart", [*words(pictures, pictures)[2:], *LABELS, *changes])
+    source, held_out = open_images(settings.data, "train"), open_images(settings.data, "held_out")
+    with pytest.raises(UserError, match=expected):
+        labelled_images(settings, source, held_out)
+
+
+@pytest.mark.parametrize(
+    "changes, expected",
+    [
+        (["semi_supervised.draw=1"], "semi_supervised.draw: needs the number of classes"),
+        (["semi_supervised.classes=2", "data.streaming=true"], "data.streaming: semi_supervised finds labels by"),
+        (
+            ["semi_supervised.classes=2", "latents.equivariance=0.5"],
+            "semi_supervised.classes: needs latents of one size",
+        ),
+        (
+            ["semi_supervised.classes=2", "semi_supervised.weight=1", "train=decoder", "init_from=hub/id", "model={}"],
+            "semi_supervised.weight: is for the encoder, which train leaves fixed",
+        ),
+    ],
+)
+def test_settings_that_do_not_go_together(changes: list[str], expected: str) -> None:
+    with pytest.raises(UserError, match=expected):
+        load_settings(TrainSettings, "quickstart", changes)
