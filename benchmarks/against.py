@@ -171,8 +171,9 @@ def measure(entry: Entry, name: str, places: Places, limit_s: float) -> dict[str
     """
     folder = fresh(places.work / "runs" / folder_name(name))
     settings = settings_of(entry.size)
+    row: dict[str, Any] = {"steps": 0}
     if entry.program == UNTRAINED:
-        row, model = {"steps": 0}, folder / "untrained"
+        model = folder / "untrained"
         build_autoencoder(settings.model, sample_size=TILE_PX, seed=settings.seed).save_pretrained(model)
     elif entry.program in (OURS, PLAIN):
         row, model = train_ours(entry, places, folder, limit_s * entry.part)
