@@ -172,8 +172,8 @@ class Work:
         lpips, (height, width) = self.scorer.lpips, item.image.shape[-2:]
         if self.scorer.neighbours is not None and min(height, width) < (least := TRUNKS["vgg"].min_px):
             raise UserError(
-                f"neighbours: VGG16 needs sides of {least} px and {item.name} has {width} x {height}; set resize_px, or "
-                "neighbours=0"
+                f"neighbours: VGG16 needs sides of {least} px and {item.name} has {width} x {height}; set resize_px, "
+                "or neighbours=0"
             )
         if lpips is not None and min(height, width) < lpips.trunk.min_px:
             raise UserError(
