@@ -3,8 +3,8 @@
     python -m benchmarks.anomaly cifar10 /data      # a folder that holds cifar10/ and bsds500/; or LATENT_AE_TEST_DATA
     python -m benchmarks.anomaly defects /data
 
-Each model trains for a few minutes on one CPU core; bicubic resampling, which learned nothing, stands beside it. Results
-of a seed are added to benchmarks/results/anomaly-*.json.
+Each model trains for a few minutes on one CPU core; bicubic resampling, which learned nothing, stands beside it. The
+results of each seed are added to benchmarks/results/anomaly-*.json.
 """
 
 import argparse

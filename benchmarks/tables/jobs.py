@@ -36,9 +36,8 @@ def anomaly_table(result: dict[str, Any]) -> str:
                 areas = [one[kind]["scores"][score]["auroc"] for one in found if score in one[kind]["scores"]]
                 spread = f" ({min(areas):.2f} to {max(areas):.2f})" if len(areas) > 1 else ""
                 cells.append(f"{statistics.mean(areas):.2f}{spread}" if areas else "")
-            lines.append(
-                f"| {f'CIFAR-10, {name} normal' if name else 'BSDS500, pasted defects'} | {title} | {cells[0]} | {cells[1]} |"
-            )
+            images = f"CIFAR-10, {name} normal" if name else "BSDS500, pasted defects"
+            lines.append(f"| {images} | {title} | {cells[0]} | {cells[1]} |")
     return "\n".join(lines)
 
 
