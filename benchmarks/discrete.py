@@ -60,7 +60,7 @@ def measured(run: Path, tests: Path) -> dict[str, Any]:
     module = load_first_stage(str(run / "export")).module
     assert module is not None
     passes = [Reconstructor(module)(images) for images in held_out(str(tests), PX, IMAGES).split(20)]
-    counts = torch.stack([code_counts(one.codes.indices, one.codes.codebook.shape[0]) for one in passes]).sum(0)
+    counts = torch.stack([code_counts(one.codes[0].indices, len(one.codes[0].codebook)) for one in passes]).sum(0)
     drawn = isinstance(module, DiscreteVAE)
     return {
         "parameters": sum(parameter.numel() for parameter in module.parameters()),

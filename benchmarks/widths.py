@@ -3,9 +3,9 @@
     python -m benchmarks.widths --data TRAIN_FOLDER --held-out TEST_FOLDER --width 84M --rates 1e-4 3e-4 1e-3
 
 The quickstart's step without its GAN, in bf16 on one thread, f8 with 16 latent channels unless others are given,
-batches of 8 crops of 64 px and a constant rate after 20 steps of warm-up. PSNR and LPIPS of held-out centre crops are
-those of the averaged weights, and of the weights themselves. Rows are added to benchmarks/results/widths.json, so that
-a long table can be made in parts.
+batches of 8 crops of 64 px and a constant rate after 20 steps of warm-up, or others. PSNR and LPIPS of held-out crops
+are those of the averaged weights, and of the weights themselves. Rows are added to benchmarks/results/widths.json, so
+that a long table can be made in parts.
 """
 
 import argparse
@@ -45,6 +45,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--crops", type=int, nargs="+", default=[0, 64, 256], help="when it is measured")
     parser.add_argument("--latent-channels", type=int, default=16)
+    parser.add_argument("--warmup", type=int, default=20, help="steps")
     parser.add_argument("--plain", action="store_true", help="plain AdamW")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -59,9 +60,11 @@ def main() -> None:
                 f"seed={seed}",
                 f"optim.layerwise={str(not arguments.plain).lower()}",
             ]
+            words.append(f"optim.warmup={arguments.warmup}")
             settings = load_settings(TrainSettings, "quickstart", words)
             key = f"{arguments.width}, lr {rate}, {'AdamW' if arguments.plain else 'by layer'}, seed {seed}"
             key += "" if arguments.latent_channels == 16 else f", {arguments.latent_channels} latent channels"
+            key += "" if arguments.warmup == 20 else f", warm-up {arguments.warmup}"
             add(key, curve(settings, arguments.crops, arguments.images, perceptual), settings, arguments.images)
 
 

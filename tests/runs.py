@@ -107,6 +107,10 @@ SHAPES: dict[str, dict[str, Any]] = {
         **{"blocks": 1, "norm_num_groups": 4},
     },
     "DiscreteVAE": {**KL_LIKE, "latent_channels": 3, "num_vq_embeddings": 32},
+    "VQVAE2": {
+        **{"block_out_channels": [16, 16], "layers_per_block": 1, "norm_num_groups": 4},
+        **{"latent_channels": 3, "num_vq_embeddings": 32},
+    },
     "FlowAutoencoderKL": {**KL_LIKE, "latent_channels": 4, "flow_layers": 2, "flow_width": 8},
 }
 

@@ -59,7 +59,7 @@ def test_the_map_in_the_readme_names_every_file_of_the_library_and_the_loop() ->
     block = readme.split("## Map of the house")[1].split("```")[1]
     parts = {"latent_ae": block.split("\ntrain/")[0], "train": block.split("\ntrain/")[1].split("\neval/")[0]}
     for folder, text in parts.items():
-        named = set(re.findall(r"[a-z_]+", text))
+        named = set(re.findall(r"[a-z_0-9]+", text))
         files = {path.stem for path in (ROOT / folder).rglob("*.py")} - {"__init__", "__main__"}
         assert len(files) > 15 and files - named == set()
     places = {path.name for path in (ROOT / "eval").iterdir() if not path.name.startswith("__")}

@@ -17,6 +17,7 @@ from latent_ae.models.discrete import DiscreteVAE
 from latent_ae.models.flow import FlowAutoencoderKL
 from latent_ae.models.hierarchical import HierarchicalVAE
 from latent_ae.models.registry import FAMILIES, OWN, class_of
+from latent_ae.models.vqvae2 import VQVAE2
 
 TWO = {
     "block_out_channels": (8, 16),
@@ -150,6 +151,8 @@ def tiny(name: str, seed: int = 0) -> torch.nn.Module:
         return flow
     if name == "DiscreteVAE":
         return DiscreteVAE(**TWO, latent_channels=4, num_vq_embeddings=16)
+    if name == "VQVAE2":
+        return VQVAE2(block_out_channels=(8, 16), norm_num_groups=4, latent_channels=4, num_vq_embeddings=16)
     return VQModel(**TWO, latent_channels=4, num_vq_embeddings=16)
 
 

@@ -185,7 +185,7 @@ def measure_latents(
             drawn = draw(autoencoder, batch.images.to(accelerator.device), noise)
             # the same crops, however the batch is split
             rows = [row for row, number in enumerate(batch.numbers) if number < STATISTICS_CROPS]
-            if rows and not family_of(autoencoder).one_grid:
+            if rows and family_of(autoencoder).latent == "hierarchy":
                 # thousands of channels of 1 x 1 px would have a covariance matrix of millions of numbers
                 statistics.update(drawn.latent[rows].movedim(1, 2))
             elif rows and drawn.logvar is None:

@@ -96,7 +96,7 @@ class CodeSettings(
     CodeGradientSettings,
     UnitCodesSettings,
 ):
-    """How the codes of a VQModel are compared, learned and spread, or those of a DiscreteVAE drawn: docs/family.md."""
+    """How codes of a VQModel or VQVAE2 are compared, learned and spread, or a DiscreteVAE's drawn: docs/family.md."""
 
 
 class TrainSettings(Settings):
@@ -314,7 +314,7 @@ class TrainSettings(Settings):
                     yield Problem(key, f"{side} is not a multiple of the model's factor {model.factor}: use {near}")
             yield from self._bucket_problems(model)
             known = isinstance(self.train, str) or model.parameters
-            if not model.one_grid and self.train != "all":
+            if model.latent == "hierarchy" and self.train != "all":
                 yield Problem(
                     "train", f"{self._train_word}: the latents of {model.name} are made by both parts: set it to all"
                 )

@@ -46,7 +46,7 @@ from latent_ae_eval.generation.sampling import (
     stock_pipeline,
 )
 from latent_ae_eval.generation.settings import DiffusionSettings
-from latent_ae_eval.generation.training import Trainer, trained
+from latent_ae_eval.generation.training import Measure, Trainer, trained
 from latent_ae_eval.jobs import write_json, written_into
 
 Part = Literal["train", "held_out"]
@@ -203,19 +203,35 @@ class Generation:
         Raises:
             UserError: If images cannot be encoded, latents do not fit, or the training diverges.
         """
-        settings = self.settings
+        train, held_out = self.both_latents()
+        trivial = Trivial.of(train, self.settings.seed)
+        validation = Validation(held_out, trivial, self.settings)
+        trainer = Trainer(train, self.settings, self.device)
+        curve = self.fit(trainer, validation, self.key(train, held_out))
+        return Flow(train, held_out, trivial, validation, trainer, curve)
+
+    def both_latents(self) -> tuple[LatentCache, LatentCache]:
+        """Return the latents to train on and the held-out ones; missing ones are encoded.
+
+        Raises:
+            UserError: If images cannot be encoded, or latents do not fit.
+        """
         with self.timed("encode"):
             train, held_out = (self.latents(part) for part in PARTS)
         self._check_latents(train, held_out)
-        trivial = Trivial.of(train, settings.seed)
-        validation = Validation(held_out, trivial, settings)
-        trainer = Trainer(train, settings, self.device)
+        return train, held_out
+
+    def fit(self, trainer: Trainer, validation: Measure, key: str) -> list[dict[str, Any]]:
+        """Train, or resume a training that was killed if it has the same `key`, and return the loss curve.
+
+        Raises:
+            UserError: If the training diverges.
+        """
         with self.timed("train"):
             unfinished = self.folder / "unfinished" / "training.pt"
             unfinished.parent.mkdir(exist_ok=True)
-            with self.bar("train", trainer.steps * settings.chosen("batch_size")) as bar:
-                curve = trained(trainer, validation, unfinished, self._key(train, held_out), bar)
-        return Flow(train, held_out, trivial, validation, trainer, curve)
+            with self.bar("train", trainer.steps * self.settings.chosen("batch_size")) as bar:
+                return trained(trainer, validation, unfinished, key, bar)
 
     def compared(
         self, samples: ImageSet, networks: dict[str, FeatureNetwork], count: int
@@ -361,7 +377,7 @@ class Generation:
     def _reconstructed(self, images: Tensor) -> Tensor:
         return to_uint8(self.stage.reconstruct(images.to(self.device).float() / 127.5 - 1).cpu())
 
-    def _key(self, train: LatentCache, held_out: LatentCache) -> str:
+    def key(self, train: LatentCache, held_out: LatentCache) -> str:
         """Return a digest of everything that the trained weights depend on."""
         parts = [self.settings.recipe(), self.settings.seed, self.settings.validations, versions(), self.stage.sha256]
         made = [(fingerprint(cache), cache.manifest["made_from"]["settings"]) for cache in (train, held_out)]

@@ -1,4 +1,4 @@
-"""Trains a transformer by flow matching on a fixed budget, and resumes a training that was killed."""
+"""Trains a transformer on latents on a fixed budget, by flow matching, and resumes a training that was killed."""
 
 import math
 import os
@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from latent_ae.config import UserError
 from latent_ae.latents.cache import LatentCache
-from latent_ae_eval.generation.flow import NULL_CLASS, Validation, predicted, squared_error, training_batch
+from latent_ae_eval.generation.flow import NULL_CLASS, predicted, squared_error, training_batch
 from latent_ae_eval.generation.settings import HEAD_CHANNELS, DiffusionSettings
 
 CHECKPOINT_SECONDS = 60
@@ -56,6 +56,8 @@ def new_transformer(shape: tuple[int, int, int], settings: DiffusionSettings) ->
 class Trainer:
     """The transformer, its averaged copy and AdamW; `step` counts the training steps made.
 
+    It learns by flow matching; a subclass has another network and another loss.
+
     Args:
         latents: The latents to train on.
         settings: The recipe.
@@ -64,22 +66,34 @@ class Trainer:
 
     def __init__(self, latents: LatentCache, settings: DiffusionSettings, device: torch.device):
         self.latents, self.settings, self.device = latents, settings, device
-        self.model = new_transformer(latents.shape, settings).to(device)
-        self.average = new_transformer(latents.shape, settings).to(device).requires_grad_(False)
+        self.model = self.network().to(device)
+        self.average = self.network().to(device).requires_grad_(False)
         rate = settings.chosen("lr")
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=0.0)
         self.step, self.steps = 0, settings.chosen("steps")
 
+    def network(self) -> nn.Module:
+        """Return the untrained network, the same one in each call."""
+        return new_transformer(self.latents.shape, self.settings)
+
+    def loss(self) -> Tensor:
+        """Return the mean loss of the step's batch, a scalar on the device."""
+        batch = training_batch(self.latents, self.settings, self.step).to(self.device)
+        with self.autocast():
+            velocity = predicted(self.model, batch)
+        return squared_error(velocity, batch).mean()
+
+    def autocast(self) -> torch.autocast:
+        """Return a context of the precision in which the network computes."""
+        bf16 = self.settings.chosen("precision") == "bf16"
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=bf16)
+
     def losses(self) -> Iterator[Tensor]:
         """Train up to the last step, and yield the loss of each step, a scalar on the device."""
-        bf16 = torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.chosen("precision") == "bf16")
         while self.step < self.steps:
-            batch = training_batch(self.latents, self.settings, self.step).to(self.device)
             for group in self.optimizer.param_groups:
                 group["lr"] = self.rate(self.step)
-            with bf16:
-                velocity = predicted(self.model, batch)
-            loss = squared_error(velocity, batch).mean()
+            loss = self.loss()
             loss.backward()
             nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
             self.optimizer.step()
@@ -111,7 +125,14 @@ class Trainer:
         self.step = state["step"]
 
 
-def trained(trainer: Trainer, validation: Validation, path: Path, key: str, bar: tqdm) -> list[dict[str, Any]]:
+class Measure(Protocol):
+    """Measures a network on held-out latents; `relative_loss` is the loss over that of a trivial predictor."""
+
+    def measure(self, model: Any, device: torch.device) -> dict[str, Any]:
+        """Return a point of the loss curve."""
+
+
+def trained(trainer: Trainer, validation: Measure, path: Path, key: str, bar: tqdm) -> list[dict[str, Any]]:
     """Train to the end and return the points of the loss curve.
 
     Args:
@@ -138,7 +159,7 @@ def trained(trainer: Trainer, validation: Validation, path: Path, key: str, bar:
         behind = curve[-1]["step"] if curve else trainer.step
         own = float(total) / (trainer.step - behind) if trainer.step > behind else None
         if own is not None and not np.isfinite(own):
-            raise UserError(f"lr: the diffusion model diverged before step {trainer.step:,}; lower lr")
+            raise UserError(f"lr: the transformer diverged before step {trainer.step:,}; lower lr")
         measured = validation.measure(trainer.average, trainer.device)
         curve.append({"step": trainer.step, "images": trainer.step * size, "train_loss": own} | measured)
         total.zero_()

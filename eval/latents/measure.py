@@ -89,8 +89,8 @@ def evaluate_latents(
     assert stage.family is not None
     if not stage.family.one_grid:
         raise UserError(
-            f"the latents of a {stage.name} are levels on several grids, packed into one of 1 x 1: there is no grid to "
-            "measure. The training log has the KL of each level"
+            f"the latents of a {stage.name} are levels on several grids, packed into one: there is no grid to measure. "
+            "The training log has the KL, or the use of the codes, of each level"
         )
     shows = progress and state.is_main_process
     lpips, notes = None, []

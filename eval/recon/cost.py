@@ -128,7 +128,9 @@ def cost(stage: FirstStage, device: torch.device, parts: Sequence[Costs]) -> dic
         "peak_memory_bytes": peaks or None,
         "parameters": parameters_by_side(module) if family and module is not None else None,
         "latent_shape": list(shape) if shape else None,
-        "bits_per_pixel": bits_per_pixel(shape, common[1:], family.codes(module.config))
+        "bits_per_pixel": bits_per_pixel(
+            shape, common[1:], family.codes(module.config), family.codes_per_position(module.config)
+        )
         if common and shape and family and module is not None
         else None,
     }
@@ -146,20 +148,24 @@ def parameters_by_side(module: nn.Module) -> dict[str, int]:
     return counts
 
 
-def bits_per_pixel(latent: Sequence[int], image_px: Sequence[int], codes: int | None) -> dict[str, float | None]:
+def bits_per_pixel(
+    latent: Sequence[int], image_px: Sequence[int], codes: int | None, codes_per_position: int = 1
+) -> dict[str, float | None]:
     """Return the bits of a stored latent for each pixel of its image.
 
     Args:
         latent: Shape of the latent, (c, h, w).
         image_px: Height and width of the image.
         codes: Number of codes of a codebook, or None.
+        codes_per_position: Number of codes at each position of the latent.
 
     Returns:
         `fp16` for the values of the latent in fp16; `indices` for the indices of its codes in whole bits, None without
         a codebook.
     """
     pixels = math.prod(image_px)
-    indices = None if codes is None else math.prod(latent[1:]) * (codes - 1).bit_length() / pixels
+    places = math.prod(latent[1:]) * codes_per_position
+    indices = None if codes is None else places * (codes - 1).bit_length() / pixels
     return {"fp16": math.prod(latent) * STORED_BITS / pixels, "indices": indices}
 
 

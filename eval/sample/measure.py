@@ -1,4 +1,4 @@
-"""Decodes latents drawn from a prior: the model's own, a Gaussian, or a flow fitted to its latents.
+"""Decodes latents drawn from a prior: the model's own, or a Gaussian, a flow or a transformer fitted to its latents.
 
 from latent_ae_eval.sample.measure import sample
 result = sample("runs/mine/export", "/data/cifar10", "flow", out="samples")
@@ -13,26 +13,37 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiTPipeline, DiTTransformer2DModel
+from diffusers import DiTPipeline, DiTTransformer2DModel, ModelMixin
 from torch import Tensor, nn
 
 from latent_ae.config import UserError
 from latent_ae.data.images import to_uint8
 from latent_ae.data.rng import spread
 from latent_ae.latents.cache import LatentCache
+from latent_ae.models.codes import WITH_CODES, has_codes
 from latent_ae.models.registry import scaling_of
 from latent_ae_eval.features import FeatureNetwork, digests, feature_networks
 from latent_ae_eval.generation.base import FAR_STD, Generation, begin, fingerprint
 from latent_ae_eval.generation.flow import CHOICE_SEED, STATISTICS, flow_batch, raw_latents
 from latent_ae_eval.generation.sampling import GRID, generators, samples
 from latent_ae_eval.sample import JOB
+from latent_ae_eval.sample.codes import CodeImages, CodeTrainer, CodeValidation, code_samples
 from latent_ae_eval.sample.report import write_sample_report
-from latent_ae_eval.sample.settings import PRIORS, SampleSettings
+from latent_ae_eval.sample.settings import FITTED, PRIORS, SampleSettings
+from latent_ae_eval.sample.transformer import CodeTransformer
 
 MOST_VALUES, MOST_LATENTS = 4096, 10_000
 """Largest number of values of a latent, and of images, to which a Gaussian with a full covariance is fitted."""
 NO_CLASS = 0
 """The class of all samples of a transformer without classes."""
+CODE_PRIOR, OVER_CODES = "code-prior", "a transformer over the codes"
+"""Folder of a transformer over codes in that of --out, and what results call it."""
+OF_FLOWS = ("patch_size", "sampling_steps")
+"""Settings that a transformer over codes does not use."""
+RATE = (
+    "bits of codes: minus the log-likelihood of the codes of held-out images. Per dimension it is divided by the "
+    "number of an image's values: the rate of a lossy code, and no likelihood of images"
+)
 
 
 def sample(
@@ -54,7 +65,7 @@ def sample(
         prior: Replaces the prior of the settings.
         settings: The settings; None takes the defaults.
         out: Folder for result.json, samples.png and report.html, and for a fitted flow the latents and a pipeline for
-            `DiTPipeline.from_pretrained`; None writes nothing.
+            `DiTPipeline.from_pretrained`, or the latents and the transformer over codes; None writes nothing.
         progress: Show progress bars.
 
     Returns:
@@ -88,9 +99,10 @@ class _Job(Generation):
             networks, notes = feature_networks(settings.chosen("frechet"), self.device, settings)
             self.check_data()
             count = min(settings.chosen("samples"), len(self.source("train")))
-        elif settings.prior in ("gaussian", "flow"):
+        elif settings.prior in FITTED:
             raise UserError(f"prior: {settings.prior} is fitted to the latents of images; give DATA")
         about: dict[str, Any] = {}
+        of_codes: tuple[dict[str, Any], dict[str, list[float]]] | None = None
         if settings.prior == "normal":
             batches, method = self._decoded(self._own_prior(), side, count), self._own_name()
             notes += self._scale_notes()
@@ -101,11 +113,17 @@ class _Job(Generation):
             about["fingerprints"] = [fingerprint(train)]
             batches = self._decoded(gaussian_prior(train, settings.seed), side, count)
             method = "a Gaussian with the mean and covariance of the latents"
-        else:
+        elif settings.prior == "codes":
+            transformer, about, of_codes = self._fitted_codes()
+            batches, method = self._decoded_codes(transformer, count), OVER_CODES
+        elif settings.prior == "flow" or not (Path(settings.prior).expanduser() / CODE_PRIOR).is_dir():
             self.check_pipeline()
-            pipeline, about = self._fitted() if settings.prior == "flow" else self._loaded(side)
+            pipeline, about = self._fitted() if settings.prior == "flow" else self._loaded_flow(side)
             batches = samples(pipeline, [NO_CLASS] * count, settings)
             method = "a flow fitted to the latents"
+        else:
+            transformer, about = self._loaded(side, CODE_PRIOR, CodeTransformer)
+            batches, method = self._decoded_codes(transformer, count), OVER_CODES
         with self.timed("sample"):
             sets = {"samples": self.image_set(batches, networks, count, "samples")}
         metrics: dict[str, dict[str, Any]] = {"samples": {"n": count}}
@@ -113,6 +131,9 @@ class _Job(Generation):
         if self.data:
             sets, metrics, intervals = self.compared(sets["samples"], networks, count)
             notes += self.notes(metrics)
+        if of_codes is not None:
+            metrics["codes"], intervals["codes"] = of_codes
+            notes.append(RATE)
         result = {
             "format": JOB.format,
             "model": stage.describe() | {"subfolder": settings.subfolder, "revision": settings.revision},
@@ -160,12 +181,12 @@ class _Job(Generation):
 
     def _own_prior(self) -> Callable[[Tensor], Tensor]:
         """Return a function that turns noise into latents of the prior with which the model was trained."""
+        assert self.stage.module is not None
         if not (self.stage.random or self.has_own_prior):
             raise UserError(
-                f"prior: {self.stage.name} was trained without one; prior=flow or prior=gaussian fits one to "
-                "the latents of DATA"
+                f"prior: {self.stage.name} was trained without one; prior=flow or prior=gaussian"
+                f"{' or prior=codes' if has_codes(self.stage.module) else ''} fits one to the latents of DATA"
             )
-        assert self.stage.module is not None
         return self.stage.module.sample_prior if self.has_own_prior else lambda noise: noise
 
     def _own_name(self) -> str:
@@ -193,19 +214,75 @@ class _Job(Generation):
             "fingerprints": [fingerprint(flow.train), fingerprint(flow.held_out)]
         }
 
-    def _loaded(self, side: int) -> tuple[DiTPipeline, dict[str, Any]]:
-        """Load a flow that was fitted before."""
+    def _fitted_codes(
+        self,
+    ) -> tuple[CodeTransformer, dict[str, Any], tuple[dict[str, Any], dict[str, list[float]]]]:
+        """Train a transformer over codes, and return it, what a result tells of it, and its rate with intervals."""
+        settings, module = self.settings, self.stage.module
+        assert module is not None
+        if not has_codes(module):
+            raise UserError(
+                f"prior: codes is for latents that are codes ({', '.join(WITH_CODES)}), and {self.stage.name} has "
+                "none: take prior=flow or prior=gaussian"
+            )
+        caches = self.both_latents()
+        train, held_out = (CodeImages(module, cache, self.device) for cache in caches)
+        values = int(self.stage.channels or 3) * int(settings.chosen("resolution")) ** 2
+        validation = CodeValidation(held_out, train, settings, values)
+        trainer = CodeTrainer(train, settings, self.device)
+        with torch.enable_grad():
+            curve = self.fit(trainer, validation, f"{self.key(*caches)} codes")
+        validation.measure(trainer.average, self.device)  # a resumed training may have measured it before
+        try:
+            trainer.average.save_pretrained(self.folder / CODE_PRIOR)
+        except OSError as error:
+            raise UserError(f"--out: cannot write {self.folder}: {error.strerror or error}") from error
+        parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
+        recipe = {key: value for key, value in settings.recipe().items() if key not in OF_FLOWS}
+        about = {
+            "fingerprints": [fingerprint(cache) for cache in caches],
+            "latents": {"shape": list(caches[0].shape), "train": len(train), "held_out": len(held_out), "classes": 0},
+            "codes": {"sides": train.sides, "number": train.codes},
+            "recipe": recipe | {"parameters": parameters},
+            "validated_on": validation.choice,
+            "loss": {key: value for key, value in curve[-1].items() if key not in ("step", "images", "train_loss")},
+            "curve": curve,
+        }
+        return trainer.average, about, validation.metrics(settings.seed)
+
+    def _decoded_codes(self, transformer: CodeTransformer, count: int) -> Iterator[Tensor]:
+        """Yield batches of images decoded from samples of a transformer, (N, C, H, W) uint8 on the CPU."""
+        for latents in code_samples(transformer, self.stage.module, count, self.settings, self.device):
+            yield to_uint8(self.stage.decode(latents).cpu())
+
+    def _loaded_flow(self, side: int) -> tuple[DiTPipeline, dict[str, Any]]:
+        transformer, about = self._loaded(side, "pipeline/transformer", DiTTransformer2DModel)
+        return self.pipeline(transformer), about
+
+    def _loaded(self, side: int, name: str, kind: type[ModelMixin]) -> tuple[Any, dict[str, Any]]:
+        """Load a flow, or a transformer over codes, that was fitted before.
+
+        Args:
+            side: Side of the latents.
+            name: Its place in the folder.
+            kind: Its class.
+
+        Returns:
+            The transformer, and what the folder's result tells of it.
+        """
         folder = Path(self.settings.prior).expanduser()
         try:
             known = json.loads((folder / "result.json").read_text(encoding="utf-8"))
-            about = {key: known[key] for key in ("latents", "recipe", "loss", "curve")}
+            keys = ("latents", "recipe", "loss", "curve", *(["codes"] if kind is CodeTransformer else []))
+            about = {key: known[key] for key in keys}
             classes, sha256 = about["latents"]["classes"], known["model"]["sha256"]
-            transformer = DiTTransformer2DModel.from_pretrained(folder / "pipeline", subfolder="transformer")
+            transformer: Any = kind.from_pretrained(folder / name)
+            fitted = about["latents"]["shape"][-1]
         except Exception as error:  # a file is missing, damaged or something else
             reason = " ".join(str(error).split())[:200]
             raise UserError(
-                f"prior: {folder} holds no fitted flow ({reason}); `latent-ae eval sample MODEL DATA prior=flow --out "
-                f"{folder}` writes one, and one of {', '.join(PRIORS)} needs none"
+                f"prior: {folder} holds no fitted flow or transformer ({reason}); `latent-ae eval sample MODEL DATA "
+                f"prior=flow --out {folder}` writes one, and one of {', '.join(PRIORS)} needs none"
             ) from error
         if sha256 != self.stage.sha256:
             raise UserError(f"prior: {folder} was fitted to latents of another model ({known['model']['location']})")
@@ -213,11 +290,10 @@ class _Job(Generation):
             raise UserError(
                 f"prior: {folder} is a model of {classes} classes, and a prior has none; fit one with prior=flow"
             )
-        if transformer.config.sample_size != side:
-            fitted = transformer.config.sample_size * self.stage.factor
-            raise UserError(f"resolution: {folder} was fitted at {fitted} px; set resolution={fitted}")
-        assert self.stage.module is not None
-        return self.pipeline(transformer.to(self.device).eval()), about
+        if fitted != side:
+            px = fitted * self.stage.factor
+            raise UserError(f"resolution: {folder} was fitted at {px} px; set resolution={px}")
+        return transformer.to(self.device).eval(), about
 
 
 def gaussian_prior(train: LatentCache, seed: int) -> Callable[[Tensor], Tensor]:

@@ -6,7 +6,7 @@ from typing import Any
 
 from PIL import Image
 
-from latent_ae.metrics.labels import short_name
+from latent_ae.metrics.labels import label_of, pair, rounded, short_name, span
 from latent_ae.report import page
 from latent_ae_eval.generation.report import (
     APART_BY_ROOTS,
@@ -26,7 +26,15 @@ def sample_text(result: Mapping[str, Any]) -> str:
     """Return the prior, and the distances to images if there are any, as a table for a terminal."""
     compared = "reconstructions" in result["metrics"]
     rows = distance_rows(result) if compared else [Row("samples", f"{result['metrics']['samples']['n']:,}")]
+    for key, value in bits_of_codes(result).items():
+        ends = span(key, pair((result["intervals"].get("codes") or {}).get(key)))
+        rows.append(Row(label_of(key).name, rounded(key, value), ends, "codes of held-out images"))
     return f"prior: {result['prior']['method']}\n\n{aligned(rows)}"
+
+
+def bits_of_codes(result: Mapping[str, Any]) -> dict[str, float]:
+    """Return the rate of a transformer over codes that was fitted, bits by key; empty for other priors."""
+    return {key: value for key, value in (result["metrics"].get("codes") or {}).items() if key != "n"}
 
 
 def write_sample_report(path: Path, result: Mapping[str, Any], pictures: Mapping[str, Image.Image]) -> None:
@@ -47,10 +55,11 @@ def write_sample_report(path: Path, result: Mapping[str, Any], pictures: Mapping
     if "recipe" in result:
         recipe, loss = result["recipe"], result["loss"]
         facts |= {
-            "flow": f"{recipe['parameters'] / 1e6:.1f} M parameters",
+            "transformer": f"{recipe['parameters'] / 1e6:.1f} M parameters",
             "fitted in": f"{recipe['steps']:,} steps of {recipe['batch_size']}",
             "its loss": f"{loss['relative_loss']:.3f} of the trivial predictor's",
         }
+    facts |= {label_of(key).name: rounded(key, value) for key, value in bits_of_codes(result).items()}
     sections, remarks = [page.facts(facts)], page.notes(result["notes"])
     if len(pictures) > 1:
         explained = page.paragraph(EXPLAINED, soft=True)

@@ -7,7 +7,9 @@ from typing import Any, ClassVar
 from latent_ae.config import Problem
 from latent_ae_eval.generation.settings import DIFFUSION_PRESETS, DiffusionSettings
 
-PRIORS = ("normal", "gaussian", "flow")
+FITTED = ("gaussian", "flow", "codes")
+"""Priors that are fitted to the latents of DATA."""
+PRIORS = ("normal", *FITTED)
 
 
 class SampleSettings(DiffusionSettings):
@@ -19,8 +21,8 @@ class SampleSettings(DiffusionSettings):
         "gpu": DIFFUSION_PRESETS["gpu"] | {"patch_size": None},
     }
     prior: str = "normal"
-    """`normal`: N(0, I), or the model's own prior; `gaussian` and `flow` are fitted to the latents of DATA; or a folder
-    that `prior=flow` wrote."""
+    """`normal`: N(0, I), or the model's own prior; `gaussian`, `flow` and, for latents that are codes, `codes` are
+    fitted to the latents of DATA; or a folder that `prior=flow` or `prior=codes` wrote."""
     label_column: str | None = None
     """Must be null, because a prior has no classes."""
 
@@ -28,5 +30,8 @@ class SampleSettings(DiffusionSettings):
         yield from super().problems()
         if self.prior not in PRIORS and not Path(self.prior).expanduser().is_dir():
             yield Problem("prior", f"neither one of {', '.join(PRIORS)} nor a folder: {self.prior} (from {Path.cwd()})")
+        for key in ("patch_size", "sampling_steps"):
+            if self.prior == "codes" and getattr(self, key) != "preset":
+                yield Problem(key, "is for flows, and prior=codes draws one code after another: leave it out")
         if self.label_column is not None:
             yield Problem("label_column", "a prior has no classes; leave it null, or use eval diffusion")

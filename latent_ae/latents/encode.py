@@ -40,6 +40,7 @@ KIND_OF_LATENT = {
     "hierarchy": "modes of all levels given the modes above, packed, the top level first; raw",
     "flow": "modes before the flow, sent through it; its posterior has no moments",
     "codebook": "latents before quantisation; there is no posterior",
+    "code_levels": "vectors of the codes of all levels, the coarsest first, the finer ones folded into channels",
     "categorical": "vectors of the most likely codes; their posterior is not stored",
 }
 

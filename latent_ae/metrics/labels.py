@@ -56,6 +56,7 @@ LABELS = {
     "exact_reconstruction": Label("share read exactly", "higher", 3),
     # of other evaluations
     "bits_per_dimension": Label("bits per dimension", "lower", 4),
+    "bits_per_code": Label("bits per code", "lower", 3),
     "rate": Label("rate (bits per dimension)", None, 4),
     "distortion": Label("distortion (bits per dimension)", None, 4),
     "accuracy": Label("accuracy", "higher", 3),

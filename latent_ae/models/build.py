@@ -10,7 +10,7 @@ from latent_ae.config import UserError
 from latent_ae.models.borrowed_encoder import BorrowedEncoder, borrowed_parameters
 from latent_ae.models.linear_init import linear_start_
 from latent_ae.models.loading import load_first_stage
-from latent_ae.models.reconstruct import end_layers
+from latent_ae.models.reconstruct import codebooks_of, end_layers
 from latent_ae.models.registry import class_of, family_of
 from latent_ae.models.representation import with_encoder
 from latent_ae.models.settings import ModelFacts, ModelSettings
@@ -116,8 +116,8 @@ def facts_of(autoencoder: ModelMixin, name: str | None = None) -> ModelFacts:
         foreign = part is None or isinstance(part, (StoredEncoder, BorrowedEncoder))
         layers = [None] if foreign else end_layers(part) or [None]  # a vision transformer has none by these names
         last_layers[side] = names.get(id(getattr(layers[-1], "weight", None)), "")
-    if family.latent == "codebook":
-        last_layers["codes"] = "quantize.embedding.weight"
+    if family.latent in ("codebook", "code_levels"):
+        last_layers["codes"] = names.get(id(codebooks_of(autoencoder)[0]), "")
     section = "model" if type(autoencoder) is AutoencoderKL else "model.config"
     keys = [key for key in ("in_channels", "out_channels") if name is None and key in autoencoder.config]
     return ModelFacts(

@@ -105,10 +105,11 @@ def factor_of_patches(config: Any) -> int:
 class Family(NamedTuple):
     """A class of first stages. Fields that are functions take its diffusers config, unless they say otherwise."""
 
-    latent: Literal["posterior", "deterministic", "codebook", "categorical", "hierarchy", "flow"]
+    latent: Literal["posterior", "deterministic", "codebook", "code_levels", "categorical", "hierarchy", "flow"]
     """Kind of latent. `posterior` is one Gaussian; `hierarchy` and `flow` are random without being one Gaussian, so the
-    class samples them itself. `codebook` is the nearest code; `categorical` is a code that training draws from a
-    distribution, and of which everything else takes the most likely one."""
+    class samples them itself. `codebook` is the nearest code, `code_levels` are nearest codes on several grids;
+    `categorical` is a code that training draws from a distribution, and of which everything else takes the most likely
+    one."""
     factor: Callable[[Any], int]
     """Image px per latent px along one side."""
     latent_channels: Callable[[Any], int] = of_config("latent_channels")
@@ -131,6 +132,8 @@ class Family(NamedTuple):
     """How diffusion models scale the latents."""
     codes: Callable[[Any], int | None] = lambda config: None
     """Number of codes from which each position of a latent is taken; None if the latents are continuous."""
+    codes_per_position: Callable[[Any], int] = lambda config: 1
+    """Number of codes at each position of a latent: more than one if finer levels are folded into it."""
     variant: Callable[[Any], dict[str, Any]] = lambda config: {}
     """Fields whose values differ from those of the record, by name."""
     refusal: Callable[[Any], str | None] = lambda config: None
@@ -167,5 +170,5 @@ class Family(NamedTuple):
 
     @property
     def one_grid(self) -> bool:
-        """Whether latents lie on one grid over the image; otherwise they are packed into one position."""
-        return self.latent != "hierarchy"
+        """Whether latents lie on one grid over the image; otherwise levels on several grids are packed into one."""
+        return self.latent not in ("hierarchy", "code_levels")

@@ -77,7 +77,7 @@ def quantised(latent: Tensor, codebook: Tensor, how: Quantiser = PLAIN) -> tuple
         return _with_gradient_of(bounded(latent, how.levels), vectors), codes
     if how.rotation:
         return _with_gradient_of(rotated(latent, vectors), vectors), codes
-    return latent + (vectors - latent).detach(), codes
+    return _with_gradient_of(latent, vectors), codes
 
 
 def rotated(latent: Tensor, vectors: Tensor) -> Tensor:

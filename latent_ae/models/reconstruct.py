@@ -29,8 +29,8 @@ class Reconstruction(NamedTuple):
     """The latent, or the one given, that is transformed and decoded; only images contribute to its gradient."""
     heads: Mapping[str, Tensor] = {}
     """Outputs of the heads by their names."""
-    codes: Codes | None = None
-    """The codes of the latent; None if there is no codebook."""
+    codes: tuple[Codes, ...] = ()
+    """The codes of the latent, of each level if there are several, from the coarsest; empty if there is no codebook."""
     rates: tuple[Tensor, ...] = ()
     """KL of each latent dimension in nats, level by level (see `posterior.Drawn`), or of the code at each position;
     empty without a posterior."""
@@ -78,17 +78,21 @@ class Reconstructor(nn.Module):
             second: Applied to the latent after the transforms; the result is decoded besides.
         """
         encoder, kind = getattr(self.autoencoder, "encoder", None), family_of(self.autoencoder).latent
-        codes, how, log_scale = None, {}, None
+        codes, how, log_scale = tuple[Codes, ...](), {}, None
         if decode is not None and isinstance(encoder, StoredEncoder):
             latent, mean, logvar, rates = decode, decode, None, tuple[Tensor, ...]()
         elif kind == "categorical":
-            latent, codes, rate = self.autoencoder.draw_codes(images, quantiser.relaxation)
-            mean, logvar, rates = latent, None, (rate,)
+            latent, drawn, rate = self.autoencoder.draw_codes(images, quantiser.relaxation)
+            mean, logvar, rates, codes = latent, None, (rate,), (drawn,)
+        elif kind == "code_levels":
+            latent, codes = self.autoencoder.quantised_levels(images, quantiser)
+            mean, logvar, rates = latent, None, ()
+            how = {"force_not_quantize": True}  # because it is quantised already
         else:
             latent, mean, logvar, rates, _ = draw(self.autoencoder, images, noise)
         if kind == "codebook":
-            latent, codes = quantised(mean, self.codebook, quantiser)
-            how = {"force_not_quantize": True}  # because it is quantised already
+            latent, nearest = quantised(mean, self.codebooks[0], quantiser)
+            codes, how = (nearest,), {"force_not_quantize": True}
         heads = {name: head(latent).float() for name, head in self.heads.items()}
         to_decode = latent if decode is None else decode
         to_decode = to_decode.view_as(to_decode)  # a separate node, whose gradient comes only from images
@@ -104,14 +108,9 @@ class Reconstructor(nn.Module):
         return Reconstruction(image, mean, logvar, latent, to_decode, heads, codes, rates, second_image, log_scale)
 
     @property
-    def codebook(self) -> Tensor:
-        """The codebook of a VQModel, (codes, c)."""
-        return self.autoencoder.quantize.embedding.weight
-
-    @property
-    def num_codes(self) -> int:
-        """Number of codes; 0 without a codebook."""
-        return num_codes_of(self.autoencoder)
+    def codebooks(self) -> list[nn.Parameter]:
+        """The codebook of each level of a VQModel or VQVAE2, (codes, c), from the coarsest."""
+        return codebooks_of(self.autoencoder)
 
     @property
     def last_layer(self) -> Tensor:
@@ -126,10 +125,10 @@ class Reconstructor(nn.Module):
         return weight
 
 
-def num_codes_of(autoencoder: nn.Module) -> int:
-    """Return the number of codes; 0 without a codebook."""
-    family = family_of(autoencoder)
-    return family.codes(autoencoder.config) or 0 if family.latent in ("codebook", "categorical") else 0
+def codebooks_of(autoencoder: Any) -> list[nn.Parameter]:
+    """Return the codebook of each level of a VQModel or VQVAE2, (codes, c), from the coarsest."""
+    levels = autoencoder.quantize if family_of(autoencoder).latent == "code_levels" else [autoencoder.quantize]
+    return [level.embedding.weight for level in levels]
 
 
 def keep_posterior_precise_(module: nn.Module) -> None:

@@ -45,6 +45,10 @@ def _one_frame(
     return Family(factor=factor, latent_channels=latent_channels, **own | fields)
 
 
+def _codes_per_position(config: Any) -> int:
+    return sum(4**level for level in range(config.levels))
+
+
 def _vidtok_factor(config: Any) -> int:
     return int(2 ** (len(config.ch_mult) - 1 if config.spatial_ds is None else len(config.spatial_ds)))
 
@@ -114,6 +118,15 @@ FAMILIES = {
         powers_of_two("block_out_channels"),
         encoded="vae.encode(images).latent",
         codes=of_config("num_vq_embeddings"),
+    ),
+    # its latent packs the vectors of all levels on the grid of the coarsest
+    "VQVAE2": Family(
+        "code_levels",
+        lambda config: int(2 ** (len(config.block_out_channels) + config.levels - 2)),
+        lambda config: int(config.latent_channels * _codes_per_position(config)),
+        encoded="vae.encode(images).latent",
+        codes=of_config("num_vq_embeddings"),
+        codes_per_position=_codes_per_position,
     ),
     "FlowAutoencoderKL": Family("flow", powers_of_two("block_out_channels"), encoded="vae.encode(images).latent"),
     "AutoencoderRAE": Family(
@@ -193,6 +206,7 @@ OWN = {
     "DiscreteVAE": "latent_ae.models.discrete",
     "FlowAutoencoderKL": "latent_ae.models.flow",
     "HierarchicalVAE": "latent_ae.models.hierarchical",
+    "VQVAE2": "latent_ae.models.vqvae2",
 }
 """Modules of this project's own classes, which save and load like those of diffusers; they are in FAMILIES, too."""
 

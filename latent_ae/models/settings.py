@@ -18,6 +18,7 @@ Kind = Literal[
     "AutoencoderKLFlux2",
     "HierarchicalVAE",
     "DiscreteVAE",
+    "VQVAE2",
     "FlowAutoencoderKL",
     "AutoencoderRAE",
 ]
@@ -55,7 +56,7 @@ class ModelFacts(NamedTuple):
 
     name: str
     """Its name in messages."""
-    latent: Literal["posterior", "deterministic", "codebook", "categorical", "hierarchy", "flow"]
+    latent: Literal["posterior", "deterministic", "codebook", "code_levels", "categorical", "hierarchy", "flow"]
     """Kind of latent, as in `family.Family`."""
     factor: int
     """Image px per latent px along one side."""
@@ -83,15 +84,17 @@ class ModelFacts(NamedTuple):
 
     @property
     def one_grid(self) -> bool:
-        """Whether latents lie on one grid over the image; otherwise they are packed into one position."""
-        return self.latent != "hierarchy"
+        """Whether latents lie on one grid over the image; otherwise levels on several grids are packed into one."""
+        return self.latent not in ("hierarchy", "code_levels")
 
     @property
     def no_codebook(self) -> str:
         """The message about settings of nearest codes if there are none; empty if there are."""
         if self.latent == "categorical":
             return f"is for the nearest codes of a codebook, and {self.name} draws its codes: leave it out"
-        return "" if self.latent == "codebook" else f"is for a codebook, which {self.name} does not have: leave it out"
+        if self.latent in ("codebook", "code_levels"):
+            return ""
+        return f"is for a codebook, which {self.name} does not have: leave it out"
 
     @property
     def gives_scale(self) -> bool:

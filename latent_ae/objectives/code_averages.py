@@ -1,12 +1,13 @@
 """Codes that are running means of their latents (van den Oord et al. 2017, appendix A.1; Razavi et al. 2019)."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from latent_ae.config import Decay, Problem, Settings
+from latent_ae.models.quantize import Codes
 from latent_ae.models.settings import ModelFacts
 from latent_ae.objectives.base import Objective, Pass, RunFacts, codebook_problems
 
@@ -34,23 +35,25 @@ class CodeAverages(Objective[CodeAveragesSettings]):
 
     where n latents, with the sum s, chose the code in the global batch; N is replaced by its Laplace-smoothed value
     where it multiplies or divides. Each code begins with N = 1. A code that something else changes, because it restarts
-    or is normalised, goes on from there with its N.
+    or is normalised, goes on from there with its N. With several levels of codes (VQVAE2) each has its own.
 
     Args:
         own: The decay.
         run: Facts of the run.
-        num_codes: Size of the codebook.
+        sizes: Size of each level's codebook.
     """
 
     name, section, docs, plan_line = "code_averages", "codebook", "docs/family.md", "codebook"
 
     uses: Tensor
 
-    def __init__(self, own: CodeAveragesSettings, run: RunFacts, num_codes: int) -> None:
+    def __init__(self, own: CodeAveragesSettings, run: RunFacts, sizes: Sequence[int]) -> None:
         super().__init__(own, run)
-        self.register_buffer("uses", torch.ones(num_codes))
+        self.sizes = list(sizes)
+        self.register_buffer("uses", torch.ones(sum(sizes)))
         self.newest: Tensor
-        """Sum of each code's latents in the newest step and, in the last column, their number, (codes, c + 1)."""
+        """Sum of each code's latents in the newest step and, in the last column, their number, level after level,
+        (codes, c + 1)."""
 
     @classmethod
     def enabled(cls, own: CodeAveragesSettings) -> bool:
@@ -63,19 +66,16 @@ class CodeAverages(Objective[CodeAveragesSettings]):
 
     @classmethod
     def build(cls, own: CodeAveragesSettings, run: RunFacts, autoencoder: Any, device: torch.device) -> "CodeAverages":
-        codes = autoencoder.quantize.embedding.weight.requires_grad_(False)
-        return cls(own, run, len(codes)).to(device)
+        from latent_ae.models.reconstruct import codebooks_of
+
+        return cls(own, run, [len(codes.requires_grad_(False)) for codes in codebooks_of(autoencoder)]).to(device)
 
     @classmethod
     def describe(cls, own: CodeAveragesSettings, run: RunFacts) -> str:
         return f"codes are means of latents, decay {own.ema_decay:g}"
 
     def backward(self, p: Pass) -> None:
-        codes = p.out.codes
-        assert codes is not None
-        latents = codes.latent.detach().movedim(1, -1).flatten(0, 2)
-        counted = torch.cat([latents, torch.ones_like(latents[:, :1])], 1)
-        sums = counted.new_zeros(p.model.num_codes, counted.shape[1]).index_add_(0, codes.indices.flatten(), counted)
+        sums = torch.cat([summed(codes) for codes in p.out.codes])
         # the mean of this over passes and processes is the sum over the global batch
         p.global_means["code_averages/sums"] = sums * (self.run.batch_size / len(p.batch.images))
 
@@ -86,10 +86,19 @@ class CodeAverages(Objective[CodeAveragesSettings]):
     def after_update(
         self, step: int, skipped: Tensor, model: "Reconstructor", optimizer: torch.optim.Optimizer
     ) -> None:
-        codes, share = model.codebook, 1.0 - self.own.ema_decay
-        sums = torch.lerp(codes * smoothed(self.uses), self.newest[:, :-1], share)
-        self.uses.lerp_(self.newest[:, -1], share)
-        codes.copy_(torch.where(skipped, codes, sums / smoothed(self.uses)))
+        share = 1.0 - self.own.ema_decay
+        levels = zip(model.codebooks, self.uses.split(self.sizes), self.newest.split(self.sizes), strict=True)
+        for codes, uses, newest in levels:
+            sums = torch.lerp(codes * smoothed(uses), newest[:, :-1], share)
+            uses.lerp_(newest[:, -1], share)
+            codes.copy_(torch.where(skipped, codes, sums / smoothed(uses)))
+
+
+def summed(codes: Codes) -> Tensor:
+    """Return the sum of each code's latents and, in the last column, their number, (codes, c + 1)."""
+    latents = codes.latent.detach().movedim(1, -1).flatten(0, 2)
+    counted = torch.cat([latents, torch.ones_like(latents[:, :1])], 1)
+    return counted.new_zeros(len(codes.codebook), counted.shape[1]).index_add_(0, codes.indices.flatten(), counted)
 
 
 def smoothed(uses: Tensor) -> Tensor:

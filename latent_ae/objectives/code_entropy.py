@@ -1,7 +1,7 @@
 """The entropy penalty of a codebook: latents choose one code each, and all codes together (MAGVIT-v2, LlamaGen)."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated
 
 import torch
@@ -34,12 +34,13 @@ class CodeEntropy(Objective[CodeEntropySettings]):
 
     The second term is of the whole batch. Its gradient at the mean assignment m is log m + 1, which needs m before the
     backward pass. Here m is an average over the global batches of the steps before, so the gradient is the same for any
-    split over processes and passes. In the first step, m is taken to be uniform, where the term has no gradient.
+    split over processes and passes. In the first step, m is taken to be uniform, where the term has no gradient. With
+    several levels of codes (VQVAE2) the penalties and the logged entropies are summed over levels.
 
     Args:
         own: Weight and temperature.
         run: Facts of the run.
-        num_codes: Size of the codebook.
+        sizes: Size of each level's codebook.
     """
 
     name, section, docs, plan_line = "code_entropy", "codebook", "docs/family.md", "codebook"
@@ -47,9 +48,10 @@ class CodeEntropy(Objective[CodeEntropySettings]):
 
     assignment: Tensor
 
-    def __init__(self, own: CodeEntropySettings, run: RunFacts, num_codes: int) -> None:
+    def __init__(self, own: CodeEntropySettings, run: RunFacts, sizes: Sequence[int]) -> None:
         super().__init__(own, run)
-        self.register_buffer("assignment", torch.full((num_codes,), 1.0 / num_codes))
+        self.sizes = list(sizes)
+        self.register_buffer("assignment", torch.cat([torch.full((size,), 1.0 / size) for size in sizes]))
 
     @classmethod
     def enabled(cls, own: CodeEntropySettings) -> bool:
@@ -68,27 +70,29 @@ class CodeEntropy(Objective[CodeEntropySettings]):
     def build(
         cls, own: CodeEntropySettings, run: RunFacts, autoencoder: nn.Module, device: torch.device
     ) -> "CodeEntropy":
-        from latent_ae.models.reconstruct import num_codes_of
+        from latent_ae.models.reconstruct import codebooks_of
 
-        return cls(own, run, num_codes_of(autoencoder)).to(device)
+        return cls(own, run, [len(codes) for codes in codebooks_of(autoencoder)]).to(device)
 
     @classmethod
     def describe(cls, own: CodeEntropySettings, run: RunFacts) -> str:
         return f"entropy penalty {own.entropy:g} at temperature {own.entropy_temperature:g}"
 
     def backward(self, p: Pass) -> None:
-        codes = p.out.codes
-        assert codes is not None
-        # at leaves, so that the assignments of all positions to all codes are freed before the autoencoder's pass
-        latent, codebook = (tensor.detach().requires_grad_() for tensor in (codes.latent, codes.codebook))
-        places = latent.movedim(1, -1).flatten(0, 2)
-        loss, entropy, mean = entropy_penalty(places, codebook, self.assignment, self.own.entropy_temperature)
-        gradients = torch.autograd.grad(loss, (latent, codebook))
-        for tensor, gradient in zip((codes.latent, codes.codebook), gradients, strict=True):
-            if tensor.requires_grad:
-                p.send(tensor, self.own.entropy * gradient)
-        p.logs["assignment_entropy"] = entropy
-        p.global_means["code_entropy/assignment"] = mean
+        entropies, means = list[Tensor](), list[Tensor]()
+        for codes, assignment in zip(p.out.codes, self.assignment.split(self.sizes), strict=True):
+            # at leaves, so that the assignments of all positions to all codes are freed before the autoencoder's pass
+            latent, codebook = (tensor.detach().requires_grad_() for tensor in (codes.latent, codes.codebook))
+            places = latent.movedim(1, -1).flatten(0, 2)
+            loss, entropy, mean = entropy_penalty(places, codebook, assignment, self.own.entropy_temperature)
+            gradients = torch.autograd.grad(loss, (latent, codebook))
+            for tensor, gradient in zip((codes.latent, codes.codebook), gradients, strict=True):
+                if tensor.requires_grad:
+                    p.send(tensor, self.own.entropy * gradient)
+            entropies.append(entropy)
+            means.append(mean)
+        p.logs["assignment_entropy"] = torch.stack(entropies).sum()
+        p.global_means["code_entropy/assignment"] = torch.cat(means)
 
     def remember(self, means: Mapping[str, Tensor], logs: dict[str, Tensor]) -> None:
         mean = means["code_entropy/assignment"]

@@ -71,11 +71,11 @@ class CodeRelaxation(Objective[CodeRelaxationSettings]):
     def build(
         cls, own: CodeRelaxationSettings, run: RunFacts, autoencoder: nn.Module, device: torch.device
     ) -> "CodeRelaxation":
-        from latent_ae.models.reconstruct import num_codes_of
         from latent_ae.models.registry import family_of
 
-        drawn = family_of(autoencoder).latent == "categorical" and run.train != "decoder"
-        return cls(own, run, num_codes_of(autoencoder) if drawn else 0)
+        family = family_of(autoencoder)
+        drawn = family.latent == "categorical" and run.train != "decoder"
+        return cls(own, run, family.codes(autoencoder.config) or 0 if drawn else 0)
 
     @classmethod
     def describe(cls, own: CodeRelaxationSettings, run: RunFacts) -> str:

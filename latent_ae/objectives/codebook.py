@@ -1,6 +1,6 @@
 """The use of codes, and for nearest codes their loss (van den Oord et al. 2017) and the restart of dead ones."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,6 +14,10 @@ from latent_ae.objectives.base import Objective, Pass, RunFacts
 
 if TYPE_CHECKING:  # brings diffusers
     from latent_ae.models.reconstruct import Reconstructor
+
+
+MOST_CHARTED = 4
+"""Number of levels of codes whose use has a curve in the report."""
 
 
 class CodebookSettings(Settings):
@@ -33,27 +37,32 @@ class Codebook(Objective[CodebookSettings]):
     (codebook.levels) stay fixed, and neither they nor the latents have a loss. Neither have codes that are drawn from a
     distribution (DiscreteVAE): the most likely ones are counted, and other losses move them.
 
+    With several levels of codes (VQVAE2) the losses are summed over levels, and each level's use is logged.
+
     Args:
         own: The weights.
         run: Facts of the run.
-        num_codes: Number of codes that learn by this loss; 0 if there are none.
+        sizes: Number of codes that learn by this loss, of each level; empty if there are none.
     """
 
     name, section, docs, plan_line = "codebook", "loss", "docs/family.md", "codebook"
-    charts = {"Codebook": ("codebook_perplexity",), "Codebook loss": ("codebook",)}
+    charts = {
+        "Codebook": ("codebook_perplexity", *(f"codebook_perplexity_level_{n}" for n in range(1, MOST_CHARTED + 1))),
+        "Codebook loss": ("codebook",),
+    }
 
     code_age: Tensor
 
-    def __init__(self, own: CodebookSettings, run: RunFacts, num_codes: int = 0) -> None:
+    def __init__(self, own: CodebookSettings, run: RunFacts, sizes: Sequence[int] = ()) -> None:
         super().__init__(own, run)
-        self.num_codes = num_codes
+        self.sizes = list(sizes)
         self.counts: Tensor | None = None
-        """Number of uses of each code in the newest step, mean over the global batch, (num_codes,)."""
-        self.candidates: Tensor | None = None
-        """Latents as which dead codes may restart, (positions, channels)."""
-        if num_codes:
+        """Number of uses of each code in the newest step, mean over the global batch, level after level, (codes,)."""
+        self.candidates: list[Tensor] = []
+        """Latents as which dead codes of each level may restart, (positions, channels)."""
+        if sizes:
             # steps since each code was last used; at the start every code counts as dead, so it begins as a latent
-            self.register_buffer("code_age", torch.full((num_codes,), float(own.revive_after)))
+            self.register_buffer("code_age", torch.full((sum(sizes),), float(own.revive_after)))
 
     @classmethod
     def problems(cls, own: CodebookSettings, run: RunFacts, model: ModelFacts | None) -> Iterator[Problem]:
@@ -70,11 +79,11 @@ class Codebook(Objective[CodebookSettings]):
 
     @classmethod
     def build(cls, own: CodebookSettings, run: RunFacts, autoencoder: nn.Module, device: torch.device) -> "Codebook":
-        from latent_ae.models.reconstruct import num_codes_of
+        from latent_ae.models.reconstruct import codebooks_of
         from latent_ae.models.registry import family_of
 
-        learned = "fsq" not in run.enabled and family_of(autoencoder).latent == "codebook"
-        return cls(own, run, num_codes_of(autoencoder) if learned else 0).to(device)
+        learned = "fsq" not in run.enabled and family_of(autoencoder).latent in ("codebook", "code_levels")
+        return cls(own, run, [len(codes) for codes in codebooks_of(autoencoder)] if learned else ()).to(device)
 
     @classmethod
     def describe(cls, own: CodebookSettings, run: RunFacts) -> str:
@@ -86,24 +95,29 @@ class Codebook(Objective[CodebookSettings]):
         return f"commitment {own.commitment:g}, {restart}"
 
     def backward(self, p: Pass) -> None:
-        out, codes = p.out, p.out.codes
-        if codes is None:
+        levels = p.out.codes
+        if not levels:
             return
-        p.global_means["codebook/counts"] = code_counts(codes.indices, p.model.num_codes)
-        if not self.num_codes:
+        p.global_means["codebook/counts"] = torch.cat([code_counts(one.indices, len(one.codebook)) for one in levels])
+        if not self.sizes:
             return
-        if out.mean.requires_grad or codes.vectors.requires_grad:
-            loss = codebook_loss(codes.latent, codes.vectors, self.own.commitment)
+        if p.out.mean.requires_grad or any(one.vectors.requires_grad for one in levels):
+            losses = [codebook_loss(one.latent, one.vectors, self.own.commitment) for one in levels]
+            loss = losses[0] if len(losses) == 1 else torch.stack(losses).sum()
             p.logs["codebook"] = loss.detach()
             p.send_loss(loss)
         if p.first:  # from the step's first sample, which is the same however the batch is split
-            self.candidates = codes.latent.detach()[0].flatten(1).T
+            self.candidates = [one.latent.detach()[0].flatten(1).T.contiguous() for one in levels]
 
     def remember(self, means: Mapping[str, Tensor], logs: dict[str, Tensor]) -> None:
         self.counts = means.get("codebook/counts")
-        if self.counts is not None:
-            logs["codebook_perplexity"] = perplexity(self.counts)
-            logs["codebook_used"] = (self.counts > 0).float().mean()
+        if self.counts is None:
+            return
+        levels = self.counts.split(self.sizes or len(self.counts))
+        for level, counts in enumerate(levels, start=1):
+            name = f"_level_{level}" if len(levels) > 1 else ""
+            logs[f"codebook_perplexity{name}"] = perplexity(counts)
+            logs[f"codebook_used{name}"] = (counts > 0).float().mean()
 
     @torch.no_grad()
     def after_update(
@@ -114,25 +128,26 @@ class Codebook(Objective[CodebookSettings]):
         A dead code becomes a latent of the step's first sample, drawn by (seed, step), and its moments in the optimizer
         become 0. The result is the same on all processes, and nothing waits for the device.
         """
-        if self.counts is None or self.candidates is None or not self.own.revive_after:
+        if self.counts is None or not self.candidates or not self.own.revive_after:
             return
-        codebook, fresh = model.codebook, self.candidates.contiguous()
-        if not codebook.requires_grad and "code_averages" not in self.run.enabled:
-            return
-        if torch.distributed.is_initialized():
-            torch.distributed.broadcast(fresh, src=0)  # the first process has the first sample
-        age = torch.where(self.counts > 0, 0.0, self.code_age + 1.0)
-        dead = (age > self.own.revive_after) & ~skipped
         generator = torch.Generator().manual_seed((self.run.seed * 1_000_003 + step) % 2**63)
-        chosen = torch.randint(len(fresh), (len(codebook),), generator=generator)
-        if codebook.is_cuda:
-            chosen = chosen.pin_memory().to(codebook.device, non_blocking=True)
-        codebook.copy_(torch.where(dead[:, None], fresh[chosen].to(codebook.dtype), codebook))
-        if codebook.requires_grad:
-            for name in ("exp_avg", "exp_avg_sq"):
-                moment = optimizer.state[codebook][name]
-                moment.copy_(torch.where(dead[:, None], 0.0, moment))
-        self.code_age.copy_(torch.where(dead, 0.0, age))
+        counts, ages = self.counts.split(self.sizes), self.code_age.split(self.sizes)
+        for codebook, fresh, used, kept in zip(model.codebooks, self.candidates, counts, ages, strict=True):
+            if not codebook.requires_grad and "code_averages" not in self.run.enabled:
+                continue
+            if torch.distributed.is_initialized():
+                torch.distributed.broadcast(fresh, src=0)  # the first process has the first sample
+            age = torch.where(used > 0, 0.0, kept + 1.0)
+            dead = (age > self.own.revive_after) & ~skipped
+            chosen = torch.randint(len(fresh), (len(codebook),), generator=generator)
+            if codebook.is_cuda:
+                chosen = chosen.pin_memory().to(codebook.device, non_blocking=True)
+            codebook.copy_(torch.where(dead[:, None], fresh[chosen].to(codebook.dtype), codebook))
+            if codebook.requires_grad:
+                for name in ("exp_avg", "exp_avg_sq"):
+                    moment = optimizer.state[codebook][name]
+                    moment.copy_(torch.where(dead[:, None], 0.0, moment))
+            kept.copy_(torch.where(dead, 0.0, age))
 
 
 def codebook_loss(latent: Tensor, vectors: Tensor, commitment: float) -> Tensor:

@@ -63,7 +63,7 @@ class Distillation(Objective[DistillationSettings]):
             )
         if model is None:
             return
-        if model.latent in ("codebook", "categorical"):
+        if model.latent in ("codebook", "code_levels", "categorical"):
             yield Problem(
                 "distillation.teacher",
                 f"the latents of {model.name} are codes, the teacher's are not: use another class",

@@ -54,7 +54,9 @@ class FSQ(Objective[FSQSettings]):
         if others := [OTHERS[name] for name in OTHERS if name in run.enabled]:
             yield Problem(key, f"fix the codes, and {', '.join(others)} would be for codes that learn: keep one")
         yield from codebook_problems(key, "null", run, model)
-        if model is not None and not model.no_codebook and (model.codes, model.latent_channels) != (codes, channels):
+        if model is not None and model.latent == "code_levels":
+            yield Problem(key, f"fix one codebook, and {model.name} has one for each level: leave them out")
+        elif model is not None and not model.no_codebook and (model.codes, model.latent_channels) != (codes, channels):
             yield Problem(
                 "model.config",
                 f"{model.name} has {model.codes:,} codes of {model.latent_channels} channels, and codebook.levels make "

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from latent_ae.config import Problem, Settings
 from latent_ae.models.settings import ModelFacts
@@ -43,7 +43,7 @@ class UnitCodes(Objective[UnitCodesSettings]):
 
     @classmethod
     def build(cls, own: UnitCodesSettings, run: RunFacts, autoencoder: Any, device: torch.device) -> "UnitCodes":
-        normalise_(autoencoder.quantize.embedding.weight)
+        normalise_codebooks_(autoencoder)
         return cls(own, run)
 
     @classmethod
@@ -57,19 +57,22 @@ class UnitCodes(Objective[UnitCodesSettings]):
     def after_update(
         self, step: int, skipped: Tensor, model: "Reconstructor", optimizer: torch.optim.Optimizer
     ) -> None:
-        normalise_(model.codebook, skipped)
+        normalise_codebooks_(model.autoencoder, skipped)
 
     def after_average(self, autoencoder: Any) -> None:
-        normalise_(autoencoder.quantize.embedding.weight)  # an average of vectors of length 1 is shorter
+        normalise_codebooks_(autoencoder)  # an average of vectors of length 1 is shorter
 
 
 @torch.no_grad()
-def normalise_(codes: nn.Parameter, skipped: Tensor | None = None) -> None:
-    """Scale codes, (codes, c), to length 1 in place.
+def normalise_codebooks_(autoencoder: Any, skipped: Tensor | None = None) -> None:
+    """Scale the codes of all levels to length 1 in place.
 
     Args:
-        codes: The codes.
+        autoencoder: A VQModel or VQVAE2.
         skipped: Bool scalar, True if they stay as they are, bit for bit; None is False.
     """
-    unit = F.normalize(codes, dim=1)
-    codes.copy_(unit if skipped is None else torch.where(skipped, codes, unit))
+    from latent_ae.models.reconstruct import codebooks_of
+
+    for codes in codebooks_of(autoencoder):
+        unit = F.normalize(codes, dim=1)
+        codes.copy_(unit if skipped is None else torch.where(skipped, codes, unit))

@@ -20,6 +20,7 @@ from latent_ae_train.step import TrainStep
 from tests.runs import SHAPES
 from tests.tiny import GAN, SIDE, adversary_of, build_step, micro_batches, settings_for
 
+CODEBOOKS = ("VQModel", "VQVAE2")
 TAUGHT: dict[str, Any] = {"kl": 1e-2, "learned_logvar": True, "perceptual": 0.5, "perceptual_every": 2}
 FELT = {**GAN, "lecam": 0.1, "discriminator_warmup": 2, "warmup": 5}
 
@@ -114,14 +115,14 @@ def cases(place: Path) -> dict[str, Case]:
         },
     )
     for kind, shape in SHAPES.items():
-        more: dict[str, Any] = {"revive_after": 1} if kind == "VQModel" else {"kl": 1e-3}
+        more: dict[str, Any] = {"revive_after": 1} if kind in CODEBOOKS else {"kl": 1e-3}
         more |= {"pixel": "logit_laplace"} if kind == "DiscreteVAE" else {}
         gan = {**FELT, "discriminator_warmup": 0, "conditional": kind == "AutoencoderDC"}
         gan["replay"] = 2 if kind == "AutoencoderDC" else 0
-        codebook = {"entropy": 0.1} if kind == "VQModel" else {}
+        codebook = {"entropy": 0.1} if kind in CODEBOOKS else {}
         model = {"kind": kind, "config": shape}
         changes = {"model": model, "loss": more, "codebook": codebook, "gan": gan}
-        found[kind] = Case(5 if kind == "VQModel" else 3, changes)
+        found[kind] = Case(5 if kind in CODEBOOKS else 3, changes)
     return found
 
 
@@ -215,13 +216,13 @@ def observed(step: TrainStep, number: int) -> dict[str, Tensor]:
     finally:
         step.optimizers = optimizers
     found |= {name: buffer.clone() for name, buffer in step.state.named_buffers()}
-    if step.bare_reconstructor.num_codes and "codebook.code_age" in found:
-        codebook, optimized = step.bare_reconstructor.codebook, step.optimizers.autoencoder.state
-        if codebook.requires_grad:  # only the revived codes: the others have been moved by Adam
-            moments = optimized[codebook]["exp_avg"]
-            found["revived codes"] = torch.where(moments.any(1, keepdim=True), 0.0, codebook.detach())
-        else:
-            found["averaged codes"] = codebook.detach().clone()
+    if "codebook.code_age" in found:
+        for level, codebook in enumerate(step.bare_reconstructor.codebooks, start=1):
+            if codebook.requires_grad:  # only the revived codes: the others have been moved by Adam
+                moments = step.optimizers.autoencoder.state[codebook]["exp_avg"]
+                found[f"revived codes {level}"] = torch.where(moments.any(1, keepdim=True), 0.0, codebook.detach())
+            else:
+                found[f"averaged codes {level}"] = codebook.detach().clone()
     return found
 
 

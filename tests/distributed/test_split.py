@@ -90,8 +90,9 @@ def test_what_is_compared_is_there(references: dict[str, Reference], name: str) 
         "pixels": {LOGVAR},
         "latents": {CONTROL, ALIGNMENT},
         "capacity": {LOGVAR},
-        "codes": {"codebook.code_age", "averaged codes", "code_averages.uses", ASSIGNMENT},
-        "VQModel": {"codebook.code_age", "revived codes", ASSIGNMENT},
+        "codes": {"codebook.code_age", "averaged codes 1", "code_averages.uses", ASSIGNMENT},
+        "VQModel": {"codebook.code_age", "revived codes 1", ASSIGNMENT},
+        "VQVAE2": {"codebook.code_age", "revived codes 1", "revived codes 2", ASSIGNMENT},
     }
     for key in expected | more.get(name, set()):
         assert sum(bool(one[key].any()) for one in seen) > 1, key

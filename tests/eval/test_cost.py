@@ -66,7 +66,7 @@ def test_each_parameter_is_on_one_side(name):
     sides = parameters_by_side(module)
     assert sum(sides.values()) == sum(parameter.numel() for parameter in module.parameters())
     assert sides["encoder"] > 0 and sides["decoder"] > 0
-    others = {"VQModel": {"codebook"}, "DiscreteVAE": {"codebook"}, "FlowAutoencoderKL": {"flow"}}
+    others = {name: {"codebook"} for name in ("VQModel", "DiscreteVAE", "VQVAE2")} | {"FlowAutoencoderKL": {"flow"}}
     assert set(sides) - {"encoder", "decoder"} == others.get(name, set())
 
 
@@ -81,6 +81,8 @@ def test_convolutions_beside_the_latent_belong_to_the_sides_and_the_codebook_to_
 def test_bits_of_known_shapes():
     assert bits_per_pixel((4, 32, 32), (256, 256), None) == {"fp16": 1.0, "indices": None}  # Stable Diffusion
     assert bits_per_pixel((16, 32, 32), (256, 256), None)["fp16"] == 4.0  # Stable Diffusion 3
+    # VQ-VAE-2 on ImageNet: 32 x 32 codes of the top and 64 x 64 of the bottom level, 512 each
+    assert bits_per_pixel((320, 32, 32), (256, 256), 512, 5)["indices"] == 9 * (32**2 + 64**2) / 256**2
     # a VQGAN of 1/16 with 1,024 codes: 10 bits for each 256 pixels; a code more needs another bit
     assert bits_per_pixel((256, 16, 16), (256, 256), 1024)["indices"] == 10 / 256
     assert bits_per_pixel((256, 16, 16), (256, 256), 1025)["indices"] == 11 / 256

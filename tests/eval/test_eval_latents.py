@@ -222,7 +222,7 @@ def test_noise_uneven_channels_and_outliers_are_named(photos):
     assert finding(result, "Posterior noise")["state"] == finding(result, "Scale")["state"] == "fine"
 
 
-@pytest.mark.parametrize("name", [name for name in TRAINED if FAMILIES[name].latent != "hierarchy"])
+@pytest.mark.parametrize("name", [name for name in TRAINED if FAMILIES[name].one_grid])
 def test_every_class_of_first_stage_is_measured(name, photos, tmp_path):
     result = evaluate_latents(tiny(name), photos, settings_with(limit=3), out=tmp_path / "out")
     health = result["health"]

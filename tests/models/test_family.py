@@ -121,7 +121,7 @@ def test_a_code_starts_again_after_so_many_steps_without_use() -> None:
     step = build_step(settings)
     step(0, micro_batches(0, settings, latent=(3, 8, 8)))
     objective, model, optimizer = step.objectives["codebook"], step.bare_reconstructor, step.optimizers.autoencoder
-    codebook, moments = model.codebook, optimizer.state[model.codebook]
+    codebook, moments = model.codebooks[0], optimizer.state[model.codebooks[0]]
 
     def after(number: int, counts: torch.Tensor, skipped: torch.Tensor) -> None:
         """The step's own part rolls back what is remembered when it was skipped."""
@@ -143,10 +143,9 @@ def test_a_code_starts_again_after_so_many_steps_without_use() -> None:
     after(3, always, good)
     assert objective.code_age.tolist() == [0, 1] + [0] * 30
     assert torch.equal(codebook[:2], before[:2]) and (codebook[2:] != before[2:]).any(1).all()
-    assert objective.candidates is not None and objective.candidates.shape == (64, 3)
-    assert (codebook[2:, None] == objective.candidates).all(2).any(1).all(), (
-        "each is a latent of the step's first sample"
-    )
+    (candidates,) = objective.candidates
+    assert candidates.shape == (64, 3)
+    assert (codebook[2:, None] == candidates).all(2).any(1).all(), "each is a latent of the step's first sample"
     assert len(codebook[2:].unique(dim=0)) > 10
     assert (moments["exp_avg"][:2] == 1).all() and not moments["exp_avg"][2:].any()
 
@@ -221,7 +220,7 @@ def test_what_init_from_brings_learns_as_a_fresh_one_does(tmp_path: Path, kind: 
     images = torch.rand(2, 3, SIDE, SIDE)
     noise = torch.randn(2, latent_channels_of(brought), *2 * [SIDE // factor_of(brought)])
     result = Reconstructor(brought)(images, noise, quantiser=quantiser_for(kind, noise))
-    codes = (result.codes.vectors.sum(),) if result.codes is not None else ()
+    codes = [codes.vectors.sum() for codes in result.codes]
     torch.autograd.backward([result.image.sum(), *codes])
     assert [name for name, weight in brought.named_parameters() if weight.grad is not None] == learning
 

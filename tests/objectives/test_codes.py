@@ -45,7 +45,7 @@ def take(step: TrainStep, number: int) -> dict[str, Tensor]:
 
 
 def codes_of(step: TrainStep) -> Tensor:
-    return step.bare_reconstructor.codebook.detach().clone()
+    return step.bare_reconstructor.codebooks[0].detach().clone()
 
 
 @pytest.mark.parametrize("codebook", [UNIT, AVERAGED, LEVELS], ids=lambda one: "-".join(one))
@@ -89,7 +89,7 @@ def test_codes_are_the_running_means_of_a_textbook_loop(normalised: bool, micro:
     codes, count = codes_of(step), torch.ones(32)
     total = codes.clone()
     optimised = [id(p) for group in step.optimizers.autoencoder.param_groups for p in group["params"]]
-    assert id(step.bare_reconstructor.codebook) not in optimised
+    assert id(step.bare_reconstructor.codebooks[0]) not in optimised
     for number in range(3):
         with torch.no_grad():
             batches = list(micro_batches(number, settings, latent=LATENT))
@@ -114,7 +114,7 @@ def test_codes_are_the_running_means_of_a_textbook_loop(normalised: bool, micro:
 def test_a_running_mean_restarts_as_a_latent_and_goes_on_from_there() -> None:
     step = build_step(settings_of({"ema_decay": 0.9}, optim={"lr": 1e-30}))
     take(step, 0)
-    candidates = step.objectives["codebook"].candidates
+    candidates = step.objectives["codebook"].candidates[0]
     codes = codes_of(step)
     restarted = (codes[:, None] == candidates).all(2).any(1)
     assert restarted.sum() > 16 and step.objectives["codebook"].code_age.max() == 0
@@ -179,7 +179,7 @@ def test_the_entropy_penalty_of_a_step_is_of_the_whole_batch(micro: int) -> None
     plain.bare_reconstructor.load_state_dict(start["reconstructor"])
     model, (batch,) = plain.bare_reconstructor, micro_batches(1, plain.settings, latent=LATENT)
     latents = F.normalize(model(batch.images).mean.movedim(1, -1).flatten(0, 2), dim=1)
-    table = F.normalize(model.codebook, dim=1)
+    table = F.normalize(model.codebooks[0], dim=1)
     p = torch.softmax(-torch.stack([(latents - code).square().sum(1) for code in table], 1) / 0.05, 1)
     penalty = -(p * p.log()).sum(1).mean() + (p.mean(0) * before.log()).sum()
     names = [name for name, _ in model.named_parameters()]
@@ -206,7 +206,7 @@ def test_a_stock_model_has_the_codes_and_images_of_training(codebook: dict[str, 
         latent = stock.encode(batch.images).latents
         _, _, (_, _, indices) = stock.quantize(latent)
         torch.testing.assert_close(stock.decode(latent).sample, trained.image, rtol=0, atol=1e-5)
-    assert torch.equal(indices, trained.codes.indices.flatten()) and len(indices.unique()) > 3
+    assert torch.equal(indices, trained.codes[0].indices.flatten()) and len(indices.unique()) > 3
     if "levels" in codebook:
         assert (stock.config.num_vq_embeddings, stock.config.vq_embed_dim) == (60, 3)
         assert torch.equal(stock.quantize.embedding.weight, grid([4, 3, 5]))

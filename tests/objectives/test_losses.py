@@ -157,8 +157,8 @@ def test_the_gradient_of_a_codebook_is_the_textbook_one() -> None:
     step(0, iter(batches))
     reference, (batch,) = build_step(settings).bare_reconstructor, batches
     out = reference(batch.images, batch.noise)
-    codebook = (out.codes.vectors - out.mean.detach()).square().mean()
-    commitment = (out.mean - out.codes.vectors.detach()).square().mean()
+    codebook = (out.codes[0].vectors - out.mean.detach()).square().mean()
+    commitment = (out.mean - out.codes[0].vectors.detach()).square().mean()
     ((out.image - batch.images).abs().mean() + codebook + 0.25 * commitment).backward()
     compared = {name: p.grad for name, p in reference.named_parameters() if p.grad is not None}
     assert any("quantize" in name for name in compared) and len(compared) > 20

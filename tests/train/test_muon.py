@@ -62,6 +62,9 @@ ENDS = {f"{part}.{name}.weight" for part in ("encoder", "decoder") for name in (
 OUTSIDE = {
     "VQModel": ENDS | {"quantize.embedding.weight"},
     "DiscreteVAE": ENDS | {"embedding.weight"},
+    "VQVAE2": {f"encoder.{name}.weight" for name in ("up.0.conv_in", "to_vectors.1")}
+    | {f"decoder.{end}.weight" for end in ("conv_in", "conv_out")}
+    | {f"quantize.{level}.embedding.weight" for level in (0, 1)},
     "AutoencoderTiny": {f"{part}.layers.{end}.weight" for part in ("encoder", "decoder") for end in ("first", "last")},
     "HierarchicalVAE": (ENDS | {"decoder.start"}) - {"encoder.conv_out.weight", "decoder.conv_in.weight"},
 }

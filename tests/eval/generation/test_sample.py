@@ -205,7 +205,7 @@ def test_mistakes_end_with_a_message(model, images, latents, tmp_path, monkeypat
 
     assert "give DATA" in message(model, "prior=flow")
     assert "give DATA" in message(model, "prior=gaussian")
-    assert "neither one of normal, gaussian, flow nor a folder" in message(model, "prior=norml")
+    assert "neither one of normal, gaussian, flow, codes nor a folder" in message(model, "prior=norml")
     assert "holds no fitted flow" in message(model, f"prior={images}")
     assert "has no classes" in message(model, "label_column=auto")
     assert "not a multiple of the model's factor 2; use 14" in message(model, "resolution=15")
