@@ -3,10 +3,12 @@
     python -m benchmarks.anomaly cifar10 /data      # a folder that holds cifar10/ and bsds500/; or LATENT_AE_TEST_DATA
     python -m benchmarks.anomaly defects /data
 
-Each model trains for a few minutes on one CPU core; bicubic resampling, which learned nothing, stands beside it.
+Each model trains for a few minutes on one CPU core; bicubic resampling, which learned nothing, stands beside it. The
+results of each seed are added to benchmarks/results/anomaly-*.json.
 """
 
 import argparse
+import json
 import os
 import tempfile
 from pathlib import Path
@@ -15,11 +17,12 @@ from typing import Any
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from benchmarks.machine import save
+from benchmarks.machine import RESULTS, save
 from benchmarks.runs import train
 
 CLASSES = {1: "automobile", 4: "deer"}
 """Of CIFAR-10; chosen before any result was seen."""
+MIXTURE, NEIGHBOURS = 4, 4000
 HELD_OUT = 400
 """Training images of a class that give thresholds and train nothing."""
 MODEL = [
@@ -49,7 +52,7 @@ def figures(result: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def one_class_out(data: Path, scratch: Path, steps: int, limit: int) -> dict[str, Any]:
+def one_class_out(data: Path, scratch: Path, steps: int, limit: int, seed: int) -> dict[str, Any]:
     from latent_ae.data.images import bicubic_down_up
     from latent_ae_eval.anomaly.measure import find_anomalies
     from latent_ae_eval.anomaly.settings import AnomalySettings
@@ -62,10 +65,18 @@ def one_class_out(data: Path, scratch: Path, steps: int, limit: int) -> dict[str
         folder.mkdir()
         pq.write_table(own.slice(HELD_OUT), folder / "seen.parquet")
         pq.write_table(own.slice(0, HELD_OUT), folder / "normal.parquet")
-        words = ("data.resolution=32", "batch_size=16")
+        words = ("data.resolution=32", "batch_size=16", f"seed={seed}")
         model = trained(folder / "seen.parquet", scratch / f"run-{name}", steps, *words)
         normal = str(folder / "normal.parquet")
-        settings = AnomalySettings(normal=normal, normal_class=number, limit=limit, batch_size=32)
+        settings = AnomalySettings(
+            normal=normal,
+            normal_class=number,
+            limit=limit,
+            batch_size=32,
+            mixture=MIXTURE,
+            neighbours=NEIGHBOURS,
+            seed=seed,
+        )
         tests = str(data / "cifar10/test.parquet")
         found[name] = {
             "first stage": figures(find_anomalies(model, tests, settings, progress=True)),
@@ -76,14 +87,24 @@ def one_class_out(data: Path, scratch: Path, steps: int, limit: int) -> dict[str
     return found
 
 
-def pasted_defects(data: Path, scratch: Path, steps: int, limit: int) -> dict[str, Any]:
+def pasted_defects(data: Path, scratch: Path, steps: int, limit: int, seed: int) -> dict[str, Any]:
     from latent_ae.data.images import bicubic_down_up
     from latent_ae_eval.anomaly.measure import find_anomalies
     from latent_ae_eval.anomaly.settings import AnomalySettings
 
     photos = data / "bsds500"
-    model = trained(photos / "train", scratch / "run-bsds500", steps, "data.resolution=64", "batch_size=8")
-    settings = AnomalySettings(normal=str(photos / "val"), crop_px=96, limit=limit, defects=True)
+    model = trained(
+        photos / "train", scratch / "run-bsds500", steps, "data.resolution=64", "batch_size=8", f"seed={seed}"
+    )
+    settings = AnomalySettings(
+        normal=str(photos / "val"),
+        crop_px=96,
+        limit=limit,
+        defects=True,
+        mixture=MIXTURE,
+        neighbours=NEIGHBOURS,
+        seed=seed,
+    )
     return {
         "first stage": figures(find_anomalies(model, photos / "test", settings, progress=True)),
         "bicubic /8": figures(
@@ -97,14 +118,19 @@ def main() -> None:
     parser.add_argument("what", choices=["cifar10", "defects"])
     parser.add_argument("data", nargs="?", type=Path, default=os.environ.get("LATENT_AE_TEST_DATA"))
     parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--images", type=int, help="to judge; default: 1000 of CIFAR-10, 60 photographs")
     words = parser.parse_args()
     if words.data is None:
         parser.error("give the folder that holds cifar10/ and bsds500/, or set LATENT_AE_TEST_DATA")
     measure, images = (one_class_out, 1000) if words.what == "cifar10" else (pasted_defects, 50)
-    with tempfile.TemporaryDirectory(prefix="latent-ae-") as folder:
-        found = measure(Path(words.data), Path(folder), words.steps, words.images or images)
-    save(f"anomaly-{words.what}", {"steps": words.steps, "results": found})
+    name, folder = f"anomaly-{words.what}", Path(words.data)
+    path = RESULTS / f"{name}.json"
+    before = json.loads(path.read_text(encoding="utf-8")).get("seeds", {}) if path.exists() else {}
+    for seed in words.seeds:
+        with tempfile.TemporaryDirectory(prefix="latent-ae-") as scratch:
+            before[str(seed)] = measure(folder, Path(scratch), words.steps, words.images or images, seed)
+        save(name, {"steps": words.steps, "images": words.images or images, "seeds": before})
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from latent_ae.data.held_out import HeldOutImage
 from latent_ae.data.labels import Classes, find_classes
 from latent_ae.data.sources import StoredImages, StreamSource
 from latent_ae.models.loading import FirstStage
+from latent_ae.pretrained.lpips import TRUNKS
 from latent_ae.progress import progress_bar
 from latent_ae.text import printable
 from latent_ae_eval.anomaly.defects import Defect, paste_defect
@@ -94,19 +95,23 @@ class Work:
     def __init__(self, stage: FirstStage, scorer: Scorer, settings: AnomalySettings, progress: bool):
         self.stage, self.scorer, self.settings, self.progress = stage, scorer, settings, progress
 
-    def scored(self, part: Part, location: str) -> Iterator[tuple[Scored, list[Tensor | None]]]:
+    def scored(
+        self, part: Part, location: str, indices: Sequence[int] | None = None
+    ) -> Iterator[tuple[Scored, list[Tensor | None]]]:
         """Yield scores and defects' masks, (H, W) bool or None, batch by batch; rows are added to the part.
 
         Args:
             part: The images.
             location: Their location.
+            indices: Numbers of the images; None scores all.
 
         Raises:
             UserError: If images are too small, no defect shows on one, or too many are unreadable.
         """
-        bar = progress_bar(f"anomaly: {part.name}", len(part.source), "image", disable=not self.progress)
+        indices = range(len(part.source)) if indices is None else indices
+        bar = progress_bar(f"anomaly: {part.name}", len(indices), "image", disable=not self.progress)
         with bar:  # closes the bar also if an image is refused
-            for items, scored, defects in self._batches(part, location, range(len(part.source)), bar):
+            for items, scored, defects in self._batches(part, location, indices, bar):
                 for i, item in enumerate(items):
                     defect = defects[i]
                     row: dict[str, Any] = {"index": item.index, "name": printable(item.name), "defect": None}
@@ -165,6 +170,11 @@ class Work:
     def _check_size(self, item: HeldOutImage) -> None:
         assert item.image is not None
         lpips, (height, width) = self.scorer.lpips, item.image.shape[-2:]
+        if self.scorer.neighbours is not None and min(height, width) < (least := TRUNKS["vgg"].min_px):
+            raise UserError(
+                f"neighbours: VGG16 needs sides of {least} px and {item.name} has {width} x {height}; set resize_px, "
+                "or neighbours=0"
+            )
         if lpips is not None and min(height, width) < lpips.trunk.min_px:
             raise UserError(
                 f"lpips: {lpips.net} needs sides of {lpips.trunk.min_px} px and {item.name} has {width} x {height}; "

@@ -13,13 +13,18 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
+import torch
 from torch import Tensor, nn
 
 from latent_ae.config import UserError
 from latent_ae.data.rng import spread
+from latent_ae.models.loading import FirstStage
+from latent_ae.pretrained.lpips import LPIPS
 from latent_ae.provenance import versions
 from latent_ae_eval.anomaly import JOB
+from latent_ae_eval.anomaly.density import Mixture
 from latent_ae_eval.anomaly.images import Part, Work, opened_part
+from latent_ae_eval.anomaly.neighbours import Neighbours
 from latent_ae_eval.anomaly.report import Finding, write_anomaly_report, write_maps, write_pictures
 from latent_ae_eval.anomaly.roc import FEWEST_SCORES, PixelScores, auroc, auroc_interval, conformal_threshold
 from latent_ae_eval.anomaly.scores import Scorer, negative_elbo
@@ -30,12 +35,16 @@ from latent_ae_eval.jobs import lpips_or_reason, make_folder, one_process, write
 FIT = 5
 """One in this many normal images, drawn evenly, fits the ELBO's variance and is not used for thresholds, so that the
 scores of the others stay exchangeable with those of new images."""
+FIT_DENSITY = 2
+"""The same where a density or a bank of patches is fitted, too."""
 SCORES = {
     "pixel_mean": "mean squared error, of values in [-1, 1]",
     "pixel_max": "largest value of the smoothed map of squared errors",
     "lpips_mean": "LPIPS",
     "lpips_max": "largest value of the map of LPIPS",
     "negative_elbo": "nats per pixel and channel: Gaussian of the normal images' variance, one posterior sample",
+    "mixture": "minus the log-density (nats) of latent and reconstruction errors, a mixture of Gaussians",
+    "neighbours": "largest distance of a patch to the nearest one of normal images, VGG16 features",
 }
 
 
@@ -79,29 +88,44 @@ def find_anomalies(
         if normal.abnormal is not None:
             normal.source, normal.abnormal = normal.source.subset(np.flatnonzero(~normal.abnormal)), None
     lpips, why_not = lpips_or_reason(settings.lpips, stage.channels or 3, None, device)
-    scorer = Scorer(stage, lpips, blur_px=settings.blur_px, seed=settings.seed, elbo=normal is not None, device=device)
+    mixture = Mixture(settings.mixture, settings.seed) if settings.mixture else None
+    neighbours, why_no_neighbours = _neighbours(settings, stage, lpips, device)
+    scorer = Scorer(
+        stage,
+        lpips,
+        blur_px=settings.blur_px,
+        seed=settings.seed,
+        elbo=normal is not None,
+        device=device,
+        mixture=mixture,
+        neighbours=neighbours,
+    )
     rank_by = settings.rank_by or ("lpips_max" if "lpips_max" in scorer.names else "pixel_max")
     if rank_by not in scorer.names:
         why = "; an ELBO needs normal=DATA and one Gaussian posterior" if rank_by == "negative_elbo" else ""
         raise UserError(f"rank_by: {rank_by} will not be measured; there are {', '.join(scorer.names)}{why}")
     work = Work(stage, scorer, settings, progress)
-    notes = [why_not] if why_not else []
+    notes = [why for why in (why_not, why_no_neighbours) if why]
 
-    variance, thresholds, calibration = None, {}, []
+    variance, thresholds, fitted, calibration = None, {}, [], []
     if normal is not None:
-        for _ in work.scored(normal, settings.normal or ""):
+        fit, rest = _parted(len(normal.source), settings, scorer)
+        for scored, _ in work.scored(normal, settings.normal or "", fit):
+            scorer.learn(scored)
+        fitted, normal.rows = normal.rows, []
+        if fitted:
+            if scorer.elbo:
+                variance = sum(r["squares"] for r in fitted) / sum(r["numbers"] for r in fitted)
+                variance = max(variance, 1e-12)  # above 0 also for a model that reconstructs exactly
+            scorer.fit()
+        for _ in work.scored(normal, settings.normal or "", rest):
             pass
-        if not normal.rows:
-            raise UserError(f"normal: none of the {len(normal.skipped)} images of {settings.normal} is readable")
         calibration = normal.rows
-        if scorer.elbo:
-            if len(normal.rows) < 2:
-                raise UserError(f"normal: {settings.normal} gives one image; two are the fewest")
-            fits = set(spread(settings.seed, len(normal.rows), -(-len(normal.rows) // FIT)).tolist())
-            fitted = [normal.rows[i] for i in sorted(fits)]
-            calibration = [row for i, row in enumerate(normal.rows) if i not in fits]
-            variance = sum(r["squares"] for r in fitted) / sum(r["numbers"] for r in fitted)
-            variance = max(variance, 1e-12)  # above 0 also for a model that reconstructs exactly
+        if not fitted and not calibration:
+            raise UserError(f"normal: none of the {len(normal.skipped)} images of {settings.normal} is readable")
+        if len(fit) and not (fitted and calibration):
+            raise UserError(f"normal: {settings.normal} gives one image; two are the fewest")
+        if variance is not None:
             _add_elbo(calibration, variance)
         for name in scorer.names:
             values = np.array([row[name] for row in calibration])
@@ -144,7 +168,7 @@ def find_anomalies(
         else {
             "location": settings.normal,
             "thresholds_from": len(calibration),
-            "variance_from": len(normal.rows) - len(calibration),
+            "variance_from": len(fitted),
             "variance": variance,
             "skipped": normal.skipped,
         },
@@ -164,6 +188,33 @@ def find_anomalies(
     if out is not None:
         _write(Path(out), result, part, work, rank_by)
     return result
+
+
+def _neighbours(
+    settings: AnomalySettings, stage: FirstStage, lpips: LPIPS | None, device: torch.device
+) -> tuple[Neighbours | None, str]:
+    """Return an empty bank of patches, or None and the reason why there is none; no reason if none is wanted."""
+    if not settings.neighbours:
+        return None, ""
+    network, why_not = lpips, ""
+    if network is None or network.net != "vgg":
+        network, why_not = lpips_or_reason("vgg", stage.channels or 3, None, device)
+    if network is None:
+        return None, why_not.replace("LPIPS is missing", "no score of nearest patches")
+    return Neighbours(network, settings.neighbours, settings.seed), ""
+
+
+def _parted(count: int, settings: AnomalySettings, scorer: Scorer) -> tuple[list[int], list[int]]:
+    """Return the numbers of the normal images to which scores are fitted, and of those that give thresholds.
+
+    Args:
+        count: Number of normal images.
+        settings: The settings.
+        scorer: Has the scores.
+    """
+    one_in = FIT_DENSITY if settings.mixture or settings.neighbours else FIT if scorer.elbo else 0
+    fit = set(spread(settings.seed, count, -(-count // one_in)).tolist() if one_in else [])
+    return sorted(fit), [number for number in range(count) if number not in fit]
 
 
 def _add_elbo(rows: list[dict[str, Any]], variance: float) -> None:
@@ -215,7 +266,7 @@ def _write(folder: Path, result: dict[str, Any], part: Part, work: Work, rank_by
     pictured = [row for rows in groups.values() for row in rows]
     tops = {
         name: float(np.quantile([row[score] for row in part.rows], 0.95))
-        for name, score in (("pixel_error", "pixel_max"), ("lpips", "lpips_max"))
+        for name, score in (("pixel_error", "pixel_max"), ("lpips", "lpips_max"), ("neighbours", "neighbours"))
         if score in work.scorer.names
     }
     files = ["result.json", "images.parquet", "report.html", "pictures.png", *(["maps/"] if settings.maps else [])]

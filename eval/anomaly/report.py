@@ -21,8 +21,10 @@ NAMES = {
     "lpips_mean": "LPIPS",
     "lpips_max": "LPIPS, largest",
     "negative_elbo": "negative ELBO",
+    "mixture": "mixture of Gaussians",
+    "neighbours": "nearest patches",
 }
-MAPS = {"pixel_error": "squared error", "lpips": "LPIPS"}
+MAPS = {"pixel_error": "squared error", "lpips": "LPIPS", "neighbours": "nearest patches"}
 PICTURE_BYTES = 400_000
 
 

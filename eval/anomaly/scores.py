@@ -13,8 +13,10 @@ from torch.nn import functional as F
 from latent_ae.data.rng import posterior_noise
 from latent_ae.models.loading import FirstStage
 from latent_ae.pretrained.lpips import LPIPS
+from latent_ae_eval.anomaly.density import Mixture, reconstruction_features
+from latent_ae_eval.anomaly.neighbours import Neighbours
 
-PIXEL, PERCEPTUAL = "pixel_error", "lpips"
+PIXEL, PERCEPTUAL, NEAREST = "pixel_error", "lpips", "neighbours"
 LARGEST_SQUARE = 4.0
 """Largest squared difference of two values in [-1, 1], which also replaces differences that are not finite."""
 
@@ -31,6 +33,12 @@ class Scored:
     """(N,) float64, by name: means and largest values of the maps."""
     parts: dict[str, np.ndarray]
     """(N,) float64 parts of the ELBO; empty if it is not requested or there is no posterior."""
+    latents: np.ndarray
+    """(N, D) float64, flattened posterior means; (N, 0) if the model is a function."""
+    errors: np.ndarray
+    """(N, 2) float64, `density.reconstruction_features`."""
+    images: Tensor
+    """(N, C, H, W), as they were scored."""
 
 
 class Scorer:
@@ -43,6 +51,8 @@ class Scorer:
         seed: Seed of the posterior's noise.
         elbo: Whether to compute the parts of the ELBO.
         device: Where the networks run.
+        mixture: A density, or None; it scores once `fit` has been called.
+        neighbours: A bank of patches, or None; likewise.
     """
 
     def __init__(
@@ -54,15 +64,34 @@ class Scorer:
         seed: int,
         elbo: bool,
         device: torch.device,
+        mixture: Mixture | None = None,
+        neighbours: Neighbours | None = None,
     ):
+        self.mixture, self.neighbours, self.fitted = mixture, neighbours, False
+        self.latents, self.errors = list[np.ndarray](), list[np.ndarray]()
         self.stage, self.lpips, self.blur_px, self.seed, self.device = stage, lpips, blur_px, seed, device
         self.elbo = elbo and stage.has_posterior
 
     @property
     def names(self) -> list[str]:
-        """Names of the scores; the last one is computed by `negative_elbo`."""
+        """Names of the scores; `negative_elbo` is computed by the function of this name."""
         lpips = ["lpips_mean", "lpips_max"] if self.lpips is not None else []
-        return ["pixel_mean", "pixel_max", *lpips, *(["negative_elbo"] if self.elbo else [])]
+        fitted = {"negative_elbo": self.elbo, "mixture": self.mixture, "neighbours": self.neighbours}
+        return ["pixel_mean", "pixel_max", *lpips, *(name for name, there in fitted.items() if there)]
+
+    def learn(self, scored: Scored) -> None:
+        """Take in normal images that were scored, from which `fit` fits."""
+        if self.neighbours is not None:
+            self.neighbours.learn(scored.images)
+        if self.mixture is not None:
+            self.latents.append(scored.latents)
+            self.errors.append(scored.errors)
+
+    def fit(self) -> None:
+        """Fit the density to what was taken in. Raises UserError if that is too little."""
+        if self.mixture is not None:
+            self.mixture.fit(np.concatenate(self.latents), np.concatenate(self.errors))
+        self.fitted = True
 
     @torch.no_grad()
     def score(self, images: Tensor, numbers: Sequence[int]) -> Scored:
@@ -74,11 +103,12 @@ class Scorer:
         """
         images = images.to(self.device)
         parts: dict[str, Tensor] = {}
+        latents = images.new_empty(len(images), 0)
         if self.stage.module is None:
             reconstruction = self.stage.reconstruct(images)
         else:
             mean, logvar = self.stage.moments(images)
-            reconstruction = self.stage.decode(mean)
+            reconstruction, latents = self.stage.decode(mean), mean
             if self.elbo and logvar is not None:
                 noise = posterior_noise(self.seed, numbers, mean.shape[1:]).to(self.device)
                 sample = self.stage.decode(mean + torch.exp(0.5 * logvar) * noise)
@@ -92,7 +122,14 @@ class Scorer:
             shown = reconstruction.nan_to_num(nan=-1).clamp(-1, 1)
             scores["lpips_mean"], maps[PERCEPTUAL] = self.lpips.maps(images, shown)
             scores["lpips_max"] = maps[PERCEPTUAL].amax((1, 2))
-        return Scored(reconstruction, maps, _numbers(scores), _numbers(parts))
+        flat = latents.double().flatten(1).cpu().numpy()
+        errors = reconstruction_features(images, reconstruction).cpu().numpy()
+        if self.neighbours is not None and self.fitted:
+            scores["neighbours"], maps[NEAREST] = self.neighbours.score(images)
+        found = _numbers(scores)
+        if self.mixture is not None and self.fitted:
+            found["mixture"] = self.mixture.energies(flat, errors)
+        return Scored(reconstruction, maps, found, _numbers(parts), flat, errors, images)
 
 
 def _squares(images: Tensor, reconstruction: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from pydantic import Field
 from latent_ae.config import NonNegative, Problem
 from latent_ae_eval.settings import JobSettings
 
-Score = Literal["pixel_mean", "pixel_max", "lpips_mean", "lpips_max", "negative_elbo"]
+Score = Literal["pixel_mean", "pixel_max", "lpips_mean", "lpips_max", "negative_elbo", "mixture", "neighbours"]
 
 
 class AnomalySettings(JobSettings):
@@ -32,6 +32,12 @@ class AnomalySettings(JobSettings):
     blur_px: Annotated[float, Field(gt=0)] | None = None
     """Standard deviation by which maps of squared error are smoothed, px; null takes 1/64 of the shorter side, at least
     1."""
+    mixture: NonNegative = 0
+    """Number of Gaussians of a density of latents and reconstruction errors, which is fitted to a part of `normal`; 0
+    leaves this score out."""
+    neighbours: NonNegative = 0
+    """Number of patches of normal images to whose VGG16 features those of an image are compared, for instance 4000; 0
+    leaves this score, which does not use the first stage, out."""
     rank_by: Score | None = None
     """Score that chooses the pictures; null takes lpips_max, or pixel_max if LPIPS is not available."""
     num_pictures: NonNegative = 4
@@ -45,3 +51,6 @@ class AnomalySettings(JobSettings):
             yield Problem("defects", "measures pasted defects, and normal_class labelled ones; give one of them")
         if self.normal_split is not None and self.normal is None:
             yield Problem("normal_split", "there is no normal to split; give normal=DATA")
+        for key in ("mixture", "neighbours"):
+            if getattr(self, key) and self.normal is None:
+                yield Problem(key, "is fitted to normal images; give normal=DATA")

@@ -193,6 +193,22 @@ class LPIPS(nn.Module):
             local = local + F.interpolate(here, size, mode="bilinear", align_corners=False)
         return distance, local[:, 0]
 
+    @torch.no_grad()
+    def activations(self, images: Tensor, stages: Sequence[int]) -> list[Tensor]:
+        """Return the last activations of some of the trunk's five stages, (N, C, h, w) each.
+
+        Args:
+            images: Images as in `forward`.
+            stages: Numbers of the stages, from 0, ascending.
+        """
+        self._check(images, images)
+        features, found = self._prepare(images), []
+        for number in range(stages[-1] + 1):
+            features = self._stage(number, features)
+            if number in stages:
+                found.append(features.float())
+        return found
+
     def _prepare(self, images: Tensor) -> Tensor:
         images = (images.to(self.shift.dtype) - self.shift) / self.scale  # one channel broadcasts to three
         return images.contiguous(memory_format=torch.channels_last)

@@ -1,0 +1,45 @@
+"""The tables of docs/jobs.md."""
+
+import statistics
+from typing import Any
+
+from benchmarks.machine import where
+
+SCORES = {
+    "pixel_mean": "`pixel_mean`",
+    "pixel_max": "`pixel_max`",
+    "lpips_mean": "`lpips_mean`",
+    "lpips_max": "`lpips_max`",
+    "negative_elbo": "`negative_elbo`",
+    "mixture": "`mixture`",
+    "neighbours": "`neighbours`",
+}
+
+
+def anomaly_table(result: dict[str, Any]) -> str:
+    """AUROC of each score, mean over the seeds, with the smallest and largest."""
+    seeds = list(result["seeds"].values())
+    # with pasted defects there is one set of images
+    sets = list(seeds[0]) if "first stage" not in seeds[0] else [""]
+    lines = [
+        f"First stages of {result['steps']} steps, {result['images']:,} images, {len(seeds)} seeds: mean (smallest to "
+        f"largest); {where(result)}.",
+        "",
+        "| | score | first stage | bicubic /8 |",
+        "|---|---|---:|---:|",
+    ]
+    for name in sets:
+        found = [one[name] if name else one for one in seeds]
+        for score, title in SCORES.items():
+            cells = []
+            for kind in ("first stage", "bicubic /8"):
+                areas = [one[kind]["scores"][score]["auroc"] for one in found if score in one[kind]["scores"]]
+                spread = f" ({min(areas):.2f} to {max(areas):.2f})" if len(areas) > 1 else ""
+                cells.append(f"{statistics.mean(areas):.2f}{spread}" if areas else "")
+            images = f"CIFAR-10, {name} normal" if name else "BSDS500, pasted defects"
+            lines.append(f"| {images} | {title} | {cells[0]} | {cells[1]} |")
+    return "\n".join(lines)
+
+
+MAKERS = {"anomaly": anomaly_table}
+"""By the beginning of a result's name, the longer one first."""
