@@ -3,6 +3,7 @@
 import math
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -11,6 +12,7 @@ from PIL import Image
 from latent_ae.__main__ import main
 from latent_ae.config import UserError, load_settings
 from latent_ae.data.loader import open_images, training_batches
+from latent_ae.data.sources import TableSource
 from latent_ae.models.label_model import LabelModel, semi_supervised_terms, stored_label_model
 from latent_ae_eval.probe.measure import probe
 from latent_ae_eval.probe.settings import ProbeSettings
@@ -205,6 +207,32 @@ def test_labels_that_do_not_fit(pictures: Path, changes: list[str], expected: st
     settings = load_settings(TrainSettings, "quickstart", [*words(pictures, pictures)[2:], *LABELS, *changes])
     source, held_out = open_images(settings.data, "train"), open_images(settings.data, "held_out")
     with pytest.raises(UserError, match=expected):
+        labelled_images(settings, source, held_out)
+
+
+def test_only_numbers_from_0_on_are_classes(tmp_path: Path) -> None:
+    kinds = [0, 10**12, -2, -100, None]
+    rows = {"image": [Image.new("RGB", (16, 16))] * 60, "label": [kinds[number % 5] for number in range(60)]}
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "numbers.parquet")
+    changes = ["semi_supervised.classes=2", "semi_supervised.labels_per_class=null", "semi_supervised.share=0"]
+    settings = load_settings(TrainSettings, "quickstart", [f"data.source={tmp_path / 'numbers.parquet'}", *changes])
+    source, held_out = open_images(settings.data, "train"), open_images(settings.data, "held_out")
+    assert isinstance(source, TableSource)
+    _, labels = labelled_images(settings, source, held_out)
+    assert labels.names == ["0", "1000000000000"]
+    expected = [{0: 0, 10**12: 1}.get(rows["label"][row], -1) for row in source.rows]
+    assert labels.of_images.tolist() == expected and set(expected) == {-1, 0, 1}
+
+
+def test_a_class_without_training_images_is_named(pictures: Path, tmp_path: Path) -> None:
+    place = tmp_path / "held-out/odd"
+    place.mkdir(parents=True)
+    Image.new("RGB", (16, 16)).save(place / "0.png")
+    changes = [f"data.eval_source={place.parent}", "semi_supervised.classes=3", "semi_supervised.labels_per_class=null"]
+    settings = load_settings(TrainSettings, "quickstart", [f"data.source={pictures}", *changes])
+    source, held_out = open_images(settings.data, "train"), open_images(settings.data, "held_out")
+    with pytest.raises(UserError, match=r"semi_supervised.classes: no training image of .* has class odd"):
         labelled_images(settings, source, held_out)
 
 
