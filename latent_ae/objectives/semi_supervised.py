@@ -116,11 +116,12 @@ class SemiSupervised(Objective[SemiSupervisedSettings]):
     ) -> "SemiSupervised":
         from latent_ae.models.build import factor_of, latent_channels_of
 
-        side = run.resolution // factor_of(autoencoder)
+        factor = factor_of(autoencoder)
+        height, width = (side // factor for side in run.crop_sizes[0])
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(run.seed + 4)
             network = LabelModel(
-                own.classes or 0, (latent_channels_of(autoencoder), side, side), own.style_size, own.width
+                own.classes or 0, (latent_channels_of(autoencoder), height, width), own.style_size, own.width
             )
         return cls(own, run, Head(network, own.weight).to(device))
 

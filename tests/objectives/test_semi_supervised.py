@@ -1,6 +1,9 @@
 """The label model (M2 of Kingma et al. 2014): its bounds against a closed form, its labels, export and probe."""
 
 import math
+import re
+import shutil
+from html import unescape
 from pathlib import Path
 
 import datasets
@@ -145,6 +148,14 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def test_the_label_model_has_the_shape_of_the_crops() -> None:
+    own = {"classes": 3, "style_size": 3, "width": 8}
+    settings = settings_for(semi_supervised=own, data={"resolution": 16, "buckets": [[16, 32]]})
+    step = build_step(settings)
+    assert step.bare_reconstructor.heads["semi_supervised"].label_model.latent_shape[1:] == (16, 8)  # 16 px wide
+    step(0, micro_batches(0, settings))
+
+
 LABELS = ["semi_supervised.classes=2", "semi_supervised.labels_per_class=3", "semi_supervised.width=16", "gan.weight=0"]
 
 
@@ -175,7 +186,21 @@ def test_training_export_and_probe(pictures: Path, tmp_path: Path) -> None:
     settings = ProbeSettings(test_fraction=0.25, labels_per_class=(3,), draws=2)
     result = probe(run / "export", str(pictures), settings)
     assert result["label_model"]["accuracy"] > 0.9 and result["label_model"]["labels_per_class"] == 3
-    assert result["label_model"]["draw"] == 0
+    assert result["label_model"]["draw"] == 0 and result["notes"] == []
+    assert probe(run, str(pictures), settings)["label_model"] == result["label_model"]  # a run is its export
+
+    # and why it is not, where the images have another size or other classes
+    result = probe(run, str(pictures), settings.model_copy(update={"resize_px": 32}), out=tmp_path / "large")
+    assert result["label_model"] is None
+    (note,) = result["notes"]
+    assert re.search(
+        r"own label model is not measured: it is for latents of \d+ x 8 x 8, and these have \d+ x 16", note
+    )
+    assert note in unescape((tmp_path / "large/report.html").read_text())
+    shutil.copytree(pictures, tmp_path / "named")
+    (tmp_path / "named/light").rename(tmp_path / "named/white")
+    (note,) = probe(run, str(tmp_path / "named"), settings)["notes"]
+    assert "was trained with other classes: dark, light" in note
 
     # of a checkpoint the same one is exported
     assert main(["export", str(run / "checkpoints/step-00000040"), str(tmp_path / "again")]) == 0
