@@ -22,7 +22,9 @@ from latent_ae.data.labels import few_labels, numbered_classes
 from latent_ae.data.loader import open_images
 from latent_ae.data.rng import choice_facts, spread
 from latent_ae.data.sources import StoredImages, StreamSource
+from latent_ae.models.codes import has_codes, latent_of_codes, nearest_codes
 from latent_ae.models.label_model import stored_label_model
+from latent_ae.models.loading import FirstStage
 from latent_ae.progress import progress_bar
 from latent_ae.provenance import versions
 from latent_ae_eval.inputs import report_skipped
@@ -112,7 +114,7 @@ def probe(
             "classifier",
             disable=not progress,
         )
-        own, notes = _own_accuracy(model, files[1]["latent"], read[1].latent_shape, labels, names, device)
+        own, notes = _own_accuracy(model, stage, files[1]["latent"], read[1].latent_shape, labels, names, device)
         features = {}
         with bar:
             for kind in FEATURES:
@@ -205,6 +207,7 @@ def _draws(labels: np.ndarray, names: Sequence[str], settings: ProbeSettings) ->
 
 def _own_accuracy(
     model: str | Path | nn.Module,
+    stage: FirstStage,
     latents: FeatureFile,
     shape: Sequence[int],
     truth: np.ndarray,
@@ -215,6 +218,7 @@ def _own_accuracy(
 
     Args:
         model: The model as the user gave it.
+        stage: The same, loaded.
         latents: Latents of the test images.
         shape: (c, h, w) of a latent.
         truth: (N,) classes of the test images.
@@ -239,7 +243,10 @@ def _own_accuracy(
     network, guesses = network.to(device), []
     for first in range(0, len(truth), BLOCK):
         block = torch.from_numpy(latents.rows(np.arange(first, min(first + BLOCK, len(truth)))))
-        guesses.append(network.classify(block.unflatten(1, tuple(shape)).to(device)).argmax(1).cpu())
+        z = block.unflatten(1, tuple(shape)).to(device)
+        if stage.module is not None and has_codes(stage.module):  # as in training; a VQModel encodes to latents before
+            z = latent_of_codes(stage.module, nearest_codes(stage.module, z)).float()
+        guesses.append(network.classify(z).argmax(1).cpu())
     return {
         "accuracy": float((torch.cat(guesses).numpy() == truth).mean()),
         "labels_per_class": network.config.labels_per_class,

@@ -16,6 +16,7 @@ from latent_ae.__main__ import main
 from latent_ae.config import UserError, load_settings
 from latent_ae.data.loader import open_images, training_batches
 from latent_ae.data.sources import TableSource
+from latent_ae.export.model_card import label_model_text
 from latent_ae.models.label_model import LabelModel, semi_supervised_terms, stored_label_model
 from latent_ae_eval.probe.measure import probe
 from latent_ae_eval.probe.settings import ProbeSettings
@@ -23,6 +24,7 @@ from latent_ae_train.data import labelled_images
 from latent_ae_train.settings import TrainSettings
 from tests.runs import differing_tensors, words
 from tests.tiny import build_step, micro_batches, settings_for
+from tests.tiny_models import tiny
 
 SHAPE = (2, 1, 1)
 
@@ -218,6 +220,24 @@ def test_training_export_and_probe(pictures: Path, tmp_path: Path) -> None:
     assert main([*command, f"output_dir={whole}", "optim.schedule=constant"]) == 0
     last = "checkpoints/step-00000040"
     assert differing_tensors(resumed / last, whole / last) == []
+
+
+def test_a_probe_classifies_codes_as_in_training(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first_stage = tiny("VQModel")
+    first_stage.save_pretrained(tmp_path)
+    settings = ProbeSettings(test_fraction=0.25, labels_per_class=(3,), draws=2)
+    shape = (first_stage.config.vq_embed_dim or first_stage.config.latent_channels, 8, 8)
+    LabelModel(2, shape, 3, 8, class_names=("dark", "light")).save_pretrained(tmp_path / "label_model")
+    seen: list[torch.Tensor] = []
+    classify = LabelModel.classify
+    monkeypatch.setattr(LabelModel, "classify", lambda own, z: seen.append(z) or classify(own, z))
+    result = probe(tmp_path, str(pictures), settings)
+    assert result["notes"] == [] and result["label_model"] is not None
+    vectors, codes = torch.cat(seen).movedim(1, -1).flatten(0, 2), first_stage.quantize.embedding.weight
+    assert torch.cdist(vectors, codes).amin(1).max() < 1e-3
+    assert "labels.classify(vae.quantize(z)[0])" in label_model_text(LabelModel(2), "there", codes=True)
 
 
 @pytest.mark.parametrize(
