@@ -129,6 +129,8 @@ class SemiSupervised(Objective[SemiSupervisedSettings]):
     def describe(cls, own: SemiSupervisedSettings, run: RunFacts) -> str:
         known = "all labels" if own.labels_per_class is None else f"{own.labels_per_class} labels per class"
         encoder = f"trains the encoder with weight {own.weight:g}" if own.weight else "does not train the encoder"
+        if own.weight and "kl" in run.enabled:
+            encoder += ", beside the prior of loss.kl, which it is meant to replace (loss.kl=0)"
         return f"{own.classes} classes, {known}; the label model {encoder}"
 
     @property

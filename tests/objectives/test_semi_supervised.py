@@ -18,6 +18,7 @@ from latent_ae.data.loader import open_images, training_batches
 from latent_ae.data.sources import TableSource
 from latent_ae.export.model_card import label_model_text
 from latent_ae.models.label_model import LabelModel, semi_supervised_terms, stored_label_model
+from latent_ae.objectives import SemiSupervised
 from latent_ae_eval.probe.measure import probe
 from latent_ae_eval.probe.settings import ProbeSettings
 from latent_ae_train.data import labelled_images
@@ -279,6 +280,16 @@ def test_a_class_without_training_images_is_named(pictures: Path, tmp_path: Path
     source, held_out = open_images(settings.data, "train"), open_images(settings.data, "held_out")
     with pytest.raises(UserError, match=r"semi_supervised.classes: no training image of .* has class odd"):
         labelled_images(settings, source, held_out)
+
+
+@pytest.mark.parametrize(
+    "weight, kl, expected", [(0, 1, False), (1, 0, False), (1, 1, True)], ids=["M1 + M2", "joint", "two priors"]
+)
+def test_the_plan_names_a_second_prior(weight: float, kl: float, expected: bool) -> None:
+    changes = ["semi_supervised.classes=2", f"semi_supervised.weight={weight}", f"loss.kl={kl}"]
+    settings = load_settings(TrainSettings, "semi-supervised", changes)
+    text = SemiSupervised.describe(settings.semi_supervised, settings.facts())
+    assert ("beside the prior of loss.kl" in text) is expected
 
 
 @pytest.mark.parametrize(
