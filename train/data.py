@@ -144,8 +144,11 @@ def labelled_images(settings: TrainSettings, source: ImageSource, held_out: Imag
         )
         raise UserError(f"semi_supervised.{message}") from error
     rows = np.flatnonzero(labels >= 0)
-    if not len(rows):
-        raise UserError(f"semi_supervised.classes: no training image of {settings.data.title} has a label")
+    if missing := [name for number, name in enumerate(found.names) if not (labels == number).any()]:
+        raise UserError(
+            f"semi_supervised.classes: no training image of {settings.data.title} has class {missing[0]}, which "
+            "held-out images have"
+        )
     if own.share and len(rows) < len(labels):
         source = with_more_of(source, rows, own.share, settings.data, "labelled")
         labels = np.concatenate([labels, labels[rows]])

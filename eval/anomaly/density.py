@@ -15,6 +15,8 @@ IMAGES_PER_COMPONENT = 8
 REGULARISATION = 1e-3
 """Added to the variances of the standardised features."""
 RESTARTS = 3
+LARGEST = 1e6
+"""Largest standardised feature, which also replaces features that are not finite."""
 
 
 def reconstruction_features(images: Tensor, reconstruction: Tensor) -> Tensor:
@@ -68,13 +70,18 @@ class Mixture:
             errors: (N, 2) of `reconstruction_features`.
 
         Raises:
-            UserError: If there are too few images.
+            UserError: If there are too few images, or the model gives values that are not finite.
         """
         needed = 2 * self.components
         if len(latents) < needed:
             raise UserError(
                 f"mixture: {self.components} Gaussians need {needed} normal images to fit, and there are "
                 f"{len(latents)}: give more, or fewer Gaussians"
+            )
+        if not (np.isfinite(latents).all() and np.isfinite(errors).all()):
+            raise UserError(
+                "mixture: the model gives values that are not finite for normal images, to which no density can be "
+                "fitted; mixture=0 leaves this score out"
             )
         self.mean = latents.mean(0)
         count = max(1, min(COMPONENTS, len(latents) // IMAGES_PER_COMPONENT, latents.shape[1]))
@@ -87,7 +94,9 @@ class Mixture:
 
     def energies(self, latents: np.ndarray, errors: np.ndarray) -> np.ndarray:
         """Return minus the log-density in nats, (N,), of latents, (N, D), and features of reconstructions, (N, 2)."""
-        features = (self._features(latents, errors) - self.centre) / self.scale
+        with np.errstate(invalid="ignore"):  # a model may give values that are not finite
+            features = (self._features(latents, errors) - self.centre) / self.scale
+        features = np.nan_to_num(features, nan=LARGEST).clip(-LARGEST, LARGEST)
         energies: np.ndarray = -self.model.score_samples(features)
         return energies
 

@@ -94,6 +94,8 @@ class Work:
 
     def __init__(self, stage: FirstStage, scorer: Scorer, settings: AnomalySettings, progress: bool):
         self.stage, self.scorer, self.settings, self.progress = stage, scorer, settings, progress
+        self.first: HeldOutImage | None = None
+        """The first image that was scored."""
 
     def scored(
         self, part: Part, location: str, indices: Sequence[int] | None = None
@@ -170,6 +172,18 @@ class Work:
     def _check_size(self, item: HeldOutImage) -> None:
         assert item.image is not None
         lpips, (height, width) = self.scorer.lpips, item.image.shape[-2:]
+        self.first = self.first or item
+        assert self.first.image is not None
+        if (
+            self.scorer.mixture is not None
+            and self.stage.module is not None
+            and item.image.shape != self.first.image.shape
+        ):
+            first_height, first_width = self.first.image.shape[-2:]
+            raise UserError(
+                f"mixture: needs images of one size; {self.first.name} has {first_width} x {first_height} and "
+                f"{item.name} has {width} x {height}: set resize_px and crop_px, or mixture=0"
+            )
         if self.scorer.neighbours is not None and min(height, width) < (least := TRUNKS["vgg"].min_px):
             raise UserError(
                 f"neighbours: VGG16 needs sides of {least} px and {item.name} has {width} x {height}; set resize_px, "

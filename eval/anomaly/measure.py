@@ -103,6 +103,8 @@ def find_anomalies(
     rank_by = settings.rank_by or ("lpips_max" if "lpips_max" in scorer.names else "pixel_max")
     if rank_by not in scorer.names:
         why = "; an ELBO needs normal=DATA and one Gaussian posterior" if rank_by == "negative_elbo" else ""
+        if rank_by in ("mixture", "neighbours"):
+            why = f"; {why_no_neighbours or f'it needs {rank_by}=NUMBER and normal=DATA'}"
         raise UserError(f"rank_by: {rank_by} will not be measured; there are {', '.join(scorer.names)}{why}")
     work = Work(stage, scorer, settings, progress)
     notes = [why for why in (why_not, why_no_neighbours) if why]

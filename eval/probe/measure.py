@@ -22,7 +22,9 @@ from latent_ae.data.labels import few_labels, numbered_classes
 from latent_ae.data.loader import open_images
 from latent_ae.data.rng import choice_facts, spread
 from latent_ae.data.sources import StoredImages, StreamSource
+from latent_ae.models.codes import has_codes, latent_of_codes, nearest_codes
 from latent_ae.models.label_model import stored_label_model
+from latent_ae.models.loading import FirstStage
 from latent_ae.progress import progress_bar
 from latent_ae.provenance import versions
 from latent_ae_eval.inputs import report_skipped
@@ -112,7 +114,7 @@ def probe(
             "classifier",
             disable=not progress,
         )
-        own = _own_accuracy(model, files[1]["latent"], read[1].latent_shape, labels, names, device)
+        own, notes = _own_accuracy(model, stage, files[1]["latent"], read[1].latent_shape, labels, names, device)
         features = {}
         with bar:
             for kind in FEATURES:
@@ -137,6 +139,7 @@ def probe(
         "chance": max(Counter(labels.tolist()).values()) / len(labels),
         "features": features,
         "label_model": own,
+        "notes": notes,
         "settings": settings.model_dump(mode="json"),
         "versions": versions(),
     }
@@ -204,34 +207,51 @@ def _draws(labels: np.ndarray, names: Sequence[str], settings: ProbeSettings) ->
 
 def _own_accuracy(
     model: str | Path | nn.Module,
+    stage: FirstStage,
     latents: FeatureFile,
     shape: Sequence[int],
     truth: np.ndarray,
     names: Sequence[str],
     device: torch.device,
-) -> dict[str, Any] | None:
-    """Return how well the label model in an export classifies the test images; None if it has none for these classes.
+) -> tuple[dict[str, Any] | None, list[str]]:
+    """Return how well the label model in an export classifies the test images.
 
     Args:
         model: The model as the user gave it.
+        stage: The same, loaded.
         latents: Latents of the test images.
         shape: (c, h, w) of a latent.
         truth: (N,) classes of the test images.
         names: Names of the classes.
         device: Where the label model runs.
+
+    Returns:
+        Its accuracy, and the labels that it was trained with; None if there is none for such latents and classes. And
+        a note on why it cannot be measured, in a list; an empty list if there is no reason.
     """
     network = None if isinstance(model, nn.Module) else stored_label_model(model)
-    if network is None or list(network.config.class_names or ()) != list(names) or network.latent_shape != tuple(shape):
-        return None
+    if network is None:
+        return None, []
+    own_names, why = list(network.config.class_names or ()), ""
+    if network.latent_shape != tuple(shape):
+        sizes = [" x ".join(map(str, one)) for one in (network.latent_shape, shape)]
+        why = f"is for latents of {sizes[0]}, and these have {sizes[1]}; set resize_px or crop_px"
+    elif own_names != list(names):
+        why = f"was trained with other classes: {', '.join(own_names)}"[:300]
+    if why:
+        return None, [f"the model's own label model is not measured: it {why}"]
     network, guesses = network.to(device), []
     for first in range(0, len(truth), BLOCK):
         block = torch.from_numpy(latents.rows(np.arange(first, min(first + BLOCK, len(truth)))))
-        guesses.append(network.classify(block.unflatten(1, tuple(shape)).to(device)).argmax(1).cpu())
+        z = block.unflatten(1, tuple(shape)).to(device)
+        if stage.module is not None and has_codes(stage.module):  # as in training; a VQModel encodes to latents before
+            z = latent_of_codes(stage.module, nearest_codes(stage.module, z)).float()
+        guesses.append(network.classify(z).argmax(1).cpu())
     return {
         "accuracy": float((torch.cat(guesses).numpy() == truth).mean()),
         "labels_per_class": network.config.labels_per_class,
         "draw": network.config.draw,
-    }
+    }, []
 
 
 def _accuracies(

@@ -52,7 +52,7 @@ def write_probe_report(path: Path, result: Mapping[str, Any]) -> None:
         "largest class": f"{100 * result['chance']:.1f} %",
     }
     skipped = len(data["skipped"])
-    remarks = [f"Unreadable test images that were skipped: {skipped:,}."] if skipped else []
+    remarks = [*result["notes"], *([f"Unreadable test images that were skipped: {skipped:,}."] if skipped else [])]
     sections = [page.facts(facts) + page.notes(remarks)]
     charts, tables = [], []
     for kind, title in CLASSIFIERS.items():
@@ -78,7 +78,7 @@ def write_probe_report(path: Path, result: Mapping[str, Any]) -> None:
         tables.append(page.table([line]))
     sections.append(page.section("Accuracy", about, *tables))
     sections.append(page.section("Against the number of labels", page.grid(*charts)))
-    manifest = {key: value for key, value in result.items() if key != "features"}
+    manifest = {key: value for key, value in result.items() if key not in ("features", "notes")}
     sections.append(page.section("How this was measured", page.manifest(manifest)))
     title = f"{model}: labels read from latents of {short_name(data['location'], 'images')}"
     page.write(path, page.page(title, sections, subtitle="A first stage, measured by latent-ae eval probe."))

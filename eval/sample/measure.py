@@ -29,17 +29,15 @@ from latent_ae_eval.generation.sampling import GRID, generators, samples
 from latent_ae_eval.sample import JOB
 from latent_ae_eval.sample.codes import CodeImages, CodeTrainer, CodeValidation, code_samples
 from latent_ae_eval.sample.report import write_sample_report
-from latent_ae_eval.sample.settings import FITTED, PRIORS, SampleSettings
+from latent_ae_eval.sample.settings import CODE_PRIOR, FITTED, OF_FLOWS, PRIORS, SampleSettings
 from latent_ae_eval.sample.transformer import CodeTransformer
 
 MOST_VALUES, MOST_LATENTS = 4096, 10_000
 """Largest number of values of a latent, and of images, to which a Gaussian with a full covariance is fitted."""
 NO_CLASS = 0
 """The class of all samples of a transformer without classes."""
-CODE_PRIOR, OVER_CODES = "code-prior", "a transformer over the codes"
-"""Folder of a transformer over codes in that of --out, and what results call it."""
-OF_FLOWS = ("patch_size", "sampling_steps")
-"""Settings that a transformer over codes does not use."""
+OVER_CODES = "a transformer over the codes"
+"""What results call a transformer over codes."""
 RATE = (
     "bits of codes: minus the log-likelihood of the codes of held-out images. Per dimension it is divided by the "
     "number of an image's values: the rate of a lossy code, and no likelihood of images"

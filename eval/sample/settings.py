@@ -10,6 +10,10 @@ from latent_ae_eval.generation.settings import DIFFUSION_PRESETS, DiffusionSetti
 FITTED = ("gaussian", "flow", "codes")
 """Priors that are fitted to the latents of DATA."""
 PRIORS = ("normal", *FITTED)
+CODE_PRIOR = "code-prior"
+"""Folder of a transformer over codes in that of --out."""
+OF_FLOWS = ("patch_size", "sampling_steps")
+"""Settings that a transformer over codes does not use."""
 
 
 class SampleSettings(DiffusionSettings):
@@ -30,8 +34,9 @@ class SampleSettings(DiffusionSettings):
         yield from super().problems()
         if self.prior not in PRIORS and not Path(self.prior).expanduser().is_dir():
             yield Problem("prior", f"neither one of {', '.join(PRIORS)} nor a folder: {self.prior} (from {Path.cwd()})")
-        for key in ("patch_size", "sampling_steps"):
-            if self.prior == "codes" and getattr(self, key) != "preset":
-                yield Problem(key, "is for flows, and prior=codes draws one code after another: leave it out")
+        over_codes = self.prior == "codes" or (Path(self.prior).expanduser() / CODE_PRIOR).is_dir()
+        for key in OF_FLOWS:
+            if over_codes and getattr(self, key) != "preset":
+                yield Problem(key, "is for flows, and a prior over codes draws one code after another: leave it out")
         if self.label_column is not None:
             yield Problem("label_column", "a prior has no classes; leave it null, or use eval diffusion")

@@ -19,7 +19,7 @@ class Classes(NamedTuple):
     """Classes of the images of a source, in its order."""
 
     labels: np.ndarray
-    """(N,) int64; -1 where a table has no value."""
+    """(N,) int64; -1 where a table has no value; other numbers below 0 mean no class, too."""
     names: list[str] | None
     """Names of the classes 0, 1, ...; None if a table holds numbers only."""
     column: str
@@ -95,13 +95,13 @@ def numbered_classes(first: StoredImages, second: StoredImages, column: str) -> 
     parts = find_classes(first, second, column), find_classes(second, first, column)
     if parts[0] is None or parts[1] is None:
         return None
-    known = sorted({int(label) for part in parts if part for label in part.labels if label >= 0})
-    numbers = np.full(max(known, default=-1) + 2, -1)  # -1, no label, is the last one
-    numbers[known] = np.arange(len(known))
+    known = np.unique(np.concatenate([parts[0].labels, parts[1].labels]))
+    known = known[known >= 0]
+    numbers = [np.where(part.labels >= 0, np.searchsorted(known, part.labels), -1) for part in parts if part]
     names = parts[0].names
     return Numbered(
-        (numbers[parts[0].labels], numbers[parts[1].labels]),
-        [names[k] if names else str(k) for k in known],
+        (numbers[0], numbers[1]),
+        [names[k] if names else str(k) for k in known.tolist()],
         parts[0].column,
     )
 

@@ -159,7 +159,7 @@ H and W are {sides}. {_scaling_text(autoencoder, statistics)}
         f"{difference:.1e} in [-1, 1].",
         _precision_text(precision) if precision else "",
         discriminator_text(discriminator, location) if discriminator is not None else "",
-        label_model_text(label_model, location) if label_model is not None else "",
+        label_model_text(label_model, location, family.latent == "codebook") if label_model is not None else "",
     ]
     if facts.settings_yaml:
         longest = max(map(len, re.findall("`+", facts.settings_yaml)), default=0)
@@ -256,13 +256,15 @@ def discriminator_text(discriminator: Discriminator, location: str) -> str:
     )
 
 
-def label_model_text(label_model: LabelModel, location: str) -> str:
+def label_model_text(label_model: LabelModel, location: str, codes: bool = False) -> str:
     """Return the section on the label model in an export.
 
     Args:
         label_model: The label model.
         location: The export's folder or hub id.
+        codes: Whether latents as encoded are not yet those of codes.
     """
+    given = "vae.quantize(z)[0]" if codes else "z"
     return (
         "## Labels\n\n"
         f"`label_model` holds a model of latents and {label_model.num_classes} labels "
@@ -270,7 +272,7 @@ def label_model_text(label_model: LabelModel, location: str) -> str:
         "autoencoder. `latent-ae eval probe` measures how well it classifies. Diffusers ignores it.\n\n"
         "```python\nfrom latent_ae.models.label_model import LabelModel\n\n"
         f"labels = LabelModel.from_pretrained({str(Path(location) / LABEL_MODEL)!r})\n"
-        "probabilities = labels.classify(z).exp()  # z as encoded above, without scaling\n```"
+        f"probabilities = labels.classify({given}).exp()  # z as encoded above, without scaling\n```"
     )
 
 

@@ -133,13 +133,14 @@ def semi_supervised_terms(terms: Tensor, labels: Tensor) -> tuple[Tensor, Tensor
 
 
 def stored_label_model(export: str | Path) -> LabelModel | None:
-    """Return the label model of an export; None if it has none.
+    """Return the label model of an export, or of the export of a run; None if it has none.
 
     Raises:
         UserError: If it cannot be loaded.
     """
-    folder = Path(export).expanduser() / FOLDER
-    if not folder.is_dir():
+    root = Path(export).expanduser()
+    folder = next((place for place in (root / FOLDER, root / "export" / FOLDER) if place.is_dir()), None)
+    if folder is None:
         return None
     try:
         return LabelModel.from_pretrained(folder, local_files_only=True).eval()

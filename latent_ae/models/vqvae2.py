@@ -111,7 +111,7 @@ class VQVAE2(ModelMixin, ConfigMixin):
     def nearest(self, latent: Tensor) -> tuple[Tensor, ...]:
         """Return the numbers of the nearest codes of each level, (N, h 2^l, w 2^l), for latents, (N, D, h, w)."""
         parts = zip(self.quantize, self.unpacked(latent), strict=True)
-        return tuple(quantised(part.float(), level.embedding.weight.float())[1].indices for level, part in parts)
+        return tuple(exactly_nearest(part.float(), level.embedding.weight.float()) for level, part in parts)
 
     def decode(self, latent: Tensor, force_not_quantize: bool = False) -> DecoderOutput:
         """Return the images of latents, (N, D, h, w): (N, C, H, W), nominally in [-1, 1].
@@ -152,6 +152,17 @@ def packed(levels: Sequence[Tensor]) -> Tensor:
 def joined(levels: Sequence[Tensor]) -> Tensor:
     """Return the vectors of levels, each (N, c, h, w) of its own size, as channels on the grid of the last one."""
     return torch.cat([F.interpolate(part, size=levels[-1].shape[-2:]) for part in levels], 1)
+
+
+def exactly_nearest(vectors: Tensor, codebook: Tensor) -> Tensor:
+    """Return the numbers of the nearest codes, (N, h, w), for vectors, (N, c, h, w), and a codebook, (codes, c).
+
+    Distances are sums of squared differences, so that a vector that is a code gets this code, however near others are:
+    those of a matrix product, which are faster, are off by rounding. Training chooses codes by these.
+    """
+    places = vectors.movedim(1, -1)
+    distances = torch.cdist(places.flatten(0, 2), codebook, compute_mode="donot_use_mm_for_euclid_dist")
+    return distances.argmin(1).view(places.shape[:3])
 
 
 class LevelsEncoder(nn.Module):

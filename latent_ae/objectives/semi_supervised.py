@@ -116,11 +116,12 @@ class SemiSupervised(Objective[SemiSupervisedSettings]):
     ) -> "SemiSupervised":
         from latent_ae.models.build import factor_of, latent_channels_of
 
-        side = run.resolution // factor_of(autoencoder)
+        factor = factor_of(autoencoder)
+        height, width = (side // factor for side in run.crop_sizes[0])
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(run.seed + 4)
             network = LabelModel(
-                own.classes or 0, (latent_channels_of(autoencoder), side, side), own.style_size, own.width
+                own.classes or 0, (latent_channels_of(autoencoder), height, width), own.style_size, own.width
             )
         return cls(own, run, Head(network, own.weight).to(device))
 
@@ -128,6 +129,8 @@ class SemiSupervised(Objective[SemiSupervisedSettings]):
     def describe(cls, own: SemiSupervisedSettings, run: RunFacts) -> str:
         known = "all labels" if own.labels_per_class is None else f"{own.labels_per_class} labels per class"
         encoder = f"trains the encoder with weight {own.weight:g}" if own.weight else "does not train the encoder"
+        if own.weight and "kl" in run.enabled:
+            encoder += ", beside the prior of loss.kl, which it is meant to replace (loss.kl=0)"
         return f"{own.classes} classes, {known}; the label model {encoder}"
 
     @property

@@ -143,12 +143,44 @@ def test_both_find_what_is_odd(pictures: Path, tmp_path: Path) -> None:
     assert "nearest patches" in page and "mixture of Gaussians" in page
 
 
+def test_values_that_are_not_finite() -> None:
+    rng = np.random.default_rng(0)
+    latents, errors = rng.normal(size=(40, 6)), rng.normal(size=(40, 2))
+    mixture = Mixture(2, seed=0)
+    mixture.fit(latents, errors)
+    for value in (np.nan, np.inf):
+        broken = latents.copy()
+        broken[3, 2] = value
+        energies = mixture.energies(broken, errors)
+        assert np.isfinite(energies).all() and energies.argmax() == 3
+        with pytest.raises(UserError, match="mixture: the model gives values that are not finite"):
+            Mixture(2, seed=0).fit(broken, errors)
+
+
+def test_a_mixture_needs_images_of_one_size(pictures: Path, tmp_path: Path) -> None:
+    for number in range(12):  # as many pixels, so that their flattened latents have the same length
+        Image.new("RGB", (64, 16) if number == 9 else (32, 32)).save(tmp_path / f"{number:02d}.png")
+    rest = {"mixture": 1, "lpips": None, "num_workers": 0}
+    wrong = "mixture: needs images of one size; .* has 32 x 32 and 09.png has 64 x 16: set resize_px and crop_px"
+    with pytest.raises(UserError, match=wrong):
+        find_anomalies(tiny_autoencoder(), tmp_path, AnomalySettings(normal=str(pictures / "normal"), **rest))
+    with pytest.raises(UserError, match=wrong):
+        find_anomalies(tiny_autoencoder(), pictures / "test", AnomalySettings(normal=str(tmp_path), **rest))
+    # a function has no latents, and the features of its reconstructions do not depend on the size
+    result = find_anomalies(lambda images: 0.9 * images, tmp_path, AnomalySettings(normal=str(tmp_path), **rest))
+    assert "mixture" in result["scores"]
+
+
 def test_mistakes_are_named(pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="mixture: is fitted to normal images; give normal=DATA"):
         load_settings(AnomalySettings, None, ["mixture=2"])
     settings = AnomalySettings(normal=str(pictures / "normal"), mixture=11, lpips=None, num_workers=0)
     with pytest.raises(UserError, match="mixture: 11 Gaussians need 22 normal images to fit, and there are 20"):
         find_anomalies(tiny_autoencoder(), pictures / "test", settings)
+    for key in ("mixture", "neighbours"):
+        ranked = settings.model_copy(update={"mixture": 0, "rank_by": key})
+        with pytest.raises(UserError, match=f"{key} will not be measured; .*; it needs {key}=NUMBER and normal=DATA"):
+            find_anomalies(tiny_autoencoder(), pictures / "test", ranked)
     monkeypatch.setitem(sys.modules, "sklearn.mixture", None)
     with pytest.raises(UserError, match="scikit-learn is not installed"):
         Mixture(2, seed=0)

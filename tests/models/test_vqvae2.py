@@ -54,6 +54,20 @@ def by_hand(network: Any, images: Tensor) -> tuple[list[Tensor], list[Tensor], T
     return [top, bottom], [top_vectors, bottom_vectors], image
 
 
+def test_codes_that_are_almost_equal_are_found_again(model: VQVAE2) -> None:
+    """As after a restart of many codes from few latents; otherwise an export does not reconstruct like its model."""
+    generator = torch.Generator().manual_seed(0)
+    for level in model.quantize:
+        weight = level.embedding.weight
+        weight.copy_(weight[:1] + 1e-5 * torch.randn(weight.shape, generator=generator))
+    count = model.config.num_vq_embeddings
+    indices = tuple(torch.randint(count, (2, side, side), generator=generator) for side in (4, 8))
+    latent = model.vectors(indices)
+    for found, expected in zip(model.nearest(latent), indices, strict=True):
+        assert torch.equal(found, expected)
+    assert torch.equal(model.decode(latent).sample, model.decode(latent, force_not_quantize=True).sample)
+
+
 def test_a_step_minimises_the_published_loss() -> None:
     """Razavi et al. 2019, eq. 2, summed over the levels, for the gradients of all weights, and each level's use."""
     settings = settings_for(model=MODEL, batch_size=4, optim={"lr": 1e-30}, loss={"commitment": 0.4})

@@ -1,8 +1,12 @@
 """The label model (M2 of Kingma et al. 2014): its bounds against a closed form, its labels, export and probe."""
 
 import math
+import re
+import shutil
+from html import unescape
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -11,13 +15,17 @@ from PIL import Image
 from latent_ae.__main__ import main
 from latent_ae.config import UserError, load_settings
 from latent_ae.data.loader import open_images, training_batches
+from latent_ae.data.sources import TableSource
+from latent_ae.export.model_card import label_model_text
 from latent_ae.models.label_model import LabelModel, semi_supervised_terms, stored_label_model
+from latent_ae.objectives import SemiSupervised
 from latent_ae_eval.probe.measure import probe
 from latent_ae_eval.probe.settings import ProbeSettings
 from latent_ae_train.data import labelled_images
 from latent_ae_train.settings import TrainSettings
 from tests.runs import differing_tensors, words
 from tests.tiny import build_step, micro_batches, settings_for
+from tests.tiny_models import tiny
 
 SHAPE = (2, 1, 1)
 
@@ -143,6 +151,14 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def test_the_label_model_has_the_shape_of_the_crops() -> None:
+    own = {"classes": 3, "style_size": 3, "width": 8}
+    settings = settings_for(semi_supervised=own, data={"resolution": 16, "buckets": [[16, 32]]})
+    step = build_step(settings)
+    assert step.bare_reconstructor.heads["semi_supervised"].label_model.latent_shape[1:] == (16, 8)  # 16 px wide
+    step(0, micro_batches(0, settings))
+
+
 LABELS = ["semi_supervised.classes=2", "semi_supervised.labels_per_class=3", "semi_supervised.width=16", "gan.weight=0"]
 
 
@@ -173,7 +189,21 @@ def test_training_export_and_probe(pictures: Path, tmp_path: Path) -> None:
     settings = ProbeSettings(test_fraction=0.25, labels_per_class=(3,), draws=2)
     result = probe(run / "export", str(pictures), settings)
     assert result["label_model"]["accuracy"] > 0.9 and result["label_model"]["labels_per_class"] == 3
-    assert result["label_model"]["draw"] == 0
+    assert result["label_model"]["draw"] == 0 and result["notes"] == []
+    assert probe(run, str(pictures), settings)["label_model"] == result["label_model"]  # a run is its export
+
+    # and why it is not, where the images have another size or other classes
+    result = probe(run, str(pictures), settings.model_copy(update={"resize_px": 32}), out=tmp_path / "large")
+    assert result["label_model"] is None
+    (note,) = result["notes"]
+    assert re.search(
+        r"own label model is not measured: it is for latents of \d+ x 8 x 8, and these have \d+ x 16", note
+    )
+    assert note in unescape((tmp_path / "large/report.html").read_text())
+    shutil.copytree(pictures, tmp_path / "named")
+    (tmp_path / "named/light").rename(tmp_path / "named/white")
+    (note,) = probe(run, str(tmp_path / "named"), settings)["notes"]
+    assert "was trained with other classes: dark, light" in note
 
     # of a checkpoint the same one is exported
     assert main(["export", str(run / "checkpoints/step-00000040"), str(tmp_path / "again")]) == 0
@@ -193,6 +223,24 @@ def test_training_export_and_probe(pictures: Path, tmp_path: Path) -> None:
     assert differing_tensors(resumed / last, whole / last) == []
 
 
+def test_a_probe_classifies_codes_as_in_training(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first_stage = tiny("VQModel")
+    first_stage.save_pretrained(tmp_path)
+    settings = ProbeSettings(test_fraction=0.25, labels_per_class=(3,), draws=2)
+    shape = (first_stage.config.vq_embed_dim or first_stage.config.latent_channels, 8, 8)
+    LabelModel(2, shape, 3, 8, class_names=("dark", "light")).save_pretrained(tmp_path / "label_model")
+    seen: list[torch.Tensor] = []
+    classify = LabelModel.classify
+    monkeypatch.setattr(LabelModel, "classify", lambda own, z: seen.append(z) or classify(own, z))
+    result = probe(tmp_path, str(pictures), settings)
+    assert result["notes"] == [] and result["label_model"] is not None
+    vectors, codes = torch.cat(seen).movedim(1, -1).flatten(0, 2), first_stage.quantize.embedding.weight
+    assert torch.cdist(vectors, codes).amin(1).max() < 1e-3
+    assert "labels.classify(vae.quantize(z)[0])" in label_model_text(LabelModel(2), "there", codes=True)
+
+
 @pytest.mark.parametrize(
     "changes, expected",
     [
@@ -206,6 +254,42 @@ def test_labels_that_do_not_fit(pictures: Path, changes: list[str], expected: st
     source, held_out = open_images(settings.data, "train"), open_images(settings.data, "held_out")
     with pytest.raises(UserError, match=expected):
         labelled_images(settings, source, held_out)
+
+
+def test_only_numbers_from_0_on_are_classes(tmp_path: Path) -> None:
+    kinds = [0, 10**12, -2, -100, None]
+    rows = {"image": [Image.new("RGB", (16, 16))] * 60, "label": [kinds[number % 5] for number in range(60)]}
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "numbers.parquet")
+    changes = ["semi_supervised.classes=2", "semi_supervised.labels_per_class=null", "semi_supervised.share=0"]
+    settings = load_settings(TrainSettings, "quickstart", [f"data.source={tmp_path / 'numbers.parquet'}", *changes])
+    source, held_out = open_images(settings.data, "train"), open_images(settings.data, "held_out")
+    assert isinstance(source, TableSource)
+    _, labels = labelled_images(settings, source, held_out)
+    assert labels.names == ["0", "1000000000000"]
+    expected = [{0: 0, 10**12: 1}.get(rows["label"][row], -1) for row in source.rows]
+    assert labels.of_images.tolist() == expected and set(expected) == {-1, 0, 1}
+
+
+def test_a_class_without_training_images_is_named(pictures: Path, tmp_path: Path) -> None:
+    place = tmp_path / "held-out/odd"
+    place.mkdir(parents=True)
+    Image.new("RGB", (16, 16)).save(place / "0.png")
+    changes = [f"data.eval_source={place.parent}", "semi_supervised.classes=3", "semi_supervised.labels_per_class=null"]
+    settings = load_settings(TrainSettings, "quickstart", [f"data.source={pictures}", *changes])
+    source, held_out = open_images(settings.data, "train"), open_images(settings.data, "held_out")
+    with pytest.raises(UserError, match=r"semi_supervised.classes: no training image of .* has class odd"):
+        labelled_images(settings, source, held_out)
+
+
+@pytest.mark.parametrize(
+    "weight, kl, expected", [(0, 1, False), (1, 0, False), (1, 1, True)], ids=["M1 + M2", "joint", "two priors"]
+)
+def test_the_plan_names_a_second_prior(weight: float, kl: float, expected: bool) -> None:
+    changes = ["semi_supervised.classes=2", f"semi_supervised.weight={weight}", f"loss.kl={kl}"]
+    settings = load_settings(TrainSettings, "semi-supervised", changes)
+    text = SemiSupervised.describe(settings.semi_supervised, settings.facts())
+    assert ("beside the prior of loss.kl" in text) is expected
 
 
 @pytest.mark.parametrize(

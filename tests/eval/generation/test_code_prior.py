@@ -170,4 +170,7 @@ def test_mistakes_end_with_a_message(model, images, tmp_path):
     )
     assert "patch_size: is for flows" in message(model, patch_size=1)
     assert "sampling_steps: is for flows" in message(model, sampling_steps=3)
+    (tmp_path / "fitted/code-prior").mkdir(parents=True)
+    with pytest.raises(UserError, match="sampling_steps: is for flows"):
+        main(words(model, images, prior=tmp_path / "fitted", sampling_steps=3))
     assert "DATA" in str(pytest.raises(UserError, sample, model, None, "codes", SampleSettings(**QUICK)).value)
