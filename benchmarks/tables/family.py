@@ -196,7 +196,7 @@ def discrete_table(result: dict[str, Any]) -> str:
 
 
 def semi_supervised_table(result: dict[str, Any]) -> str:
-    steps = ", ".join(f"{count:,} steps on {name}" for name, count in result["steps"].items())
+    steps = ", ".join(f"{result['steps'][name]:,} steps on {name}" for name in result["rows"])
     lines = [f"{steps}; accuracy on the test images in percent, mean over draws of the labels; {where(result)}."]
     names = list(next(iter(next(iter(result["rows"].values())).values()))["mean"])
     lines += ["", f"| | labels per class | draws | {' | '.join(names)} |", "|---|---:|---:|" + "---:|" * len(names)]

@@ -67,7 +67,10 @@ def opened_part(key: str, location: str, settings: AnomalySettings) -> Part:
             "(label_column=NAME), or a folder of images with a folder for each class"
         )
     number = _class_number(normal_class, classes, key)
-    return Part(key, source, choice, classes.labels != number, [], [])
+    known = np.flatnonzero(classes.labels >= 0)
+    if len(known) < len(source):  # a table may lack labels, and such images are neither normal nor abnormal
+        source, choice = source.subset(known), choice | {"without_label": len(source) - len(known)}
+    return Part(key, source, choice, classes.labels[known] != number, [], [])
 
 
 def _class_number(name: str | int, classes: Classes, key: str) -> int:

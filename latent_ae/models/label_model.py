@@ -100,7 +100,8 @@ def _network(inputs: int, width: int, outputs: int) -> nn.Sequential:
 
 def _normalised(latent: Tensor) -> Tensor:
     flat = latent.float().flatten(1)
-    return F.layer_norm(flat, flat.shape[1:])
+    # of one number nothing would be left
+    return F.layer_norm(flat, flat.shape[1:]) if flat.shape[1] > 1 else flat
 
 
 def _gaussian(moments: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,6 @@
 """Semi-supervised learning: a generative model of latents and labels, of which few are known (Kingma et al. 2014)."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any
 
 import torch
@@ -11,7 +11,10 @@ from latent_ae.config import FIXED, NonNegative, Positive, Problem, Settings, We
 from latent_ae.data.rng import style_noise
 from latent_ae.models.label_model import LabelModel, semi_supervised_terms
 from latent_ae.models.settings import ModelFacts
-from latent_ae.objectives.base import Objective, Pass, RunFacts
+from latent_ae.objectives.base import Objective, Pass, RunFacts, smooth_
+
+SMOOTHING = 0.9
+"""Part of the logged averages that a step keeps."""
 
 
 class SemiSupervisedSettings(Settings):
@@ -77,10 +80,13 @@ class SemiSupervised(Objective[SemiSupervisedSettings]):
     }
 
     network: Head
+    averages: Tensor
 
     def __init__(self, own: SemiSupervisedSettings, run: RunFacts, head: Head) -> None:
         super().__init__(own, run)
         self.hold(network=head)
+        # of the cross-entropy of labelled samples and the entropy of the others, for the log
+        self.register_buffer("averages", torch.zeros(2))
 
     @classmethod
     def enabled(cls, own: SemiSupervisedSettings) -> bool:
@@ -166,6 +172,13 @@ class SemiSupervised(Objective[SemiSupervisedSettings]):
         with torch.no_grad():
             known, log_q = (labels >= 0).float(), terms[:, 0]
             entropy = -(log_q.exp() * log_q).sum(1)
-            p.logs["label_cross_entropy"] = cross_entropy.sum() / known.sum().clamp(min=1)
-            p.logs["label_entropy"] = (entropy * (1 - known)).sum() / (1 - known).sum().clamp(min=1)
+            means = {"known": known, "cross_entropy": cross_entropy, "entropy": entropy * (1 - known)}
+            p.global_means |= {f"{self.name}/{key}": values.mean() for key, values in means.items()}
             p.logs["label_bound"] = bound.mean() / p.out.latent[0].numel()
+
+    def remember(self, means: Mapping[str, Tensor], logs: dict[str, Tensor]) -> None:
+        known, cross_entropy, entropy = (means[f"{self.name}/{key}"] for key in ("known", "cross_entropy", "entropy"))
+        # a step without such samples has 0 / 0, which does not change the average
+        for average, value in zip(self.averages, (cross_entropy / known, entropy / (1 - known)), strict=True):
+            smooth_(average, value, SMOOTHING)
+        logs["label_cross_entropy"], logs["label_entropy"] = self.averages.clone()

@@ -4,6 +4,7 @@ import json
 import math
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -249,3 +250,16 @@ def test_several_processes_are_refused(model, grays, tmp_path, monkeypatch, caps
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert main(["eval", "anomaly", model, str(grays), "--out", str(tmp_path)]) == 2
     assert "runs on one process, and 2 were launched" in capsys.readouterr().err
+
+
+def test_images_without_a_label_are_neither_normal_nor_abnormal(tmp_path):
+    rows = [(level, label) for level, label in zip((130, 140, 240, 250, 10), (0, 0, 1, 1, None), strict=True)]
+    pictures = [Image.fromarray(np.full((16, 20, 3), level, dtype=np.uint8)) for level, _ in rows]
+    table = datasets.Dataset.from_dict(
+        {"image": pictures, "label": [label for _, label in rows]},
+        features=datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")}),
+    )
+    table.to_parquet(tmp_path / "data.parquet")
+    result = find_anomalies(nothing, tmp_path / "data.parquet", QUICK.model_copy(update={"normal_class": 0}))
+    assert result["data"]["num_images"] == 4 and result["data"]["choice"]["without_label"] == 1
+    assert result["scores"]["pixel_mean"]["auroc"] == 1.0

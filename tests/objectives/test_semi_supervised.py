@@ -310,3 +310,30 @@ def test_the_plan_names_a_second_prior(weight: float, kl: float, expected: bool)
 def test_settings_that_do_not_go_together(changes: list[str], expected: str) -> None:
     with pytest.raises(UserError, match=expected):
         load_settings(TrainSettings, "quickstart", changes)
+
+
+def test_the_logged_cross_entropy_is_of_labelled_samples_alone() -> None:
+    settings = settings_for(
+        semi_supervised={"classes": 3, "style_size": 3, "width": 8},
+        optim={"lr": 1e-30},
+        batch_size=8,
+        micro_batch_size=2,
+    )
+    step = build_step(settings)
+    first = step(0, micro_batches(0, settings))["label_cross_entropy"]
+    model = step.bare_reconstructor
+    found = []
+    for batch in micro_batches(0, settings):
+        terms = model(batch.images, batch.noise, draws=batch.draws).heads["semi_supervised"].detach()
+        assert batch.labels is not None
+        found += [float(-terms[n, 0, label]) for n, label in enumerate(batch.labels.tolist()) if label >= 0]
+    assert float(first) == pytest.approx(sum(found) / len(found), rel=1e-4)
+    # a step without labelled samples leaves it as it is
+    unlabelled = [batch._replace(labels=torch.full((2,), -1)) for batch in micro_batches(1, settings)]
+    assert torch.equal(step(1, iter(unlabelled))["label_cross_entropy"], first)
+
+
+def test_a_latent_of_one_number_is_seen() -> None:
+    model = LabelModel(2, (1, 1, 1), style_size=1, width=4)
+    seen = model.classify(torch.tensor([-1.0, 1.0]).view(2, 1, 1, 1))
+    assert not torch.equal(seen[0], seen[1])
