@@ -58,7 +58,8 @@ FIGURES = {
     "high_share": "power at high frequencies",
 }
 """Figures whose rank correlation with the samples' distance is measured, and how tables name them."""
-PLOTTED = ("ifid", "rfid", "psnr", "rank")
+PLOTTED = ("ifid", "rfid", "psnr", "slope")
+MARKERS = "osD^v"
 IMAGES = Path(__file__).parent.parent / "docs" / "images"
 
 
@@ -176,15 +177,17 @@ def plot(result: dict[str, Any], path: Path) -> None:
     rows = result["first_stages"]
     figure, axes = pyplot.subplots(1, len(PLOTTED), figsize=(4 * len(PLOTTED), 4), sharey=True, layout="constrained")
     for axis, key in zip(axes, PLOTTED, strict=True):
-        for name, row in rows.items():
+        for number, (name, row) in enumerate(rows.items()):
             middle = statistics.mean(row["samples"])
             axis.plot([row[key]] * len(row["samples"]), row["samples"], color="0.7", zorder=1)
-            axis.scatter([row[key]], [middle], color="C0", zorder=2)
-            axis.annotate(name, (row[key], middle), xytext=(4, 3), textcoords="offset points", fontsize=7)
+            axis.scatter(
+                [row[key]], [middle], color=f"C{number}", marker=MARKERS[number % len(MARKERS)], label=name, zorder=2
+            )
         rho = result["correlations"][key]["rho"]
         axis.set_xlabel(FIGURES[key] + ("" if rho is None else f"\nrank correlation {rho:.2f}"))
-        axis.margins(x=0.2)
+        axis.margins(x=0.1)
     axes[0].set_ylabel("Fréchet distance of samples (VGG16)")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center")
     figure.savefig(path, dpi=100)
     pyplot.close(figure)
     print(f"wrote {path}", file=sys.stderr)

@@ -22,8 +22,9 @@ def anomaly_table(result: dict[str, Any]) -> str:
     # with pasted defects there is one set of images
     sets = list(seeds[0]) if "first stage" not in seeds[0] else [""]
     lines = [
-        f"First stages of {result['steps']} steps, {result['images']:,} images, {len(seeds)} seeds: mean (smallest to "
-        f"largest); {where(result)}.",
+        f"AUROC, first stages of {result['steps']} steps, {result['images']:,} images, "
+        + ("one seed" if len(seeds) == 1 else f"{len(seeds)} seeds: mean (smallest to largest)")
+        + f"; {where(result)}.",
         "",
         "| | score | first stage | bicubic /8 |",
         "|---|---|---:|---:|",
