@@ -129,7 +129,8 @@ def labelled_images(settings: TrainSettings, source: ImageSource, held_out: Imag
                 "folder of images with a folder for each class"
             )
         if len(found.names) != own.classes:
-            raise UserError(f"classes: {own.classes}, and {settings.data.title} has {len(found.names)}")
+            has = f"{settings.data.title} has {len(found.names)}: {', '.join(found.names)}"
+            raise UserError(f"classes: {own.classes}, and {has[:300]}")
         labels = found.labels[0]
         if own.labels_per_class is not None:
             shown = few_labels(labels, found.names, [own.labels_per_class], PROBE_SEED, own.draw)[0]

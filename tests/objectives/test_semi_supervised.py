@@ -244,7 +244,7 @@ def test_a_probe_classifies_codes_as_in_training(
 @pytest.mark.parametrize(
     "changes, expected",
     [
-        (["semi_supervised.classes=3"], "semi_supervised.classes: 3, and .* has 2"),
+        (["semi_supervised.classes=3"], "semi_supervised.classes: 3, and .* has 2: dark, light"),
         (["semi_supervised.labels_per_class=99"], "semi_supervised.labels_per_class: class dark has"),
         (["semi_supervised.label_column=kind"], "semi_supervised.label_column: kind is a column"),
     ],
