@@ -114,25 +114,6 @@ def _log_density(x: Tensor, mean: Tensor, logvar: Tensor) -> Tensor:
     return -0.5 * ((x - mean).square() * torch.exp(-logvar) + logvar + math.log(2 * math.pi)).sum(-1)
 
 
-def semi_supervised_terms(terms: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the bound and the cross-entropy of each sample (Kingma et al. 2014, eq. 6 to 9).
-
-    Args:
-        terms: (N, 2, K), what `LabelModel.forward` returns.
-        labels: (N,) integers, -1 where the label is unknown.
-
-    Returns:
-        -L(z, y) of a labelled sample, the bound on log p(z, y), and -U(z) of another, the bound on log p(z): the mean
-        of -L(z, y) over q(y | z) plus the entropy of q(y | z). In nats, (N,).
-        -log q(y | z) of a labelled sample, and 0 for another, (N,).
-    """
-    log_q, bounds = terms.unbind(1)
-    known, chosen = labels >= 0, labels.clamp(min=0)[:, None]
-    marginal = (log_q.exp() * (bounds - log_q)).sum(1)
-    bound = torch.where(known, bounds.gather(1, chosen)[:, 0], marginal)
-    return bound, torch.where(known, -log_q.gather(1, chosen)[:, 0], 0.0)
-
-
 def stored_label_model(export: str | Path) -> LabelModel | None:
     """Return the label model of an export, or of the export of a run; None if it has none.
 

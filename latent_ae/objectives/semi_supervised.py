@@ -1,7 +1,7 @@
 """Semi-supervised learning: a generative model of latents and labels, of which few are known (Kingma et al. 2014)."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 from pydantic import Field
@@ -9,9 +9,11 @@ from torch import Tensor, nn
 
 from latent_ae.config import FIXED, NonNegative, Positive, Problem, Settings, Weight
 from latent_ae.data.rng import style_noise
-from latent_ae.models.label_model import LabelModel, semi_supervised_terms
 from latent_ae.models.settings import ModelFacts
 from latent_ae.objectives.base import Objective, Pass, RunFacts, smooth_
+
+if TYPE_CHECKING:  # brings diffusers
+    from latent_ae.models.label_model import LabelModel
 
 SMOOTHING = 0.9
 """Part of the logged averages that a step keeps."""
@@ -49,7 +51,7 @@ class Head(nn.Module):
         weight: Factor of the gradient.
     """
 
-    def __init__(self, label_model: LabelModel, weight: float):
+    def __init__(self, label_model: "LabelModel", weight: float):
         super().__init__()
         self.label_model, self.weight = label_model, weight
 
@@ -121,6 +123,7 @@ class SemiSupervised(Objective[SemiSupervisedSettings]):
         cls, own: SemiSupervisedSettings, run: RunFacts, autoencoder: nn.Module, device: torch.device
     ) -> "SemiSupervised":
         from latent_ae.models.build import factor_of, latent_channels_of
+        from latent_ae.models.label_model import LabelModel
 
         factor = factor_of(autoencoder)
         height, width = (side // factor for side in run.crop_sizes[0])
@@ -140,7 +143,7 @@ class SemiSupervised(Objective[SemiSupervisedSettings]):
         return f"{own.classes} classes, {known}; the label model {encoder}"
 
     @property
-    def label_model(self) -> LabelModel:
+    def label_model(self) -> "LabelModel":
         """The label model."""
         return self.network.label_model
 
@@ -182,3 +185,22 @@ class SemiSupervised(Objective[SemiSupervisedSettings]):
         for average, value in zip(self.averages, (cross_entropy / known, entropy / (1 - known)), strict=True):
             smooth_(average, value, SMOOTHING)
         logs["label_cross_entropy"], logs["label_entropy"] = self.averages.clone()
+
+
+def semi_supervised_terms(terms: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the bound and the cross-entropy of each sample (Kingma et al. 2014, eq. 6 to 9).
+
+    Args:
+        terms: (N, 2, K), what `LabelModel.forward` returns.
+        labels: (N,) integers, -1 where the label is unknown.
+
+    Returns:
+        -L(z, y) of a labelled sample, the bound on log p(z, y), and -U(z) of another, the bound on log p(z): the mean
+        of -L(z, y) over q(y | z) plus the entropy of q(y | z). In nats, (N,).
+        -log q(y | z) of a labelled sample, and 0 for another, (N,).
+    """
+    log_q, bounds = terms.unbind(1)
+    known, chosen = labels >= 0, labels.clamp(min=0)[:, None]
+    marginal = (log_q.exp() * (bounds - log_q)).sum(1)
+    bound = torch.where(known, bounds.gather(1, chosen)[:, 0], marginal)
+    return bound, torch.where(known, -log_q.gather(1, chosen)[:, 0], 0.0)

@@ -17,8 +17,9 @@ from latent_ae.config import UserError, load_settings
 from latent_ae.data.loader import open_images, training_batches
 from latent_ae.data.sources import TableSource
 from latent_ae.export.model_card import label_model_text
-from latent_ae.models.label_model import LabelModel, semi_supervised_terms, stored_label_model
+from latent_ae.models.label_model import LabelModel, stored_label_model
 from latent_ae.objectives import SemiSupervised
+from latent_ae.objectives.semi_supervised import semi_supervised_terms
 from latent_ae_eval.probe.measure import probe
 from latent_ae_eval.probe.settings import ProbeSettings
 from latent_ae_train.data import labelled_images
