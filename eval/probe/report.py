@@ -74,10 +74,11 @@ def write_probe_report(path: Path, result: Mapping[str, Any]) -> None:
     )
     if (own := result.get("label_model")) is not None:
         which = "" if own["labels_per_class"] is None else f" (draw {own['draw']})"
-        line = {own_title(own) + which: "label model", "accuracy": f"{100 * own['accuracy']:.1f}"}
+        line = {own_title(own) + which: "label model", "accuracy": page.estimate(f"{100 * own['accuracy']:.1f}", "")}
         tables.append(page.table([line]))
     sections.append(page.section("Accuracy", about, *tables))
-    sections.append(page.section("Against the number of labels", page.grid(*charts)))
+    if len(sizes) > 1:
+        sections.append(page.section("Against the number of labels", page.grid(*charts)))
     manifest = {key: value for key, value in result.items() if key not in ("features", "notes")}
     sections.append(page.section("How this was measured", page.manifest(manifest)))
     title = f"{model}: labels read from latents of {short_name(data['location'], 'images')}"
