@@ -36,7 +36,7 @@ class Scored:
     latents: np.ndarray
     """(N, D) float64, flattened posterior means; (N, 0) if the model is a function."""
     errors: np.ndarray
-    """(N, 2) float64, `density.reconstruction_features`."""
+    """(N, 2) float64, `density.reconstruction_features`; (0, 2) without a density."""
     images: Tensor
     """(N, C, H, W), as they were scored."""
 
@@ -123,7 +123,8 @@ class Scorer:
             scores["lpips_mean"], maps[PERCEPTUAL] = self.lpips.maps(images, shown)
             scores["lpips_max"] = maps[PERCEPTUAL].amax((1, 2))
         flat = latents.double().flatten(1).cpu().numpy()
-        errors = reconstruction_features(images, reconstruction).cpu().numpy()
+        # only the density takes them
+        errors = reconstruction_features(images, reconstruction).cpu().numpy() if self.mixture else np.empty((0, 2))
         if self.neighbours is not None and self.fitted:
             scores["neighbours"], maps[NEAREST] = self.neighbours.score(images)
         found = _numbers(scores)

@@ -101,7 +101,7 @@ class CodeValidation:
         frequencies = code_frequencies(train, size)
         self.trivial = torch.cat([-frequencies.gather(1, batch.T).T.double() for batch in self.batches])
         self.nats = self.trivial
-        """Of each code of each image as last measured, (N, P)."""
+        """Negative log-likelihood of each code of each image as last measured, (N, P)."""
 
     @torch.no_grad()
     def measure(self, model: nn.Module, device: torch.device) -> dict[str, Any]:
