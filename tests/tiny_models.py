@@ -74,6 +74,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
         # of four latent frames
         **{"latents_mean": [number / 10 for number in range(16)], "latents_std": [1 + number for number in range(16)]},
     },
+    "FlowMatchingVAE": TWO
+    | {"latent_channels": 4, "unet_block_out_channels": (8,), "unet_norm_num_groups": 4, "sampling_steps": 2},
     "AutoencoderVidTok": VIDTOK,
     "AutoencoderVidTok FSQ": VIDTOK | {"double_z": False, "regularizer": "fsq", "codebook_size": 64},
     "ConsistencyDecoderVAE": {
@@ -87,7 +89,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "decoder_layers_per_block": 1,
     },
 }
-"""Configs of classes of diffusers that are measured but not trained from fresh weights, by class and variant."""
+"""Configs of classes that are measured but not trained from fresh weights, by class and variant."""
 CLASSES = [name for name in FAMILIES if name in OWN or hasattr(diffusers, name)]
 """Those that the installed diffusers has."""
 TRAINED = [name for name in CLASSES if name not in CONFIGS]

@@ -51,6 +51,8 @@ def starting_autoencoder(settings: TrainSettings) -> ModelMixin:
         if settings.decoder.wanted:
             _refuse_unmeasured(autoencoder, settings)
             autoencoder = with_new_decoder(autoencoder, settings.decoder, settings.seed)
+        if settings.flow.teacher_steps and "sampling_steps" in autoencoder.config:
+            autoencoder.register_to_config(sampling_steps=1)  # which is what distillation is for
         _refuse_stored_latents(autoencoder, settings)
     refuse_misfit(autoencoder, settings)
     if settings.export_for is not None:  # the settings do not know the shape of init_from
@@ -102,7 +104,7 @@ def _refuse_stored_latents(autoencoder: ModelMixin, settings: TrainSettings) -> 
 def _scalings_of_stored(original: ModelMixin, settings: TrainSettings) -> dict[str, LatentScaling]:
     """Return how the decoder takes stored latents, by the digests of the first stages that may have made them."""
     plain = LatentScaling()
-    makers = [(original, scaling_of(original) if settings.decoder.kind is not None else plain)]
+    makers = [(original, scaling_of(original) if settings.decoder.kind == "AutoencoderTiny" else plain)]
     if isinstance(original.encoder, BorrowedEncoder):  # which scales what its original encodes
         makers.append((original.encoder.original, scaling_of(original.encoder.original)))
     stages = [(first_stage(maker), scaling) for maker, scaling in makers]
@@ -111,7 +113,8 @@ def _scalings_of_stored(original: ModelMixin, settings: TrainSettings) -> dict[s
 
 def _refuse_unmeasured(original: ModelMixin, settings: TrainSettings) -> None:
     """Raise UserError if a new decoder needs scaled latents and init_from's scaling is not known."""
-    if settings.decoder.kind is not None and settings.init_from is not None and not scaling_of(original).measured:
+    tiny = settings.decoder.kind == "AutoencoderTiny"
+    if tiny and settings.init_from is not None and not scaling_of(original).measured:
         raise UserError(
             f"decoder.kind: an AutoencoderTiny decodes scaled latents, and {settings.init_from} has no measured "
             f"scaling_factor: give init_from the folder that `latent-ae export {settings.init_from} OUT` writes"

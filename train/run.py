@@ -106,8 +106,8 @@ def _new_phase(
         words.append("model={}")
     decoder = settings.decoder
     if decoder.wanted:
-        shape = decoder.model_dump(mode="json", exclude={"latents"})
-        if all(before.get(f"decoder.{key}") == value for key, value in shape.items()):
+        shape = flatten(decoder.model_dump(mode="json", exclude={"latents"}), "decoder.")
+        if all(before.get(key) == value for key, value in shape.items()):
             # the trained decoder stays; with decoder.* it would be replaced by a fresh one
             words += ["decoder={}", "train=decoder"]
             words += [f"decoder.latents={decoder.latents}"] if decoder.latents is not None else []

@@ -27,6 +27,7 @@ from latent_ae.objectives.convnext import ConvNeXtSettings
 from latent_ae.objectives.dino import DinoSettings
 from latent_ae.objectives.distillation import DistillationSettings
 from latent_ae.objectives.equivariance import EquivarianceSettings
+from latent_ae.objectives.flow_matching import FlowMatchingSettings
 from latent_ae.objectives.fsq import FSQSettings, shape_of_codebook
 from latent_ae.objectives.gan import GanSettings, settings_of_others
 from latent_ae.objectives.kl import KLSettings
@@ -151,6 +152,7 @@ class TrainSettings(Settings):
     codebook: Annotated[CodeSettings, FIXED] = CodeSettings()
     alignment: AlignmentSettings = AlignmentSettings()
     distillation: DistillationSettings = DistillationSettings()
+    flow: FlowMatchingSettings = FlowMatchingSettings()
     semi_supervised: SemiSupervisedSettings = SemiSupervisedSettings()
     gan: GanSettings = GanSettings()
     optim: OptimSettings = OptimSettings()
@@ -255,7 +257,7 @@ class TrainSettings(Settings):
     def _a_new_decoder_trains_alone(cls, values: Any) -> Any:
         """Return the values, with `train: decoder` if they describe a new decoder and do not say what trains."""
         wanted = isinstance(values, dict) and isinstance(values.get("decoder"), dict)
-        if wanted and any(value is not None for value in values["decoder"].values()):
+        if wanted and any(value not in (None, {}) for value in values["decoder"].values()):
             return {"train": "decoder", **values}
         return values
 

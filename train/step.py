@@ -128,7 +128,14 @@ class TrainStep:
             for objective in self.objectives.values():
                 batch = objective.prepare(batch, step)
             out = self.reconstructor(
-                batch.images, batch.noise, batch.transforms, batch.decode, batch.quantiser, batch.second, batch.draws
+                batch.images,
+                batch.noise,
+                batch.transforms,
+                batch.decode,
+                batch.quantiser,
+                batch.second,
+                batch.draws,
+                batch.path,
             )
         done = Pass(
             batch,

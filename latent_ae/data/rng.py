@@ -15,6 +15,7 @@ import torch
 # streams of random numbers that must never overlap: the highest word of Philox's counter
 CROP, NOISE, ORDER, BLOCK, AUGMENT, LATENT_NOISE, CHANNELS, EQUIVARIANCE, BINARY, PERMUTATION, SPREAD, FLIP = range(12)
 MIXTURE, BUCKET, CLASS_NOISE, DOWNSAMPLING, REPLAY, BACKGROUND, NEIGHBOUR, RENDERING, GUMBEL, STYLE = range(12, 22)
+(PATH,) = range(22, 23)
 GOLDEN_RATIO = np.uint64(0x9E3779B97F4A7C15)
 """Its fractional part as a fraction of 2 ** 64."""
 
@@ -162,6 +163,14 @@ def style_noise(seed: int, numbers: Sequence[int], size: int) -> torch.Tensor:
     """Return standard normal noise for the styles of samples: (N, size) float32 on the CPU."""
     generators = (np.random.Generator(_philox(seed, number, STYLE)) for number in numbers)
     return torch.from_numpy(np.stack([generator.standard_normal(size, dtype=np.float32) for generator in generators]))
+
+
+def path_noise(seed: int, numbers: Sequence[int], shape: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return what places N samples on a path from noise to image: normal numbers (N,), and normal noise (N, *shape)."""
+    generators = [np.random.Generator(_philox(seed, number, PATH)) for number in numbers]
+    places = np.array([generator.standard_normal() for generator in generators], dtype=np.float32)
+    noise = [generator.standard_normal(tuple(shape), dtype=np.float32) for generator in generators]
+    return torch.from_numpy(places), torch.from_numpy(np.stack(noise))
 
 
 def augmentation_numbers(seed: int, numbers: Sequence[int], count: int) -> torch.Tensor:

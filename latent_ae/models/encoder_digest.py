@@ -22,7 +22,8 @@ ENCODES = {*SIDES["encoder"], *SIDES["codebook"], *SIDES["flow"], "bn"}
 def encoder_sha256(module: Any) -> str:
     """Return a digest of the weights and the config that encode, of the kind of latent and of its scaling.
 
-    An AutoencoderKL and the AsymmetricAutoencoderKL that it becomes with a new decoder have the same digest. Layers
+    An AutoencoderKL and what it becomes with a new decoder, an AsymmetricAutoencoderKL or a FlowMatchingVAE, have the
+    same digest. Layers
     that change nothing do not count: such a model has them where the original has none.
 
     Args:
@@ -34,7 +35,7 @@ def encoder_sha256(module: Any) -> str:
     if isinstance(encoder, BorrowedEncoder):
         return hashlib.sha256(f"scaled by {encoder_sha256(encoder.original)}".encode()).hexdigest()
     kind, config = str(family_name(module)), dict(module.config)
-    if kind in ("AutoencoderKL", "AsymmetricAutoencoderKL"):
+    if kind in ("AutoencoderKL", "AsymmetricAutoencoderKL", "FlowMatchingVAE"):
         kind, config = "AutoencoderKL", {key: config[key] for key in KL_KEYS}
     # AutoencoderTiny repeats the widths of its decoder in block_out_channels; those of an encoder are in its weights
     foreign = {"sample_size", "block_out_channels", "force_upcast", *(DECODERS[kind][:2] if kind in DECODERS else ())}

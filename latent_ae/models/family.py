@@ -10,7 +10,7 @@ from latent_ae.models.adapters import Moments
 
 SIDES: dict[str, tuple[str, ...]] = {
     "encoder": ("encoder", "quant_conv"),
-    "decoder": ("decoder", "decoder_unet", "post_quant_conv"),
+    "decoder": ("decoder", "decoder_unet", "post_quant_conv", "base"),
     "codebook": ("quantize", "embedding"),
     "flow": ("flow",),
 }
@@ -150,6 +150,8 @@ class Family(NamedTuple):
     """Whether export tries the model in half precision and in tiles."""
     pipeline_decodes: bool = False
     """Whether DiTPipeline can decode with the model."""
+    flow_matching: bool = False
+    """Whether the decoder carries noise to an image, and is trained by flow matching."""
     gradient_checkpointing: bool | None = None
     """Whether the blocks can be recomputed in the backward pass; None follows diffusers' flag of the class."""
 

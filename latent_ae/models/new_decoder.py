@@ -44,7 +44,8 @@ def with_new_decoder(original: ModelMixin, wanted: DecoderSettings, seed: int = 
     also changes the memory layout of what follows, so that latents in the plain layout can differ in rounding (1e-6);
     in channels-last, in which this project computes, they do not.
 
-    With `wanted.kind` an AutoencoderKL becomes an AutoencoderTiny that encodes with it (`BorrowedEncoder`).
+    With `wanted.kind` an AutoencoderKL becomes an AutoencoderTiny that encodes with it (`BorrowedEncoder`), or a
+    FlowMatchingVAE, which keeps the plain decoder as its base if it has residuals to make.
 
     Args:
         original: The first stage, which is left unchanged; the new one has copies of its weights.
@@ -55,6 +56,8 @@ def with_new_decoder(original: ModelMixin, wanted: DecoderSettings, seed: int = 
         UserError: If the class has no decoder of its own shape, or refuses the wanted one.
     """
     kind, config = str(family_name(original)), dict(original.config)
+    if wanted.kind == "FlowMatchingVAE":
+        return _flow_matching(original, wanted, seed)
     if wanted.kind is not None:
         kind, config = wanted.kind, _tiny(original)
     elif kind == "AutoencoderKL":
@@ -65,6 +68,19 @@ def with_new_decoder(original: ModelMixin, wanted: DecoderSettings, seed: int = 
             f"have are AutoencoderKL, {', '.join(DECODERS)}"
         )
     config |= _changes(kind, config, wanted)
+    model = _fresh(kind, config, seed)
+    if wanted.kind is not None:
+        model.encoder = BorrowedEncoder(copy.deepcopy(original), model.encoder.state_dict())
+        return model
+    model.register_to_config(**{key: config[key] for key in UNSTATED if key in config})
+    model.load_state_dict(_kept_weights(model, original.state_dict()), strict=False)
+    if isinstance(original.encoder, BorrowedEncoder):
+        model.encoder = copy.deepcopy(original.encoder)
+    return model
+
+
+def _fresh(kind: str, config: dict[str, Any], seed: int) -> ModelMixin:
+    """Return a fresh first stage of a class. Raises UserError if the class refuses the config."""
     cls = class_of(kind)
     known = inspect.signature(cls.__init__).parameters.keys() - {"self"}
     with torch.random.fork_rng(devices=[]):
@@ -76,19 +92,42 @@ def with_new_decoder(original: ModelMixin, wanted: DecoderSettings, seed: int = 
         except (TypeError, ValueError, AssertionError, IndexError, RuntimeError, ZeroDivisionError) as error:
             reason = " ".join(str(error).split())[:300]
             raise UserError(f"decoder: {kind} refuses this one: {reason}") from error
-    if wanted.kind is not None:
-        model.encoder = BorrowedEncoder(copy.deepcopy(original), model.encoder.state_dict())
-        return model
-    model.register_to_config(**{key: config[key] for key in UNSTATED if key in config})
-    model.load_state_dict(_kept_weights(model, original.state_dict()), strict=False)
-    if isinstance(original.encoder, BorrowedEncoder):
-        model.encoder = copy.deepcopy(original.encoder)
     return model
+
+
+def _flow_matching(original: Any, wanted: DecoderSettings, seed: int) -> ModelMixin:
+    """Return a FlowMatchingVAE with the weights of an AutoencoderKL and a fresh network beside them."""
+    if (kind := family_name(original)) != "AutoencoderKL":
+        raise UserError(
+            f"decoder.kind: a FlowMatchingVAE is made from an AutoencoderKL, and init_from brings a {kind}: leave "
+            "decoder.kind out"
+        )
+    if wanted.layers_per_block is not None and not isinstance(wanted.layers_per_block, int):
+        raise UserError("decoder.layers_per_block: all levels of a FlowMatchingVAE have the same number: give one")
+    shape = {
+        "unet_block_out_channels": wanted.block_out_channels,
+        "unet_layers_per_block": wanted.layers_per_block,
+    }
+    given = {key: value for key, value in shape.items() if value is not None}
+    model: Any = _fresh("FlowMatchingVAE", {**original.config, **given, **wanted.config}, seed)
+    model.encoder.load_state_dict(original.encoder.state_dict())
+    for part, old in ((model.quant_conv, original.quant_conv), *_base_parts(model, original)):
+        if part is not None:
+            part.load_state_dict(old.state_dict())
+    fresh: ModelMixin = model
+    return fresh
+
+
+def _base_parts(model: Any, original: Any) -> list[tuple[Any, Any]]:
+    """Return the layers of a FlowMatchingVAE's plain decoder, each with those of the AutoencoderKL."""
+    if model.base is None:
+        return []
+    return [(model.base.post_quant_conv, original.post_quant_conv), (model.base.decoder, original.decoder)]
 
 
 def decoder_parameters(autoencoder: ModelMixin) -> int:
     """Return the number of parameters that decode images; the mask's of an AsymmetricAutoencoderKL do not count."""
-    names = ("decoder.", "post_quant_conv.")
+    names = ("decoder.", "post_quant_conv.", "base.")
     return sum(
         parameter.numel()
         for name, parameter in autoencoder.named_parameters()

@@ -8,6 +8,7 @@ from diffusers import ModelMixin
 from torch import Tensor, nn
 
 from latent_ae.arithmetic import WeightPrecisionConv2d
+from latent_ae.models.flow_matching import Path
 from latent_ae.models.posterior import draw
 from latent_ae.models.quantize import PLAIN, Codes, Quantiser, quantised
 from latent_ae.models.registry import family_of
@@ -65,6 +66,7 @@ class Reconstructor(nn.Module):
         quantiser: Quantiser = PLAIN,
         second: Callable[[Tensor], Tensor] | None = None,
         draws: Mapping[str, Sequence[Tensor]] = {},
+        path: Path | None = None,
     ) -> Reconstruction:
         """Reconstruct images.
 
@@ -78,6 +80,7 @@ class Reconstructor(nn.Module):
             quantiser: How latents are replaced by codes, if there is a codebook.
             second: Applied to the latent after the transforms; the result is decoded besides.
             draws: Random tensors that each head takes besides the latent, by its name.
+            path: Where a FlowMatchingVAE looks at each image on its way from noise; None decodes as in evaluation.
         """
         encoder, kind = getattr(self.autoencoder, "encoder", None), family_of(self.autoencoder).latent
         codes, how, log_scale = tuple[Codes, ...](), {}, None
@@ -104,6 +107,8 @@ class Reconstructor(nn.Module):
         decode_latent = partial(family_of(self.autoencoder).decode, self.autoencoder, **how)
         if kind == "categorical":
             image, log_scale = self.autoencoder.decode_distribution(decoded)
+        elif path is not None:
+            image = self.autoencoder.estimate(decoded, path)
         else:
             image = decode_latent(decoded).float()
         second_image = decode_latent(second(decoded)).float() if second is not None else None
@@ -136,14 +141,16 @@ def codebooks_of(autoencoder: Any) -> list[nn.Parameter]:
 def keep_posterior_precise_(module: nn.Module) -> None:
     """Keep the convolutions around a Gaussian posterior in float32 under autocast, in place.
 
-    They are the encoder's last convolution, `quant_conv`, `post_quant_conv` and the decoder's first convolution. In
+    They are the encoder's last convolution, `quant_conv`, `post_quant_conv` and the decoder's first convolution (of both
+    decoders of a FlowMatchingVAE). In
     bfloat16 each would round a latent to 8 bits. The error is often larger than the posterior's standard deviation, so
     the KL term would charge for a precision that does not reach the decoder. Names and values of the weights stay.
     Models without such a posterior and convolutions of videos do not change.
     """
     if family_of(module).latent not in ("posterior", "flow"):
         return
-    for name in ("encoder.conv_out", "quant_conv", "post_quant_conv", "decoder.conv_in"):
+    names = ("encoder.conv_out", "quant_conv", "post_quant_conv", "decoder.conv_in")
+    for name in (*names, "base.post_quant_conv", "base.decoder.conv_in"):
         layer: Any = module
         for part in name.split("."):
             layer = getattr(layer, part, None)  # no class has all of them

@@ -128,6 +128,14 @@ FAMILIES = {
         codes=of_config("num_vq_embeddings"),
         codes_per_position=_codes_per_position,
     ),
+    # its plain decoder is never trained
+    "FlowMatchingVAE": Family(
+        "posterior",
+        powers_of_two("block_out_channels"),
+        unreached="base.",
+        trains=("decoder",),
+        flow_matching=True,
+    ),
     "FlowAutoencoderKL": Family("flow", powers_of_two("block_out_channels"), encoded="vae.encode(images).latent"),
     "AutoencoderRAE": Family(
         "deterministic",
@@ -205,6 +213,7 @@ FAMILIES = {
 OWN = {
     "DiscreteVAE": "latent_ae.models.discrete",
     "FlowAutoencoderKL": "latent_ae.models.flow",
+    "FlowMatchingVAE": "latent_ae.models.flow_matching",
     "HierarchicalVAE": "latent_ae.models.hierarchical",
     "VQVAE2": "latent_ae.models.vqvae2",
 }

@@ -31,12 +31,16 @@ class DecoderSettings(Settings):
     Only the decoder trains; encoder, latents and scaling stay bit for bit. A new one starts from fresh weights.
     """
 
-    kind: Literal["AutoencoderTiny"] | None = None
-    """Class of the new decoder, for the scaled latents of an AutoencoderKL, as TAESD's is; null keeps the class of
-    init_from, or takes the one that has its encoder."""
+    kind: Literal["AutoencoderTiny", "FlowMatchingVAE"] | None = None
+    """Class of the new decoder of an AutoencoderKL's latents: AutoencoderTiny takes scaled ones, as TAESD does, and
+    FlowMatchingVAE carries noise to an image; null keeps the class of init_from, or takes the one that has its
+    encoder."""
+    config: dict[str, Any] = {}
+    """Further keys and values of the config of a FlowMatchingVAE: sampling_steps, residual, noise_scale, patch_size,
+    unet_norm_num_groups."""
     block_out_channels: Annotated[tuple[Positive, ...], Field(min_length=1)] | None = None
     """Widths of the decoder's levels, from the image down, as many as init_from has; null keeps its widths. Those of
-    an AutoencoderTiny are equal, and null means 64 with decoder.kind."""
+    an AutoencoderTiny are equal, and null means 64 with decoder.kind. A FlowMatchingVAE's are any number."""
     layers_per_block: Positive | tuple[NonNegative, ...] | None = None
     """Blocks of each level, as the class of init_from counts them: one number, or, for AutoencoderDC and
     AutoencoderTiny, one for each level, from the latents up; null keeps its numbers, and means 3, and 1 in the
@@ -49,6 +53,13 @@ class DecoderSettings(Settings):
     def wanted(self) -> bool:
         """Whether the run replaces the decoder."""
         return any(value is not None for value in (self.kind, self.block_out_channels, self.layers_per_block))
+
+    def problems(self) -> Iterator[Problem]:
+        keys = ("sampling_steps", "residual", "noise_scale", "patch_size", "unet_norm_num_groups")
+        if self.config and self.kind != "FlowMatchingVAE":
+            yield Problem("config", "is for decoder.kind FlowMatchingVAE: leave it out")
+        elif unknown := sorted(self.config.keys() - set(keys)):
+            yield Problem(f"config.{unknown[0]}", f"is no key of this decoder; it has {', '.join(keys)}")
 
 
 class ModelFacts(NamedTuple):
@@ -74,6 +85,8 @@ class ModelFacts(NamedTuple):
     the `codes` of a codebook; empty if they are known only once the autoencoder is built."""
     codes: int | None = None
     """Number of codes of a codebook."""
+    flow_matching: bool = False
+    """Whether the decoder is trained by flow matching."""
     channel_keys: tuple[str, ...] = ()
     """Settings that give the number of `channels`; empty for an existing first stage, which keeps its own."""
 

@@ -16,6 +16,7 @@ from latent_ae.objectives.convnext import ConvNeXtLoss
 from latent_ae.objectives.dino import DinoLoss
 from latent_ae.objectives.distillation import Distillation
 from latent_ae.objectives.equivariance import Equivariance
+from latent_ae.objectives.flow_matching import FlowMatching
 from latent_ae.objectives.fsq import FSQ
 from latent_ae.objectives.gan import GAN
 from latent_ae.objectives.kl import KL
@@ -29,6 +30,7 @@ OBJECTIVES: tuple[type[Objective[Any]], ...] = (
     LatentNoise,
     ChannelMasking,
     Equivariance,
+    FlowMatching,
     Reconstruction,
     Alpha,
     BandViews,

@@ -12,6 +12,7 @@ from latent_ae.models.quantize import PLAIN, Quantiser
 from latent_ae.models.settings import ModelFacts
 
 if TYPE_CHECKING:  # brings diffusers
+    from latent_ae.models.flow_matching import Path
     from latent_ae.models.reconstruct import Reconstruction, Reconstructor
 
 S = TypeVar("S", bound=Settings)
@@ -96,6 +97,8 @@ class Batch(NamedTuple):
     """What frozen networks see of them: (N, 1 or 3, H, W) images, one loss each."""
     full_size: int = 0
     """Number of elements (C x H x W) of one image as loaded."""
+    path: "Path | None" = None
+    """Where each image is on the way from noise, if the decoder is trained by flow matching."""
     labels: Tensor | None = None
     """(N,) int64 classes, -1 where they are unknown or hidden; None if no objective needs labels."""
 

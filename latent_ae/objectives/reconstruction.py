@@ -91,7 +91,8 @@ class Reconstruction(Objective[ReconstructionSettings]):
                 f"logit_laplace needs a decoder that gives the scale of each value, as a DiscreteVAE has: {model.name} "
                 "has none, so use logistic",
             )
-        if not (own.pixel_weight or own.perceptual or run.enabled & {"convnext", "dino"}):
+        other = run.enabled & {"convnext", "dino"} or (model is None or model.flow_matching)
+        if not (own.pixel_weight or own.perceptual or other):
             yield Problem("loss", "pixel_weight and perceptual are both 0: nothing would be reconstructed")
         if own.scale_consistency:
             yield from scale_problems(own, run, model)
@@ -262,7 +263,9 @@ def scale_problems(own: ReconstructionSettings, run: RunFacts, model: ModelFacts
         yield Problem(key, "decodes images of other sizes, for which networks are compiled again: set compile=false")
     if model is None:
         return
-    if not model.one_grid:
+    if model.flow_matching:
+        yield Problem(key, f"decodes a second time, which {model.name} does in steps from noise: set it to 0")
+    elif not model.one_grid:
         yield Problem(key, model.fixed_latent)
     elif model.side is not None:
         yield Problem(key, f"downsamples images, and {model.name} takes images of {model.side} px only: set it to 0")

@@ -53,7 +53,7 @@ def test_what_a_run_that_goes_on_may_change() -> None:
     assert by_mark["switch"] == {
         *("gan.weight", "ema.decay", "loss.kl_target", "loss.total_correlation"),
         "loss.backgrounds",  # metrics are of composites with it, and of channels without
-        *("alignment.model", "alignment.adaptive", "distillation.teacher"),
+        *("alignment.model", "alignment.adaptive", "distillation.teacher", "flow.teacher_steps"),
     }
     assert by_mark["fixed with learned_logvar"] == {"loss.pixel", "loss.scale"}
     fixed_sections = {key for key in keys if key.split(".")[0] in ("codebook", "data", "decoder", "model")}

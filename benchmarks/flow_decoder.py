@@ -1,0 +1,111 @@
+"""A decoder trained by flow matching beside plain ones, on the same encoder and for about the same processor time.
+
+    python -m benchmarks.flow_decoder --data TRAIN_FOLDER --held-out TEST_FOLDER --scratch FOLDER
+
+The first stage is the recipe `quickstart` with factor 8 and 4 latent channels, so that a decoder has much to invent.
+Its own decoder trains on, a fresh plain one of the size of all of a FlowMatchingVAE's decoders trains, and flows from
+noise train: of residuals to the plain decoder's image, which is then distilled to one step, and of pixels. The
+steps of each are in CONTESTANTS, the seconds in the result. Killed, it goes on when started again with the same scratch
+folder. Writes benchmarks/results/flow-decoder.json after each.
+"""
+
+import argparse
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.machine import save
+from benchmarks.runs import evaluate, folder_name, seconds_of, train
+from latent_ae.models.loading import load_first_stage
+from latent_ae.models.new_decoder import decoder_parameters
+
+FIRST = "model.block_out_channels=[32,64,64,64] model.latent_channels=4 steps=480 gan.start=320"
+COMMON = "precision=bf16 validate.every=1000000 checkpoint.every=1000000 validate.crop_px=128 validate.images=20"
+GAN = "gan.weight=1 gan.start={} gan.discriminator_warmup=15 gan.warmup=15 gan.channels=32 gan.layers=2"
+FLOW = "phases=[] decoder.config.noise_scale=0.15"
+
+
+class Contestant:
+    """A recipe with changes, how many steps its decoder takes from noise, and what it begins with."""
+
+    def __init__(self, recipe: str, settings: str, sampled: tuple[int, ...] = (), begins_with: str = ""):
+        self.recipe, self.settings, self.sampled, self.begins_with = recipe, settings, sampled, begins_with
+
+
+CONTESTANTS = {
+    "plain, trained on": Contestant(
+        "new-decoder", f"decoder={{}} train=decoder optim.lr=3e-4 steps=900 {GAN.format(600)}"
+    ),
+    "plain, of equal size": Contestant(
+        "new-decoder", f"decoder.block_out_channels=[64,96,96,96] steps=600 {GAN.format(400)}"
+    ),
+    "flow of pixels": Contestant(
+        "flow-decoder", f"{FLOW} decoder.config.noise_scale=0.5 decoder.config.residual=false steps=600", (1, 2, 4, 8)
+    ),
+    "flow of residuals": Contestant("flow-decoder", f"{FLOW} steps=480", (1, 2, 4, 8)),
+    "distilled to one step": Contestant(
+        "flow-decoder", f"{FLOW} decoder={{}} train=decoder flow.teacher_steps=8 steps=120", (1,), "flow of residuals"
+    ),
+}
+EVALUATION = "limit=200 crop_px=128 resize_px=null latents=[mode] lpips=[vgg] frechet=[vgg16] baseline=false"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--held-out", type=Path, required=True)
+    parser.add_argument("--scratch", type=Path, required=True)
+    parser.add_argument("--only", nargs="+", default=list(CONTESTANTS), choices=CONTESTANTS, metavar="NAME")
+    words = parser.parse_args()
+    torch.set_num_threads(1)
+    data = [f"data.source={words.data}", f"data.eval_source={words.held_out}", *COMMON.split()]
+    first = words.scratch / "first"
+    train(first, "quickstart", *FIRST.split(), *data)
+    rows = {"first stage": measured(first, words.held_out, ())}
+    for name in words.only:
+        contestant, run = CONTESTANTS[name], words.scratch / folder_name(name)
+        before = words.scratch / folder_name(contestant.begins_with) if contestant.begins_with else first
+        train(run, contestant.recipe, f"init_from={before / 'export'}", *contestant.settings.split(), *data)
+        rows[name] = measured(run, words.held_out, contestant.sampled)
+        rows[name]["settings"] = f"{contestant.recipe} {contestant.settings}"
+        if contestant.begins_with:
+            rows[name]["processor_seconds"] += seconds_of(before)
+        facts = {"data": words.data.parent.name, "evaluation": EVALUATION, "first": FIRST, "common": COMMON}
+        save("flow-decoder", {**facts, "rows": rows})
+
+
+def measured(run: Path, held_out: Path, sampled: tuple[int, ...]) -> dict[str, Any]:
+    """What the decoder of a run makes of held-out photographs, by its steps from noise ("" if it takes none)."""
+    stage = load_first_stage(str(run / "export"))
+    assert stage.module is not None
+    figures: dict[str, dict[str, Any]] = {}
+    for steps, export in exports(run, sampled):
+        out = run / f"recon{steps}"
+        result = evaluate(out, "recon", export, held_out, *EVALUATION.split(), "num_workers=0")
+        metrics = result["metrics"]["mode"]
+        figures[steps] = {key: metrics[key] for key in ("psnr", "ssim", "lpips_vgg", "frechet_vgg16")}
+    return {
+        "processor_seconds": seconds_of(run),
+        "decoder_parameters": decoder_parameters(stage.module),
+        "figures": figures,
+    }
+
+
+def exports(run: Path, sampled: tuple[int, ...]) -> Iterator[tuple[str, Path]]:
+    """The run's export, with each number of steps in its config."""
+    if not sampled:
+        yield "", run / "export"
+    for steps in sampled:
+        folder = run / f"export-{steps}"
+        shutil.copytree(run / "export", folder, dirs_exist_ok=True)
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"sampling_steps": steps}, indent=2))
+        yield str(steps), folder
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,210 @@
+"""Decoders that carry noise to an image: the path, its Euler steps, what trains them and what teaches them."""
+
+import copy
+import shlex
+from typing import Any
+
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor
+
+from latent_ae.config import UserError
+from latent_ae.models.flow_matching import FlowMatchingVAE
+from latent_ae.models.loading import first_stage
+from latent_ae.models.new_decoder import with_new_decoder
+from latent_ae.models.settings import DecoderSettings
+from latent_ae_train.settings import TrainSettings
+from tests.tiny import SIDE, build_step, micro_batches, settings_for, weights
+from tests.tiny_models import TWO, pictures
+
+SHAPE = {"kind": "FlowMatchingVAE", "block_out_channels": (8,), "config": {"unet_norm_num_groups": 4}}
+
+
+def original() -> AutoencoderKL:
+    torch.manual_seed(0)
+    return AutoencoderKL(**TWO, latent_channels=4, scaling_factor=0.4, shift_factor=0.1).eval()
+
+
+def made(moved: bool = False, **config: Any) -> FlowMatchingVAE:
+    """A decoder that begins as `original`; `moved`: with random last weights."""
+    wanted = DecoderSettings(**{**SHAPE, "config": {**SHAPE["config"], **config}})
+    model = with_new_decoder(original(), wanted, seed=1).eval()
+    assert isinstance(model, FlowMatchingVAE)
+    if moved:
+        torch.manual_seed(2)
+        model.decoder.conv_out.reset_parameters()
+    return model
+
+
+@torch.no_grad()
+def test_it_begins_as_the_plain_decoder_and_keeps_the_latents(tmp_path: Any) -> None:
+    """Bit for bit, with any number of steps, from a folder, too; one of pixels begins gray."""
+    old, images = original(), pictures(16)
+    latents = old.encode(images).latent_dist.mean
+    for steps in (1, 3):
+        model = made(sampling_steps=steps)
+        model.save_pretrained(tmp_path / str(steps))
+        loaded = FlowMatchingVAE.from_pretrained(tmp_path / str(steps)).eval()
+        assert torch.equal(loaded.encode(images).latent_dist.mean, latents)
+        assert torch.equal(loaded.decode(latents).sample, old.decode(latents).sample)
+    assert first_stage(model).encoder_sha256 == first_stage(old).encoder_sha256
+    assert (model.config.scaling_factor, model.config.shift_factor) == (0.4, 0.1)
+    pixels = made(residual=False)
+    assert pixels.base is None and not pixels.decode(latents).sample.any()
+    assert torch.equal(pixels.encode(images).latent_dist.mean, latents)
+
+
+@torch.no_grad()
+def test_the_noise_is_the_same_for_each_image_unless_a_generator_draws_it() -> None:
+    model, latents = made(moved=True), torch.randn(3, 4, 8, 8)
+    whole = model.decode(latents).sample
+    torch.testing.assert_close(model.decode(latents[1:2]).sample, whole[1:2], rtol=0, atol=1e-5)
+    torch.manual_seed(0)
+    drawn = model.decode(latents, generator=torch.Generator().manual_seed(3)).sample
+    assert not torch.allclose(drawn, whole, atol=1e-3)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("steps", [1, 4])
+def test_euler_steps(steps: int) -> None:
+    """Against the method as textbooks write it: x += v / n."""
+    model, latents, noise = made(moved=True), torch.randn(2, 4, 8, 8), torch.randn(2, 3, 16, 16)
+    base = model.base(latents)
+    state = noise.clone()
+    for number in range(steps):
+        times = torch.full((2,), number / steps)
+        clean = model._clean(state, times, base, latents)
+        state = state + (clean - state) / (1.0 - number / steps) / steps
+    torch.testing.assert_close(model.carried(latents, noise, steps), base + 0.15 * state, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_many_steps_draw_from_the_distribution_whose_mean_the_network_knows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the exact expectation of Gaussian pixels N(m, s^2) given x_t, the images are distributed like them."""
+    mean, spread, scale = 0.3, 0.6, 0.5
+
+    def expectation(state: Tensor, times: Tensor, base: Tensor, latents: Tensor) -> Tensor:
+        t = times.view(-1, 1, 1, 1)  # x_t = (1 - t) e + t y is Gaussian together with y
+        gain = t * spread**2 / ((1 - t) ** 2 + t**2 * spread**2)
+        return mean + gain * (state - t * mean)
+
+    model = made(residual=False, noise_scale=scale)
+    monkeypatch.setattr(model, "_clean", expectation)
+    noise = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    images = model.carried(torch.zeros(1, 4, 32, 32), noise, 200) / scale
+    torch.testing.assert_close(images, mean + spread * noise, rtol=0, atol=0.03)
+
+
+def of_run(folder: Any) -> TrainSettings:
+    found: TrainSettings = settings_for(
+        init_from=str(folder),
+        train="decoder",
+        model=TrainSettings().model.model_dump(),
+        decoder=DecoderSettings(**SHAPE).model_dump(),
+        batch_size=2,
+        loss={"pixel_weight": 0.0},
+    )
+    return found
+
+
+def test_the_loss_is_the_squared_error_of_the_velocity(tmp_path: Any) -> None:
+    """Its gradient by autograd of the velocity itself, at x_t made by hand; nothing but the network moves."""
+    original().save_pretrained(tmp_path)
+    settings = of_run(tmp_path)
+    step = build_step(settings)
+    model: Any = step.bare_reconstructor.autoencoder
+    torch.nn.init.normal_(model.decoder.conv_out.weight, std=0.1)
+    batch = next(drawn(settings, step))
+    done = step.forward_backward(batch, 0)
+    normal, noise = batch.draws["flow_matching"]
+    times = torch.sigmoid(normal)
+    copied = copy.deepcopy(model)
+    copied.zero_grad()
+    with torch.no_grad():
+        latents = model.encode(batch.images).latent_dist
+        latents = latents.mean + latents.std * batch.noise
+        base = model.base(latents)
+    t, clean = times.view(-1, 1, 1, 1), (batch.target - base) / 0.15
+    there = (1 - t) * noise + t * clean
+    velocity = (copied._clean(there, times, base, latents) - there) / (1 - t)
+    loss = (velocity - (clean - noise)).square().mean()
+    assert times.max() < 0.95  # so that 1 - t is not bounded
+    torch.testing.assert_close(done.logs["flow_matching"], loss.detach())
+    loss.backward()
+    for (name, ours), theirs in zip(model.named_parameters(), copied.parameters(), strict=True):
+        assert (ours.grad is None) == (theirs.grad is None) == (not name.startswith("decoder.")), name
+        if ours.grad is not None:
+            torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-3, atol=1e-5)
+
+
+def drawn(settings: TrainSettings, step: Any) -> Any:
+    """Micro-batches with what the step's own objectives draw."""
+    for batch in micro_batches(0, settings):
+        draws = {one.name: one.draw(batch.numbers, batch.noise.shape[1:]) for one in step.objectives.values()}
+        yield batch._replace(draws=draws)
+
+
+def test_the_teachers_images_of_the_same_noise_are_the_targets(tmp_path: Any) -> None:
+    """And the decoder takes one step; the teacher does not move with it."""
+    teacher = made(moved=True, sampling_steps=3)
+    teacher.save_pretrained(tmp_path)
+    settings = settings_for(
+        init_from=str(tmp_path),
+        train="decoder",
+        model=TrainSettings().model.model_dump(),
+        batch_size=2,
+        loss={"pixel_weight": 0.0},
+        flow={"teacher_steps": 3},
+    )
+    step = build_step(settings)
+    model: Any = step.bare_reconstructor.autoencoder
+    assert model.config.sampling_steps == 1
+    before = weights(step.objectives["flow_matching"].teacher)
+    for number in range(2):
+        batch = next(drawn(settings, step))
+        with torch.no_grad():
+            latents = model.encode(batch.images).latent_dist
+            latents = latents.mean + latents.std * batch.noise
+            noise = batch.draws["flow_matching"][1]
+            wanted, got = teacher.carried(latents, noise, 3), model.carried(latents, noise, 1)
+        logs = step(number, iter([batch]))
+        torch.testing.assert_close(
+            logs["distance_to_teacher"], ((got - wanted) / 0.15).square().mean(), rtol=1e-4, atol=1e-6
+        )
+    assert all(torch.equal(before[name], now) for name, now in weights(step.objectives["flow_matching"].teacher).items())
+    facts = step.objectives["flow_matching"].facts()
+    with pytest.raises(UserError, match="^flow.teacher_steps: the run learned from weights with sha256 other"):
+        step.objectives["flow_matching"].refuse_another({**facts, "flow_teacher_sha256": "other"})
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("flow.teacher_steps=4", "flow.teacher_steps: is for a FlowMatchingVAE, and not for this AutoencoderKL"),
+        ("flow.teacher_steps=1", "flow.teacher_steps: 1 teaches what the decoder does already"),
+        ("flow.weight=0", "flow.weight: 0 leaves the decoder"),
+        ("flow.teacher_steps=4 flow.time_mean=1", "flow.time_mean: is for flow matching"),
+        ("decoder.config=\"{patch_size: 2}\"", "decoder.config: is for decoder.kind FlowMatchingVAE"),
+        ("decoder.kind=FlowMatchingVAE decoder.config=\"{steps: 2}\"", "decoder.config.steps: is no key of this decoder"),
+    ],
+)
+def test_settings_that_contradict_each_other(words: str, said: str) -> None:
+    with pytest.raises(UserError) as caught:
+        TrainSettings.load("quickstart", *shlex.split(words))
+    assert said in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "said"),
+    [
+        ({"block_out_channels": (8, 16, 16)}, "3 levels end at 8 px, which does not divide the factor 2"),
+        ({"config": {"sampling_steps": 0}}, "must be positive"),
+        ({"layers_per_block": (1, 2)}, ".layers_per_block: all levels of a FlowMatchingVAE"),
+    ],
+)
+def test_shapes_that_cannot_be(wanted: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError, match=f"^decoder.*{said}"):
+        with_new_decoder(original(), DecoderSettings(**{**SHAPE, **wanted}))
+    with pytest.raises(UserError, match="decoder.kind: a FlowMatchingVAE is made from an AutoencoderKL"):
+        with_new_decoder(made(), DecoderSettings(**SHAPE))
