@@ -12,9 +12,10 @@ from torch import nn
 
 from latent_ae.data.loader import crop_size_at
 from latent_ae.models.build import facts_of
+from latent_ae.models.registry import family_of
 from latent_ae.models.run_checkpoint import MANIFEST
 from latent_ae.objectives import GAN as GAN_OBJECTIVE
-from latent_ae.objectives import CodeRelaxation, Reconstruction, SemiSupervised
+from latent_ae.objectives import CodeRelaxation, FlowMatching, Reconstruction, SemiSupervised
 from latent_ae.objectives.base import Batch, Objective
 from latent_ae_train.build import compile_blocks, starting_autoencoder
 from latent_ae_train.data import drawn_batch
@@ -110,7 +111,13 @@ def drawing(settings: TrainSettings) -> list[Objective[Any]]:
     """The objectives that draw for samples; they need no networks for that."""
     run, model = settings.facts(), settings.model
     codes = model.config["num_vq_embeddings"] if model.kind == "DiscreteVAE" else 0
-    more = {GAN_OBJECTIVE: [nn.Identity()], CodeRelaxation: [codes], SemiSupervised: [nn.Identity()]}
+    flow = starting_autoencoder(settings) if settings.init_from is not None and not settings.decoder.latents else None
+    if flow is not None and not family_of(flow).flow_matching:
+        flow = None
+    more: dict[type[Objective[Any]], list[Any]] = {
+        **{GAN_OBJECTIVE: [nn.Identity()], CodeRelaxation: [codes], SemiSupervised: [nn.Identity()]},
+        FlowMatching: [flow],
+    }
     kinds = [kind for kind in settings.objectives if kind.draw is not Objective.draw]
     return [kind(settings.section_of(kind), run, *more.get(kind, [])) for kind in kinds]
 

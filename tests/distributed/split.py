@@ -105,6 +105,18 @@ def cases(place: Path) -> dict[str, Case]:
             "gan": {**FELT, "discriminator_warmup": 0},
         },
     )
+    found["flow"] = Case(
+        4,
+        {
+            **{"model": ModelSettings().model_dump(), "init_from": str(place / "original"), "train": "decoder"},
+            "decoder": {
+                **{"kind": "FlowMatchingVAE", "block_out_channels": [8]},
+                "config": {"patch_size": 1, "unet_norm_num_groups": 4},
+            },
+            "loss": {"perceptual": 0.5, "perceptual_every": 2, "pixel_weight": 0.0},
+            "gan": {**FELT, "discriminator_warmup": 0, "adaptive_cap": 1e6},
+        },
+    )
     found["codes"] = Case(
         4,
         {

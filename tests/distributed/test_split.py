@@ -44,6 +44,7 @@ NAMES = (
         "frozen networks",
         "RGBA",
         "stored latents",
+        "flow",
     ),
     *SHAPES,
 )

@@ -115,7 +115,7 @@ def test_the_loss_is_the_squared_error_of_the_velocity(tmp_path: Any) -> None:
     step = build_step(settings)
     model: Any = step.bare_reconstructor.autoencoder
     torch.nn.init.normal_(model.decoder.conv_out.weight, std=0.1)
-    batch = next(drawn(settings, step))
+    batch = next(micro_batches(0, settings))
     done = step.forward_backward(batch, 0)
     normal, noise = batch.draws["flow_matching"]
     times = torch.sigmoid(normal)
@@ -138,13 +138,6 @@ def test_the_loss_is_the_squared_error_of_the_velocity(tmp_path: Any) -> None:
             torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-3, atol=1e-5)
 
 
-def drawn(settings: TrainSettings, step: Any) -> Any:
-    """Micro-batches with what the step's own objectives draw."""
-    for batch in micro_batches(0, settings):
-        draws = {one.name: one.draw(batch.numbers, batch.noise.shape[1:]) for one in step.objectives.values()}
-        yield batch._replace(draws=draws)
-
-
 def test_the_teachers_images_of_the_same_noise_are_the_targets(tmp_path: Any) -> None:
     """And the decoder takes one step; the teacher does not move with it."""
     teacher = made(moved=True, sampling_steps=3)
@@ -162,7 +155,7 @@ def test_the_teachers_images_of_the_same_noise_are_the_targets(tmp_path: Any) ->
     assert model.config.sampling_steps == 1
     before = weights(step.objectives["flow_matching"].teacher)
     for number in range(2):
-        batch = next(drawn(settings, step))
+        batch = next(micro_batches(0, settings))
         with torch.no_grad():
             latents = model.encode(batch.images).latent_dist
             latents = latents.mean + latents.std * batch.noise
