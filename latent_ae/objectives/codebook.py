@@ -26,13 +26,13 @@ class CodebookSettings(Settings):
     commitment: Weight = 0.25
     """Weight of the term that moves latents to the codes of a codebook; codes move to latents with weight 1."""
     revive_after: NonNegative = 100
-    """Steps without use after which a code of a codebook restarts as a latent of the current step; 0 is never."""
+    """Steps without use after which a code of a codebook restarts as a latent of its own; 0 is never."""
 
 
 class Codebook(Objective[CodebookSettings]):
     """Moves codes and latents towards each other, and logs their use; does nothing if the model has no codes.
 
-    Dead codes restart as latents of the step's first sample (Dhariwal et al. 2020, random restarts). Codes that are
+    Dead codes restart as different latents of the step's first sample (Dhariwal et al. 2020, random restarts). Codes that are
     running means of latents (codebook.ema_decay) get no gradient; those of finite scalar quantisation
     (codebook.levels) stay fixed, and neither they nor the latents have a loss. Neither have codes that are drawn from a
     distribution (DiscreteVAE): the most likely ones are counted, and other losses move them.
@@ -125,8 +125,10 @@ class Codebook(Objective[CodebookSettings]):
     ) -> None:
         """Age the codes, and restart those that were not used for `loss.revive_after` steps.
 
-        A dead code becomes a latent of the step's first sample, drawn by (seed, step), and its moments in the optimizer
-        become 0. The result is the same on all processes, and nothing waits for the device.
+        A dead code becomes a latent of the step's first sample, and its moments in the optimizer become 0. The order
+        of the latents is drawn by (seed, step), and none is taken twice, because of two equal codes one is never the
+        nearest; dead codes beyond them wait for the next step. The result is the same on all processes, and nothing
+        waits for the device.
         """
         if self.counts is None or not self.candidates or not self.own.revive_after:
             return
@@ -139,9 +141,12 @@ class Codebook(Objective[CodebookSettings]):
                 torch.distributed.broadcast(fresh, src=0)  # the first process has the first sample
             age = torch.where(used > 0, 0.0, kept + 1.0)
             dead = (age > self.own.revive_after) & ~skipped
-            chosen = torch.randint(len(fresh), (len(codebook),), generator=generator)
+            order = torch.randperm(len(fresh), generator=generator)
             if codebook.is_cuda:
-                chosen = chosen.pin_memory().to(codebook.device, non_blocking=True)
+                order = order.pin_memory().to(codebook.device, non_blocking=True)
+            place = dead.cumsum(0) - 1  # of each dead code among them
+            dead &= place < len(fresh)
+            chosen = order[place.clamp(0, len(fresh) - 1)]
             codebook.copy_(torch.where(dead[:, None], fresh[chosen].to(codebook.dtype), codebook))
             if codebook.requires_grad:
                 for name in ("exp_avg", "exp_avg_sq"):

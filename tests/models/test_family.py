@@ -144,10 +144,17 @@ def test_a_code_starts_again_after_so_many_steps_without_use() -> None:
     assert objective.code_age.tolist() == [0, 1] + [0] * 30
     assert torch.equal(codebook[:2], before[:2]) and (codebook[2:] != before[2:]).any(1).all()
     (candidates,) = objective.candidates
-    assert candidates.shape == (64, 3)
+    assert candidates.shape == (64, 3) and len(candidates.unique(dim=0)) == 64
     assert (codebook[2:, None] == candidates).all(2).any(1).all(), "each is a latent of the step's first sample"
-    assert len(codebook[2:].unique(dim=0)) > 10
+    assert len(codebook[2:].unique(dim=0)) == 30, "of two equal codes one would never be the nearest"
     assert (moments["exp_avg"][:2] == 1).all() and not moments["exp_avg"][2:].any()
+    objective.candidates = [candidates[:20]]  # of a coarse grid
+    before, objective.code_age = codebook.detach().clone(), torch.full((32,), 2.0)
+    after(4, torch.zeros(32), good)
+    assert objective.code_age.tolist() == [0] * 20 + [3] * 12 and torch.equal(codebook[20:], before[20:])
+    assert {tuple(row) for row in codebook[:20].tolist()} == {tuple(row) for row in candidates[:20].tolist()}
+    after(5, torch.zeros(32), good)
+    assert objective.code_age.tolist() == [1] * 20 + [0] * 12, "the others restart in the next step"
 
 
 def test_codes_are_those_of_diffusers() -> None:
