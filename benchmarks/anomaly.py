@@ -18,11 +18,12 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from benchmarks.machine import RESULTS, save
-from benchmarks.runs import train
+from benchmarks.runs import folder_name, train
 
 CLASSES = {1: "automobile", 4: "deer"}
 """Of CIFAR-10; chosen before any result was seen."""
 MIXTURE, NEIGHBOURS = 4, 4000
+STAGES = {"first stage": "", "trained with a density": f"density.components={MIXTURE}"}
 HELD_OUT = 400
 """Training images of a class that give thresholds and train nothing."""
 MODEL = [
@@ -66,7 +67,6 @@ def one_class_out(data: Path, scratch: Path, steps: int, limit: int, seed: int) 
         pq.write_table(own.slice(HELD_OUT), folder / "seen.parquet")
         pq.write_table(own.slice(0, HELD_OUT), folder / "normal.parquet")
         words = ("data.resolution=32", "batch_size=16", f"seed={seed}")
-        model = trained(folder / "seen.parquet", scratch / f"run-{name}", steps, *words)
         normal = str(folder / "normal.parquet")
         settings = AnomalySettings(
             normal=normal,
@@ -78,12 +78,14 @@ def one_class_out(data: Path, scratch: Path, steps: int, limit: int, seed: int) 
             seed=seed,
         )
         tests = str(data / "cifar10/test.parquet")
-        found[name] = {
-            "first stage": figures(find_anomalies(model, tests, settings, progress=True)),
-            "bicubic /8": figures(
-                find_anomalies(lambda images: bicubic_down_up(images, 8), tests, settings, progress=True)
-            ),
-        }
+        found[name] = {}
+        for stage, more in STAGES.items():
+            run = scratch / folder_name(f"{name} {stage}")
+            model = trained(folder / "seen.parquet", run, steps, *words, *more.split())
+            found[name][stage] = figures(find_anomalies(model, tests, settings, progress=True))
+        found[name]["bicubic /8"] = figures(
+            find_anomalies(lambda images: bicubic_down_up(images, 8), tests, settings, progress=True)
+        )
     return found
 
 
@@ -93,9 +95,6 @@ def pasted_defects(data: Path, scratch: Path, steps: int, limit: int, seed: int)
     from latent_ae_eval.anomaly.settings import AnomalySettings
 
     photos = data / "bsds500"
-    model = trained(
-        photos / "train", scratch / "run-bsds500", steps, "data.resolution=64", "batch_size=8", f"seed={seed}"
-    )
     settings = AnomalySettings(
         normal=str(photos / "val"),
         crop_px=96,
@@ -105,12 +104,15 @@ def pasted_defects(data: Path, scratch: Path, steps: int, limit: int, seed: int)
         neighbours=NEIGHBOURS,
         seed=seed,
     )
-    return {
-        "first stage": figures(find_anomalies(model, photos / "test", settings, progress=True)),
-        "bicubic /8": figures(
-            find_anomalies(lambda images: bicubic_down_up(images, 8), photos / "test", settings, progress=True)
-        ),
-    }
+    found = {}
+    for stage, more in STAGES.items():
+        words = ("data.resolution=64", "batch_size=8", f"seed={seed}", *more.split())
+        model = trained(photos / "train", scratch / folder_name(stage), steps, *words)
+        found[stage] = figures(find_anomalies(model, photos / "test", settings, progress=True))
+    found["bicubic /8"] = figures(
+        find_anomalies(lambda images: bicubic_down_up(images, 8), photos / "test", settings, progress=True)
+    )
+    return found
 
 
 def main() -> None:

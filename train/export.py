@@ -14,7 +14,6 @@ from .settings import TrainSettings
 
 if TYPE_CHECKING:  # brings torch
     from latent_ae.models.discriminator import Discriminator
-    from latent_ae.models.label_model import LabelModel
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -136,7 +135,7 @@ def export(
         latents_mean_std=latents_mean_std,
         likelihood=read_likelihood(folder),
         discriminator=_discriminator_of(folder, settings, step),
-        label_model=_label_model_of(folder, settings, state, autoencoder),
+        companions=_companions_of(folder, settings, state, autoencoder),
     )
 
 
@@ -147,31 +146,39 @@ def _discriminator_of(folder: Path, settings: TrainSettings, step: int) -> "Disc
     return stored_discriminator(folder) if settings.gan.weight and step > settings.gan.start else None
 
 
-def _label_model_of(
-    folder: Path, settings: TrainSettings, state: dict[str, Any], autoencoder: Any
-) -> "LabelModel | None":
-    """Return the label model of a checkpoint; None if it has none. Raises UserError if it cannot be read."""
+def _companions_of(folder: Path, settings: TrainSettings, state: dict[str, Any], autoencoder: Any) -> dict[str, Any]:
+    """Return the networks of a checkpoint that belong into exports, by folder. Raises UserError if one is bad."""
     import torch
     from safetensors.torch import load_file
 
     from latent_ae.models.build import facts_of
-    from latent_ae.objectives import SemiSupervised
+    from latent_ae.objectives import DensityObjective, SemiSupervised
 
-    if settings.semi_supervised.classes is None:
-        return None
-    run = settings.facts(facts_of(autoencoder))
-    objective = SemiSupervised.build(settings.semi_supervised, run, autoencoder, torch.device("cpu"))
-    prefix = f"{objective.name}.label_model."
-    try:
-        weights = load_file(folder / "heads.safetensors")
-        objective.label_model.load_state_dict(
-            {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
-        )
-    except Exception as error:  # each reader raises its own kinds of errors for foreign content
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"{folder / 'heads.safetensors'} holds no label model of its shape: {reason}") from error
-    objective.name_classes(state.get("class_names", ()))
-    return objective.label_model
+    found = {}
+    # where each lies in a checkpoint
+    places: dict[Any, tuple[str, str]] = {
+        SemiSupervised: ("heads.safetensors", "label_model."),
+        DensityObjective: ("objectives.safetensors", "density."),
+    }
+    for kind, (file, part) in places.items():
+        own = settings.section_of(kind)
+        if not kind.enabled(own):
+            continue
+        objective = kind.build(own, settings.facts(facts_of(autoencoder)), autoencoder, torch.device("cpu"))
+        name, network = objective.exported()
+        prefix = f"{objective.name}.{part}"
+        try:
+            weights = load_file(folder / file)
+            network.load_state_dict(
+                {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+            )
+        except Exception as error:  # each reader raises its own kinds of errors for foreign content
+            reason = " ".join(str(error).split())[:300]
+            raise UserError(f"{folder / file} holds no {name} of its shape: {reason}") from error
+        if isinstance(objective, SemiSupervised):
+            objective.name_classes(state.get("class_names", ()))
+        found[name] = network
+    return found
 
 
 if __name__ == "__main__":

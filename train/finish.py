@@ -25,7 +25,7 @@ from latent_ae.models.posterior import draw
 from latent_ae.models.reconstruct import Reconstructor
 from latent_ae.models.registry import family_of
 from latent_ae.models.stored_encoder import encoder_in_memory
-from latent_ae.objectives import GAN, SemiSupervised
+from latent_ae.objectives import GAN
 from latent_ae.objectives.base import Objective
 from latent_ae.progress import now, progress_bar
 
@@ -95,7 +95,7 @@ def finish_run(
                 pipeline=settings.export_for,
                 likelihood=Likelihood(**facts["likelihood"]) if facts.get("likelihood") else None,
                 discriminator=trained_discriminator(objectives, settings.steps),
-                label_model=next((one.label_model for one in objectives if isinstance(one, SemiSupervised)), None),
+                companions=dict(one for one in (objective.exported() for objective in objectives) if one is not None),
             )
             for remark in results["export"].get("remarks", ()):
                 print(f"{settings.export_for}: {remark}", file=sys.stderr)

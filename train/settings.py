@@ -24,6 +24,7 @@ from latent_ae.objectives.code_gradient import CodeGradientSettings
 from latent_ae.objectives.code_relaxation import CodeRelaxationSettings
 from latent_ae.objectives.codebook import CodebookSettings
 from latent_ae.objectives.convnext import ConvNeXtSettings
+from latent_ae.objectives.density import DensitySettings
 from latent_ae.objectives.dino import DinoSettings
 from latent_ae.objectives.distillation import DistillationSettings
 from latent_ae.objectives.equivariance import EquivarianceSettings
@@ -154,6 +155,7 @@ class TrainSettings(Settings):
     distillation: DistillationSettings = DistillationSettings()
     flow: FlowMatchingSettings = FlowMatchingSettings()
     semi_supervised: SemiSupervisedSettings = SemiSupervisedSettings()
+    density: DensitySettings = DensitySettings()
     gan: GanSettings = GanSettings()
     optim: OptimSettings = OptimSettings()
     ema: EmaSettings = EmaSettings()

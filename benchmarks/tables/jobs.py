@@ -11,6 +11,7 @@ SCORES = {
     "lpips_mean": "`lpips_mean`",
     "lpips_max": "`lpips_max`",
     "negative_elbo": "`negative_elbo`",
+    "density": "`density`",
     "mixture": "`mixture`",
     "neighbours": "`neighbours`",
 }
@@ -21,24 +22,26 @@ def anomaly_table(result: dict[str, Any]) -> str:
     seeds = list(result["seeds"].values())
     # with pasted defects there is one set of images
     sets = list(seeds[0]) if "first stage" not in seeds[0] else [""]
+    kinds = list(seeds[0][sets[0]] if sets[0] else seeds[0])
     lines = [
         f"AUROC, first stages of {result['steps']} steps, {result['images']:,} images, "
         + ("one seed" if len(seeds) == 1 else f"{len(seeds)} seeds: mean (smallest to largest)")
         + f"; {where(result)}.",
         "",
-        "| | score | first stage | bicubic /8 |",
-        "|---|---|---:|---:|",
+        f"| | score | {' | '.join(kinds)} |",
+        f"|---|---|{'---:|' * len(kinds)}",
     ]
     for name in sets:
         found = [one[name] if name else one for one in seeds]
         for score, title in SCORES.items():
             cells = []
-            for kind in ("first stage", "bicubic /8"):
+            for kind in kinds:
                 areas = [one[kind]["scores"][score]["auroc"] for one in found if score in one[kind]["scores"]]
                 spread = f" ({min(areas):.2f} to {max(areas):.2f})" if len(areas) > 1 else ""
                 cells.append(f"{statistics.mean(areas):.2f}{spread}" if areas else "")
             images = f"CIFAR-10, {name} normal" if name else "BSDS500, pasted defects"
-            lines.append(f"| {images} | {title} | {cells[0]} | {cells[1]} |")
+            if any(cells):
+                lines.append(f"| {images} | {title} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

@@ -26,9 +26,10 @@ JOB = Job(
     figures=anomaly_figures,
     description="""\
 Score images by what the first stage fails to reconstruct, with thresholds from normal images, heat maps, and AUROC if
-it is known which images are normal. mixture=4 adds a density of latents and errors, neighbours=4000 the distance of
-patches to those of normal images; both need normal=DATA. A terminal gets a table, a pipe JSON; result.json,
-images.parquet, pictures.png and report.html are written into a folder.""",
+it is known which images are normal. A density that was trained with MODEL (density.components) scores, too. mixture=4
+adds one that is fitted to latents and errors, neighbours=4000 the distance of patches to those of normal images; both
+need normal=DATA. A terminal gets a table, a pipe JSON; result.json, images.parquet, pictures.png and report.html are
+written into a folder.""",
     examples="""\
 example: latent-ae eval anomaly runs/bottles bottles/test normal=bottles/held-out
 by labels: latent-ae eval anomaly MODEL bottles/test normal=bottles/held-out normal_class=good

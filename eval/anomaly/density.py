@@ -3,8 +3,6 @@
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from latent_ae.config import UserError
 
@@ -19,30 +17,12 @@ LARGEST = 1e6
 """Largest standardised feature, which also replaces features that are not finite."""
 
 
-def reconstruction_features(images: Tensor, reconstruction: Tensor) -> Tensor:
-    """Return DAGMM's features of a reconstruction (Zong et al. 2018, section 3.2).
-
-    Args:
-        images: (N, C, H, W).
-        reconstruction: The same shape.
-
-    Returns:
-        (N, 2) float64: the logarithm of the relative Euclidean distance |x - x'| / |x|, and the cosine similarity. The
-        paper takes the distance itself.
-    """
-    x, y = images.double().flatten(1), reconstruction.double().nan_to_num(nan=-1.0).flatten(1)
-    norms = x.norm(dim=1), y.norm(dim=1)
-    tiny = 1e-6
-    distance = ((x - y).norm(dim=1) / norms[0].clamp(min=tiny)).clamp(min=tiny).log()
-    return torch.stack([distance, (x * y).sum(1) / (norms[0] * norms[1]).clamp(min=tiny)], 1)
-
-
 class Mixture:
     """Minus the log-density of images under a mixture of Gaussians, which is fitted to normal images afterwards.
 
     The features are principal components of the flattened latents and the two of `reconstruction_features`, each
-    centred and scaled to a deviation of 1. DAGMM trains mixture and autoencoder together; here the autoencoder is what
-    it is.
+    centred and scaled to a deviation of 1. DAGMM trains mixture and autoencoder together, as the settings `density` of
+    the training do; here the autoencoder is what it is.
 
     Args:
         components: Number of Gaussians, each with a full covariance.

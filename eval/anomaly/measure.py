@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from latent_ae.config import UserError
 from latent_ae.data.rng import spread
+from latent_ae.models.density import Density, stored_density
 from latent_ae.models.loading import FirstStage
 from latent_ae.pretrained.lpips import LPIPS
 from latent_ae.provenance import versions
@@ -43,6 +44,7 @@ SCORES = {
     "lpips_mean": "LPIPS",
     "lpips_max": "largest value of the map of LPIPS",
     "negative_elbo": "nats per pixel and channel: Gaussian of the normal images' variance, one posterior sample",
+    "density": "minus the log-density (nats) of latent and reconstruction errors, the mixture trained with the model",
     "mixture": "minus the log-density (nats) of latent and reconstruction errors, a mixture of Gaussians",
     "neighbours": "largest distance of a patch to the nearest one of normal images, VGG16 features",
 }
@@ -99,10 +101,13 @@ def find_anomalies(
         device=device,
         mixture=mixture,
         neighbours=neighbours,
+        density=_trained_density(model, stage),
     )
     rank_by = settings.rank_by or ("lpips_max" if "lpips_max" in scorer.names else "pixel_max")
     if rank_by not in scorer.names:
         why = "; an ELBO needs normal=DATA and one Gaussian posterior" if rank_by == "negative_elbo" else ""
+        if rank_by == "density":
+            why = "; the model's folder holds no density that was trained with it (density.components)"
         if rank_by in ("mixture", "neighbours"):
             why = f"; {why_no_neighbours or f'it needs {rank_by}=NUMBER and normal=DATA'}"
         raise UserError(f"rank_by: {rank_by} will not be measured; there are {', '.join(scorer.names)}{why}")
@@ -190,6 +195,13 @@ def find_anomalies(
     if out is not None:
         _write(Path(out), result, part, work, rank_by)
     return result
+
+
+def _trained_density(model: Any, stage: FirstStage) -> Density | None:
+    """Return the density in the model's folder; None if it has none, or is for other latents."""
+    density = stored_density(model) if isinstance(model, (str, Path)) else None
+    fits = density is not None and density.config.latent_channels == stage.latent_channels
+    return density if fits else None
 
 
 def _neighbours(

@@ -21,6 +21,7 @@ NAMES = {
     "lpips_mean": "LPIPS",
     "lpips_max": "LPIPS, largest",
     "negative_elbo": "negative ELBO",
+    "density": "density trained with it",
     "mixture": "mixture of Gaussians",
     "neighbours": "nearest patches",
 }

@@ -11,12 +11,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from latent_ae.data.rng import posterior_noise
+from latent_ae.models.density import Density, reconstruction_features
 from latent_ae.models.loading import FirstStage
 from latent_ae.pretrained.lpips import LPIPS
-from latent_ae_eval.anomaly.density import Mixture, reconstruction_features
+from latent_ae_eval.anomaly.density import Mixture
 from latent_ae_eval.anomaly.neighbours import Neighbours
 
 PIXEL, PERCEPTUAL, NEAREST = "pixel_error", "lpips", "neighbours"
+LARGEST_ENERGY = 1e6
+"""Replaces minus a log-density that is not finite, nats."""
 LARGEST_SQUARE = 4.0
 """Largest squared difference of two values in [-1, 1], which also replaces differences that are not finite."""
 
@@ -36,7 +39,7 @@ class Scored:
     latents: np.ndarray
     """(N, D) float64, flattened posterior means; (N, 0) if the model is a function."""
     errors: np.ndarray
-    """(N, 2) float64, `density.reconstruction_features`; (0, 2) without a density."""
+    """(N, 2) float64, `reconstruction_features`; (0, 2) without a mixture that is fitted."""
     images: Tensor
     """(N, C, H, W), as they were scored."""
 
@@ -51,8 +54,9 @@ class Scorer:
         seed: Seed of the posterior's noise.
         elbo: Whether to compute the parts of the ELBO.
         device: Where the networks run.
-        mixture: A density, or None; it scores once `fit` has been called.
+        mixture: A density to be fitted, or None; it scores once `fit` has been called.
         neighbours: A bank of patches, or None; likewise.
+        density: The density that was trained with the model, or None.
     """
 
     def __init__(
@@ -66,8 +70,10 @@ class Scorer:
         device: torch.device,
         mixture: Mixture | None = None,
         neighbours: Neighbours | None = None,
+        density: Density | None = None,
     ):
         self.mixture, self.neighbours, self.fitted = mixture, neighbours, False
+        self.density = None if density is None else density.to(device)
         self.latents, self.errors = list[np.ndarray](), list[np.ndarray]()
         self.stage, self.lpips, self.blur_px, self.seed, self.device = stage, lpips, blur_px, seed, device
         self.elbo = elbo and stage.has_posterior
@@ -76,7 +82,8 @@ class Scorer:
     def names(self) -> list[str]:
         """Names of the scores; `negative_elbo` is computed by the function of this name."""
         lpips = ["lpips_mean", "lpips_max"] if self.lpips is not None else []
-        fitted = {"negative_elbo": self.elbo, "mixture": self.mixture, "neighbours": self.neighbours}
+        fitted = {"negative_elbo": self.elbo, "density": self.density is not None, "mixture": self.mixture}
+        fitted |= {"neighbours": self.neighbours}
         return ["pixel_mean", "pixel_max", *lpips, *(name for name, there in fitted.items() if there)]
 
     def learn(self, scored: Scored) -> None:
@@ -122,6 +129,10 @@ class Scorer:
             shown = reconstruction.nan_to_num(nan=-1).clamp(-1, 1)
             scores["lpips_mean"], maps[PERCEPTUAL] = self.lpips.maps(images, shown)
             scores["lpips_max"] = maps[PERCEPTUAL].amax((1, 2))
+        if self.density is not None:
+            scores["density"] = self.density(self.density.features(latents, images, reconstruction)).nan_to_num(
+                nan=LARGEST_ENERGY, posinf=LARGEST_ENERGY
+            )
         flat = latents.double().flatten(1).cpu().numpy()
         # only the density takes them
         errors = reconstruction_features(images, reconstruction).cpu().numpy() if self.mixture else np.empty((0, 2))

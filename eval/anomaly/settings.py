@@ -8,7 +8,9 @@ from pydantic import Field
 from latent_ae.config import NonNegative, Problem
 from latent_ae_eval.settings import JobSettings
 
-Score = Literal["pixel_mean", "pixel_max", "lpips_mean", "lpips_max", "negative_elbo", "mixture", "neighbours"]
+Score = Literal[
+    "pixel_mean", "pixel_max", "lpips_mean", "lpips_max", "negative_elbo", "density", "mixture", "neighbours"
+]
 
 
 class AnomalySettings(JobSettings):

@@ -2,7 +2,7 @@
 
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from latent_ae.latents.statistics import LatentStatistics
 from latent_ae.metrics.labels import NAMES
 from latent_ae.models.borrowed_encoder import FOLDER, borrowed_encoder
 from latent_ae.models.build import channels_of, count_parameters, factor_of, latent_channels_of
+from latent_ae.models.density import FOLDER as DENSITY
 from latent_ae.models.discriminator import Discriminator
 from latent_ae.models.label_model import FOLDER as LABEL_MODEL
 from latent_ae.models.label_model import LabelModel
@@ -60,7 +61,7 @@ def model_card(
     difference: float,
     precision: Mapping[str, Any] | None = None,
     discriminator: Discriminator | None = None,
-    label_model: LabelModel | None = None,
+    companions: Mapping[str, ModelMixin] | None = None,
 ) -> ModelCard:
     """Return the model card of an export, with a valid model-index.
 
@@ -73,7 +74,7 @@ def model_card(
             1].
         precision: Result of `probe_precision`, with that of `probe_tiling` under "tiling" if it was run.
         discriminator: The discriminator in the export, if there is one.
-        label_model: The model of latents and labels in the export, if there is one.
+        companions: The networks that were trained with the model, by their folders in the export.
     """
     measured = {key: facts.metrics[key] for key in NAMES if facts.metrics.get(key) is not None}
     results = [
@@ -98,7 +99,7 @@ def model_card(
         model_name=facts.name,
         eval_results=results or None,
     )
-    text = _card_text(autoencoder, facts, statistics, location, difference, precision, discriminator, label_model)
+    text = _card_text(autoencoder, facts, statistics, location, difference, precision, discriminator, companions or {})
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}")
 
 
@@ -110,7 +111,7 @@ def _card_text(
     difference: float,
     precision: Mapping[str, Any] | None,
     discriminator: Discriminator | None,
-    label_model: LabelModel | None,
+    companions: Mapping[str, ModelMixin],
 ) -> str:
     factor, kind = factor_of(autoencoder), type(autoencoder).__name__
     borrowed = borrowed_encoder(autoencoder)
@@ -159,7 +160,7 @@ H and W are {sides}. {_scaling_text(autoencoder, statistics)}
         f"{difference:.1e} in [-1, 1].",
         _precision_text(precision) if precision else "",
         discriminator_text(discriminator, location) if discriminator is not None else "",
-        label_model_text(label_model, location, family.latent == "codebook") if label_model is not None else "",
+        *(COMPANIONS[name](network, location, family.latent == "codebook") for name, network in companions.items()),
     ]
     if facts.settings_yaml:
         longest = max(map(len, re.findall("`+", facts.settings_yaml)), default=0)
@@ -274,6 +275,24 @@ def label_model_text(label_model: LabelModel, location: str, codes: bool = False
         f"labels = LabelModel.from_pretrained({str(Path(location) / LABEL_MODEL)!r})\n"
         f"probabilities = labels.classify({given}).exp()  # z as encoded above, without scaling\n```"
     )
+
+
+def density_text(density: Any, location: str, codes: bool = False) -> str:
+    """Return the section on the density in an export; arguments as for `label_model_text`."""
+    given = "vae.quantize(z)[0]" if codes else "z"
+    return (
+        "## Density\n\n"
+        f"`density` holds a mixture of {density.config.components} Gaussians on latents and reconstruction errors (in "
+        "the manner of DAGMM, Zong et al. 2018), which was trained with the autoencoder. `latent-ae eval anomaly` "
+        "measures it. Diffusers ignores it.\n\n"
+        "```python\nfrom latent_ae.models.density import Density\n\n"
+        f"density = Density.from_pretrained({str(Path(location) / DENSITY)!r})\n"
+        f"energies = density(density.features({given}, images, reconstructions))  # z as encoded, without scaling\n```"
+    )
+
+
+COMPANIONS: dict[str, Callable[..., str]] = {LABEL_MODEL: label_model_text, DENSITY: density_text}
+"""Makers of the sections on networks that were trained with the model, by their folders."""
 
 
 def _pipeline_text(autoencoder: ModelMixin) -> str:

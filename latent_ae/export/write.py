@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,6 @@ from latent_ae.models.borrowed_encoder import BorrowedEncoder, borrowed_encoder,
 from latent_ae.models.build import count_parameters
 from latent_ae.models.discriminator import FILE as DISCRIMINATOR
 from latent_ae.models.discriminator import Discriminator, save_network
-from latent_ae.models.label_model import FOLDER as LABEL_MODEL
-from latent_ae.models.label_model import LabelModel
 from latent_ae.models.likelihood import FILE, Likelihood
 from latent_ae.models.reconstruct import Reconstructor
 from latent_ae.models.registry import family_of, module_of
@@ -85,7 +84,7 @@ def export_autoencoder(
     latents_mean_std: bool = False,
     likelihood: Likelihood | None = None,
     discriminator: Discriminator | None = None,
-    label_model: LabelModel | None = None,
+    companions: Mapping[str, ModelMixin] | None = None,
 ) -> dict[str, Any]:
     """Write an export: config.json, diffusion_pytorch_model.safetensors (float32) and README.md.
 
@@ -110,7 +109,8 @@ def export_autoencoder(
         likelihood: The likelihood that the model was trained with, written as likelihood.json; None writes none.
         discriminator: The discriminator that the model was trained against, written as discriminator.safetensors with
             its shape in the metadata; diffusers ignores the file. None writes none.
-        label_model: The model of latents and labels, written as the folder label_model. None writes none.
+        companions: Networks that were trained with the model and are no part of it, by the folder into which each is
+            written: `label_model`, `density`.
 
     Returns:
         What was written, JSON-ready. "remarks" says what is not ideal for `pipeline`.
@@ -165,8 +165,9 @@ def export_autoencoder(
     }
     if discriminator is not None:
         facts["discriminator"] = discriminator.shape
-    if label_model is not None:
-        facts["label_model"] = {"classes": label_model.num_classes, "parameters": count_parameters(label_model)}
+    companions = companions or {}
+    for name, network in companions.items():
+        facts[name] = {"class": type(network).__name__, "parameters": count_parameters(network)}
     if pipeline is not None:
         facts["pipeline"] = pipeline
         facts["remarks"] = remarks(pipeline, exported.config, statistics.mean, statistics.std)
@@ -178,15 +179,13 @@ def export_autoencoder(
             save_borrowed(exported, fresh)
             if discriminator is not None:
                 save_network(discriminator, fresh / DISCRIMINATOR)
-            if label_model is not None:
-                label_model.save_pretrained(fresh / LABEL_MODEL, safe_serialization=True)
+            for name, network in companions.items():
+                network.save_pretrained(fresh / name, safe_serialization=True)
             for file in fresh.rglob("*.safetensors"):
                 shutil.copymode(fresh / "config.json", file)  # safetensors writes for the owner's eyes only
             difference = verify_export(fresh, autoencoder, check_images, autoencoder.device)
             facts["max_abs_difference"] = difference
-            text = model_card(
-                exported, card, statistics, folder.name, difference, precision, discriminator, label_model
-            )
+            text = model_card(exported, card, statistics, folder.name, difference, precision, discriminator, companions)
             text.save(fresh / "README.md")
             if likelihood is not None:
                 write_json(fresh / FILE, likelihood._asdict())

@@ -10,6 +10,7 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.models.autoencoders.vae import DecoderOutput
 from torch import Tensor, nn
 
+
 class Path(NamedTuple):
     """Where each image is on the way from noise to image, on which a flow-matching decoder is trained."""
 

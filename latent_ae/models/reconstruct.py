@@ -141,11 +141,11 @@ def codebooks_of(autoencoder: Any) -> list[nn.Parameter]:
 def keep_posterior_precise_(module: nn.Module) -> None:
     """Keep the convolutions around a Gaussian posterior in float32 under autocast, in place.
 
-    They are the encoder's last convolution, `quant_conv`, `post_quant_conv` and the decoder's first convolution (of both
-    decoders of a FlowMatchingVAE). In
-    bfloat16 each would round a latent to 8 bits. The error is often larger than the posterior's standard deviation, so
-    the KL term would charge for a precision that does not reach the decoder. Names and values of the weights stay.
-    Models without such a posterior and convolutions of videos do not change.
+    They are the encoder's last convolution, `quant_conv`, `post_quant_conv` and the decoder's first convolution, and
+    those of the plain decoder of a FlowMatchingVAE. In bfloat16 each would round a latent to 8 bits. The error is often
+    larger than the posterior's standard deviation, so the KL term would charge for a precision that does not reach the
+    decoder. Names and values of the weights stay. Models without such a posterior and convolutions of videos do not
+    change.
     """
     if family_of(module).latent not in ("posterior", "flow"):
         return

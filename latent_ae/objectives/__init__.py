@@ -13,6 +13,7 @@ from latent_ae.objectives.code_gradient import CodeGradient
 from latent_ae.objectives.code_relaxation import CodeRelaxation
 from latent_ae.objectives.codebook import Codebook
 from latent_ae.objectives.convnext import ConvNeXtLoss
+from latent_ae.objectives.density import DensityObjective
 from latent_ae.objectives.dino import DinoLoss
 from latent_ae.objectives.distillation import Distillation
 from latent_ae.objectives.equivariance import Equivariance
@@ -47,6 +48,7 @@ OBJECTIVES: tuple[type[Objective[Any]], ...] = (
     Distillation,
     TotalCorrelation,
     SemiSupervised,
+    DensityObjective,
     Alignment,
     GAN,
 )

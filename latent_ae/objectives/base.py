@@ -400,7 +400,14 @@ class Objective(nn.Module, Generic[S]):
         """
         return 0.0
 
-    # in checkpoints
+    # in exports and checkpoints
+
+    def exported(self) -> tuple[str, nn.Module] | None:
+        """Return the name of a folder in exports and the network that it holds, a ModelMixin; None if there is none.
+
+        The network is saved with the objective's state or its head.
+        """
+        return None
 
     def facts(self) -> dict[str, Any]:
         """Return facts for state.json of a checkpoint, JSON-ready; may wait for the device."""

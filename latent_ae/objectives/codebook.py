@@ -32,8 +32,8 @@ class CodebookSettings(Settings):
 class Codebook(Objective[CodebookSettings]):
     """Moves codes and latents towards each other, and logs their use; does nothing if the model has no codes.
 
-    Dead codes restart as different latents of the step's first sample (Dhariwal et al. 2020, random restarts). Codes that are
-    running means of latents (codebook.ema_decay) get no gradient; those of finite scalar quantisation
+    Dead codes restart as different latents of the step's first sample (Dhariwal et al. 2020, random restarts). Codes
+    that are running means of latents (codebook.ema_decay) get no gradient; those of finite scalar quantisation
     (codebook.levels) stay fixed, and neither they nor the latents have a loss. Neither have codes that are drawn from a
     distribution (DiscreteVAE): the most likely ones are counted, and other losses move them.
 

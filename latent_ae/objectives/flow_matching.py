@@ -68,15 +68,15 @@ class FlowMatching(Objective[FlowMatchingSettings]):
             self.hold(teacher=lay_out(teacher, torch.channels_last))
 
     @classmethod
-    def problems(
-        cls, own: FlowMatchingSettings, run: RunFacts, model: ModelFacts | None
-    ) -> Iterator[Problem]:
+    def problems(cls, own: FlowMatchingSettings, run: RunFacts, model: ModelFacts | None) -> Iterator[Problem]:
         plain = FlowMatchingSettings()
         changed = [key for key in FlowMatchingSettings.model_fields if getattr(own, key) != getattr(plain, key)]
         if model is not None and changed and not model.flow_matching:
             yield Problem(f"flow.{changed[0]}", f"is for a FlowMatchingVAE, and not for {model.name}: leave it out")
         if not own.weight:
-            yield Problem("flow.weight", "0 leaves the decoder of a FlowMatchingVAE without what it learns from: raise it")
+            yield Problem(
+                "flow.weight", "0 leaves the decoder of a FlowMatchingVAE without what it learns from: raise it"
+            )
         if own.teacher_steps == 1:
             yield Problem("flow.teacher_steps", "1 teaches what the decoder does already: give more, or 0")
         for key in ("time_mean", "time_std"):

@@ -147,6 +147,11 @@ class SemiSupervised(Objective[SemiSupervisedSettings]):
         """The label model."""
         return self.network.label_model
 
+    def exported(self) -> tuple[str, nn.Module]:
+        from latent_ae.models.label_model import FOLDER
+
+        return FOLDER, self.label_model
+
     def name_classes(self, names: Sequence[str]) -> None:
         """Write the names of the classes, and which labels are seen, into the label model's config."""
         self.label_model.register_to_config(

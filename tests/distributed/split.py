@@ -127,6 +127,7 @@ def cases(place: Path) -> dict[str, Case]:
         },
     )
     labels = {"classes": 3, "weight": 0.5, "style_size": 3, "width": 8}
+    found["density"] = Case(24, {"density": {"components": 2, "decay": 0.8}, "loss": {"kl": 1e-4}})
     found["labels"] = Case(3, {"semi_supervised": labels, "loss": {"kl": 1e-2}})
     for kind, shape in SHAPES.items():
         more: dict[str, Any] = {"revive_after": 1} if kind in CODEBOOKS else {"kl": 1e-3}

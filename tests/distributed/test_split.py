@@ -45,6 +45,7 @@ NAMES = (
         "RGBA",
         "stored latents",
         "flow",
+        "density",
     ),
     *SHAPES,
 )
@@ -87,13 +88,14 @@ def on_two(place: Path, references: dict[str, Reference]) -> dict[str, dict[str,
 def test_what_is_compared_is_there(references: dict[str, Reference], name: str) -> None:
     """Both networks' gradients, and each number that is taken over the global batch moves."""
     seen = references[name].seen
-    alone = name in ("capacity", "codes", "labels")
+    alone = name in ("capacity", "codes", "labels", "density")
     expected = {AUTOENCODER} | (set() if alone else {DISCRIMINATOR, WEIGHT, LECAM})
     more = {
         "pixels": {LOGVAR},
         "latents": {CONTROL, ALIGNMENT},
         "capacity": {LOGVAR},
         "labels": {"semi_supervised.averages"},
+        "density": {"density.density.means", "density.density.covariances"},
         "codes": {"codebook.code_age", "averaged codes 1", "code_averages.uses", ASSIGNMENT},
         "VQModel": {"codebook.code_age", "revived codes 1", ASSIGNMENT},
         "VQVAE2": {"codebook.code_age", "revived codes 1", "revived codes 2", ASSIGNMENT},

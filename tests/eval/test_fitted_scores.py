@@ -12,9 +12,10 @@ from safetensors.torch import load_file
 from scipy.stats import multivariate_normal
 
 from latent_ae.config import UserError, load_settings
+from latent_ae.models.density import reconstruction_features
 from latent_ae.pretrained.lpips import LPIPS
 from latent_ae.pretrained.weights import weight_file
-from latent_ae_eval.anomaly.density import REGULARISATION, Mixture, reconstruction_features
+from latent_ae_eval.anomaly.density import REGULARISATION, Mixture
 from latent_ae_eval.anomaly.measure import find_anomalies
 from latent_ae_eval.anomaly.neighbours import Neighbours
 from latent_ae_eval.anomaly.settings import AnomalySettings

@@ -15,7 +15,7 @@ from latent_ae.models.loading import first_stage
 from latent_ae.models.new_decoder import with_new_decoder
 from latent_ae.models.settings import DecoderSettings
 from latent_ae_train.settings import TrainSettings
-from tests.tiny import SIDE, build_step, micro_batches, settings_for, weights
+from tests.tiny import build_step, micro_batches, settings_for, weights
 from tests.tiny_models import TWO, pictures
 
 SHAPE = {"kind": "FlowMatchingVAE", "block_out_channels": (8,), "config": {"unet_norm_num_groups": 4}}
@@ -165,7 +165,9 @@ def test_the_teachers_images_of_the_same_noise_are_the_targets(tmp_path: Any) ->
         torch.testing.assert_close(
             logs["distance_to_teacher"], ((got - wanted) / 0.15).square().mean(), rtol=1e-4, atol=1e-6
         )
-    assert all(torch.equal(before[name], now) for name, now in weights(step.objectives["flow_matching"].teacher).items())
+    assert all(
+        torch.equal(before[name], now) for name, now in weights(step.objectives["flow_matching"].teacher).items()
+    )
     facts = step.objectives["flow_matching"].facts()
     with pytest.raises(UserError, match="^flow.teacher_steps: the run learned from weights with sha256 other"):
         step.objectives["flow_matching"].refuse_another({**facts, "flow_teacher_sha256": "other"})
@@ -178,8 +180,8 @@ def test_the_teachers_images_of_the_same_noise_are_the_targets(tmp_path: Any) ->
         ("flow.teacher_steps=1", "flow.teacher_steps: 1 teaches what the decoder does already"),
         ("flow.weight=0", "flow.weight: 0 leaves the decoder"),
         ("flow.teacher_steps=4 flow.time_mean=1", "flow.time_mean: is for flow matching"),
-        ("decoder.config=\"{patch_size: 2}\"", "decoder.config: is for decoder.kind FlowMatchingVAE"),
-        ("decoder.kind=FlowMatchingVAE decoder.config=\"{steps: 2}\"", "decoder.config.steps: is no key of this decoder"),
+        ('decoder.config="{patch_size: 2}"', "decoder.config: is for decoder.kind FlowMatchingVAE"),
+        ('decoder.kind=FlowMatchingVAE decoder.config="{steps: 2}"', "decoder.config.steps: is no key of this decoder"),
     ],
 )
 def test_settings_that_contradict_each_other(words: str, said: str) -> None:

@@ -63,7 +63,7 @@ def test_what_a_run_that_goes_on_may_change() -> None:
         *("loss.perceptual_net", "loss.bands", "loss.learned_logvar", "loss.total_correlation_width"),
         *("gan.loss", "gan.network", "gan.norm", "gan.channels", "gan.layers", "gan.blur"),
         *(f"semi_supervised.{key}" for key in ("classes", "labels_per_class", "draw", "label_column", "share")),
-        *("semi_supervised.style_size", "semi_supervised.width"),
+        *("semi_supervised.style_size", "semi_supervised.width", "density.components"),
         *("gan.dino_px", "gan.dino_kernel", "gan.conditional", "gan.replay"),
     }
     assert by_mark["silent"] == {
