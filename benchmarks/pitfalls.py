@@ -4,7 +4,7 @@
 
 The trainings are those whose commands the page shows, on the photographs that scikit-image ships or on the synthetic
 shapes; --held-out is a folder of other photographs, on which the former are measured. Killed, it goes on when started
-again with the same scratch folder. Writes benchmarks/results/pitfalls.json and docs/images/pitfall-*.png.
+again with the same scratch folder. Writes benchmarks/results/pitfall-*.json and docs/images/pitfall-*.png.
 """
 
 import argparse
@@ -71,21 +71,25 @@ def main() -> None:
                 settings += [f"data.source={shapes}", f"data.eval_source={shapes}"]
             runs[name] = words.scratch / folder_name(name)
             train(runs[name], recipe, *settings)
-    found: dict[str, Any] = {"commands": RUNS}
     small = photographs(words.held_out, 32, SHOWN, resize_px=64)
     for pitfall, data, images in (("collapse", words.held_out, small), ("beta", shapes, shape_images(shapes))):
-        found[pitfall] = {name: of_vae(runs[name], data) for name in RUNS[pitfall]}
+        keep(pitfall, {name: of_vae(runs[name], data) for name in RUNS[pitfall]})
         draw(pitfall, images, {name: runs[name] for name in RUNS[pitfall]})
-    found["blur"] = {name: of_photographs(runs[name], words.held_out) for name in RUNS["blur"]}
+    keep("blur", {name: of_photographs(runs[name], words.held_out) for name in RUNS["blur"]})
     draw("blur", photographs(words.held_out, 128, 5), {name: runs[name] for name in RUNS["blur"]})
-    rows = {"images": list(shape_images(shapes))}
+    rows, measured = {"images": list(shape_images(shapes))}, dict[str, Any]()
     for name, prior in PRIORS.items():
         out = words.scratch / folder_name(f"prior {name}")
         result = evaluate(out, "sample", runs[PRIOR_OF], shapes, prior, "samples=500", "frechet=[vgg16]", "steps=600")
-        found.setdefault("priors", {})[name] = {key: result[key] for key in ("metrics", "intervals")}
+        measured[name] = {key: result[key] for key in ("metrics", "intervals")}
         rows[name] = cut(out / "samples.png")
     picture("priors", rows)
-    save("pitfalls", found)
+    keep("priors", measured)
+
+
+def keep(pitfall: str, rows: dict[str, Any]) -> None:
+    """Write the result of one pitfall."""
+    save(f"pitfall-{pitfall}", {"commands": RUNS.get(pitfall, {}), "rows": rows})
 
 
 def of_vae(run: Path, data: Path) -> dict[str, Any]:

@@ -1,0 +1,64 @@
+"""The tables of docs/pitfalls.md."""
+
+from typing import Any
+
+from benchmarks.machine import where
+
+
+def vaes_table(result: dict[str, Any]) -> str:
+    """Figures of variational autoencoders."""
+    lines = [
+        f"{where(result)}.",
+        "",
+        "| run | PSNR (dB) | KL (nats per image) | bits per dimension | dead channels |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for name, row in result["rows"].items():
+        bits = row["bits_per_dimension"]["mean"]
+        lines.append(
+            f"| {name} | {row['psnr']:.2f} | {row['rate_nats']['mean']:.1f} | {bits:.2f} "
+            f"| {row['dead_channels']} of {row['channels']} |"
+        )
+    return "\n".join(lines)
+
+
+def priors_table(result: dict[str, Any]) -> str:
+    """Distance of samples from three priors."""
+    lines = [
+        f"500 samples of each, 95 % intervals; {where(result)}.",
+        "",
+        "| prior | Fréchet distance (VGG16) of samples | of reconstructions |",
+        "|---|---:|---:|",
+    ]
+    for name, row in result["rows"].items():
+        cells = []
+        for key in ("samples", "reconstructions"):
+            value = row["metrics"][key]["frechet_vgg16"]
+            low, high = row["intervals"][key]["frechet_vgg16"]
+            cells.append(f"{value:.1f} ({low:.1f} to {high:.1f})")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def blur_table(result: dict[str, Any]) -> str:
+    """Losses, by what is measured on held-out photographs."""
+    lines = [
+        f"100 held-out photographs, 128 px; {where(result)}.",
+        "",
+        "| loss | PSNR (dB) | SSIM | LPIPS | Fréchet distance (VGG16) |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for name, row in result["rows"].items():
+        lines.append(
+            f"| {name} | {row['psnr']:.2f} | {row['ssim']:.3f} | {row['lpips_vgg']:.3f} | {row['frechet_vgg16']:.1f} |"
+        )
+    return "\n".join(lines)
+
+
+MAKERS = {
+    "pitfall-collapse": vaes_table,
+    "pitfall-beta": vaes_table,
+    "pitfall-priors": priors_table,
+    "pitfall-blur": blur_table,
+}
+"""By the beginning of a result's name, the longer one first."""
