@@ -58,7 +58,7 @@ def one_class_out(data: Path, scratch: Path, steps: int, limit: int, seed: int) 
     from latent_ae_eval.anomaly.measure import find_anomalies
     from latent_ae_eval.anomaly.settings import AnomalySettings
 
-    found = {}
+    found: dict[str, Any] = {}
     table = pq.read_table(data / "cifar10/train.parquet")
     for number, name in CLASSES.items():
         own = table.filter(pc.equal(table["label"], number))

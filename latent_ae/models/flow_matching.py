@@ -122,7 +122,8 @@ class FlowMatchingVAE(AutoencoderKL):
             )
         if sampling_steps < 1 or noise_scale <= 0:
             raise ValueError("sampling_steps and noise_scale must be positive")
-        self.base = PlainDecoder(self.post_quant_conv, self.decoder) if residual else None
+        plain: Any = self  # whose parts the class below has made
+        self.base = PlainDecoder(plain.post_quant_conv, plain.decoder) if residual else None
         self.post_quant_conv = None
         pixels = out_channels * patch_size**2
         self.decoder = UNet2DModel(
