@@ -131,6 +131,7 @@ def facts_of(autoencoder: ModelMixin, name: str | None = None) -> ModelFacts:
         tuple(names.values()),
         last_layers,
         family.codes(autoencoder.config) if family.latent == "codebook" else None,
+        family.states(autoencoder.config),
         tuple(f"{section}.{key}" for key in keys),
     )
 
