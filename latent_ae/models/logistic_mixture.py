@@ -76,7 +76,8 @@ def mixture_log_likelihood(parameters: Tensor, target: Tensor) -> Tensor:
     Returns:
         (N, H, W).
     """
-    mixture, known = mixture_of(parameters, target.shape[1]), target[:, :, None]
+    # the logarithms below are twice as fast on contiguous numbers
+    mixture, known = mixture_of(parameters.contiguous(), target.shape[1]), target.contiguous()[:, :, None]
     by_channel = log_likelihood("logistic", mixture.shifted_means(known), known, 2.0 * mixture.log_scales)
     return torch.logsumexp(by_channel.sum(1) + mixture.logits.log_softmax(1), 1)
 
