@@ -15,11 +15,13 @@ from torch import Tensor, nn
 from latent_ae.arithmetic import WeightPrecisionConv2d
 from latent_ae.config import UserError
 from latent_ae.models.cells import CELLS, CellKind, Narrow, Residual, make_cell, narrowed
-from latent_ae.models.logistic_mixture import mean_image, parameters_per_component
+from latent_ae.models.logistic_mixture import first_parameters, mean_image, parameters_per_component
 from latent_ae.models.posterior import Drawn, kl_per_dimension, log_ratio
 
 LARGEST_LOG_STD = 5.0
 """A tanh limits the logarithms of standard deviations to +- this value, as in NVAE."""
+OPEN_LOG_STD = -1.0
+"""Logarithm of the standard deviation, in units of the prior's, with which an open posterior begins."""
 
 
 class HierarchicalVAE(ModelMixin, ConfigMixin):
@@ -43,6 +45,8 @@ class HierarchicalVAE(ModelMixin, ConfigMixin):
         encoder_cell: Kind of the encoder's; None means `cell`.
         encoder_blocks: Cells of the encoder, one number or one for each side, from the coarsest; None means `blocks`.
         side_bias: Whether a learned bias for each position is added where the state enters a finer grid (Child 2021).
+        open_posteriors: Whether posteriors begin with random means (as Child 2021) and narrower than the priors, so that
+            latents are used from the first step on; otherwise posteriors begin as the priors.
         mixtures: Components of a mixture of logistics for each pixel, which the decoder gives (`logistic_mixture`); 0
             gives an image alone.
         scaling_factor: A diffusion model multiplies shifted latents by it.
@@ -68,6 +72,7 @@ class HierarchicalVAE(ModelMixin, ConfigMixin):
         encoder_cell: CellKind | None = None,
         encoder_blocks: int | Sequence[int] | None = None,
         side_bias: bool = False,
+        open_posteriors: bool = False,
         mixtures: int = 0,
         scaling_factor: float = 1.0,
         shift_factor: float = 0.0,
@@ -89,7 +94,7 @@ class HierarchicalVAE(ModelMixin, ConfigMixin):
         top = min(side for side, count in zip(sides, channels, strict=True) if count)
         within = [side for side in all_sides if side >= top]
         cells = by_side(blocks if encoder_blocks is None else encoder_blocks, within, "encoder_blocks")
-        shape = Shape(in_channels, sample_size, widths, norm_num_groups)
+        shape = Shape(in_channels, sample_size, widths, norm_num_groups, open_posteriors)
         self.encoder = Encoder(shape, encoder_cell, cells)
         self.decoder = Decoder(shape, cell, sides, channels, blocks, side_bias, mixtures)
         self.shapes = [(count, side, side) for side, count in zip(sides, channels, strict=True) if count]
@@ -304,6 +309,8 @@ class Decoder(nn.Module):
             self.conv_up = nn.Conv2d(width, fine * self.scale**2, 3, padding=1) if self.scale > 1 else nn.Identity()
             self.conv_out = last_layer(fine, outputs, 1)
             self.activation = nn.GELU() if kind == "bottleneck" else nn.SiLU()
+        if mixtures:
+            self.conv_out.bias.data.copy_(first_parameters(shape.in_channels, mixtures))
 
     def descend(self, choose: Callable[[Level, Tensor], Tensor]) -> Tensor:
         """Return the state after all levels.
@@ -333,7 +340,7 @@ class Decoder(nn.Module):
 
 
 class Moments(nn.Module):
-    """Computes mean and log standard deviation of a Gaussian, both float32 and both 0 before training.
+    """Computes mean and log standard deviation of a Gaussian, both float32; before training both are 0, if not open.
 
     A prior sees the state, a posterior the state and the image's features. Residual cells have a block of their own for
     either; of the others only a bottleneck's posterior has one, because the cells before already serve the prior (NVAE;
@@ -353,8 +360,11 @@ class Moments(nn.Module):
             self.block = nn.GELU() if kind == "bottleneck" else nn.SiLU()
             middle, kernel = inputs, 3 if posterior else 1
         self.conv = WeightPrecisionConv2d(middle, 2 * channels, kernel, padding=kernel // 2)
-        nn.init.zeros_(self.conv.weight)
         nn.init.zeros_(self.conv.bias)
+        if posterior and shape.open_posteriors:
+            self.conv.bias.data[channels:] = OPEN_LOG_STD
+        else:
+            nn.init.zeros_(self.conv.weight)
 
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """Return both, (N, channels, side, side), for features, (N, in_channels, side, side)."""
@@ -392,6 +402,8 @@ class Shape(NamedTuple):
     """Channels of the features by the side of their grid."""
     groups: int
     """Groups of each group normalisation."""
+    open_posteriors: bool
+    """Whether posteriors begin with random means."""
 
     def passage(self, before: int, side: int) -> nn.Module:
         """Return the layer between features of two sides: none if they have the same width."""

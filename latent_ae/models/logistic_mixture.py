@@ -14,6 +14,8 @@ from latent_ae.models.likelihood import log_likelihood
 
 LEAST_LOG_SCALE = -7.0
 """Least logarithm of a scale, in [-1, 1] units."""
+FIRST_LOG_SCALE = -2.0
+"""Logarithm of a scale before training."""
 
 
 class LogisticMixture(NamedTuple):
@@ -49,6 +51,25 @@ class LogisticMixture(NamedTuple):
 def parameters_per_component(channels: int) -> int:
     """Return how many values describe a component of the mixture of a pixel of `channels` channels: 10 for three."""
     return 1 + 2 * channels + channels * (channels - 1) // 2
+
+
+def first_parameters(channels: int, components: int) -> Tensor:
+    """Return parameters for a decoder to begin with: equal components, whose means divide [-1, 1], with steep slopes.
+
+    With the scales of 1 that a fresh layer gives, a network learns for long only how wide the distributions are, and
+    meanwhile to do without its latents.
+
+    Args:
+        channels: C.
+        components: K.
+
+    Returns:
+        (K x `parameters_per_component`,), see `mixture_of`.
+    """
+    pairs = channels * (channels - 1) // 2
+    means = (2.0 * torch.arange(components) + 1.0) / components - 1.0
+    scales = torch.full((channels * components,), FIRST_LOG_SCALE)
+    return torch.cat([torch.zeros(components), means.repeat(channels), scales, torch.zeros(pairs * components)])
 
 
 def mixture_of(parameters: Tensor, channels: int) -> LogisticMixture:
