@@ -45,7 +45,7 @@ class HierarchicalVAE(ModelMixin, ConfigMixin):
         encoder_cell: Kind of the encoder's; None means `cell`.
         encoder_blocks: Cells of the encoder, one number or one for each side, from the coarsest; None means `blocks`.
         side_bias: Whether a learned bias for each position is added where the state enters a finer grid (Child 2021).
-        open_posteriors: Whether posteriors begin with random means (as Child 2021) and narrower than the priors, so that
+        open_posteriors: Whether posteriors begin with random means (as Child 2021) and narrower than priors, so that
             latents are used from the first step on; otherwise posteriors begin as the priors.
         mixtures: Components of a mixture of logistics for each pixel, which the decoder gives (`logistic_mixture`); 0
             gives an image alone.
