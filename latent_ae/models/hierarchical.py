@@ -20,7 +20,7 @@ from latent_ae.models.posterior import Drawn, kl_per_dimension, log_ratio
 
 LARGEST_LOG_STD = 5.0
 """A tanh limits the logarithms of standard deviations to +- this value, as in NVAE."""
-OPEN_LOG_STD = -1.0
+OPEN_LOG_STD = -2.0
 """Logarithm of the standard deviation, in units of the prior's, with which an open posterior begins."""
 
 
