@@ -40,7 +40,7 @@ PARTS: dict[str, tuple[dict[str, Any], str]] = {
 }
 """Keys of the model's config and settings that differ from the recipe, by the contestant's name."""
 COMMON = "seed=0 data.resize_px=null validate.images=200 validate.every=1000000 checkpoint.every=1000 log.every=10"
-LIKELIHOOD = "samples=16 batch_size=50 crop_px=32 num_workers=0 num_pictures=2".split()
+LIKELIHOOD = ["samples=16", "batch_size=50", "crop_px=32", "num_workers=0", "num_pictures=2"]
 SAMPLES = 64
 
 
@@ -50,7 +50,7 @@ def main() -> None:
     parser.add_argument("--scratch", type=Path, required=True)
     parser.add_argument("--only", nargs="+", default=[*PARTS, LONGER], choices=[*PARTS, LONGER], metavar="NAME")
     parser.add_argument("--steps", type=int, default=600)
-    parser.add_argument("--longer-steps", type=int, default=14_000)
+    parser.add_argument("--longer-steps", type=int, default=12_000)
     parser.add_argument("--images", type=int, default=500, help="held-out images that are measured")
     words = parser.parse_args()
     torch.set_num_threads(1)

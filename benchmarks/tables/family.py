@@ -94,7 +94,8 @@ def deep_vae_table(result: dict[str, Any]) -> str:
     lines = [
         f"{result['data']}; the bound of {result['samples']} samples; {where(result)}.",
         "",
-        "| | parameters | steps | skipped | processor time (s) | bits per dimension | ELBO | reconstruction | KL by level |",
+        "| | parameters | steps | skipped | processor time (s) | bits per dimension | ELBO | reconstruction "
+        "| KL by level |",
         "|---|---:|---:|---:|---:|---:|---:|---:|---|",
     ]
     for row in result["rows"]:
