@@ -1,6 +1,5 @@
 """Spectral regularisation: the sum of the largest singular values of the autoencoder's layers, as in NVAE."""
 
-from collections.abc import Sequence
 from typing import Annotated
 
 import torch
@@ -32,21 +31,18 @@ class Spectral(Objective[SpectralSettings]):
     Args:
         own: The settings.
         run: Facts of the run.
-        weights: The weights, each of two or four dimensions.
+        autoencoder: The autoencoder, whose layers do not change any more.
     """
 
     name, section, docs = "spectral", "loss", "docs/losses.md"
     plan_line = "losses"
     charts = {"Largest singular value, mean over layers": ("spectral",)}
 
-    def __init__(self, own: SpectralSettings, run: RunFacts, weights: Sequence[Tensor]) -> None:
+    def __init__(self, own: SpectralSettings, run: RunFacts, autoencoder: nn.Module) -> None:
         super().__init__(own, run)
-        self.groups: dict[tuple[int, int], list[Tensor]] = {}
-        for weight in weights:  # matrices of one shape are multiplied together
-            self.groups.setdefault((len(weight), weight[0].numel()), []).append(weight)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(run.seed + 3)
-            for (rows, columns), group in self.groups.items():
+            for (rows, columns), group in trained_weights(autoencoder).items():
                 start = F.normalize(torch.randn(len(group), rows), dim=1)
                 self.register_buffer(f"left_{rows}_{columns}", start)
 
@@ -56,8 +52,7 @@ class Spectral(Objective[SpectralSettings]):
 
     @classmethod
     def build(cls, own: SpectralSettings, run: RunFacts, autoencoder: nn.Module, device: torch.device) -> "Spectral":
-        layers = [one for one in autoencoder.modules() if isinstance(one, (nn.Conv2d, nn.Linear))]
-        return cls(own, run, [layer.weight for layer in layers if layer.weight.requires_grad]).to(device)
+        return cls(own, run, autoencoder).to(device)
 
     @classmethod
     def describe(cls, own: SpectralSettings, run: RunFacts) -> str:
@@ -67,7 +62,7 @@ class Spectral(Objective[SpectralSettings]):
         if not p.first:  # of this process: the weights, and so the term, are those of the other passes
             return
         values = list[Tensor]()
-        for (rows, columns), group in self.groups.items():
+        for (rows, columns), group in trained_weights(p.model.autoencoder).items():
             matrices = torch.stack([weight.flatten(1) for weight in group])
             left: Tensor = getattr(self, f"left_{rows}_{columns}")
             with torch.no_grad():
@@ -79,3 +74,12 @@ class Spectral(Objective[SpectralSettings]):
         # the step's gradients and logs are means over its passes, and this one is in the first alone
         p.send_loss(largest.sum(), self.own.spectral * p.accumulation)
         p.logs["spectral"] = largest.detach().mean() * p.accumulation
+
+
+def trained_weights(autoencoder: nn.Module) -> dict[tuple[int, int], list[Tensor]]:
+    """Return the weights of convolutions and linear layers that train, by the rows and columns of their matrices."""
+    found: dict[tuple[int, int], list[Tensor]] = {}
+    for layer in autoencoder.modules():
+        if isinstance(layer, (nn.Conv2d, nn.Linear)) and layer.weight.requires_grad:
+            found.setdefault((len(layer.weight), layer.weight[0].numel()), []).append(layer.weight)
+    return found
