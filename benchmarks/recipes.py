@@ -61,6 +61,8 @@ TARGETS = {
     "llamagen-vq16": ("rFID 2.19", OWN),
     "rae-dinov2-b": ("rFID 0.57, PSNR 18.9", "protocol=rae"),
     "taming-vqgan": ("rFID 4.98", OWN),
+    "vdvae-cifar10": ("CIFAR-10: 2.87 bits per dimension", "`eval likelihood`"),
+    "nvae-cifar10": ("CIFAR-10: 2.93 bits per dimension", "`eval likelihood`"),
 }
 """Published figures, on ImageNet's validation images at 256 px unless they say otherwise, and how to repeat them."""
 

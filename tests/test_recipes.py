@@ -304,6 +304,36 @@ PUBLISHED: dict[str, list[dict[str, Any]]] = {
         }
     ],
 }
+PUBLISHED |= {
+    "vdvae-cifar10": [
+        {
+            # 1x1,4m1,4x2,8m4,8x5,16m8,16x10,32m16,32x21 and 32x11,32d2,16x6,16d2,8x6,8d2,4x3,4d4,1x3
+            "model.config.level_sides": [1, *[4] * 3, *[8] * 6, *[16] * 11, *[32] * 22],
+            "model.config.level_channels": [16] * 43,
+            "model.config.encoder_blocks": [3, 3 + 1, 6 + 1, 6 + 1, 11 + 1],
+            "model.config.width": 384,
+            "model.config.cell": "bottleneck",
+            "model.config.mixtures": 10,
+            **{"batch_size": 2 * 16, "data.flip": False, "ema.decay": 0.9999, "loss.kl": 1.0, "loss.kl_warmup": 0},
+            **{"optim.lr": 2e-4, "optim.betas": (0.9, 0.9), "optim.weight_decay": 0.01, "optim.warmup": 100},
+            **{"optim.schedule": "constant", "optim.clip": 200.0, "optim.skip_above": 400.0, "optim.eps": 1e-8},
+        }
+    ],
+    "nvae-cifar10": [
+        {
+            "model.config.level_sides": [*[16] * 30, 32],
+            "model.config.level_channels": [*[20] * 30, 0],
+            "model.config.encoder_blocks": [2 * 30, 2],
+            "model.config.width": [2 * 128, 128],
+            "model.config.cell": "depthwise",
+            "model.config.mixtures": 10,
+            **{"steps": 400 * (50_000 // 256), "batch_size": 8 * 32, "optim.warmup": 5 * (50_000 // 256)},
+            **{"loss.kl_warmup": int(0.3 * 400 * (50_000 // 256)), "loss.kl_balance": True, "data.flip": True},
+            **{"optim.schedule": "cosine", "optim.final_lr": pytest.approx(1e-4 / 1e-2), "optim.clip": 0.0},
+            "loss.spectral": pytest.approx(1e-2 / (3 * 32 * 32), rel=1e-3),
+        }
+    ],
+}
 STEPS_ELSEWHERE = {"rae-dinov2-b"}
 """An AutoencoderRAE takes steps in tests/models/test_representation.py, where its encoder is."""
 FULL_SIZE = sorted({*recipe_folders()["published"], *recipe_folders()["shapes"]} - STEPS_ELSEWHERE)
@@ -383,6 +413,11 @@ def narrow(settings: TrainSettings, folder: Path) -> TrainSettings:
             if key.endswith("block_out_channels"):
                 factor = 2 ** (len(config[key]) - 1)
                 config[key] = [width // 32 for width in config[key]]
+        if settings.model.kind == "HierarchicalVAE":
+            factor = 32
+            grids = dict(zip(config["level_sides"], config["level_channels"], strict=True))
+            config |= {"level_sides": list(grids), "level_channels": [min(2, count) for count in grids.values()]}
+            config |= {"width": 8, "blocks": 1, "encoder_blocks": 1}
         if settings.model.kind == "AutoencoderDC":
             config |= {"attention_head_dim": 4, "latent_channels": config["latent_channels"] // 8}
             if settings.latents.min_channels is not None:

@@ -230,6 +230,26 @@ class Log:
             )
         return in_a_row
 
+    def too_large(self, done: int, newest: Callable[[], tuple[list[int], int]]) -> None:
+        """Log the steps since the last call that changed nothing because their gradient norm was above a limit.
+
+        Args:
+            done: Number of updates made.
+            newest: As for `skipped`.
+
+        Raises:
+            UserError: If there are too many in a row.
+        """
+        limit, (steps, in_a_row) = self.settings.optim.skip_above, newest()
+        for step in steps:
+            self.num_skipped += 1
+            self.write("skipped", step + 1, {"grad_norm_above": limit})
+        if in_a_row >= self.settings.optim.max_skipped:
+            raise UserError(
+                f"the gradient norms of the last {in_a_row:,} steps to {done:,} were above optim.skip_above {limit:g}, "
+                "so nothing is learned any more: raise it, lower optim.lr, or resume from an earlier checkpoint"
+            )
+
     def train(self, done: int, means: dict[str, torch.Tensor]) -> None:
         """Log the means of a step over processes. This is the only place where they leave the device.
 

@@ -189,6 +189,8 @@ def _train(phase: Phase, accelerator: Accelerator, more: Sequence[Objective[Any]
                 if logging:
                     log.train(done, means)  # the only place where numbers leave the device
                     stop_on_drift(accelerator, done, step.networks)
+                if logging or saving:
+                    log.too_large(done, step.large_steps)
                 # weights without finite gradients must not replace those of good checkpoints
                 if (logging or saving) and log.skipped(done, step.skipped_steps) and saving:
                     log.say(f"step {done:,}: no checkpoint, its gradients were not finite")

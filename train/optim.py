@@ -32,8 +32,7 @@ class Optimizers:
 
     def __init__(self, settings: TrainSettings, reconstructor: Reconstructor, objectives: Sequence[Objective[Any]]):
         self.settings, self.objectives = settings, objectives
-        self.bad_steps: list[tuple[int, Tensor]] = []
-        self.bad_in_a_row = 0
+        self.not_finite, self.too_large = FlaggedSteps(), FlaggedSteps()
         optim = settings.optim
         inner = inner_weights(reconstructor.autoencoder) if optim.kind == "muon" else []
         self.muon = Muon(inner, optim.lr, optim.weight_decay) if inner else None
@@ -79,9 +78,9 @@ class Optimizers:
     def __call__(self, step: int) -> tuple[dict[str, Tensor], Tensor]:
         """Clip and apply the gradients.
 
-        A step whose gradients are not all finite changes neither networks nor optimizers. Nothing waits for the device:
-        the optimizers' kernels read the flag there, and it is equal on all processes because the gradients were
-        averaged over them.
+        A step whose gradients are not all finite, or whose norm is above `optim.skip_above`, changes neither networks
+        nor optimizers. Nothing waits for the device: the optimizers' kernels read the flag there, and it is equal on
+        all processes because the gradients were averaged over them.
 
         Args:
             step: Number of the step, from 0.
@@ -114,18 +113,22 @@ class Optimizers:
         }
         # the gradients of objectives' parameters are not clipped, but they must be finite, too
         checked = [*norms.values(), *(p.grad.norm() for p in self.objective_parameters if p.grad is not None)]
-        bad = ~torch.stack([value.float() for value in checked]).isfinite().all()
-        self.bad_steps.append((step, bad))
+        skipped = ~torch.stack([value.float() for value in checked]).isfinite().all()
+        self.not_finite.record(step, skipped)
+        if settings.optim.skip_above:
+            large = ~skipped & (norms["grad_norm"] > settings.optim.skip_above)
+            self.too_large.record(step, large)
+            skipped = skipped | large
         for optimizers, lr in families.values():
             for optimizer in optimizers:
                 for group in optimizer.param_groups:
                     group["lr"] = lr * group.get("lr_scale", 1.0)
-                optimizer.found_inf = bad.float()  # what a GradScaler sets; the kernels then skip their update
+                optimizer.found_inf = skipped.float()  # what a GradScaler sets; the kernels then skip their update
                 layerwise = self.layerwise if optimizer is self.autoencoder else None
                 with layerwise.centred() if layerwise is not None else nullcontext():
                     optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
-        return norms, bad
+        return norms, skipped
 
     def memory_placeholder(self) -> list[Tensor]:
         """Return tensors as large as the optimizers' state after the first step and the gradients of earlier passes."""
@@ -138,14 +141,26 @@ class Optimizers:
             for _ in range(copies + (0 if optimizer.state else 1 if optimizer is self.muon else 2))
         ]
 
-    def skipped_steps(self) -> tuple[list[int], int]:
-        """Return the steps skipped since the last call, and how many of the newest in a row. Waits for the device."""
-        steps, flags = [step for step, _ in self.bad_steps], [flag for _, flag in self.bad_steps]
-        self.bad_steps.clear()
-        bad: list[bool] = torch.stack(flags).tolist() if flags else []
-        unbroken = len(bad) + self.bad_in_a_row
-        self.bad_in_a_row = next((age for age, flag in enumerate(reversed(bad)) if not flag), unbroken)
-        return [step for step, flag in zip(steps, bad, strict=True) if flag], self.bad_in_a_row
+
+class FlaggedSteps:
+    """Steps in which a flag on the device was true."""
+
+    def __init__(self) -> None:
+        self.recorded: list[tuple[int, Tensor]] = []
+        self.in_a_row = 0
+
+    def record(self, step: int, flag: Tensor) -> None:
+        """Keep the flag of a step, a bool scalar."""
+        self.recorded.append((step, flag))
+
+    def newest(self) -> tuple[list[int], int]:
+        """Return the flagged steps since the last call, and how many of the newest in a row. Waits for the device."""
+        steps, flags = [step for step, _ in self.recorded], [flag for _, flag in self.recorded]
+        self.recorded.clear()
+        found: list[bool] = torch.stack(flags).tolist() if flags else []
+        unbroken = len(found) + self.in_a_row
+        self.in_a_row = next((age for age, flag in enumerate(reversed(found)) if not flag), unbroken)
+        return [step for step, flag in zip(steps, found, strict=True) if flag], self.in_a_row
 
 
 class Ema:

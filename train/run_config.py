@@ -38,8 +38,12 @@ class OptimSettings(Settings):
     """Learning rate at the end as a fraction of lr (cosine)."""
     clip: Weight = 1.0
     """Largest gradient norm of each network; 0 does not clip."""
+    skip_above: Weight = 0.0
+    """Gradient norm of the autoencoder, before it is clipped, above which a step changes nothing and is counted, as in
+    very deep VAEs (Child 2021); 0 has no such limit."""
     max_skipped: Positive = 20
-    """Number of steps in a row with non-finite gradients that stops the run; fewer are skipped and reported."""
+    """Number of steps in a row with non-finite gradients, or above skip_above, that stops the run; fewer are skipped
+    and reported."""
 
 
 class EmaSettings(Settings):

@@ -35,6 +35,7 @@ from latent_ae.objectives.kl import KLSettings
 from latent_ae.objectives.latent_noise import LatentNoiseSettings
 from latent_ae.objectives.reconstruction import ReconstructionSettings
 from latent_ae.objectives.semi_supervised import SemiSupervisedSettings
+from latent_ae.objectives.spectral import SpectralSettings
 from latent_ae.objectives.total_correlation import TotalCorrelationSettings
 from latent_ae.objectives.unit_codes import UnitCodesSettings
 
@@ -77,6 +78,7 @@ def micro_batch_of(batch_size: int, processes: int, most: int | None) -> int:
 class LossSettings(
     CodebookSettings,
     TotalCorrelationSettings,
+    SpectralSettings,
     KLSettings,
     DinoSettings,
     ConvNeXtSettings,

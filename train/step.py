@@ -64,7 +64,8 @@ class TrainStep:
             name: accelerator.prepare_model(lay_out(network, layout)) for name, network in self.bare_adversaries.items()
         }
         self.optimizers = Optimizers(settings, self.bare_reconstructor, objectives)
-        self.skipped_steps = self.optimizers.skipped_steps
+        self.skipped_steps = self.optimizers.not_finite.newest
+        self.large_steps = self.optimizers.too_large.newest
         self.mean_over_processes = mean_over_processes
 
     @property

@@ -90,6 +90,23 @@ def hierarchical_table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def deep_vae_table(result: dict[str, Any]) -> str:
+    lines = [
+        f"{result['data']}; the bound of {result['samples']} samples; {where(result)}.",
+        "",
+        "| | parameters | steps | skipped | processor time (s) | bits per dimension | ELBO | reconstruction "
+        "| KL by level |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---|",
+    ]
+    for row in result["rows"]:
+        low, high = row["bits"]["interval"]
+        cells = [row["name"], f"{row['parameters']:,}", f"{row['steps']:,}", f"{row['skipped']:,}"]
+        cells += [f"{row['processor_seconds']:,.0f}", f"{row['bits']['mean']:.3f} ({low:.3f} to {high:.3f})"]
+        cells += [f"{row['elbo']:.3f}", f"{row['reconstruction']:.3f}"]
+        lines.append(f"| {' | '.join(cells)} | {', '.join(f'{level:.2f}' for level in row['levels'])} |")
+    return "\n".join(lines)
+
+
 def priors_table(result: dict[str, Any]) -> str:
     recipe = result["priors"]["flow matching"]["recipe"]
     gained, count = result["gained_by_the_flow"], next(iter(result["priors"].values()))["metrics"]["samples"]["n"]
@@ -260,6 +277,7 @@ MAKERS = {
     "likelihood": likelihood_table,
     "family": family_table,
     "hierarchical": hierarchical_table,
+    "deep-vae": deep_vae_table,
     "priors": priors_table,
     "disentangle": disentangle_table,
     "collapse": collapse_table,

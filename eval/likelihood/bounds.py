@@ -11,6 +11,7 @@ from torch import Tensor
 from latent_ae.data.rng import binary_images, posterior_noise
 from latent_ae.models.likelihood import LikelihoodKind, log_likelihood
 from latent_ae.models.loading import FirstStage
+from latent_ae.models.logistic_mixture import mixture_log_likelihood
 from latent_ae.models.posterior import Drawn, drawer
 
 FIT_VALUES = 2**21
@@ -91,14 +92,19 @@ class Estimator:
             images: (N, C, H, W) in [-1, 1], sides multiples of the downsampling factor.
             numbers: Numbers of the images.
             samples: Number of posterior samples.
-            scale: Scale of the likelihood in [-1, 1] units; None for bernoulli.
+            scale: Scale of the likelihood in [-1, 1] units; None for a likelihood that takes none.
         """
         images = images.to(self.device)
         target = (binary_images(self.seed, numbers, images) if self.kind == "bernoulli" else images).double()
         logvar = torch.tensor(2.0 * math.log(scale or 1.0), dtype=torch.float64, device=self.device)
         likelihoods, ratios, rates = [], [], []
-        for drawn, decoded in self._draws(images, numbers, samples):
-            by_pixel = log_likelihood(self.kind, decoded.double(), target, logvar, discretised=self.discretised)
+        for drawn in self._draws(images, numbers, samples):
+            if self.kind == "logistic_mixture":
+                _, mixtures = self.stage.decode_distribution(drawn.latent)
+                by_pixel = mixture_log_likelihood(mixtures.double(), target)
+            else:
+                decoded = self.stage.decode(drawn.latent).double()
+                by_pixel = log_likelihood(self.kind, decoded, target, logvar, discretised=self.discretised)
             likelihoods.append(by_pixel.flatten(1).sum(1))
             ratios.append(drawn.log_ratio.double())
             rates.append(torch.stack([rate.double().flatten(1).sum(1) for rate in drawn.rates], 1))
@@ -119,22 +125,22 @@ class Estimator:
             numbers: Numbers of the images.
             count: Number of values per image.
         """
-        ((_, decoded),) = self._draws(images.to(self.device), numbers, 1)
+        (drawn,) = self._draws(images.to(self.device), numbers, 1)
+        decoded = self.stage.decode(drawn.latent)
         chosen = []
         for number, one in zip(numbers, torch.stack([decoded.cpu(), images.cpu()], 1).flatten(2), strict=True):
             generator = torch.Generator().manual_seed(number)
             chosen.append(one[:, torch.randperm(one.shape[1], generator=generator)[:count]])
         return torch.cat(chosen, 1)
 
-    def _draws(self, images: Tensor, numbers: Sequence[int], samples: int) -> Iterator[tuple[Drawn, Tensor]]:
+    def _draws(self, images: Tensor, numbers: Sequence[int], samples: int) -> Iterator[Drawn]:
         stage = self.stage
         assert stage.module is not None
         draw = drawer(stage.module, images.to(stage.dtype))
         shape = [stage.latent_channels, *(side // stage.factor for side in images.shape[2:])]
         for number in range(samples):
             noise = posterior_noise(self.seed, numbers, shape, number).to(self.device)
-            drawn = draw(noise)
-            yield drawn, stage.decode(drawn.latent)
+            yield draw(noise)
 
 
 def fitted_scale(kind: LikelihoodKind, pairs: Tensor, *, discretised: bool) -> float:

@@ -22,7 +22,7 @@ from latent_ae.data.held_out import HeldOutImage
 from latent_ae.data.rng import spread
 from latent_ae.data.sources import StoredImages, StreamSource
 from latent_ae.metrics.similarity import FEWEST, bootstrap_interval
-from latent_ae.models.likelihood import Likelihood, LikelihoodKind, bits_per_dimension
+from latent_ae.models.likelihood import SCALED, Likelihood, LikelihoodKind, bits_per_dimension
 from latent_ae.models.loading import FirstStage
 from latent_ae.progress import progress_bar
 from latent_ae.provenance import versions
@@ -86,16 +86,16 @@ def measure_likelihood(
     known = stage.likelihood
     trained: LikelihoodKind = known.kind if known else "gaussian"
     kind = trained if settings.likelihood == "auto" else settings.likelihood
-    if kind == "bernoulli" and settings.scale != "auto":
+    if kind not in SCALED and settings.scale != "auto":
         raise UserError(
-            "scale: the model was trained with bernoulli, which has no scale; leave it out or set likelihood"
+            f"scale: the model was trained with {kind}, which takes no scale; leave it out or set likelihood"
         )
     if kind != "gaussian" and not settings.discretised:
         raise UserError(f"discretised: the model was trained with {kind}, which has no density; leave it out")
     estimator = Estimator(stage, kind, seed=settings.seed, discretised=settings.discretised, device=device)
     work = _Work(stage, source, settings, str(data), device, progress)
     measured, scale, scale_from, notes = np.arange(len(source)), None, None, list[str]()
-    if kind != "bernoulli":
+    if kind in SCALED:
         if isinstance(settings.scale, float):
             scale, scale_from = settings.scale, "given"
         elif settings.scale == "auto" and known is not None and known.kind == kind:
@@ -112,7 +112,7 @@ def measure_likelihood(
             notes.append(
                 f"the scale {scale:.4g} was fitted to {len(fit):,} of the images, one in {FIT}, which do not count"
             )
-    else:
+    elif kind == "bernoulli":
         notes.append(
             "bernoulli: the bits are of binary images, each pixel drawn once with the probability of its brightness; "
             "they cannot be compared with the bits of 256 levels"
@@ -141,7 +141,7 @@ def measure_likelihood(
             "kind": kind,
             "scale": scale,
             "scale_from": scale_from,
-            "discretised": kind == "logistic" or (kind == "gaussian" and settings.discretised),
+            "discretised": kind in ("logistic", "logistic_mixture") or (kind == "gaussian" and settings.discretised),
         },
         "latent_dimensions": finite[0]["latent_dimensions"],
         **_figures(finite, Likelihood(kind, scale), settings),

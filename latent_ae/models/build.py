@@ -132,6 +132,7 @@ def facts_of(autoencoder: ModelMixin, name: str | None = None) -> ModelFacts:
         last_layers,
         family.codes(autoencoder.config) if family.latent == "codebook" else None,
         family.flow_matching,
+        family.states(autoencoder.config),
         tuple(f"{section}.{key}" for key in keys),
     )
 

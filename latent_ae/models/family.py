@@ -7,6 +7,7 @@ from torch import Tensor
 
 from latent_ae.models import adapters
 from latent_ae.models.adapters import Moments
+from latent_ae.models.likelihood import LikelihoodKind
 
 SIDES: dict[str, tuple[str, ...]] = {
     "encoder": ("encoder", "quant_conv"),
@@ -124,6 +125,9 @@ class Family(NamedTuple):
     """Takes the autoencoder and images; see the encoding functions in `adapters`."""
     decode: Callable[..., Tensor] = adapters.decode
     """Takes the autoencoder and latents; see the decoding functions in `adapters`."""
+    states: Callable[[Any], LikelihoodKind | None] = lambda config: None
+    """Likelihood whose parameters the decoder gives: then the class has `decode_distribution`, which returns them
+    besides the image. None if it gives an image alone."""
     encoded: str = "vae.encode(images).latent_dist.sample()"
     """The Python code with which a user of diffusers encodes."""
     decoded: str = "vae.decode(z).sample"

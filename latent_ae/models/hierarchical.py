@@ -1,22 +1,27 @@
 """A variational autoencoder that samples its latents level by level, coarse before fine."""
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.autoencoders.vae import DecoderOutput, EncoderOutput
-from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
 from latent_ae.arithmetic import WeightPrecisionConv2d
 from latent_ae.config import UserError
+from latent_ae.models.cells import CELLS, CellKind, Narrow, Residual, make_cell, narrowed
+from latent_ae.models.logistic_mixture import first_parameters, mean_image, parameters_per_component
 from latent_ae.models.posterior import Drawn, kl_per_dimension, log_ratio
 
 LARGEST_LOG_STD = 5.0
 """A tanh limits the logarithms of standard deviations to +- this value, as in NVAE."""
+OPEN_LOG_STD = -2.0
+"""Logarithm of the standard deviation, in units of the prior's, with which an open posterior begins."""
 
 
 class HierarchicalVAE(ModelMixin, ConfigMixin):
@@ -31,11 +36,19 @@ class HierarchicalVAE(ModelMixin, ConfigMixin):
     Args:
         in_channels: Channels of the images.
         sample_size: Side of the images, px.
-        width: Channels of the features.
+        width: Channels of the features, one number or one for each side, from the coarsest.
         level_sides: Side of each level's grid, px, from the top; a side may occur several times.
         level_channels: Latent channels of each level; a level of 0 channels has layers only.
-        blocks: Residual blocks per level.
-        norm_num_groups: Groups of each group normalisation.
+        blocks: Cells per level, and of the encoder per side.
+        norm_num_groups: Groups of each group normalisation; a bottleneck has none.
+        cell: Kind of the cells: `residual`, `bottleneck` (Child 2021) or `depthwise` (Vahdat and Kautz 2020).
+        encoder_cell: Kind of the encoder's; None means `cell`.
+        encoder_blocks: Cells of the encoder, one number or one for each side, from the coarsest; None means `blocks`.
+        side_bias: Whether a learned bias for each position is added where the state enters a finer grid (Child 2021).
+        open_posteriors: Whether posteriors begin with random means (as Child 2021) and narrower than priors, so that
+            latents are used from the first step on; otherwise posteriors begin as the priors.
+        mixtures: Components of a mixture of logistics for each pixel, which the decoder gives (`logistic_mixture`); 0
+            gives an image alone.
         scaling_factor: A diffusion model multiplies shifted latents by it.
         shift_factor: A diffusion model subtracts it from latents.
 
@@ -50,30 +63,48 @@ class HierarchicalVAE(ModelMixin, ConfigMixin):
         self,
         in_channels: int = 3,
         sample_size: int = 32,
-        width: int = 64,
+        width: int | Sequence[int] = 64,
         level_sides: Sequence[int] = (4, 8, 16),
         level_channels: Sequence[int] = (16, 8, 4),
         blocks: int = 1,
         norm_num_groups: int = 8,
+        cell: CellKind = "residual",
+        encoder_cell: CellKind | None = None,
+        encoder_blocks: int | Sequence[int] | None = None,
+        side_bias: bool = False,
+        open_posteriors: bool = False,
+        mixtures: int = 0,
         scaling_factor: float = 1.0,
         shift_factor: float = 0.0,
     ):
         super().__init__()
         sides, channels = list(level_sides), list(level_channels)
-        if len(sides) != len(channels) or min([*sides, width, *(c + 1 for c in channels)]) < 1 or not any(channels):
+        all_sides = sorted(set(sides))
+        widths = by_side(width, all_sides, "width")
+        least = min([*sides, *widths.values(), *(count + 1 for count in channels)])
+        if len(sides) != len(channels) or least < 1 or not any(channels):
             raise ValueError(f"level_sides {sides} and level_channels {channels} must be of the same levels, some > 0")
         if any(finer % coarser for coarser, finer in itertools.pairwise([*sides, sample_size])):
             raise ValueError(
                 f"each of level_sides {sides} must divide the next one, and the last one sample_size {sample_size}"
             )
-        with_latents = sorted({side for side, count in zip(sides, channels, strict=True) if count}, reverse=True)
-        within = [side for side in sorted(set(sides), reverse=True) if side >= with_latents[-1]]
-        self.encoder = Encoder(in_channels, sample_size, width, within, blocks, norm_num_groups)
-        self.decoder = Decoder(in_channels, sample_size, width, sides, channels, blocks, norm_num_groups)
+        encoder_cell = encoder_cell or cell
+        if unknown := {cell, encoder_cell} - set(CELLS):
+            raise ValueError(f"{', '.join(unknown)} is no kind of cell: {', '.join(CELLS)}")
+        top = min(side for side, count in zip(sides, channels, strict=True) if count)
+        within = [side for side in all_sides if side >= top]
+        cells = by_side(blocks if encoder_blocks is None else encoder_blocks, within, "encoder_blocks")
+        shape = Shape(in_channels, sample_size, widths, norm_num_groups, open_posteriors)
+        self.encoder = Encoder(shape, encoder_cell, cells)
+        self.decoder = Decoder(shape, cell, sides, channels, blocks, side_bias, mixtures)
         self.shapes = [(count, side, side) for side, count in zip(sides, channels, strict=True) if count]
 
     def draw(self, images: Tensor, noise: Tensor | None) -> Drawn:
-        """Sample each level of the posterior given the samples above it, as `posterior.draw` does.
+        """Sample each level of the posterior given the samples above it, as `posterior.draw` does; see `descend`."""
+        return self.descend(images, noise)[0]
+
+    def descend(self, images: Tensor, noise: Tensor | None) -> tuple[Drawn, Tensor]:
+        """Sample each level of the posterior given the samples above it.
 
         Args:
             images: (N, C, H, W) in [-1, 1].
@@ -82,6 +113,7 @@ class HierarchicalVAE(ModelMixin, ConfigMixin):
         Returns:
             The sample. `rates` holds the KL of each level given the samples above it, from the top level down. The
             posterior is not one Gaussian, so `mean` is the latent and `logvar` is None.
+            The state after all levels, (N, width, side, side), which `output` turns into the image.
 
         Raises:
             UserError: If the images have another size than `sample_size`.
@@ -107,10 +139,11 @@ class HierarchicalVAE(ModelMixin, ConfigMixin):
             latents.append(mean + log_std.exp() * shifts[-1])
             return latents[-1]
 
-        self.decoder.descend(choose)
+        state = self.decoder.descend(choose)
         latent = packed(latents)
         # the ratio of two densities does not change with the units
-        return Drawn(latent, latent, None, tuple(rates), log_ratio(packed(shifts), packed(logvars), noise))
+        ratio = log_ratio(packed(shifts), packed(logvars), noise)
+        return Drawn(latent, latent, None, tuple(rates), ratio), state
 
     def sample_prior(self, noise: Tensor) -> Tensor:
         """Sample the prior, each level given the levels above it.
@@ -139,14 +172,36 @@ class HierarchicalVAE(ModelMixin, ConfigMixin):
         """
         return EncoderOutput(latent=self.draw(images, None).latent)
 
-    def decode(self, latent: Tensor) -> DecoderOutput:
-        """Return the images of latents, (N, D, 1, 1): (N, C, H, W), nominally in [-1, 1].
+    def output(self, state: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return the image for a state after all levels, and the mixtures that it is the mean of.
+
+        Args:
+            state: (N, width, side, side).
+
+        Returns:
+            The image, (N, C, H, W), and the parameters of mixtures, (N, P, H, W) float32, or None.
+        """
+        output = self.decoder(state)
+        if not self.config.mixtures:
+            return output, None
+        return mean_image(output.float(), self.config.in_channels), output.float()
+
+    def decode_distribution(self, latent: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return the image and the mixtures of logistics around it, for latents, (N, D, 1, 1); see `output`.
 
         Raises:
             ValueError: If the latents have another shape.
         """
         latents = iter(self.unpacked(latent))
-        return DecoderOutput(sample=self.decoder(self.decoder.descend(lambda level, state: next(latents))))
+        return self.output(self.decoder.descend(lambda level, state: next(latents)))
+
+    def decode(self, latent: Tensor) -> DecoderOutput:
+        """Return the images of latents, (N, D, 1, 1): (N, C, H, W), nominally in [-1, 1]; means of mixtures.
+
+        Raises:
+            ValueError: If the latents have another shape.
+        """
+        return DecoderOutput(sample=self.decode_distribution(latent)[0].to(latent.dtype))
 
     def forward(self, images: Tensor) -> DecoderOutput:
         """Return the images decoded from the mode, (N, C, H, W)."""
@@ -173,18 +228,20 @@ def packed(levels: Sequence[Tensor]) -> Tensor:
 class Encoder(nn.Module):
     """Computes features of images at each side, bottom-up."""
 
-    def __init__(self, in_channels: int, sample_size: int, width: int, sides: list[int], blocks: int, groups: int):
+    def __init__(self, shape: "Shape", kind: CellKind, cells: dict[int, int]):
         super().__init__()
-        stride = sample_size // sides[0]
-        self.sides = sides
-        self.conv_in = nn.Conv2d(in_channels, width, stride + 2, stride, padding=1)
-        self.stacks = nn.ModuleList(Stack(width, blocks, groups) for _ in sides)
+        self.sides = sides = sorted(cells, reverse=True)
+        stride, first = shape.sample_size // sides[0], shape.widths[sides[0]]
+        self.conv_in = nn.Conv2d(shape.in_channels, first, stride + 2, stride, padding=1)
+        self.stacks = nn.ModuleList(Stack(shape, kind, side, cells[side], sum(cells.values())) for side in sides)
+        self.passages = nn.ModuleList(shape.passage(finer, coarser) for finer, coarser in itertools.pairwise(sides))
 
     def forward(self, images: Tensor) -> dict[int, Tensor]:
         """Return features, (N, width, side, side), by their side, for images, (N, C, H, W)."""
         features, found = self.conv_in(images), dict[int, Tensor]()
-        for side, stack in zip(self.sides, self.stacks, strict=True):
-            features = found[side] = stack(F.avg_pool2d(features, features.shape[-1] // side))
+        passages: list[nn.Module] = [nn.Identity(), *self.passages]
+        for side, stack, passage in zip(self.sides, self.stacks, passages, strict=True):
+            features = found[side] = stack(passage(F.avg_pool2d(features, features.shape[-1] // side)))
         return found
 
 
@@ -194,14 +251,17 @@ class Level(nn.Module):
     prior: "Moments"
     posterior: "Moments"
 
-    def __init__(self, width: int, side: int, channels: int, blocks: int, groups: int):
+    def __init__(self, shape: "Shape", kind: CellKind, above: int, side: int, channels: int, cells: int, depth: int):
         super().__init__()
-        self.side, self.channels = side, channels
-        self.stack = Stack(width, blocks, groups)
+        self.side, self.channels, width = side, channels, shape.widths[side]
+        self.passage = shape.passage(above, side)
+        self.stack = Stack(shape, kind, side, cells, depth)
         if channels:
-            self.prior = Moments(width, width, channels, groups)
-            self.posterior = Moments(2 * width, width, channels, groups)
+            self.prior = Moments(shape, kind, side, channels, posterior=False)
+            self.posterior = Moments(shape, kind, side, channels, posterior=True)
             self.conv_latent = WeightPrecisionConv2d(channels, width, 1)
+            if kind == "bottleneck":
+                self.conv_latent.weight.data.mul_(1.0 / math.sqrt(depth))
 
 
 class Decoder(nn.Module):
@@ -209,28 +269,48 @@ class Decoder(nn.Module):
 
     def __init__(
         self,
-        out_channels: int,
-        sample_size: int,
-        width: int,
+        shape: "Shape",
+        kind: CellKind,
         sides: list[int],
         channels: list[int],
         blocks: int,
-        groups: int,
+        side_bias: bool,
+        mixtures: int,
     ):
         super().__init__()
-        self.scale = sample_size // sides[-1]
-        self.start = nn.Parameter(torch.randn(1, width, sides[0], sides[0]))
+        last, width = sides[-1], shape.widths[sides[-1]]
+        self.scale = shape.sample_size // last
+        self.start = nn.Parameter(torch.randn(1, shape.widths[sides[0]], sides[0], sides[0]))
         # levels that see only the start need no layers, because the start itself is learned
-        above = [any(channels[:number]) for number in range(len(sides))]
+        cells = [blocks if any(channels[:number]) else 0 for number in range(len(sides))]
+        depth = sum(cells) + blocks
         self.levels = nn.ModuleList(
-            Level(width, side, count, blocks if fed else 0, groups)
-            for side, count, fed in zip(sides, channels, above, strict=True)
+            Level(shape, kind, above, side, count, number, depth)
+            for above, side, count, number in zip([sides[0], *sides], sides, channels, cells, strict=False)
         )
-        self.stack = Stack(width, blocks, groups)
-        self.norm_out = nn.GroupNorm(groups, width, eps=1e-6)
-        fine = max(1, width // self.scale)
-        self.conv_up = nn.Conv2d(width, fine * self.scale**2, 3, padding=1)
-        self.conv_out = nn.Conv2d(fine, out_channels, 3, padding=1)
+        self.stack = Stack(shape, kind, last, blocks, depth)
+        self.biases = nn.ParameterDict(
+            {str(side): torch.zeros(1, shape.widths[side], side, side) for side in sorted(set(sides[1:]) - {sides[0]})}
+            if side_bias
+            else {}
+        )
+        outputs = mixtures * parameters_per_component(shape.in_channels) if mixtures else shape.in_channels
+        # a mixture's parameters decide on single levels of 8 bits, which bfloat16 would round away
+        last_layer = WeightPrecisionConv2d if mixtures else nn.Conv2d
+        if kind == "residual":
+            self.norm_out: nn.Module = nn.GroupNorm(shape.groups, width, eps=1e-6)
+            fine = max(1, width // self.scale)
+            self.conv_up: nn.Module = nn.Conv2d(width, fine * self.scale**2, 3, padding=1)
+            self.conv_out = last_layer(fine, outputs, 3, padding=1)
+            self.activation: nn.Module = nn.SiLU()
+        else:
+            fine = max(1, width // self.scale) if self.scale > 1 else width
+            self.norm_out = nn.Identity()
+            self.conv_up = nn.Conv2d(width, fine * self.scale**2, 3, padding=1) if self.scale > 1 else nn.Identity()
+            self.conv_out = last_layer(fine, outputs, 1)
+            self.activation = nn.GELU() if kind == "bottleneck" else nn.SiLU()
+        if mixtures:
+            self.conv_out.bias.data.copy_(first_parameters(shape.in_channels, mixtures))
 
     def descend(self, choose: Callable[[Level, Tensor], Tensor]) -> Tensor:
         """Return the state after all levels.
@@ -240,27 +320,51 @@ class Decoder(nn.Module):
         """
         state: Tensor = self.start
         for level in self.levels:
-            state = level.stack(F.interpolate(state, size=level.side))
+            entered = level.side != state.shape[-1]
+            state = F.interpolate(level.passage(state), size=level.side)
+            if entered and str(level.side) in self.biases:
+                state = state + self.biases[str(level.side)]
+            state = level.stack(state)
             if level.channels:
                 state = state + level.conv_latent(choose(level, state).to(state.dtype))
         return state
 
     def forward(self, state: Tensor) -> Tensor:
-        """Return the image for the state after all levels."""
-        hidden = self.conv_up(F.silu(self.norm_out(self.stack(state))))
-        image: Tensor = self.conv_out(F.silu(F.pixel_shuffle(hidden, self.scale)))
-        return image
+        """Return the image, or the parameters of its mixtures, for the state after all levels."""
+        hidden = self.stack(state)
+        if not isinstance(self.conv_up, nn.Identity):
+            hidden = self.conv_up(self.activation(self.norm_out(hidden)))
+            hidden = F.pixel_shuffle(hidden, self.scale)
+        output: Tensor = self.conv_out(self.activation(hidden))
+        return output
 
 
 class Moments(nn.Module):
-    """Computes mean and log standard deviation of a Gaussian, both float32 and both 0 before training."""
+    """Computes mean and log standard deviation of a Gaussian, both float32; before training both are 0, if not open.
 
-    def __init__(self, in_channels: int, width: int, channels: int, groups: int):
+    A prior sees the state, a posterior the state and the image's features. Residual cells have a block of their own for
+    either; of the others only a bottleneck's posterior has one, because the cells before already serve the prior (NVAE;
+    in very deep VAEs the prior's block adds to the state, too).
+    """
+
+    def __init__(self, shape: "Shape", kind: CellKind, side: int, channels: int, *, posterior: bool):
         super().__init__()
-        self.block = Residual(in_channels, width, groups)
-        self.conv = WeightPrecisionConv2d(width, 2 * channels, 1)
-        nn.init.zeros_(self.conv.weight)
+        width = shape.widths[side]
+        inputs, middle, kernel = width * (2 if posterior else 1), width, 1
+        if kind == "residual":
+            self.block: nn.Module = Residual(inputs, width, shape.groups)
+        elif kind == "bottleneck" and posterior:
+            middle = narrowed(width)
+            self.block = Narrow(inputs, middle, side)
+        else:
+            self.block = nn.GELU() if kind == "bottleneck" else nn.SiLU()
+            middle, kernel = inputs, 3 if posterior else 1
+        self.conv = WeightPrecisionConv2d(middle, 2 * channels, kernel, padding=kernel // 2)
         nn.init.zeros_(self.conv.bias)
+        if posterior and shape.open_posteriors:
+            self.conv.bias.data[channels:] = OPEN_LOG_STD
+        else:
+            nn.init.zeros_(self.conv.weight)
 
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """Return both, (N, channels, side, side), for features, (N, in_channels, side, side)."""
@@ -269,12 +373,14 @@ class Moments(nn.Module):
 
 
 class Stack(nn.Module):
-    """Residual blocks of one width."""
+    """Cells of one width on one grid."""
 
-    def __init__(self, width: int, count: int, groups: int):
+    def __init__(self, shape: "Shape", kind: CellKind, side: int, count: int, depth: int):
         super().__init__()
         self.gradient_checkpointing = False
-        self.blocks = nn.ModuleList(Residual(width, width, groups) for _ in range(count))
+        self.blocks = nn.ModuleList(
+            make_cell(kind, shape.widths[side], side, shape.groups, depth) for _ in range(count)
+        )
 
     def forward(self, features: Tensor) -> Tensor:
         """Return features, (N, width, side, side) like the input."""
@@ -286,15 +392,37 @@ class Stack(nn.Module):
         return features
 
 
-class Residual(ResnetBlock2D):
-    """diffusers' block without a time embedding; its branch is 0 before training, so that deep stacks train stably."""
+class Shape(NamedTuple):
+    """What all parts of a network share."""
 
-    def __init__(self, in_channels: int, out_channels: int, groups: int):
-        super().__init__(in_channels=in_channels, out_channels=out_channels, temb_channels=None, groups=groups)
-        nn.init.zeros_(self.conv2.weight)
-        nn.init.zeros_(self.conv2.bias)
+    in_channels: int
+    sample_size: int
+    """Side of the images, px."""
+    widths: dict[int, int]
+    """Channels of the features by the side of their grid."""
+    groups: int
+    """Groups of each group normalisation."""
+    open_posteriors: bool
+    """Whether posteriors begin with random means."""
 
-    def forward(self, features: Tensor) -> Tensor:
-        """Return features, (N, out_channels, side, side), for features, (N, in_channels, side, side)."""
-        hidden: Tensor = super().forward(features, None)
-        return hidden
+    def passage(self, before: int, side: int) -> nn.Module:
+        """Return the layer between features of two sides: none if they have the same width."""
+        widths = self.widths[before], self.widths[side]
+        return nn.Identity() if widths[0] == widths[1] else nn.Conv2d(*widths, 1)
+
+
+def by_side(given: int | Sequence[int], sides: Sequence[int], name: str) -> dict[int, int]:
+    """Return a number for each side.
+
+    Args:
+        given: One number for all sides, or one for each, from the coarsest.
+        sides: The sides, from the coarsest.
+        name: What messages call the numbers.
+
+    Raises:
+        ValueError: If there is another count of numbers than of sides.
+    """
+    numbers = [given] * len(sides) if isinstance(given, int) else list(given)
+    if len(numbers) != len(sides):
+        raise ValueError(f"{name} {numbers} must be one number, or one for each of the sides {list(sides)}")
+    return dict(zip(sides, numbers, strict=True))

@@ -6,7 +6,7 @@ All images are in [-1, 1]; a level of 8 bits is 2/255 wide.
 import json
 import math
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -14,10 +14,12 @@ from torch import Tensor
 
 from latent_ae.config import UserError
 
-LikelihoodKind = Literal["bernoulli", "gaussian", "logistic", "logit_laplace"]
-LIKELIHOODS: tuple[LikelihoodKind, ...] = ("bernoulli", "gaussian", "logistic", "logit_laplace")
+LikelihoodKind = Literal["bernoulli", "gaussian", "logistic", "logit_laplace", "logistic_mixture"]
+LIKELIHOODS: tuple[LikelihoodKind, ...] = get_args(LikelihoodKind)
 SCALED: tuple[LikelihoodKind, ...] = ("gaussian", "logistic")
 """Those with one scale for all values, which is a setting or learned."""
+STATED: tuple[LikelihoodKind, ...] = ("logit_laplace", "logistic_mixture")
+"""Those with parameters that a decoder of their own gives besides the image."""
 MARGIN = 0.1
 """Distance of mapped pixels from 0 and 1 (Ramesh et al. 2021, appendix A.3)."""
 INSIDE = 1e-6
@@ -33,7 +35,7 @@ class Likelihood(NamedTuple):
     kind: LikelihoodKind
     scale: float | None
     """Standard deviation (gaussian) or scale (logistic), in [-1, 1] units; None for bernoulli, which has none, and for
-    logit_laplace, whose decoder gives one for each value."""
+    logit_laplace and logistic_mixture, whose decoders give one for each value."""
 
 
 def log_likelihood(
@@ -50,7 +52,7 @@ def log_likelihood(
     one, whose unit is the mapped value, is larger by log(2.5).
 
     Args:
-        kind: Family of distributions.
+        kind: Family of distributions, but for logistic_mixture (`logistic_mixture.mixture_log_likelihood`).
         image: (N, C, H, W) output of the decoder.
         target: (N, C, H, W) in [-1, 1].
         logvar: Twice the logarithm of the scale, which bernoulli does not use; broadcasts with the image. The scale of

@@ -131,6 +131,23 @@ class FirstStage:
         with self._arithmetic():
             return family_of(self.module).decode(self.module, latents.to(self.dtype)).float()
 
+    def decode_distribution(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        """Decode latents with a class whose decoder states a likelihood (`family.Family.states`).
+
+        Args:
+            latents: (N, c, h, w), raw.
+
+        Returns:
+            The images as from `decode`, and the likelihood's parameters, (N, P, H, W) float32.
+
+        Raises:
+            UserError: If the device cannot compute in the model's dtype.
+        """
+        assert self.module is not None
+        with self._arithmetic():
+            images, stated = self.module.decode_distribution(latents.to(self.dtype))
+        return images.float(), stated.float()
+
     def reconstruct(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
         """Return reconstructions from the posterior's mean, or from a sample.
 

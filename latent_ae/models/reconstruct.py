@@ -11,7 +11,7 @@ from latent_ae.arithmetic import WeightPrecisionConv2d
 from latent_ae.models.flow_matching import Path
 from latent_ae.models.posterior import draw
 from latent_ae.models.quantize import PLAIN, Codes, Quantiser, quantised
-from latent_ae.models.registry import family_of
+from latent_ae.models.registry import family_of, states
 from latent_ae.models.stored_encoder import StoredEncoder
 
 
@@ -37,8 +37,9 @@ class Reconstruction(NamedTuple):
     empty without a posterior."""
     second: Tensor | None = None
     """The image of the latent as `second` changes it, if that was given."""
-    log_scale: Tensor | None = None
-    """Logarithm of the scale of the likelihood around each value of `image`, (N, C, H, W), if the decoder gives it."""
+    stated: Tensor | None = None
+    """What the decoder gives of the likelihood besides `image`, (N, P, H, W), see `family.Family.states`: logarithms of
+    scales, or the parameters of mixtures."""
 
 
 class Reconstructor(nn.Module):
@@ -83,7 +84,7 @@ class Reconstructor(nn.Module):
             path: Where a FlowMatchingVAE looks at each image on its way from noise; None decodes as in evaluation.
         """
         encoder, kind = getattr(self.autoencoder, "encoder", None), family_of(self.autoencoder).latent
-        codes, how, log_scale = tuple[Codes, ...](), {}, None
+        codes, how, stated, state = tuple[Codes, ...](), {}, None, None
         if decode is not None and isinstance(encoder, StoredEncoder):
             latent, mean, logvar, rates = decode, decode, None, tuple[Tensor, ...]()
         elif kind == "categorical":
@@ -93,6 +94,8 @@ class Reconstructor(nn.Module):
             latent, codes = self.autoencoder.quantised_levels(images, quantiser)
             mean, logvar, rates = latent, None, ()
             how = {"force_not_quantize": True}  # because it is quantised already
+        elif kind == "hierarchy":
+            (latent, mean, logvar, rates, _), state = self.autoencoder.descend(images, noise)
         else:
             latent, mean, logvar, rates, _ = draw(self.autoencoder, images, noise)
         if kind == "codebook":
@@ -105,14 +108,17 @@ class Reconstructor(nn.Module):
         for transform in transforms:
             decoded = transform(decoded)
         decode_latent = partial(family_of(self.autoencoder).decode, self.autoencoder, **how)
-        if kind == "categorical":
-            image, log_scale = self.autoencoder.decode_distribution(decoded)
+        if state is not None:  # latents were decoded on the way down, and settings that would change them are refused
+            image, stated = self.autoencoder.output(state)
+            image = image.float()
+        elif states(self.autoencoder) is not None:
+            image, stated = self.autoencoder.decode_distribution(decoded)
         elif path is not None:
             image = self.autoencoder.estimate(decoded, path)
         else:
             image = decode_latent(decoded).float()
         second_image = decode_latent(second(decoded)).float() if second is not None else None
-        return Reconstruction(image, mean, logvar, latent, to_decode, heads, codes, rates, second_image, log_scale)
+        return Reconstruction(image, mean, logvar, latent, to_decode, heads, codes, rates, second_image, stated)
 
     @property
     def codebooks(self) -> list[nn.Parameter]:

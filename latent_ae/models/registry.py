@@ -13,6 +13,7 @@ from torch import nn
 
 from latent_ae.config import UserError
 from latent_ae.models import adapters
+from latent_ae.models.cells import Bottleneck, Depthwise
 from latent_ae.models.family import (
     Family,
     LatentScaling,
@@ -22,8 +23,9 @@ from latent_ae.models.family import (
     powers_of_two,
     scaling_of_first_frame,
 )
+from latent_ae.models.likelihood import LikelihoodKind
 
-BLOCKS = (ResnetBlock2D, AutoencoderTinyBlock, ResBlock, EfficientViTBlock)
+BLOCKS = (ResnetBlock2D, AutoencoderTinyBlock, ResBlock, EfficientViTBlock, Bottleneck, Depthwise)
 """Building blocks of the classes, which `compile` compiles."""
 
 
@@ -110,12 +112,14 @@ FAMILIES = {
             side**2 * count for side, count in zip(config.level_sides, config.level_channels, strict=True)
         ),
         side=of_config("sample_size"),
+        states=lambda config: "logistic_mixture" if config.mixtures else None,
         encoded="vae.encode(images).latent",
         trains=("all",),
     ),
     "DiscreteVAE": Family(
         "categorical",
         powers_of_two("block_out_channels"),
+        states=lambda config: "logit_laplace",
         encoded="vae.encode(images).latent",
         codes=of_config("num_vq_embeddings"),
     ),
@@ -248,6 +252,11 @@ def family_of(module: Any) -> Family:
     """Return the record of an instance of one of FAMILIES, with the fields of its variant."""
     family = FAMILIES[str(family_name(module))]
     return family._replace(**family.variant(module.config))
+
+
+def states(module: Any) -> LikelihoodKind | None:
+    """Return the likelihood whose parameters the decoder of an instance of one of FAMILIES gives; None if none."""
+    return family_of(module).states(module.config)
 
 
 def recompute_blocks_(module: Any) -> None:

@@ -87,6 +87,8 @@ class ModelFacts(NamedTuple):
     """Number of codes of a codebook."""
     flow_matching: bool = False
     """Whether the decoder is trained by flow matching."""
+    states: str | None = None
+    """Likelihood whose parameters the decoder gives besides the image, as in `family.Family`."""
     channel_keys: tuple[str, ...] = ()
     """Settings that give the number of `channels`; empty for an existing first stage, which keeps its own."""
 
@@ -108,11 +110,6 @@ class ModelFacts(NamedTuple):
         if self.latent in ("codebook", "code_levels"):
             return ""
         return f"is for a codebook, which {self.name} does not have: leave it out"
-
-    @property
-    def gives_scale(self) -> bool:
-        """Whether the decoder gives a log-scale beside each value of the image."""
-        return self.latent == "categorical"
 
     @property
     def fixed_latent(self) -> str:
@@ -180,7 +177,9 @@ class ModelSettings(Settings):
             side, channels = self.config.get("sample_size", resolution), self.config.get("in_channels", 3)
             if isinstance(side, int) and side > 0 and isinstance(channels, int):
                 own = ("model.config.in_channels",)
-                return ModelFacts(name, "hierarchy", side, channels, 0, side, ("all",), channel_keys=own)
+                stated = "logistic_mixture" if self.config.get("mixtures") else None
+                facts = ModelFacts(name, "hierarchy", side, channels, 0, side, ("all",), channel_keys=own)
+                return facts._replace(states=stated)
         return None
 
     @property

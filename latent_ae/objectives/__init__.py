@@ -24,6 +24,7 @@ from latent_ae.objectives.kl import KL
 from latent_ae.objectives.latent_noise import LatentNoise
 from latent_ae.objectives.reconstruction import Reconstruction
 from latent_ae.objectives.semi_supervised import SemiSupervised
+from latent_ae.objectives.spectral import Spectral
 from latent_ae.objectives.total_correlation import TotalCorrelation
 from latent_ae.objectives.unit_codes import UnitCodes
 
@@ -45,6 +46,7 @@ OBJECTIVES: tuple[type[Objective[Any]], ...] = (
     CodeEntropy,
     UnitCodes,
     KL,
+    Spectral,
     Distillation,
     TotalCorrelation,
     SemiSupervised,

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from latent_ae.config import SWITCH, NonNegative, Positive, Problem, Settings, Weight
 from latent_ae.models.likelihood import bits_per_dimension
@@ -22,6 +22,8 @@ LARGEST_ERROR = 1.0
 """Errors are clamped to this size: a KL that is far off changes the weight by a factor e in 50 steps."""
 WEIGHT_RANGE = (1e-12, 1e3)
 """Range of the controlled weight."""
+BALANCE_NATS = 0.01
+"""Added to the KL of each level before it is balanced, nats per image."""
 SHAPING = ("kl_warmup", "kl_cycles", "kl_target", "free_bits", "kl_capacity")
 """Settings that shape the KL term."""
 CURES = "loss.kl_warmup, loss.free_bits or a weaker decoder (docs/family.md, posterior collapse)"
@@ -38,6 +40,9 @@ class KLSettings(Settings):
     """Weight of the KL divergence, which is summed per sample and divided by the number of image elements."""
     kl_warmup: NonNegative = 0
     """Steps over which that weight rises from 0."""
+    kl_balance: Annotated[bool, SWITCH] = False
+    """While kl_warmup lasts, weight the KL of each level of latents by what it was in the step before, relative to the
+    level's size, so that no level of a HierarchicalVAE is left unused (NVAE)."""
     kl_cycles: NonNegative = 0
     """Number of cycles over the run; in each the weight rises from 0 in the first half and then holds; 0 has none."""
     kl_target: Annotated[Weight, SWITCH] = 0.0
@@ -59,9 +64,13 @@ class KL(Objective[KLSettings]):
     charts = {"KL divergence per latent dimension (nats)": ("kl_per_dimension",), "KL weight": ("kl_weight",)}
 
     control: Tensor
+    level_rates: Tensor
 
-    def __init__(self, own: KLSettings, run: RunFacts) -> None:
+    def __init__(self, own: KLSettings, run: RunFacts, levels: int = 1) -> None:
         super().__init__(own, run)
+        if own.kl_balance:
+            # KL of each level in the step before, nats per image
+            self.register_buffer("level_rates", torch.zeros(levels))
         if own.kl_target:
             # the logarithm of the weight, and the last error
             self.register_buffer("control", torch.tensor([math.log(own.kl), 0.0]))
@@ -92,6 +101,11 @@ class KL(Objective[KLSettings]):
             yield Problem(
                 "loss.kl_capacity_steps", "there is no kl_capacity that would rise: give it or leave this out"
             )
+        if own.kl_balance and not own.kl_warmup:
+            yield Problem("loss.kl_balance", "lasts as long as kl_warmup, which is 0: give its steps")
+        for key in ("free_bits", "kl_capacity"):
+            if own.kl_balance and getattr(own, key):
+                yield Problem(f"loss.{key}", "changes the KL that kl_balance weights by level: keep one of them")
         if own.kl_target and own.free_bits >= own.kl_target:
             yield Problem(
                 "loss.free_bits",
@@ -111,6 +125,10 @@ class KL(Objective[KLSettings]):
             return
         if shaping and not model.random:
             yield Problem(f"loss.{shaping[0]}", f"shapes a KL term, and {model.name} has no posterior: set it to 0")
+        if own.kl_balance and model.latent != "hierarchy":
+            yield Problem(
+                "loss.kl_balance", f"is for the levels of a HierarchicalVAE, and {model.name} has one: set it to false"
+            )
         of_each = [key for key in ("free_bits", "kl_capacity") if getattr(own, key)]
         if of_each and model.latent == "flow":
             yield Problem(
@@ -120,12 +138,17 @@ class KL(Objective[KLSettings]):
             )
 
     @classmethod
+    def build(cls, own: KLSettings, run: RunFacts, autoencoder: nn.Module, device: torch.device) -> "KL":
+        return cls(own, run, len(getattr(autoencoder, "shapes", [()]))).to(device)
+
+    @classmethod
     def describe(cls, own: KLSettings, run: RunFacts) -> str:
         if run.train == "decoder":
             return ""
         parts = {
             f"weight {own.kl:g}": not own.kl_target,
             f"rising over {own.kl_warmup:,} steps": own.kl_warmup,
+            "balanced between levels meanwhile": own.kl_balance,
             f"rising {own.kl_cycles} times, every {run.steps / (own.kl_cycles or 1):,.0f} steps": own.kl_cycles,
             f"weight from {own.kl:g} on, controlled to {own.kl_target:g} nats per dimension": own.kl_target,
             f"{own.free_bits:g} nats per dimension free": own.free_bits,
@@ -157,6 +180,11 @@ class KL(Objective[KLSettings]):
         capacity = capacity_at(p.step, own, self.run.steps)
         loss, logs = kl_terms(own, rates, p.batch.images[0].numel(), capacity)
         p.logs |= logs
+        if own.kl_balance and p.step < own.kl_warmup:
+            totals = torch.stack([rate.sum() / len(rate) for rate in rates])
+            p.global_means["kl/levels"] = totals.detach()
+            # of the step before, because the batch's own KL would depend on how it is split
+            loss = (totals * balance(self.level_rates, rates)).sum() / p.batch.images[0].numel()
         if own.kl_target:
             p.global_means["kl/per_dimension"] = logs["kl_per_dimension"]
         weight = self.control[0].exp() if own.kl_target else weight_at(p.step, own, self.run.steps)
@@ -168,6 +196,8 @@ class KL(Objective[KLSettings]):
     def remember(self, means: Mapping[str, Tensor], logs: dict[str, Tensor]) -> None:
         if (kl_per_dimension := means.get("kl/per_dimension")) is not None:
             self.turn_controller(kl_per_dimension)
+        if (level_rates := means.get("kl/levels")) is not None:
+            self.level_rates.copy_(level_rates)
 
     def turn_controller(self, kl_per_dimension: Tensor) -> None:
         """Update the controlled weight: log w += P (e - e') + I e, e = log(KL / target), e' that of the step before.
@@ -241,6 +271,22 @@ def kl_terms(
         loss = capacity_loss(rates, image_elements, capacity)
         logs["kl_capacity"] = torch.full_like(kl.detach(), capacity)
     return loss, logs
+
+
+def balance(level_rates: Tensor, rates: Sequence[Tensor]) -> Tensor:
+    """Return the weights of the levels' KL, whose mean is 1 (Vahdat and Kautz 2020, appendix A, and their code).
+
+    The weight is proportional to the KL over the positions that a level would have if those of its grid were shared out
+    between the levels on it: a level that has much pays more, one that has little may take in more.
+
+    Args:
+        level_rates: (levels,), KL of each level, nats per image.
+        rates: Tensors of the levels' shapes, (N, c, h, w) each.
+    """
+    grids = [tuple(rate.shape[-2:]) for rate in rates]
+    sizes = [height * width / grids.count((height, width)) for height, width in grids]
+    weights = (level_rates + BALANCE_NATS) / level_rates.new_tensor(sizes)
+    return weights / weights.mean()
 
 
 def kl_loss(rates: Sequence[Tensor], image_elements: int) -> Tensor:

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from latent_ae.config import FIXED, Positive, Problem, Settings, Weight, fixed_with
 from latent_ae.data.rng import downsampling_number
-from latent_ae.models.likelihood import LIKELIHOODS, SCALED, Likelihood, log_likelihood
+from latent_ae.models.likelihood import LIKELIHOODS, SCALED, STATED, Likelihood, LikelihoodKind, log_likelihood
+from latent_ae.models.logistic_mixture import mixture_log_likelihood
 from latent_ae.models.settings import ModelFacts
 from latent_ae.objectives.bands import unseen
 from latent_ae.objectives.base import Batch, Objective, Pass, RunFacts, mean_over_views
@@ -20,17 +21,23 @@ from latent_ae.pretrained.lpips import LPIPS, TRUNKS
 
 PixelLoss = Literal["l1", "l2", "charbonnier"]
 CHARBONNIER_EPS = 1e-3
+NEEDED = {
+    "logit_laplace": "the scale of each value, as a DiscreteVAE has",
+    "logistic_mixture": "a mixture for each pixel, as a HierarchicalVAE with mixtures in model.config has",
+}
+"""What a decoder must give for a likelihood of STATED."""
 
 
 class ReconstructionSettings(Settings):
     """Reconstruction losses."""
 
     pixel: Annotated[
-        Literal["l1", "l2", "charbonnier", "bernoulli", "gaussian", "logistic", "logit_laplace"],
+        Literal[PixelLoss, LikelihoodKind],
         fixed_with("learned_logvar"),
     ] = "l1"
     """A distance, or the negative logarithm of a likelihood in nats: with kl=1 and perceptual=0 the loss is minus the
-    evidence lower bound. logit_laplace is for decoders that give a scale for each value (DiscreteVAE)."""
+    evidence lower bound. logit_laplace is for decoders that give a scale for each value (DiscreteVAE), logistic_mixture
+    for those that give a mixture for each pixel (HierarchicalVAE with mixtures)."""
     pixel_weight: Weight = 1.0
     """Weight of the pixel term."""
     scale: Annotated[float, Field(gt=0), fixed_with("learned_logvar")] = 0.1
@@ -83,13 +90,17 @@ class Reconstruction(Objective[ReconstructionSettings]):
             )
         if own.learned_logvar and own.pixel == "bernoulli":
             yield Problem("loss.learned_logvar", "bernoulli has no variance to learn: set it to false")
-        if own.learned_logvar and own.pixel == "logit_laplace":
-            yield Problem("loss.learned_logvar", "the decoder gives the scale of logit_laplace: set it to false")
-        if own.pixel == "logit_laplace" and model is not None and not model.gives_scale:
+        if own.learned_logvar and own.pixel in STATED:
+            yield Problem("loss.learned_logvar", f"the decoder gives the scale of {own.pixel}: set it to false")
+        if own.pixel in STATED and model is not None and model.states != own.pixel:
             yield Problem(
                 "loss.pixel",
-                f"logit_laplace needs a decoder that gives the scale of each value, as a DiscreteVAE has: {model.name} "
-                "has none, so use logistic",
+                f"{own.pixel} needs a decoder that gives {NEEDED[own.pixel]}: {model.name} has none, so use logistic",
+            )
+        if own.pixel == "logistic_mixture" and "gan" in run.enabled:
+            yield Problem(
+                "gan.weight",
+                "an adversary judges an image, and loss.pixel logistic_mixture has no gradient there: set it to 0",
             )
         other = run.enabled & {"convnext", "dino"} or (model is None or model.flow_matching)
         if not (own.pixel_weight or own.perceptual or other):
@@ -140,14 +151,15 @@ class Reconstruction(Objective[ReconstructionSettings]):
 
     def backward(self, p: Pass) -> None:
         own, area = self.own, p.batch.area
-        log_scale = None
-        if own.pixel == "logit_laplace":
-            assert p.out.log_scale is not None
-            log_scale = p.out.log_scale.detach().requires_grad_()
-        loss = area * self.loss(p, p.image, p.batch.target, log_scale=log_scale)
-        if log_scale is not None and p.out.log_scale is not None:
-            gradient, of_scale = torch.autograd.grad(loss, (p.image, log_scale))
-            p.send(p.out.log_scale, of_scale)
+        stated = None
+        if own.pixel in STATED:
+            assert p.out.stated is not None
+            stated = p.out.stated.detach().requires_grad_()
+        loss = area * self.loss(p, p.image, p.batch.target, stated=stated)
+        if stated is not None and p.out.stated is not None:
+            # mixtures do not depend on the image, which is their mean
+            gradient, of_stated = torch.autograd.grad(loss, (p.image, stated), materialize_grads=True)
+            p.send(p.out.stated, of_stated)
         elif not own.learned_logvar:
             (gradient,) = torch.autograd.grad(loss, p.image)
         elif own.pixel in LIKELIHOODS:
@@ -166,7 +178,7 @@ class Reconstruction(Objective[ReconstructionSettings]):
             (gradient,) = torch.autograd.grad(loss, small)
             p.send(second, own.scale_consistency * gradient)
 
-    def loss(self, p: Pass, image: Tensor, target: Tensor, ending: str = "", log_scale: Tensor | None = None) -> Tensor:
+    def loss(self, p: Pass, image: Tensor, target: Tensor, ending: str = "", stated: Tensor | None = None) -> Tensor:
         """Return the weighted sum of the pixel and LPIPS terms, with a graph at `image`, and log each term.
 
         Args:
@@ -174,17 +186,21 @@ class Reconstruction(Objective[ReconstructionSettings]):
             image: (N, C, H, W), reconstructions.
             target: (N, C, H, W), the images that they should be.
             ending: End of the terms' names in the log.
-            log_scale: (N, C, H, W), logarithm of the likelihood's scale, if the decoder gives it.
+            stated: (N, P, H, W), what the decoder gives of a likelihood of STATED, with a graph.
         """
         own = self.own
         terms: list[Tensor] = []
         if own.pixel_weight:
             if own.pixel in LIKELIHOODS:
-                if log_scale is not None:
-                    known = 2.0 * log_scale
+                if own.pixel == "logistic_mixture":
+                    assert stated is not None
+                    pixel = -mixture_log_likelihood(stated, target).mean() / target.shape[1]
                 else:
-                    known = self.logvar if own.learned_logvar else image.new_full((), 2.0 * math.log(own.scale))
-                pixel = -log_likelihood(own.pixel, image, target, known).mean()
+                    if stated is not None:
+                        known = 2.0 * stated
+                    else:
+                        known = self.logvar if own.learned_logvar else image.new_full((), 2.0 * math.log(own.scale))
+                    pixel = -log_likelihood(own.pixel, image, target, known).mean()
                 p.likelihood = own.pixel
             else:
                 distance = partial(pixel_loss, cast(PixelLoss, own.pixel))

@@ -132,6 +132,7 @@ def cases(place: Path) -> dict[str, Case]:
     for kind, shape in SHAPES.items():
         more: dict[str, Any] = {"revive_after": 1} if kind in CODEBOOKS else {"kl": 1e-3}
         more |= {"pixel": "logit_laplace"} if kind == "DiscreteVAE" else {}
+        more |= {"kl_balance": True, "kl_warmup": 9, "spectral": 1e-3} if kind == "HierarchicalVAE" else {}
         gan = {**FELT, "discriminator_warmup": 0, "conditional": kind == "AutoencoderDC"}
         gan["replay"] = 2 if kind == "AutoencoderDC" else 0
         codebook = {"entropy": 0.1} if kind in CODEBOOKS else {}

@@ -127,6 +127,51 @@ def test_the_controller_against_its_recursion() -> None:
     assert torch.equal(step.objectives["kl"].control, control)
 
 
+def test_levels_are_balanced_by_the_step_before() -> None:
+    """The gradient is that of NVAE's balanced KL while it warms up, and of the plain KL afterwards.
+
+    Levels of 4 and twice 8 px: NVAE's sizes are the squares of the scales' factors over the groups of a scale.
+    """
+    shape = {"width": 8, "level_sides": [4, 8, 8], "level_channels": [3, 2, 1], "norm_num_groups": 2}
+    settings = settings_for(
+        model={"kind": "HierarchicalVAE", "config": shape},
+        loss={"pixel_weight": 0.0, "kl": 0.5, "kl_warmup": 2, "kl_balance": True},
+        batch_size=4,
+        micro_batch_size=2,
+        optim={"lr": 1e-30},
+    )
+    step = build_step(settings)
+    network = step.bare_reconstructor.autoencoder
+    torch.manual_seed(0)
+    for parameter in network.parameters():
+        parameter.data.add_(0.2 * torch.randn_like(parameter))
+    gradients: dict[str, torch.Tensor] = {}
+    step.optimizers.autoencoder.register_step_pre_hook(
+        lambda *_: gradients.update({n: p.grad.clone() for n, p in network.named_parameters() if p.grad is not None})
+    )
+    latent = (3 * 16 + 2 * 64 + 64, 1, 1)
+
+    def levels(number: int) -> torch.Tensor:
+        batches = list(micro_batches(number, settings, 0, latent))
+        images, noise = (torch.cat([getattr(batch, name) for batch in batches]) for name in ("images", "noise"))
+        return torch.stack([rate.sum((1, 2, 3)).mean() for rate in network.draw(images, noise).rates])
+
+    sizes = torch.tensor([1.0, 4.0 / 2, 4.0 / 2])
+    before = torch.zeros(3)
+    for number in range(3):
+        step(number, micro_batches(number, settings, 0, latent))
+        weights = (before.abs() + 0.01) / sizes
+        weights = weights / weights.mean() if number < 2 else torch.ones(3)
+        now = levels(number)
+        (0.5 * min(1.0, (number + 1) / 3) * (weights * now).sum() / (3 * 16 * 16)).backward()
+        for name, parameter in network.named_parameters():
+            if parameter.grad is not None:
+                torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-3, atol=1e-6, msg=name)
+                parameter.grad = None
+        before = now.detach()
+    assert float(before.max() / before.min()) > 1.5, "the weights differ"
+
+
 def test_what_is_off_keeps_no_state() -> None:
     assert not build_step(settings_for()).state.state_dict()
 
@@ -140,6 +185,9 @@ def test_what_is_off_keeps_no_state() -> None:
         (["loss.kl_target=1", "loss.free_bits=1"], "loss.free_bits: 1 nats are kept free of the KL term"),
         (["train=decoder", "loss.free_bits=1"], "loss.free_bits: shapes the posterior, which train leaves"),
         (["loss.kl_cycles=99", "steps=50"], "loss.kl_cycles: 99 cycles in 50 steps"),
+        (["loss.kl_balance=true"], "loss.kl_balance: lasts as long as kl_warmup, which is 0"),
+        (["loss.kl_balance=true", "loss.kl_warmup=5"], "loss.kl_balance: is for the levels of a HierarchicalVAE"),
+        (["loss.kl_balance=true", "loss.free_bits=1"], "loss.free_bits: changes the KL that kl_balance weights"),
     ],
 )
 def test_settings_that_do_not_go_together_are_refused(words: list[str], expected: str) -> None:

@@ -51,7 +51,7 @@ def test_what_a_run_that_goes_on_may_change() -> None:
     keys = set(all_keys(TrainSettings))
     by_mark = {mark: {key for key in keys if marks[key] == mark} for mark in set(marks.values())}
     assert by_mark["switch"] == {
-        *("gan.weight", "ema.decay", "loss.kl_target", "loss.total_correlation"),
+        *("gan.weight", "ema.decay", "loss.kl_target", "loss.kl_balance", "loss.spectral", "loss.total_correlation"),
         "loss.backgrounds",  # metrics are of composites with it, and of channels without
         *("alignment.model", "alignment.adaptive", "distillation.teacher", "flow.teacher_steps"),
     }

@@ -75,7 +75,7 @@ def test_a_skipped_step_stores_nothing_and_copies_nothing() -> None:
     parameter = next(step.bare_reconstructor.parameters())
     parameter.register_hook(lambda gradient: torch.full_like(gradient, torch.nan))
     step(4, micro_batches(4, settings))
-    assert step.optimizers.skipped_steps()[0] == [4]
+    assert step.skipped_steps()[0] == [4]
     assert all(torch.equal(tensor, before[name]) for name, tensor in store.state_dict().items())
     assert not {id(tensor) for tensor in store.buffers()} & {id(tensor) for tensor in buffers_to_restore(step.state)}
     assert len(buffers_to_restore(step.state)) > 0

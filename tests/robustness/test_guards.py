@@ -99,6 +99,14 @@ def test_too_many_skipped_steps_stop_a_run_under_way(
     assert [line["step"] for line in events(run, "skipped")] == [3, 4]
 
 
+def test_too_many_steps_above_the_limit_stop_a_run(pictures: Path, tmp_path: Path, capsys: Any) -> None:
+    run, more = tmp_path / "run", ("steps=12", "optim.max_skipped=2", "gan.weight=0", "log.every=1")
+    assert main(words(pictures, run, *more, "optim.skip_above=1e-9")) == 2
+    assert "the gradient norms of the last 2 steps to 2 were above optim.skip_above 1e-09" in capsys.readouterr().err
+    assert [(line["step"], line["grad_norm_above"]) for line in events(run, "skipped")] == [(1, 1e-9), (2, 1e-9)]
+    assert [line.get("skipped_steps", 0) for line in events(run, "train")] == [0, 1]
+
+
 @pytest.mark.parametrize("what", ["the report", "other weights"])
 def test_the_way_of_an_export_is_tried(
     what: str, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

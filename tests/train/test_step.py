@@ -502,6 +502,21 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(what: str, kin
     assert any(not torch.equal(state[key], now) for key, now in everything(step).items())
 
 
+@pytest.mark.parametrize("micro", [4, 2])
+def test_a_step_above_the_limit_changes_nothing_and_is_counted(micro: int) -> None:
+    """The limit is on the norm over the global batch before clipping, however the batch is split."""
+    parts: dict[str, Any] = {"gan": GAN, "batch_size": 4, "ema": {"decay": 0.9}}
+    norm = float(build_step(settings_for(**parts))(0, micro_batches(0, settings_for(**parts)))["grad_norm"])
+    for limit, above in ((0.99 * norm, True), (1.01 * norm, False)):
+        settings = settings_for(**parts, micro_batch_size=micro, optim={"skip_above": limit, "clip": 1e-3 * norm})
+        step = build_step(settings)
+        state = everything(step)
+        step(0, micro_batches(0, settings))
+        same = {key for key, before in everything(step).items() if key in state and torch.equal(state[key], before)}
+        assert (same == set(state)) == above
+        assert step.large_steps() == (([0], 1) if above else ([], 0)) and step.skipped_steps() == ([], 0)
+
+
 def everything(step: TrainStep) -> dict[str, torch.Tensor]:
     """Copies of both networks, both optimizers' moments and counters, and what the step remembers."""
     found = {f"state.{name}": tensor for name, tensor in step.state.state_dict().items()}

@@ -1,0 +1,139 @@
+"""The cells of a HierarchicalVAE against their published arithmetic, and the networks that are made of them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from latent_ae.models.cells import Bottleneck, Depthwise
+from latent_ae.models.hierarchical import HierarchicalVAE
+from latent_ae.models.reconstruct import Reconstructor
+
+FEATURES = torch.randn(2, 16, 4, 4, generator=torch.Generator().manual_seed(0))
+IMAGES = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(1)) * 2 - 1
+
+
+def convolutions(cell: nn.Module) -> list[nn.Conv2d]:
+    return [module for module in cell.modules() if isinstance(module, nn.Conv2d)]
+
+
+def test_a_bottleneck_is_that_of_very_deep_vaes() -> None:
+    """GELU before each of 1 x 1, 3 x 3, 3 x 3, 1 x 1, a quarter as wide; 1 x 1 on grids below 3 px."""
+    torch.manual_seed(0)
+    cell = Bottleneck(16, 4, depth=1)
+    expected, paddings = FEATURES, (0, 1, 1, 0)
+    for layer, padding in zip(convolutions(cell), paddings, strict=True):
+        expected = F.conv2d(F.gelu(expected), layer.weight, layer.bias, padding=padding)
+    torch.testing.assert_close(cell(FEATURES), FEATURES + expected)
+    assert [tuple(layer.weight.shape) for layer in convolutions(cell)] == [
+        *((4, 16, 1, 1), (4, 4, 3, 3), (4, 4, 3, 3), (16, 4, 1, 1))
+    ]
+    assert {layer.weight.shape[-1] for layer in convolutions(Bottleneck(16, 2, 1))} == {1}
+    assert not any(layer.bias.any() for layer in convolutions(cell))
+    torch.manual_seed(0)
+    deep = Bottleneck(16, 4, depth=9)
+    torch.testing.assert_close(deep.widen.weight * 3, cell.widen.weight)
+
+
+def test_a_depthwise_cell_is_that_of_nvae_with_group_norm() -> None:
+    torch.manual_seed(0)
+    cell = Depthwise(16, 4)
+    wide, by_channel, back, squeeze, excite = convolutions(cell)
+    assert wide.weight.shape == (96, 16, 1, 1) and by_channel.weight.shape == (96, 1, 5, 5)
+    branch = F.conv2d(F.group_norm(FEATURES, 4), wide.weight)
+    branch = F.conv2d(F.silu(F.group_norm(branch, 4)), by_channel.weight, padding=2, groups=96)
+    branch = F.group_norm(F.conv2d(F.silu(F.group_norm(branch, 4)), back.weight), 4)
+    squeezed = F.relu(F.linear(branch.mean((2, 3)), squeeze.weight[:, :, 0, 0], squeeze.bias))
+    gate = torch.sigmoid(F.linear(squeezed, excite.weight[:, :, 0, 0], excite.bias))
+    torch.testing.assert_close(cell(FEATURES), FEATURES + 0.1 * branch * gate[:, :, None, None])
+
+
+SHAPE: dict[str, Any] = {"sample_size": 16, "level_sides": [2, 4, 4, 16], "level_channels": [3, 2, 1, 0]}
+DEEP: dict[str, dict[str, Any]] = {
+    "bottleneck": {"width": [16, 12, 8], "blocks": 2, "encoder_blocks": [1, 2, 3], "side_bias": True, "mixtures": 3},
+    "depthwise": {"width": 8, "norm_num_groups": 2, "encoder_cell": "residual", "open_posteriors": True},
+}
+
+
+@pytest.mark.parametrize("cell", DEEP)
+def test_a_step_decodes_what_was_drawn(cell: str) -> None:
+    """The one descent of a training step gives the image, and gradients to all weights, of draw and decode."""
+    torch.manual_seed(0)
+    network = HierarchicalVAE(cell=cell, **SHAPE, **DEEP[cell])
+    for parameter in network.parameters():
+        parameter.data.add_(0.1 * torch.randn_like(parameter))
+    noise = torch.randn(2, 3 * 4 + 3 * 16, 1, 1, generator=torch.Generator().manual_seed(2))
+
+    def gradients(output: Tensor, rates: tuple[Tensor, ...]) -> dict[str, Tensor]:
+        network.zero_grad()
+        (output.square().mean() + sum(rate.sum() for rate in rates)).backward()
+        return {name: parameter.grad for name, parameter in network.named_parameters()}
+
+    drawn = network.draw(IMAGES, noise)
+    image, mixtures = network.decode_distribution(drawn.latent)
+    expected = gradients(image if mixtures is None else mixtures, drawn.rates)
+    result = Reconstructor(network)(IMAGES, noise)
+    torch.testing.assert_close(result.image, image)
+    found = gradients(result.image if mixtures is None else result.stated, result.rates)
+    assert (mixtures is None) == (cell == "depthwise")
+    for name, gradient in found.items():
+        assert gradient.any() or "excitation" in name, name  # whose ReLUs may all be off
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-3, atol=1e-5, msg=name)
+
+
+def test_a_learned_bias_is_added_where_a_grid_is_entered() -> None:
+    """Once for each side but the first, whose start is learned anyway."""
+    network = HierarchicalVAE(cell="bottleneck", **SHAPE, **DEEP["bottleneck"]).requires_grad_(False)
+    assert sorted(network.decoder.biases) == ["16", "4"]
+    entered: list[tuple[int, Tensor]] = []
+    for level in network.decoder.levels:
+        level.stack.register_forward_pre_hook(lambda _, args, side=level.side: entered.append((side, args[0])))
+    latent = torch.zeros(1, 60, 1, 1)
+    network.decode(latent)
+    plain = dict(entered)
+    first_at_four = [state for side, state in entered if side == 4]
+    entered.clear()
+    network.decoder.biases["4"].add_(1.0)
+    network.decode(latent)
+    torch.testing.assert_close(entered[1][1], first_at_four[0] + 1.0)
+    assert torch.equal(entered[0][1], plain[2])
+
+
+def test_open_posteriors_are_informed_from_the_start() -> None:
+    torch.manual_seed(0)
+    network = HierarchicalVAE(**SHAPE, width=8, norm_num_groups=2, open_posteriors=True).requires_grad_(False)
+    still, other = (network.draw(images, None).latent for images in (IMAGES, -IMAGES))
+    assert float((still - other).abs().mean()) > 1e-2
+    stds = [(drawn - still) for drawn in [network.draw(IMAGES, torch.ones(2, 60, 1, 1)).latent]]
+    assert 0.5 < float(stds[0][:, :12].abs().mean() / torch.exp(torch.tensor(-2.0))) < 2.0
+
+
+def test_a_folder_from_before_these_keys_loads_as_it_was(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    network = HierarchicalVAE(**SHAPE, width=8, norm_num_groups=2).eval().requires_grad_(False)
+    for parameter in network.parameters():
+        parameter.add_(0.1 * torch.randn_like(parameter))
+    network.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    new = ("cell", "encoder_cell", "encoder_blocks", "side_bias", "open_posteriors", "mixtures")
+    (tmp_path / "config.json").write_text(json.dumps({key: value for key, value in config.items() if key not in new}))
+    again = HierarchicalVAE.from_pretrained(tmp_path)
+    assert torch.equal(again(IMAGES).sample, network(IMAGES).sample)
+    assert not [name for name, _ in network.named_parameters() if "biases" in name or "passage" in name]
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"width": [8, 8]}, r"width \[8, 8\] must be one number, or one for each of the sides \[2, 4, 16\]"),
+        ({"encoder_blocks": [1]}, r"encoder_blocks \[1\] must be one number"),
+        ({"cell": "dense"}, "dense is no kind of cell: residual, bottleneck, depthwise"),
+    ],
+)
+def test_shapes_that_do_not_fit_are_refused(config: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        HierarchicalVAE(**SHAPE, **config)
