@@ -37,6 +37,8 @@ __all__ = ["CardFacts", "export_autoencoder", "loading_lines", "push_to_hub", "v
 
 TOLERANCE = 1e-5
 """Largest difference, in [-1, 1], between the trained model's reconstruction and the exported one's."""
+ROUNDINGS = 10.0
+"""Largest difference where that is larger, in changes that the last bits of the images bring about."""
 
 STD_EPSILON = 1e-5
 """RAE adds it to the variance, and AutoencoderRAE to the deviation."""
@@ -213,7 +215,8 @@ def verify_export(
         The largest absolute difference of the reconstructions, images in [-1, 1].
 
     Raises:
-        RuntimeError: If the difference is above 1e-5, a reconstruction is not finite, or the folder does not load.
+        RuntimeError: If the difference is above 1e-5 and above ten times what the last bits of the images change, a
+            reconstruction is not finite, or the folder does not load.
     """
     place = torch.device(device)
     now(f"check of the export in a fresh process, on {len(images)} images ({place})")
@@ -234,6 +237,8 @@ def _largest_difference(folder: Path, autoencoder: ModelMixin, images: Tensor, d
     with torch.no_grad(), torch.autocast(device.type, enabled=False), float32_arithmetic(repeatable=True):
         passes = [trained(image[None].to(device)) for image in images]
         expected = torch.cat([done.image.cpu() for done in passes])
+        moved = [trained(torch.nextafter(image, -image)[None].to(device)).image.cpu() for image in images]
+        allowed = max(TOLERANCE, ROUNDINGS * float((torch.cat(moved) - expected).abs().max()))
         if borrowed_encoder(trained.autoencoder) is not None:  # the folder's own encoder is zero
             images = torch.cat([done.latent.cpu() for done in passes]).contiguous()
     if not expected.isfinite().all():
@@ -245,10 +250,10 @@ def _largest_difference(folder: Path, autoencoder: ModelMixin, images: Tensor, d
             f"the trained one {tuple(expected.shape)}"
         )
     difference = float((actual - expected).abs().max())
-    if not difference <= TOLERANCE:  # also when it is nan
+    if not difference <= allowed:  # also when it is nan
         raise RuntimeError(
             f"the exported model in {folder} does not reconstruct like the trained one: they differ by up to "
-            f"{difference:.3g} (allowed: {TOLERANCE:g}, images in [-1, 1])"
+            f"{difference:.3g} (allowed: {allowed:.3g}, images in [-1, 1])"
         )
     return difference
 

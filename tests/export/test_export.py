@@ -182,6 +182,26 @@ def test_the_check_sees_one_altered_weight_and_an_unloadable_folder(exported, tm
         verify_export(tmp_path, autoencoder, IMAGES)
 
 
+def test_a_model_that_magnifies_rounding_is_exported_and_an_altered_weight_of_it_is_seen(tmp_path, monkeypatch):
+    """Its images may differ between two processes, which round otherwise, by more than those of most models do."""
+
+    def rounded_otherwise(folder, model, images, device):
+        loaded = AutoencoderKL.from_pretrained(folder)
+        return loaded(torch.nextafter(images, torch.zeros(()))).sample
+
+    monkeypatch.setattr(export, "_reconstruct_in_fresh_process", torch.no_grad()(rounded_otherwise))
+    autoencoder = tiny_autoencoder()
+    with torch.no_grad():
+        autoencoder.decoder.conv_out.weight.mul_(1e3)
+    facts = write(autoencoder, tmp_path / "export")
+    assert 1e-5 < facts["max_abs_difference"] < 0.1
+    weights = load_file(tmp_path / "export/diffusion_pytorch_model.safetensors")
+    weights["decoder.conv_out.weight"] *= 1.001
+    save_file(weights, tmp_path / "export/diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(RuntimeError, match="does not reconstruct like the trained one"):
+        verify_export(tmp_path / "export", autoencoder, IMAGES)
+
+
 def test_the_check_runs_where_the_model_was_trained_and_else_on_the_cpu(exported, tmp_path, capsys, monkeypatch):
     """The meta device stands for an accelerator: it is everywhere, and what ran on it has no numbers to give back."""
     autoencoder, folder, _, _ = exported
