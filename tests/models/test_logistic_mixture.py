@@ -22,6 +22,7 @@ from latent_ae_eval.likelihood.settings import LikelihoodSettings
 from tests.tiny import build_step, micro_batches, settings_for
 
 K = 4
+SHAPE = {"width": 8, "level_sides": [4, 8], "level_channels": [2, 1], "norm_num_groups": 2, "mixtures": K}
 LEVELS = torch.linspace(-1.0, 1.0, 256, dtype=torch.float64)
 
 
@@ -103,6 +104,14 @@ def test_the_image_is_the_mean(parameters: Tensor) -> None:
     torch.testing.assert_close(mean_image(pair, 2).flatten(), expected, rtol=0, atol=1e-4)
 
 
+def test_a_network_begins_with_components_over_the_whole_range() -> None:
+    network = HierarchicalVAE(**{**SHAPE, "sample_size": 16})
+    mixture = mixture_of(network.decoder.conv_out.bias.detach()[None, :, None, None], 3)
+    assert mixture.means[0, 2, :, 0, 0].tolist() == [-0.75, -0.25, 0.25, 0.75]
+    assert float(mixture.log_scales.max()) == float(mixture.log_scales.min()) == -2.0
+    assert not mixture.logits.any() and not mixture.slopes.any()
+
+
 def test_gradients_in_float32_stay_finite() -> None:
     """Far from the target, and with scales from the least to very large ones."""
     parameters = torch.randn(2, 10 * K, 4, 4, generator=torch.Generator().manual_seed(1))
@@ -113,13 +122,10 @@ def test_gradients_in_float32_stay_finite() -> None:
     assert found.isfinite().all() and gradient.isfinite().all() and float(gradient.abs().max()) > 0
 
 
-SHAPE = {"width": 8, "level_sides": [4, 8], "level_channels": [2, 1], "norm_num_groups": 2, "mixtures": K}
-
-
 def published_loss(parameters: Tensor, target: Tensor) -> Tensor:
     """Nats per value, of probabilities as differences of sigmoids (Salimans et al. 2017, eq. 2)."""
-    logits, means, log_scales, slopes = mixture_of(parameters, 3)
-    x = target[:, :, None]
+    logits, means, log_scales, slopes = mixture_of(parameters.double(), 3)  # float32 would lose small differences
+    x = target.double()[:, :, None]
     red, green, blue = means.unbind(1)
     green = green + slopes[:, 0] * x[:, 0]
     blue = blue + slopes[:, 1] * x[:, 0] + slopes[:, 2] * x[:, 1]
