@@ -63,8 +63,7 @@ def main() -> None:
         if name == LONGER:
             draw_samples(run)
     rows = [row(words.scratch / folder_name(name), name) for name in lengths if is_measured(words.scratch, name)]
-    data = f"CIFAR-10, 20,000 images to train on, {words.images:,} held out"
-    save("deep-vae", {"data": data, "samples": 16, "rows": rows})
+    save("deep-vae", {"data": "CIFAR-10, 20,000 images to train on", "samples": 16, "rows": rows})
 
 
 def changes(name: str) -> list[str]:
@@ -90,6 +89,7 @@ def row(run: Path, name: str) -> dict[str, Any]:
     return {
         "name": name,
         "steps": logged[-1]["step"],
+        "held_out": result["data"]["num_images"],
         "parameters": result["model"]["parameters"],
         "bits": metrics["importance_bound"]["bits_per_dimension"],
         "elbo": metrics["elbo"]["bits_per_dimension"]["mean"],
