@@ -102,7 +102,11 @@ def deep_vae_table(result: dict[str, Any]) -> str:
         low, high = row["bits"]["interval"]
         cells = [row["name"], f"{row['parameters']:,}", f"{row['steps']:,}", f"{row['skipped']:,}"]
         cells += [f"{row['processor_seconds']:,.0f}", f"{row['held_out']:,}"]
-        cells += [f"{row['bits']['mean']:.3f} ({low:.3f} to {high:.3f})", f"{row['elbo']:.3f}", f"{row['reconstruction']:.3f}"]
+        cells += [
+            f"{row['bits']['mean']:.3f} ({low:.3f} to {high:.3f})",
+            f"{row['elbo']:.3f}",
+            f"{row['reconstruction']:.3f}",
+        ]
         lines.append(f"| {' | '.join(cells)} | {', '.join(f'{level:.2f}' for level in row['levels'])} |")
     return "\n".join(lines)
 

@@ -258,6 +258,10 @@ def test_a_run_resumes_and_splits_alike(pictures: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("word", "said"),
     [
+        (
+            "loss.pixel=logistic_mixture",
+            "loss.pixel: logistic_mixture needs a decoder that gives a mixture for each pixel",
+        ),
         ("latents.noise=1", "latents.noise: changes a latent"),
         ("latents.min_channels=2", "latents.min_channels: changes a latent"),
         ("latents.equivariance=0.5", "latents.equivariance: changes a latent"),

@@ -12,13 +12,14 @@ from PIL import Image
 from scipy import stats
 from torch import Tensor
 
-from latent_ae.config import UserError
+from latent_ae.config import UserError, load_settings
 from latent_ae.data.rng import posterior_noise
 from latent_ae.models.hierarchical import HierarchicalVAE
 from latent_ae.models.likelihood import Likelihood, log_likelihood
 from latent_ae.models.logistic_mixture import mean_image, mixture_log_likelihood, mixture_of
 from latent_ae_eval.likelihood.measure import measure_likelihood
 from latent_ae_eval.likelihood.settings import LikelihoodSettings
+from latent_ae_train.settings import TrainSettings
 from tests.tiny import build_step, micro_batches, settings_for
 
 K = 4
@@ -167,6 +168,17 @@ def test_training_minimises_the_negative_bound() -> None:
     assert float(means["bits_per_dimension"]) == pytest.approx((loss + kl).item() / math.log(2), rel=1e-4)
     for name, parameter in reference.bare_reconstructor.named_parameters():
         torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-3, atol=1e-5, msg=name)
+
+
+def test_what_does_not_go_with_mixtures_is_refused_at_once() -> None:
+    with pytest.raises(UserError) as refused:
+        load_settings(TrainSettings, "deep-vae", ["gan.weight=0.5", "loss.learned_logvar=true", "loss.scale=0.2"])
+    for text in (
+        "gan.weight: an adversary judges an image, and loss.pixel logistic_mixture has no gradient there",
+        "loss.learned_logvar: the decoder gives the scale of logistic_mixture",
+        "loss.scale: pixel: logistic_mixture has none",
+    ):
+        assert text in str(refused.value)
 
 
 def test_the_bound_takes_the_mixtures(tmp_path: Path) -> None:
