@@ -76,8 +76,12 @@ def test_a_step_decodes_what_was_drawn(cell: str) -> None:
     drawn = network.draw(IMAGES, noise)
     image, mixtures = network.decode_distribution(drawn.latent)
     expected = gradients(image if mixtures is None else mixtures, drawn.rates)
-    result = Reconstructor(network)(IMAGES, noise)
+    head = nn.Flatten()
+    result = Reconstructor(network, {"flat": head})(IMAGES, noise)
     torch.testing.assert_close(result.image, image)
+    assert torch.equal(result.heads["flat"], drawn.latent.flatten(1)) and torch.equal(result.latent, drawn.latent)
+    changed = Reconstructor(network)(IMAGES, noise, transforms=[lambda latent: 0.5 * latent])
+    torch.testing.assert_close(changed.image, network.decode(0.5 * drawn.latent).sample)
     found = gradients(result.image if mixtures is None else result.stated, result.rates)
     assert (mixtures is None) == (cell == "depthwise")
     for name, gradient in found.items():
