@@ -31,7 +31,7 @@ PARTS: dict[str, tuple[dict[str, Any], str]] = {
     "posteriors that begin as the priors": ({"open_posteriors": False}, ""),
     "three levels": ({"level_sides": [4, 8, 16], "level_channels": [16] * 3}, ""),
     "seven levels": ({"level_sides": [4, 8, 8, 16, 16, 16, 16], "level_channels": [16] * 7}, ""),
-    "bottleneck cells": ({"cell": "bottleneck", "blocks": 2}, "optim.lr=1e-3"),
+    "bottleneck cells": ({"cell": "bottleneck", "blocks": 2}, "optim.lr=5e-4"),
     "depthwise cells": ({"cell": "depthwise", "encoder_cell": "residual"}, ""),
     "no learned bias": ({"side_bias": False}, ""),
     "balanced levels": ({}, "loss.kl_balance=true"),
