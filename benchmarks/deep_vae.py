@@ -31,7 +31,7 @@ PARTS: dict[str, tuple[dict[str, Any], str]] = {
     "posteriors that begin as the priors": ({"open_posteriors": False}, ""),
     "three levels": ({"level_sides": [4, 8, 16], "level_channels": [16] * 3}, ""),
     "seven levels": ({"level_sides": [4, 8, 8, 16, 16, 16, 16], "level_channels": [16] * 7}, ""),
-    "bottleneck cells": ({"cell": "bottleneck", "blocks": 2}, "optim.lr=1e-3"),
+    "bottleneck cells": ({"cell": "bottleneck", "blocks": 2}, "optim.lr=5e-4"),
     "depthwise cells": ({"cell": "depthwise", "encoder_cell": "residual"}, ""),
     "no learned bias": ({"side_bias": False}, ""),
     "balanced levels": ({}, "loss.kl_balance=true"),
@@ -63,8 +63,7 @@ def main() -> None:
         if name == LONGER:
             draw_samples(run)
     rows = [row(words.scratch / folder_name(name), name) for name in lengths if is_measured(words.scratch, name)]
-    data = f"CIFAR-10, 20,000 images to train on, {words.images:,} held out"
-    save("deep-vae", {"data": data, "samples": 16, "rows": rows})
+    save("deep-vae", {"data": "CIFAR-10, 20,000 images to train on", "samples": 16, "rows": rows})
 
 
 def changes(name: str) -> list[str]:
@@ -90,6 +89,7 @@ def row(run: Path, name: str) -> dict[str, Any]:
     return {
         "name": name,
         "steps": logged[-1]["step"],
+        "held_out": result["data"]["num_images"],
         "parameters": result["model"]["parameters"],
         "bits": metrics["importance_bound"]["bits_per_dimension"],
         "elbo": metrics["elbo"]["bits_per_dimension"]["mean"],

@@ -92,17 +92,21 @@ def hierarchical_table(result: dict[str, Any]) -> str:
 
 def deep_vae_table(result: dict[str, Any]) -> str:
     lines = [
-        f"{result['data']}; the bound of {result['samples']} samples; {where(result)}.",
+        f"{result['data']}; bits per dimension are the bound of {result['samples']} samples; {where(result)}.",
         "",
-        "| | parameters | steps | skipped | processor time (s) | bits per dimension | ELBO | reconstruction "
-        "| KL by level |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|---|",
+        "| | parameters | steps of 16 | skipped | processor time (s) | held out | bits per dimension | ELBO "
+        "| reconstruction | KL by level |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---|",
     ]
     for row in result["rows"]:
         low, high = row["bits"]["interval"]
         cells = [row["name"], f"{row['parameters']:,}", f"{row['steps']:,}", f"{row['skipped']:,}"]
-        cells += [f"{row['processor_seconds']:,.0f}", f"{row['bits']['mean']:.3f} ({low:.3f} to {high:.3f})"]
-        cells += [f"{row['elbo']:.3f}", f"{row['reconstruction']:.3f}"]
+        cells += [f"{row['processor_seconds']:,.0f}", f"{row['held_out']:,}"]
+        cells += [
+            f"{row['bits']['mean']:.3f} ({low:.3f} to {high:.3f})",
+            f"{row['elbo']:.3f}",
+            f"{row['reconstruction']:.3f}",
+        ]
         lines.append(f"| {' | '.join(cells)} | {', '.join(f'{level:.2f}' for level in row['levels'])} |")
     return "\n".join(lines)
 

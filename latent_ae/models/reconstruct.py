@@ -84,7 +84,13 @@ class Reconstructor(nn.Module):
             path: Where a FlowMatchingVAE looks at each image on its way from noise; None decodes as in evaluation.
         """
         encoder, kind = getattr(self.autoencoder, "encoder", None), family_of(self.autoencoder).latent
-        codes, how, stated, state = tuple[Codes, ...](), {}, None, None
+        codes, how, stated = tuple[Codes, ...](), {}, None
+        if kind == "hierarchy" and decode is None and second is None and not transforms:
+            # its latents are decoded on the way down
+            (latent, mean, logvar, rates, _), state = self.autoencoder.descend(images, noise)
+            image, stated = self.autoencoder.output(state)
+            heads = self._outputs_of_heads(latent, draws)
+            return Reconstruction(image.float(), mean, logvar, latent, latent, heads, rates=rates, stated=stated)
         if decode is not None and isinstance(encoder, StoredEncoder):
             latent, mean, logvar, rates = decode, decode, None, tuple[Tensor, ...]()
         elif kind == "categorical":
@@ -94,24 +100,19 @@ class Reconstructor(nn.Module):
             latent, codes = self.autoencoder.quantised_levels(images, quantiser)
             mean, logvar, rates = latent, None, ()
             how = {"force_not_quantize": True}  # because it is quantised already
-        elif kind == "hierarchy":
-            (latent, mean, logvar, rates, _), state = self.autoencoder.descend(images, noise)
         else:
             latent, mean, logvar, rates, _ = draw(self.autoencoder, images, noise)
         if kind == "codebook":
             latent, nearest = quantised(mean, self.codebooks[0], quantiser)
             codes, how = (nearest,), {"force_not_quantize": True}
-        heads = {name: head(latent, *draws.get(name, ())).float() for name, head in self.heads.items()}
+        heads = self._outputs_of_heads(latent, draws)
         to_decode = latent if decode is None else decode
         to_decode = to_decode.view_as(to_decode)  # a separate node, whose gradient comes only from images
         decoded = to_decode
         for transform in transforms:
             decoded = transform(decoded)
         decode_latent = partial(family_of(self.autoencoder).decode, self.autoencoder, **how)
-        if state is not None:  # latents were decoded on the way down, and settings that would change them are refused
-            image, stated = self.autoencoder.output(state)
-            image = image.float()
-        elif states(self.autoencoder) is not None:
+        if states(self.autoencoder) is not None:
             image, stated = self.autoencoder.decode_distribution(decoded)
         elif path is not None:
             image = self.autoencoder.estimate(decoded, path)
@@ -119,6 +120,9 @@ class Reconstructor(nn.Module):
             image = decode_latent(decoded).float()
         second_image = decode_latent(second(decoded)).float() if second is not None else None
         return Reconstruction(image, mean, logvar, latent, to_decode, heads, codes, rates, second_image, stated)
+
+    def _outputs_of_heads(self, latent: Tensor, draws: Mapping[str, Sequence[Tensor]]) -> dict[str, Tensor]:
+        return {name: head(latent, *draws.get(name, ())).float() for name, head in self.heads.items()}
 
     @property
     def codebooks(self) -> list[nn.Parameter]:

@@ -127,7 +127,7 @@ class KL(Objective[KLSettings]):
             yield Problem(f"loss.{shaping[0]}", f"shapes a KL term, and {model.name} has no posterior: set it to 0")
         if own.kl_balance and model.latent != "hierarchy":
             yield Problem(
-                "loss.kl_balance", f"is for the levels of a HierarchicalVAE, and {model.name} has one: set it to false"
+                "loss.kl_balance", f"is for the levels of a HierarchicalVAE, and {model.name} has none: set it to false"
             )
         of_each = [key for key in ("free_bits", "kl_capacity") if getattr(own, key)]
         if of_each and model.latent == "flow":

@@ -76,8 +76,12 @@ def test_a_step_decodes_what_was_drawn(cell: str) -> None:
     drawn = network.draw(IMAGES, noise)
     image, mixtures = network.decode_distribution(drawn.latent)
     expected = gradients(image if mixtures is None else mixtures, drawn.rates)
-    result = Reconstructor(network)(IMAGES, noise)
+    head = nn.Flatten()
+    result = Reconstructor(network, {"flat": head})(IMAGES, noise)
     torch.testing.assert_close(result.image, image)
+    assert torch.equal(result.heads["flat"], drawn.latent.flatten(1)) and torch.equal(result.latent, drawn.latent)
+    changed = Reconstructor(network)(IMAGES, noise, transforms=[lambda latent: 0.5 * latent])
+    torch.testing.assert_close(changed.image, network.decode(0.5 * drawn.latent).sample)
     found = gradients(result.image if mixtures is None else result.stated, result.rates)
     assert (mixtures is None) == (cell == "depthwise")
     for name, gradient in found.items():
@@ -87,20 +91,20 @@ def test_a_step_decodes_what_was_drawn(cell: str) -> None:
 
 def test_a_learned_bias_is_added_where_a_grid_is_entered() -> None:
     """Once for each side but the first, whose start is learned anyway."""
-    network = HierarchicalVAE(cell="bottleneck", **SHAPE, **DEEP["bottleneck"]).requires_grad_(False)
+    network = HierarchicalVAE(**SHAPE, width=4, norm_num_groups=2, blocks=0, side_bias=True).requires_grad_(False)
     assert sorted(network.decoder.biases) == ["16", "4"]
-    entered: list[tuple[int, Tensor]] = []
-    for level in network.decoder.levels:
-        level.stack.register_forward_pre_hook(lambda _, args, side=level.side: entered.append((side, args[0])))
-    latent = torch.zeros(1, 60, 1, 1)
-    network.decode(latent)
-    plain = dict(entered)
-    first_at_four = [state for side, state in entered if side == 4]
-    entered.clear()
-    network.decoder.biases["4"].add_(1.0)
-    network.decode(latent)
-    torch.testing.assert_close(entered[1][1], first_at_four[0] + 1.0)
-    assert torch.equal(entered[0][1], plain[2])
+    states = dict[int, Tensor]()
+    for number, level in enumerate(network.decoder.levels):  # which have no cells
+        level.stack.register_forward_hook(lambda _, args, state, number=number: states.update({number: state}))
+        if level.channels:
+            level.conv_latent.weight.zero_()
+            level.conv_latent.bias.zero_()
+    network.decoder.biases["4"].copy_(torch.randn(1, 4, 4, 4))
+    network.decode(torch.zeros(1, 60, 1, 1))
+    larger = network.decoder.start.repeat_interleave(2, 2).repeat_interleave(2, 3)
+    assert torch.equal(states[0], network.decoder.start)
+    torch.testing.assert_close(states[1], larger + network.decoder.biases["4"])
+    assert torch.equal(states[2], states[1])
 
 
 def test_open_posteriors_are_informed_from_the_start() -> None:

@@ -12,16 +12,18 @@ from PIL import Image
 from scipy import stats
 from torch import Tensor
 
-from latent_ae.config import UserError
+from latent_ae.config import UserError, load_settings
 from latent_ae.data.rng import posterior_noise
 from latent_ae.models.hierarchical import HierarchicalVAE
 from latent_ae.models.likelihood import Likelihood, log_likelihood
 from latent_ae.models.logistic_mixture import mean_image, mixture_log_likelihood, mixture_of
 from latent_ae_eval.likelihood.measure import measure_likelihood
 from latent_ae_eval.likelihood.settings import LikelihoodSettings
+from latent_ae_train.settings import TrainSettings
 from tests.tiny import build_step, micro_batches, settings_for
 
 K = 4
+SHAPE = {"width": 8, "level_sides": [4, 8], "level_channels": [2, 1], "norm_num_groups": 2, "mixtures": K}
 LEVELS = torch.linspace(-1.0, 1.0, 256, dtype=torch.float64)
 
 
@@ -103,6 +105,14 @@ def test_the_image_is_the_mean(parameters: Tensor) -> None:
     torch.testing.assert_close(mean_image(pair, 2).flatten(), expected, rtol=0, atol=1e-4)
 
 
+def test_a_network_begins_with_components_over_the_whole_range() -> None:
+    network = HierarchicalVAE(**{**SHAPE, "sample_size": 16})
+    mixture = mixture_of(network.decoder.conv_out.bias.detach()[None, :, None, None], 3)
+    assert mixture.means[0, 2, :, 0, 0].tolist() == [-0.75, -0.25, 0.25, 0.75]
+    assert float(mixture.log_scales.max()) == float(mixture.log_scales.min()) == -2.0
+    assert not mixture.logits.any() and not mixture.slopes.any()
+
+
 def test_gradients_in_float32_stay_finite() -> None:
     """Far from the target, and with scales from the least to very large ones."""
     parameters = torch.randn(2, 10 * K, 4, 4, generator=torch.Generator().manual_seed(1))
@@ -113,13 +123,10 @@ def test_gradients_in_float32_stay_finite() -> None:
     assert found.isfinite().all() and gradient.isfinite().all() and float(gradient.abs().max()) > 0
 
 
-SHAPE = {"width": 8, "level_sides": [4, 8], "level_channels": [2, 1], "norm_num_groups": 2, "mixtures": K}
-
-
 def published_loss(parameters: Tensor, target: Tensor) -> Tensor:
     """Nats per value, of probabilities as differences of sigmoids (Salimans et al. 2017, eq. 2)."""
-    logits, means, log_scales, slopes = mixture_of(parameters, 3)
-    x = target[:, :, None]
+    logits, means, log_scales, slopes = mixture_of(parameters.double(), 3)  # float32 would lose small differences
+    x = target.double()[:, :, None]
     red, green, blue = means.unbind(1)
     green = green + slopes[:, 0] * x[:, 0]
     blue = blue + slopes[:, 1] * x[:, 0] + slopes[:, 2] * x[:, 1]
@@ -140,6 +147,7 @@ def test_training_minimises_the_negative_bound() -> None:
     )
     step, reference = build_step(settings), build_step(settings)
     network = reference.bare_reconstructor.autoencoder
+    network.decoder.conv_out.bias.data.zero_()  # wide distributions, of which differences of sigmoids are exact enough
     for parameter, other in zip(network.parameters(), step.bare_reconstructor.parameters(), strict=True):
         drawn = 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3))  # moments begin at 0
         parameter.data.add_(drawn)
@@ -160,6 +168,17 @@ def test_training_minimises_the_negative_bound() -> None:
     assert float(means["bits_per_dimension"]) == pytest.approx((loss + kl).item() / math.log(2), rel=1e-4)
     for name, parameter in reference.bare_reconstructor.named_parameters():
         torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-3, atol=1e-5, msg=name)
+
+
+def test_what_does_not_go_with_mixtures_is_refused_at_once() -> None:
+    with pytest.raises(UserError) as refused:
+        load_settings(TrainSettings, "deep-vae", ["gan.weight=0.5", "loss.learned_logvar=true", "loss.scale=0.2"])
+    for text in (
+        "gan.weight: an adversary judges an image, and loss.pixel logistic_mixture has no gradient there",
+        "loss.learned_logvar: the decoder gives the scale of logistic_mixture",
+        "loss.scale: pixel: logistic_mixture has none",
+    ):
+        assert text in str(refused.value)
 
 
 def test_the_bound_takes_the_mixtures(tmp_path: Path) -> None:
