@@ -94,7 +94,7 @@ def keep(pitfall: str, rows: dict[str, Any]) -> None:
 
 def of_vae(run: Path, data: Path) -> dict[str, Any]:
     """What the log and the evaluations say of a variational autoencoder for images of 32 px."""
-    framing = ["limit=200", "crop_px=32", "resize_px=64"] if data.is_dir() else ["limit=200"]
+    framing = ["limit=200", "crop_px=32", f"resize_px={64 if data.is_dir() else 'null'}"]
     likelihood = evaluate(run / "likelihood", "likelihood", run, data, *framing, "samples=1")["metrics"]
     health = evaluate(run / "latents", "latents", run, data, *framing, "lpips=null", "num_decoded=0")["health"]
     recon = ["lpips=[]", "frechet=[]", "latents=[mode]", "baseline=false"]

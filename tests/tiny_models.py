@@ -102,7 +102,10 @@ def tiny(name: str, seed: int = 0) -> torch.nn.Module:
     """A small random instance of a class, or of a variant of CONFIGS."""
     torch.manual_seed(seed)
     if name in CONFIGS:
-        return class_of(name.split()[0])(**CONFIGS[name])
+        model = class_of(name.split()[0])(**CONFIGS[name])
+        if name == "FlowMatchingVAE":  # whose last convolution begins at 0
+            model.decoder.conv_out.reset_parameters()
+        return model
     if name == "AutoencoderKL":
         return AutoencoderKL(**TWO, latent_channels=4)
     if name == "AutoencoderKLFlux2":

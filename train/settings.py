@@ -240,6 +240,7 @@ class TrainSettings(Settings):
             compile=self.compile,
             weights_dir=self.weights_dir,
             enabled=frozenset(objective.name for objective in self.objectives),
+            existing=self.init_from is not None,
             one_size=not (self.latents.equivariance and self.latents.equivariance_to != "rotation"),
         )
 

@@ -52,6 +52,8 @@ class RunFacts(NamedTuple):
     fixed_ends: frozenset[str] = frozenset()
     """Those of `encoder` and `decoder` whose last layer, where adaptive weights are measured, is not trained, and
     `codes` if there are codes and they are not trained."""
+    existing: bool = False
+    """Whether the autoencoder is an existing one, whose class is known only once it is loaded."""
     one_size: bool = True
     """Whether images and latents have the same size in all steps."""
 

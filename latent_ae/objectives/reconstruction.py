@@ -102,8 +102,8 @@ class Reconstruction(Objective[ReconstructionSettings]):
                 "gan.weight",
                 "an adversary judges an image, and loss.pixel logistic_mixture has no gradient there: set it to 0",
             )
-        other = run.enabled & {"convnext", "dino"} or (model is None or model.flow_matching)
-        if not (own.pixel_weight or own.perceptual or other):
+        by_flow = run.existing if model is None else model.flow_matching  # which has a loss of its own
+        if not (own.pixel_weight or own.perceptual or by_flow or run.enabled & {"convnext", "dino"}):
             yield Problem("loss", "pixel_weight and perceptual are both 0: nothing would be reconstructed")
         if own.scale_consistency:
             yield from scale_problems(own, run, model)
