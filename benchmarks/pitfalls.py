@@ -4,7 +4,7 @@
 
 The trainings are those whose commands the page shows, on the photographs that scikit-image ships or on the synthetic
 shapes; --held-out is a folder of other photographs, on which the former are measured. Killed, it goes on when started
-again with the same scratch folder. Writes benchmarks/results/pitfall-*.json and docs/images/pitfall-*.png.
+again with the same scratch folder. Writes benchmarks/results/pitfall-*.json and docs/images/pitfall-*.
 """
 
 import argparse
@@ -140,7 +140,8 @@ def draw(pitfall: str, images: Tensor, runs: Mapping[str, Path]) -> None:
 
 def picture(pitfall: str, rows: Mapping[str, list[Tensor]]) -> None:
     sheet = picture_grid(list(rows.values()), row_labels=list(rows), largest_px=128)
-    sheet.save(IMAGES / f"pitfall-{pitfall}.png", optimize=True)
+    kind = "jpg" if pitfall == "blur" else "png"  # photographs
+    sheet.save(IMAGES / f"pitfall-{pitfall}.{kind}", optimize=True, quality=88)
 
 
 def cut(sheet: Path) -> list[Tensor]:

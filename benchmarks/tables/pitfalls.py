@@ -27,16 +27,12 @@ def priors_table(result: dict[str, Any]) -> str:
     lines = [
         f"500 samples of each, 95 % intervals; {where(result)}.",
         "",
-        "| prior | Fréchet distance (VGG16) of samples | of reconstructions |",
-        "|---|---:|---:|",
+        "| prior | Fréchet distance (VGG16) of samples to images |",
+        "|---|---:|",
     ]
     for name, row in result["rows"].items():
-        cells = []
-        for key in ("samples", "reconstructions"):
-            value = row["metrics"][key]["frechet_vgg16"]
-            low, high = row["intervals"][key]["frechet_vgg16"]
-            cells.append(f"{value:.1f} ({low:.1f} to {high:.1f})")
-        lines.append(f"| {name} | {' | '.join(cells)} |")
+        value, (low, high) = (row[key]["samples"]["frechet_vgg16"] for key in ("metrics", "intervals"))
+        lines.append(f"| {name} | {value:.1f} ({low:.1f} to {high:.1f}) |")
     return "\n".join(lines)
 
 
