@@ -28,7 +28,7 @@ from latent_ae.report.pictures import picture_grid
 
 PHOTOS = "vae steps=300 validate.every=300"
 SHAPES = f"{PHOTOS} model.in_channels=1 model.out_channels=1 data.flip=false validate.images=200"
-F8 = "quickstart model.block_out_channels=[32,64,64,64] model.latent_channels=4"
+F8 = "quickstart model.block_out_channels=[32,64,64,64] model.latent_channels=4 steps=600 gan.start=400"
 """A first stage with few latents, so that an image has much that they do not tell."""
 RUNS = {
     "collapse": {

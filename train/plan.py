@@ -17,7 +17,7 @@ from latent_ae.models.build import (
 )
 from latent_ae.models.new_decoder import decoder_parameters
 from latent_ae.models.stored_encoder import out_of_memory_parameters
-from latent_ae.objectives import GAN, KL, OBJECTIVES, Codebook, CodeRelaxation
+from latent_ae.objectives import GAN, KL, OBJECTIVES, Codebook, CodeRelaxation, FlowMatching
 from latent_ae.objectives.class_noise import ClassNoise
 
 from .build import load_original, planned_autoencoder
@@ -102,6 +102,8 @@ def _plan_of_a_run(
         texts[KL.plan_line] = []
     if facts.no_codebook:
         del texts[Codebook.plan_line]
+    if not facts.flow_matching:
+        del texts[FlowMatching.plan_line]
     if facts.latent != "categorical":
         del texts[CodeRelaxation.plan_line]
     most, micro_batch = settings.micro_batch_size, settings.micro_batch

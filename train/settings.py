@@ -415,6 +415,12 @@ class TrainSettings(Settings):
             yield Problem("data.mixture", "decoder.latents belong to the images of one source: give data.source")
         if self.decoder.wanted and self.model != ModelSettings():
             yield Problem("model", "a new decoder's first stage is init_from's: leave model.* out, or give model={}")
+        if self.decoder.wanted and self.flow.teacher_steps:
+            yield Problem(
+                "flow.teacher_steps",
+                "the decoder of init_from teaches, and decoder.* replaces it by a fresh one: give init_from a trained "
+                "FlowMatchingVAE, decoder={} and train=decoder",
+            )
         if self.distillation.teacher is not None:
             yield Problem(
                 "distillation.teacher",

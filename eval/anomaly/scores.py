@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from latent_ae.data.rng import posterior_noise
+from latent_ae.models.codes import has_codes, latent_of_codes, nearest_codes
 from latent_ae.models.density import Density, reconstruction_features
 from latent_ae.models.loading import FirstStage
 from latent_ae.pretrained.lpips import LPIPS
@@ -129,8 +130,11 @@ class Scorer:
             shown = reconstruction.nan_to_num(nan=-1).clamp(-1, 1)
             scores["lpips_mean"], maps[PERCEPTUAL] = self.lpips.maps(images, shown)
             scores["lpips_max"] = maps[PERCEPTUAL].amax((1, 2))
-        if self.density is not None:
-            scores["density"] = self.density(self.density.features(latents, images, reconstruction)).nan_to_num(
+        if self.density is not None and self.stage.module is not None:
+            known = latents  # as in training; a VQModel encodes to latents before they are codes
+            if has_codes(self.stage.module):
+                known = latent_of_codes(self.stage.module, nearest_codes(self.stage.module, latents)).float()
+            scores["density"] = self.density(self.density.features(known, images, reconstruction)).nan_to_num(
                 nan=LARGEST_ENERGY, posinf=LARGEST_ENERGY
             )
         flat = latents.double().flatten(1).cpu().numpy()

@@ -91,6 +91,8 @@ class HierarchicalVAE(ModelMixin, ConfigMixin):
         encoder_cell = encoder_cell or cell
         if unknown := {cell, encoder_cell} - set(CELLS):
             raise ValueError(f"{', '.join(unknown)} is no kind of cell: {', '.join(CELLS)}")
+        if "bottleneck" in (cell, encoder_cell) and min([blocks, *numbers_of(encoder_blocks)]) < 1:
+            raise ValueError(f"blocks {blocks} and encoder_blocks {encoder_blocks} must be positive with bottlenecks")
         top = min(side for side, count in zip(sides, channels, strict=True) if count)
         within = [side for side in all_sides if side >= top]
         cells = by_side(blocks if encoder_blocks is None else encoder_blocks, within, "encoder_blocks")
@@ -409,6 +411,11 @@ class Shape(NamedTuple):
         """Return the layer between features of two sides: none if they have the same width."""
         widths = self.widths[before], self.widths[side]
         return nn.Identity() if widths[0] == widths[1] else nn.Conv2d(*widths, 1)
+
+
+def numbers_of(given: int | Sequence[int] | None) -> list[int]:
+    """Return one number or several as a list; an empty one for None."""
+    return [] if given is None else [given] if isinstance(given, int) else list(given)
 
 
 def by_side(given: int | Sequence[int], sides: Sequence[int], name: str) -> dict[int, int]:

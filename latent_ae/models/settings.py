@@ -1,5 +1,6 @@
 """The section `model` of the training settings; imports nothing heavy, so that typos are reported at once."""
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -60,6 +61,14 @@ class DecoderSettings(Settings):
             yield Problem("config", "is for decoder.kind FlowMatchingVAE: leave it out")
         elif unknown := sorted(self.config.keys() - set(keys)):
             yield Problem(f"config.{unknown[0]}", f"is no key of this decoder; it has {', '.join(keys)}")
+        for key in ("sampling_steps", "patch_size", "unet_norm_num_groups"):
+            if key in self.config and (type(self.config[key]) is not int or self.config[key] < 1):
+                yield Problem(f"config.{key}", f"{self.config[key]} is no whole number from 1 on")
+        if type(self.config.get("residual", True)) is not bool:
+            yield Problem("config.residual", f"{self.config['residual']} is neither true nor false")
+        scale = self.config.get("noise_scale", 1.0)
+        if type(scale) not in (int, float) or not 0 < scale < math.inf:
+            yield Problem("config.noise_scale", f"{scale} is no positive number")
 
 
 class ModelFacts(NamedTuple):

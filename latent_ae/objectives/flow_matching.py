@@ -42,7 +42,7 @@ class FlowMatching(Objective[FlowMatchingSettings]):
         teacher_sha256: Digest of the weights from which the run begins, if they teach.
     """
 
-    name, section, docs, plan_line = "flow_matching", "flow", "docs/family.md", "decoder learns"
+    name, section, docs, plan_line = "flow_matching", "flow", "docs/family.md", "flow"
     charts = {"Flow matching": ("flow_matching", "distance_to_teacher")}
 
     teacher: Any
@@ -63,7 +63,10 @@ class FlowMatching(Objective[FlowMatchingSettings]):
         self.factor, self.channels = 2 ** (len(config.block_out_channels) - 1), int(config.out_channels)
         self.noise_scale = float(config.noise_scale)
         if own.teacher_steps:
+            from latent_ae.models.reconstruct import keep_posterior_precise_
+
             teacher = copy.deepcopy(autoencoder).eval().requires_grad_(False)
+            keep_posterior_precise_(teacher)
             teacher.encoder = teacher.quant_conv = None  # it gets latents
             self.hold(teacher=lay_out(teacher, torch.channels_last))
 
@@ -102,8 +105,8 @@ class FlowMatching(Objective[FlowMatchingSettings]):
     @classmethod
     def describe(cls, own: FlowMatchingSettings, run: RunFacts) -> str:
         if own.teacher_steps:
-            return f"in one step what that of init_from does in {own.teacher_steps}"
-        return "as a model of this class does"
+            return f"the decoder learns in one step what that of init_from does in {own.teacher_steps}"
+        return f"the decoder learns to carry noise to an image, with weight {own.weight:g}"
 
     def draw(self, numbers: Sequence[int], latent_shape: Sequence[int]) -> tuple[Tensor, ...]:
         if not self.active:

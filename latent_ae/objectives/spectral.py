@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from latent_ae.config import SWITCH, Settings, Weight
+from latent_ae.config import SWITCH, Settings, UserError, Weight
 from latent_ae.objectives.base import Objective, Pass, RunFacts
 
 ITERATIONS, FIRST_ITERATIONS = 4, 40
@@ -52,6 +52,8 @@ class Spectral(Objective[SpectralSettings]):
 
     @classmethod
     def build(cls, own: SpectralSettings, run: RunFacts, autoencoder: nn.Module, device: torch.device) -> "Spectral":
+        if not trained_weights(autoencoder):
+            raise UserError("loss.spectral: nothing that trains is a convolution or a linear layer: set it to 0")
         return cls(own, run, autoencoder).to(device)
 
     @classmethod
@@ -80,6 +82,6 @@ def trained_weights(autoencoder: nn.Module) -> dict[tuple[int, int], list[Tensor
     """Return the weights of convolutions and linear layers that train, by the rows and columns of their matrices."""
     found: dict[tuple[int, int], list[Tensor]] = {}
     for layer in autoencoder.modules():
-        if isinstance(layer, (nn.Conv2d, nn.Linear)) and layer.weight.requires_grad:
+        if isinstance(layer, (nn.Conv2d, nn.Conv3d, nn.Linear)) and layer.weight.requires_grad:
             found.setdefault((len(layer.weight), layer.weight[0].numel()), []).append(layer.weight)
     return found

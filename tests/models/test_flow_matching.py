@@ -20,6 +20,8 @@ from tests.tiny_models import TWO, pictures
 
 SHAPE = {"kind": "FlowMatchingVAE", "block_out_channels": (8,), "config": {"unet_norm_num_groups": 4}}
 
+KIND = "decoder.kind=FlowMatchingVAE"
+
 
 def original() -> AutoencoderKL:
     torch.manual_seed(0)
@@ -179,6 +181,22 @@ def test_the_teachers_images_of_the_same_noise_are_the_targets(tmp_path: Any) ->
         ("flow.teacher_steps=4", "flow.teacher_steps: is for a FlowMatchingVAE, and not for this AutoencoderKL"),
         ("flow.teacher_steps=1", "flow.teacher_steps: 1 teaches what the decoder does already"),
         ("flow.weight=0", "flow.weight: 0 leaves the decoder"),
+        (
+            "init_from=x model={} decoder.kind=FlowMatchingVAE flow.teacher_steps=4",
+            "flow.teacher_steps: the decoder of init_from",
+        ),
+        (
+            'decoder.kind=FlowMatchingVAE decoder.config="{sampling_steps: 2.5}"',
+            "decoder.config.sampling_steps: 2.5 is no",
+        ),
+        (
+            'decoder.kind=FlowMatchingVAE decoder.config="{residual: maybe}"',
+            "decoder.config.residual: maybe is neither",
+        ),
+        (
+            'decoder.kind=FlowMatchingVAE decoder.config="{noise_scale: .nan}"',
+            "decoder.config.noise_scale: nan is no pos",
+        ),
         ("flow.teacher_steps=4 flow.time_mean=1", "flow.time_mean: is for flow matching"),
         ('decoder.config="{patch_size: 2}"', "decoder.config: is for decoder.kind FlowMatchingVAE"),
         ('decoder.kind=FlowMatchingVAE decoder.config="{steps: 2}"', "decoder.config.steps: is no key of this decoder"),
@@ -194,7 +212,6 @@ def test_settings_that_contradict_each_other(words: str, said: str) -> None:
     ("wanted", "said"),
     [
         ({"block_out_channels": (8, 16, 16)}, "3 levels end at 8 px, which does not divide the factor 2"),
-        ({"config": {"sampling_steps": 0}}, "must be positive"),
         ({"layers_per_block": (1, 2)}, ".layers_per_block: all levels of a FlowMatchingVAE"),
     ],
 )

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -11,12 +12,15 @@ from torch import Tensor
 
 from latent_ae.__main__ import main
 from latent_ae.config import UserError, load_settings
+from latent_ae.data.images import to_tensor
+from latent_ae.data.transforms import center_crop
 from latent_ae.models.density import FIRST, FLOOR, Density, reconstruction_features, stored_density
 from latent_ae_eval.anomaly.measure import find_anomalies
 from latent_ae_eval.anomaly.settings import AnomalySettings
 from latent_ae_train.settings import TrainSettings
 from tests.runs import differing_tensors
 from tests.tiny import build_step, micro_batches, settings_for
+from tests.tiny_models import tiny
 
 
 def clusters(number: int, seed: int) -> Tensor:
@@ -181,3 +185,23 @@ def test_settings_that_contradict_each_other(words: str, said: str) -> None:
     with pytest.raises(UserError) as caught:
         load_settings(TrainSettings, recipe, words.split())
     assert said in str(caught.value)
+
+
+def test_the_score_of_a_codebook_is_of_the_codes_as_in_training(pictures: Path, tmp_path: Path) -> None:
+    vae = tiny("VQModel").eval()
+    vae.save_pretrained(tmp_path / "model")
+    density = Density(2, latent_channels=4)
+    for number in range(3):
+        density.update(density.moments(torch.randn(20, 6, generator=torch.Generator().manual_seed(number))), 0.5)
+    density.save_pretrained(tmp_path / "model/density")
+    settings = AnomalySettings(lpips=None, resize_px=None, crop_px=16, num_workers=0)
+    find_anomalies(tmp_path / "model", str(pictures), settings, out=tmp_path / "out")
+    rows = pq.read_table(tmp_path / "out/images.parquet").to_pylist()
+    for row in rows[:4]:
+        array = np.array(Image.open(pictures / row["name"]).convert("RGB"))
+        image = to_tensor(center_crop(array, 16))[None]
+        with torch.no_grad():
+            encoded = vae.encode(image).latents
+            vectors, reconstruction = vae.quantize(encoded)[0], vae.decode(encoded).sample
+            energy = density(density.features(vectors, image, reconstruction)).item()
+        assert row["density"] == pytest.approx(energy, rel=1e-3)
