@@ -39,8 +39,7 @@ RUNS = {
     "beta": {"beta 0.01": f"{SHAPES} loss.kl=0.01", "beta 1": SHAPES, "beta 30": f"{SHAPES} loss.kl=30"},
     "blur": {
         "squared error": f"{F8} loss.pixel=l2 loss.perceptual=0 gan.weight=0",
-        "and LPIPS": f"{F8} gan.weight=0",
-        "and a GAN": F8,
+        "LPIPS and a GAN": F8,
     },
 }
 """Words after `latent-ae train`, by pitfall."""
