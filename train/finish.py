@@ -40,7 +40,7 @@ STATISTICS_CROPS = 512
 CHECK_IMAGES = 4
 """Number of held-out images on which an export is compared with the trained model and tried in half precision."""
 CPU_SIDE, CPU_PIXELS = 512, 4 * 256**2
-"""Limits of these images on a CPU: side in px, and pixels in all. Each image is reconstructed six times, which takes
+"""Limits of these images on a CPU: side in px, and pixels in all. Each image is reconstructed five times, which takes
 Stable Diffusion's first stage about ten seconds per 256 x 256 pixels on one core."""
 RESULTS = "results.json"
 

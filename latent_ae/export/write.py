@@ -232,13 +232,11 @@ def verify_export(
 
 
 def _largest_difference(folder: Path, autoencoder: ModelMixin, images: Tensor, device: torch.device) -> float:
-    images = images.detach().to("cpu", torch.float32).contiguous()
+    given = images = images.detach().to("cpu", torch.float32).contiguous()
     trained = Reconstructor(_twin(autoencoder)).to(device)
     with torch.no_grad(), torch.autocast(device.type, enabled=False), float32_arithmetic(repeatable=True):
         passes = [trained(image[None].to(device)) for image in images]
         expected = torch.cat([done.image.cpu() for done in passes])
-        moved = [trained(torch.nextafter(image, -image)[None].to(device)).image.cpu() for image in images]
-        allowed = max(TOLERANCE, ROUNDINGS * float((torch.cat(moved) - expected).abs().max()))
         if borrowed_encoder(trained.autoencoder) is not None:  # the folder's own encoder is zero
             images = torch.cat([done.latent.cpu() for done in passes]).contiguous()
     if not expected.isfinite().all():
@@ -249,7 +247,11 @@ def _largest_difference(folder: Path, autoencoder: ModelMixin, images: Tensor, d
             f"the exported model in {folder} gives images of {tuple(actual.shape)}, "
             f"the trained one {tuple(expected.shape)}"
         )
-    difference = float((actual - expected).abs().max())
+    difference, allowed = float((actual - expected).abs().max()), TOLERANCE
+    if difference > TOLERANCE:  # as few models do: how much of it may be rounding?
+        with torch.no_grad(), torch.autocast(device.type, enabled=False), float32_arithmetic(repeatable=True):
+            moved = [trained(torch.nextafter(image, -image)[None].to(device)).image.cpu() for image in given]
+        allowed = max(TOLERANCE, ROUNDINGS * float((torch.cat(moved) - expected).abs().max()))
     if not difference <= allowed:  # also when it is nan
         raise RuntimeError(
             f"the exported model in {folder} does not reconstruct like the trained one: they differ by up to "
