@@ -1,6 +1,7 @@
-"""Beta-VAE, its annealed capacity and FactorVAE on images with known factors: the mutual information gap of each.
+"""Beta-VAE, its annealed capacity, FactorVAE and beta-TCVAE on images with known factors: MIG, DCI, FactorVAE's score.
 
 python -m benchmarks.disentangle --data blobs --scratch /tmp/scratch
+python -m benchmarks.disentangle --data shapes64 --scratch /tmp/scratch
 Runs that the scratch folder holds already are not made again; --runs chooses a few. Each takes three minutes
 of a processor.
 """
@@ -15,6 +16,20 @@ from benchmarks.runs import evaluate, events, folder_name, seconds_of, train
 from latent_ae.data.synthetic import KINDS, write_shapes
 
 WARMUP = "loss.kl_warmup=300"
+SIDES_PX = {"shapes": 32, "shapes64": 64, "blobs": 16}
+PUBLISHED = {
+    "beta 1": ["loss.kl=1", WARMUP],
+    "beta 4": ["loss.kl=4", WARMUP],
+    "capacity 10": ["loss.kl=10", "loss.kl_capacity=10"],
+    "FactorVAE 10": [
+        *("loss.kl=1", WARMUP, "loss.total_correlation=10", "loss.total_correlation_width=256"),
+        "optim.discriminator_lr=1e-3",
+    ],
+    "beta-TCVAE 6": [
+        *("loss.kl=1", WARMUP, "loss.total_correlation=5", "loss.total_correlation_estimate=minibatch"),
+    ],
+}
+STARTS = ("default", "linear")
 RUNS: dict[str, dict[str, list[str]]] = {
     "shapes": {
         **{f"beta {beta}": [f"loss.kl={beta}", WARMUP] for beta in (1, 2, 4)},
@@ -23,6 +38,11 @@ RUNS: dict[str, dict[str, list[str]]] = {
             *("loss.kl=1", WARMUP, "loss.total_correlation=10", "loss.total_correlation_width=256"),
             "optim.discriminator_lr=1e-3",
         ],
+    },
+    "shapes64": {
+        f"{name}, {start} start": [*settings, f"model.init={start}"]
+        for start in STARTS
+        for name, settings in PUBLISHED.items()
     },
     "blobs": {f"beta {beta}": [f"loss.kl={beta}"] for beta in (1, 16, 64, 256)},
 }
@@ -33,9 +53,10 @@ MODEL = (
     "model={{in_channels: 1, out_channels: 1, block_out_channels: {}, layers_per_block: 1, latent_channels: {}, "
     "norm_num_groups: 4, mid_block_add_attention: false, init: {}}}"
 )
-BATCH = {"shapes": 32, "blobs": 64}
+BATCH = {"shapes": 32, "shapes64": 32, "blobs": 64}
 OWN = {
     "shapes": [MODEL.format([8, 16, 32, 32, 64, 64], 6, "default"), "loss.pixel=bernoulli"],
+    "shapes64": [MODEL.format([4, 8, 16, 32, 32, 64, 64], 10, "default"), "loss.pixel=bernoulli"],
     # levels up to a single place, as for the shapes. The linear start: from noise, a deep network folds several
     # factors into the one dimension that it finds first
     "blobs": [MODEL.format([16, 16, 32, 32, 64], 10, "linear"), "loss.pixel=gaussian", "loss.scale=0.05"],
@@ -47,6 +68,7 @@ COMMON = [
     *("optim.kind=muon", "optim.lr=2e-3", "optim.warmup=50"),
     *("checkpoint.every=10000", "validate.every=10000", "log.every=10", "validate.images=256"),
 ]
+DCI = ("disentanglement", "completeness", "informativeness")
 LAST = 10
 """Lines of the log that the parts of the loss are averaged over."""
 
@@ -54,19 +76,19 @@ LAST = 10
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scratch", type=Path, required=True)
-    parser.add_argument("--data", default="shapes", choices=KINDS)
+    parser.add_argument("--data", default="shapes", choices=SIDES_PX)
     parser.add_argument("--runs", nargs="+", metavar="NAME", help="a few of the runs (default: all)")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
     words = parser.parse_args()
-    kind, runs = words.data, RUNS[words.data]
+    kind, runs, side = words.data, RUNS[words.data], SIDES_PX[words.data]
+    drawn = kind.removesuffix("64")
     if unknown := set(words.runs or runs) - set(runs):
         parser.error(f"--runs: {', '.join(sorted(unknown))}: choose from {', '.join(runs)}")
     scratch = words.scratch / kind
     table = scratch / "images.parquet"
     if not table.exists():
         scratch.mkdir(parents=True, exist_ok=True)
-        write_shapes(table, kind=kind)
-    side = KINDS[kind].side_px
+        write_shapes(table, kind=drawn, side_px=side)
     common = [*COMMON, *OWN[kind], f"batch_size={BATCH[kind]}", f"data.resolution={side}", f"validate.crop_px={side}"]
     framed = [f"crop_px={side}", "batch_size=256", "num_workers=0"]
     for seed in words.seeds:
@@ -80,9 +102,9 @@ def main() -> None:
         found = [measured(scratch / folder_name(f"{name} {seed}"), seed, side**2) for seed in SEEDS]
         if any(found):
             rows[name] = {"settings": settings, "runs": [run for run in found if run is not None]}
-    factors = KINDS[kind].factors
+    factors = KINDS[drawn].factors
     result = {
-        "data": f"{' x '.join(map(str, factors.values()))} {kind} ({', '.join(factors)}), {side} px",
+        "data": f"{' x '.join(map(str, factors.values()))} {drawn} ({', '.join(factors)}), {side} px",
         "steps": STEPS,
         "batch_size": BATCH[kind],
         "common": common,
@@ -103,6 +125,8 @@ def measured(folder: Path, seed: int, pixels: int) -> dict[str, Any] | None:
     return {
         "seed": seed,
         "mig": {kind: factors[kind]["mig"] for kind in ("mean", "sample")},
+        "factor_vae_score": factors["mean"]["factor_vae_score"],
+        "dci": {key: factors["mean"]["dci"][key] for key in DCI} if "dci" in factors["mean"] else None,
         "gaps": factors["sample"]["gaps"],
         "active_dimensions": len(factors["active_dimensions"]),
         "psnr": events(folder, "validate")[-1]["psnr"],

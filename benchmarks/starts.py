@@ -1,17 +1,19 @@
 """The linear start against the default start in a longer training, with the GAN in its last third.
 
-    python -m benchmarks.starts --data TRAIN_FOLDER --held-out TEST_FOLDER --scratch FOLDER --steps 1100
+    python -m benchmarks.starts --data TRAIN_FOLDER --held-out TEST_FOLDER --scratch FOLDER --steps 1100 550
 
 Runs of `latent-ae train quickstart` with an f8 network of 12 M parameters and 16 latent channels, in bf16 on one
 thread, batches of 8 crops of 64 px. The default start takes the best of --rates, by LPIPS after a run of an eighth of
-the steps, without the GAN; the linear start takes the recipe's. Of each run: PSNR, LPIPS and the Fréchet distance of
-VGG16 features of the averaged weights on held-out photographs, by images seen. A run that was killed goes on
-when this is started again with the same scratch folder. Writes benchmarks/results/starts.json after each run.
+the first number of steps, without the GAN; the linear start takes the recipe's. Of each run: PSNR, LPIPS and the
+Fréchet distance of VGG16 features of the averaged weights on held-out photographs, by images seen and by the minutes
+that its median rate takes for them. A run that was killed goes on when this is started again with the same scratch
+folder. Writes benchmarks/results/starts.json.
 """
 
 import argparse
 import os
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from benchmarks.machine import save
@@ -31,10 +33,13 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--held-out", type=Path, required=True)
     parser.add_argument("--scratch", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=1100)
+    parser.add_argument(
+        "--steps", type=int, nargs="+", default=[1100, 550], help="lengths of the runs, the longest first"
+    )
     parser.add_argument("--images", type=int, default=50, help="held-out images that are measured")
-    parser.add_argument("--rates", nargs="+", default=["1e-4", "3e-4", "1e-3"], help="of the default start")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--rates", nargs="+", default=["1e-4", "3e-4", "1e-3", "3e-3"], help="of the default start")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the first length")
+    parser.add_argument("--more-seeds", type=int, nargs="+", default=[0, 1, 2], help="of the other lengths")
     arguments = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
     data = f"data.source={arguments.data} data.eval_source={arguments.held_out} validate.images={arguments.images}"
@@ -47,27 +52,31 @@ def main() -> None:
             latent_ae("train", "quickstart", *settings.split())
         return points(folder)
 
-    short, every = arguments.steps // 8, arguments.steps // POINTS
+    short = arguments.steps[0] // 8
     search = {
         rate: run(f"search-{rate}", short, f"model.init=default optim.lr={rate} gan.weight=0", short)
         for rate in arguments.rates
     }
     best = min(search, key=lambda rate: search[rate][-1]["lpips_vgg"])
-    facts: dict[str, Any] = {"data": arguments.data.parent.name, "held_out_images": arguments.images, "steps": {}}
-    facts |= {"base": f"quickstart {MODEL}", "search_steps": short, "search": search, "rate": best}
-    curves: dict[str, dict[str, list[dict[str, float]]]] = {}
-    gan = f"gan.start={arguments.steps * 2 // 3} gan.discriminator_warmup=50 gan.warmup=50"
-    for seed in arguments.seeds:
-        for start, words in {"linear": "", "default": f"model.init=default optim.lr={best}"}.items():
-            name = f"{start}-{arguments.steps}-{seed}"
-            curves.setdefault(start, {})[str(seed)] = run(name, arguments.steps, f"seed={seed} {gan} {words}", every)
-            save("starts", {**facts, "steps": arguments.steps, "gan": gan, "curves": curves})
+    facts: dict[str, Any] = {"data": arguments.data.parent.name, "held_out_images": arguments.images}
+    facts |= {"base": f"quickstart {MODEL}", "search_steps": short, "search": search, "rate": best, "lengths": []}
+    for steps in arguments.steps:
+        gan = f"gan.start={steps * 2 // 3} gan.discriminator_warmup=50 gan.warmup=50"
+        curves: dict[str, dict[str, list[dict[str, float]]]] = {"linear": {}, "default": {}}
+        facts["lengths"].append({"steps": steps, "gan": gan, "curves": curves})
+        for seed in arguments.seeds if steps == arguments.steps[0] else arguments.more_seeds:
+            for start, words in {"linear": "", "default": f"model.init=default optim.lr={best}"}.items():
+                name, settings = f"{start}-{steps}-{seed}", f"seed={seed} {gan} {words}"
+                curves[start][str(seed)] = run(name, steps, settings, steps // POINTS)
+    save("starts", facts)
 
 
 def points(folder: Path) -> list[dict[str, float]]:
-    """The validations of a run: its figures by images seen."""
+    """The validations of a run: its figures by images seen and minutes of training."""
+    rate = median(line["images_per_second"] for line in events(folder, "train"))
     return [
-        {"images": 8.0 * line["step"], **{name: round(line[name], 4) for name in FIGURES}}
+        {"images": 8.0 * line["step"], "minutes": round(8 * line["step"] / rate / 60, 2)}
+        | {name: round(line[name], 4) for name in FIGURES}
         for line in events(folder, "validate")
     ]
 

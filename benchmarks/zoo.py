@@ -45,10 +45,13 @@ MEMBERS = {
     "dc-ae": Member(),
     "tiny-distilled": Member("distillation.teacher"),
     "new-decoder": Member("init_from"),
+    "flow-decoder": Member("init_from"),
     "vae": Member(measured="32 px"),
     "factor-vae": Member(measured="32 px"),
+    "beta-tcvae": Member(measured="32 px"),
     "flow-vae": Member(measured="32 px"),
     "hierarchical-vae": Member(measured="32 px"),
+    "deep-vae": Member(measured="32 px"),
 }
 FRAMING = {
     "whole": {"recon": "resize_px=null crop_px=256", "latents": "", "ifid": "resize_px=null crop_px=64"},

@@ -1,7 +1,10 @@
 """The tables of docs/family.md."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from statistics import mean, stdev
 from typing import Any
+
+from scipy.special import stdtrit
 
 from benchmarks.machine import where
 
@@ -144,6 +147,64 @@ def priors_table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def disentangle64_table(result: dict[str, Any]) -> str:
+    """Scores by method and start, each also less that of beta 1 from the same start and seed."""
+    columns = {
+        "MIG of samples": (lambda run: run["mig"]["sample"], 3),
+        "MIG of means": (lambda run: run["mig"]["mean"], 3),
+        "FactorVAE score": (lambda run: run["factor_vae_score"], 3),
+        "DCI disentanglement": (lambda run: run["dci"]["disentanglement"] if run["dci"] else 0.0, 3),
+        "active": (lambda run: run["active_dimensions"], 1),
+        "PSNR (dB)": (lambda run: run["psnr"], 2),
+        "KL (nats)": (lambda run: run["kl_nats"], 2),
+        "total correlation (nats)": (lambda run: run["gaussian_total_correlation"], 2),
+    }
+    seeds = max(len(row["runs"]) for row in result["rows"].values())
+    lines = [
+        f"{result['data']}; {result['steps']} steps of {result['batch_size']}; means over {seeds} seeds, with the "
+        f"standard deviation between seeds; {where(result)}.",
+        "",
+        f"| | seeds | {' | '.join(columns)} |",
+        f"|---|---:|{'---:|' * len(columns)}",
+    ]
+    for name, row in result["rows"].items():
+        cells = [
+            f"{mean_of(row['runs'], of):.{digits}f}{spread_of(row['runs'], of, digits)}"
+            for of, digits in columns.values()
+        ]
+        lines.append(f"| {name} | {len(row['runs'])} | {' | '.join(cells)} |")
+    compared = list(columns)[:4]
+    lines += [
+        "",
+        "Less that of beta 1 from the same start and seed, with the 95 % interval of the mean (t distribution):",
+        "",
+        f"| | {' | '.join(compared)} |",
+        f"|---|{'---:|' * len(compared)}",
+    ]
+    for name, row in result["rows"].items():
+        base = {run["seed"]: run for run in result["rows"].get(f"beta 1, {name.split(', ')[1]}", {"runs": []})["runs"]}
+        pairs = [(run, base[run["seed"]]) for run in row["runs"] if run["seed"] in base]
+        if name.startswith("beta 1,") or len(pairs) < 2:
+            continue
+        cells = []
+        for column in compared:
+            of = columns[column][0]
+            gained = [of(run) - of(other) for run, other in pairs]
+            half = stdtrit(len(gained) - 1, 0.975) * stdev(gained) / len(gained) ** 0.5
+            cells.append(f"{mean(gained):+.3f} ({mean(gained) - half:+.3f} to {mean(gained) + half:+.3f})")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def mean_of(runs: Sequence[dict[str, Any]], of: Callable[[dict[str, Any]], float]) -> float:
+    return mean(of(run) for run in runs)
+
+
+def spread_of(runs: Sequence[dict[str, Any]], of: Callable[[dict[str, Any]], float], digits: int) -> str:
+    """The standard deviation between runs, as text; empty for one run."""
+    return f" ± {stdev(of(run) for run in runs):.{digits}f}" if len(runs) > 1 else ""
+
+
 def disentangle_table(result: dict[str, Any]) -> str:
     lines = [
         f"{result['data']}; {result['steps']} steps of {result['batch_size']}; {where(result)}.",
@@ -154,9 +215,6 @@ def disentangle_table(result: dict[str, Any]) -> str:
     ]
     for name, row in result["rows"].items():
         runs = row["runs"]
-
-        def mean(values: Sequence[float]) -> float:
-            return sum(values) / len(values)
 
         def each(values: Sequence[float], digits: int) -> str:
             return "; ".join(f"{value:.{digits}f}" for value in values)
@@ -283,6 +341,7 @@ MAKERS = {
     "hierarchical": hierarchical_table,
     "deep-vae": deep_vae_table,
     "priors": priors_table,
+    "disentangle-shapes64": disentangle64_table,
     "disentangle": disentangle_table,
     "collapse": collapse_table,
 }

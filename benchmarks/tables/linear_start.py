@@ -36,21 +36,37 @@ def widths_table(result: dict[str, Any]) -> str:
 
 def starts_table(result: dict[str, Any]) -> str:
     """Held-out quality of the linear and the default start by images seen, and the search of the default's rate."""
-    lines = [
-        f"`{result['base']}`, {result['steps']} steps, `{result['gan']}`; {result['held_out_images']} held-out crops "
-        f"of {result['data']}; {where(result)}.",
+    lines = [f"`{result['base']}`; {result['held_out_images']} held-out crops of {result['data']}; {where(result)}."]
+    for length in result["lengths"]:
+        seeds = len(length["curves"]["linear"])
+        lines += [
+            "",
+            f"{length['steps']} steps, `{length['gan']}`"
+            + (f"; means over {seeds} seeds, and the smallest and the largest:" if seeds > 1 else ":"),
+            "",
+            "| start | images | minutes | PSNR (dB) | LPIPS | Fréchet distance (VGG16) |",
+            "|---|---:|---:|---:|---:|---:|",
+        ]
+        for start, curves in length["curves"].items():
+            for of_seeds in zip(*curves.values(), strict=True):
+                minutes = sum(point["minutes"] for point in of_seeds) / seeds
+                cells = [start, f"{of_seeds[0]['images']:,.0f}", f"{minutes:.0f}"]
+                for key, digits in (("psnr", 2), ("lpips_vgg", 3), ("frechet_vgg16", 1)):
+                    values = [point[key] for point in of_seeds]
+                    mean = f"{sum(values) / seeds:.{digits}f}"
+                    spread = f" ({min(values):.{digits}f} to {max(values):.{digits}f})" if seeds > 1 else ""
+                    cells.append(mean + spread)
+                lines.append(f"| {' | '.join(cells)} |")
+    lines += [
         "",
-        "| start, seed | images | PSNR (dB) | LPIPS | Fréchet distance (VGG16) |",
-        "|---|---:|---:|---:|---:|",
+        f"The default start at several learning rates, {result['search_steps']} steps without a GAN:",
+        "",
+        "| learning rate | PSNR (dB) | LPIPS | Fréchet distance (VGG16) |",
+        "|---|---:|---:|---:|",
     ]
-    curves = {f"{start}, {seed}": points for start, of in result["curves"].items() for seed, points in of.items()}
-    curves |= {f"default at {rate}, no GAN": points[-1:] for rate, points in result["search"].items()}
-    for name, points in curves.items():
-        for point in points:
-            lines.append(
-                f"| {name} | {point['images']:,.0f} | {point['psnr']:.2f} | {point['lpips_vgg']:.3f} "
-                f"| {point['frechet_vgg16']:.1f} |"
-            )
+    for rate, points in result["search"].items():
+        last = points[-1]
+        lines.append(f"| {rate} | {last['psnr']:.2f} | {last['lpips_vgg']:.3f} | {last['frechet_vgg16']:.1f} |")
     return "\n".join(lines)
 
 

@@ -8,8 +8,9 @@ from latent_ae_eval.job import Figures, Job, figures_at
 
 
 def factors_figures(result: Mapping[str, Any]) -> Figures:
-    """Return the mutual information gap and the total correlation of the posterior's mean and of a sample."""
-    places = {"mig": "mig", "total_correlation": "total_correlation"}
+    """Return the mutual information gap and the total correlation of mean and sample, and the scores of the mean."""
+    places = {"mig": "mig", "total_correlation": "total_correlation", "factor_vae_score": "factor_vae_score"}
+    places |= {f"dci_{name}": f"dci.{name}" for name in ("disentanglement", "completeness", "informativeness")}
     return figures_at(result["mean"], places, "mean") | figures_at(result["sample"], places, "sample")
 
 
@@ -22,8 +23,9 @@ JOB = Job(
     figures=factors_figures,
     description="""\
 Measure how well single latent dimensions represent known factors of the images: mutual information of every dimension
-and factor, and the mutual information gap. DATA needs a table with an integer column for each factor. A terminal gets
-a table, a pipe JSON; result.json, traversals.png and report.html are written into a folder.""",
+and factor, the mutual information gap (MIG), FactorVAE's score and DCI. DATA needs a table with an integer column for
+each factor. A terminal gets a table, a pipe JSON; result.json, traversals.png and report.html are written into a
+folder.""",
     examples="""\
 example: python -m latent_ae.data.synthetic shapes.parquet
          latent-ae eval factors runs/beta-vae blobs.parquet

@@ -5,6 +5,7 @@ result = factors("runs/beta-vae", "blobs.parquet", out="factors")
 print(result["mean"]["mig"], result["sample"]["mig"])
 """
 
+import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,17 @@ from latent_ae.report.pictures import picture_grid
 from latent_ae_eval.factors import JOB
 from latent_ae_eval.factors.information import BINS, entropy, measured
 from latent_ae_eval.factors.report import write_factors_report
+from latent_ae_eval.factors.scores import (
+    DCI_IMAGES,
+    DCI_TEST_IMAGES,
+    EXTRA,
+    IMAGES_OF_A_VOTE,
+    TEST_VOTES,
+    VOTES,
+    dci,
+    factor_vae_score,
+)
+from latent_ae_eval.factors.scores import MOST_DIMENSIONS as MOST_FOR_DCI
 from latent_ae_eval.factors.settings import FactorsSettings
 from latent_ae_eval.inputs import opened_data, report_skipped
 from latent_ae_eval.jobs import (
@@ -57,7 +69,7 @@ def factors(
     out: str | Path | None = None,
     progress: bool = False,
 ) -> dict[str, Any]:
-    """Measure mutual information of latent dimensions and factors, and the mutual information gap. Runs on one process.
+    """Measure mutual information of dimensions and factors, its gap, FactorVAE's score and DCI. Runs on one process.
 
     Args:
         model: A folder, a hub id, or a first stage of diffusers as a module, with a Gaussian posterior.
@@ -99,6 +111,13 @@ def factors(
             f"{len(rows):,} images are few: by chance alone a dimension shows about {chance[worst]:.2f} nats of "
             f"information about {names[worst]} ({chance[worst] / entropies[worst]:.0%} of its entropy)"
         )
+    mean = measured(means, values, names) | {"factor_vae_score": factor_vae_score(means, values, active, settings.seed)}
+    if settings.dci is not False:
+        left_out = _no_dci(settings, len(active))
+        if left_out:
+            notes.append(f"DCI is left out: {left_out}")
+        else:
+            mean["dci"] = dci(means[:, active], values, names, settings.seed, progress)
     result: dict[str, Any] = {
         "format": JOB.format,
         "model": stage.describe(),
@@ -117,10 +136,14 @@ def factors(
             "total_correlation": "nats, of the Gaussian fitted to the codes: -ln det of their correlations / 2",
             "mean": "of the posterior",
             "sample": "of the posterior, one for each image",
+            "factor_vae_score": f"accuracy of {TEST_VOTES:,} votes of the active dimensions, each by "
+            f"{IMAGES_OF_A_VOTE} images with a factor in common, after {VOTES:,} votes (Kim and Mnih 2018)",
+            "dci": "gradient-boosted trees on the active dimensions of two thirds of the images, up to "
+            f"{DCI_IMAGES:,}, tested with up to {DCI_TEST_IMAGES:,} others (Eastwood and Williams 2018)",
             "active": f"variance of the posterior's mean over the images above {ACTIVE} (Burda et al. 2016)",
             "dimensions": "of the latent, flattened: channel, row, column",
         },
-        "mean": measured(means, values, names),
+        "mean": mean,
         "sample": measured(samples, values, names),
         "active_dimensions": active.tolist(),
         "variances": variances.tolist(),
@@ -137,6 +160,19 @@ def factors(
         picture = _traversals(stage, torch.from_numpy(means[at]).view(shape), shown, result, settings, device)
         _write(folder, result, picture)
     return result
+
+
+def _no_dci(settings: FactorsSettings, active: int) -> str:
+    """Return why DCI is left out; empty if it is measured."""
+    if not active:
+        return "no dimension is active"
+    if settings.dci:
+        return ""
+    if active > MOST_FOR_DCI:
+        return (
+            f"{active:,} dimensions are active, and its trees take long for more than {MOST_FOR_DCI}; dci=true has it"
+        )
+    return "" if importlib.util.find_spec("sklearn") else EXTRA
 
 
 def _factors(source: StoredImages, data: str, settings: FactorsSettings) -> tuple[list[str], np.ndarray]:

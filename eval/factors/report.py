@@ -17,6 +17,13 @@ ABOUT = (
     "any; 0: two dimensions have equally much. MIG is the mean. A sample includes the posterior's noise, which hides "
     "information in changes too small for the decoder to see."
 )
+SCORES = (
+    "FactorVAE score: how often the dimension that varies least among images with one factor in common tells which "
+    "factor that is (Kim and Mnih 2018); by chance about 1 of the number of factors. DCI (Eastwood and Williams 2018): "
+    "disentanglement is 1 if each dimension is of use for one factor only, completeness is 1 if each factor has one "
+    "dimension, informativeness is the accuracy of trees that predict the factors. All are of the posterior's mean in "
+    "the active dimensions."
+)
 TRAVERSED = (
     "Each row moves one active dimension from -2 to 2 standard deviations of the prior and leaves the others as they "
     "are in image {image}. A row names the factors about which its dimension is the most informative."
@@ -32,9 +39,19 @@ def factors_text(result: Mapping[str, Any]) -> str:
         for kind, values in kinds.items():
             best = f"dimension {values['dimensions'][name]}"
             rows.append(Row(f"gap of {name}", f"{values['gaps'][name]:.3f}", best, kind))
+    rows += [Row(name, value, "", "mean") for name, value in _scores(result).items()]
     rows.append(Row("total correlation (nats)", f"{result['sample']['total_correlation']:.3f}", "", "sample"))
     rows.append(Row("active dimensions", f"{len(result['active_dimensions'])} of {len(result['variances'])}"))
     return aligned(rows, "most informative")
+
+
+def _scores(result: Mapping[str, Any]) -> dict[str, str]:
+    """Return FactorVAE's score and, where it was measured, DCI, as texts by their names."""
+    mean = result["mean"]
+    scores = {"FactorVAE score": mean["factor_vae_score"]}
+    if (found := mean.get("dci")) is not None:
+        scores |= {f"{name} (DCI)": found[name] for name in ("disentanglement", "completeness", "informativeness")}
+    return {name: f"{value:.3f}" for name, value in scores.items()}
 
 
 def write_factors_report(path: Path, result: Mapping[str, Any], picture: Image.Image | None) -> None:
@@ -50,6 +67,7 @@ def write_factors_report(path: Path, result: Mapping[str, Any], picture: Image.I
     facts = {
         "MIG of the mean": f"{mean['mig']:.3f}",
         "MIG of a sample": f"{sample['mig']:.3f}",
+        **_scores(result),
         "total correlation of a sample": f"{sample['total_correlation']:.3f} nats",
         "images": f"{data['images']:,}",
         "latent": " x ".join(map(str, result["latent"])),
@@ -71,7 +89,7 @@ def write_factors_report(path: Path, result: Mapping[str, Any], picture: Image.I
     ]
     sections = [
         page.facts(facts) + page.notes(remarks),
-        page.section("Gaps", page.paragraph(ABOUT, soft=True), page.table(lines)),
+        page.section("Gaps", page.paragraph(ABOUT, soft=True), page.table(lines), page.paragraph(SCORES, soft=True)),
     ]
     if picture is not None:
         about = page.paragraph(TRAVERSED.format(image=result["traversed"]["image"]), soft=True)
@@ -91,6 +109,15 @@ def write_factors_report(path: Path, result: Mapping[str, Any], picture: Image.I
         soft=True,
     )
     sections.append(page.section("Mutual information", about, page.grid(*charts)))
+    if (found := mean.get("dci")) is not None:
+        rows = {str(d): row for d, row in zip(result["active_dimensions"], found["importance"], strict=True)}
+        about = page.paragraph(
+            "How much each active dimension matters for the trees that predict each factor, in percent; DCI's "
+            "disentanglement and completeness are of this matrix.",
+            soft=True,
+        )
+        heat = page.heat_map(rows, names, title="of the mean", y_label="latent dimension")
+        sections.append(page.section("Importance", about, heat))
     manifest = {key: value for key, value in result.items() if key not in ("mean", "sample", "variances", "notes")}
     sections.append(page.section("How this was measured", page.manifest(manifest)))
     title = f"{model}: factors of {short_name(data['location'], 'images')}"

@@ -1,7 +1,8 @@
-"""FactorVAE (Kim and Mnih 2018): a discriminator estimates how much the latent dimensions depend on each other."""
+"""The total correlation of the latents, estimated by FactorVAE's discriminator or in the batch, as in beta-TCVAE."""
 
+import math
 from collections.abc import Iterator
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
@@ -22,10 +23,12 @@ class TotalCorrelationSettings(Settings):
     """The total correlation of the latents."""
 
     total_correlation: Annotated[Weight, SWITCH] = 0.0
-    """Weight (gamma) of FactorVAE's total correlation: the dependence of latent dimensions on each other, in nats per
-    image, normalised like `kl`."""
+    """Weight of the total correlation: the dependence of latent dimensions on each other, in nats per image, normalised
+    like `kl`. It is gamma of FactorVAE, and beta - 1 of beta-TCVAE."""
+    total_correlation_estimate: Annotated[Literal["discriminator", "minibatch"], FIXED] = "discriminator"
+    """How it is estimated: by a discriminator of latents (FactorVAE), or from the batch's posteriors (beta-TCVAE)."""
     total_correlation_width: Annotated[Positive, FIXED] = 1000
-    """Units in each of the five hidden layers of the discriminator that estimates it."""
+    """Units in each of the five hidden layers of that discriminator."""
 
 
 class TotalCorrelation(Objective[TotalCorrelationSettings]):
@@ -34,16 +37,18 @@ class TotalCorrelation(Objective[TotalCorrelationSettings]):
     Args:
         own: The settings.
         run: Facts of the run.
-        adversary: The discriminator.
+        adversary: The discriminator; None for the estimate from the batch.
     """
 
     name, section, docs = "total_correlation", "loss", "docs/family.md"
     charts = {"Total correlation of the latents (nats)": ("total_correlation",)}
     adversary_name = "total_correlation"
 
-    adversary: "LatentDiscriminator"
+    adversary: "LatentDiscriminator | None"
 
-    def __init__(self, own: TotalCorrelationSettings, run: RunFacts, adversary: "LatentDiscriminator") -> None:
+    def __init__(
+        self, own: TotalCorrelationSettings, run: RunFacts, adversary: "LatentDiscriminator | None" = None
+    ) -> None:
         super().__init__(own, run)
         self.hold(adversary=adversary)
 
@@ -53,23 +58,29 @@ class TotalCorrelation(Objective[TotalCorrelationSettings]):
 
     @classmethod
     def problems(cls, own: TotalCorrelationSettings, run: RunFacts, model: ModelFacts | None) -> Iterator[Problem]:
-        width = TotalCorrelationSettings().total_correlation_width
-        if own.total_correlation_width != width and not own.total_correlation:
+        plain, judged = TotalCorrelationSettings(), own.total_correlation_estimate == "discriminator"
+        if own.total_correlation_width != plain.total_correlation_width and not (own.total_correlation and judged):
             yield Problem(
-                "loss.total_correlation_width", "there is no discriminator without a total_correlation: give it"
+                "loss.total_correlation_width",
+                "there is no discriminator without a total_correlation that it estimates: give it or leave this out",
             )
         if not own.total_correlation:
+            if not judged:
+                yield Problem("loss.total_correlation_estimate", "needs a weight: give loss.total_correlation")
             return
         if run.micro_batch != run.batch_size:
+            what = "permutes each latent dimension over" if judged else "compares each latent with the posteriors of"
             yield Problem(
                 "loss.total_correlation",
-                f"permutes each latent dimension over the whole batch of {run.batch_size}, and a pass holds "
-                f"{run.micro_batch}: training would depend on the split. Use one process and micro_batch_size null",
+                f"{what} the whole batch of {run.batch_size}, and a pass holds {run.micro_batch}: training would "
+                "depend on the split. Use one process and micro_batch_size null",
             )
-        if run.batch_size % 2 or run.batch_size < 4:
+        if judged and (run.batch_size % 2 or run.batch_size < 4):
             yield Problem(
                 "batch_size", f"{run.batch_size} has no two halves for loss.total_correlation: even, 4 or more"
             )
+        if run.batch_size < 2:
+            yield Problem("batch_size", "1 has no other posterior for loss.total_correlation: 2 or more")
         if not run.one_size:
             yield Problem(
                 "latents.equivariance",
@@ -91,7 +102,7 @@ class TotalCorrelation(Objective[TotalCorrelationSettings]):
         elif (dimensions := model.latent_channels * (run.resolution // model.factor) ** 2) > LARGEST:
             yield Problem(
                 "loss.total_correlation",
-                f"the latent has {dimensions:,} dimensions, and its discriminator learns nothing from more than "
+                f"the latent has {dimensions:,} dimensions, and a batch tells nothing of the dependence of more than "
                 f"{LARGEST:,}: use fewer latent channels, a larger factor or smaller crops",
             )
 
@@ -101,6 +112,8 @@ class TotalCorrelation(Objective[TotalCorrelationSettings]):
     ) -> "TotalCorrelation":
         from latent_ae.models.build import factor_of, latent_channels_of
 
+        if own.total_correlation_estimate == "minibatch":
+            return cls(own, run)
         dimensions = latent_channels_of(autoencoder) * (run.resolution // factor_of(autoencoder)) ** 2
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(run.seed + 3)
@@ -109,15 +122,27 @@ class TotalCorrelation(Objective[TotalCorrelationSettings]):
 
     @classmethod
     def describe(cls, own: TotalCorrelationSettings, run: RunFacts) -> str:
-        return f"independent of each other with weight {own.total_correlation:g}"
+        source = (
+            "their discriminator" if own.total_correlation_estimate == "discriminator" else "the batch's posteriors"
+        )
+        return f"independent of each other by {source}, with weight {own.total_correlation:g}"
 
     def backward(self, p: Pass) -> None:
-        """Send the estimate's gradient to the latent, and the discriminator's own to its parameters.
+        """Send the estimate's gradient to the posterior, and the discriminator's own to its parameters."""
+        if self.adversary is None:
+            assert p.out.logvar is not None, "`problems` refuses models without a Gaussian posterior"
+            estimate = minibatch_total_correlation(p.out.latent, p.out.mean, p.out.logvar)
+            p.logs["total_correlation"] = estimate.detach()
+            p.send_loss(estimate, self.own.total_correlation / p.batch.images[0].numel())
+        else:
+            self._ask(p.adversaries[self.name], self.adversary, p)
+
+    def _ask(self, discriminator: nn.Module, bare: "LatentDiscriminator", p: Pass) -> None:
+        """Take the estimate of the discriminator, and train it.
 
         The estimate is the mean logit over the whole batch. The discriminator learns to distinguish the first half from
         the second half with each dimension permuted over the samples (Algorithm 2); the two halves are independent.
         """
-        discriminator = p.adversaries[self.name]
         latents = p.out.latent.detach().flatten(1).requires_grad_()
         half = len(latents) // 2
         logits = discriminator(latents)
@@ -127,12 +152,33 @@ class TotalCorrelation(Objective[TotalCorrelationSettings]):
         (slope,) = torch.autograd.grad(estimate, latents, retain_graph=True)
         joint = logits[:half]
         loss = 0.5 * (F.softplus(-joint).mean() + F.softplus(permuted).mean())
-        loss.backward(inputs=list(self.adversary.parameters()))
+        loss.backward(inputs=list(bare.parameters()))
         p.logs["total_correlation"] = estimate.detach()
         p.logs["total_correlation_discriminator"] = loss.detach()
         p.logs["total_correlation_accuracy"] = 0.5 * ((joint > 0).float().mean() + (permuted < 0).float().mean())
         weight = self.own.total_correlation / p.batch.images[0].numel()
         p.send(p.out.latent, slope.view_as(p.out.latent) * weight)
+
+
+def minibatch_total_correlation(latent: Tensor, mean: Tensor, logvar: Tensor) -> Tensor:
+    """Return the total correlation of q(z) in nats, with the batch's posteriors in place of all images' (scalar).
+
+    Minibatch-weighted sampling of Chen et al. 2018 (section 4.1): q(z) of each sample is the mean of its density under
+    the posteriors of the batch, its own among them, and q(z_j) likewise. The paper divides by the number of images of
+    the data besides, which adds a constant to the estimate and nothing to its gradient. The estimate is biased: from M
+    images it is at most (D - 1) ln M for D dimensions.
+
+    Args:
+        latent: A sample of each posterior, (M, c, h, w).
+        mean: Means of the posteriors, shaped like `latent`.
+        logvar: Their log-variances, shaped like `latent`.
+    """
+    z, mean, logvar = latent.flatten(1)[:, None], mean.flatten(1)[None], logvar.flatten(1)[None]
+    # (sample, posterior, dimension); ln 2 pi is left out, for it cancels
+    log_densities = -0.5 * ((z - mean).square() * torch.exp(-logvar) + logvar)
+    joint = log_densities.sum(2).logsumexp(1)
+    marginals = log_densities.logsumexp(1).sum(1)
+    return (joint - marginals).mean() + (log_densities.shape[2] - 1) * math.log(len(latent))
 
 
 class LatentDiscriminator(nn.Module):

@@ -24,6 +24,7 @@ from latent_ae.models.settings import ModelSettings
 from latent_ae.report.pictures import picture_grid
 from latent_ae_eval.factors.information import binned, gaussian_total_correlation, measured, mutual_information
 from latent_ae_eval.factors.measure import factors
+from latent_ae_eval.factors.scores import concentration, factor_vae_score
 from latent_ae_eval.factors.settings import FactorsSettings
 from latent_ae_train.settings import TrainSettings
 
@@ -147,6 +148,23 @@ def test_the_table_of_blobs(tmp_path: Path) -> None:
     assert np.array_equal(images[500], draw_blob(expected[500]))
 
 
+def test_a_larger_side_is_the_same_picture(tmp_path: Path) -> None:
+    """Each pixel is a mean of samples: the four of a larger image's mean are the pixel of the smaller one."""
+    for values in ((0, 3, 5, 2, 7), (1, 0, 1, 0, 0), (2, 2, 3, 4, 4)):
+        large = draw_shape(values, side_px=64) / 255
+        means = large.reshape(32, 2, 32, 2).mean((1, 3))
+        assert (
+            np.abs(means - draw_shape(values) / 255).max() < 0.3
+            and abs(means.mean() - (draw_shape(values) / 255).mean()) < 5e-3
+        )
+    assert draw_blob((5, 5, 5), side_px=32).reshape(16, 2, 16, 2).mean((1, 3)) == pytest.approx(
+        draw_blob((5, 5, 5)), abs=2
+    )
+    path = write_shapes(tmp_path / "large.parquet", COUNTS, side_px=64)
+    table = datasets.load_dataset("parquet", data_files=str(path), cache_dir=str(tmp_path))["train"]
+    assert np.array_equal(np.asarray(table[77]["image"]), draw_shape(ALL[77], COUNTS, side_px=64))
+
+
 @pytest.fixture(scope="module")
 def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_shapes(tmp_path_factory.mktemp("shapes") / "shapes.parquet", COUNTS)
@@ -214,7 +232,13 @@ def test_whole(model: str, shapes: Path, tmp_path: Path, capsys: pytest.CaptureF
     expected = picture_grid(rows, ["-2.0", "+0.0", "+2.0"], row_labels=labels, largest_px=128)
     assert np.abs(np.asarray(Image.open(out / "traversals.png"), int) - np.asarray(expected, int)).max() <= 1
     page = (out / "report.html").read_text()
-    assert "MIG of the mean" in page and page.count("<svg") == 2 and "dimension" in page
+    assert "MIG of the mean" in page and page.count("<svg") == 3 and "dimension" in page
+    found = result["mean"]
+    # rounding, which depends on the batch, may decide a few votes and splits
+    assert found["factor_vae_score"] == pytest.approx(factor_vae_score(means, ALL[:, [0, 4]], active, 0), abs=0.01)
+    importance = np.array(found["dci"]["importance"])
+    assert importance.shape == (len(active), 2) and importance.sum(0) == pytest.approx([1, 1])
+    assert found["dci"]["disentanglement"] == concentration(importance) and "disentanglement (DCI)" in page
     # the means alone do not depend on the seed, nor either on the batch
     again = factors(model, shapes, FactorsSettings(num_workers=0, batch_size=7, factors=("shape", "y"), seed=1))
     assert np.allclose(again["mean"]["mutual_information"], matrix)

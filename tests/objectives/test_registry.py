@@ -61,6 +61,7 @@ def test_what_a_run_that_goes_on_may_change() -> None:
         *("seed", "batch_size", "precision", "init_from", "train", "validate.images", "validate.crop_px"),
         *("validate.also_px", "optim.kind", "optim.layerwise"),
         *("loss.perceptual_net", "loss.bands", "loss.learned_logvar", "loss.total_correlation_width"),
+        "loss.total_correlation_estimate",
         *("gan.loss", "gan.network", "gan.norm", "gan.channels", "gan.layers", "gan.blur"),
         *(f"semi_supervised.{key}" for key in ("classes", "labels_per_class", "draw", "label_column", "share")),
         *("semi_supervised.style_size", "semi_supervised.width", "density.components"),

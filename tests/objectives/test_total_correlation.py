@@ -16,13 +16,18 @@ from latent_ae.models.posterior import kl_per_dimension
 from latent_ae.models.reconstruct import Reconstruction
 from latent_ae.objectives.base import Batch, Pass
 from latent_ae.objectives.kl import capacity_at, capacity_loss
-from latent_ae.objectives.total_correlation import LatentDiscriminator, TotalCorrelation
+from latent_ae.objectives.total_correlation import (
+    LatentDiscriminator,
+    TotalCorrelation,
+    minibatch_total_correlation,
+)
 from latent_ae_train.settings import LossSettings, TrainSettings
 from tests.runs import differing_tensors, words
 from tests.tiny import build_step, global_batch, micro_batches, moved, settings_for, weights
 
 FACTOR_VAE = {"kl": 1e-3, "total_correlation": 7.0, "total_correlation_width": 16}
 IMAGE_ELEMENTS = 3 * 16 * 16
+MINIBATCH = "loss.total_correlation_estimate=minibatch"
 
 
 def test_the_capacity_is_of_each_sample_and_rises_in_a_line() -> None:
@@ -129,6 +134,58 @@ def test_the_estimate_is_that_of_gaussians() -> None:
     assert np.mean(accuracies[-100:]) == pytest.approx(best, abs=0.02)
 
 
+def test_the_minibatch_estimate_is_that_of_gaussians() -> None:
+    """Means of correlation 0.8 and a posterior of variance 1/4: q(z) has the correlation 0.8 / 1.25."""
+    generator = torch.Generator().manual_seed(0)
+    a, b, *noise = torch.randn(4, 2000, generator=generator)
+    mean = torch.stack([a, 0.8 * a + 0.6 * b], 1)[:, :, None, None]
+    for correlated in (True, False):
+        if not correlated:
+            mean[:, 1] = mean[torch.randperm(2000, generator=generator), 1]
+        logvar = torch.full_like(mean, math.log(0.25))
+        latent = mean + 0.5 * torch.stack(noise, 1)[:, :, None, None]
+        expected = -0.5 * math.log(1 - 0.64**2) if correlated else 0.0
+        assert float(minibatch_total_correlation(latent, mean, logvar)) == pytest.approx(expected, abs=0.03)
+    # posteriors that are far from each other: each sample knows its own only
+    apart = 1e3 * torch.arange(8.0).view(8, 1, 1, 1).expand(8, 3, 1, 1)
+    found = minibatch_total_correlation(apart, apart, torch.zeros_like(apart))
+    assert float(found) == pytest.approx(2 * math.log(8))
+
+
+def test_the_gradient_of_beta_tcvae_is_that_of_its_published_estimate() -> None:
+    """minibatch-weighted sampling as the authors write it, with the number of images, from torch's normal density."""
+    settings = settings_for(
+        loss={"kl": 1.0, "total_correlation": 5.0, "total_correlation_estimate": "minibatch"}, optim={"lr": 1e-30}
+    )
+    step = build_step(settings)
+    model = step.bare_reconstructor
+    assert step.objectives["total_correlation"].adversary is None
+    found: dict[str, torch.Tensor] = {}
+    step.optimizers.autoencoder.register_step_pre_hook(
+        lambda *_: found.update({name: p.grad.clone() for name, p in model.named_parameters()})
+    )
+    means = step(4, micro_batches(4, settings))
+    images, noise = global_batch(4, settings)
+    result = model(images, noise)
+    z, mean, logvar = (x.flatten(1).double() for x in (result.latent, result.mean, result.logvar))
+    log_q = torch.stack(
+        [torch.distributions.Normal(m, torch.exp(0.5 * s)).log_prob(z) for m, s in zip(mean, logvar, strict=True)], 1
+    )
+    dataset_size, dimensions = 12_345, z.shape[1]
+    joint = log_q.sum(2).exp().sum(1).log() - math.log(dataset_size * 8)
+    marginals = (log_q.exp().sum(1).log() - math.log(dataset_size * 8)).sum(1)
+    published = (joint - marginals).mean()
+    kl = kl_per_dimension(result.mean, result.logvar).sum() / 8
+    loss = (result.image - images).abs().mean() + (kl + 5.0 * published) / IMAGE_ELEMENTS
+    names = [name for name, _ in model.named_parameters()]
+    expected = dict(zip(names, torch.autograd.grad(loss, list(model.parameters())), strict=True))
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-6, msg=name)
+    constant = (dimensions - 1) * math.log(dataset_size)
+    assert float(means["total_correlation"]) == pytest.approx(float(published) - constant, abs=1e-3)
+
+
 def test_a_step_that_is_not_finite_leaves_the_discriminator_alone() -> None:
     settings = settings_for(loss=FACTOR_VAE)
     step = build_step(settings)
@@ -184,6 +241,10 @@ def test_it_is_neither_dropped_nor_added_under_way(
         (("latents.equivariance=0.5",), "latents.equivariance: changes the latent's size"),
         (("train=decoder",), "loss.total_correlation: shapes the posterior"),
         (("loss.total_correlation=0", "loss.total_correlation_width=8"), "loss.total_correlation_width: there is no"),
+        ((MINIBATCH, "loss.total_correlation_width=8"), "loss.total_correlation_width: there is no discriminator"),
+        ((MINIBATCH, "loss.total_correlation=0"), "loss.total_correlation_estimate: needs a weight"),
+        ((MINIBATCH, "micro_batch_size=2"), "loss.total_correlation: compares each latent with the posteriors"),
+        ((MINIBATCH, "batch_size=1"), "batch_size: 1 has no other posterior"),
     ],
 )
 def test_what_cannot_be_is_refused(changes: tuple[str, ...], key: str) -> None:
