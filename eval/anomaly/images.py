@@ -120,6 +120,7 @@ class Work:
                 for i, item in enumerate(items):
                     defect = defects[i]
                     row: dict[str, Any] = {"index": item.index, "name": printable(item.name), "defect": None}
+                    row["digest"] = item.digest
                     row["abnormal"] = None if part.abnormal is None else bool(part.abnormal[item.index])
                     if self.settings.defects and part.name == "data":
                         row |= {"abnormal": defect is not None, "defect": defect.kind if defect else None}

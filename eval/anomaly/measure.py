@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from latent_ae.config import UserError
 from latent_ae.data.rng import spread
+from latent_ae.data.sources import fingerprint
 from latent_ae.models.density import Density, stored_density
 from latent_ae.models.loading import FirstStage
 from latent_ae.pretrained.lpips import LPIPS
@@ -167,6 +168,7 @@ def find_anomalies(
         "data": {
             "location": str(data),
             "num_images": len({row["index"] for row in part.rows}),
+            "fingerprint": _fingerprint(part.rows),
             "choice": part.choice,
             "skipped": part.skipped,
         },
@@ -174,6 +176,7 @@ def find_anomalies(
         if normal is None
         else {
             "location": settings.normal,
+            "fingerprint": _fingerprint([*fitted, *calibration]),
             "thresholds_from": len(calibration),
             "variance_from": len(fitted),
             "variance": variance,
@@ -229,6 +232,11 @@ def _parted(count: int, settings: AnomalySettings, scorer: Scorer) -> tuple[list
     one_in = FIT_DENSITY if settings.mixture or settings.neighbours else FIT if scorer.elbo else 0
     fit = set(spread(settings.seed, count, -(-count // one_in)).tolist() if one_in else [])
     return sorted(fit), [number for number in range(count) if number not in fit]
+
+
+def _fingerprint(rows: Sequence[dict[str, Any]]) -> str:
+    """Return the fingerprint of the images of rows; an image with a defect and without one counts once."""
+    return fingerprint({row["index"]: row["digest"] for row in rows}.values())
 
 
 def _add_elbo(rows: list[dict[str, Any]], variance: float) -> None:

@@ -261,7 +261,7 @@ def _in_conditions(key: str, result: Result, conditions: Sequence[str]) -> bool:
 
 
 def _data(result: Result) -> tuple[str, str]:
-    """Return what tells the data of a result apart, and its name; evaluations without digests have a location."""
+    """Return what tells the data of a result apart, and its name; a result without digests has a location."""
     data = result.document["data"]
     prints = [data["fingerprint"]] if data.get("fingerprint") else data.get("fingerprints") or []
     if prints or result.job == "recon":

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from latent_ae.config import UserError
 from latent_ae.data.labels import find_classes
 from latent_ae.data.rng import posterior_noise
-from latent_ae.data.sources import StoredImages, StreamSource, TableSource
+from latent_ae.data.sources import StoredImages, StreamSource, TableSource, fingerprint
 from latent_ae.models.loading import FirstStage
 from latent_ae.models.posterior import draw
 from latent_ae.provenance import versions
@@ -94,7 +94,8 @@ def factors(
     names, labels = _factors(source, str(data), settings)
     if settings.traversed is not None and settings.traversed >= len(source):
         raise UserError(f"traversed: there is no image {settings.traversed}; {data} holds {len(source)}, from 0 on")
-    means, samples, rows, shape, skipped = _codes(stage, source, settings, str(data), device, progress)
+    means, samples, digests, shape, skipped = _codes(stage, source, settings, str(data), device, progress)
+    rows = np.array(list(digests), dtype=np.int64)
     report_skipped(skipped, len(rows), settings)
     if not len(rows):
         raise UserError(f"{data}: none of its images is readable; {(skipped or ['there are none'])[0]}")
@@ -124,6 +125,7 @@ def factors(
         "data": {
             "location": str(data),
             "images": len(rows),
+            "fingerprint": fingerprint(digests.values()),
             "choice": choice,
             "factors": dict(zip(names, counts, strict=True)),
             "entropies": dict(zip(names, entropies, strict=True)),
@@ -215,13 +217,13 @@ def _numbered(labels: np.ndarray, names: Sequence[str], data: str) -> np.ndarray
 
 def _codes(
     stage: FirstStage, source: StoredImages, settings: FactorsSettings, data: str, device: torch.device, progress: bool
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, torch.Size, list[str]]:
-    """Return means and samples, (N, D), of readable images, their numbers, the latent's shape and skipped images."""
+) -> tuple[np.ndarray, np.ndarray, dict[int, str], torch.Size, list[str]]:
+    """Return means and samples, (N, D), of readable images, their digests by number, the latent's shape, and others."""
     bad: list[str] = []
     items_read = watched(images_for(stage, source, settings, data), len(source), "factors: latents", bad, progress)
     means: list[np.ndarray] = []
     samples: list[np.ndarray] = []
-    rows: list[int] = []
+    digests: dict[int, str] = {}
     shape = torch.Size()
     assert stage.module is not None
     for items, batch in batches(items_read, settings.batch_size, device):
@@ -239,10 +241,10 @@ def _codes(
         noise = posterior_noise(settings.seed, numbers, shape).to(device)
         means.append(mean.flatten(1).cpu().numpy())
         samples.append(draw(stage.module, batch, noise).latent.flatten(1).cpu().numpy())
-        rows += numbers
-    if not rows:
-        return np.empty((0, 0)), np.empty((0, 0)), np.empty(0, np.int64), shape, bad
-    return np.concatenate(means), np.concatenate(samples), np.array(rows), shape, bad
+        digests |= {item.index: item.digest for item in items}
+    if not digests:
+        return np.empty((0, 0)), np.empty((0, 0)), {}, shape, bad
+    return np.concatenate(means), np.concatenate(samples), digests, shape, bad
 
 
 def _traversals(

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from latent_ae.config import UserError
 from latent_ae.data.images import to_uint8
 from latent_ae.data.rng import choice_facts, spread
-from latent_ae.data.sources import StoredImages, StreamSource
+from latent_ae.data.sources import StoredImages, StreamSource, fingerprint
 from latent_ae.models.loading import FirstStage
 from latent_ae.pretrained.lpips import LPIPS
 from latent_ae.progress import progress_bar
@@ -72,7 +72,7 @@ def interpolate(
     """
     settings = settings or InterpolateSettings()
     device, stage, folder = opened("interpolate", model, settings, out)
-    names, images, choice = _chosen(stage, str(data), settings)
+    names, images, facts = _chosen(stage, str(data), settings)
     height, width = images.shape[-2:]
     lpips, why_not = lpips_or_reason(settings.lpips, images.shape[1], min(height, width), device)
     size = cpu_batch(settings.batch_size, height * width) if device.type == "cpu" else settings.batch_size
@@ -123,7 +123,7 @@ def interpolate(
                 "location": str(data),
                 "split": settings.split,
                 "images": names,
-                "choice": choice,
+                **facts,
                 "size_px": [height, width],
             },
             "latent": list(latents.shape[1:]),
@@ -151,7 +151,7 @@ def interpolate(
 
 
 def _chosen(stage: FirstStage, data: str, settings: InterpolateSettings) -> tuple[list[str], Tensor, dict[str, Any]]:
-    """Return names and images, (N, C, H, W) on the CPU, and how they were chosen.
+    """Return names and images, (N, C, H, W) on the CPU, how they were chosen, and the fingerprint of their files.
 
     Images of several sizes are cropped to the largest square that fits into all of them.
     """
@@ -159,16 +159,17 @@ def _chosen(stage: FirstStage, data: str, settings: InterpolateSettings) -> tupl
     assert not isinstance(source, StreamSource), "jobs do not open streams"
     rows = np.array(_rows(source, settings, data))
     method = "spread" if settings.images is None else "named"
-    images = []
+    images, digests = [], []
     for item in images_for(stage, source.subset(rows), settings, data).items():
         if item.image is None:
             raise UserError(f"{data}: {item.name} cannot be read: {item.reason}")
         images.append(item.image)
+        digests.append(item.digest)
     if len({image.shape for image in images}) > 1:
         side = min(min(image.shape[-2:]) for image in images) // stage.factor * stage.factor
         images = [_middle(image, side) for image in images]
-    choice = choice_facts(rows, len(source), settings.seed, method)
-    return [source.name(int(row)) for row in rows], torch.stack(images), choice
+    facts = {"choice": choice_facts(rows, len(source), settings.seed, method), "fingerprint": fingerprint(digests)}
+    return [source.name(int(row)) for row in rows], torch.stack(images), facts
 
 
 def _middle(image: Tensor, side: int) -> Tensor:

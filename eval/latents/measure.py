@@ -21,7 +21,7 @@ from torch import nn
 from latent_ae.arithmetic import float32_arithmetic
 from latent_ae.config import UserError
 from latent_ae.data.held_out import Framing, HeldOutImages, Part
-from latent_ae.data.sources import ImageSource, part_of
+from latent_ae.data.sources import ImageSource, fingerprint, part_of
 from latent_ae.latents.quantiles import QuantileSketch
 from latent_ae.latents.statistics import LatentStatistics
 from latent_ae.metrics.distances import frechet_distance
@@ -131,6 +131,7 @@ def evaluate_latents(
             "location": str(data),
             "split": settings.split,
             "num_images": num_images,
+            "fingerprint": fingerprint(digest for _, digest in sorted(encoded.digests.items())),
             "choice": choice,
             "skipped": skipped,
         },

@@ -25,6 +25,8 @@ class Encoded:
     def __init__(self) -> None:
         self.num_images = 0
         self.skipped: list[str] = []
+        self.digests: dict[int, str] = {}
+        """Digests of the readable images' files, by their numbers."""
         self.statistics = LatentStatistics()
         self.spectra = {"latents": RadialSpectrum(), "images": RadialSpectrum()}
 
@@ -32,6 +34,7 @@ class Encoded:
         """Add the sums of another block."""
         self.num_images += other.num_images
         self.skipped += other.skipped
+        self.digests |= other.digests
         self.statistics.merge(other.statistics)
         for name, spectrum in self.spectra.items():
             spectrum.merge(other.spectra[name])
@@ -95,6 +98,7 @@ class LatentsMeasurer:
             block.spectra["latents"].update(latents)
             block.spectra["images"].update(images)
             block.num_images += len(batch)
+            block.digests |= {item.index: item.digest for item in batch}
         return block
 
     @torch.no_grad()

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from latent_ae.config import UserError
 from latent_ae.data.held_out import HeldOutImage
 from latent_ae.data.rng import spread
-from latent_ae.data.sources import StoredImages, StreamSource
+from latent_ae.data.sources import StoredImages, StreamSource, fingerprint
 from latent_ae.metrics.similarity import FEWEST, bootstrap_interval
 from latent_ae.models.likelihood import SCALED, Likelihood, LikelihoodKind, bits_per_dimension
 from latent_ae.models.loading import FirstStage
@@ -134,6 +134,7 @@ def measure_likelihood(
             "location": str(data),
             "split": settings.split,
             "num_images": len(finite),
+            "fingerprint": fingerprint(row["digest"] for row in finite),
             "choice": choice,
             "skipped": work.skipped,
         },
@@ -247,6 +248,7 @@ class _Work:
                     {
                         "index": item.index,
                         "name": printable(item.name),
+                        "digest": item.digest,
                         "elements": images[i].numel(),
                         "latent_dimensions": dimensions * (self.stage.latent_channels or 0),
                         "distortion": float(bounds.distortion[i]),

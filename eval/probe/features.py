@@ -50,6 +50,7 @@ class ImageFeatures:
         self.stage, self.settings, self.device, self.data, self.progress = stage, settings, device, data, progress
         self.files = {kind: FeatureFile(stem.with_name(f"{stem.name}-{kind}.f32")) for kind in FEATURES[:3]}
         self.rows: list[int] = []
+        self.digests: list[str] = []
         self.shape: Sequence[int] = ()
         self.latent_shape: Sequence[int] = ()
 
@@ -79,6 +80,7 @@ class ImageFeatures:
             for kind, values in features.items():
                 self.files[kind].append(values.cpu().numpy())
             self.rows += [item.index for item in items]
+            self.digests += [item.digest for item in items]
         return bad
 
 

@@ -21,7 +21,7 @@ from latent_ae.config import UserError
 from latent_ae.data.labels import few_labels, numbered_classes
 from latent_ae.data.loader import open_images
 from latent_ae.data.rng import choice_facts, spread
-from latent_ae.data.sources import StoredImages, StreamSource
+from latent_ae.data.sources import StoredImages, StreamSource, fingerprint
 from latent_ae.models.codes import has_codes, latent_of_codes, nearest_codes
 from latent_ae.models.label_model import stored_label_model
 from latent_ae.models.loading import FirstStage
@@ -132,6 +132,7 @@ def probe(
             "test_images": len(labels),
             "choice": choice,
             "training_images_drawn": len(pool),
+            "fingerprints": [fingerprint(part.digests) for part in read],
             "size_px": list(read[0].shape[1:]),
             "skipped": skipped,
         },

@@ -1,8 +1,13 @@
 """What `latent-ae eval` shows on a terminal, and what goes into a pipe."""
 
+import hashlib
 import json
 import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 
 from latent_ae_eval.table import Row, aligned
@@ -150,3 +155,32 @@ def test_what_is_refused_leaves_nothing_behind(jobs: Jobs, tmp_path, monkeypatch
     (tmp_path / "a" / "mine.txt").touch()
     assert on_a_terminal(*words, "--out", "a/b")[0] == 2
     assert (tmp_path / "a" / "mine.txt").exists() and (tmp_path / "a" / "b").is_dir()
+
+
+def test_each_result_tells_apart_the_images_that_were_measured(jobs: Jobs) -> None:
+    """The digests of their files, in the order of their names; a probe has those of both parts."""
+
+    def result(name: str) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads((jobs(name).folder / "result.json").read_text())
+        return found
+
+    def of(contents: Iterable[bytes]) -> str:
+        lines = "\n".join(hashlib.blake2b(content, digest_size=16).hexdigest() for content in contents)
+        return hashlib.sha256(lines.encode()).hexdigest()
+
+    files = sorted(Path(jobs.places["data"]).rglob("*.png"), key=str)
+    contents = [path.read_bytes() for path in files]
+    everything = {name: result(name)["data"]["fingerprint"] for name in ("recon", "latents", "anomaly")}
+    assert everything == dict.fromkeys(everything, of(contents))
+    assert result("anomaly")["normal"]["fingerprint"] not in ("", of(contents))
+    table = pq.read_table(jobs.places["table"])
+    assert result("factors")["data"]["fingerprint"] == of(row["bytes"] for row in table["image"].to_pylist())
+    walked = result("interpolate")["data"]
+    by_name = {
+        str(path.relative_to(jobs.places["data"])): content for path, content in zip(files, contents, strict=True)
+    }
+    assert walked["fingerprint"] == of(by_name[name] for name in walked["images"])
+    likely = pq.read_table(jobs("likelihood").folder / "images.parquet")["index"].to_pylist()  # others fit the scale
+    assert result("likelihood")["data"]["fingerprint"] == of(contents[index] for index in likely)
+    train, test = result("probe")["data"]["fingerprints"]
+    assert train != test and of(contents) not in (train, test)
