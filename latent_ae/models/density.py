@@ -8,7 +8,7 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
-from latent_ae.config import UserError
+from latent_ae.models.companions import stored_companion
 
 FOLDER = "density"
 """Folder of a Density in an export."""
@@ -157,16 +157,5 @@ def reconstruction_features(images: Tensor, reconstruction: Tensor) -> Tensor:
 
 
 def stored_density(export: str | Path) -> Density | None:
-    """Return the density of an export, or of the export of a run; None if it has none.
-
-    Raises:
-        UserError: If it cannot be loaded.
-    """
-    root = Path(export).expanduser()
-    folder = next((place for place in (root / FOLDER, root / "export" / FOLDER) if place.is_dir()), None)
-    if folder is None:
-        return None
-    try:
-        return Density.from_pretrained(folder, local_files_only=True).eval()
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"{folder}: the density cannot be loaded: {error}") from error
+    """Return the density of an export, or of the export of a run; None if it has none. Raises UserError if bad."""
+    return stored_companion(Density, FOLDER, export)

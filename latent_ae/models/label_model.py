@@ -9,7 +9,7 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
-from latent_ae.config import UserError
+from latent_ae.models.companions import stored_companion
 
 FOLDER = "label_model"
 """Folder of a LabelModel in an export."""
@@ -117,14 +117,6 @@ def _log_density(x: Tensor, mean: Tensor, logvar: Tensor) -> Tensor:
 def stored_label_model(export: str | Path) -> LabelModel | None:
     """Return the label model of an export, or of the export of a run; None if it has none.
 
-    Raises:
-        UserError: If it cannot be loaded.
+    Raises UserError if it is bad.
     """
-    root = Path(export).expanduser()
-    folder = next((place for place in (root / FOLDER, root / "export" / FOLDER) if place.is_dir()), None)
-    if folder is None:
-        return None
-    try:
-        return LabelModel.from_pretrained(folder, local_files_only=True).eval()
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"{folder}: the label model cannot be loaded: {error}") from error
+    return stored_companion(LabelModel, FOLDER, export)
