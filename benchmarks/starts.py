@@ -73,7 +73,7 @@ def main() -> None:
 
 def points(folder: Path) -> list[dict[str, float]]:
     """The validations of a run: its figures by images seen and minutes of training."""
-    rate = median(line["images_per_second"] for line in events(folder, "train"))
+    rate = median(line["images_per_second"] for line in events(folder, "train") if "images_per_second" in line)
     return [
         {"images": 8.0 * line["step"], "minutes": round(8 * line["step"] / rate / 60, 2)}
         | {name: round(line[name], 4) for name in FIGURES}
