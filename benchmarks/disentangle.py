@@ -48,6 +48,8 @@ RUNS: dict[str, dict[str, list[str]]] = {
 }
 """Of each set of images, what sets a run apart."""
 SEEDS = (0, 1, 2, 3, 4)
+MOST_SEEDS = 20
+"""Runs of seeds below it are in the result, whenever they were made."""
 STEPS = 1500
 MODEL = (
     "model={{in_channels: 1, out_channels: 1, block_out_channels: {}, layers_per_block: 1, latent_channels: {}, "
@@ -99,7 +101,7 @@ def main() -> None:
             evaluate(folder / "factors", "factors", folder, table, *framed)
     rows = {}
     for name, settings in runs.items():
-        found = [measured(scratch / folder_name(f"{name} {seed}"), seed, side**2) for seed in SEEDS]
+        found = [measured(scratch / folder_name(f"{name} {seed}"), seed, side**2) for seed in range(MOST_SEEDS)]
         if any(found):
             rows[name] = {"settings": settings, "runs": [run for run in found if run is not None]}
     factors = KINDS[drawn].factors
@@ -126,7 +128,8 @@ def measured(folder: Path, seed: int, pixels: int) -> dict[str, Any] | None:
         "seed": seed,
         "mig": {kind: factors[kind]["mig"] for kind in ("mean", "sample")},
         "factor_vae_score": factors["mean"]["factor_vae_score"],
-        "dci": {key: factors["mean"]["dci"][key] for key in DCI} if "dci" in factors["mean"] else None,
+        # with no active dimension nothing is represented
+        "dci": {key: factors["mean"]["dci"][key] if factors["active_dimensions"] else 0.0 for key in DCI},
         "gaps": factors["sample"]["gaps"],
         "active_dimensions": len(factors["active_dimensions"]),
         "psnr": events(folder, "validate")[-1]["psnr"],

@@ -3,6 +3,7 @@
 import json
 import platform
 import resource
+import shlex
 import statistics
 import sys
 import threading
@@ -94,7 +95,7 @@ def save(name: str, result: dict[str, Any]) -> Path:
     """Writes benchmarks/results/NAME.json with machine, date and command."""
     # a path says something on this machine only: its name is enough
     words = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
-    command = " ".join([f"python -m benchmarks.{Path(sys.argv[0]).stem}", *words])
+    command = f"python -m benchmarks.{Path(sys.argv[0]).stem} {shlex.join(words)}".rstrip()
     path = RESULTS / f"{name}.json"
     path.parent.mkdir(exist_ok=True)
     head = {"command": command, "date": time.strftime("%Y-%m-%d")}

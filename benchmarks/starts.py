@@ -4,7 +4,7 @@
 
 Runs of `latent-ae train quickstart` with an f8 network of 12 M parameters and 16 latent channels, in bf16 on one
 thread, batches of 8 crops of 64 px. The default start takes the best of --rates, by LPIPS after a run of an eighth of
-the first number of steps, without the GAN; the linear start takes the recipe's. Of each run: PSNR, LPIPS and the
+the longest, without the GAN; the linear start takes the recipe's. Of each run: PSNR, LPIPS and the
 Fréchet distance of VGG16 features of the averaged weights on held-out photographs, by images seen and by the minutes
 that its median rate takes for them. A run that was killed goes on when this is started again with the same scratch
 folder. Writes benchmarks/results/starts.json.
@@ -33,12 +33,10 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--held-out", type=Path, required=True)
     parser.add_argument("--scratch", type=Path, required=True)
-    parser.add_argument(
-        "--steps", type=int, nargs="+", default=[1100, 550], help="lengths of the runs, the longest first"
-    )
+    parser.add_argument("--steps", type=int, nargs="+", default=[1100, 550], help="lengths of the runs")
     parser.add_argument("--images", type=int, default=50, help="held-out images that are measured")
     parser.add_argument("--rates", nargs="+", default=["1e-4", "3e-4", "1e-3", "3e-3"], help="of the default start")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the first length")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the longest")
     parser.add_argument("--more-seeds", type=int, nargs="+", default=[0, 1, 2], help="of the other lengths")
     arguments = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -52,9 +50,10 @@ def main() -> None:
             latent_ae("train", "quickstart", *settings.split())
         return points(folder)
 
+    arguments.steps.sort(reverse=True)
     short = arguments.steps[0] // 8
     search = {
-        rate: run(f"search-{rate}", short, f"model.init=default optim.lr={rate} gan.weight=0", short)
+        rate: run(f"search-{short}-{rate}", short, f"model.init=default optim.lr={rate} gan.weight=0", short)
         for rate in arguments.rates
     }
     best = min(search, key=lambda rate: search[rate][-1]["lpips_vgg"])
@@ -66,7 +65,8 @@ def main() -> None:
         facts["lengths"].append({"steps": steps, "gan": gan, "curves": curves})
         for seed in arguments.seeds if steps == arguments.steps[0] else arguments.more_seeds:
             for start, words in {"linear": "", "default": f"model.init=default optim.lr={best}"}.items():
-                name, settings = f"{start}-{steps}-{seed}", f"seed={seed} {gan} {words}"
+                name = f"{start}{best if start == 'default' else ''}-{steps}-{seed}"
+                settings = f"seed={seed} {gan} {words}"
                 curves[start][str(seed)] = run(name, steps, settings, steps // POINTS)
     save("starts", facts)
 

@@ -153,7 +153,7 @@ def disentangle64_table(result: dict[str, Any]) -> str:
         "MIG of samples": (lambda run: run["mig"]["sample"], 3),
         "MIG of means": (lambda run: run["mig"]["mean"], 3),
         "FactorVAE score": (lambda run: run["factor_vae_score"], 3),
-        "DCI disentanglement": (lambda run: run["dci"]["disentanglement"] if run["dci"] else 0.0, 3),
+        "DCI disentanglement": (lambda run: run["dci"]["disentanglement"], 3),
         "active": (lambda run: run["active_dimensions"], 1),
         "PSNR (dB)": (lambda run: run["psnr"], 2),
         "KL (nats)": (lambda run: run["kl_nats"], 2),

@@ -23,6 +23,8 @@ JOB = Job(
     measure="find_anomalies",
     text="anomaly_text",
     format="latent-ae anomaly 1",
+    incidental=("batch_size", "normal", "normal_split"),
+    conditions=("normal.fingerprint",),
     figures=anomaly_figures,
     description="""\
 Score images by what the first stage fails to reconstruct, with thresholds from normal images, heat maps, and AUROC if

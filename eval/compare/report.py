@@ -22,10 +22,10 @@ from latent_ae_eval.cost import cost_lines, number_at
 from latent_ae_eval.table import Row, aligned
 
 AXES = {
-    "time to decode, ms per image": (("seconds_per_image", "decode"), 1e3),
-    "latent in fp16, bits per pixel": (("bits_per_pixel", "fp16"), 1.0),
+    "time to decode, ms per image": ((("seconds_per_image", "decode"),), 1e3),
+    "stored latent, bits per pixel": ((("bits_per_pixel", "indices"), ("bits_per_pixel", "fp16")), 1.0),
 }
-"""What quality is drawn against: where it is in the section `cost`, and its factor."""
+"""What quality is drawn against: places in the section `cost`, of which the first known one counts, and a factor."""
 HEADLINES = {
     "psnr": ("recon", ("mode", "sample"), ("psnr",)),
     "perceptual": ("recon", ("mode", "sample"), ("fid", "fd_dinov2", "lpips_vgg", "lpips_alex", "dists")),
@@ -44,7 +44,8 @@ MOST_COLUMNS = 6
 """Tables of more models have a row for each, so that they fit a page."""
 ONE_RUN = (
     "Letters are those of the table, lines 95 % intervals. Times are of one run on one machine and vary between runs, "
-    "more so beside other work. Distances of samples are those of one seed of the diffusion model."
+    "more so beside other work. A latent is stored as the indices of its codes, or in fp16 if it has none. Distances "
+    "of samples are those of one seed of the diffusion model."
 )
 EXPLANATION = (
     "A difference counts if its 95 % interval does not contain zero; of twenty comparisons of equal models, one or so "
@@ -165,8 +166,15 @@ def _known(row: Mapping[str, Any]) -> int:
     return sum(number(value) is not None for value in row["values"].values())
 
 
+def _place(cost: Mapping[str, Any] | None, axis: str) -> float | None:
+    """Return where a model stands on an axis of AXES; None if that is not known."""
+    places, factor = AXES[axis]
+    known = (value for path in places if (value := number_at(cost, *path)) is not None)
+    return None if (value := next(known, None)) is None else factor * value
+
+
 def _overview(comparison: Mapping[str, Any], names: Mapping[str, str]) -> list[dict[str, Any]]:
-    """Return a row for each model: what it is, what it costs, and the headlines."""
+    """Return what each model is, what it costs, and the headlines: in its column, or its row if there are many."""
     lines = []
     recons, headlines = _reconstructions(comparison), _headlines(comparison).values()
     abouts = {model["label"]: next(iter(model["results"].values()))["model"] for model in comparison["models"]}
@@ -177,13 +185,13 @@ def _overview(comparison: Mapping[str, Any], names: Mapping[str, str]) -> list[d
         line: dict[str, Any] = {"": names[model["label"]]} | ({"class": about.get("class")} if len(classes) > 1 else {})
         parameters = number(about.get("parameters"))
         line["parameters"] = None if parameters is None else f"{parameters:,.0f}"
-        for label, (path, factor) in AXES.items():
-            value = number_at(cost, *path)
-            line[label] = None if value is None else f"{factor * value:.4g}"
+        line |= {axis: None if (at := _place(cost, axis)) is None else f"{at:.4g}" for axis in AXES}
         for row in headlines:
             line[_title(row)] = _estimate(row, model["label"], interval=False)
         lines.append(line)
-    return lines
+    if len(names) > MOST_COLUMNS:
+        return lines
+    return [{"": key} | {line[""]: line[key] for line in lines} for key in list(lines[0])[1:]]
 
 
 def _title(row: Mapping[str, Any]) -> str:
@@ -295,11 +303,7 @@ def _quality_charts(comparison: Mapping[str, Any]) -> list[str]:
     """Return quality against time, size and predictions of samples, where at least two models have both."""
     headlines, recons = _headlines(comparison), _reconstructions(comparison)
     across: dict[str, dict[str, float | None]] = {
-        label: {
-            key: None if (value := number_at(recon.get("cost"), *path)) is None else factor * value
-            for key, recon in recons.items()
-        }
-        for label, (path, factor) in AXES.items()
+        axis: {key: _place(recon.get("cost"), axis) for key, recon in recons.items()} for axis in AXES
     }
     across |= {
         _title(headlines[key]): {label: number(value) for label, value in headlines[key]["values"].items()}

@@ -58,9 +58,12 @@ class Result:
 
     def num_images(self, part: str = "") -> int | None:
         """Return the number of images that a part was measured on, if it is known."""
-        parts = self.document.get("metrics")
-        section = parts.get(part) if isinstance(parts, Mapping) else None
-        counts = [section.get("n") if isinstance(section, Mapping) else None, self.document["data"].get("num_images")]
+        size = part.removesuffix(" px")  # of eval text
+        counts = [
+            value_at(self.document, "metrics", part, "n"),
+            value_at(self.document, "groups", "size_px", size, "metrics", "n"),
+            self.document["data"].get("num_images"),
+        ]
         return next((int(count) for value in counts if (count := number(value)) is not None), None)
 
 
@@ -213,7 +216,7 @@ def _differing(results: Mapping[str, Result]) -> list[str]:
         weights = {label: str(known[name])[:16] for label, known in networks.items() if name in known}
         if len(set(weights.values())) > 1:
             obstacles.append(_differing_line(f"networks.{name}", weights))
-    data = {label: _data(result) for label, result in results.items()}
+    data = _data(results)
     name = next((name for name, _ in data.values()), "")
     if len(set(data.values())) > 1 or not all(text for _, text in data.values()):  # one not recorded may be any
         obstacles.append(_differing_line(name, {label: text or None for label, (_, text) in data.items()}))
@@ -260,14 +263,25 @@ def _in_conditions(key: str, result: Result, conditions: Sequence[str]) -> bool:
     return any(isinstance(section, Mapping) and key in section for section in sections)
 
 
-def _data(result: Result) -> tuple[str, str]:
-    """Return what tells the data of a result apart, and its name; a result without digests has a location."""
-    data = result.document["data"]
-    prints = [data["fingerprint"]] if data.get("fingerprint") else data.get("fingerprints") or []
-    if prints or result.job == "recon":
-        return "data.fingerprint", " ".join(str(print_)[:16] for print_ in prints)
-    location = str(data.get("location")).rstrip("/")
-    return "data.location", f"{location} {data['split']}" if data.get("split") else location
+def _data(results: Mapping[str, Result]) -> dict[str, tuple[str, str]]:
+    """Return what tells the data of each result of an evaluation apart, and its name.
+
+    This is the location if one of the results has no fingerprint, except for reconstructions, which have always had it.
+    """
+    found = {}
+    for label, result in results.items():
+        data = result.document["data"]
+        prints = [data["fingerprint"]] if data.get("fingerprint") else data.get("fingerprints") or []
+        if not prints and result.job != "recon":
+            break
+        found[label] = "data.fingerprint", " ".join(str(print_)[:16] for print_ in prints)
+    else:
+        return found
+    sections = {label: result.document["data"] for label, result in results.items()}
+    return {
+        label: ("data.location", f"{str(data.get('location')).rstrip('/')} {data.get('split') or ''}".rstrip())
+        for label, data in sections.items()
+    }
 
 
 def _choice(result: Result) -> tuple[str, str] | None:

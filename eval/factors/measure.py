@@ -32,12 +32,12 @@ from latent_ae_eval.factors.scores import (
     DCI_TEST_IMAGES,
     EXTRA,
     IMAGES_OF_A_VOTE,
+    MOST_WORK,
     TEST_VOTES,
     VOTES,
     dci,
     factor_vae_score,
 )
-from latent_ae_eval.factors.scores import MOST_DIMENSIONS as MOST_FOR_DCI
 from latent_ae_eval.factors.settings import FactorsSettings
 from latent_ae_eval.inputs import opened_data, report_skipped
 from latent_ae_eval.jobs import (
@@ -86,6 +86,8 @@ def factors(
             factors or several sizes, or several processes were launched.
     """
     settings = settings or FactorsSettings()
+    if settings.dci and not importlib.util.find_spec("sklearn"):
+        raise UserError(f"dci: {EXTRA}")
     device, stage, folder = opened("factors", model, settings, out)
     if not stage.has_posterior:
         raise UserError(f"eval factors needs a posterior that is one Gaussian, and {stage.name} has none")
@@ -114,11 +116,14 @@ def factors(
         )
     mean = measured(means, values, names) | {"factor_vae_score": factor_vae_score(means, values, active, settings.seed)}
     if settings.dci is not False:
-        left_out = _no_dci(settings, len(active))
-        if left_out:
-            notes.append(f"DCI is left out: {left_out}")
-        else:
-            mean["dci"] = dci(means[:, active], values, names, settings.seed, progress)
+        left_out = _no_dci(settings, len(active), sum(counts))
+        try:
+            mean |= {} if left_out else {"dci": dci(means, values, names, active, settings.seed, progress)}
+        except UserError as error:
+            if settings.dci:
+                raise
+            left_out = str(error).removeprefix("dci: ")
+        notes += [f"DCI is left out: {left_out}"] if left_out else []
     result: dict[str, Any] = {
         "format": JOB.format,
         "model": stage.describe(),
@@ -164,16 +169,20 @@ def factors(
     return result
 
 
-def _no_dci(settings: FactorsSettings, active: int) -> str:
-    """Return why DCI is left out; empty if it is measured."""
+def _no_dci(settings: FactorsSettings, active: int, levels: int) -> str:
+    """Return why DCI is left out; empty if it is measured.
+
+    Args:
+        settings: The settings.
+        active: Number of active dimensions.
+        levels: Number of values of all factors.
+    """
     if not active:
         return "no dimension is active"
     if settings.dci:
         return ""
-    if active > MOST_FOR_DCI:
-        return (
-            f"{active:,} dimensions are active, and its trees take long for more than {MOST_FOR_DCI}; dci=true has it"
-        )
+    if active * levels > MOST_WORK:
+        return f"its trees take long for {active:,} active dimensions and {levels:,} values of factors; dci=true has it"
     return "" if importlib.util.find_spec("sklearn") else EXTRA
 
 

@@ -15,8 +15,8 @@ class FactorsSettings(JobSettings):
     factors: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
     """Columns of integers or classes; null takes all of them."""
     dci: bool | None = None
-    """Measure disentanglement, completeness and informativeness, which may take minutes; null does so for up to 32
-    active dimensions if scikit-learn is installed."""
+    """Measure disentanglement, completeness and informativeness; null does so if scikit-learn is installed and it takes
+    minutes at most."""
     traversed: NonNegative | None = None
     """Number of the image whose latent's dimensions are moved in the picture, counted from 0 over the images that
     `limit` chooses; null takes the middle one."""

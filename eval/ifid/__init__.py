@@ -9,6 +9,8 @@ JOB = Job(
     measure="interpolated_distance",
     text="ifid_text",
     format="latent-ae ifid 1",
+    incidental=("batch_size", "neighbours_from", "neighbours_split"),
+    conditions=("neighbours_from.fingerprint",),
     description="""\
 Measure the interpolated Frechet distance (iFID, arXiv 2603.05630), a guide to how well a diffusion model will sample,
 without training one: the latent of each image is moved halfway to a near latent, the midpoint is decoded, and the

@@ -212,7 +212,7 @@ def _distances(
             metrics[kind] |= {"n": original.count, name: value}
             if interval is not None:
                 intervals[kind][name] = interval
-        if original.count < original.dimensions and network != "frechet_vgg16":
+        if original.count < original.dimensions:
             names = "ifid, fid" if network == "fid" else network
             notes.append(
                 f"{names}: {original.count:,} images are fewer than the features ({original.dimensions:,}): biased "

@@ -134,7 +134,7 @@ def measure_likelihood(
             "location": str(data),
             "split": settings.split,
             "num_images": len(finite),
-            "fingerprint": fingerprint(row["digest"] for row in finite),
+            "fingerprint": fingerprint(row["digest"] for row in rows),
             "choice": choice,
             "skipped": work.skipped,
         },

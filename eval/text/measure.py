@@ -157,7 +157,7 @@ def text_fidelity(
             result |= {"device": device.type, "processes": state.num_processes, "seconds": round(seconds, 1)}
             if out is not None:
                 shown = _shown(texts, rows, measurer)
-                with written_into(Path(out), FILES):
+                with written_into(Path(out), [name for name in FILES if any(shown.values()) or name != "pairs.png"]):
                     _write(Path(out), result, rows, shown)
                 work.remove()
             return result

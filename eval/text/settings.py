@@ -61,7 +61,6 @@ class TextSettings(JobSettings):
         for name in self.fonts:
             if not Path(name).expanduser().is_file():
                 yield Problem("fonts", f"no such file: {name} (from {Path.cwd()})")
-        yield from self.too_large(self.crop_px or SIDE_PX)
 
     def too_large(self, side_px: int) -> Iterator[Problem]:
         """Yield the problem that letters do not fit into images of this side, if they do not."""

@@ -9,7 +9,7 @@ shapes (32 px): a square, ellipse or heart with sharp edges, after dSprites (Mat
 blobs (16 px): a Gaussian blob. With soft edges the image changes nearly linearly as the blob moves, so that one latent
 dimension is enough for a factor.
 --side draws them larger or smaller.
-Every combination of the factors occurs once, and no two images are the same.
+Every combination of the factors occurs once. From 24 px on no two images are the same.
 """
 
 import argparse

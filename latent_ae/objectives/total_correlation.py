@@ -24,7 +24,7 @@ class TotalCorrelationSettings(Settings):
 
     total_correlation: Annotated[Weight, SWITCH] = 0.0
     """Weight of the total correlation: the dependence of latent dimensions on each other, in nats per image, normalised
-    like `kl`. It is gamma of FactorVAE, and beta - 1 of beta-TCVAE."""
+    like `kl`. It is gamma of FactorVAE and, with `kl` at 1, beta - 1 of beta-TCVAE."""
     total_correlation_estimate: Annotated[Literal["discriminator", "minibatch"], FIXED] = "discriminator"
     """How it is estimated: by a discriminator of latents (FactorVAE), or from the batch's posteriors (beta-TCVAE)."""
     total_correlation_width: Annotated[Positive, FIXED] = 1000

@@ -184,7 +184,7 @@ def scatter_chart(
     y_label: str = "",
     intervals: Mapping[str, tuple[float, float]] | None = None,
 ) -> str:
-    """Return named points as inline SVG; the name is written beside its point.
+    """Return named points as inline SVG; the name is written beside its point, clear of the others where there is room.
 
     The x axis is logarithmic if all x are positive and one is more than ten times another.
 
@@ -199,6 +199,7 @@ def scatter_chart(
     low, high = min(xs, default=1.0), max(xs, default=1.0)
     log_x = 0 < 10 * low < high
     middle = math.sqrt(low * high) if log_x else (low + high) / 2
+    names = {name: label if len(label := _label(name)) <= 24 else f"{label[:23]}…" for name in points}
 
     def draw(axes: Any) -> None:
         for position, (name, (x, y)) in enumerate(points.items()):
@@ -206,22 +207,46 @@ def scatter_chart(
             axes.plot([x], [y], "o", color=colour, markersize=6)
             if intervals and name in intervals:
                 axes.plot([x, x], intervals[name], color=colour, linewidth=1)
-            side = -1 if x > middle else 1  # into the chart
-            label = _label(name)
-            axes.annotate(
-                label if len(label) <= 24 else f"{label[:23]}…",
-                (x, y),
-                (6 * side, 5),
-                textcoords="offset points",
-                ha="left" if side == 1 else "right",
-                fontsize=SMALL_PT,
-            )
         axes.margins(x=0.12, y=0.2)
         if log_x:
             axes.set_xscale("log")
             _plain_ticks(axes.xaxis)
+        axes.autoscale_view()
+        # boxes of the names in points, by an estimate of their width: the browser has fonts of its own
+        scale = 72 / axes.figure.dpi
+        at = {name: axes.transData.transform(point) * scale for name, point in points.items()}
+        taken: list[tuple[float, float, float, float]] = []
+        for name, (x, y) in points.items():
+            inward = -1 if x > middle else 1
+            width = 0.65 * SMALL_PT * len(names[name])
+            offsets = [(6 * side, up) for up in (5, -12, 17, -24, 29, -36) for side in (inward, -inward)]
+            boxes = [
+                (
+                    left := at[name][0] + dx - (width if dx < 0 else 0),
+                    bottom := at[name][1] + dy,
+                    left + width,
+                    bottom + 11,
+                )
+                for dx, dy in offsets
+            ]
+            chosen = next((n for n, box in enumerate(boxes) if not any(_meet(box, other) for other in taken)), 0)
+            taken.append(boxes[chosen])
+            dx, dy = offsets[chosen]
+            axes.annotate(
+                names[name],
+                (x, y),
+                (dx, dy),
+                textcoords="offset points",
+                ha="left" if dx > 0 else "right",
+                fontsize=SMALL_PT,
+            )
 
     return _chart(draw, HEIGHT, title, x_label, y_label, legend=False)
+
+
+def _meet(box: Sequence[float], other: Sequence[float]) -> bool:
+    """Return whether two boxes (left, bottom, right, top) overlap."""
+    return box[0] < other[2] and other[0] < box[2] and box[1] < other[3] and other[1] < box[3]
 
 
 def _chart(

@@ -391,10 +391,11 @@ def test_readings_of_text_are_compared_crop_by_crop_and_by_size(tmp_path):
     for name, better in (("a", 0.0), ("b", 0.01)):
         ned = np.random.default_rng(0).uniform(0.2, 0.8, 40) + better  # the crops differ more than the models
         group = {"metrics": {"ned_reconstruction": ned.mean()}, "intervals": {"ned_reconstruction": [0.4, 0.6]}}
+        few = {**group, "metrics": {"n": 9, **group["metrics"]}}
         more = {
             "data": {"num_images": 40, "fingerprint": "f"},
             "engine": {"version": "5"},
-            "groups": {"size_px": {"8": group}},
+            "groups": {"size_px": {"8": few}},
         }
         folders.append(other(tmp_path, "text", name, **group, **more))
         rows = [{"digest": str(i), "ned_reconstruction": float(value)} for i, value in enumerate(ned)]
@@ -461,6 +462,26 @@ def test_evaluations_under_other_conditions_are_refused(tmp_path):
     with pytest.raises(UserError, match="eval probe, data.location: A /d/x, B /d/y"):
         compare(places[:2])
     assert compare(places[::2])["comparable"]
+    # a result from before fingerprints beside one that has them: the location tells
+    late = other(
+        tmp_path, "probe", "d", features={}, data={"location": "/d/x", "test_images": 9, "fingerprints": ["1", "2"]}
+    )
+    assert compare([places[0], late])["comparable"]
+    with pytest.raises(UserError, match="eval probe, data.location: A /d/y, B /d/x"):
+        compare([places[1], late])
+    near = [
+        other(tmp_path, "ifid", name, **midpoints(1, 1), neighbours_from=one, settings={"neighbours_from": path})
+        for name, path, one in (
+            ("k", "/d/train", {"fingerprint": "1"}),
+            ("l", "/e/train", {"fingerprint": "1"}),
+            ("m", "/d/train", {"fingerprint": "2"}),
+            ("n", None, None),
+        )
+    ]
+    assert compare(near[:2])["comparable"]
+    for one in near[2:]:
+        with pytest.raises(UserError, match="eval ifid, neighbours_from.fingerprint: A 1, B (2|not recorded)"):
+            compare([near[0], one])
     facts = {"method": "spread", "number": 9, "seed": 0, "fingerprint": "1"}
     datas = ({"location": "x", "split": of, "choice": facts | {"of": of}} for of in (24, 23))
     choices = [other(tmp_path, "probe", str(data["split"]), features={}, data=data) for data in datas]

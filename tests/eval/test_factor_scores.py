@@ -23,7 +23,7 @@ NAMES = ["shape", "x", "y"]
 def test_a_dimension_for_each_factor_has_every_score_of_one() -> None:
     codes = np.stack([5.0 - MANY[:, 2], 100.0 * MANY[:, 0], 0.01 * MANY[:, 1]], 1)
     assert factor_vae_score(codes, MANY, range(3), 0) == 1.0
-    found = dci(codes, MANY, NAMES, 0)
+    found = dci(codes, MANY, NAMES, range(3), 0)
     for key in ("disentanglement", "completeness", "informativeness"):
         assert found[key] == pytest.approx(1.0), key
     assert np.argmax(found["importance"], 0).tolist() == [1, 2, 0]
@@ -81,26 +81,40 @@ def test_concentration_is_one_minus_the_entropy_of_shares() -> None:
 
 
 def test_dci_tells_shared_dimensions_from_scattered_factors() -> None:
-    both = dci((10.0 * MANY[:, [0]] + MANY[:, [1]]), MANY[:, :2], NAMES[:2], 0)
+    both = dci((10.0 * MANY[:, [0]] + MANY[:, [1]]), MANY[:, :2], NAMES[:2], [0], 0)
     assert both["disentanglement"] < 0.01 and both["completeness"] == 1 and both["informativeness"] == 1
-    twice = dci(np.stack([MANY[:, 0] // 2, MANY[:, 0] % 2, MANY[:, 1]], 1).astype(float), MANY[:, :2], NAMES[:2], 0)
+    twice = dci(
+        np.stack([MANY[:, 0] // 2, MANY[:, 0] % 2, MANY[:, 1]], 1).astype(float), MANY[:, :2], NAMES[:2], range(3), 0
+    )
     assert twice["disentanglement"] > 0.95 and 0.5 < twice["completeness"] < 0.85
-    noise = dci(np.random.default_rng(0).normal(size=(len(MANY), 2)), MANY[:, :2], NAMES[:2], 0)
+    values = np.random.default_rng(0).normal(size=(len(MANY), 2))
+    noise = dci(values, MANY[:, :2], NAMES[:2], range(2), 0)
     assert noise["informativeness"] == pytest.approx((1 / 3 + 1 / 4) / 2, abs=0.1)
-    assert noise == dci(np.random.default_rng(0).normal(size=(len(MANY), 2)), MANY[:, :2], NAMES[:2], 0)
+    assert noise == dci(values, MANY[:, :2], NAMES[:2], range(2), 0)
+    # of ten dimensions two are active, each of which tells half: 1 - ln 2 / ln 10, as if the trees had left out eight
+    few = dci(
+        np.concatenate([np.stack([MANY[:, 0] // 2, MANY[:, 0] % 2], 1), np.zeros((len(MANY), 8))], 1),
+        MANY[:, :1],
+        NAMES[:1],
+        [0, 1],
+        0,
+    )
+    shares = np.array(few["importance"])[:, 0]
+    assert few["completeness"] == pytest.approx(1 - entropy(shares) / np.log(10)) and len(shares) == 2
 
 
 def test_dci_is_left_out_with_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert _no_dci(FactorsSettings(), 32) == ""
-    assert "33 dimensions are active" in _no_dci(FactorsSettings(), 33) and not _no_dci(FactorsSettings(dci=True), 33)
-    assert _no_dci(FactorsSettings(dci=True), 0) == "no dimension is active"
+    assert _no_dci(FactorsSettings(), 32, 100) == ""
+    assert "33 active dimensions" in _no_dci(FactorsSettings(), 33, 100)
+    assert not _no_dci(FactorsSettings(dci=True), 33, 100)
+    assert _no_dci(FactorsSettings(dci=True), 0, 100) == "no dimension is active"
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "sklearn" else find(name))
-    assert _no_dci(FactorsSettings(), 3) == EXTRA
+    assert _no_dci(FactorsSettings(), 3, 100) == EXTRA
 
 
 def test_dci_asks_for_scikit_learn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "sklearn.ensemble", None)
     codes: Any = MANY.astype(float)
     with pytest.raises(UserError, match=r"dci: scikit-learn is not installed: pip install 'latent-ae\[factors\]'"):
-        dci(codes, MANY, NAMES, 0)
+        dci(codes, MANY, NAMES, range(3), 0)

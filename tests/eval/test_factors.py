@@ -149,14 +149,17 @@ def test_the_table_of_blobs(tmp_path: Path) -> None:
 
 
 def test_a_larger_side_is_the_same_picture(tmp_path: Path) -> None:
-    """Each pixel is a mean of samples: the four of a larger image's mean are the pixel of the smaller one."""
-    for values in ((0, 3, 5, 2, 7), (1, 0, 1, 0, 0), (2, 2, 3, 4, 4)):
-        large = draw_shape(values, side_px=64) / 255
-        means = large.reshape(32, 2, 32, 2).mean((1, 3))
-        assert (
-            np.abs(means - draw_shape(values) / 255).max() < 0.3
-            and abs(means.mean() - (draw_shape(values) / 255).mean()) < 5e-3
-        )
+    """Where its edges and its centre are, relative to the side, does not depend on the side."""
+    for values in ((0, 3, 0, 2, 7), (0, 0, 0, 0, 0), (1, 2, 5, 4, 4)):
+        for axis in (0, 1):
+            found = []
+            for side in (32, 64, 128):
+                image = draw_shape(values, side_px=side) / 255
+                grid, mass = (np.arange(side) + 0.5) / side, image.sum(axis)
+                centre = float(mass @ grid / mass.sum())
+                spread = math.sqrt(mass @ (grid - centre) ** 2 / mass.sum())
+                found.append((centre, spread, image.mean()))
+            assert found[1] == pytest.approx(found[0], abs=5e-3) and found[2] == pytest.approx(found[1], abs=3e-3)
     assert draw_blob((5, 5, 5), side_px=32).reshape(16, 2, 16, 2).mean((1, 3)) == pytest.approx(
         draw_blob((5, 5, 5)), abs=2
     )
@@ -246,6 +249,20 @@ def test_whole(model: str, shapes: Path, tmp_path: Path, capsys: pytest.CaptureF
     same = factors(model, shapes, FactorsSettings(num_workers=0, batch_size=144))
     assert list(same["data"]["factors"]) == NAMES
     assert same["sample"]["gaps"]["y"] == pytest.approx(result["sample"]["gaps"]["y"])
+
+
+def test_dci_that_cannot_be_measured_takes_nothing_else_with_it(
+    model: str, shapes: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def one_value(*given: object) -> None:
+        raise UserError("dci: the 96 images for its trees have one value of x: give more images")
+
+    monkeypatch.setattr("latent_ae_eval.factors.measure.dci", one_value)
+    found = factors(model, shapes, FactorsSettings(num_workers=0))
+    assert "dci" not in found["mean"] and found["mean"]["factor_vae_score"] > 0
+    assert "DCI is left out: the 96 images for its trees have one value of x: give more images" in found["notes"]
+    with pytest.raises(UserError, match="dci: the 96 images"):
+        factors(model, shapes, FactorsSettings(num_workers=0, dci=True))
 
 
 def test_an_unreadable_image_takes_its_labels_with_it(model: str, shapes: Path, tmp_path: Path) -> None:

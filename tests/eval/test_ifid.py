@@ -12,6 +12,7 @@ from PIL import Image
 from latent_ae.__main__ import main
 from latent_ae.data.rng import neighbour_numbers
 from latent_ae.models.loading import Encoded, FirstStage
+from latent_ae.pretrained.inception import InceptionFeatures
 from latent_ae_eval.ifid import neighbours
 from latent_ae_eval.ifid.measure import interpolated_distance
 from latent_ae_eval.ifid.passes import Passes
@@ -60,6 +61,26 @@ def test_neighbours_draws_and_midpoints_are_those_of_plain_numpy(tmp_path, monke
         expected = (math.sin(omega / 2) * a + math.sin(omega / 2) * b) / math.sin(omega)
         np.testing.assert_allclose(middles[i].flatten(), expected, atol=1e-5)
     assert len(set(drawn.position.tolist())) > 1, "every draw took the same one"
+
+
+@pytest.mark.parametrize("published", [True, False])
+def test_only_published_weights_make_it_an_ifid(tmp_path, monkeypatch, inception, published):
+    def network():
+        found = InceptionFeatures(weights=inception)
+        found.is_published = published
+        return found
+
+    monkeypatch.setattr("latent_ae_eval.features.InceptionFeatures", network)
+    photos = write_photos(tmp_path / "photos", 5)
+    result = interpolated_distance(tiny("AutoencoderKL"), photos, IfidSettings(**QUICK | {"frechet": ("inception",)}))
+    midpoints, reconstructions = result["metrics"]["midpoints"], result["metrics"]["reconstructions"]
+    (note,) = (note for note in result["notes"] if "fewer than the features" in note)
+    if published:
+        assert midpoints["ifid"] > 0 and reconstructions["fid"] > 0 and "fid" not in midpoints
+        assert "ifid" not in reconstructions and note.startswith("ifid, fid: 5 images")
+    else:
+        (name,) = midpoints.keys() - {"n"}
+        assert name.startswith("frechet_inception_") and name in reconstructions and note.startswith(name)
 
 
 def test_an_identity_blends_each_image_with_the_only_one_like_it(tmp_path, monkeypatch, lpips_vgg):

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import itertools
 import math
 import re
 
@@ -102,6 +103,15 @@ def test_scatter_chart_writes_each_name_beside_its_point_and_takes_logarithms_of
     assert text.count(f"fill: {charts.COLOURS[1]}") == 1  # a point for B
     near = page.scatter_chart({"A": (10.0, 28.0), "B": (90.0, 31.0)})
     assert {"20", "40", "60", "80"} <= set(re.findall(r">([^<]+)</text>", near))
+    # three points above each other: no two names meet, and a lone one is beside its point
+    close = page.scatter_chart({name: (8.0, 20.0 + 0.1 * at) for at, name in enumerate("PQR")} | {"S": (8.0, 26.0)})
+    places = {
+        name: (float(x), float(y))
+        for x, y, name in re.findall(r'<text[^>]* x="([\d.]+)" y="([\d.]+)"[^>]*>([PQRS])</text>', close)
+    }
+    assert len(places) == 4
+    for one, other in itertools.combinations("PQR", 2):
+        assert math.dist(places[one], places[other]) > 9, places
     assert "<svg" in page.scatter_chart({}) and "<svg" in page.scatter_chart({"A": (0.0, 1.0), "B": (5.0, 1.0)})
 
 
