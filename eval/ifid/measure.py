@@ -86,6 +86,8 @@ def interpolated_distance(
         except UserError as error:
             raise UserError(str(error).replace("DATA", "neighbours_from")) from error
     others = sets.get("others", sets["images"])
+    if len(sets["images"].source) < 2:
+        raise UserError(f"{data}: there is no distance of a single image; give more")
     _check_count(others, len(others.source), settings)
     keys = {name: _key(one, stage, settings) for name, one in sets.items()}
     keys["midpoints"] = None if None in keys.values() else {"neighbours": settings.neighbours, **keys}

@@ -15,6 +15,8 @@ from latent_ae.objectives.base import Objective, Pass, RunFacts
 
 LAYERS = 6
 SLOPE = 0.2
+MOST_PAIRED = 2**28
+"""Largest number of densities (batch x batch x dimensions) of the estimate from the batch: 1 GB."""
 LARGEST = 1024
 """Largest number of latent dimensions: FactorVAE was published with 10, and a batch says little about 1000."""
 
@@ -104,6 +106,13 @@ class TotalCorrelation(Objective[TotalCorrelationSettings]):
                 "loss.total_correlation",
                 f"the latent has {dimensions:,} dimensions, and a batch tells nothing of the dependence of more than "
                 f"{LARGEST:,}: use fewer latent channels, a larger factor or smaller crops",
+            )
+        elif not judged and (numbers := run.batch_size**2 * dimensions) > MOST_PAIRED:
+            yield Problem(
+                "batch_size",
+                f"{run.batch_size:,} latents of {dimensions:,} dimensions in each of as many posteriors are "
+                f"{4e-9 * numbers:.1f} GB, several times over: lower it, or set "
+                "loss.total_correlation_estimate=discriminator",
             )
 
     @classmethod

@@ -281,6 +281,9 @@ def test_models_without_fitting_latents_are_refused(
     judged = ("gan.weight=0", "loss.total_correlation=5")
     assert main(words(pictures, tmp_path / "a", *judged, "data.resolution=64", "model.latent_channels=16")) == 2
     assert "loss.total_correlation: the latent has 16,384 dimensions" in capsys.readouterr().err
+    wide = ("data.resolution=32", "model.latent_channels=4", "batch_size=600", MINIBATCH)
+    assert main(words(pictures, tmp_path / "c", *judged, *wide)) == 2
+    assert "batch_size: 600 latents of 1,024 dimensions" in capsys.readouterr().err
     blocks = "encoder_block_out_channels: [8, 8], decoder_block_out_channels: [8, 8]"
     tiny = (
         f"model={{kind: AutoencoderTiny, config: {{{blocks}, num_encoder_blocks: [1, 1], num_decoder_blocks: [1, 1]}}}}"
