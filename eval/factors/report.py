@@ -19,7 +19,7 @@ ABOUT = (
 )
 SCORES = (
     "FactorVAE score: how often the dimension that varies least among images with one factor in common tells which "
-    "factor that is (Kim and Mnih 2018); by chance about 1 of the number of factors. DCI (Eastwood and Williams 2018): "
+    "factor that is (Kim and Mnih 2018); by chance about 1 / number of factors. DCI (Eastwood and Williams 2018): "
     "disentanglement is 1 if each dimension is of use for one factor only, completeness is 1 if each factor has one "
     "dimension, informativeness is the accuracy of trees that predict the factors. All are of the posterior's mean in "
     "the active dimensions."
