@@ -24,6 +24,7 @@ from benchmarks.runs import evaluate, peak_gb_of, seconds_of, train
 from latent_ae.config import load_settings
 from latent_ae.models.loading import load_first_stage
 from latent_ae.models.registry import family_of
+from latent_ae_train.phases import phases_of
 from latent_ae_train.settings import TrainSettings
 
 
@@ -123,14 +124,14 @@ def speeds(runs: Mapping[str, Path]) -> dict[str, dict[str, float]]:
 def about(recipe: str, export: Path) -> dict[str, Any]:
     """What a recipe makes, and the command that repeats it."""
     stage = load_first_stage(str(export))
-    settings = load_settings(TrainSettings, recipe, [])
+    phases = [phase.settings for phase in phases_of(load_settings(TrainSettings, recipe, []))]
     return {
         "command": f"latent-ae train {recipe}",
         "class": stage.name,
         "parameters": stage.describe()["parameters"],
         "factor": stage.factor,
-        "steps": settings.steps,
-        "images": settings.steps * settings.batch_size,
+        "steps": sum(phase.steps for phase in phases),
+        "images": sum(phase.steps * phase.batch_size for phase in phases),
         "measured": MEMBERS[recipe].measured,
         "seeds": {},
     }

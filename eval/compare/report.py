@@ -322,8 +322,9 @@ def _quality_charts(comparison: Mapping[str, Any]) -> list[str]:
             if len(points) > 1:
                 title = f"{_title(row)} against {label}"
                 ends = {key: known for key in points if (known := pair(row["intervals"][key]))}
-                chart = page.scatter_chart(points, title=title, x_label=label, y_label=_title(row), intervals=ends)
-                charts.append(chart)
+                axes = {"x_label": label, "y_label": _title(row)}
+                everyone = [model["label"] for model in comparison["models"]]
+                charts.append(page.scatter_chart(points, title=title, intervals=ends, everyone=everyone, **axes))
     return charts
 
 

@@ -183,6 +183,7 @@ def scatter_chart(
     x_label: str = "",
     y_label: str = "",
     intervals: Mapping[str, tuple[float, float]] | None = None,
+    everyone: Sequence[str] = (),
 ) -> str:
     """Return named points as inline SVG; the name is written beside its point, clear of the others where there is room.
 
@@ -194,6 +195,7 @@ def scatter_chart(
         x_label: Label of the x axis.
         y_label: Label of the y axis.
         intervals: Interval of y by name, drawn as a line.
+        everyone: Names in all charts of a page, whose order gives the colours; empty takes those of the points.
     """
     xs = [x for x, _ in points.values()]
     low, high = min(xs, default=1.0), max(xs, default=1.0)
@@ -202,8 +204,9 @@ def scatter_chart(
     names = {name: label if len(label := _label(name)) <= 24 else f"{label[:23]}…" for name in points}
 
     def draw(axes: Any) -> None:
-        for position, (name, (x, y)) in enumerate(points.items()):
-            colour = COLOURS[position % len(COLOURS)]
+        order = list(everyone or points)
+        for name, (x, y) in points.items():
+            colour = COLOURS[order.index(name) % len(COLOURS)]
             axes.plot([x], [y], "o", color=colour, markersize=6)
             if intervals and name in intervals:
                 axes.plot([x, x], intervals[name], color=colour, linewidth=1)

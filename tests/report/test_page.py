@@ -101,6 +101,8 @@ def test_scatter_chart_writes_each_name_beside_its_point_and_takes_logarithms_of
     written = set(re.findall(r">([^<]+)</text>", text))
     assert {"A", "B", "n" * 23 + "…", "PSNR", "ms", "dB", "10", "10000"} <= written
     assert text.count(f"fill: {charts.COLOURS[1]}") == 1  # a point for B
+    alone = page.scatter_chart({"B": (1.0, 2.0)}, everyone=["A", "B"])
+    assert f"fill: {charts.COLOURS[1]}" in alone and f"fill: {charts.COLOURS[0]}" not in alone
     near = page.scatter_chart({"A": (10.0, 28.0), "B": (90.0, 31.0)})
     assert {"20", "40", "60", "80"} <= set(re.findall(r">([^<]+)</text>", near))
     # three points above each other: no two names meet, and a lone one is beside its point
