@@ -229,14 +229,18 @@ def shown_charts(tmp_path, *results) -> tuple[list[str], list[str]]:
 
 
 def test_quality_is_drawn_against_time_and_size_with_names(tmp_path):
-    quick = {"cost": {"seconds_per_image": {"decode": 0.0625}, "bits_per_pixel": {"fp16": 4.0}}}
+    quick = {"cost": {"seconds_per_image": {"decode": 0.0625}, "bits_per_pixel": {"fp16": 4.0, "indices": 0.5}}}
     charts, notes = shown_charts(tmp_path, made(tmp_path, "a"), made(tmp_path, "quick", changes=quick))
     assert not notes and len(charts) == 4
     expected = [(metric, axis) for axis in ("time to decode", "bits per pixel") for metric in ("PSNR", "rFID")]
     for chart, words in zip(charts, expected, strict=True):
         assert all(word in chart for word in words) and " A B " in chart
     text = read((tmp_path / "out" / "comparison.html").read_text()).text
-    assert "A a83,653,8635001" in text.replace("\n", "") and "B quick83,653,86362.54" in text.replace("\n", "")
+    # a column for each model; codes are stored as their indices
+    table = (
+        "A aB quickparameters83,653,86383,653,863time to decode, ms per image50062.5stored latent, bits per pixel10.5"
+    )
+    assert table in text.replace("\n", "")
     for line in ("time (ms per image)decode50062.5", "latent (bits per pixel)fp1614", "parametersdecoder49,490,199"):
         assert line in text.replace("\n", "")
 
@@ -391,7 +395,7 @@ def test_readings_of_text_are_compared_crop_by_crop_and_by_size(tmp_path):
     for name, better in (("a", 0.0), ("b", 0.01)):
         ned = np.random.default_rng(0).uniform(0.2, 0.8, 40) + better  # the crops differ more than the models
         group = {"metrics": {"ned_reconstruction": ned.mean()}, "intervals": {"ned_reconstruction": [0.4, 0.6]}}
-        few = {**group, "metrics": {"n": 9, **group["metrics"]}}
+        few = {**group, "metrics": {"n": 30, **group["metrics"]}}
         more = {
             "data": {"num_images": 40, "fingerprint": "f"},
             "engine": {"version": "5"},
@@ -405,7 +409,7 @@ def test_readings_of_text_are_compared_crop_by_crop_and_by_size(tmp_path):
     assert len(comparison["models"]) == 2 and found(comparison)["n"] == 60
     whole, small = (found(comparison, "ned_reconstruction", part) for part in ("", "8 px"))
     assert whole["method"] == PAIRED and whole["better"] == "B" and whole["interval"] == pytest.approx([0.01, 0.01])
-    assert small["method"] == INDEPENDENT and small["verdict"] == CHANCE
+    assert small["method"] == INDEPENDENT and small["verdict"] == CHANCE and (whole["n"], small["n"]) == (40, 30)
     document = json.loads((folders[0] / "result.json").read_text())
     write(folders[0], document | {"engine": {"version": "4"}})
     with pytest.raises(UserError, match="eval text, engine.version: A 4, B 5"):
