@@ -104,8 +104,8 @@ def test_dci_tells_shared_dimensions_from_scattered_factors() -> None:
 
 
 def test_dci_is_left_out_with_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert _no_dci(FactorsSettings(), 32, 100) == ""
-    assert "33 active dimensions" in _no_dci(FactorsSettings(), 33, 100)
+    assert _no_dci(FactorsSettings(), 15, 100) == ""
+    assert "16 active dimensions" in _no_dci(FactorsSettings(), 16, 100)
     assert not _no_dci(FactorsSettings(dci=True), 33, 100)
     assert _no_dci(FactorsSettings(dci=True), 0, 100) == "no dimension is active"
     find = importlib.util.find_spec
