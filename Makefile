@@ -1,4 +1,4 @@
-# make quickstart   sets up .venv, then trains, exports and measures a small first stage (under 4 minutes)
+# make quickstart   sets up .venv, then trains, exports and measures a small first stage (about 4 minutes)
 # make test         sets up what the tests need, then runs them
 # make check        lint, format, types and the import contract
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
-from latent_ae.objectives.gan import discriminator_loss
+from latent_ae.objectives.adversarial_losses import discriminator_loss
 
 KL_WEIGHT, GAN_WEIGHT = 1e-6, 0.5
 CLAMP = 1e4

@@ -77,8 +77,10 @@ class Job:
     figures: Callable[[Mapping[str, Any]], Figures] = measured_figures
     """Returns what `eval compare` compares of a result."""
     images: str = ""
-    """Table in the folder of a result with a row for each image: its digest, and its values of figures as `part_metric`
-    or, without a part, `metric`. Two results are then compared image by image."""
+    """Table in the folder of a result with a row for each image: its digest, and its values of figures. Two results are
+    then compared image by image."""
+    image_column: str = "{part}_{metric}"
+    """Column of a figure's values in that table; without a part there is no underscore in front."""
     needs_data: bool = True
     batch_key: str = "batch_size"
     """Setting to lower if memory is too small."""
@@ -199,7 +201,11 @@ def read_words(job: Job, argv: Sequence[str]) -> Words[Any]:
     )
     add_json(parser)
     words = parser.read(argv)
-    if not needs_data and own_key(settings, words.data.partition("=")[0]) in settings.model_fields:
+    if (
+        not needs_data
+        and "=" in words.data
+        and own_key(settings, words.data.partition("=")[0]) in settings.model_fields
+    ):
         words.data, words.override = "", [words.data, *words.override]
     chosen = load_settings(settings, None, words.override)
     return Words(words.model, words.data, chosen, words.out or default_folder(command, words.model), words.json)

@@ -133,6 +133,19 @@ def unmeasured_scaling(settings: TrainSettings, autoencoder: ModelMixin) -> str:
     )
 
 
+def split_dependence(settings: TrainSettings, autoencoder: ModelMixin) -> str:
+    """Return a warning if a batch normalisation takes its statistics from less than a whole batch, or an empty text."""
+    norms = [name for name, module in autoencoder.named_modules() if isinstance(module, nn.BatchNorm2d)]
+    # that of FLUX.2 is for diffusion models alone
+    if not norms or settings.micro_batch == settings.batch_size or family_of(autoencoder).scaled_by_patches:
+        return ""
+    return (
+        f"{len(norms)} batch normalisations of this {type(autoencoder).__name__} ({norms[0]}, ...) take their "
+        f"statistics from each pass of {settings.micro_batch} images, so unlike with other networks the result depends "
+        "on micro_batch_size and on the number of processes"
+    )
+
+
 def _encoder_of_original(settings: TrainSettings, sha256: str) -> nn.Module:
     """Return the frozen encoder of init_from. Raises UserError if init_from is no longer what the run began with."""
     original = load_original(settings)

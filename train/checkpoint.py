@@ -156,14 +156,15 @@ def prune_checkpoints(run: Path, kept: Container[int]) -> None:
 
 
 def refuse_bad_numbers(train_step: TrainStep, step: int) -> None:
-    """Raise UserError if a weight is not finite, so that no such checkpoint replaces a good one."""
-    for network in train_step.networks:
-        for name, parameter in network.named_parameters():
-            if not bool(torch.isfinite(parameter).all()):
-                raise UserError(
-                    f"after step {step:,} the weight {name} is not finite: training has diverged. "
-                    "Lower optim.lr, gan.weight or gan.adaptive_cap, or set optim.clip"
-                )
+    """Raise UserError if a weight, or a buffer of the autoencoder, is not finite, so that no such checkpoint replaces a
+    good one."""
+    tensors = [named for network in train_step.networks for named in network.named_parameters()]
+    for name, tensor in (*tensors, *train_step.bare_reconstructor.named_buffers()):
+        if not bool(torch.isfinite(tensor).all()):
+            raise UserError(
+                f"after step {step:,} the weight {name} is not finite: training has diverged. "
+                "Lower optim.lr, gan.weight or gan.adaptive_cap, or set optim.clip"
+            )
 
 
 def load_checkpoint(checkpoint: Checkpoint, train_step: TrainStep) -> None:

@@ -22,7 +22,7 @@ def main(argv: list[str] | None = None) -> int:
         prog="latent-ae export",
         description="Write a run's averaged weights as a folder that stock diffusers loads. The latents' scaling "
         "and shift are measured on the run's training data, which must still be available.",
-        epilog="example: latent-ae export runs/quickstart my-vae --for sd3",
+        epilog="example: latent-ae export runs/mine my-vae --for sd",
     )
     parser.add_argument("source", metavar="RUN|CHECKPOINT", help="a run folder (its newest checkpoint) or a checkpoint")
     parser.add_argument("out", metavar="OUT", help="the folder to write")

@@ -19,7 +19,13 @@ from latent_ae.objectives import OBJECTIVES, Reconstruction, SemiSupervised
 from latent_ae.objectives.base import Objective
 
 from .agreement import Agreed, gathered, hosts, on_main, stop_on_drift
-from .build import build_objectives, compile_blocks, starting_autoencoder, unmeasured_scaling
+from .build import (
+    build_objectives,
+    compile_blocks,
+    split_dependence,
+    starting_autoencoder,
+    unmeasured_scaling,
+)
 from .checkpoint import (
     complete_checkpoints,
     kept_steps,
@@ -142,14 +148,16 @@ def _train(phase: Phase, accelerator: Accelerator, more: Sequence[Objective[Any]
             if state is not None:
                 objective.refuse_another(state)
         ema = Ema(autoencoder, settings.ema.decay) if settings.ema.decay else None
-        if accelerator.is_main_process and (text := unmeasured_scaling(settings, autoencoder)):
-            print(f"warning: {text}", file=sys.stderr)
+        if accelerator.is_main_process:
+            for warning in (unmeasured_scaling, split_dependence):
+                if text := warning(settings, autoencoder):
+                    print(f"warning: {text}", file=sys.stderr)
         if accelerator.is_main_process:  # only now, because everything above may refuse the settings
             write_config(phase)
     if facts.compiles_on(accelerator.device):
         compile_blocks(autoencoder)
     step = TrainStep(settings, accelerator, autoencoder, objectives, ema)
-    averaged = Reconstructor(ema.module if ema is not None else autoencoder)
+    averaged = Reconstructor(autoencoder) if ema is None else Reconstructor(ema.module).eval()
     lay_out(averaged, training_memory_format(accelerator.device))
     perceptual = next((one.perceptual for one in objectives if isinstance(one, Reconstruction)), None)
     factor, channels = factor_of(autoencoder), channels_of(autoencoder)
@@ -174,11 +182,11 @@ def _train(phase: Phase, accelerator: Accelerator, more: Sequence[Objective[Any]
 
     number, stopped_by = first_step, None
     try:
-        log.begin(first_step, changes if checkpoint is not None else None, validator)
-        if due(first_step, settings.validation.every, settings.steps):
-            validate(log, validator, averaged, first_step)
-        prune(run, settings, accelerator)
         with StopSignals() as stop:
+            log.begin(first_step, changes if checkpoint is not None else None, validator)
+            if due(first_step, settings.validation.every, settings.steps):
+                validate(log, validator, averaged, first_step)
+            prune(run, settings, accelerator)
             for number in range(first_step, settings.steps):
                 means = step(number, feed)
                 done = number + 1

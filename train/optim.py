@@ -166,6 +166,8 @@ class FlaggedSteps:
 class Ema:
     """Keeps `module`, a copy of `source` whose parameters are the exponential moving average of the source's.
 
+    Its buffers are the source's: the running statistics of a batch normalisation are averages already.
+
     Args:
         source: The float32 network that is averaged.
         decay: Largest decay of the average, 0 to 1.
@@ -183,6 +185,8 @@ class Ema:
         """Update the average: average <- decay * average + (1 - decay) * source; `step` counts from 0."""
         averages, weights = list(self.module.parameters()), list(source.parameters())
         torch._foreach_lerp_(averages, weights, 1.0 - ema_decay_at(step, self.decay))
+        for buffer, current in zip(self.module.buffers(), source.buffers(), strict=True):
+            buffer.copy_(current)
 
 
 def lr_scale_at(step: int, steps: int, optim: OptimSettings) -> float:

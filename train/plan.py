@@ -87,6 +87,10 @@ def _plan_of_a_run(
     moments = 1 if settings.optim.kind == "muon" else 2
     copies = (2 if settings.ema.decay else 1) * weights + moments * learning + 3 * discriminator
     copies += borrowed_parameters(autoencoder)
+    if settings.gan.weight:
+        images, latents = settings.data.resolution**2, (settings.data.resolution // factor_of(autoencoder)) ** 2
+        stored = channels_of(autoencoder) * images + latent_channels_of(autoencoder) * latents
+        copies += settings.gan.replay * stored
     part = "" if learning == weights else f" ({learning:,} train)"
     factor = factor_of(autoencoder)
     side = settings.data.resolution // factor

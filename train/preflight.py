@@ -48,6 +48,8 @@ def preflight(phase: Phase, train_step: TrainStep) -> None:
     learning = BYTES * sum(p.numel() for p in autoencoder.parameters() if p.requires_grad)
     adversaries = BYTES * sum(count_parameters(network) for network in train_step.bare_adversaries.values())
     files = [weights, weights if train_step.ema is not None else 0, adversaries, 2 * learning + 2 * adversaries]
+    kept = (*train_step.state.state_dict().values(), *train_step.bare_reconstructor.heads.state_dict().values())
+    files.append(sum(tensor.numel() * tensor.element_size() for tensor in kept))
     files.append(borrowed_parameters(autoencoder) * BYTES)
     each = sum(files)
     # the newest, the best, the one before the GAN, and a new one that is written before an older one is removed

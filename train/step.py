@@ -85,7 +85,8 @@ class TrainStep:
             them.
         """
         passes, logs, means = self.settings.accumulation, dict[str, Tensor](), dict[str, Tensor]()
-        before = [buffer.clone() for buffer in buffers_to_restore(self.state)]
+        buffers = [buffer for network in self.networks for buffer in buffers_to_restore(network)]
+        before = [buffer.clone() for buffer in buffers]
         # an autocast drops its casts of weights when the outermost one ends; in this one all passes share them
         with self.autocast(enabled=False):
             for index in range(passes):
@@ -106,7 +107,7 @@ class TrainStep:
         norms, skipped = self.optimizers(step)
         for objective in self.objectives.values():
             objective.after_update(step, skipped, self.bare_reconstructor, self.optimizers.autoencoder)
-        for buffer, old in zip(buffers_to_restore(self.state), before, strict=True):
+        for buffer, old in zip(buffers, before, strict=True):
             buffer.copy_(torch.where(skipped, old, buffer))
         if self.ema is not None:
             self.ema.update(self.bare_reconstructor.autoencoder, step)

@@ -20,7 +20,7 @@ from latent_ae_eval.anomaly.defects import Defect, paste_defect
 from latent_ae_eval.anomaly.report import Finding
 from latent_ae_eval.anomaly.scores import Scored, Scorer
 from latent_ae_eval.anomaly.settings import AnomalySettings
-from latent_ae_eval.inputs import opened_data, report_skipped
+from latent_ae_eval.inputs import opened_data
 from latent_ae_eval.jobs import batches, images_for
 
 
@@ -111,7 +111,7 @@ class Work:
             indices: Numbers of the images; None scores all.
 
         Raises:
-            UserError: If images are too small, no defect shows on one, or too many are unreadable.
+            UserError: If images are too small, or no defect shows on one.
         """
         indices = range(len(part.source)) if indices is None else indices
         bar = progress_bar(f"anomaly: {part.name}", len(indices), "image", disable=not self.progress)
@@ -128,7 +128,6 @@ class Work:
                     row["numbers"] = scored.reconstruction[i].numel()
                     part.rows.append(row)
                 yield scored, [defect.mask if defect else None for defect in defects]
-        report_skipped(part.skipped, len({row["index"] for row in part.rows}), self.settings)
 
     def findings(self, part: Part, location: str, rows: Sequence[dict[str, Any]]) -> Iterator[Finding]:
         """Score the images of `rows` again and yield them with their maps, in the order of their indices."""

@@ -16,6 +16,7 @@ import pyarrow.parquet
 import torch
 from torch import Tensor, nn
 
+from latent_ae.arithmetic import float32_arithmetic
 from latent_ae.config import UserError
 from latent_ae.data.rng import spread
 from latent_ae.data.sources import fingerprint
@@ -31,7 +32,7 @@ from latent_ae_eval.anomaly.report import Finding, write_anomaly_report, write_m
 from latent_ae_eval.anomaly.roc import FEWEST_SCORES, PixelScores, auroc, auroc_interval, conformal_threshold
 from latent_ae_eval.anomaly.scores import Scorer, negative_elbo
 from latent_ae_eval.anomaly.settings import AnomalySettings
-from latent_ae_eval.inputs import opened_model
+from latent_ae_eval.inputs import opened_model, report_skipped
 from latent_ae_eval.jobs import lpips_or_reason, make_folder, one_process, write_json, written_into
 
 FIT = 5
@@ -51,6 +52,7 @@ SCORES = {
 }
 
 
+@float32_arithmetic(repeatable=True)
 def find_anomalies(
     model: str | Path | nn.Module | Callable[[Tensor], Tensor],
     data: str | Path,
@@ -102,7 +104,7 @@ def find_anomalies(
         device=device,
         mixture=mixture,
         neighbours=neighbours,
-        density=_trained_density(model, stage),
+        density=_trained_density(model, stage, settings.revision),
     )
     rank_by = settings.rank_by or ("lpips_max" if "lpips_max" in scorer.names else "pixel_max")
     if rank_by not in scorer.names:
@@ -129,6 +131,7 @@ def find_anomalies(
         for _ in work.scored(normal, settings.normal or "", rest):
             pass
         calibration = normal.rows
+        report_skipped(normal.skipped, len(fitted) + len(calibration), settings)
         if not fitted and not calibration:
             raise UserError(f"normal: none of the {len(normal.skipped)} images of {settings.normal} is readable")
         if len(fit) and not (fitted and calibration):
@@ -156,8 +159,16 @@ def find_anomalies(
             for position, mask in enumerate(masks):
                 if mask is not None:
                     pixels.setdefault(name, PixelScores()).add(maps[position], mask)
+    report_skipped(part.skipped, len({row["index"] for row in part.rows}), settings)
     if not part.rows:
         raise UserError(f"{data}: none of its {len(part.skipped)} images is readable; {(part.skipped or ['none'])[0]}")
+    if normal is not None:
+        shared = len({row["digest"] for row in part.rows} & {row["digest"] for row in (*fitted, *calibration)})
+        if shared:
+            notes.append(
+                f"{shared:,} of the images are among the normal ones that scores and thresholds were fitted to, which "
+                "makes them too good: give normal other images"
+            )
     if variance is not None:
         _add_elbo(part.rows, variance)
     scores = {name: _figures(part.rows, name, thresholds.get(name), paired=settings.defects) for name in scorer.names}
@@ -200,9 +211,9 @@ def find_anomalies(
     return result
 
 
-def _trained_density(model: Any, stage: FirstStage) -> Density | None:
+def _trained_density(model: Any, stage: FirstStage, revision: str | None) -> Density | None:
     """Return the density in the model's folder; None if it has none, or is for other latents."""
-    density = stored_density(model) if isinstance(model, (str, Path)) else None
+    density = stored_density(model, revision) if isinstance(model, (str, Path)) else None
     fits = density is not None and density.config.latent_channels == stage.latent_channels
     return density if fits else None
 
@@ -235,8 +246,10 @@ def _parted(count: int, settings: AnomalySettings, scorer: Scorer) -> tuple[list
 
 
 def _fingerprint(rows: Sequence[dict[str, Any]]) -> str:
-    """Return the fingerprint of the images of rows; an image with a defect and without one counts once."""
-    return fingerprint({row["index"]: row["digest"] for row in rows}.values())
+    """Return the fingerprint of the images of rows, in the order of their numbers; one with and without a defect counts
+    once."""
+    digests = {row["index"]: row["digest"] for row in rows}
+    return fingerprint(digests[number] for number in sorted(digests))
 
 
 def _add_elbo(rows: list[dict[str, Any]], variance: float) -> None:

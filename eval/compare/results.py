@@ -321,7 +321,11 @@ def read_images(model: Model, job: str) -> ImageTable:
     path = result.path.parent / job_of(job).images
     try:
         table = read_table(path, partitioning=None)
-        names = {Figure(job, *key): "_".join(filter(None, key)) for key in result.found}
+        column_of = job_of(job).image_column
+        names = {
+            Figure(job, part, metric): column_of.format(part=part, metric=metric).lstrip("_")
+            for part, metric in result.found
+        }
         # a deterministic model's samples are its mode
         names |= {
             figure: f"mode_{figure.metric}"

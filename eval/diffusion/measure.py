@@ -84,7 +84,7 @@ class _Job(Generation):
             "networks": digests(networks),
             "metrics": metrics,
             "intervals": intervals,
-            "notes": [*notes, *_notes(described["latents"]), *self.notes(metrics)],
+            "notes": [*notes, *_notes(described["latents"]), *self.notes(metrics, count)],
             **self.facts(),
         }
         self.write(result, sets, "diffusion.html", write_diffusion_page)

@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from latent_ae.arithmetic import float32_arithmetic
 from latent_ae.config import UserError
 from latent_ae.data.labels import find_classes
 from latent_ae.data.rng import posterior_noise
@@ -45,6 +46,7 @@ from latent_ae_eval.jobs import (
     cpu_batch,
     images_for,
     opened,
+    refuse_infinite,
     watched,
     write_json,
     written_into,
@@ -61,6 +63,7 @@ BIASED = 0.02
 
 
 @torch.no_grad()
+@float32_arithmetic(repeatable=True)
 def factors(
     model: str | Path | nn.Module,
     data: str | Path,
@@ -205,6 +208,9 @@ def _factors(source: StoredImages, data: str, settings: FactorsSettings) -> tupl
             f"factors: {missing[0]} is no column of integers or classes of {data}; it has "
             f"{', '.join(integers) or 'none'}"
         )
+    for name in names:
+        if empty := source.others.data.column(name).null_count:
+            raise UserError(f"factors: {name} is empty in {empty:,} of {source.label}'s images: leave it or them out")
     columns_of = [find_classes(source, source, name) for name in names]
     return names, np.stack([classes.labels for classes in columns_of if classes is not None], 1)
 
@@ -238,6 +244,7 @@ def _codes(
     for items, batch in batches(items_read, settings.batch_size, device):
         batch = batch.to(device, stage.dtype)
         mean = draw(stage.module, batch, None).latent
+        refuse_infinite(mean, items, stage, data)
         if shape and mean.shape[1:] != shape:
             raise UserError(f"{data}: images of several sizes have latents of several; set crop_px (and resize_px)")
         shape = mean.shape[1:]

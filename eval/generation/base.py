@@ -42,6 +42,7 @@ from latent_ae_eval.generation.sampling import (
     ImageSet,
     StandInDecoder,
     distances,
+    finite_pixels,
     image_set,
     stock_pipeline,
 )
@@ -161,6 +162,8 @@ class Generation:
     seconds: dict[str, float] = field(default_factory=dict)
     processor_seconds: dict[str, float] = field(default_factory=dict)
     """Processor time of this process, without the workers that decode images."""
+    shared: int = 0
+    """Number of held-out images whose latents are also trained on."""
     choices: dict[str, dict[str, Any]] = field(default_factory=dict)
     """The choice of the images with which samples are compared, by part of the data; see rng.choice_facts."""
 
@@ -262,8 +265,13 @@ class Generation:
         with self.bar(what, count) as bar:
             return image_set(batches, networks, count, bar.update)
 
-    def notes(self, metrics: dict[str, Any]) -> list[str]:
-        """Return notes on the pipeline and on distances that were measured on few images, for a result."""
+    def notes(self, metrics: dict[str, Any], count: int) -> list[str]:
+        """Return notes on the pipeline and on distances that were measured on few images, for a result.
+
+        Args:
+            metrics: The values of `distances`.
+            count: Number of samples that were drawn.
+        """
         notes = []
         if not self.stock:
             notes.append(
@@ -275,6 +283,11 @@ class Generation:
                 "biased upwards, and not to be compared with values at another number"
             )
         requested = self.settings.chosen("samples")
+        if self.shared:
+            notes.append(f"{self.shared:,} of the held-out images are among those trained on")
+        missing = {"samples": count - metrics["samples"]["n"]}
+        missing["reconstructions"] = metrics["held_out"]["n"] - metrics["reconstructions"]["n"]
+        notes += [f"{kind}: {number:,} are not finite and left out" for kind, number in missing.items() if number]
         return notes + [
             f"{kind}: {metrics[kind]['n']:,} images, fewer than samples={requested:,}; a Fréchet distance of fewer "
             "images is larger"
@@ -330,7 +343,7 @@ class Generation:
         if patch and train.shape[1] % patch:
             raise UserError(f"patch_size: {patch} does not divide the latents' side of {train.shape[1]}")
         digests = [cache.dataset.data.column("digest").to_pylist() for cache in (train, held_out)]
-        shared = len(set(digests[0]) & set(digests[1]))
+        self.shared = shared = len(set(digests[0]) & set(digests[1]))
         if 2 * shared > len(held_out):  # many data sets hold some images twice
             raise UserError(
                 f"held_out_latents: {shared} of its {len(held_out)} images are among those trained on; encode with "
@@ -375,7 +388,7 @@ class Generation:
 
     @torch.no_grad()
     def _reconstructed(self, images: Tensor) -> Tensor:
-        return to_uint8(self.stage.reconstruct(images.to(self.device).float() / 127.5 - 1).cpu())
+        return finite_pixels(self.stage.reconstruct(images.to(self.device).float() / 127.5 - 1).cpu())
 
     def key(self, train: LatentCache, held_out: LatentCache) -> str:
         """Return a digest of everything that the trained weights depend on."""

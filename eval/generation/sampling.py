@@ -9,6 +9,7 @@ from diffusers import ConfigMixin, DiTPipeline, DiTTransformer2DModel, DPMSolver
 from diffusers.models.autoencoders.vae import DecoderOutput
 from torch import Tensor, nn
 
+from latent_ae.config import UserError
 from latent_ae.data.images import to_uint8
 from latent_ae.data.rng import spread
 from latent_ae.metrics.distances import GROUPS, Gaussian, frechet_distance, frechet_of_features, jackknife_interval
@@ -88,7 +89,12 @@ def samples(pipeline: DiTPipeline, classes: Sequence[int], settings: DiffusionSe
             num_inference_steps=steps,
             output_type="pt",
         ).images
-        yield to_uint8(2 * images.cpu() - 1)
+        yield finite_pixels(2 * images.cpu() - 1)
+
+
+def finite_pixels(images: Tensor) -> Tensor:
+    """Return images in 8 bits, without those that are not finite, which would count as dark ones."""
+    return to_uint8(images[images.isfinite().flatten(1).all(1)])
 
 
 @torch.no_grad()
@@ -102,17 +108,24 @@ def image_set(
         networks: Feature networks by the name of their distance.
         size: Expected number of all images.
         progress: Is called with the number of images of each batch.
+
+    Raises:
+        UserError: If there is no image.
     """
     parts: dict[str, list[Tensor]] = {name: [] for name in networks}
     chosen = set(spread(0, size, GRID**2).tolist())
     shown: list[Tensor] = []
     count = 0
     for images in batches:
+        if not len(images):
+            continue
         for name, network in networks.items():
             parts[name].append(network(images).cpu())
         shown += [image for number, image in enumerate(images, start=count) if number in chosen]
         count += len(images)
         progress(len(images))
+    if not count:
+        raise UserError(f"none of {size:,} images is finite: the model gives NaN or infinity")
     features = {name: torch.cat(batches_of_one).numpy() for name, batches_of_one in parts.items()}
     return ImageSet(count, features, torch.stack(shown).float() / 127.5 - 1)
 

@@ -26,7 +26,7 @@ from latent_ae_eval.features import FeatureNetwork
 from latent_ae_eval.ifid.neighbours import draw, midpoints, nearest, rows_of
 from latent_ae_eval.ifid.settings import IfidSettings
 from latent_ae_eval.inputs import report_skipped
-from latent_ae_eval.jobs import cpu_batch
+from latent_ae_eval.jobs import cpu_batch, refuse_infinite
 from latent_ae_eval.storage import FeatureFile, Shard, WorkFolder, shard_size
 
 
@@ -98,10 +98,7 @@ class Passes:
         for batch in self._batches(readable, sizes):
             images = torch.stack([item.image for item in batch if item.image is not None]).to(self.device)
             latents = self._latents(images, [item.index for item in batch], one.number)
-            finite = latents.isfinite().flatten(1).all(1)
-            if not finite.all():
-                name = batch[int(finite.int().argmin())].name
-                raise UserError(f"{self.stage.name} encodes {name} of {one.location} to numbers that are not finite")
+            refuse_infinite(latents, batch, self.stage, one.location)
             found = {"latent": latents.cpu()}
             if one.networks:
                 kinds = {"input": images, "reconstruction": self.stage.decode(latents)}

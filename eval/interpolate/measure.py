@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from latent_ae.arithmetic import float32_arithmetic
 from latent_ae.config import UserError
 from latent_ae.data.images import to_uint8
 from latent_ae.data.rng import choice_facts, spread
@@ -46,6 +47,7 @@ FRAME_MS = 50
 
 
 @torch.no_grad()
+@float32_arithmetic(repeatable=True)
 def interpolate(
     model: str | Path | nn.Module,
     data: str | Path,
@@ -77,6 +79,9 @@ def interpolate(
     lpips, why_not = lpips_or_reason(settings.lpips, images.shape[1], min(height, width), device)
     size = cpu_batch(settings.batch_size, height * width) if device.type == "cpu" else settings.batch_size
     latents = torch.cat([stage.encode(image[None].to(device)).mean for image in images])
+    finite = latents.isfinite().flatten(1).all(1)
+    if not finite.all():
+        raise UserError(f"{stage.name} encodes {names[int(finite.int().argmin())]} to numbers that are not finite")
     centre = torch.zeros_like(latents[:1])
     if settings.centre == "channels":
         centre = latents.mean(dim=(0, 2, 3), keepdim=True)

@@ -26,12 +26,10 @@ from latent_ae.latents.quantiles import QuantileSketch
 from latent_ae.latents.statistics import LatentStatistics
 from latent_ae.metrics.distances import frechet_distance
 from latent_ae.models.loading import FirstStage
-from latent_ae.pretrained.lpips import LPIPS
-from latent_ae.pretrained.weights import briefly
 from latent_ae.progress import progress_bar
 from latent_ae.provenance import versions
 from latent_ae_eval.inputs import checked_factor, opened_data, opened_model, processes, report_skipped, stream_notes
-from latent_ae_eval.jobs import make_folder, write_json, written_into
+from latent_ae_eval.jobs import lpips_or_reason, make_folder, write_json, written_into
 from latent_ae_eval.latents import JOB
 from latent_ae_eval.latents.findings import findings
 from latent_ae_eval.latents.health import (
@@ -93,12 +91,10 @@ def evaluate_latents(
             "The training log has the KL, or the use of the codes, of each level"
         )
     shows = progress and state.is_main_process
-    lpips, notes = None, []
-    if settings.lpips is not None and settings.num_decoded:
-        try:
-            lpips = LPIPS(settings.lpips).to(device)
-        except UserError as error:
-            notes.append(f"LPIPS of noised latents is missing: {briefly(error)}")
+    lpips, why_not = None, ""
+    if settings.num_decoded:
+        lpips, why_not = lpips_or_reason(settings.lpips, stage.channels or 3, settings.crop_px, device)
+    notes = [why_not] if why_not else []
     measurer = LatentsMeasurer(stage, device, seed=settings.seed, batch_size=settings.batch_size, lpips=lpips)
     # TF32 convolutions would change the third digit
     with float32_arithmetic(repeatable=True):

@@ -119,7 +119,7 @@ class LatentsMeasurer:
             for sigma in sigmas:
                 decoded = self.stage.decode(latents + sigma * latent_std * noise) if sigma else plain
                 block.add(f"psnr/{sigma}", _psnr(images, decoded))
-                if self.lpips is not None and images.shape[1] in (1, 3):
+                if self.lpips is not None and min(images.shape[-2:]) >= self.lpips.trunk.min_px:
                     block.add(f"lpips/{sigma}", self.lpips(images, decoded.clamp(-1, 1)))
             for name, change in TRANSFORMS.items():
                 odd = any(side % 2 for side in latents.shape[-2:])

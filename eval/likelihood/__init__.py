@@ -12,6 +12,8 @@ def likelihood_figures(result: Mapping[str, Any]) -> Figures:
     """Return the bounds, and the rate and distortion, which are two sides of one model and have no better direction."""
     figures: Figures = {}
     for part, metrics in result["metrics"].items():
+        if part == "rate_levels":  # a list, whose length is the model's own
+            continue
         bits = metrics["bits_per_dimension"]
         if (mean := number(bits["mean"])) is not None:
             figures[part, part if part in ("rate", "distortion") else "bits_per_dimension"] = (
@@ -28,7 +30,10 @@ JOB = Job(
     text="likelihood_text",
     format="latent-ae likelihood 1",
     figures=likelihood_figures,
+    images="images.parquet",
+    image_column="{part}_bits",
     conditions=("likelihood.kind", "likelihood.discretised"),
+    incidental=("batch_size", "likelihood", "discretised"),  # the conditions hold what was found
     description="""\
 Bound the likelihood that a variational autoencoder gives to images: the ELBO and an importance-weighted bound in bits
 per dimension and nats per image, with rate and distortion. A terminal gets a table, a pipe JSON; result.json,

@@ -17,12 +17,13 @@ import pyarrow.parquet
 import torch
 from torch import Tensor, nn
 
+from latent_ae.arithmetic import float32_arithmetic
 from latent_ae.config import UserError
 from latent_ae.data.held_out import HeldOutImage
 from latent_ae.data.rng import spread
 from latent_ae.data.sources import StoredImages, StreamSource, fingerprint
 from latent_ae.metrics.similarity import FEWEST, bootstrap_interval
-from latent_ae.models.likelihood import SCALED, Likelihood, LikelihoodKind, bits_per_dimension
+from latent_ae.models.likelihood import LIKELIHOODS, SCALED, Likelihood, LikelihoodKind, bits_per_dimension
 from latent_ae.models.loading import FirstStage
 from latent_ae.progress import progress_bar
 from latent_ae.provenance import versions
@@ -49,6 +50,7 @@ METHOD = {
 }
 
 
+@float32_arithmetic(repeatable=True)
 def measure_likelihood(
     model: str | Path | nn.Module,
     data: str | Path,
@@ -83,8 +85,10 @@ def measure_likelihood(
         )
     source, choice = opened_data(str(data), settings)
     assert not isinstance(source, StreamSource), "jobs do not open streams"
-    known = stage.likelihood
-    trained: LikelihoodKind = known.kind if known else "gaussian"
+    known, notes = stage.likelihood, list[str]()
+    trained: LikelihoodKind = known.kind if known else _unrecorded(stage)
+    if known is None and settings.likelihood == "auto":
+        notes.append(f"no likelihood.json lies beside the model's weights, so the likelihood is taken to be {trained}")
     kind = trained if settings.likelihood == "auto" else settings.likelihood
     if kind not in SCALED and settings.scale != "auto":
         raise UserError(
@@ -94,7 +98,7 @@ def measure_likelihood(
         raise UserError(f"discretised: the model was trained with {kind}, which has no density; leave it out")
     estimator = Estimator(stage, kind, seed=settings.seed, discretised=settings.discretised, device=device)
     work = _Work(stage, source, settings, str(data), device, progress)
-    measured, scale, scale_from, notes = np.arange(len(source)), None, None, list[str]()
+    measured, scale, scale_from = np.arange(len(source)), None, None
     if kind in SCALED:
         if isinstance(settings.scale, float):
             scale, scale_from = settings.scale, "given"
@@ -155,6 +159,12 @@ def measure_likelihood(
     if folder is not None:
         _write(folder, result, finite, work, settings)
     return result
+
+
+def _unrecorded(stage: FirstStage) -> LikelihoodKind:
+    """Return the likelihood of a model that says none: that whose parameters its decoder gives, or else gaussian."""
+    stated = stage.family.states(stage.module.config) if stage.family and stage.module is not None else None
+    return next((kind for kind in LIKELIHOODS if kind == stated), "gaussian")
 
 
 def _figures(rows: Sequence[dict[str, Any]], likelihood: Likelihood, settings: LikelihoodSettings) -> dict[str, Any]:

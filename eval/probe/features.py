@@ -11,7 +11,7 @@ from latent_ae.config import UserError
 from latent_ae.data.rng import spread
 from latent_ae.data.sources import StoredImages
 from latent_ae.models.loading import FirstStage
-from latent_ae_eval.jobs import batches, images_for, watched
+from latent_ae_eval.jobs import batches, images_for, refuse_infinite, watched
 from latent_ae_eval.probe.classifiers import BLOCK
 from latent_ae_eval.probe.settings import ProbeSettings
 from latent_ae_eval.storage import FeatureFile
@@ -75,6 +75,7 @@ class ImageFeatures:
                 raise UserError(several_sizes(self.shape, batch.shape[1:]))
             self.shape = batch.shape[1:]
             latent = self.stage.encode(batch.to(self.device)).mean
+            refuse_infinite(latent, items, self.stage, self.data)
             self.latent_shape = latent.shape[1:]
             features = {"latent": latent.flatten(1), "latent_pooled": latent.mean((2, 3)), "pixels": batch.flatten(1)}
             for kind, values in features.items():

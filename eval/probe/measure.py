@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from latent_ae.arithmetic import float32_arithmetic
 from latent_ae.config import UserError
 from latent_ae.data.labels import few_labels, numbered_classes
 from latent_ae.data.loader import open_images
@@ -60,6 +61,7 @@ class Labelled(NamedTuple):
 
 
 @torch.no_grad()
+@float32_arithmetic(repeatable=True)
 def probe(
     model: str | Path | nn.Module,
     data: str | Path,
@@ -114,7 +116,13 @@ def probe(
             "classifier",
             disable=not progress,
         )
-        own, notes = _own_accuracy(model, stage, files[1]["latent"], read[1].latent_shape, labels, names, device)
+        own, notes = _own_accuracy(
+            model, settings.revision, stage, files[1]["latent"], read[1].latent_shape, labels, names, device
+        )
+        if shared := len(set(read[0].digests) & set(read[1].digests)):
+            notes.append(
+                f"{shared:,} of the test images are among the training images, which makes accuracies too good"
+            )
         features = {}
         with bar:
             for kind in FEATURES:
@@ -208,6 +216,7 @@ def _draws(labels: np.ndarray, names: Sequence[str], settings: ProbeSettings) ->
 
 def _own_accuracy(
     model: str | Path | nn.Module,
+    revision: str | None,
     stage: FirstStage,
     latents: FeatureFile,
     shape: Sequence[int],
@@ -219,6 +228,7 @@ def _own_accuracy(
 
     Args:
         model: The model as the user gave it.
+        revision: Commit or tag, if it is a hub id.
         stage: The same, loaded.
         latents: Latents of the test images.
         shape: (c, h, w) of a latent.
@@ -230,7 +240,7 @@ def _own_accuracy(
         Its accuracy, and the labels that it was trained with; None if there is none for such latents and classes. And
         a note on why it cannot be measured, in a list; an empty list if there is no reason.
     """
-    network = None if isinstance(model, nn.Module) else stored_label_model(model)
+    network = None if isinstance(model, nn.Module) else stored_label_model(model, revision)
     if network is None:
         return None, []
     own_names, why = list(network.config.class_names or ()), ""

@@ -1,5 +1,6 @@
 """Summarises finished shards: one table, means with intervals, and distances between sets of features."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,8 @@ from latent_ae.config import Bands
 from latent_ae.data.rng import spread
 from latent_ae.metrics.distances import (
     GROUPS,
+    KID_SUBSET_SIZE,
+    KID_SUBSETS,
     NEIGHBOURS,
     gaussian_distance,
     jackknife_interval,
@@ -66,18 +69,26 @@ def means(
     return summary, intervals
 
 
-def kernel(a: FeatureFile, b: FeatureFile) -> Estimate:
+def kernel(a: FeatureFile, b: FeatureFile, subset_size: int = KID_SUBSET_SIZE) -> Estimate:
     """Return KID of two files with equally many rows, and its 95 % interval.
 
-    The interval is None with fewer than 5 images per group of the jackknife. Its width is that of a jackknife of the
-    distance of up to WHOLE_SET images, spread over the file: each reconstruction is left out together with its
-    original, and because the two resemble each other the interval is narrow.
+    The interval is None with fewer than 5 images per group of the jackknife. Its width has two parts, whose squares
+    add: that of a jackknife of the distance of up to WHOLE_SET images, spread over the file, in which each
+    reconstruction is left out together with its original; and that of the mean over random subsets, in which originals
+    and reconstructions are of different images.
+
+    Args:
+        a: Features of originals.
+        b: Features of their reconstructions.
+        subset_size: Images per random subset.
     """
-    value, _ = kernel_distance(a.rows, b.rows, a.count)
+    value, deviation = kernel_distance(a.rows, b.rows, a.count, subset_size=subset_size)
     if a.count < 5 * GROUPS:
         return value, None
     rows = spread(0, a.count, WHOLE_SET)
-    return value, jackknife_interval(value, mmd_without_groups(a.rows(rows), b.rows(rows), GROUPS))
+    low, high = jackknife_interval(value, mmd_without_groups(a.rows(rows), b.rows(rows), GROUPS))
+    half = math.hypot(0.5 * (high - low), 1.96 * deviation / math.sqrt(KID_SUBSETS))
+    return value, [value - half, value + half]
 
 
 def gaussian(a: FeatureFile, b: FeatureFile) -> Estimate:

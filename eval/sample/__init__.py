@@ -15,8 +15,8 @@ JOB = Job(
     batch_key="images_at_a_time",
     # the others are the same for every model
     figures=partial(measured_figures, parts=("samples", "reconstructions", "codes")),
-    conditions=("recipe",),
-    incidental=("latents", "held_out_latents", "images_at_a_time"),
+    conditions=("recipe", "prior.kind"),
+    incidental=("latents", "held_out_latents", "images_at_a_time", "prior"),  # its kind is a condition
     description="""\
 Draw latents from a prior and decode them: prior=normal, the one that a variational autoencoder was trained with;
 prior=gaussian, with the mean and covariance of the latents of DATA; prior=flow, a small transformer trained by flow

@@ -17,7 +17,6 @@ from diffusers import DiTPipeline, DiTTransformer2DModel, ModelMixin
 from torch import Tensor, nn
 
 from latent_ae.config import UserError
-from latent_ae.data.images import to_uint8
 from latent_ae.data.rng import spread
 from latent_ae.latents.cache import LatentCache
 from latent_ae.models.codes import WITH_CODES, has_codes
@@ -25,7 +24,7 @@ from latent_ae.models.registry import scaling_of
 from latent_ae_eval.features import FeatureNetwork, digests, feature_networks
 from latent_ae_eval.generation.base import FAR_STD, Generation, begin, fingerprint
 from latent_ae_eval.generation.flow import CHOICE_SEED, STATISTICS, flow_batch, raw_latents
-from latent_ae_eval.generation.sampling import GRID, generators, samples
+from latent_ae_eval.generation.sampling import GRID, finite_pixels, generators, samples
 from latent_ae_eval.sample import JOB
 from latent_ae_eval.sample.codes import CodeImages, CodeTrainer, CodeValidation, code_samples
 from latent_ae_eval.sample.report import write_sample_report
@@ -101,6 +100,7 @@ class _Job(Generation):
             raise UserError(f"prior: {settings.prior} is fitted to the latents of images; give DATA")
         about: dict[str, Any] = {}
         of_codes: tuple[dict[str, Any], dict[str, list[float]]] | None = None
+        kind = settings.prior
         if settings.prior == "normal":
             batches, method = self._decoded(self._own_prior(), side, count), self._own_name()
             notes += self._scale_notes()
@@ -116,19 +116,21 @@ class _Job(Generation):
             batches, method = self._decoded_codes(transformer, count), OVER_CODES
         elif settings.prior == "flow" or not (Path(settings.prior).expanduser() / CODE_PRIOR).is_dir():
             self.check_pipeline()
-            pipeline, about = self._fitted() if settings.prior == "flow" else self._loaded_flow(side)
+            kind = "flow"
+            pipeline, about = self._fitted() if settings.prior == kind else self._loaded_flow(side)
             batches = samples(pipeline, [NO_CLASS] * count, settings)
             method = "a flow fitted to the latents"
         else:
+            kind = "codes"
             transformer, about = self._loaded(side, CODE_PRIOR, CodeTransformer)
             batches, method = self._decoded_codes(transformer, count), OVER_CODES
         with self.timed("sample"):
             sets = {"samples": self.image_set(batches, networks, count, "samples")}
-        metrics: dict[str, dict[str, Any]] = {"samples": {"n": count}}
+        metrics: dict[str, dict[str, Any]] = {"samples": {"n": sets["samples"].size}}
         intervals: dict[str, dict[str, list[float]]] = {}
         if self.data:
             sets, metrics, intervals = self.compared(sets["samples"], networks, count)
-            notes += self.notes(metrics)
+            notes += self.notes(metrics, count)
         if of_codes is not None:
             metrics["codes"], intervals["codes"] = of_codes
             notes.append(RATE)
@@ -140,7 +142,7 @@ class _Job(Generation):
                 "fingerprints": about.pop("fingerprints", []),
                 "choices": self.choices,
             },
-            "prior": {"kind": settings.prior, "method": method},
+            "prior": {"kind": kind, "method": method},
             "shape": [stage.latent_channels, side, side],
             **about,
             "networks": digests(networks),
@@ -170,7 +172,7 @@ class _Job(Generation):
                     for generator in generators(self.settings.seed, range(first, min(first + size, count)))
                 ]
             )
-            yield to_uint8(self.stage.decode(latents(noise.to(self.device))).cpu())
+            yield finite_pixels(self.stage.decode(latents(noise.to(self.device))).cpu())
 
     @property
     def has_own_prior(self) -> bool:
@@ -251,7 +253,7 @@ class _Job(Generation):
     def _decoded_codes(self, transformer: CodeTransformer, count: int) -> Iterator[Tensor]:
         """Yield batches of images decoded from samples of a transformer, (N, C, H, W) uint8 on the CPU."""
         for latents in code_samples(transformer, self.stage.module, count, self.settings, self.device):
-            yield to_uint8(self.stage.decode(latents).cpu())
+            yield finite_pixels(self.stage.decode(latents).cpu())
 
     def _loaded_flow(self, side: int) -> tuple[DiTPipeline, dict[str, Any]]:
         transformer, about = self._loaded(side, "pipeline/transformer", DiTTransformer2DModel)

@@ -1,6 +1,5 @@
 """Reads a first stage from a file of any known layout or from a diffusers folder, and builds it."""
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,12 +18,8 @@ from latent_ae.convert.ldm import present_attention
 from latent_ae.convert.registry import LAYOUTS
 from latent_ae.convert.settings import ConvertSettings
 from latent_ae.files import read_mapping
-from latent_ae.models.loading import PIPELINE_FOLDERS
+from latent_ae.models.loading import FROM_CONFIG, PIPELINE_FOLDERS
 from latent_ae.text import printable
-
-OWN_BUFFERS = re.compile(r".*num_batches_tracked|_latents_mean|_latents_std|encoder_mean|encoder_std")
-"""Tensors of diffusers' classes that no original stores: they follow from the config, or have no effect."""
-
 
 WEIGHTS = "diffusion_pytorch_model"
 """Begin of the names of diffusers' files of weights."""
@@ -236,7 +231,7 @@ def build(stage: FirstStage, source: Path) -> nn.Module:
     if made:
         model = _instance(stage)
         for name, buffer in model.named_buffers():
-            if name in wanted and OWN_BUFFERS.fullmatch(name):
+            if name in wanted and FROM_CONFIG.fullmatch(name):
                 state.setdefault(name, buffer)
             given = state.pop(name, None) if name not in wanted else None
             if given is not None and not _same_buffer(given, buffer):

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from latent_ae.arithmetic import float32_arithmetic
 from latent_ae.config import UserError
 from latent_ae.convert.checkpoint import Tensors, read_tensors
 from latent_ae.convert.known import published
@@ -194,7 +195,10 @@ def measured(model: nn.Module, data: str, factor: int, settings: ConvertSettings
     _, device = processes(settings.device)
     source, _ = part_of(open_images(settings.data(data), "all"), settings.limit, settings.seed)
     family = family_of(model)
-    side, channels = family.side(model.config) or settings.resolution, family.channels(model.config)
+    side, channels = family.side(model.config), family.channels(model.config)
+    if side and "resolution" in settings.model_fields_set and settings.resolution != side:
+        raise UserError(f"resolution: this {type(model).__name__} takes images of {side} px only; leave it out")
+    side = side or settings.resolution
     framing = Framing(resize_px=side, crop_px=side)
     images = HeldOutImages(source, settings.data(data), channels, framing, factor)
     statistics, generator, batch = LatentStatistics(), torch.Generator().manual_seed(settings.seed), list[Tensor]()
@@ -207,7 +211,7 @@ def measured(model: nn.Module, data: str, factor: int, settings: ConvertSettings
         statistics.update(drawn.mean + scale * noise)
         batch.clear()
 
-    with progress_bar("latent statistics", settings.limit, "img") as bar:
+    with float32_arithmetic(), progress_bar("latent statistics", settings.limit, "img") as bar:
         for _, _, image in images:
             batch.append(image)
             if len(batch) == settings.batch_size:

@@ -44,7 +44,8 @@ class HeldOutImage:
     reason: str = ""
     """Why it is unreadable."""
     digest: str = ""
-    """Digest of the file's bytes."""
+    """Digest of the file's bytes; without a `crop_px` also the height and width of the image, because models of other
+    downsampling factors then see other parts of it."""
     enlarged: bool = False
     """Whether it was smaller than the crop or `resize_px`."""
 
@@ -162,6 +163,8 @@ class _Middles(IterableDataset):
                 if framing.resize_px is not None:
                     array = resize_shorter(array, framing.resize_px, framing.resample)
                 array = center_crop(array, framing.crop_px, images.multiple_of, nearest=framing.nearest)
+                if framing.crop_px is None:
+                    digest += f"-{array.shape[0]}x{array.shape[1]}"
                 yield HeldOutImage(index, name, None, digest=digest, enlarged=enlarged), array
             except ImageError as error:
                 yield HeldOutImage(index, name, None, str(error), digest), None

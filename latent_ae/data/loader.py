@@ -162,8 +162,9 @@ class _Crops(IterableDataset):
         worker, workers = worker_place()
         stream = None
         if isinstance(self.source, StreamSource):
-            reader, readers = self.share.rank * workers + worker, self.share.world_size * workers
-            buffer_size, state = self.settings.shuffle_buffer, self.states[worker]
+            turn = (self.first_step + worker) % workers  # a resumed stream goes on with the reader whose turn it is
+            reader, readers = self.share.rank * workers + turn, self.share.world_size * workers
+            buffer_size, state = self.settings.shuffle_buffer, self.states[turn]
             stream = StreamReader(self.source, self.seed, buffer_size, reader, readers, state)
         try:
             for count, step in enumerate(itertools.count(self.first_step + worker, workers)):
@@ -293,7 +294,7 @@ def _received(crops: _Crops, is_stream: bool) -> Generator[Batch, None, None]:
     for count, item in enumerate(loaded(crops, crops.settings.num_workers)):
         if isinstance(item, UserError):
             raise item
-        sent, numbers, indices, skipped, num_replaced, states[count % len(states)] = item
+        sent, numbers, indices, skipped, num_replaced, states[(crops.first_step + count) % len(states)] = item
         # the worker reuses the memory as soon as its next items are asked for, and this copies the pixels
         images = to_batch(sent if shared is None else shared.get(sent), pin_memory=torch.cuda.is_available())
         state = None

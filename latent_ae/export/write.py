@@ -1,6 +1,7 @@
 """Writes the folder that stock diffusers loads, with measured latent statistics and a model card, and checks it."""
 
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -24,10 +25,12 @@ from latent_ae.export.pipelines import PipelineName, refuse_misfit, remarks
 from latent_ae.export.precision import probe_precision, probe_tiling
 from latent_ae.files import write_json, writing
 from latent_ae.latents.statistics import LatentStatistics
-from latent_ae.models.borrowed_encoder import BorrowedEncoder, borrowed_encoder, save_borrowed
+from latent_ae.models.borrowed_encoder import FOLDER, BorrowedEncoder, borrowed_encoder, save_borrowed
 from latent_ae.models.build import count_parameters
+from latent_ae.models.density import FOLDER as DENSITY
 from latent_ae.models.discriminator import FILE as DISCRIMINATOR
 from latent_ae.models.discriminator import Discriminator, save_network
+from latent_ae.models.label_model import FOLDER as LABEL_MODEL
 from latent_ae.models.likelihood import FILE, Likelihood
 from latent_ae.models.reconstruct import Reconstructor
 from latent_ae.models.registry import family_of, module_of
@@ -40,6 +43,11 @@ TOLERANCE = 1e-5
 ROUNDINGS = 10.0
 """Largest difference where that is larger, in changes that the last bits of the images bring about."""
 
+WRITTEN = re.compile(
+    rf"config\.json|README\.md|diffusion_pytorch_model\..*|{re.escape(FILE)}|{re.escape(DISCRIMINATOR)}|"
+    rf"{FOLDER}|{LABEL_MODEL}|{DENSITY}"
+)
+"""Names of what an export holds; a folder with anything else is not replaced."""
 STD_EPSILON = 1e-5
 """RAE adds it to the variance, and AutoencoderRAE to the deviation."""
 TILES_ON_CPU_PX = 512
@@ -323,7 +331,10 @@ def _twin(autoencoder: ModelMixin) -> ModelMixin:
     # plain strides, as in a file: a 1x1 kernel in channels-last is "contiguous" either way, and would choose
     # another convolution algorithm
     state = {
-        name: torch.empty(tensor.shape).copy_(tensor.detach()) for name, tensor in autoencoder.state_dict().items()
+        name: torch.empty(tensor.shape, dtype=torch.float32 if tensor.is_floating_point() else tensor.dtype).copy_(
+            tensor.detach()
+        )
+        for name, tensor in autoencoder.state_dict().items()
     }
     twin.load_state_dict(state, assign=True)
     if (borrowed := borrowed_encoder(autoencoder)) is not None:
@@ -394,8 +405,16 @@ def _tried(autoencoder: ModelMixin, images: Tensor, device: torch.device) -> dic
 
 def refuse_foreign(folder: Path) -> None:
     """Raise UserError if `folder` holds something that an export may not replace."""
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not (folder / "config.json").is_file()):
+    if folder.is_file():
         raise UserError(f"{folder} exists and is not an export; give a new or empty folder")
+    entries = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    if entries and "config.json" not in entries:
+        raise UserError(f"{folder} exists and is not an export; give a new or empty folder")
+    if foreign := [name for name in entries if not WRITTEN.fullmatch(name)]:
+        raise UserError(
+            f"{folder} holds {foreign[0]}, which no export has and a new one would delete: move it, or give a new or "
+            "empty folder"
+        )
 
 
 def take_place(fresh: Path, folder: Path, previous: Path) -> None:

@@ -219,10 +219,16 @@ def _manifest(
     """Return the part of the manifest that is known before the first image is read."""
     assert stage.module is not None and stage.family is not None
     scaling, side = scaling_of(stage.module), settings.resolution // stage.factor
-    if not scaling.measured and borrowed_encoder(stage.module) is None:  # whose latents are scaled already
+    if stage.family.scaled_by_patches:
         print(
-            "the model's config has no measured scaling_factor, so `scaled` will leave the latents as they are; "
-            "`latent-ae export` measures it",
+            f"a {stage.name} scales patches of 2 x 2 latents by the statistics in its batch norm, and `scaled` will "
+            "leave the latents as they are",
+            file=sys.stderr,
+        )
+    elif not scaling.measured and borrowed_encoder(stage.module) is None:  # whose latents are scaled already
+        print(
+            "the model's config has no measured scaling_factor, so `scaled` will leave the latents as they are (those "
+            "of TAESD are scaled already); `latent-ae export RUN` measures that of a run",
             file=sys.stderr,
         )
     split = SPLIT_NAMES.get(settings.split, "train") if settings.part != "held_out" else "validation"

@@ -156,6 +156,6 @@ def reconstruction_features(images: Tensor, reconstruction: Tensor) -> Tensor:
     return torch.stack([distance, (x * y).sum(1) / (norms[0] * norms[1]).clamp(min=tiny)], 1)
 
 
-def stored_density(export: str | Path) -> Density | None:
-    """Return the density of an export, or of the export of a run; None if it has none. Raises UserError if bad."""
-    return stored_companion(Density, FOLDER, export)
+def stored_density(export: str | Path, revision: str | None = None) -> Density | None:
+    """Return the density of an export; None if it has none. Arguments and errors: `stored_companion`."""
+    return stored_companion(Density, FOLDER, export, revision)

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL, UNet2DModel
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.autoencoders.vae import DecoderOutput
+from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
 
@@ -155,7 +156,7 @@ class FlowMatchingVAE(AutoencoderKL):
         self,
         z: Tensor,
         return_dict: bool = True,
-        generator: torch.Generator | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
         steps: int | None = None,
     ) -> DecoderOutput | tuple[Tensor]:
         """Return the images of raw latents, (N, c, h, w): (N, C, H, W), nominally in [-1, 1].
@@ -163,8 +164,8 @@ class FlowMatchingVAE(AutoencoderKL):
         Args:
             z: The latents.
             return_dict: Whether to return a DecoderOutput or a tuple.
-            generator: Draws noise for each image; None takes the same noise for all, that of seed 0, so that an image
-                depends on its latent alone.
+            generator: Draws noise for each image; a list has one for each of them. None takes the same noise for all,
+                that of seed 0, so that an image depends on its latent alone.
             steps: Euler steps; None takes `sampling_steps` of the config.
         """
         factor = 2 ** (len(self.config.block_out_channels) - 1)
@@ -172,7 +173,7 @@ class FlowMatchingVAE(AutoencoderKL):
         if generator is None:  # on the CPU, so that devices agree
             noise = torch.randn(1, *shape, generator=torch.Generator().manual_seed(0)).expand(len(z), -1, -1, -1)
         else:
-            noise = torch.randn(len(z), *shape, generator=generator, device=generator.device)
+            noise = randn_tensor((len(z), *shape), generator=generator, device=z.device)
         count = int(self.config.sampling_steps if steps is None else steps)
         image = self.carried(z, noise.to(z.device), count).to(z.dtype)
         return DecoderOutput(sample=image) if return_dict else (image,)

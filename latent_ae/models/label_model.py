@@ -114,9 +114,6 @@ def _log_density(x: Tensor, mean: Tensor, logvar: Tensor) -> Tensor:
     return -0.5 * ((x - mean).square() * torch.exp(-logvar) + logvar + math.log(2 * math.pi)).sum(-1)
 
 
-def stored_label_model(export: str | Path) -> LabelModel | None:
-    """Return the label model of an export, or of the export of a run; None if it has none.
-
-    Raises UserError if it is bad.
-    """
-    return stored_companion(LabelModel, FOLDER, export)
+def stored_label_model(export: str | Path, revision: str | None = None) -> LabelModel | None:
+    """Return the label model of an export; None if it has none. Arguments and errors: `stored_companion`."""
+    return stored_companion(LabelModel, FOLDER, export, revision)

@@ -8,6 +8,7 @@ reconstructions = stage.decode(encoded.mean)
 import copy
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ from latent_ae.arithmetic import lay_out
 from latent_ae.config import UserError, looks_like_path
 from latent_ae.models.borrowed_encoder import FOLDER, borrow_, borrowed_encoder, borrowed_parameters, encodes_nothing
 from latent_ae.models.encoder_digest import encoder_sha256
+from latent_ae.models.hub import file_on_hub, subfolder_on_hub
+from latent_ae.models.likelihood import FILE as LIKELIHOOD
 from latent_ae.models.likelihood import Likelihood, read_likelihood
 from latent_ae.models.posterior import draw, moments_of
 from latent_ae.models.registry import FAMILIES, Family, class_of, config_of, family_name, family_of, untrained
@@ -33,6 +36,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # subfolders in which pipelines keep their first stage
 PIPELINE_FOLDERS = ("vae", "vqvae", "movq")
 EMA_FOLDERS = ("{}_ema", "ema")
+FROM_CONFIG = re.compile(r".*num_batches_tracked|_latents_mean|_latents_std|encoder_mean|encoder_std")
+"""Tensors of diffusers' classes that follow from the config or have no effect; files need not hold them."""
 CPU_BATCH_PX = 256 * 256
 """Pixels of all images of a batch on a CPU: the allocator returns the memory of larger feature maps to the system after
 each layer and requests it again for the next, which takes a fifth of the time and twice the memory."""
@@ -316,7 +321,11 @@ def load_first_stage(
         variant = variant or ("non_ema" if ema is False else None)
     model = _from_pretrained(resolved, location, subfolder, revision, variant)
     words = [text for text in (variant and f"variant {variant}", subfolder and f"subfolder {subfolder}") if text]
-    likelihood = read_likelihood(Path(resolved) / (subfolder or "")) if folder.exists() else None
+    holds = Path(resolved) / (subfolder or "")
+    if not folder.exists():
+        stored = file_on_hub(resolved, f"{subfolder}/{LIKELIHOOD}" if subfolder else LIKELIHOOD, revision)
+        holds = stored.parent if stored else holds
+    likelihood = read_likelihood(holds)
     weights = ", ".join(words) or "as stored"
     return first_stage(model, location=location, weights=weights, dtype=dtype, likelihood=likelihood)
 
@@ -372,12 +381,12 @@ def _from_pretrained(
     base = diffusers.AutoencoderKL
     try:
         if subfolder is None and not Path(resolved).exists():
-            subfolder = _subfolder_on_hub(resolved, revision)
+            subfolder = subfolder_on_hub(resolved, PIPELINE_FOLDERS, revision)
         name = base.load_config(resolved, subfolder=subfolder, revision=revision).get("_class_name", "AutoencoderKL")
         if name not in FAMILIES:
             raise UserError(f"{location} holds a {name}, which is not a first stage known here: {', '.join(FAMILIES)}")
-        model = class_of(name).from_pretrained(
-            resolved, subfolder=subfolder, revision=revision, variant=variant, torch_dtype=torch.float32
+        model = whole_model(
+            class_of(name), resolved, subfolder=subfolder, revision=revision, variant=variant, torch_dtype=torch.float32
         )
         borrow_(model, lambda: _borrowed_from(resolved, location, subfolder, revision))
         return model
@@ -388,26 +397,26 @@ def _from_pretrained(
         raise UserError(f"cannot load a first stage from {location}: {reason}") from error
 
 
-def _subfolder_on_hub(repository: str, revision: str | None) -> str | None:
-    """Return the subfolder of a pipeline's first stage; None if the repository is the model itself."""
-    from huggingface_hub import file_exists, try_to_load_from_cache
+def whole_model(kind: Any, location: str | Path, **words: Any) -> nn.Module:
+    """Load a model with its `from_pretrained`, which by itself makes up weights that the files lack.
 
-    places = [None, *PIPELINE_FOLDERS]
-    files = [f"{place}/config.json" if place else "config.json" for place in places]
-    for place, file in zip(places, files, strict=True):  # files that were downloaded before need no network
-        if isinstance(try_to_load_from_cache(repository, file, revision=revision), str):
-            return place
-    try:
-        for place, file in zip(places, files, strict=True):
-            if file_exists(repository, file, revision=revision):
-                return place
-    except Exception as error:  # no network, offline mode, no permission, no such repository
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"{repository} is neither a folder here (from {Path.cwd()}) nor in the hub's cache, and the hub cannot be "
-            f"asked ({reason}). Give a folder, or download it on a machine with a network and set HF_HOME to its cache"
-        ) from error
-    raise UserError(f"{repository}: neither a config.json nor one in {', '.join(PIPELINE_FOLDERS)}: no first stage")
+    Args:
+        kind: The class, a ModelMixin.
+        location: Its folder or hub id.
+        **words: Further arguments of `from_pretrained`.
+
+    Raises:
+        ValueError: If weights are missing.
+        Exception: What diffusers raises for files that cannot be read.
+    """
+    model, loaded = kind.from_pretrained(location, output_loading_info=True, **words)
+    # those that follow from the config, or have no effect
+    missing = [key for key in loaded["missing_keys"] if not FROM_CONFIG.fullmatch(key)]
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise ValueError(f"its files lack the weights {missing[0]}{more}, which its config.json asks for")
+    whole: nn.Module = model
+    return whole
 
 
 def _load_checkpoint(folder: Path, location: str, ema: bool | None, dtype: Dtype) -> FirstStage:

@@ -100,6 +100,8 @@ class ModelFacts(NamedTuple):
     """Likelihood whose parameters the decoder gives besides the image, as in `family.Family`."""
     channel_keys: tuple[str, ...] = ()
     """Settings that give the number of `channels`; empty for an existing first stage, which keeps its own."""
+    rescaled: bool = False
+    """Whether its export encodes into other latents than those of the training, each value of which is scaled."""
 
     @property
     def random(self) -> bool:

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from latent_ae.config import SWITCH, Fraction, Problem, Settings
 from latent_ae.models.settings import ModelFacts
-from latent_ae.objectives.base import GradientBalance, Objective, Pass, RunFacts
+from latent_ae.objectives.balance import GradientBalance
+from latent_ae.objectives.base import Objective, Pass, RunFacts
 from latent_ae.pretrained.frozen import folder_problems
 from latent_ae.pretrained.vision import VisionModel
 

@@ -9,7 +9,8 @@ from torch import Tensor
 from latent_ae.config import Decay, Problem, Settings
 from latent_ae.models.quantize import Codes
 from latent_ae.models.settings import ModelFacts
-from latent_ae.objectives.base import Objective, Pass, RunFacts, codebook_problems
+from latent_ae.objectives.base import Objective, Pass, RunFacts
+from latent_ae.objectives.codebook import codebook_problems
 
 if TYPE_CHECKING:  # brings diffusers
     from latent_ae.models.reconstruct import Reconstructor

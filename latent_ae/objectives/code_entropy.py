@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from latent_ae.config import Problem, Settings, Weight
 from latent_ae.models.settings import ModelFacts
-from latent_ae.objectives.base import Objective, Pass, RunFacts, codebook_problems
+from latent_ae.objectives.base import Objective, Pass, RunFacts
+from latent_ae.objectives.codebook import codebook_problems
 
 SMOOTHING = 0.9
 """Fraction of the previous value that the mean assignment keeps in each step."""

@@ -5,7 +5,8 @@ from typing import Literal
 
 from latent_ae.config import Problem, Settings
 from latent_ae.models.settings import ModelFacts
-from latent_ae.objectives.base import Batch, Objective, RunFacts, codebook_problems
+from latent_ae.objectives.base import Batch, Objective, RunFacts
+from latent_ae.objectives.codebook import codebook_problems
 
 
 class CodeGradientSettings(Settings):

@@ -61,8 +61,9 @@ class Codebook(Objective[CodebookSettings]):
         self.candidates: list[Tensor] = []
         """Latents as which dead codes of each level may restart, (positions, channels)."""
         if sizes:
-            # steps since each code was last used; at the start every code counts as dead, so it begins as a latent
-            self.register_buffer("code_age", torch.full((sum(sizes),), float(own.revive_after)))
+            # steps since each code was last used; a fresh one counts as dead, so it begins as a latent
+            age = 0.0 if run.existing else float(own.revive_after)
+            self.register_buffer("code_age", torch.full((sum(sizes),), age))
 
     @classmethod
     def problems(cls, own: CodebookSettings, run: RunFacts, model: ModelFacts | None) -> Iterator[Problem]:
@@ -188,3 +189,23 @@ def perplexity(counts: Tensor) -> Tensor:
     """
     frequencies = counts / counts.sum().clamp(min=1.0)
     return torch.exp(torch.special.entr(frequencies).sum())
+
+
+def codebook_problems(
+    key: str, off: str, run: RunFacts, model: ModelFacts | None, moves_codes: bool = True
+) -> Iterator[Problem]:
+    """Yield why a setting of a codebook does not go with the autoencoder or with what is trained.
+
+    Args:
+        key: The full key of the setting, which is on.
+        off: Its value that turns it off.
+        run: Facts of the run.
+        model: Facts of the autoencoder; None before they are known.
+        moves_codes: Whether it changes codes; otherwise it only changes what reaches the encoder.
+    """
+    if model is not None and model.no_codebook:
+        yield Problem(key, model.no_codebook)
+    elif moves_codes and "codes" in run.fixed_ends:
+        yield Problem(key, f"changes codes, which train leaves fixed: set it to {off}")
+    elif run.train == "decoder":
+        yield Problem(key, f"is for encoder and codes, which train leaves fixed: set it to {off}")

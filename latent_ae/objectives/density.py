@@ -61,6 +61,12 @@ class DensityObjective(Objective[DensitySettings]):
                 "density.components",
                 f"takes the mean of each latent channel over one grid, and {model.name} has several: leave it out",
             )
+        if model is not None and model.rescaled:
+            yield Problem(
+                "density.components",
+                f"learns the latents of the training, and the export of {model.name} scales each of their values: "
+                "leave it out",
+            )
 
     @classmethod
     def build(

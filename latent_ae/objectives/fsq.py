@@ -10,7 +10,8 @@ from pydantic import Field
 from latent_ae.config import Problem, Settings
 from latent_ae.models import fsq
 from latent_ae.models.settings import ModelFacts
-from latent_ae.objectives.base import Batch, Objective, RunFacts, codebook_problems
+from latent_ae.objectives.base import Batch, Objective, RunFacts
+from latent_ae.objectives.codebook import codebook_problems
 
 MOST_CODES = 2**20
 """Size of the largest codebook; its distances to every position are computed."""

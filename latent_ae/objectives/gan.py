@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -28,7 +27,15 @@ from latent_ae.models.dino_discriminator import DinoDiscriminator
 from latent_ae.models.discriminator import Discriminator
 from latent_ae.models.discriminators import NETWORKS, discriminator_weights
 from latent_ae.models.settings import ModelFacts
-from latent_ae.objectives.base import GradientBalance, Objective, Pass, RunFacts, recent_means
+from latent_ae.objectives.adversarial_losses import (
+    AdversarialLoss,
+    discriminator_loss,
+    generator_loss,
+    lecam_loss,
+    r1_penalty,
+)
+from latent_ae.objectives.balance import GradientBalance
+from latent_ae.objectives.base import Objective, Pass, RunFacts, recent_means
 from latent_ae.objectives.diffaug import NUMBERS, augment
 from latent_ae.objectives.replay import Replay
 from latent_ae.pretrained.frozen import folder_problems
@@ -37,7 +44,6 @@ from latent_ae.pretrained.vision import VisionModel, vision_shape
 if TYPE_CHECKING:  # brings diffusers
     from latent_ae.models.reconstruct import Reconstructor
 
-AdversarialLoss = Literal["hinge", "vanilla", "non_saturating"]
 LECAM_DECAY = 0.99
 SURE, BLIND = 0.97, 0.53
 """Accuracy above which the discriminator has won, and below which it distinguishes nothing."""
@@ -504,57 +510,3 @@ def phase_at(step: int, own: GanSettings) -> Phase:
     since = step - own.felt_from
     r1 = own.r1 * own.r1_every if (step - own.start) % own.r1_every == 0 else 0.0
     return Phase(True, own.weight * min(1.0, max(0, since + 1) / (own.warmup + 1)), r1)
-
-
-def generator_loss(kind: AdversarialLoss, fake_logits: Tensor) -> Tensor:
-    """Return the loss that the autoencoder minimises, mean over logits.
-
-    Args:
-        kind: hinge: -D(fake) (Lim and Ye 2017). vanilla: -D(fake) too, as in taming-transformers and latent diffusion,
-            where the word names the discriminator's loss. non_saturating: softplus(-D(fake)) (Goodfellow et al. 2014,
-            section 3).
-        fake_logits: Logits of reconstructions, of any shape.
-    """
-    return F.softplus(-fake_logits).mean() if kind == "non_saturating" else -fake_logits.mean()
-
-
-def discriminator_loss(kind: AdversarialLoss, real_logits: Tensor, fake_logits: Tensor) -> Tensor:
-    """Return the loss that the discriminator minimises: half the sum of the means over real and fake logits.
-
-    Args:
-        kind: hinge: relu(1 - D(real)), relu(1 + D(fake)). vanilla and non_saturating: the cross entropy
-            softplus(-D(real)), softplus(D(fake)). As in latent diffusion.
-        real_logits: Logits of real images, of any shape.
-        fake_logits: Logits of reconstructions.
-    """
-    if kind == "hinge":
-        return 0.5 * (F.relu(1.0 - real_logits).mean() + F.relu(1.0 + fake_logits).mean())
-    return 0.5 * (F.softplus(-real_logits).mean() + F.softplus(fake_logits).mean())
-
-
-def r1_penalty(real_logits: Tensor, images: Tensor) -> Tensor:
-    """Return half the squared gradient norm of D at real images, mean over samples (Mescheder et al. 2018, eq. 9).
-
-    The D of a sample is the mean of its patches' logits, so that the penalty does not grow with the number of patches.
-
-    Args:
-        real_logits: (N, ...) logits computed from `images`.
-        images: (N, C, H, W) that require a gradient.
-    """
-    total = real_logits.flatten(1).mean(1).sum()
-    (gradient,) = torch.autograd.grad(total, images, create_graph=True)
-    return 0.5 * gradient.square().flatten(1).sum(1).mean()
-
-
-def lecam_loss(real_logits: Tensor, fake_logits: Tensor, real_average: Tensor, fake_average: Tensor) -> Tensor:
-    """Return LeCam's regularisation (Tseng et al. 2021, eq. 4): logits are drawn to the other side's running average.
-
-    With relu, as in the authors' code and in successors of taming: only logits beyond that average are penalised.
-
-    Args:
-        real_logits: Logits of real images, of any shape.
-        fake_logits: Logits of reconstructions.
-        real_average: Running average of the logits of real images, a scalar.
-        fake_average: The same of reconstructions.
-    """
-    return F.relu(real_logits - fake_average).square().mean() + F.relu(real_average - fake_logits).square().mean()

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from latent_ae.config import FIXED, NonNegative, Positive, Problem, Settings, Weight
 from latent_ae.data.rng import style_noise
 from latent_ae.models.settings import ModelFacts
-from latent_ae.objectives.base import Objective, Pass, RunFacts, smooth_
+from latent_ae.objectives.balance import smooth_
+from latent_ae.objectives.base import Objective, Pass, RunFacts
 
 if TYPE_CHECKING:  # brings diffusers
     from latent_ae.models.label_model import LabelModel
@@ -111,6 +112,12 @@ class SemiSupervised(Objective[SemiSupervisedSettings]):
             yield Problem("semi_supervised.weight", "is for the encoder, which train leaves fixed: set it to 0")
         if model is None:
             return
+        if model.rescaled:
+            yield Problem(
+                key,
+                f"learns the latents of the training, and the export of {model.name} scales each of their values: "
+                "leave it out",
+            )
         if own.weight and model.latent != "posterior":
             yield Problem(
                 "semi_supervised.weight",

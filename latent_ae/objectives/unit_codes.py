@@ -9,7 +9,8 @@ from torch import Tensor
 
 from latent_ae.config import Problem, Settings
 from latent_ae.models.settings import ModelFacts
-from latent_ae.objectives.base import Batch, Objective, RunFacts, codebook_problems
+from latent_ae.objectives.base import Batch, Objective, RunFacts
+from latent_ae.objectives.codebook import codebook_problems
 
 if TYPE_CHECKING:  # brings diffusers
     from latent_ae.models.reconstruct import Reconstructor

@@ -123,9 +123,9 @@ def tensors_sha256(tensors: dict[str, torch.Tensor]) -> str:
     """Return the sha256 over names, types, shapes and bytes of CPU tensors, in the order of their names."""
     digest = hashlib.sha256()
     for key in sorted(tensors):
-        array = np.ascontiguousarray(tensors[key].numpy())
-        digest.update(f"{key} {array.dtype} {array.shape};".encode())
-        digest.update(array.data)
+        tensor = tensors[key].contiguous()
+        digest.update(f"{key} {str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape) or (1,)};".encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy().data)  # NumPy has no bfloat16
     return digest.hexdigest()
 
 

@@ -339,6 +339,15 @@ def test_held_out_images_are_the_same_pixels_every_time_on_any_number_of_ranks(n
     uncropped = held_out_images(source, settings, channels=1, crop_px=None, multiple_of=4)
     shapes = {tuple(image.shape) for _, _, image in uncropped}
     assert shapes == {(1, (20 + i) // 4 * 4, (31 - i) // 4 * 4) for i in range(11)}
+    # of a model of another factor they are other images, unless both take the whole sides
+    digests = [
+        {item.index: (item.digest, item.image.shape) for item in whole.items() if item.image is not None}
+        for whole in (uncropped, held_out_images(source, settings, channels=1, crop_px=None, multiple_of=2))
+    ]
+    for index, (digest, shape) in digests[0].items():
+        assert (digest == digests[1][index][0]) == (shape == digests[1][index][1]), index
+    cropped = held_out_images(source, settings, channels=1, crop_px=4, multiple_of=4).items()
+    assert {item.digest for item in cropped} == {digest.partition("-")[0] for digest, _ in digests[0].values()}
     with pytest.raises(UserError, match="multiple of 3"):
         HeldOutImages(source, settings, 3, Framing(crop_px=8), 3)
 
@@ -718,7 +727,7 @@ def test_crops_of_a_stream_are_functions_of_the_sample_number(shards: Path, tmp_
 @pytest.mark.parametrize("shuffle_buffer", [1, 8, 100])
 def test_a_stream_goes_on_as_if_it_had_never_stopped(shards: Path, workers: int, shuffle_buffer: int) -> None:
     whole = streamed(shards, 60, workers=workers, shuffle_buffer=shuffle_buffer)
-    for taken in (2, 4, 22, 24, 26, 50):
+    for taken in (2, 3, 4, 22, 23, 24, 26, 50):
         state = json.loads(json.dumps(whole[taken - 1].stream_state))
         after = streamed(
             shards, 10, workers=workers, shuffle_buffer=shuffle_buffer, first_batch=taken, stream_state=state

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import datasets
@@ -78,6 +79,7 @@ def test_scores_thresholds_and_rates_of_a_known_first_stage(grays, tmp_path):
 def test_normal_images_are_those_of_the_normal_class(grays):
     settings = QUICK.model_copy(update={"normal": str(grays / "test"), "normal_class": 1})  # good
     result = find_anomalies(nothing, grays / "test", settings)
+    assert any(note.startswith("4 of the images are among the normal ones") for note in result["notes"])
     assert result["normal"]["thresholds_from"] == 4
     assert result["thresholds"]["pixel_mean"] == pytest.approx((220 / 127.5 - 1) ** 2, rel=1e-5)
 
@@ -138,6 +140,17 @@ def test_unreadable_images_are_skipped_up_to_a_fraction(grays, tmp_path):
     assert result["data"]["num_images"] == 3 and result["data"]["skipped"][0].startswith("damaged.png: ")
     with pytest.raises(UserError, match="max_bad_fraction"):
         find_anomalies(nothing, tmp_path / "data", QUICK)
+
+
+def test_normal_images_are_the_same_whether_some_of_them_fit_an_elbo_or_not(grays, tmp_path):
+    """So that models with and without a posterior can be compared, and one damaged image of ten is one in ten."""
+    normal = shutil.copytree(grays / "normal", tmp_path / "normal")
+    (normal / "damaged.png").write_bytes(b"no image")
+    settings = QUICK.model_copy(update={"normal": str(normal), "max_bad_fraction": 0.1, "crop_px": 16})
+    results = [find_anomalies(model, grays / "test", settings) for model in (nothing, tiny_autoencoder().eval())]
+    assert [result["normal"]["variance_from"] > 0 for result in results] == [False, True]
+    assert results[0]["normal"]["fingerprint"] == results[1]["normal"]["fingerprint"]
+    assert not any("among the normal ones" in note for result in results for note in result["notes"])
 
 
 def test_too_few_normal_images_give_no_threshold(grays):

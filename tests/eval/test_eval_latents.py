@@ -141,6 +141,12 @@ def test_lpips_is_that_of_noised_images(photos, lpips_vgg):
     assert found[1] > found[0] + 0.05
 
 
+def test_images_that_are_too_small_for_lpips_get_a_note(photos):
+    result = evaluate_latents(linear(), photos, settings_with(lpips="alex", num_decoded=2, crop_px=16))
+    assert "LPIPS is missing: lpips=alex needs sides of 31 px" in result["notes"]
+    assert all("lpips_alex" not in row and row["psnr"] > 10 for row in result["health"]["noise"])
+
+
 def shifted(convolution: torch.nn.Conv2d, by: int = 1) -> None:
     """What it reads is shifted by a pixel, up and to the left; -1 shifts it back."""
     with torch.no_grad():

@@ -24,6 +24,7 @@ from latent_ae.models.build import build_autoencoder
 from latent_ae.models.likelihood import Likelihood
 from latent_ae.models.posterior import Drawn, draw
 from latent_ae.models.settings import ModelSettings
+from latent_ae_eval.compare.measure import PAIRED, compare
 from latent_ae_eval.likelihood.measure import measure_likelihood
 from latent_ae_eval.likelihood.settings import LikelihoodSettings
 
@@ -307,6 +308,15 @@ def test_levels_are_told_apart(images: Path, tmp_path: Path) -> None:
     expected = rates[:, 0].sum((1, 2)).mean() + noise.sum((2, 3)).mean()
     assert levels[0] == pytest.approx(expected.item(), rel=1e-4)
     assert "rate_levels" not in known["metrics"] and "rate of level 2" in (tmp_path / "levels/report.html").read_text()
+    # of the same images, and so compared image by image
+    (row,) = [
+        row
+        for row in compare([tmp_path / "levels", tmp_path / "plain"])["differences"]
+        if (row["part"], row["metric"]) == ("elbo", "bits_per_dimension")
+    ]
+    assert row["method"] == PAIRED
+    bits = [found["metrics"]["elbo"]["bits_per_dimension"]["mean"] for found in (found, known)]
+    assert row["difference"] == pytest.approx(bits[1] - bits[0], rel=1e-6)
 
 
 @pytest.mark.parametrize("kind, discretised", [("gaussian", False), ("gaussian", True), ("logistic", True)])
@@ -348,8 +358,9 @@ def test_the_likelihood_of_the_training_is_taken(model: str, photos: str, tmp_pa
     with pytest.raises(UserError, match="scale: .* bernoulli"):
         measure_likelihood(tmp_path / "export", photos, settings.model_copy(update={"scale": 0.1}))
     # without one: a fitted gaussian
-    found = measure_likelihood(model, photos, settings)["likelihood"]
-    assert (found["kind"], found["scale_from"]) == ("gaussian", "fitted")
+    result = measure_likelihood(model, photos, settings)
+    assert (result["likelihood"]["kind"], result["likelihood"]["scale_from"]) == ("gaussian", "fitted")
+    assert any("no likelihood.json lies beside" in note for note in result["notes"])
 
 
 def test_the_command(model: str, photos: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -83,6 +83,21 @@ def test_the_interval_of_a_kernel_distance_has_about_the_right_width():
     assert 0.75 < np.mean(halves) / (1.96 * np.std(values)) < 1.5
 
 
+def test_the_interval_of_a_distance_over_subsets_holds_its_expectation(tmp_path):
+    """Subsets of originals and of reconstructions are of different images, which adds noise of its own."""
+    rng, inside = np.random.default_rng(0), 0
+    draw = lambda count: (x := rng.normal(size=(count, 8)), x + 0.1 * rng.normal(size=x.shape))  # noqa: E731
+    truth = np.mean([squared_mmd(*draw(200)) for _ in range(300)])
+    for number in range(60):
+        files = FeatureFile(tmp_path / f"{number}a.f32"), FeatureFile(tmp_path / f"{number}b.f32")
+        for file, values in zip(files, draw(200), strict=True):
+            file.append(values.astype(np.float32))
+        value, (low, high) = kernel(*files, subset_size=20)
+        assert value == pytest.approx((low + high) / 2)
+        inside += low < truth < high
+    assert inside >= 50  # 57 on average, and 22 by the jackknife alone
+
+
 def test_a_shard_of_another_evaluation_or_a_changed_one_is_never_taken(tmp_path):
     shard = Shard([{"index": 3, "name": "a"}], ["b: torn"], {"vgg16.input": torch.ones(1, 4)})
     one, other = WorkFolder(tmp_path / "work", {"seed": 0}), WorkFolder(tmp_path / "work", {"seed": 1})

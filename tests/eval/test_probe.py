@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from PIL import Image
 from scipy.optimize import minimize
 from scipy.special import logsumexp
@@ -17,6 +18,7 @@ from scipy.special import logsumexp
 from latent_ae.__main__ import main
 from latent_ae.config import UserError
 from latent_ae.data.labels import PROBE_SEED, few_labels
+from latent_ae_eval.job import evaluate
 from latent_ae_eval.probe.classifiers import logistic_regression, nearest
 from latent_ae_eval.probe.features import add_components
 from latent_ae_eval.probe.measure import _draws, probe
@@ -231,6 +233,17 @@ def test_folders_are_classes_and_part_of_them_is_tested_on(model, tmp_path):
 def test_mistakes_are_named(model, tables, tmp_path, capsys, words, complaint):
     assert main(["eval", "probe", model, tables, "--out", str(tmp_path), *words]) == 2
     assert complaint in capsys.readouterr().err
+
+
+def test_latents_that_are_not_finite_are_refused(model, tables, photos):
+    """Of this job and the others that compute with latents."""
+    broken = AutoencoderKL.from_pretrained(model)
+    broken.quant_conv.bias.data.fill_(torch.nan)
+    framing = {"crop_px": 8, "resize_px": None, "num_workers": 0}
+    labelled = {"label_column": "shade", "labels_per_class": (5,), "draws": 2}
+    for job, data, more in (("probe", tables, labelled), ("factors", tables, {}), ("interpolate", photos, {})):
+        with pytest.raises(UserError, match="AutoencoderKL encodes .* to numbers that are not finite"):
+            evaluate(job, broken, data, **framing, **more)
 
 
 @pytest.mark.parametrize("train, test", [((8,), (12,)), ((8,), (8, 12))])

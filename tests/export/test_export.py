@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import re
 import subprocess
 from pathlib import Path
 
@@ -70,7 +71,7 @@ def exported(tmp_path_factory):
     # an older export to replace
     autoencoder.save_pretrained(folder)
     autoencoder.register_to_config(_name_or_path=str(folder))
-    (folder / "stale.bin").write_text("of the older export")
+    (folder / "diffusion_pytorch_model.bin").write_text("of the older export")
     before = copy.deepcopy(autoencoder.state_dict()), dict(autoencoder.config), torch.get_rng_state()
     facts = write(autoencoder, folder)
     return autoencoder, folder, facts, before
@@ -240,6 +241,18 @@ def test_an_export_that_fails_leaves_the_older_one_whole(exported):
         write(broken, folder)
     assert snapshot(folder) == before
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+
+
+@pytest.mark.parametrize("foreign", [".gitattributes", "optimizer.pt", "photo of a holiday.jpg"])
+def test_a_folder_that_holds_more_than_an_export_is_not_replaced(tmp_path, foreign):
+    """A clone, a checkpoint or a folder of one's own may have a config.json, too."""
+    folder = tmp_path / "export"
+    write(tiny_autoencoder(), folder)
+    (folder / foreign).write_text("of the user")
+    before = snapshot(folder)
+    with pytest.raises(UserError, match=f"holds {re.escape(foreign)}, which no export has"):
+        write(tiny_autoencoder(1), folder)
+    assert snapshot(folder) == before
 
 
 def test_a_last_rename_that_fails_undoes_the_first(tmp_path):

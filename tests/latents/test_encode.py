@@ -256,9 +256,10 @@ def test_unreadable_images_are_left_out_named_and_bounded(model, photos, tmp_pat
 
 
 @pytest.mark.parametrize("name", [name for name in TRAINED if name != "AutoencoderKL"])
-def test_every_class_of_first_stage_is_encoded(name, photos, tmp_path):
+def test_every_class_of_first_stage_is_encoded(name, photos, tmp_path, capsys):
     vae = tiny(name).eval()
     manifest = encode_images(vae, photos, tmp_path / "out", SETTINGS.model_copy(update={"resolution": 32}))
+    assert ("by the statistics in its batch norm" in capsys.readouterr().err) == (name == "AutoencoderKLFlux2")
     latents, has_posterior = open_latents(tmp_path / "out"), FAMILIES[name].latent == "posterior"
     assert latents.has_posterior == has_posterior == ("logvar_flip" in latents.dataset.column_names)
     assert ("before quantisation" in manifest["latent"]["kind"]) == (name == "VQModel")

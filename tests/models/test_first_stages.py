@@ -12,9 +12,12 @@ from diffusers import (
     AutoencoderKL,
     UNet2DModel,
 )
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from latent_ae.config import UserError
+from latent_ae.models.density import Density, stored_density
+from latent_ae.models.label_model import stored_label_model
+from latent_ae.models.likelihood import Likelihood
 from latent_ae.models.loading import first_stage, load, load_first_stage
 from latent_ae.models.registry import FAMILIES, OWN
 from latent_ae.models.settings import Kind
@@ -183,6 +186,10 @@ def test_what_is_none_gets_a_message(tmp_path):
                 norm_num_groups=4, layers_per_block=1).save_pretrained(tmp_path / "unet")  # fmt: skip
     tiny("AutoencoderKL").save_pretrained(tmp_path / "cut")
     (tmp_path / "cut/diffusion_pytorch_model.safetensors").write_bytes(b"cut short")
+    tiny("AutoencoderKL").save_pretrained(tmp_path / "lacking")
+    weights = load_file(tmp_path / "lacking/diffusion_pytorch_model.safetensors")
+    part = {name: tensor for name, tensor in weights.items() if not name.startswith("decoder.conv_in")}
+    save_file(part, tmp_path / "lacking/diffusion_pytorch_model.safetensors")
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign/config.json").write_text(json.dumps({"_class_name": "LlamaModel"}))
     for place, message in (
@@ -190,6 +197,7 @@ def test_what_is_none_gets_a_message(tmp_path):
         ("empty", "no config.json"),
         ("unet", "holds a UNet2DModel, which is not a first stage known here: AutoencoderKL, "),
         ("cut", "cannot load a first stage"),
+        ("lacking", r"its files lack the weights decoder.conv_in.\w+ and 1 more, which its config.json asks for"),
         ("foreign", "holds a LlamaModel"),
     ):
         with pytest.raises(UserError, match=message):
@@ -198,6 +206,31 @@ def test_what_is_none_gets_a_message(tmp_path):
         first_stage(3)
     with pytest.raises(UserError, match="3 channels and gives 1"):
         first_stage(AutoencoderKL(in_channels=3, out_channels=1))
+
+
+def test_an_export_on_the_hub_brings_what_it_holds(tmp_path, monkeypatch):
+    """From the hub's cache, without a network."""
+    repository = tmp_path / "models--user--vae"
+    commit = "0123456789" * 4
+    snapshot = repository / "snapshots" / commit
+    tiny("AutoencoderKL").save_pretrained(snapshot)
+    (snapshot / "likelihood.json").write_text(json.dumps({"kind": "logistic", "scale": 0.25}))
+    density = Density(2, 4)
+    density.save_pretrained(snapshot / "density")
+    (repository / "refs").mkdir()
+    (repository / "refs/main").write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    stage = load_first_stage("user/vae")
+    assert stage.sha256 == first_stage(tiny("AutoencoderKL")).sha256
+    assert stage.likelihood == Likelihood("logistic", 0.25)
+    stored = stored_density("user/vae")
+    assert stored is not None
+    assert all(torch.equal(tensor, stored.state_dict()[name]) for name, tensor in density.state_dict().items())
+    assert stored_label_model("user/vae") is None and stored_density("user/other") is None
+    (snapshot / "density/config.json").write_text('{"components": "two"}')
+    with pytest.raises(UserError, match="user/vae: its Density cannot be loaded"):
+        stored_density("user/vae")
 
 
 def test_a_dtype_that_a_layer_does_not_have_ends_in_one_message():

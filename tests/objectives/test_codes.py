@@ -124,6 +124,20 @@ def test_a_running_mean_restarts_as_a_latent_and_goes_on_from_there() -> None:
     assert (moved[restarted] < 1).all() and len(step.optimizers.autoencoder.state) == before
 
 
+def test_trained_codes_do_not_restart_at_once(tmp_path: Path) -> None:
+    """Fresh ones that the first step does not use do; those of init_from have not been unused for any step."""
+    fresh = settings_of({}, optim={"lr": 1e-30}).model_copy(update={"train": "all"})
+    fresh = fresh.model_copy(update={"loss": fresh.loss.model_copy(update={"revive_after": 2})})
+    step = build_step(fresh)
+    step.bare_reconstructor.autoencoder.save_pretrained(tmp_path / "trained")
+    trained = build_step(fresh.model_copy(update={"init_from": str(tmp_path / "trained")}))
+    for one, changed in ((step, [True, False, False]), (trained, [False, False, True])):
+        for number, expected in enumerate(changed):
+            before = codes_of(one)
+            take(one, number)
+            assert torch.allclose(codes_of(one), before) != expected, (number, expected)
+
+
 def textbook_penalty(latents: Tensor, codebook: Tensor, temperature: float) -> Tensor:
     """LlamaGen's, by explicit distances and autograd through both terms."""
     distances = (latents[:, None] - codebook).square().sum(2)

@@ -14,7 +14,10 @@ from latent_ae.__main__ import main
 from latent_ae.config import UserError, load_settings
 from latent_ae.data.images import to_tensor
 from latent_ae.data.transforms import center_crop
+from latent_ae.models.build import facts_of
 from latent_ae.models.density import FIRST, FLOOR, Density, reconstruction_features, stored_density
+from latent_ae.objectives.density import DensityObjective, DensitySettings
+from latent_ae.objectives.semi_supervised import SemiSupervised, SemiSupervisedSettings
 from latent_ae_eval.anomaly.measure import find_anomalies
 from latent_ae_eval.anomaly.settings import AnomalySettings
 from latent_ae_train.settings import TrainSettings
@@ -205,3 +208,19 @@ def test_the_score_of_a_codebook_is_of_the_codes_as_in_training(pictures: Path, 
             vectors, reconstruction = vae.quantize(encoded)[0], vae.decode(encoded).sample
             energy = density(density.features(vectors, image, reconstruction)).item()
         assert row["density"] == pytest.approx(energy, rel=1e-3)
+
+
+def test_a_class_whose_export_scales_each_latent_value_is_refused() -> None:
+    """What learned the raw latents of an AutoencoderRAE would not know those of its export."""
+    fresh = tiny("AutoencoderRAE")
+    fresh.register_to_config(latents_mean=None, latents_std=None, scaling_factor=1.0)
+    run = settings_for().facts()
+    for kind, own in (
+        (DensityObjective, DensitySettings(components=2)),
+        (SemiSupervised, SemiSupervisedSettings(classes=2, weight=0)),
+    ):
+        (problem,) = kind.problems(own, run, facts_of(fresh))
+        assert "the export of this AutoencoderRAE scales each of their values" in problem.message
+        fresh.register_to_config(scaling_factor=2.0)  # as init_from brings it
+        assert list(kind.problems(own, run, facts_of(fresh))) == []
+        fresh.register_to_config(scaling_factor=1.0)

@@ -10,8 +10,9 @@ from torch.distributions import Normal, kl_divergence
 from latent_ae.models.discriminator import Blur
 from latent_ae.models.patch_discriminator import PatchDiscriminator
 from latent_ae.models.posterior import kl_per_dimension
-from latent_ae.objectives.base import Batch, adaptive_ratio
-from latent_ae.objectives.gan import discriminator_loss, generator_loss, lecam_loss, r1_penalty
+from latent_ae.objectives.adversarial_losses import discriminator_loss, generator_loss, lecam_loss, r1_penalty
+from latent_ae.objectives.balance import adaptive_ratio
+from latent_ae.objectives.base import Batch
 from latent_ae.objectives.kl import kl_loss
 from latent_ae.objectives.reconstruction import CHARBONNIER_EPS, every_nth, pixel_loss
 from tests.runs import SHAPES

@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -336,6 +337,16 @@ def test_stored_checksum_covers_names_shapes_and_bytes(world):
         read_checked(world.cached, world.trunk._replace(convs=(*CONVS, (6, 1, 5, 1))))
     renamed = {key.replace("features.0", "features.1"): value for key, value in world.tensors.items()}
     assert weight_files.tensors_sha256(renamed) != weight_files.tensors_sha256(world.tensors)
+
+
+def test_a_checksum_is_that_of_numpys_bytes_for_every_type():
+    one, count = torch.randn(2, 3).T, torch.tensor(5)
+    expected = hashlib.sha256(b"a float32 (3, 2);" + np.ascontiguousarray(one.numpy()).tobytes())
+    expected.update(b"b int64 (1,);" + count.numpy().tobytes())  # NumPy makes a number an array of one
+    assert weight_files.tensors_sha256({"b": count, "a": one}) == expected.hexdigest()
+    bf16 = torch.tensor([1.0, -2.0], dtype=torch.bfloat16)  # the upper halves of float32
+    expected = hashlib.sha256(b"a bfloat16 (2,);" + bytes([0x80, 0x3F, 0x00, 0xC0]))
+    assert weight_files.tensors_sha256({"a": bf16}) == expected.hexdigest()
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Which checkpoints stay, when the GAN is blamed, and that processes that drift apart are noticed."""
 
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -91,6 +92,12 @@ def test_too_little_room_is_said_before_the_first_step(
     assert main(words(pictures, tmp_path / "run")) == 2
     error = capsys.readouterr().err
     assert "has 100.0 kB free" in error and "checkpoint.keep" in error and "step 2/" not in error
+    # the discriminator's stored reconstructions are part of every checkpoint: 1,000 of 3 x 16 x 16 numbers and a latent
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage._replace(free=10**7))
+    assert main(words(pictures, tmp_path / "run", "gan.replay=1000", "--dry-run")) == 0
+    assert int(re.search(r"checkpoint: +(\d+) MB each", capsys.readouterr().out).group(1)) in (4, 5)
+    assert main(words(pictures, tmp_path / "run", "gan.replay=1000")) == 2
+    assert re.search(r"up to \d checkpoints of [45]\.\d MB", capsys.readouterr().err)
     monkeypatch.undo()
     assert main(words(pictures, tmp_path / "run", "steps=1")) == 0
     assert not list((tmp_path / "run").glob(".preflight*"))

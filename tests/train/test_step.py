@@ -9,13 +9,16 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from latent_ae.config import UserError
 from latent_ae.models.posterior import kl_per_dimension
+from latent_ae.objectives.adversarial_losses import generator_loss
 from latent_ae.objectives.diffaug import NUMBERS, augment
-from latent_ae.objectives.gan import generator_loss
 from latent_ae.objectives.kl import kl_loss
 from latent_ae.pretrained.lpips import LPIPS
+from latent_ae_train.checkpoint import refuse_bad_numbers
 from latent_ae_train.settings import TrainSettings
 from latent_ae_train.step import TrainStep
+from tests.runs import SHAPES
 from tests.tiny import (
     GAN,
     LATENT,
@@ -125,14 +128,14 @@ def test_one_pass_of_each_network_per_micro_batch(accumulation: int, lpips_vgg: 
 
 
 def test_nothing_is_computed_for_a_zero_weight(monkeypatch: pytest.MonkeyPatch, lpips_vgg: LPIPS) -> None:
-    from latent_ae.objectives import base, gan, kl, reconstruction
+    from latent_ae.objectives import balance, gan, kl, reconstruction
 
     used: list[str] = []
     terms = {
         **dict.fromkeys(("kl_loss", "free_bits_loss"), kl),
         "pixel_loss": reconstruction,
         **dict.fromkeys(("generator_loss", "discriminator_loss", "lecam_loss", "r1_penalty", "augment"), gan),
-        "adaptive_ratio": base,
+        "adaptive_ratio": balance,
     }
     for name, module in terms.items():
         original = getattr(module, name)
@@ -500,6 +503,34 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(what: str, kin
     step(3, micro_batches(3, settings))
     assert step.skipped_steps() == ([], 0)
     assert any(not torch.equal(state[key], now) for key, now in everything(step).items())
+
+
+def test_running_statistics_are_averaged_weights_too_and_stay_in_a_skipped_step() -> None:
+    """AutoencoderDC has batch normalisations, whose statistics are buffers and no weights."""
+    config = {**SHAPES["AutoencoderDC"], "decoder_norm_types": ["batch_norm", "rms_norm"]}
+    settings = settings_for(model={"kind": "AutoencoderDC", "config": config}, ema={"decay": 0.5})
+    step = build_step(settings)
+    latent = (4, SIDE // 2, SIDE // 2)
+
+    def statistics(network: torch.nn.Module) -> dict[str, torch.Tensor]:
+        return {name: buffer.clone() for name, buffer in network.named_buffers() if "running" in name}
+
+    fresh = statistics(step.ema.module)
+    assert fresh
+    for number in range(2):
+        step(number, micro_batches(number, settings, latent=latent))
+    trained = statistics(step.bare_reconstructor.autoencoder)
+    for name, value in statistics(step.ema.module).items():
+        assert torch.equal(value, trained[name]) and not torch.equal(value, fresh[name])
+    batches = [batch._replace(images=batch.images * torch.nan) for batch in micro_batches(2, settings, latent=latent)]
+    step(2, iter(batches))
+    assert step.skipped_steps() == ([2], 1)
+    for network in (step.bare_reconstructor.autoencoder, step.ema.module):
+        assert all(torch.equal(value, trained[name]) for name, value in statistics(network).items())
+    refuse_bad_numbers(step, 2)
+    next(step.bare_reconstructor.buffers()).fill_(torch.nan)
+    with pytest.raises(UserError, match=r"running_mean is not finite: training has diverged"):
+        refuse_bad_numbers(step, 2)
 
 
 @pytest.mark.parametrize("micro", [4, 2])

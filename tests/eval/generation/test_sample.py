@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -60,6 +61,25 @@ def test_samples_of_a_standard_normal_are_its_decoded_noise(model, tmp_path, cap
     assert np.abs(pixels(tmp_path / "b") - pixels(tmp_path / "a")).max() <= 1
     sample(model, settings=settings.model_copy(update={"seed": 4}), out=tmp_path / "c")
     assert np.abs(pixels(tmp_path / "c") - pixels(tmp_path / "a")).max() > 20
+
+
+@torch.no_grad()
+def test_samples_that_are_not_finite_are_left_out(tmp_path, monkeypatch):
+    """They would count as black images."""
+
+    class Overflows(AutoencoderKL):
+        def decode(self, z, **words):
+            out = super().decode(z, **words)
+            return replace(out, sample=torch.where(z.mean((1, 2, 3), keepdim=True) > 0, out.sample, torch.nan))
+
+    vae = Overflows(**TWO, latent_channels=4).eval()
+    expected = int((noise_of(20, (4, 8, 8)).mean((1, 2, 3)) > 0).sum())
+    settings = SampleSettings(**QUICK)
+    assert 0 < expected < 20 and sample(vae, settings=settings, out=tmp_path)["metrics"]["samples"]["n"] == expected
+    nothing = torch.full((1, 3, 16, 16), torch.nan)
+    monkeypatch.setattr(Overflows, "decode", lambda _, z, **words: DecoderOutput(nothing.repeat(len(z), 1, 1, 1)))
+    with pytest.raises(UserError, match="none of 20 images is finite"):
+        sample(vae, settings=settings, out=tmp_path / "none")
 
 
 class WithPrior(AutoencoderKL):
