@@ -1,13 +1,15 @@
-"""Anomalies by small first stages: CIFAR-10, one class normal, and photographs with pasted defects.
+"""Anomalies by small first stages: CIFAR-10, one class normal, and photographs and textures with pasted defects.
 
     python -m benchmarks.anomaly cifar10 /data      # a folder that holds cifar10/ and bsds500/; or LATENT_AE_TEST_DATA
     python -m benchmarks.anomaly defects /data
+    python -m benchmarks.anomaly textures           # scikit-image's: brick, grass and gravel, one of them normal
 
 Each model trains for a few minutes on one CPU core; bicubic resampling, which learned nothing, stands beside it. The
-results of each seed are added to benchmarks/results/anomaly-*.json.
+results of each seed are added to benchmarks/results/anomaly-*.json, if those before are of as many steps and images.
 """
 
 import argparse
+import itertools
 import json
 import os
 import tempfile
@@ -16,10 +18,12 @@ from typing import Any
 
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from PIL import Image
 
 from benchmarks.machine import RESULTS, save
 from benchmarks.runs import folder_name, train
 
+TEXTURES = ("brick", "grass", "gravel")
 CLASSES = {1: "automobile", 4: "deer"}
 """Of CIFAR-10; chosen before any result was seen."""
 MIXTURE, NEIGHBOURS = 4, 4000
@@ -115,24 +119,66 @@ def pasted_defects(data: Path, scratch: Path, steps: int, limit: int, seed: int)
     return found
 
 
+def textures(data: Path, scratch: Path, steps: int, limit: int, seed: int) -> dict[str, Any]:
+    """One texture is normal: its left half trains, the next quarter gives thresholds, and the last one is judged."""
+    import skimage.data
+
+    from latent_ae_eval.anomaly.measure import find_anomalies
+    from latent_ae_eval.anomaly.settings import AnomalySettings
+
+    found: dict[str, Any] = {}
+    for name in TEXTURES:
+        pixels, folder = getattr(skimage.data, name)(), scratch / name
+        for part, left, right in (("train", 0, 256), ("normal", 256, 384), ("test", 384, 512)):
+            (folder / part).mkdir(parents=True)
+            side = 256 if part == "train" else 96
+            tops = range(0, 513 - side, 256 if part == "train" else 26)
+            for x, y in itertools.product(range(left, right - side + 1, 16), tops):
+                Image.fromarray(pixels[y : y + side, x : x + side]).convert("RGB").save(
+                    folder / part / f"{y:03d}-{x}.png"
+                )
+        settings = AnomalySettings(
+            normal=str(folder / "normal"),
+            limit=limit,
+            defects=True,
+            mixture=MIXTURE,
+            neighbours=NEIGHBOURS,
+            seed=seed,
+        )
+        found[name] = {}
+        for stage, more in STAGES.items():
+            words = ("data.resolution=64", "batch_size=8", "data.eval_source=photos", f"seed={seed}", *more.split())
+            model = trained(folder / "train", folder / folder_name(stage), steps, *words)
+            found[name][stage] = figures(find_anomalies(model, folder / "test", settings, progress=True))
+    return found
+
+
+WHAT = {"cifar10": (one_class_out, 1000), "defects": (pasted_defects, 50), "textures": (textures, 51)}
+"""How each is measured, and how many images are judged."""
+OF = {"cifar10": "CIFAR-10, {} normal", "defects": "BSDS500, pasted defects", "textures": "{}, pasted defects"}
+"""What a table calls its sets of images."""
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["cifar10", "defects"])
+    parser.add_argument("what", choices=WHAT)
     parser.add_argument("data", nargs="?", type=Path, default=os.environ.get("LATENT_AE_TEST_DATA"))
     parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--images", type=int, help="to judge; default: 1000 of CIFAR-10, 60 photographs")
+    parser.add_argument("--images", type=int, help="to judge; default: 1000 of CIFAR-10, 50 photographs")
     words = parser.parse_args()
-    if words.data is None:
+    if words.data is None and words.what != "textures":
         parser.error("give the folder that holds cifar10/ and bsds500/, or set LATENT_AE_TEST_DATA")
-    measure, images = (one_class_out, 1000) if words.what == "cifar10" else (pasted_defects, 50)
-    name, folder = f"anomaly-{words.what}", Path(words.data)
+    measure, images = WHAT[words.what]
+    name, folder = f"anomaly-{words.what}", Path(words.data or "")
     path = RESULTS / f"{name}.json"
-    before = json.loads(path.read_text(encoding="utf-8")).get("seeds", {}) if path.exists() else {}
+    facts = {"of": OF[words.what], "steps": words.steps, "images": words.images or images, "stages": list(STAGES)}
+    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    seeds = before.get("seeds", {}) if all(before.get(key) == value for key, value in facts.items()) else {}
     for seed in words.seeds:
         with tempfile.TemporaryDirectory(prefix="latent-ae-") as scratch:
-            before[str(seed)] = measure(folder, Path(scratch), words.steps, words.images or images, seed)
-        save(name, {"steps": words.steps, "images": words.images or images, "seeds": before})
+            seeds[str(seed)] = measure(folder, Path(scratch), words.steps, words.images or images, seed)
+        save(name, {**facts, "seeds": seeds})
 
 
 if __name__ == "__main__":

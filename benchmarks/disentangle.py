@@ -94,7 +94,8 @@ def main() -> None:
     table = scratch / "images.parquet"
     if not table.exists():
         scratch.mkdir(parents=True, exist_ok=True)
-        write_shapes(table, kind=drawn, side_px=side)
+        write_shapes(table.with_suffix(".part"), kind=drawn, side_px=side)
+        table.with_suffix(".part").rename(table)
     common = [*COMMON, *OWN[kind], f"batch_size={BATCH[kind]}", f"data.resolution={side}", f"validate.crop_px={side}"]
     framed = [f"crop_px={side}", "batch_size=256", "num_workers=0"]
     for seed in words.seeds:
@@ -103,20 +104,24 @@ def main() -> None:
             sources = [f"data.source={table}", f"data.eval_source={table}", f"seed={seed}"]
             train(folder, "quickstart", *sources, *common, *runs[name])
             evaluate(folder / "factors", "factors", folder, table, *framed)
-    rows = {}
+        save(f"disentangle-{kind}", result_of(kind, common, scratch))
+
+
+def result_of(kind: str, common: list[str], scratch: Path) -> dict[str, Any]:
+    """All runs that the scratch folder holds."""
+    rows, runs, side, drawn = {}, RUNS[kind], SIDES_PX[kind], kind.removesuffix("64")
     for name, settings in runs.items():
         found = [measured(scratch / folder_name(f"{name} {seed}"), seed, side**2) for seed in range(MOST_SEEDS)]
         if any(found):
             rows[name] = {"settings": settings, "runs": [run for run in found if run is not None]}
     factors = KINDS[drawn].factors
-    result = {
+    return {
         "data": f"{' x '.join(map(str, factors.values()))} {drawn} ({', '.join(factors)}), {side} px",
         "steps": SHORT_STEPS if kind == "shapes64" else STEPS,
         "batch_size": BATCH[kind],
         "common": common,
         "rows": rows,
     }
-    save(f"disentangle-{kind}", result)
 
 
 def measured(folder: Path, seed: int, pixels: int) -> dict[str, Any] | None:

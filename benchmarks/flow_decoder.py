@@ -4,9 +4,9 @@
 
 The first stage is the recipe `quickstart` with factor 8 and 4 latent channels, so that a decoder has much to invent.
 Its own decoder trains on, a fresh plain one of the size of all of a FlowMatchingVAE's decoders trains, and flows from
-noise train: of residuals to the plain decoder's image, which is then distilled to one step, and of pixels. The
-steps of each are in CONTESTANTS, the seconds in the result. Killed, it goes on when started again with the same scratch
-folder. Writes benchmarks/results/flow-decoder.json after each.
+noise train: of residuals to the plain decoder's image, which is then distilled to one step, and of pixels, of the same
+size (to 5 %). The steps of each are in CONTESTANTS, the seconds in the result. Killed, it goes on when started again
+with the same scratch folder. Writes benchmarks/results/flow-decoder.json after each, with all that this folder holds.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from benchmarks.machine import save
-from benchmarks.runs import evaluate, folder_name, seconds_of, train
+from benchmarks.runs import SECONDS, evaluate, folder_name, seconds_of, train
 from latent_ae.models.loading import load_first_stage
 from latent_ae.models.new_decoder import decoder_parameters
 
@@ -41,10 +41,13 @@ CONTESTANTS = {
         "new-decoder", f"decoder={{}} train=decoder optim.lr=3e-4 steps=900 {GAN.format(600)}"
     ),
     "plain, of equal size": Contestant(
-        "new-decoder", f"decoder.block_out_channels=[64,96,96,96] steps=600 {GAN.format(400)}"
+        "new-decoder", f"decoder.block_out_channels=[80,80,80,80] steps=600 {GAN.format(400)}"
     ),
     "flow of pixels": Contestant(
-        "flow-decoder", f"{FLOW} decoder.config.noise_scale=0.5 decoder.config.residual=false steps=600", (1, 2, 4, 8)
+        "flow-decoder",
+        f"{FLOW} decoder.block_out_channels=[48,96] decoder.config.noise_scale=0.5 decoder.config.residual=false "
+        "steps=600",
+        (1, 2, 4, 8),
     ),
     "flow of residuals": Contestant("flow-decoder", f"{FLOW} steps=480", (1, 2, 4, 8)),
     "distilled to one step": Contestant(
@@ -65,29 +68,39 @@ def main() -> None:
     data = [f"data.source={words.data}", f"data.eval_source={words.held_out}", *COMMON.split()]
     first = words.scratch / "first"
     train(first, "quickstart", *FIRST.split(), *data)
-    rows = {"first stage": measured(first, words.held_out, ())}
     for name in words.only:
         contestant, run = CONTESTANTS[name], words.scratch / folder_name(name)
         before = words.scratch / folder_name(contestant.begins_with) if contestant.begins_with else first
         train(run, contestant.recipe, f"init_from={before / 'export'}", *contestant.settings.split(), *data)
-        rows[name] = measured(run, words.held_out, contestant.sampled)
-        rows[name]["settings"] = f"{contestant.recipe} {contestant.settings}"
-        if contestant.begins_with:
-            rows[name]["processor_seconds"] += seconds_of(before)
         facts = {"data": words.data.parent.name, "evaluation": EVALUATION, "first": FIRST, "common": COMMON}
-        save("flow-decoder", {**facts, "rows": rows})
+        save("flow-decoder", {**facts, "rows": rows(words.scratch, words.held_out)})
+
+
+def rows(scratch: Path, held_out: Path) -> dict[str, Any]:
+    """What the scratch folder holds, by contestant."""
+    found = {"first stage": measured(scratch / "first", held_out, ())}
+    for name, contestant in CONTESTANTS.items():
+        run = scratch / folder_name(name)
+        if not (run / SECONDS).exists():
+            continue
+        found[name] = measured(run, held_out, contestant.sampled)
+        found[name]["settings"] = f"{contestant.recipe} {contestant.settings}"
+        if contestant.begins_with:
+            found[name]["processor_seconds"] += seconds_of(scratch / folder_name(contestant.begins_with))
+    return found
 
 
 def measured(run: Path, held_out: Path, sampled: tuple[int, ...]) -> dict[str, Any]:
-    """What the decoder of a run makes of held-out photographs, by its steps from noise ("" if it takes none)."""
+    """What the decoder of a run makes of held-out photographs, each figure with its interval, by its steps from noise
+    ("" if it takes none)."""
     stage = load_first_stage(str(run / "export"))
     assert stage.module is not None
-    figures: dict[str, dict[str, Any]] = {}
+    figures: dict[str, dict[str, list[Any]]] = {}
     for steps, export in exports(run, sampled):
         out = run / f"recon{steps}"
         result = evaluate(out, "recon", export, held_out, *EVALUATION.split(), "num_workers=0")
-        metrics = result["metrics"]["mode"]
-        figures[steps] = {key: metrics[key] for key in ("psnr", "ssim", "lpips_vgg", "frechet_vgg16")}
+        keys = ("psnr", "ssim", "lpips_vgg", "frechet_vgg16")
+        figures[steps] = {key: [result[part]["mode"][key] for part in ("metrics", "intervals")] for key in keys}
     return {
         "processor_seconds": seconds_of(run),
         "decoder_parameters": decoder_parameters(stage.module),

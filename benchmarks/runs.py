@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-SECONDS, PEAK_GB = "processor_seconds.json", "peak_gb.json"
+SECONDS, PEAK_GB, WORDS = "processor_seconds.json", "peak_gb.json", "words.json"
 
 
 class Spent(NamedTuple):
@@ -37,19 +37,32 @@ def latent_ae(*words: str) -> Spent:
 
 def train(folder: Path, recipe: str, *settings: str) -> None:
     """A run into `folder`. One that was killed begins anew, so that its seconds are those of a whole run."""
+    refuse_others(folder, recipe, *settings)
     if not (folder / SECONDS).exists():
         shutil.rmtree(folder, ignore_errors=True)
         spent = latent_ae("train", recipe, f"output_dir={folder}", *settings)
+        (folder / WORDS).write_text(json.dumps([recipe, *settings]))
         (folder / PEAK_GB).write_text(json.dumps(spent.peak_gb))
         (folder / SECONDS).write_text(json.dumps(spent.processor_seconds))
 
 
 def evaluate(out: Path, kind: str, model: Path, data: Path | None, *settings: str) -> dict[str, Any]:
     """The result of `latent-ae eval KIND MODEL [DATA] SETTINGS --out OUT`."""
+    words = [kind, str(model), *([str(data)] if data else []), *settings]
+    refuse_others(out, *words)
     if not (out / "result.json").exists():
-        latent_ae("eval", kind, str(model), *([str(data)] if data else []), *settings, "--out", str(out))
+        latent_ae("eval", *words, "--out", str(out))
+        (out / WORDS).write_text(json.dumps(words))
     result: dict[str, Any] = json.loads((out / "result.json").read_text())
     return result
+
+
+def refuse_others(folder: Path, *words: str) -> None:
+    """Raises ValueError if the folder holds what another command made, which would be taken for this one's."""
+    known = json.loads((folder / WORDS).read_text()) if (folder / WORDS).exists() else list(words)
+    if known != list(words):
+        changed = sorted(set(known) ^ set(words))
+        raise ValueError(f"{folder} was made by another command ({', '.join(changed)}): give another scratch folder")
 
 
 def seconds_of(folder: Path) -> float:

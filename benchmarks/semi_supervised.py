@@ -8,13 +8,17 @@ of labels, all contestants see the same ones, and are tested on the same images:
 - M1: logistic regression and nearest neighbours on the latents of a variational autoencoder (`eval probe`).
 - M1 + M2: the label model on the latents of that autoencoder, which sees no labels (`semi_supervised.weight=0`).
 - joint: the label model is the prior and trains the encoder, too (`semi_supervised.weight=1 loss.kl=0`).
-- supervised: the same encoder and classifier, trained on the labelled images alone by cross-entropy, for as many steps.
+- supervised: the same encoder and classifier, trained on the labelled images alone by cross-entropy, for as many steps
+  of as many labelled images as the others see in a step.
 
-Needs scikit-learn. Killed, it goes on when started again with the same scratch folder. Writes
-benchmarks/results/semi-supervised.json after each choice of labels.
+The seed of the training is always 0: only the labels differ. Needs scikit-learn. Killed, it goes on when started again
+with the same scratch folder. Writes benchmarks/results/semi-supervised.json after each choice of labels, with all that
+the scratch folder holds.
 """
 
 import argparse
+import itertools
+import json
 import statistics
 from pathlib import Path
 from typing import Any
@@ -46,6 +50,8 @@ SHAPES = {
     "CIFAR-10": [],
 }
 STEPS = {"digits": 1000, "CIFAR-10": 300}
+COMPARED = "compared.json"
+"""What came of one choice of labels."""
 
 
 def main() -> None:
@@ -59,23 +65,34 @@ def main() -> None:
     digits = write_digits(arguments.scratch / "digits")
     data = {"digits": [f"data.source={digits}"], "CIFAR-10": cifar10(arguments.cifar10)}
     place = {"digits": digits, "CIFAR-10": arguments.cifar10}
-    rows: dict[str, Any] = {}
     for name, draws in zip(data, arguments.draws, strict=True):
         for labels in arguments.labels:
             for draw in range(draws):
                 words = [*COMMON, *SHAPES[name], *data[name], f"steps={STEPS[name]}"]
                 words += [f"semi_supervised.labels_per_class={labels}", f"semi_supervised.draw={draw}"]
                 folder = arguments.scratch / f"{name}-{labels}-{draw}"
-                found = compared(folder, place[name], words, labels, draw, draws)
-                row = rows.setdefault(name, {}).setdefault(str(labels), {"draws": []})
-                row["draws"].append(found)
-                row["mean"] = {
-                    key: statistics.mean(one["accuracy"][key] for one in row["draws"]) for key in found["accuracy"]
-                }
-                save(
-                    "semi-supervised",
-                    {"recipe": RECIPE, "common": COMMON, "steps": STEPS, "shapes": SHAPES, "rows": rows},
-                )
+                if not (folder / COMPARED).exists():
+                    found = compared(folder, place[name], words, labels, draw, draws)
+                    (folder / COMPARED).write_text(json.dumps(found))
+                facts = {"recipe": RECIPE, "common": COMMON, "steps": STEPS, "shapes": SHAPES}
+                save("semi-supervised", {**facts, "rows": rows(arguments.scratch)})
+
+
+def rows(scratch: Path) -> dict[str, Any]:
+    """All comparisons that the scratch folder holds, by data and number of labels, with means over their choices."""
+    found: dict[str, Any] = {}
+    for name in SHAPES:
+        for labels, draw in itertools.product(range(1, 1001), range(20)):
+            path = scratch / f"{name}-{labels}-{draw}" / COMPARED
+            if path.exists():
+                row = found.setdefault(name, {}).setdefault(str(labels), {"draws": []})
+                row["draws"].append(json.loads(path.read_text()))
+        for row in found.get(name, {}).values():
+            row["mean"] = {
+                key: statistics.mean(one["accuracy"][key] for one in row["draws"])
+                for key in row["draws"][0]["accuracy"]
+            }
+    return found
 
 
 def compared(folder: Path, data: Path, words: list[str], labels: int, draw: int, draws: int) -> dict[str, Any]:

@@ -136,9 +136,9 @@ def _lives(pid: int) -> bool:
 
 
 def stop_on_drift(accelerator: Accelerator, done: int, networks: list[nn.Module]) -> None:
-    """Raise UserError on all processes if their weights differ. Every process calls this.
+    """Raise UserError on all processes if weights, or buffers of the first network, differ. Every process calls this.
 
-    A checksum of the weights' bits is compared. Equal gradients give equal weights, so a difference means that a
+    A checksum of their bits is compared. Equal gradients give equal weights, so a difference means that a
     process missed an update or a device computes wrongly: from then on the processes would train different models.
 
     Args:
@@ -149,6 +149,7 @@ def stop_on_drift(accelerator: Accelerator, done: int, networks: list[nn.Module]
     if accelerator.num_processes == 1:
         return
     parameters = [parameter.detach() for network in networks for parameter in network.parameters()]
+    parameters += [buffer for buffer in networks[0].buffers() if buffer.dtype == torch.float32]
     sums = torch.stack([weight.contiguous().view(torch.int32).sum(dtype=torch.int64) for weight in parameters])
     # weighted, so that two exchanged weights change the checksum
     checksum = (sums * torch.arange(1, len(sums) + 1, device=sums.device)).sum()

@@ -28,6 +28,7 @@ from .checkpoint import read_state
 from .finish import finished_results
 from .parts import trained_names
 from .settings import TrainSettings
+from .step import batch_norms
 
 
 def starting_autoencoder(settings: TrainSettings) -> ModelMixin:
@@ -135,12 +136,11 @@ def unmeasured_scaling(settings: TrainSettings, autoencoder: ModelMixin) -> str:
 
 def split_dependence(settings: TrainSettings, autoencoder: ModelMixin) -> str:
     """Return a warning if a batch normalisation takes its statistics from less than a whole batch, or an empty text."""
-    norms = [name for name, module in autoencoder.named_modules() if isinstance(module, nn.BatchNorm2d)]
-    # that of FLUX.2 is for diffusion models alone
-    if not norms or settings.micro_batch == settings.batch_size or family_of(autoencoder).scaled_by_patches:
+    norms = [norm for norm in batch_norms(autoencoder) if norm.weight.requires_grad]
+    if not norms or settings.micro_batch == settings.batch_size:
         return ""
     return (
-        f"{len(norms)} batch normalisations of this {type(autoencoder).__name__} ({norms[0]}, ...) take their "
+        f"the {len(norms)} batch normalisations of this {type(autoencoder).__name__} take their "
         f"statistics from each pass of {settings.micro_batch} images, so unlike with other networks the result depends "
         "on micro_batch_size and on the number of processes"
     )

@@ -257,6 +257,11 @@ class Allocations(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         if (count := flop_registry.get(func._overloadpacket)) is not None:
             self.flops += count(*args, **(kwargs or {}), out_val=out)
+            if func._overloadpacket is torch.ops.aten.convolution_backward and args[9] > 1 and args[10][1]:
+                # torch's formula for the weight's gradient does not know of groups
+                without = count(*args[:10], [args[10][0], False, False], out_val=out)
+                of_weight = count(*args, out_val=out) - without
+                self.flops -= of_weight - of_weight // args[9]
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor):
                 self._count(tensor.untyped_storage())

@@ -214,6 +214,8 @@ def _train(phase: Phase, accelerator: Accelerator, more: Sequence[Objective[Any]
                     log.restart_clock(done)
                 if saving:
                     prune(run, settings, accelerator)
+            if first_step == settings.steps and (stopped_by := stop.wanted()):  # nothing was left but what follows
+                raise Stopped(stopped_by)
         feed.close()  # the workers' memory is free for what follows
         log.close()
         results = finish_run(phase, accelerator, averaged, source, validator, objectives)

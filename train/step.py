@@ -67,6 +67,16 @@ class TrainStep:
         self.skipped_steps = self.optimizers.not_finite.newest
         self.large_steps = self.optimizers.too_large.newest
         self.mean_over_processes = mean_over_processes
+        norms = batch_norms(autoencoder)
+        self.fixed_norms = [norm for norm in norms if not norm.weight.requires_grad]
+        self.statistics = [
+            buffer
+            for norm in norms
+            if norm.weight.requires_grad
+            for buffer in (norm.running_mean, norm.running_var)
+            if buffer is not None
+        ]
+        """Running statistics of batch normalisations, of which each process computes its own."""
 
     @property
     def networks(self) -> list[nn.Module]:
@@ -87,6 +97,8 @@ class TrainStep:
         passes, logs, means = self.settings.accumulation, dict[str, Tensor](), dict[str, Tensor]()
         buffers = [buffer for network in self.networks for buffer in buffers_to_restore(network)]
         before = [buffer.clone() for buffer in buffers]
+        for norm in self.fixed_norms:  # which a validation has put into training mode
+            norm.eval()
         # an autocast drops its casts of weights when the outermost one ends; in this one all passes share them
         with self.autocast(enabled=False):
             for index in range(passes):
@@ -109,6 +121,10 @@ class TrainStep:
             objective.after_update(step, skipped, self.bare_reconstructor, self.optimizers.autoencoder)
         for buffer, old in zip(buffers, before, strict=True):
             buffer.copy_(torch.where(skipped, old, buffer))
+        if self.statistics:
+            own = {str(number): buffer for number, buffer in enumerate(self.statistics)}
+            for number, value in self.mean_over_processes(own, self.accelerator).items():
+                own[number].copy_(value)
         if self.ema is not None:
             self.ema.update(self.bare_reconstructor.autoencoder, step)
             for objective in self.objectives.values():
@@ -175,6 +191,12 @@ def _refuse_equal_names(objectives: Sequence[Objective[Any]]) -> None:
     for kind, all_of in (("a name", names), ("an adversary_name", [*TAKEN, *networks])):
         if twice := {name for name in all_of if all_of.count(name) > 1}:
             raise UserError(f"objectives: each needs {kind} of its own, and there are two: {', '.join(sorted(twice))}")
+
+
+def batch_norms(network: nn.Module) -> list[nn.BatchNorm2d]:
+    """Return the batch normalisations of a network that act in its forward pass, unlike the one of an
+    AutoencoderKLFlux2, which has no weights and is for diffusion models."""
+    return [module for module in network.modules() if isinstance(module, nn.BatchNorm2d) and module.affine]
 
 
 def mean_over_processes(means: dict[str, Tensor], accelerator: Accelerator) -> dict[str, Tensor]:

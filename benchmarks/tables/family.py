@@ -147,8 +147,34 @@ def priors_table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def flow_decoder_table(result: dict[str, Any]) -> str:
+    """Figures of each decoder with their intervals, by its steps from noise."""
+    columns = {"psnr": ("PSNR (dB)", 2), "ssim": ("SSIM", 3), "lpips_vgg": ("LPIPS", 3)}
+    columns["frechet_vgg16"] = ("Fréchet distance (VGG16)", 1)
+    lines = [
+        f"First stage: `quickstart {result['first']}`; {result['data']}, `{result['evaluation']}`, 95 % intervals; "
+        f"{where(result)}.",
+        "",
+        f"| decoder | parameters | processor seconds | steps from noise "
+        f"| {' | '.join(title for title, _ in columns.values())} |",
+        f"|---|---:|---:|---:|{'---:|' * len(columns)}",
+    ]
+    for name, row in result["rows"].items():
+        for steps, figures in row["figures"].items():
+            cells = []
+            for key, (_, digits) in columns.items():
+                value, interval = figures[key]
+                spread = f" ({interval[0]:.{digits}f} to {interval[1]:.{digits}f})" if interval else ""
+                cells.append(f"{value:.{digits}f}{spread}")
+            lines.append(
+                f"| {name} | {row['decoder_parameters']:,} | {row['processor_seconds']:,.0f} | {steps or '–'} "
+                f"| {' | '.join(cells)} |"
+            )
+    return "\n".join(lines)
+
+
 def disentangle64_table(result: dict[str, Any]) -> str:
-    """Scores by method and start, each also less that of beta 1 from the same start and seed."""
+    """Scores by method and start, each also less that of beta 1, and of beta 4, from the same start and seed."""
     columns = {
         "MIG of samples": (lambda run: run["mig"]["sample"], 3),
         "MIG of means": (lambda run: run["mig"]["mean"], 3),
@@ -173,26 +199,28 @@ def disentangle64_table(result: dict[str, Any]) -> str:
             for of, digits in columns.values()
         ]
         lines.append(f"| {name} | {len(row['runs'])} | {' | '.join(cells)} |")
-    compared = list(columns)[:4]
-    lines += [
-        "",
-        "Less that of beta 1 from the same start and seed, with the 95 % interval of the mean (t distribution):",
-        "",
-        f"| | {' | '.join(compared)} |",
-        f"|---|{'---:|' * len(compared)}",
-    ]
-    for name, row in result["rows"].items():
-        base = {run["seed"]: run for run in result["rows"].get(f"beta 1, {name.split(', ')[1]}", {"runs": []})["runs"]}
-        pairs = [(run, base[run["seed"]]) for run in row["runs"] if run["seed"] in base]
-        if name.startswith("beta 1,") or len(pairs) < 2:
-            continue
-        cells = []
-        for column in compared:
-            of = columns[column][0]
-            gained = [of(run) - of(other) for run, other in pairs]
-            half = stdtrit(len(gained) - 1, 0.975) * stdev(gained) / len(gained) ** 0.5
-            cells.append(f"{mean(gained):+.3f} ({mean(gained) - half:+.3f} to {mean(gained) + half:+.3f})")
-        lines.append(f"| {name} | {' | '.join(cells)} |")
+    compared = [*list(columns)[:4], "PSNR (dB)"]
+    for method in ("beta 1", "beta 4"):
+        lines += [
+            "",
+            f"Less that of {method} from the same start and seed, with the 95 % interval of the mean (t distribution):",
+            "",
+            f"| | {' | '.join(compared)} |",
+            f"|---|{'---:|' * len(compared)}",
+        ]
+        for name, row in result["rows"].items():
+            start = name.split(", ")[1]
+            base = {run["seed"]: run for run in result["rows"].get(f"{method}, {start}", {"runs": []})["runs"]}
+            pairs = [(run, base[run["seed"]]) for run in row["runs"] if run["seed"] in base]
+            if name.startswith(f"{method},") or len(pairs) < 2:
+                continue
+            cells = []
+            for column in compared:
+                of = columns[column][0]
+                gained = [of(run) - of(other) for run, other in pairs]
+                half = stdtrit(len(gained) - 1, 0.975) * stdev(gained) / len(gained) ** 0.5
+                cells.append(f"{mean(gained):+.3f} ({mean(gained) - half:+.3f} to {mean(gained) + half:+.3f})")
+            lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -338,6 +366,7 @@ MAKERS = {
     "vqvae2": vqvae2_table,
     "likelihood": likelihood_table,
     "family": family_table,
+    "flow-decoder": flow_decoder_table,
     "hierarchical": hierarchical_table,
     "deep-vae": deep_vae_table,
     "priors": priors_table,

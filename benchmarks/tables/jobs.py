@@ -3,6 +3,8 @@
 import statistics
 from typing import Any
 
+from scipy.special import stdtrit
+
 from benchmarks.machine import where
 
 SCORES = {
@@ -18,14 +20,14 @@ SCORES = {
 
 
 def anomaly_table(result: dict[str, Any]) -> str:
-    """AUROC of each score, mean over the seeds, with the smallest and largest."""
+    """AUROC of each score, mean over the seeds, with its 95 % interval (t distribution)."""
     seeds = list(result["seeds"].values())
     # with pasted defects there is one set of images
     sets = list(seeds[0]) if "first stage" not in seeds[0] else [""]
     kinds = list(seeds[0][sets[0]] if sets[0] else seeds[0])
     lines = [
         f"AUROC, first stages of {result['steps']} steps, {result['images']:,} images, "
-        + ("one seed" if len(seeds) == 1 else f"{len(seeds)} seeds: mean (smallest to largest)")
+        + ("one seed" if len(seeds) == 1 else f"means over {len(seeds)} seeds with 95 % intervals (t distribution)")
         + f"; {where(result)}.",
         "",
         f"| | score | {' | '.join(kinds)} |",
@@ -37,9 +39,12 @@ def anomaly_table(result: dict[str, Any]) -> str:
             cells = []
             for kind in kinds:
                 areas = [one[kind]["scores"][score]["auroc"] for one in found if score in one[kind]["scores"]]
-                spread = f" ({min(areas):.2f} to {max(areas):.2f})" if len(areas) > 1 else ""
+                spread = ""
+                if len(areas) > 1:
+                    half = stdtrit(len(areas) - 1, 0.975) * statistics.stdev(areas) / len(areas) ** 0.5
+                    spread = f" ± {half:.2f}"
                 cells.append(f"{statistics.mean(areas):.2f}{spread}" if areas else "")
-            images = f"CIFAR-10, {name} normal" if name else "BSDS500, pasted defects"
+            images = result.get("of", "CIFAR-10, {} normal" if name else "BSDS500, pasted defects").format(name)
             if any(cells):
                 lines.append(f"| {images} | {title} | {' | '.join(cells)} |")
     return "\n".join(lines)

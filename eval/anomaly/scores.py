@@ -123,7 +123,8 @@ class Scorer:
                 parts["squares"] = _squares(images, sample).double().flatten(1).sum(1)
                 mean, logvar = mean.double(), logvar.double()
                 kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).flatten(1).sum(1)
-                parts["kl"] = kl.nan_to_num(nan=LARGEST_ENERGY, posinf=LARGEST_ENERGY)
+                most = LARGEST_ENERGY * mean[0].numel()
+                parts["kl"] = kl.nan_to_num(nan=most, posinf=most)
         squares = _squares(images, reconstruction).mean(1)
         maps = {PIXEL: blurred(squares, self.blur_px)}
         scores = {"pixel_mean": squares.double().mean((1, 2)), "pixel_max": maps[PIXEL].amax((1, 2))}

@@ -17,7 +17,7 @@ from latent_ae_eval.diffusion.report import write_diffusion_page
 from latent_ae_eval.features import digests, feature_networks
 from latent_ae_eval.generation.base import FAR_STD, LARGE_MEAN, Generation, begin, fingerprint
 from latent_ae_eval.generation.flow import CHOICE_SEED, classes_of
-from latent_ae_eval.generation.sampling import samples
+from latent_ae_eval.generation.sampling import left_out, samples
 from latent_ae_eval.generation.settings import DiffusionSettings
 
 
@@ -84,7 +84,7 @@ class _Job(Generation):
             "networks": digests(networks),
             "metrics": metrics,
             "intervals": intervals,
-            "notes": [*notes, *_notes(described["latents"]), *self.notes(metrics, count)],
+            "notes": [*notes, *_notes(described["latents"]), *left_out(drawn, count), *self.notes(metrics)],
             **self.facts(),
         }
         self.write(result, sets, "diffusion.html", write_diffusion_page)

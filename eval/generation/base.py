@@ -265,13 +265,8 @@ class Generation:
         with self.bar(what, count) as bar:
             return image_set(batches, networks, count, bar.update)
 
-    def notes(self, metrics: dict[str, Any], count: int) -> list[str]:
-        """Return notes on the pipeline and on distances that were measured on few images, for a result.
-
-        Args:
-            metrics: The values of `distances`.
-            count: Number of samples that were drawn.
-        """
+    def notes(self, metrics: dict[str, Any]) -> list[str]:
+        """Return notes on the pipeline and on distances that were measured on few images, for a result."""
         notes = []
         if not self.stock:
             notes.append(
@@ -285,9 +280,8 @@ class Generation:
         requested = self.settings.chosen("samples")
         if self.shared:
             notes.append(f"{self.shared:,} of the held-out images are among those trained on")
-        missing = {"samples": count - metrics["samples"]["n"]}
-        missing["reconstructions"] = metrics["held_out"]["n"] - metrics["reconstructions"]["n"]
-        notes += [f"{kind}: {number:,} are not finite and left out" for kind, number in missing.items() if number]
+        if missing := metrics["held_out"]["n"] - metrics["reconstructions"]["n"]:
+            notes.append(f"reconstructions: {missing:,} are not finite and left out")
         return notes + [
             f"{kind}: {metrics[kind]['n']:,} images, fewer than samples={requested:,}; a Fréchet distance of fewer "
             "images is larger"

@@ -97,6 +97,12 @@ def finite_pixels(images: Tensor) -> Tensor:
     return to_uint8(images[images.isfinite().flatten(1).all(1)])
 
 
+def left_out(samples: ImageSet, count: int) -> list[str]:
+    """Return a note on those of `count` samples that are not finite, in a list; an empty list if all are."""
+    missing = count - samples.size
+    return [f"samples: {missing:,} are not finite and left out"] if missing else []
+
+
 @torch.no_grad()
 def image_set(
     batches: Iterable[Tensor], networks: dict[str, FeatureNetwork], size: int, progress: Callable[[int], object]
@@ -121,11 +127,11 @@ def image_set(
             continue
         for name, network in networks.items():
             parts[name].append(network(images).cpu())
-        shown += [image for number, image in enumerate(images, start=count) if number in chosen]
+        shown += [image for number, image in enumerate(images, start=count) if number in chosen or not number]
         count += len(images)
         progress(len(images))
-    if not count:
-        raise UserError(f"none of {size:,} images is finite: the model gives NaN or infinity")
+    if count < 2 and count < size:
+        raise UserError(f"{count} of {size:,} images are finite: the model gives NaN or infinity")
     features = {name: torch.cat(batches_of_one).numpy() for name, batches_of_one in parts.items()}
     return ImageSet(count, features, torch.stack(shown).float() / 127.5 - 1)
 

@@ -24,7 +24,7 @@ from latent_ae.models.registry import scaling_of
 from latent_ae_eval.features import FeatureNetwork, digests, feature_networks
 from latent_ae_eval.generation.base import FAR_STD, Generation, begin, fingerprint
 from latent_ae_eval.generation.flow import CHOICE_SEED, STATISTICS, flow_batch, raw_latents
-from latent_ae_eval.generation.sampling import GRID, finite_pixels, generators, samples
+from latent_ae_eval.generation.sampling import GRID, finite_pixels, generators, left_out, samples
 from latent_ae_eval.sample import JOB
 from latent_ae_eval.sample.codes import CodeImages, CodeTrainer, CodeValidation, code_samples
 from latent_ae_eval.sample.report import write_sample_report
@@ -126,11 +126,12 @@ class _Job(Generation):
             batches, method = self._decoded_codes(transformer, count), OVER_CODES
         with self.timed("sample"):
             sets = {"samples": self.image_set(batches, networks, count, "samples")}
+        notes += left_out(sets["samples"], count)
         metrics: dict[str, dict[str, Any]] = {"samples": {"n": sets["samples"].size}}
         intervals: dict[str, dict[str, list[float]]] = {}
         if self.data:
             sets, metrics, intervals = self.compared(sets["samples"], networks, count)
-            notes += self.notes(metrics, count)
+            notes += self.notes(metrics)
         if of_codes is not None:
             metrics["codes"], intervals["codes"] = of_codes
             notes.append(RATE)

@@ -44,7 +44,7 @@ ROUNDINGS = 10.0
 """Largest difference where that is larger, in changes that the last bits of the images bring about."""
 
 WRITTEN = re.compile(
-    rf"config\.json|README\.md|diffusion_pytorch_model\..*|{re.escape(FILE)}|{re.escape(DISCRIMINATOR)}|"
+    rf"config\.json|README\.md|diffusion_pytorch_model[.-].*|{re.escape(FILE)}|{re.escape(DISCRIMINATOR)}|"
     rf"{FOLDER}|{LABEL_MODEL}|{DENSITY}"
 )
 """Names of what an export holds; a folder with anything else is not replaced."""

@@ -134,7 +134,7 @@ def facts_of(autoencoder: ModelMixin, name: str | None = None) -> ModelFacts:
         family.flow_matching,
         family.states(autoencoder.config),
         tuple(f"{section}.{key}" for key in keys),
-        family.scaled_by_positions and not family.scaling(autoencoder.config).inside,
+        name is None and family.scaled_by_positions and not family.scaling(autoencoder.config).inside,
     )
 
 

@@ -208,6 +208,19 @@ def test_what_is_none_gets_a_message(tmp_path):
         first_stage(AutoencoderKL(in_channels=3, out_channels=1))
 
 
+def test_older_names_of_attention_weights_are_whole(tmp_path):
+    """Those in the files of Stable Diffusion's own first stages, which diffusers renames."""
+    model = tiny("AutoencoderKL")
+    model.save_pretrained(tmp_path)
+    older = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    weights = load_file(tmp_path / "diffusion_pytorch_model.safetensors")
+    for new, old in older.items():
+        weights = {name.replace(new, old): tensor for name, tensor in weights.items()}
+    assert any("proj_attn" in name for name in weights)
+    save_file(weights, tmp_path / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
+    assert load_first_stage(str(tmp_path)).sha256 == first_stage(model).sha256
+
+
 def test_an_export_on_the_hub_brings_what_it_holds(tmp_path, monkeypatch):
     """From the hub's cache, without a network."""
     repository = tmp_path / "models--user--vae"

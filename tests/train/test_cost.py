@@ -11,7 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 from latent_ae.__main__ import main
 from latent_ae.config import UserError
 from latent_ae_train.build import planned_autoencoder
-from latent_ae_train.cost import GPUS, RESERVED, StepCost, gpu_of, step_cost
+from latent_ae_train.cost import GPUS, RESERVED, Allocations, StepCost, gpu_of, step_cost
 from latent_ae_train.preflight import dearest_step
 from latent_ae_train.settings import TrainSettings
 from tests.tiny import GAN, build_step, micro_batches, settings_for
@@ -102,6 +102,16 @@ def test_the_arithmetic_is_that_of_the_convolutions() -> None:
         model(batch.images[:1], batch.noise[:1])
     # forward, and the gradients of weights and inputs; the images need none
     assert cost_of(settings).flops_per_image == 2 * (3 * sum(macs) - macs[0])
+
+
+@pytest.mark.parametrize("groups", [1, 2, 8])
+def test_the_arithmetic_of_a_convolution_in_groups(groups: int) -> None:
+    images = torch.randn(2, 8, 6, 6, requires_grad=True)
+    layer = nn.Conv2d(8, 16, 3, padding=1, groups=groups)
+    with Allocations() as counted:
+        layer(images).sum().backward()
+    macs = 2 * 16 * 6 * 6 * (8 // groups) * 9  # images x channels x positions x what each is a sum of
+    assert counted.flops == 3 * 2 * macs  # forward, and the gradients of weights and inputs
 
 
 def test_the_largest_micro_batch_fits_and_the_next_one_does_not() -> None:

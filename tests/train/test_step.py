@@ -533,6 +533,19 @@ def test_running_statistics_are_averaged_weights_too_and_stay_in_a_skipped_step(
         refuse_bad_numbers(step, 2)
 
 
+def test_a_fixed_normalisation_computes_with_its_stored_statistics() -> None:
+    config = {**SHAPES["AutoencoderDC"], "decoder_norm_types": ["batch_norm", "rms_norm"]}
+    settings = settings_for(model={"kind": "AutoencoderDC", "config": config}, train="encoder")
+    step = build_step(settings)
+    step.bare_reconstructor.train()  # as a validation leaves it
+    decoder = step.bare_reconstructor.autoencoder.decoder
+    before = {name: tensor.clone() for name, tensor in decoder.state_dict().items()}
+    assert any("running" in name for name in before)
+    logs = step(0, micro_batches(0, settings, latent=(4, SIDE // 2, SIDE // 2)))
+    assert logs["grad_norm"] > 0
+    assert all(torch.equal(tensor, before[name]) for name, tensor in decoder.state_dict().items())
+
+
 @pytest.mark.parametrize("micro", [4, 2])
 def test_a_step_above_the_limit_changes_nothing_and_is_counted(micro: int) -> None:
     """The limit is on the norm over the global batch before clipping, however the batch is split."""

@@ -18,8 +18,9 @@ from safetensors.torch import load_file
 
 from latent_ae.__main__ import main
 from latent_ae_train import loop
+from tests.distributed import children
 from tests.distributed.launch import launch_command
-from tests.runs import difference_of_the_third_step, differing_tensors, words
+from tests.runs import SHAPES, difference_of_the_third_step, differing_tensors, words
 
 
 @pytest.fixture(scope="module")
@@ -157,6 +158,20 @@ def test_two_processes_end_a_run_like_one(finished: Path, pictures: Path, tmp_pa
     assert theirs["latents"]["std"] == pytest.approx(ours["latents"]["std"], rel=1e-5)
     weights = [load_file(folder / "export/diffusion_pytorch_model.safetensors") for folder in (finished, run)]
     assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
+
+
+def test_two_processes_have_the_same_running_statistics(pictures: Path, tmp_path: Path) -> None:
+    """Of an AutoencoderDC's batch normalisations: each process sees other images, and a difference would stop both."""
+    config = json.dumps({**SHAPES["AutoencoderDC"], "decoder_norm_types": ["batch_norm", "rms_norm"]})
+    command = ["train", "dc-ae", f"output_dir={tmp_path / 'run'}", f"data.source={pictures}", f"model.config={config}"]
+    command += ["data.resolution=16", "validate.crop_px=16", "steps=3", "batch_size=4", "loss.perceptual=0"]
+    command += ["log.every=1", "validate.every=3", "checkpoint.every=3"]
+    code, error = children.run(command, tmp_path, 2)
+    assert code == 0 and "batch normalisations of this AutoencoderDC take their statistics" in error, error
+    last = tmp_path / "run/checkpoints/step-00000003"
+    trained, averaged = (load_file(last / f"{name}.safetensors") for name in ("autoencoder", "ema"))
+    names = [name for name in trained if "running_" in name]
+    assert names and all(torch.equal(trained[name], averaged[name]) for name in names)
 
 
 @pytest.mark.usefixtures("no_finish")
