@@ -1,6 +1,7 @@
 """What `latent-ae eval` shows on a terminal, and what goes into a pipe."""
 
 import hashlib
+import io
 import json
 import re
 from collections.abc import Iterable
@@ -9,6 +10,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from latent_ae_eval.table import Row, aligned
 from tests.made_jobs import COMMANDS, DOWNLOADS, Jobs, on_a_terminal
@@ -158,29 +160,38 @@ def test_what_is_refused_leaves_nothing_behind(jobs: Jobs, tmp_path, monkeypatch
 
 
 def test_each_result_tells_apart_the_images_that_were_measured(jobs: Jobs) -> None:
-    """The digests of their files, in the order of their names; a probe has those of both parts."""
+    """The digests of their files in the order of their names, with the size where it is the image's own; a probe has
+    those of both parts."""
 
     def result(name: str) -> dict[str, Any]:
         found: dict[str, Any] = json.loads((jobs(name).folder / "result.json").read_text())
         return found
 
-    def of(contents: Iterable[bytes]) -> str:
-        lines = "\n".join(hashlib.blake2b(content, digest_size=16).hexdigest() for content in contents)
-        return hashlib.sha256(lines.encode()).hexdigest()
+    def of(contents: Iterable[bytes], factor: int = 0) -> str:
+        lines = []
+        for content in contents:
+            width, height = Image.open(io.BytesIO(content)).size
+            size = f"-{height // factor * factor}x{width // factor * factor}" if factor else ""
+            lines.append(hashlib.blake2b(content, digest_size=16).hexdigest() + size)
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
     files = sorted(Path(jobs.places["data"]).rglob("*.png"), key=str)
     contents = [path.read_bytes() for path in files]
-    everything = {name: result(name)["data"]["fingerprint"] for name in ("recon", "latents", "anomaly")}
+    everything = {name: result(name)["data"]["fingerprint"] for name in ("recon", "latents")}
     assert everything == dict.fromkeys(everything, of(contents))
-    assert result("anomaly")["normal"]["fingerprint"] not in ("", of(contents))
+    anomalies, factor = result("anomaly"), result("anomaly")["model"]["factor"]
+    assert anomalies["data"]["fingerprint"] == of(contents, factor)
+    assert anomalies["normal"]["fingerprint"] == of(
+        (content for path, content in zip(files, contents, strict=True) if path.parent.name == "b" * 200), factor
+    )
     table = pq.read_table(jobs.places["table"])
-    assert result("factors")["data"]["fingerprint"] == of(row["bytes"] for row in table["image"].to_pylist())
+    assert result("factors")["data"]["fingerprint"] == of((row["bytes"] for row in table["image"].to_pylist()), factor)
     walked = result("interpolate")["data"]
     by_name = {
         str(path.relative_to(jobs.places["data"])): content for path, content in zip(files, contents, strict=True)
     }
-    assert walked["fingerprint"] == of(by_name[name] for name in walked["images"])
+    assert walked["fingerprint"] == of((by_name[name] for name in walked["images"]), factor)
     likely = pq.read_table(jobs("likelihood").folder / "images.parquet")["index"].to_pylist()  # others fit the scale
-    assert result("likelihood")["data"]["fingerprint"] == of(contents[index] for index in likely)
+    assert result("likelihood")["data"]["fingerprint"] == of((contents[index] for index in likely), factor)
     train, test = result("probe")["data"]["fingerprints"]
     assert train != test and of(contents) not in (train, test)
