@@ -4,8 +4,9 @@
     python -m benchmarks.anomaly defects /data
     python -m benchmarks.anomaly textures           # scikit-image's: brick, grass and gravel, one of them normal
 
-Each model trains for a few minutes on one CPU core; bicubic resampling, which learned nothing, stands beside it. The
-results of each seed are added to benchmarks/results/anomaly-*.json, if those before are of as many steps and images.
+Each model trains for a few minutes on one CPU core; bicubic resampling, which learned nothing, stands beside it but for
+textures, whose images are overlapping windows. The results of each seed are added to benchmarks/results/anomaly-*.json,
+where those before must be of as many steps and images.
 """
 
 import argparse
@@ -165,7 +166,7 @@ def main() -> None:
     parser.add_argument("data", nargs="?", type=Path, default=os.environ.get("LATENT_AE_TEST_DATA"))
     parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--images", type=int, help="to judge; default: 1000 of CIFAR-10, 50 photographs")
+    parser.add_argument("--images", type=int, help="to judge; default: 1000, 50, 51")
     words = parser.parse_args()
     if words.data is None and words.what != "textures":
         parser.error("give the folder that holds cifar10/ and bsds500/, or set LATENT_AE_TEST_DATA")
@@ -174,7 +175,9 @@ def main() -> None:
     path = RESULTS / f"{name}.json"
     facts = {"of": OF[words.what], "steps": words.steps, "images": words.images or images, "stages": list(STAGES)}
     before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    seeds = before.get("seeds", {}) if all(before.get(key) == value for key, value in facts.items()) else {}
+    seeds: dict[str, Any] = before.get("seeds", {})
+    if other := [key for key, value in facts.items() if seeds and before.get(key) != value]:
+        parser.error(f"{path} holds seeds of other {', '.join(other)}: remove it to begin anew")
     for seed in words.seeds:
         with tempfile.TemporaryDirectory(prefix="latent-ae-") as scratch:
             seeds[str(seed)] = measure(folder, Path(scratch), words.steps, words.images or images, seed)

@@ -35,6 +35,8 @@ PARTS: dict[str, tuple[dict[str, Any], str]] = {
     "depthwise cells": ({"cell": "depthwise", "encoder_cell": "residual"}, ""),
     "no learned bias": ({"side_bias": False}, ""),
     "balanced levels": ({}, "loss.kl_balance=true"),
+    "spectral regularisation": ({}, "loss.spectral=3.255e-6"),
+    "no warm-up of the KL": ({}, "loss.kl_warmup=0"),
     "no average of weights": ({}, "ema.decay=0"),
 }
 """Keys of the model's config and settings that differ from the recipe, by the contestant's name."""

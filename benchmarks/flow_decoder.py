@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from benchmarks.machine import save
-from benchmarks.runs import SECONDS, evaluate, folder_name, seconds_of, train
+from benchmarks.runs import SECONDS, WORDS, evaluate, folder_name, seconds_of, train
 from latent_ae.models.loading import load_first_stage
 from latent_ae.models.new_decoder import decoder_parameters
 
@@ -84,7 +84,7 @@ def rows(scratch: Path, held_out: Path) -> dict[str, Any]:
         if not (run / SECONDS).exists():
             continue
         found[name] = measured(run, held_out, contestant.sampled)
-        found[name]["settings"] = f"{contestant.recipe} {contestant.settings}"
+        found[name]["settings"] = " ".join(json.loads((run / WORDS).read_text()))
         if contestant.begins_with:
             found[name]["processor_seconds"] += seconds_of(scratch / folder_name(contestant.begins_with))
     return found
@@ -100,7 +100,7 @@ def measured(run: Path, held_out: Path, sampled: tuple[int, ...]) -> dict[str, A
         out = run / f"recon{steps}"
         result = evaluate(out, "recon", export, held_out, *EVALUATION.split(), "num_workers=0")
         keys = ("psnr", "ssim", "lpips_vgg", "frechet_vgg16")
-        figures[steps] = {key: [result[part]["mode"][key] for part in ("metrics", "intervals")] for key in keys}
+        figures[steps] = {key: [result[part]["mode"].get(key) for part in ("metrics", "intervals")] for key in keys}
     return {
         "processor_seconds": seconds_of(run),
         "decoder_parameters": decoder_parameters(stage.module),

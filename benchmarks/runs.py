@@ -59,10 +59,17 @@ def evaluate(out: Path, kind: str, model: Path, data: Path | None, *settings: st
 
 def refuse_others(folder: Path, *words: str) -> None:
     """Raises ValueError if the folder holds what another command made, which would be taken for this one's."""
-    known = json.loads((folder / WORDS).read_text()) if (folder / WORDS).exists() else list(words)
-    if known != list(words):
-        changed = sorted(set(known) ^ set(words))
+    known = [whole(word) for word in json.loads((folder / WORDS).read_text())] if (folder / WORDS).exists() else None
+    now = [whole(word) for word in words]
+    if known is not None and known != now:
+        changed = sorted(set(known) ^ set(now))
         raise ValueError(f"{folder} was made by another command ({', '.join(changed)}): give another scratch folder")
+
+
+def whole(word: str) -> str:
+    """A word with its path made absolute, if it has one."""
+    key, equals, value = word.rpartition("=")
+    return f"{key}{equals}{Path(value).resolve()}" if os.path.exists(value) else word
 
 
 def seconds_of(folder: Path) -> float:

@@ -29,7 +29,7 @@ from PIL import Image
 from torch.nn import functional as F
 
 from benchmarks.machine import save
-from benchmarks.runs import cifar10, evaluate, seconds_of, train
+from benchmarks.runs import WORDS, cifar10, evaluate, refuse_others, seconds_of, train
 from latent_ae.config import load_settings
 from latent_ae.data.held_out import held_out_images
 from latent_ae.data.labels import PROBE_SEED, few_labels, numbered_classes
@@ -71,9 +71,11 @@ def main() -> None:
                 words = [*COMMON, *SHAPES[name], *data[name], f"steps={STEPS[name]}"]
                 words += [f"semi_supervised.labels_per_class={labels}", f"semi_supervised.draw={draw}"]
                 folder = arguments.scratch / f"{name}-{labels}-{draw}"
+                refuse_others(folder, *words)
                 if not (folder / COMPARED).exists():
-                    found = compared(folder, place[name], words, labels, draw, draws)
+                    found = compared(folder, place[name], words, labels, draw)
                     (folder / COMPARED).write_text(json.dumps(found))
+                    (folder / WORDS).write_text(json.dumps(words))
                 facts = {"recipe": RECIPE, "common": COMMON, "steps": STEPS, "shapes": SHAPES}
                 save("semi-supervised", {**facts, "rows": rows(arguments.scratch)})
 
@@ -82,7 +84,7 @@ def rows(scratch: Path) -> dict[str, Any]:
     """All comparisons that the scratch folder holds, by data and number of labels, with means over their choices."""
     found: dict[str, Any] = {}
     for name in SHAPES:
-        for labels, draw in itertools.product(range(1, 1001), range(20)):
+        for labels, draw in itertools.product(range(1, 1001), range(100)):
             path = scratch / f"{name}-{labels}-{draw}" / COMPARED
             if path.exists():
                 row = found.setdefault(name, {}).setdefault(str(labels), {"draws": []})
@@ -95,13 +97,13 @@ def rows(scratch: Path) -> dict[str, Any]:
     return found
 
 
-def compared(folder: Path, data: Path, words: list[str], labels: int, draw: int, draws: int) -> dict[str, Any]:
+def compared(folder: Path, data: Path, words: list[str], labels: int, draw: int) -> dict[str, Any]:
     """The test accuracies of all contestants with the same labels."""
     accuracy, seconds = dict[str, float](), dict[str, float]()
     for name, more in (("M1 + M2", []), ("joint", JOINT)):
         run = folder / name.replace(" + ", "-")
         train(run, RECIPE, *words, *more)
-        judged = [f"labels_per_class=[{labels}]", f"draws={max(2, draws)}", f"test_fraction={TEST_FRACTION}"]
+        judged = [f"labels_per_class=[{labels}]", f"draws={max(2, draw + 1)}", f"test_fraction={TEST_FRACTION}"]
         result = evaluate(run / "probe", "probe", run / "export", data, *judged)
         accuracy[name], seconds[name] = result["label_model"]["accuracy"], seconds_of(run)
         if name == "M1 + M2":

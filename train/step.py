@@ -97,8 +97,6 @@ class TrainStep:
         passes, logs, means = self.settings.accumulation, dict[str, Tensor](), dict[str, Tensor]()
         buffers = [buffer for network in self.networks for buffer in buffers_to_restore(network)]
         before = [buffer.clone() for buffer in buffers]
-        for norm in self.fixed_norms:  # which a validation has put into training mode
-            norm.eval()
         # an autocast drops its casts of weights when the outermost one ends; in this one all passes share them
         with self.autocast(enabled=False):
             for index in range(passes):
@@ -142,6 +140,8 @@ class TrainStep:
         Returns:
             The pass, with its logs.
         """
+        for norm in self.fixed_norms:  # which a validation has put into training mode
+            norm.eval()
         with self.autocast():
             for objective in self.objectives.values():
                 batch = objective.prepare(batch, step)

@@ -121,19 +121,21 @@ def image_set(
     parts: dict[str, list[Tensor]] = {name: [] for name in networks}
     chosen = set(spread(0, size, GRID**2).tolist())
     shown: list[Tensor] = []
-    count = 0
+    count, last = 0, torch.empty(0)
     for images in batches:
         if not len(images):
             continue
         for name, network in networks.items():
             parts[name].append(network(images).cpu())
-        shown += [image for number, image in enumerate(images, start=count) if number in chosen or not number]
+        shown += [image for number, image in enumerate(images, start=count) if number in chosen]
+        last = images[-1:]
         count += len(images)
         progress(len(images))
     if count < 2 and count < size:
         raise UserError(f"{count} of {size:,} images are finite: the model gives NaN or infinity")
     features = {name: torch.cat(batches_of_one).numpy() for name, batches_of_one in parts.items()}
-    return ImageSet(count, features, torch.stack(shown).float() / 127.5 - 1)
+    # so many may have been left out that none of the chosen ones is there
+    return ImageSet(count, features, torch.stack(shown or list(last)).float() / 127.5 - 1)
 
 
 def distances(sets: dict[str, ImageSet]) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, list[float]]]]:

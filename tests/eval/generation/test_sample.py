@@ -15,11 +15,12 @@ from PIL import Image
 
 from latent_ae.config import UserError
 from latent_ae.data.images import to_uint8
-from latent_ae.data.rng import posterior_noise
+from latent_ae.data.rng import posterior_noise, spread
 from latent_ae.latents.cache import open_latents
 from latent_ae.report.pictures import picture_grid
 from latent_ae_eval.__main__ import main
 from latent_ae_eval.diffusion.measure import evaluate_diffusion
+from latent_ae_eval.generation.sampling import image_set
 from latent_ae_eval.generation.settings import DiffusionSettings
 from latent_ae_eval.generation.training import new_transformer
 from latent_ae_eval.sample.measure import gaussian_prior, sample
@@ -82,6 +83,15 @@ def test_samples_that_are_not_finite_are_left_out(tmp_path, monkeypatch):
     monkeypatch.setattr(Overflows, "decode", lambda _, z, **words: DecoderOutput(nothing.repeat(len(z), 1, 1, 1)))
     with pytest.raises(UserError, match="0 of 20 images are finite"):
         sample(vae, settings=settings, out=tmp_path / "none")
+
+
+def test_a_sheet_shows_64_images_spread_over_all_and_one_where_few_are_left():
+    numbered = [torch.full((10, 3, 2, 2), batch, dtype=torch.uint8) for batch in range(20)]
+    found = image_set(numbered, {}, 200, lambda _: None)
+    assert found.size == 200 and len(found.shown) == 64
+    levels = ((found.shown[:, 0, 0, 0] + 1) * 127.5).round().long()
+    assert torch.equal(levels.bincount(), torch.tensor(spread(0, 200, 64)).div(10, rounding_mode="floor").bincount())
+    assert len(image_set(numbered[:1], {}, 5000, lambda _: None).shown) == 1
 
 
 class WithPrior(AutoencoderKL):
