@@ -113,18 +113,18 @@ def _stacked(batch: Sequence[HeldOutImage]) -> Tensor:
     return torch.stack([item.image for item in batch if item.image is not None])
 
 
-def refuse_infinite(latents: Tensor, items: Sequence[HeldOutImage], stage: FirstStage, data: str) -> None:
+def refuse_infinite(latents: Tensor, names: Sequence[str], stage: FirstStage, data: str) -> None:
     """Raise UserError if latents are NaN or infinite.
 
     Args:
         latents: (N, c, h, w).
-        items: The N images.
+        names: Names of the N images.
         stage: The model that encoded them.
         data: Their location.
     """
     finite = latents.isfinite().flatten(1).all(1)
     if not finite.all():
-        name = items[int(finite.int().argmin())].name
+        name = names[int(finite.int().argmin())]
         raise UserError(f"{stage.name} encodes {name} of {data} to numbers that are not finite")
 
 

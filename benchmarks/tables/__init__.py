@@ -5,8 +5,12 @@ python -m benchmarks.tables
 
 import json
 import re
+from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
+from statistics import stdev
+
+from scipy.special import stdtrit
 
 from benchmarks.machine import RESULTS
 
@@ -14,6 +18,11 @@ DOCS = Path(__file__).parent.parent.parent / "docs"
 PAGES = [
     page for page in sorted(DOCS.glob("*.md")) if (Path(__file__).parent / f"{page.stem.replace('-', '_')}.py").exists()
 ]
+
+
+def half_width(values: Sequence[float]) -> float:
+    """Half of the 95 % interval of the mean of two or more values, by Student's t distribution."""
+    return float(stdtrit(len(values) - 1, 0.975)) * stdev(values) / len(values) ** 0.5
 
 
 def render(page: Path) -> str:

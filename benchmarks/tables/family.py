@@ -4,9 +4,8 @@ from collections.abc import Callable, Sequence
 from statistics import mean, stdev
 from typing import Any
 
-from scipy.special import stdtrit
-
 from benchmarks.machine import where
+from benchmarks.tables import half_width
 
 
 def family_table(result: dict[str, Any]) -> str:
@@ -218,7 +217,7 @@ def disentangle64_table(result: dict[str, Any]) -> str:
             for column in compared:
                 of = columns[column][0]
                 gained = [of(run) - of(other) for run, other in pairs]
-                half = stdtrit(len(gained) - 1, 0.975) * stdev(gained) / len(gained) ** 0.5
+                half = half_width(gained)
                 cells.append(f"{mean(gained):+.3f} ({mean(gained) - half:+.3f} to {mean(gained) + half:+.3f})")
             lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -3,9 +3,8 @@
 import statistics
 from typing import Any
 
-from scipy.special import stdtrit
-
 from benchmarks.machine import where
+from benchmarks.tables import half_width
 
 SCORES = {
     "pixel_mean": "`pixel_mean`",
@@ -39,10 +38,7 @@ def anomaly_table(result: dict[str, Any]) -> str:
             cells = []
             for kind in kinds:
                 areas = [one[kind]["scores"][score]["auroc"] for one in found if score in one[kind]["scores"]]
-                spread = ""
-                if len(areas) > 1:
-                    half = stdtrit(len(areas) - 1, 0.975) * statistics.stdev(areas) / len(areas) ** 0.5
-                    spread = f" ± {half:.2f}"
+                spread = f" ± {half_width(areas):.2f}" if len(areas) > 1 else ""
                 cells.append(f"{statistics.mean(areas):.2f}{spread}" if areas else "")
             images = result.get("of", "CIFAR-10, {} normal" if name else "BSDS500, pasted defects").format(name)
             if any(cells):

@@ -244,7 +244,7 @@ def _codes(
     for items, batch in batches(items_read, settings.batch_size, device):
         batch = batch.to(device, stage.dtype)
         mean = draw(stage.module, batch, None).latent
-        refuse_infinite(mean, items, stage, data)
+        refuse_infinite(mean, [item.name for item in items], stage, data)
         if shape and mean.shape[1:] != shape:
             raise UserError(f"{data}: images of several sizes have latents of several; set crop_px (and resize_px)")
         shape = mean.shape[1:]

@@ -98,7 +98,7 @@ class Passes:
         for batch in self._batches(readable, sizes):
             images = torch.stack([item.image for item in batch if item.image is not None]).to(self.device)
             latents = self._latents(images, [item.index for item in batch], one.number)
-            refuse_infinite(latents, batch, self.stage, one.location)
+            refuse_infinite(latents, [item.name for item in batch], self.stage, one.location)
             found = {"latent": latents.cpu()}
             if one.networks:
                 kinds = {"input": images, "reconstruction": self.stage.decode(latents)}

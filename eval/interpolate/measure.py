@@ -35,6 +35,7 @@ from latent_ae_eval.jobs import (
     images_for,
     lpips_or_reason,
     opened,
+    refuse_infinite,
     say_written,
     write_json,
     written_into,
@@ -79,9 +80,7 @@ def interpolate(
     lpips, why_not = lpips_or_reason(settings.lpips, images.shape[1], min(height, width), device)
     size = cpu_batch(settings.batch_size, height * width) if device.type == "cpu" else settings.batch_size
     latents = torch.cat([stage.encode(image[None].to(device)).mean for image in images])
-    finite = latents.isfinite().flatten(1).all(1)
-    if not finite.all():
-        raise UserError(f"{stage.name} encodes {names[int(finite.int().argmin())]} to numbers that are not finite")
+    refuse_infinite(latents, names, stage, str(data))
     centre = torch.zeros_like(latents[:1])
     if settings.centre == "channels":
         centre = latents.mean(dim=(0, 2, 3), keepdim=True)

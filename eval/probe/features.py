@@ -75,7 +75,7 @@ class ImageFeatures:
                 raise UserError(several_sizes(self.shape, batch.shape[1:]))
             self.shape = batch.shape[1:]
             latent = self.stage.encode(batch.to(self.device)).mean
-            refuse_infinite(latent, items, self.stage, self.data)
+            refuse_infinite(latent, [item.name for item in items], self.stage, self.data)
             self.latent_shape = latent.shape[1:]
             features = {"latent": latent.flatten(1), "latent_pooled": latent.mean((2, 3)), "pixels": batch.flatten(1)}
             for kind, values in features.items():
