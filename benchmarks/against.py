@@ -45,7 +45,7 @@ from safetensors.torch import load_file
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
 from benchmarks.against_programs.programs import AS_PUBLISHED, NEEDED, RIVALS, Places, Program, ours
-from benchmarks.machine import RESULTS, save
+from benchmarks.machine import earlier, save
 from benchmarks.plain_evaluation import levels, lpips_network
 from benchmarks.runs import evaluate, folder_name, latent_ae
 from benchmarks.widths import WIDTHS
@@ -135,11 +135,7 @@ def main() -> None:
         "sizes": {size: f"quickstart {words}".strip() for size, words in SIZES.items()},
         "programs": {name: {"settings": AS_PUBLISHED[name], "needed": NEEDED[name]} for name in NEEDED},
     }
-    path = RESULTS / f"{arguments.name}.json"
-    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    if changed := [key for key in facts if before and key != "programs" and before.get(key) != facts[key]]:
-        parser.error(f"{path} was made with other {', '.join(changed)}: move it, or give another --name")
-    rows: dict[str, dict[str, Any]] = before.get("entries", {})
+    rows = earlier(arguments.name, {key: fact for key, fact in facts.items() if key != "programs"}, "entries")
     for entry in entries(arguments.rates):
         name = entry.name(arguments.minutes)
         if (arguments.only or "") not in name or "latent_ae" in rows.get(name, {}):

@@ -11,7 +11,6 @@ where those before must be of as many steps and images.
 
 import argparse
 import itertools
-import json
 import os
 import tempfile
 from pathlib import Path
@@ -21,7 +20,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from PIL import Image
 
-from benchmarks.machine import RESULTS, save
+from benchmarks.machine import earlier, save
 from benchmarks.runs import folder_name, train
 
 TEXTURES = ("brick", "grass", "gravel")
@@ -172,16 +171,13 @@ def main() -> None:
         parser.error("give the folder that holds cifar10/ and bsds500/, or set LATENT_AE_TEST_DATA")
     measure, images = WHAT[words.what]
     name, folder = f"anomaly-{words.what}", Path(words.data or "")
-    path = RESULTS / f"{name}.json"
     facts = {"of": OF[words.what], "steps": words.steps, "images": words.images or images, "stages": list(STAGES)}
-    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    seeds: dict[str, Any] = before.get("seeds", {})
-    if other := [key for key, value in facts.items() if seeds and before.get(key) != value]:
-        parser.error(f"{path} holds seeds of other {', '.join(other)}: remove it to begin anew")
+    earlier(name, facts, "seeds")  # ends here rather than after a training
     for seed in words.seeds:
         with tempfile.TemporaryDirectory(prefix="latent-ae-") as scratch:
-            seeds[str(seed)] = measure(folder, Path(scratch), words.steps, words.images or images, seed)
-        save(name, {**facts, "seeds": seeds})
+            found = measure(folder, Path(scratch), words.steps, words.images or images, seed)
+        seeds = earlier(name, facts, "seeds") | {str(seed): found}
+        save(name, {**facts, "seeds": dict(sorted(seeds.items()))})
 
 
 if __name__ == "__main__":

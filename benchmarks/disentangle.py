@@ -1,17 +1,18 @@
 """Beta-VAE, its annealed capacity, FactorVAE and beta-TCVAE on images with known factors: MIG, DCI, FactorVAE's score.
 
-python -m benchmarks.disentangle --data blobs --scratch /tmp/scratch
-python -m benchmarks.disentangle --data shapes64 --scratch /tmp/scratch
-Runs that the scratch folder holds already are not made again; --runs chooses a few. Each takes three minutes
-of a processor.
+    python -m benchmarks.disentangle --data blobs --scratch /tmp/scratch
+    python -m benchmarks.disentangle --data shapes64 --scratch /tmp/scratch
+
+Each run takes three to five minutes of a processor; --runs and --seeds choose a few. After each seed they are added to
+benchmarks/results/disentangle-*.json. Killed, it goes on when started again with the same scratch folder.
 """
 
 import argparse
-import json
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-from benchmarks.machine import save
+from benchmarks.machine import earlier, save
 from benchmarks.runs import evaluate, events, folder_name, seconds_of, train
 from latent_ae.data.synthetic import KINDS, write_shapes
 
@@ -49,8 +50,6 @@ RUNS: dict[str, dict[str, list[str]]] = {
 }
 """Of each set of images, what sets a run apart."""
 SEEDS = (0, 1, 2, 3, 4)
-MOST_SEEDS = 20
-"""Runs of seeds below it are in the result, whenever they were made."""
 STEPS, SHORT_STEPS = 1500, 600
 """Of most runs, and of those at 64 px, whose steps take four times as long."""
 MODEL = (
@@ -98,37 +97,33 @@ def main() -> None:
         table.with_suffix(".part").rename(table)
     common = [*COMMON, *OWN[kind], f"batch_size={BATCH[kind]}", f"data.resolution={side}", f"validate.crop_px={side}"]
     framed = [f"crop_px={side}", "batch_size=256", "num_workers=0"]
-    for seed in words.seeds:
-        for name in words.runs or runs:
-            folder = scratch / folder_name(f"{name} {seed}")
-            sources = [f"data.source={table}", f"data.eval_source={table}", f"seed={seed}"]
-            train(folder, "quickstart", *sources, *common, *runs[name])
-            evaluate(folder / "factors", "factors", folder, table, *framed)
-        save(f"disentangle-{kind}", result_of(kind, common, scratch))
-
-
-def result_of(kind: str, common: list[str], scratch: Path) -> dict[str, Any]:
-    """All runs that the scratch folder holds."""
-    rows, runs, side, drawn = {}, RUNS[kind], SIDES_PX[kind], kind.removesuffix("64")
-    for name, settings in runs.items():
-        found = [measured(scratch / folder_name(f"{name} {seed}"), seed, side**2) for seed in range(MOST_SEEDS)]
-        if any(found):
-            rows[name] = {"settings": settings, "runs": [run for run in found if run is not None]}
     factors = KINDS[drawn].factors
-    return {
+    facts = {
         "data": f"{' x '.join(map(str, factors.values()))} {drawn} ({', '.join(factors)}), {side} px",
         "steps": SHORT_STEPS if kind == "shapes64" else STEPS,
         "batch_size": BATCH[kind],
         "common": common,
-        "rows": rows,
+        "settings": runs,
     }
+    result_name = f"disentangle-{kind}"
+    earlier(result_name, facts)  # ends here rather than after an hour
+    for seed in words.seeds:
+        found: dict[str, dict[str, Any]] = {}
+        for name in words.runs or runs:
+            folder = scratch / folder_name(f"{name} {seed}")
+            sources = [f"data.source={table}", f"data.eval_source={table}", f"seed={seed}"]
+            train(folder, "quickstart", *sources, *common, *runs[name])
+            result = evaluate(folder / "factors", "factors", folder, table, *framed)
+            found[name] = measured(folder, result, seed, side**2)
+        rows = earlier(result_name, facts)
+        for name, run in found.items():
+            others = [other for other in rows.get(name, {"runs": []})["runs"] if other["seed"] != seed]
+            rows[name] = {"runs": sorted([*others, run], key=itemgetter("seed"))}
+        save(result_name, {**facts, "rows": {name: rows[name] for name in runs if name in rows}})
 
 
-def measured(folder: Path, seed: int, pixels: int) -> dict[str, Any] | None:
-    """What a run came to; None where it was not made."""
-    if not (folder / "factors/result.json").exists():
-        return None
-    factors = json.loads((folder / "factors/result.json").read_text())
+def measured(folder: Path, factors: dict[str, Any], seed: int, pixels: int) -> dict[str, Any]:
+    """What a run came to, with its factors' evaluation."""
     lines = events(folder, "train")[-LAST:]
     likelihood = next(key for key in ("bernoulli", "gaussian") if key in lines[0])
     nats = {key: pixels * sum(line[key] for line in lines) / len(lines) for key in (likelihood, "kl")}

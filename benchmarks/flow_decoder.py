@@ -6,7 +6,7 @@ The first stage is the recipe `quickstart` with factor 8 and 4 latent channels, 
 Its own decoder trains on, a fresh plain one of the size of all of a FlowMatchingVAE's decoders trains, and flows from
 noise train: of residuals to the plain decoder's image, which is then distilled to one step, and of pixels, of the same
 size (to 5 %). The steps of each are in CONTESTANTS, the seconds in the result. Killed, it goes on when started again
-with the same scratch folder. Writes benchmarks/results/flow-decoder.json after each, with all that this folder holds.
+with the same scratch folder. Each is added to benchmarks/results/flow-decoder.json when it is measured.
 """
 
 import argparse
@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.machine import save
-from benchmarks.runs import SECONDS, WORDS, evaluate, folder_name, seconds_of, train
+from benchmarks.machine import earlier, save
+from benchmarks.runs import evaluate, folder_name, seconds_of, train
 from latent_ae.models.loading import load_first_stage
 from latent_ae.models.new_decoder import decoder_parameters
 
@@ -54,6 +54,7 @@ CONTESTANTS = {
         "flow-decoder", f"{FLOW} decoder={{}} train=decoder flow.teacher_steps=8 steps=120", (1,), "flow of residuals"
     ),
 }
+RESULT, FIRST_STAGE = "flow-decoder", "first stage"
 EVALUATION = "limit=200 crop_px=128 resize_px=null latents=[mode] lpips=[vgg] frechet=[vgg16] baseline=false"
 
 
@@ -66,28 +67,26 @@ def main() -> None:
     words = parser.parse_args()
     torch.set_num_threads(1)
     data = [f"data.source={words.data}", f"data.eval_source={words.held_out}", *COMMON.split()]
+    facts = {"data": words.data.parent.name, "evaluation": EVALUATION, "first": FIRST, "common": COMMON}
+    earlier(RESULT, facts)  # ends here rather than after a training
     first = words.scratch / "first"
     train(first, "quickstart", *FIRST.split(), *data)
+    add({FIRST_STAGE: measured(first, words.held_out, ())}, facts)
     for name in words.only:
         contestant, run = CONTESTANTS[name], words.scratch / folder_name(name)
         before = words.scratch / folder_name(contestant.begins_with) if contestant.begins_with else first
         train(run, contestant.recipe, f"init_from={before / 'export'}", *contestant.settings.split(), *data)
-        facts = {"data": words.data.parent.name, "evaluation": EVALUATION, "first": FIRST, "common": COMMON}
-        save("flow-decoder", {**facts, "rows": rows(words.scratch, words.held_out)})
-
-
-def rows(scratch: Path, held_out: Path) -> dict[str, Any]:
-    """What the scratch folder holds, by contestant."""
-    found = {"first stage": measured(scratch / "first", held_out, ())}
-    for name, contestant in CONTESTANTS.items():
-        run = scratch / folder_name(name)
-        if not (run / SECONDS).exists():
-            continue
-        found[name] = measured(run, held_out, contestant.sampled)
-        found[name]["settings"] = " ".join(json.loads((run / WORDS).read_text()))
+        found = measured(run, words.held_out, contestant.sampled)
+        found["settings"] = f"{contestant.recipe} {contestant.settings}"
         if contestant.begins_with:
-            found[name]["processor_seconds"] += seconds_of(scratch / folder_name(contestant.begins_with))
-    return found
+            found["processor_seconds"] += seconds_of(before)
+        add({name: found}, facts)
+
+
+def add(found: dict[str, Any], facts: dict[str, Any]) -> None:
+    """Add rows to the result."""
+    rows = earlier(RESULT, facts) | found
+    save(RESULT, {**facts, "rows": {name: rows[name] for name in (FIRST_STAGE, *CONTESTANTS) if name in rows}})
 
 
 def measured(run: Path, held_out: Path, sampled: tuple[int, ...]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import statistics
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -102,6 +102,21 @@ def save(name: str, result: dict[str, Any]) -> Path:
     path.write_text(json.dumps(head | {"machine": describe_machine()} | result, indent=2) + "\n")
     print(f"wrote {path}", file=sys.stderr)
     return path
+
+
+def earlier(name: str, facts: Mapping[str, Any], part: str = "rows") -> dict[str, Any]:
+    """The figures in benchmarks/results/NAME.json, to add to; {} if there is no such file.
+
+    Ends the program if they are of other facts than these.
+    """
+    path = RESULTS / f"{name}.json"
+    if not path.exists():
+        return {}
+    result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    if other := [key for key, value in facts.items() if result.get(key) != json.loads(json.dumps(value))]:
+        sys.exit(f"{path} holds figures of other {', '.join(other)}: move it to begin anew")
+    found: dict[str, Any] = result[part]
+    return found
 
 
 class _Peak:

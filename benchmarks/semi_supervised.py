@@ -12,14 +12,13 @@ of labels, all contestants see the same ones, and are tested on the same images:
   of as many labelled images as the others see in a step.
 
 The seed of the training is always 0: only the labels differ. Needs scikit-learn. Killed, it goes on when started again
-with the same scratch folder. Writes benchmarks/results/semi-supervised.json after each choice of labels, with all that
-the scratch folder holds.
+with the same scratch folder. Each choice of labels is added to benchmarks/results/semi-supervised.json.
 """
 
 import argparse
-import itertools
 import json
 import statistics
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from benchmarks.machine import save
+from benchmarks.machine import earlier, save
 from benchmarks.runs import WORDS, cifar10, evaluate, refuse_others, seconds_of, train
 from latent_ae.config import load_settings
 from latent_ae.data.held_out import held_out_images
@@ -40,6 +39,7 @@ from latent_ae.models.label_model import LabelModel, stored_label_model
 from latent_ae_train.settings import TrainSettings
 
 RECIPE, BATCH, TEST_FRACTION = "semi-supervised", 64, 0.3
+RESULT = "semi-supervised"
 COMMON = [f"batch_size={BATCH}", "checkpoint.every=100000", "validate.every=100000", "validate.images=50"]
 JOINT = ["semi_supervised.weight=1", "loss.kl=0"]
 SHAPES = {
@@ -65,6 +65,8 @@ def main() -> None:
     digits = write_digits(arguments.scratch / "digits")
     data = {"digits": [f"data.source={digits}"], "CIFAR-10": cifar10(arguments.cifar10)}
     place = {"digits": digits, "CIFAR-10": arguments.cifar10}
+    facts = {"recipe": RECIPE, "common": COMMON, "steps": STEPS, "shapes": SHAPES}
+    earlier(RESULT, facts)  # ends here rather than after a training
     for name, draws in zip(data, arguments.draws, strict=True):
         for labels in arguments.labels:
             for draw in range(draws):
@@ -76,25 +78,20 @@ def main() -> None:
                     found = compared(folder, place[name], words, labels, draw)
                     (folder / COMPARED).write_text(json.dumps(found))
                     (folder / WORDS).write_text(json.dumps(words))
-                facts = {"recipe": RECIPE, "common": COMMON, "steps": STEPS, "shapes": SHAPES}
-                save("semi-supervised", {**facts, "rows": rows(arguments.scratch)})
+                rows = earlier(RESULT, facts)
+                add(rows.setdefault(name, {}), str(labels), json.loads((folder / COMPARED).read_text()))
+                save(RESULT, {**facts, "rows": {name: rows[name] for name in SHAPES if name in rows}})
 
 
-def rows(scratch: Path) -> dict[str, Any]:
-    """All comparisons that the scratch folder holds, by data and number of labels, with means over their choices."""
-    found: dict[str, Any] = {}
-    for name in SHAPES:
-        for labels, draw in itertools.product(range(1, 1001), range(100)):
-            path = scratch / f"{name}-{labels}-{draw}" / COMPARED
-            if path.exists():
-                row = found.setdefault(name, {}).setdefault(str(labels), {"draws": []})
-                row["draws"].append(json.loads(path.read_text()))
-        for row in found.get(name, {}).values():
-            row["mean"] = {
-                key: statistics.mean(one["accuracy"][key] for one in row["draws"])
-                for key in row["draws"][0]["accuracy"]
-            }
-    return found
+def add(rows: dict[str, Any], labels: str, found: dict[str, Any]) -> None:
+    """Add a choice of labels to the rows, which are by number of labels and have means over their choices."""
+    before = rows.pop(labels, {"draws": []})["draws"]
+    others = [one for one in before if one["draw"] != found["draw"]]
+    draws = sorted([*others, found], key=itemgetter("draw"))
+    means = {key: statistics.mean(one["accuracy"][key] for one in draws) for key in found["accuracy"]}
+    rows[labels] = {"draws": draws, "mean": means}
+    for key in sorted(rows, key=int):
+        rows[key] = rows.pop(key)
 
 
 def compared(folder: Path, data: Path, words: list[str], labels: int, draw: int) -> dict[str, Any]:

@@ -4,9 +4,11 @@
 
 Trained is on the photographs that scikit-image ships, as the recipes say; a recipe that builds on the quickstart takes
 that of the same seed. Each recipe takes 5 to 10 processor minutes for each seed, half of them for the evaluations.
-Killed, it goes on when started again with the same scratch folder. Writes benchmarks/results/zoo.json after each
-training. Recipes that are not here: beta-vae, whose images are made (docs/family.md), and rae, whose frozen encoder has
-to be downloaded.
+Killed, it goes on when started again with the same scratch folder. What each training gives is added to
+benchmarks/results/zoo.json, whose seeds may have been measured elsewhere but must answer the same questions.
+
+Recipes that are not here: beta-vae, whose images are made (docs/family.md), and rae, whose frozen encoder has to be
+downloaded.
 """
 
 import argparse
@@ -19,7 +21,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks.machine import alternate, save
+from benchmarks.machine import alternate, earlier, save
 from benchmarks.runs import evaluate, peak_gb_of, seconds_of, train
 from latent_ae.config import load_settings
 from latent_ae.models.loading import load_first_stage
@@ -82,7 +84,8 @@ def main() -> None:
     reads = shutil.which("tesseract") is not None
     if not reads:
         print("text is left out: tesseract is not installed", file=sys.stderr)
-    rows: dict[str, dict[str, Any]] = {}
+    facts = {"held_out": words.held_out.parent.name, "framing": FRAMING, "questions": QUESTIONS}
+    earlier(words.name, facts)  # ends here rather than after a training
     for seed in words.seeds:
         for recipe in words.recipes:
             run = words.scratch / f"{recipe}-{seed}"
@@ -91,14 +94,16 @@ def main() -> None:
                 train(base := words.scratch / f"quickstart-{seed}", "quickstart", f"seed={seed}")
                 own.append(f"{on}={base / 'export'}")
             train(run, recipe, *own)
-            row = rows.setdefault(recipe, about(recipe, run / "export"))
-            row["seeds"][str(seed)] = measured(recipe, run, words.held_out, reads)
-            facts = {"held_out": words.held_out.parent.name, "framing": FRAMING, "questions": QUESTIONS}
+            found = measured(recipe, run, words.held_out, reads)
+            rows = earlier(words.name, facts)
+            known = rows.get(recipe, {"seeds": {}})
+            seeds = known["seeds"] | {str(seed): found}
+            rows[recipe] = known | about(recipe, run / "export") | {"seeds": dict(sorted(seeds.items()))}
             save(words.name, {**facts, "rows": rows})
     # by processor seconds, in turns: times of the evaluations are the clock's, which other work disturbs
-    for recipe, milliseconds in speeds(
-        {recipe: words.scratch / f"{recipe}-{words.seeds[0]}" for recipe in rows}
-    ).items():
+    found = speeds({recipe: words.scratch / f"{recipe}-{words.seeds[0]}" for recipe in words.recipes})
+    rows = earlier(words.name, facts)
+    for recipe, milliseconds in found.items():
         rows[recipe] |= milliseconds
     save(words.name, {**facts, "rows": rows})
 
@@ -133,7 +138,6 @@ def about(recipe: str, export: Path) -> dict[str, Any]:
         "steps": sum(phase.steps for phase in phases),
         "images": sum(phase.steps * phase.batch_size for phase in phases),
         "measured": MEMBERS[recipe].measured,
-        "seeds": {},
     }
 
 
