@@ -16,6 +16,7 @@ import shutil
 import sys
 from collections.abc import Callable, Mapping
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -81,9 +82,9 @@ def main() -> None:
     parser.add_argument("--name", default="zoo", help="of the result")
     words = parser.parse_args()
     torch.set_num_threads(1)
-    reads = shutil.which("tesseract") is not None
+    reads = shutil.which("tesseract") is not None and find_spec("pytesseract") is not None
     if not reads:
-        print("text is left out: tesseract is not installed", file=sys.stderr)
+        print("text is left out: tesseract or pytesseract is not installed", file=sys.stderr)
     facts = {"held_out": words.held_out.parent.name, "framing": FRAMING, "questions": QUESTIONS}
     earlier(words.name, facts)  # ends here rather than after a training
     for seed in words.seeds:
