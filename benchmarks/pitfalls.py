@@ -1,10 +1,11 @@
 """Four pitfalls of first stages, each made on purpose and mended: the figures and pictures of docs/pitfalls.md.
 
-    python -m benchmarks.pitfalls --held-out /data/bsds500/test --scratch /tmp/pitfalls
+    python -m benchmarks.pitfalls --data /data/bsds500/train --held-out /data/bsds500/test --scratch /tmp/pitfalls
 
-The trainings are those whose commands the page shows, on the photographs that scikit-image ships or on the synthetic
-shapes; --held-out is a folder of other photographs, on which the former are measured. Killed, it goes on when started
-again with the same scratch folder. Writes benchmarks/results/pitfall-*.json and docs/images/pitfall-*.
+The trainings are those whose commands the page shows: on the photographs that scikit-image ships, for blurry images on
+those of --data, and on the synthetic shapes; --held-out is a folder of other photographs, on which the first two are
+measured. Killed, it goes on when started again with the same scratch folder. Writes benchmarks/results/pitfall-*.json
+and docs/images/pitfall-*.
 """
 
 import argparse
@@ -28,8 +29,8 @@ from latent_ae.report.pictures import picture_grid
 
 PHOTOS = "vae steps=300 validate.every=300"
 SHAPES = f"{PHOTOS} model.in_channels=1 model.out_channels=1 data.flip=false validate.images=200"
-F8 = "quickstart model.block_out_channels=[32,64,64,64] model.latent_channels=4 steps=600 gan.start=400"
-"""A first stage with few latents, so that an image has much that they do not tell."""
+F8 = "quickstart model.block_out_channels=[32,64,64,64] model.latent_channels=16 steps=1000 gan.start=700"
+"""A first stage with a twelfth of an image's values as latents, which leave much of it open."""
 RUNS = {
     "collapse": {
         "random start": f"{PHOTOS} model.init=default",
@@ -39,6 +40,7 @@ RUNS = {
     "beta": {"beta 0.01": f"{SHAPES} loss.kl=0.01", "beta 1": SHAPES, "beta 30": f"{SHAPES} loss.kl=30"},
     "blur": {
         "squared error": f"{F8} loss.pixel=l2 loss.perceptual=0 gan.weight=0",
+        "LPIPS": f"{F8} gan.weight=0",
         "LPIPS and a GAN": F8,
     },
 }
@@ -54,8 +56,10 @@ IMAGES = Path(__file__).parent.parent / "docs/images"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="a folder of photographs to train on")
     parser.add_argument("--held-out", type=Path, required=True, help="a folder of photographs to measure on")
     parser.add_argument("--scratch", type=Path, required=True)
+    parser.add_argument("--only", nargs="+", default=list(RUNS), choices=RUNS, help="priors are tried with beta")
     words = parser.parse_args()
     torch.set_num_threads(1)
     shapes = words.scratch / "shapes.parquet"
@@ -63,23 +67,33 @@ def main() -> None:
         words.scratch.mkdir(parents=True, exist_ok=True)
         write_shapes(shapes)
     runs: dict[str, Path] = {}
-    for pitfall, members in RUNS.items():
-        for name, command in members.items():
+    own = {"beta": (shapes, shapes), "blur": (words.data, words.held_out)}
+    for pitfall in words.only:
+        for name, command in RUNS[pitfall].items():
             recipe, *settings = command.split()
-            if pitfall == "beta":
-                settings += [f"data.source={shapes}", f"data.eval_source={shapes}"]
+            if pitfall in own:
+                settings += [f"data.source={own[pitfall][0]}", f"data.eval_source={own[pitfall][1]}"]
             runs[name] = words.scratch / folder_name(name)
             train(runs[name], recipe, *settings)
-    small = photographs(words.held_out, 32, SHOWN, resize_px=64)
-    for pitfall, data, images in (("collapse", words.held_out, small), ("beta", shapes, shape_images(shapes))):
-        keep(pitfall, {name: of_vae(runs[name], data) for name in RUNS[pitfall]})
-        draw(pitfall, images, {name: runs[name] for name in RUNS[pitfall]})
-    keep("blur", {name: of_photographs(runs[name], words.held_out) for name in RUNS["blur"]})
-    draw("blur", photographs(words.held_out, 128, 5), {name: runs[name] for name in RUNS["blur"]})
+    if "collapse" in words.only:
+        keep("collapse", {name: of_vae(runs[name], words.held_out) for name in RUNS["collapse"]})
+        small = photographs(words.held_out, 32, SHOWN, resize_px=64)
+        draw("collapse", small, {name: runs[name] for name in RUNS["collapse"]})
+    if "beta" in words.only:
+        keep("beta", {name: of_vae(runs[name], shapes) for name in RUNS["beta"]})
+        draw("beta", shape_images(shapes), {name: runs[name] for name in RUNS["beta"]})
+        try_priors(runs[PRIOR_OF], shapes, words.scratch)
+    if "blur" in words.only:
+        keep("blur", {name: of_photographs(runs[name], words.held_out) for name in RUNS["blur"]})
+        draw("blur", photographs(words.held_out, 128, 5), {name: runs[name] for name in RUNS["blur"]})
+
+
+def try_priors(run: Path, shapes: Path, scratch: Path) -> None:
+    """Samples of one model from several priors: figures and a picture."""
     rows, measured = {"images": list(shape_images(shapes))}, dict[str, Any]()
     for name, prior in PRIORS.items():
-        out = words.scratch / folder_name(f"prior {name}")
-        result = evaluate(out, "sample", runs[PRIOR_OF], shapes, prior, "samples=500", "frechet=[vgg16]", "steps=600")
+        out = scratch / folder_name(f"prior {name}")
+        result = evaluate(out, "sample", run, shapes, prior, "samples=500", "frechet=[vgg16]", "steps=600")
         measured[name] = {key: result[key] for key in ("metrics", "intervals")}
         rows[name] = cut(out / "samples.png")
     picture("priors", rows)
@@ -110,8 +124,10 @@ def of_vae(run: Path, data: Path) -> dict[str, Any]:
 def of_photographs(run: Path, held_out: Path) -> dict[str, Any]:
     """What `eval recon` says of a run on photographs."""
     settings = "limit=100 crop_px=128 resize_px=null latents=[mode] lpips=[vgg] frechet=[vgg16] baseline=false"
-    metrics = evaluate(run / "recon", "recon", run, held_out, *settings.split())["metrics"]["mode"]
-    return {key: metrics[key] for key in ("psnr", "ssim", "lpips_vgg", "frechet_vgg16")}
+    result = evaluate(run / "recon", "recon", run, held_out, *settings.split())
+    keys = ("psnr", "ssim", "lpips_vgg", "frechet_vgg16")
+    figures, intervals = result["metrics"]["mode"], result["intervals"]["mode"]
+    return {key: figures[key] for key in keys} | {"intervals": {key: intervals.get(key) for key in keys}}
 
 
 def shape_images(shapes: Path) -> Tensor:

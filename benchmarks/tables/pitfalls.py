@@ -38,16 +38,21 @@ def priors_table(result: dict[str, Any]) -> str:
 
 def blur_table(result: dict[str, Any]) -> str:
     """Losses, by what is measured on held-out photographs."""
+    columns = {"psnr": "PSNR (dB)", "ssim": "SSIM", "lpips_vgg": "LPIPS", "frechet_vgg16": "Fréchet distance (VGG16)"}
+    digits = {"psnr": 2, "ssim": 3, "lpips_vgg": 3, "frechet_vgg16": 1}
     lines = [
         f"100 held-out photographs, 128 px; {where(result)}.",
         "",
-        "| loss | PSNR (dB) | SSIM | LPIPS | Fréchet distance (VGG16) |",
-        "|---|---:|---:|---:|---:|",
+        f"| loss | {' | '.join(columns.values())} |",
+        f"|---|{'---:|' * len(columns)}",
     ]
     for name, row in result["rows"].items():
-        lines.append(
-            f"| {name} | {row['psnr']:.2f} | {row['ssim']:.3f} | {row['lpips_vgg']:.3f} | {row['frechet_vgg16']:.1f} |"
-        )
+        cells = []
+        for key in columns:
+            interval = row.get("intervals", {}).get(key)
+            spread = f" ({interval[0]:.{digits[key]}f} to {interval[1]:.{digits[key]}f})" if interval else ""
+            cells.append(f"{row[key]:.{digits[key]}f}{spread}")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
