@@ -1,4 +1,7 @@
-"""The recipes of the literature against the values that were published, and two steps of each, made narrow."""
+"""The recipes of the literature against the values that were published, and two steps of each, made narrow.
+
+The table was written from the files that the recipes name as their sources, not from the recipes.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -102,6 +105,8 @@ def vq(
 
 
 VA_VAE = {
+    "data.resize_px": 256,
+    "data.flip": False,  # taming's ImagePaths: resized, cropped at random
     "model.block_out_channels": widths(1, 1, 2, 2, 4),
     "model.latent_channels": 32,
     "batch_size": 256,
@@ -131,6 +136,7 @@ DC_AE = {
     "loss.pixel": "l1",
     "precision": "bf16",
     "optim.clip": 0.0,
+    "data.flip": False,  # lavinal712/AutoencoderKL, branch dc-ae, sgm/data/imagenet.py
 }
 DC_PHASES = [
     DC_AE
@@ -184,6 +190,22 @@ DC_64 = {
     "model.config.encoder_layers_per_block": [0, 4, 8, 2, 2, 2, 2],
     "model.config.decoder_layers_per_block": [0, 5, 10, 2, 2, 2, 2],
 }
+DC_15 = {
+    # dc-ai-projects/DC-Gen, dc_gen/aecore/models/dc_ae.py: dc_ae_f64_1_5
+    "model.config.latent_channels": 128,
+    "model.config.encoder_block_types": "ResBlock",
+    "model.config.decoder_block_types": "ResBlock",
+    "model.config.encoder_block_out_channels": [128, 256, 512, 512, 1024, 1024, 1024],
+    "model.config.decoder_block_out_channels": [128, 256, 512, 512, 1024, 1024, 1024],
+    "model.config.encoder_layers_per_block": [0, 5, 10, 4, 4, 4, 4],
+    "model.config.decoder_layers_per_block": [0, 5, 10, 4, 4, 4, 4],
+    "model.config.encoder_out_shortcut": False,
+    "model.config.decoder_in_shortcut": False,
+    "model.config.decoder_norm_types": "rms_norm",
+    "model.config.decoder_act_fns": "silu",
+    "model.config.decoder_conv_act_fn": "silu",
+    "latents.min_channels": 128 // 8,
+}
 TINY = {
     "model.kind": "AutoencoderTiny",
     "batch_size": 32,
@@ -218,11 +240,14 @@ PUBLISHED: dict[str, list[dict[str, Any]]] = {
             "optim.eps": EPS_OF_SUMS,
             "gan.start": 0,
             "gan.adaptive_cap": CLAMP_OF_SUMS,
+            "data.scale": (0.5, 1.0),  # train_eqvae/ldm/data/dataset.py
+            "data.resize_px": None,
+            "data.flip": False,
         }
     ],
     "dc-ae-f32c32": [phase | DC_32 for phase in DC_PHASES],
     "dc-ae-f64c128": [phase | DC_64 for phase in DC_PHASES],
-    "dc-ae-1.5": [phase | DC_64 | {"latents.min_channels": 128 // 8} for phase in DC_PHASES],
+    "dc-ae-1.5": [phase | DC_15 for phase in DC_PHASES],
     "taming-vqgan": [
         vq(12, 16384, 256, 0.8, 250_001, 3, 1, 1, 2, 2, 4)
         | {"data.resize_px": 256, "data.flip": False, "model.config.vq_embed_dim": 256}
@@ -246,8 +271,11 @@ PUBLISHED: dict[str, list[dict[str, Any]]] = {
             "optim.betas": (0.9, 0.95),
             "optim.eps": 1e-8,
             "optim.discriminator_betas": (0.9, 0.95),
-            "optim.weight_decay": 0.05,
+            "optim.weight_decay": 0.0,  # vq_train.py:110 gives Adam no --weight-decay
             "optim.clip": 1.0,
+            "data.scale": (0.8, 1.0),  # dataset/augmentation.py: random_crop_arr
+            "data.resize_px": None,
+            "data.flip": True,
         }
     ],
     "rae-dinov2-b": [
@@ -256,6 +284,7 @@ PUBLISHED: dict[str, list[dict[str, Any]]] = {
             "steps": epochs(16, 512),
             "batch_size": 512,
             "data.resize_px": 384,
+            "data.flip": False,  # train_stage1.py:261
             "model.config.decoder_hidden_size": 1152,
             "model.config.decoder_num_hidden_layers": 28,
             "model.config.decoder_num_attention_heads": 16,
@@ -291,10 +320,14 @@ PUBLISHED: dict[str, list[dict[str, Any]]] = {
             "batch_size": 256,
             "model.block_out_channels": widths(1, 2, 4, 4),
             "model.mid_block_add_attention": False,
+            "data.flip": False,
             "loss.kl": 0.1,  # of means there, too
+            "loss.learned_logvar": True,  # models.py: build_autoencoder's default, and train.py:37
             "loss.perceptual": 1.0,
             "gan.weight": 0.1 / 2,
-            "gan.adaptive": False,
+            "gan.adaptive": True,  # autoencoder.py: calc_discriminator_adaptive_weight
+            "gan.adaptive_cap": 1e4,
+            "gan.adaptive_smoothing": 0.0,
             "gan.start": 0,
             "optim.lr": 4.5e-5,
             "optim.betas": (0.9, 0.95),
@@ -334,6 +367,11 @@ PUBLISHED |= {
         }
     ],
 }
+FLIPS_UNKNOWN = {
+    *(f"{kind}-f{factor}" for kind, factors in (("kl", (4, 8, 16, 32)), ("vq", (4, 8, 16))) for factor in factors),
+    *("sd-vae-ft-ema", "sd-vae-ft-mse", "taesd"),
+}
+"""Whose sources do not show whether they mirror images."""
 STEPS_ELSEWHERE = {"rae-dinov2-b"}
 """An AutoencoderRAE takes steps in tests/models/test_representation.py, where its encoder is."""
 FULL_SIZE = sorted({*recipe_folders()["published"], *recipe_folders()["shapes"]} - STEPS_ELSEWHERE)
@@ -348,6 +386,8 @@ def value_of(settings: TrainSettings, key: str) -> Any:
 
 def test_each_published_recipe_is_in_the_table() -> None:
     assert PUBLISHED.keys() == recipe_folders()["published"].keys()
+    without = {name for name, phases in PUBLISHED.items() if any("data.flip" not in phase for phase in phases)}
+    assert without == FLIPS_UNKNOWN
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

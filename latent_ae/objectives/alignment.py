@@ -21,7 +21,8 @@ aligned already and whose gradient is small."""
 
 
 class AlignmentSettings(Settings):
-    """Aligns the latents to the features of a frozen vision model, as VA-VAE does; the defaults are its values."""
+    """Aligns the latents to the features of a frozen vision model, as VA-VAE does; the defaults are its weight and
+    margins."""
 
     model: Annotated[str | None, SWITCH] = None
     """Folder of a vision transformer that transformers loads (config.json, model.safetensors,
