@@ -211,8 +211,21 @@ def _restore(checkpoint: Checkpoint, train_step: TrainStep) -> None:
         keys = optimizer.defaults.keys() & {"betas", "eps", "weight_decay"}
         settings = [{key: group[key] for key in keys} for group in optimizer.param_groups]
         optimizer.load_state_dict(optimizers[name])
+        _lay_out_as_parameters(optimizer)
         for group, now in zip(optimizer.param_groups, settings, strict=True):
             group.update(now)  # the settings may have changed, and torch restores the old values
+
+
+def _lay_out_as_parameters(optimizer: torch.optim.Optimizer) -> None:
+    """Put moments into the memory formats of their parameters.
+
+    A checkpoint brings those of the machine that wrote it, and the fused kernels take elements in the order of memory:
+    moments in another format would silently belong to other elements.
+    """
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape:
+                state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 def fixed_encoder(train_step: TrainStep) -> dict[str, str]:

@@ -28,7 +28,7 @@ from latent_ae.text import printable
 
 from .agreement import Agreed, on_main
 from .checkpoint import before_gan, checkpoint_folder, complete_checkpoints
-from .optim import lr_scale_at
+from .optim import Skipped, lr_scale_at
 from .report import held_out_distances, read_log
 from .run import flatten
 from .settings import TrainSettings
@@ -36,6 +36,9 @@ from .validate import Validator
 
 SHOWN = ("l1", "l2", "charbonnier", "bits_per_dimension", "lpips", "convnext", "dino", "discriminator")
 """Values shown next to the progress bar."""
+
+LAST_ROW = 3
+"""Number of steps in a row at the end of a run that mean it has diverged; fewer may be the fault of their images."""
 
 
 class Log:
@@ -198,60 +201,46 @@ class Log:
         """Measure the next line's images per second from now on, so that time spent otherwise does not count."""
         self.last = (time.perf_counter(), done)
 
-    def skipped(self, done: int, newest: Callable[[], tuple[list[int], int]]) -> int:
-        """Log the steps that were skipped since the last call. Waits for the device; every process calls this.
+    def skipped(self, done: int, newest: Callable[[], Skipped]) -> int:
+        """Log the steps since the last call that changed nothing. Waits for the device; every process calls this.
 
         Args:
             done: Number of updates made.
-            newest: Returns the skipped steps since its last call, and how many of the newest steps in a row were
-                skipped.
+            newest: Returns these steps.
 
         Returns:
-            How many of the newest steps in a row were skipped.
+            How many of the newest steps in a row changed nothing.
 
         Raises:
             UserError: If there are too many in a row.
         """
-        steps, in_a_row = newest()
-        size = self.settings.batch_size
-        for step in steps:
+        found, optim, size = newest(), self.settings.optim, self.settings.batch_size
+        for step in sorted([*found.not_finite, *found.too_large]):
             self.num_skipped += 1
-            self.write("skipped", step + 1, {"first_sample": step * size, "last_sample": (step + 1) * size - 1})
-        if steps:
+            which = {"first_sample": step * size, "last_sample": (step + 1) * size - 1}
+            self.write("skipped", step + 1, {"grad_norm_above": optim.skip_above} if step in found.too_large else which)
+        if steps := found.not_finite:
             shown = ", ".join(f"{step + 1:,}" for step in steps[:5]) + (" ..." if len(steps) > 5 else "")
             self.say(f"gradients were not finite and changed nothing: step {shown} ({self.num_skipped:,} so far)")
-        limit = self.settings.optim.max_skipped
-        if in_a_row >= limit or (in_a_row and done == self.settings.steps):
-            terms = f" (not finite: {', '.join(self.not_finite)})" if self.not_finite else ""
+        most = optim.max_skipped if done < self.settings.steps else min(optim.max_skipped, LAST_ROW, done)
+        if found.in_a_row < most:
+            return found.in_a_row
+        if found.too_large and not found.not_finite:
             raise UserError(
-                f"the gradients of the last {in_a_row:,} steps to {done:,} were not finite{terms}: training has "
-                "diverged. Resume from an earlier checkpoint with a lower optim.lr, gan.weight or gan.adaptive_cap, or "
-                "with optim.clip; samples of skipped steps are in log.jsonl"
+                f"the gradient norms of the last {found.in_a_row:,} steps to {done:,} were above optim.skip_above "
+                f"{optim.skip_above:g}, so nothing is learned any more: raise it, lower optim.lr, or resume from an "
+                "earlier checkpoint"
             )
-        return in_a_row
-
-    def too_large(self, done: int, newest: Callable[[], tuple[list[int], int]]) -> None:
-        """Log the steps since the last call that changed nothing because their gradient norm was above a limit.
-
-        Args:
-            done: Number of updates made.
-            newest: As for `skipped`.
-
-        Raises:
-            UserError: If there are too many in a row.
-        """
-        limit, (steps, in_a_row) = self.settings.optim.skip_above, newest()
-        for step in steps:
-            self.num_skipped += 1
-            self.write("skipped", step + 1, {"grad_norm_above": limit})
-        if in_a_row >= self.settings.optim.max_skipped:
-            raise UserError(
-                f"the gradient norms of the last {in_a_row:,} steps to {done:,} were above optim.skip_above {limit:g}, "
-                "so nothing is learned any more: raise it, lower optim.lr, or resume from an earlier checkpoint"
-            )
+        terms = f" (not finite: {', '.join(self.not_finite)})" if self.not_finite else ""
+        above = " or above optim.skip_above" if found.too_large else ""
+        raise UserError(
+            f"the gradients of the last {found.in_a_row:,} steps to {done:,} were not finite{above}{terms}: training "
+            "has diverged. Resume from an earlier checkpoint with a lower optim.lr, gan.weight or gan.adaptive_cap, or "
+            "with optim.clip; samples of skipped steps are in log.jsonl"
+        )
 
     def train(self, done: int, means: dict[str, torch.Tensor]) -> None:
-        """Log the means of a step over processes. This is the only place where they leave the device.
+        """Log the means of a step over processes. Waits for the device.
 
         Args:
             done: Number of updates made.

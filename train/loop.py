@@ -180,7 +180,7 @@ def _train(phase: Phase, accelerator: Accelerator, more: Sequence[Objective[Any]
         if first_step < settings.steps:
             try_passes(step, feed.on_device(feed.gray()))
 
-    number, stopped_by = first_step, None
+    number, stopped_by, overdue = first_step, None, False
     try:
         with StopSignals() as stop:
             log.begin(first_step, changes if checkpoint is not None else None, validator)
@@ -193,20 +193,18 @@ def _train(phase: Phase, accelerator: Accelerator, more: Sequence[Objective[Any]
                 feed.bad_files.settle(done)
                 log.advance(settings.batch_size)
                 logging = due(done, settings.log.every, settings.steps)
-                saving = due(done, settings.checkpoint.every, settings.steps)
+                saving = overdue or due(done, settings.checkpoint.every, settings.steps)
                 if logging:
-                    log.train(done, means)  # the only place where numbers leave the device
+                    log.train(done, means)
                     stop_on_drift(accelerator, done, step.networks)
-                if logging or saving:
-                    log.too_large(done, step.large_steps)
-                # weights without finite gradients must not replace those of good checkpoints
-                if (logging or saving) and log.skipped(done, step.skipped_steps) and saving:
-                    log.say(f"step {done:,}: no checkpoint, its gradients were not finite")
-                    saving = False
+                changed_nothing = log.skipped(done, step.skipped_steps) if logging or saving else 0
+                # where training diverges, weights that get no finite gradients must not replace good checkpoints
+                overdue = bool(saving and changed_nothing and done < settings.steps)
+                saving = saving and not overdue
                 if saving:
                     save(run, step, feed, log, done)
                 if (stopped_by := stop.wanted()) and done < settings.steps:
-                    if not saving and not log.skipped(done, step.skipped_steps):
+                    if not saving:
                         save(run, step, feed, log, done)
                     raise Stopped(stopped_by)  # a resumed run makes up for a validation and pruning that are due
                 if due(done, settings.validation.every, settings.steps):

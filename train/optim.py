@@ -4,7 +4,7 @@ import copy
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +32,7 @@ class Optimizers:
 
     def __init__(self, settings: TrainSettings, reconstructor: Reconstructor, objectives: Sequence[Objective[Any]]):
         self.settings, self.objectives = settings, objectives
-        self.not_finite, self.too_large = FlaggedSteps(), FlaggedSteps()
+        self.skipped = SkippedSteps()
         optim = settings.optim
         inner = inner_weights(reconstructor.autoencoder) if optim.kind == "muon" else []
         self.muon = Muon(inner, optim.lr, optim.weight_decay) if inner else None
@@ -113,12 +113,10 @@ class Optimizers:
         }
         # the gradients of objectives' parameters are not clipped, but they must be finite, too
         checked = [*norms.values(), *(p.grad.norm() for p in self.objective_parameters if p.grad is not None)]
-        skipped = ~torch.stack([value.float() for value in checked]).isfinite().all()
-        self.not_finite.record(step, skipped)
-        if settings.optim.skip_above:
-            large = ~skipped & (norms["grad_norm"] > settings.optim.skip_above)
-            self.too_large.record(step, large)
-            skipped = skipped | large
+        not_finite = ~torch.stack([value.float() for value in checked]).isfinite().all()
+        too_large = ~not_finite & (norms["grad_norm"] > (settings.optim.skip_above or float("inf")))
+        self.skipped.record(step, not_finite, too_large)
+        skipped = not_finite | too_large
         for optimizers, lr in families.values():
             for optimizer in optimizers:
                 for group in optimizer.param_groups:
@@ -142,25 +140,39 @@ class Optimizers:
         ]
 
 
-class FlaggedSteps:
-    """Steps in which a flag on the device was true."""
+class Skipped(NamedTuple):
+    """The steps that changed nothing, counted from 0."""
+
+    not_finite: list[int]
+    """Steps whose gradients were not all finite."""
+    too_large: list[int]
+    """Steps whose gradient norm was above `optim.skip_above`."""
+    in_a_row: int
+    """How many of the newest steps changed nothing, for either reason."""
+
+
+class SkippedSteps:
+    """Remembers on the device which steps changed nothing."""
 
     def __init__(self) -> None:
         self.recorded: list[tuple[int, Tensor]] = []
         self.in_a_row = 0
 
-    def record(self, step: int, flag: Tensor) -> None:
-        """Keep the flag of a step, a bool scalar."""
-        self.recorded.append((step, flag))
+    def record(self, step: int, not_finite: Tensor, too_large: Tensor) -> None:
+        """Keep the flags of a step, bool scalars of which at most one is true."""
+        self.recorded.append((step, not_finite + 2 * too_large))
 
-    def newest(self) -> tuple[list[int], int]:
-        """Return the flagged steps since the last call, and how many of the newest in a row. Waits for the device."""
-        steps, flags = [step for step, _ in self.recorded], [flag for _, flag in self.recorded]
+    def newest(self) -> Skipped:
+        """Return the steps since the last call that changed nothing. Waits for the device."""
+        steps, reasons = [step for step, _ in self.recorded], [reason for _, reason in self.recorded]
         self.recorded.clear()
-        found: list[bool] = torch.stack(flags).tolist() if flags else []
+        found: list[int] = torch.stack(reasons).tolist() if reasons else []
         unbroken = len(found) + self.in_a_row
-        self.in_a_row = next((age for age, flag in enumerate(reversed(found)) if not flag), unbroken)
-        return [step for step, flag in zip(steps, found, strict=True) if flag], self.in_a_row
+        self.in_a_row = next((age for age, reason in enumerate(reversed(found)) if not reason), unbroken)
+        not_finite, too_large = (
+            [step for step, reason in zip(steps, found, strict=True) if reason == wanted] for wanted in (1, 2)
+        )
+        return Skipped(not_finite, too_large, self.in_a_row)
 
 
 class Ema:

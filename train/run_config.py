@@ -42,8 +42,8 @@ class OptimSettings(Settings):
     """Gradient norm of the autoencoder, before it is clipped, above which a step changes nothing and is counted, as in
     very deep VAEs (Child 2021); 0 has no such limit."""
     max_skipped: Positive = 20
-    """Number of steps in a row with non-finite gradients, or above skip_above, that stops the run; fewer are skipped
-    and reported."""
+    """Number of steps in a row whose gradients are not finite, or above skip_above, that stops the run; fewer are
+    skipped and reported."""
 
 
 class EmaSettings(Settings):

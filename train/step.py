@@ -64,8 +64,7 @@ class TrainStep:
             name: accelerator.prepare_model(lay_out(network, layout)) for name, network in self.bare_adversaries.items()
         }
         self.optimizers = Optimizers(settings, self.bare_reconstructor, objectives)
-        self.skipped_steps = self.optimizers.not_finite.newest
-        self.large_steps = self.optimizers.too_large.newest
+        self.skipped_steps = self.optimizers.skipped.newest
         self.mean_over_processes = mean_over_processes
         norms = batch_norms(autoencoder)
         self.fixed_norms = [norm for norm in norms if not norm.weight.requires_grad]

@@ -1,12 +1,16 @@
 """Which checkpoints stay, when the GAN is blamed, and that processes that drift apart are noticed."""
 
 import json
+import os
 import re
 import shutil
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from latent_ae.__main__ import main
 from latent_ae.objectives.base import Batch
@@ -63,25 +67,58 @@ def test_the_alarm_names_the_checkpoint_to_go_back_to(
     assert (run / "checkpoints/step-00000002/manifest.json").is_file()
 
 
-def test_no_checkpoint_is_written_of_a_step_that_was_skipped(
-    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def spoil_steps(monkeypatch: pytest.MonkeyPatch, *spoilt: int) -> None:
+    """No finite gradient in these steps, counted from 1."""
     original = TrainStep.__call__
 
-    def spoilt_at_the_fourth(self: TrainStep, step: int, batches: Iterator[Batch]) -> dict:
-        if step == 3:
+    def call(self: TrainStep, step: int, batches: Iterator[Batch]) -> dict:
+        if step + 1 in spoilt:
             batches = (batch._replace(images=batch.images * float("nan")) for batch in batches)
         return original(self, step, batches)
 
-    monkeypatch.setattr(TrainStep, "__call__", spoilt_at_the_fourth)
+    monkeypatch.setattr(TrainStep, "__call__", call)
+
+
+def test_a_checkpoint_that_is_due_waits_for_a_step_that_changes_something(
+    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spoil_steps(monkeypatch, 4)
     run = tmp_path / "run"
-    assert main(words(pictures, run, "gan.weight=0")) == 0
-    assert [checkpoint.step for checkpoint in complete_checkpoints(run)] == [2, 6]  # of 2, 4 and 6
-    error = capsys.readouterr().err
-    assert "step 4: no checkpoint" in error and "changed nothing: step 4 (1 so far)" in error
+    assert main(words(pictures, run, "gan.weight=0", "steps=7", "checkpoint.keep=9")) == 0
+    assert [checkpoint.step for checkpoint in complete_checkpoints(run)] == [2, 5, 6, 7]  # due at 2, 4, 6 and 7
+    assert "changed nothing: step 4 (1 so far)" in capsys.readouterr().err
     events = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     (skipped,) = (event for event in events if event["event"] == "skipped")
     assert skipped == {"event": "skipped", "step": 4, "first_sample": 12, "last_sample": 15}
+
+
+def test_a_last_step_that_changes_nothing_does_not_cost_the_run(
+    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Resumed it would fail again, because its batch is the same."""
+    spoil_steps(monkeypatch, 6)
+    run = tmp_path / "run"
+    assert main(words(pictures, run, "gan.weight=0", "checkpoint.every=5")) == 0
+    assert "changed nothing: step 6 (1 so far)" in capsys.readouterr().err
+    five, six = (load_file(run / f"checkpoints/step-0000000{step}/autoencoder.safetensors") for step in (5, 6))
+    assert all(torch.equal(tensor, six[name]) for name, tensor in five.items())
+
+
+def test_a_signal_saves_after_a_step_that_changed_nothing(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spoil_steps(monkeypatch, 3)
+    spoilt = TrainStep.__call__
+
+    def stopped_in_the_third(self: TrainStep, step: int, batches: Iterator[Batch]) -> dict:
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return spoilt(self, step, batches)
+
+    monkeypatch.setattr(TrainStep, "__call__", stopped_in_the_third)
+    run = tmp_path / "run"
+    assert main(words(pictures, run, "gan.weight=0", "checkpoint.every=100")) == 75
+    assert [checkpoint.step for checkpoint in complete_checkpoints(run)] == [3]
 
 
 def test_too_little_room_is_said_before_the_first_step(

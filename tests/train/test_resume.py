@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from latent_ae.__main__ import main
 from latent_ae.config import UserError, load_settings
 from latent_ae_train.build import starting_autoencoder
-from latent_ae_train.checkpoint import complete_checkpoints, newest_checkpoint, save_checkpoint
+from latent_ae_train.checkpoint import complete_checkpoints, load_checkpoint, newest_checkpoint, save_checkpoint
 from latent_ae_train.run import cut_back
 from latent_ae_train.settings import TrainSettings
 from latent_ae_train.step import TrainStep
@@ -340,6 +340,31 @@ def test_a_model_that_is_not_the_one_that_comes_is_refused(
 
 
 # -------------------------------------------------------------------------------------------------- damage and saves
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_moments_go_on_in_another_memory_format(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processors differ in the faster one, and so may those on which a run begins and goes on."""
+    settings = settings_for(gan=GAN, optim={"kind": kind}, batch_size=2)
+
+    def after(first: int, last: int, layout: torch.memory_format, resumed: bool) -> list[torch.Tensor]:
+        monkeypatch.setattr("latent_ae_train.step.training_memory_format", lambda device: layout)
+        step = build_step(settings)
+        if resumed:
+            load_checkpoint(newest_checkpoint(tmp_path), step)
+        for number in range(first, last):
+            step(number, micro_batches(number, settings))
+        if not resumed:
+            save_checkpoint(tmp_path, step, {**STATE, "step": last})
+        return [parameter.detach().clone() for network in step.networks for parameter in network.parameters()]
+
+    def way(one: list[torch.Tensor], other: list[torch.Tensor]) -> float:
+        return float(sum((a - b).square().sum() for a, b in zip(one, other, strict=True)) ** 0.5)
+
+    before = after(0, 6, torch.channels_last, resumed=False)
+    same = after(6, 9, torch.channels_last, resumed=True)
+    other = after(6, 9, torch.contiguous_format, resumed=True)
+    assert way(same, other) < 0.02 * way(before, same)
 
 
 def flip_bit(path: Path, position: int) -> None:
