@@ -1,5 +1,6 @@
 """Opens the images that settings name (demo photographs, a folder, table files or a hub id) and finds their splits."""
 
+import fnmatch
 import functools
 import glob
 import os
@@ -26,6 +27,14 @@ IMAGE_SUFFIXES = (
     *(".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpeg", ".jpg", ".npy", ".pgm", ".png", ".pnm", ".ppm"),
     *(".tif", ".tiff", ".webp"),
 )
+UNREADABLE = {
+    *(".arw", ".cr2", ".cr3", ".dng", ".eps", ".exr", ".hdr", ".heic", ".heif", ".ico", ".jpe", ".jxl", ".nef", ".orf"),
+    *(".psd", ".raw", ".svg", ".tga"),
+}
+"""Extensions of pictures that are not read."""
+NO_EXTENSION = "no extension"
+OWN_FOLDERS = ({"config.yaml", "log.jsonl"}, {"result.json", "report.html"})
+"""Files in the folder of a run, and in that of an evaluation."""
 TABLE_KINDS = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset"}
 SPLIT_NAMES = {
     "train": "train",
@@ -38,6 +47,8 @@ SPLIT_NAMES = {
     "testing": "test",
 }
 HELD_OUT_SPLITS = ("validation", "test")
+SIZES = tuple(10**power for power in range(10))
+"""Numbers of rows that a split may have."""
 # the colour photographs in scikit-image's wheel. Three natural scenes that share nothing with the others are held out
 # (motorcycle_left and _right are one scene); the others have sides of 500 px or more and are trained on
 PHOTOS = {
@@ -56,9 +67,6 @@ PHOTOS = {
 class _Library:
     """A location and the names of its splits, possibly none. `key` is the setting that names it."""
 
-    slices = False
-    """Whether a split may be a slice such as train[:10%]."""
-
     def __init__(self, key: str, location: str, splits: Sequence[str]):
         self.key, self.location, self.splits = key, location, splits
 
@@ -69,18 +77,28 @@ class _Library:
         """Return this location's name of a split; None for `train` where there are no splits."""
         if not self.splits and requested == "train":
             return None
-        # slices of the hub, like train[:10%], are left to datasets
-        name = re.split(r"[\[+]", requested)[0] if self.slices else requested
+        return self.own_name(requested, requested, key)
+
+    def own_name(self, name: str, requested: str, key: str) -> str:
+        """Return this location's name of one split, which is part of what was `requested`."""
         for split in self.splits:
             if name == split or SPLIT_NAMES.get(name) == SPLIT_NAMES.get(split, split):
-                return requested.replace(name, split, 1)
+                return split
         has = f"it has: {', '.join(self.splits)}" if self.splits else "it has none (no folders train/ and val/)"
         raise UserError(f"data.{key}: {self.location} has no split {requested!r}; {has}")
 
-    def held_out_split(self) -> str | None:
-        """Return the name of the validation or else the test split, or None."""
-        splits = {SPLIT_NAMES.get(split, split): split for split in self.splits}
+    def held_out_split(self, trained: str | None = None) -> str | None:
+        """Return the name of the validation or else the test split, unless it is part of `trained`; or None."""
+        splits = {SPLIT_NAMES.get(split, split): split for split in self.splits if split not in self.parts(trained)}
         return next((splits[name] for name in HELD_OUT_SPLITS if name in splits), None)
+
+    def parts(self, split: str | None) -> set[str]:
+        """Return the names of the splits of which a split consists, wholly or partly."""
+        return set() if split is None else {split}
+
+    def overlap(self, one: str, other: str) -> bool:
+        """Return whether two splits may have images in common."""
+        return one == other
 
 
 class _Photos(_Library):
@@ -100,15 +118,22 @@ class _Files(_Library):
     """A folder of images, or one or many table files."""
 
     def __init__(self, key: str, path: Path, settings: DataSettings):
-        self.root, self.settings = path if path.is_dir() else path.parent, settings
+        is_folder = path.is_dir()
+        self.root, self.settings = path if is_folder else path.parent, settings
         try:
-            files = sorted(_walk(path)) if path.is_dir() else [path.name]
+            files = sorted(_walk(path)) if is_folder else [path.name]
         except OSError as error:  # going on without a folder would silently leave out its images
             raise UserError(f"data.{key}: cannot list {error.filename or path}: {reason_of(error)}") from None
-        others = Counter(_suffix(name) or "no extension" for name in files if not _known(name))
+        others, kinds = Counter[str](), dict[str, list[str]]()
+        for name in files:
+            suffix = _suffix(name)
+            kind = "image" if suffix in IMAGE_SUFFIXES else TABLE_KINDS.get(suffix)
+            if kind is None:
+                others[suffix or NO_EXTENSION] += 1
+            else:
+                kinds.setdefault(kind, []).append(name)
         self.others = dict(others.most_common())
-        kinds = Counter(TABLE_KINDS.get(_suffix(name), "image") for name in files if _known(name))
-        if path.is_file() and "image" in kinds:
+        if not is_folder and "image" in kinds:
             raise UserError(f"data.{key}: {path} is a single image; give the folder that it is in")
         if not kinds:
             shown = ", ".join(sorted(others)[:8]) or "nothing"
@@ -117,21 +142,25 @@ class _Files(_Library):
                 f"{' '.join(IMAGE_SUFFIXES)} files, or {' '.join(TABLE_KINDS)} files"
             )
         # a table beside images describes them
-        self.kind = "image" if "image" in kinds else kinds.most_common(1)[0][0]
+        self.kind = "image" if "image" in kinds else max(kinds, key=lambda kind: len(kinds[kind]))
         if self.kind != "image" and len(kinds) > 1:
             raise UserError(f"data.{key}: {path} mixes {' and '.join(sorted(kinds))} files; give one kind")
         if self.kind == "image" and settings.streaming and key == "source":
             raise UserError(f"data.streaming: {path} is read file by file anyway; set data.streaming=false")
-        self.groups: dict[str | None, list[str]] = {None: []}
-        for name in files:
-            if _known(name) and TABLE_KINDS.get(_suffix(name), "image") == self.kind:
-                self.groups[None].append(name)
-                split = _split_of(name, self.kind) if path.is_dir() else None
-                if split is not None:
-                    self.groups.setdefault(split, []).append(name)
+        self.groups: dict[str | None, list[str]] = {None: kinds[self.kind]}
+        for name in kinds[self.kind] if is_folder else ():
+            if (split := _split_of(name, self.kind)) is not None:
+                self.groups.setdefault(split, []).append(name)
         # `train` or `test` alone may be a class of things; side by side they are splits
         splits = [split for split in self.groups if split]
         super().__init__(key, str(path), splits if "train" in splits and len(splits) > 1 else ())
+        left_out = [f"{count:,} {suffix}" for suffix, count in others.most_common() if suffix in UNREADABLE]
+        left_out += [f"{count:,} without an extension" for suffix, count in others.items() if suffix == NO_EXTENSION]
+        outside = len(kinds[self.kind]) - sum(len(self.groups[split]) for split in self.splits)
+        if self.splits and outside:
+            left_out.append(f"{outside:,} outside of {' and '.join(sorted(splits))}")
+        if left_out:
+            _say_once(f"{path}: these files are left out: {', '.join(left_out)}")
 
     def open(self, split: str | None) -> ImageSource:
         names = self.groups[split]
@@ -148,11 +177,11 @@ class _Files(_Library):
 
 
 class _Hub(_Library):
-    slices = True
+    """A dataset of the hub, whose splits may be slices and sums, as in train[:90%] and train+validation."""
 
     def __init__(self, key: str, location: str, settings: DataSettings):
         self.settings = settings
-        _say_that_the_hub_is_asked(location)
+        _say_once(f"{location} is no file or folder here: asking the Hugging Face hub for it")
         try:
             with _quiet_hub():
                 builder = datasets.load_dataset_builder(location, revision=settings.revision)
@@ -161,7 +190,36 @@ class _Hub(_Library):
                 f"data.{key}: {location} is neither a file or folder here nor a hub dataset within reach "
                 f"({first_line(error)})"
             ) from error
-        super().__init__(key, location, list(builder.info.splits or builder.config.data_files or ()))
+        known = builder.info.splits or {}
+        self.sizes = {str(name): split.num_examples for name, split in known.items() if split.num_examples}
+        # without a list of splits, those that the names of files tell are objects of datasets
+        super().__init__(key, location, [str(name) for name in known or builder.config.data_files or ()])
+
+    def find_split(self, requested: str, key: str) -> str | None:
+        if not self.splits and requested == "train":
+            return None
+        found = []
+        for part in requested.split("+"):
+            name, bracket, slice_ = part.strip().partition("[")
+            found.append(self.own_name(name, requested, key) + bracket + slice_)
+        return "+".join(found)
+
+    def parts(self, split: str | None) -> set[str]:
+        return {part.partition("[")[0] for part in split.split("+")} if split is not None else set()
+
+    def overlap(self, one: str, other: str) -> bool:
+        if not (shared := self.parts(one) & self.parts(other)) or one == other:
+            return bool(shared)
+        for size in SIZES:  # where the number of rows is not known, any may be the true one
+            lengths = {name: self.sizes.get(name, size) for name in self.parts(one) | self.parts(other)}
+            try:
+                first, second = (datasets.ReadInstruction.from_spec(each).to_absolute(lengths) for each in (one, other))
+            except (AssertionError, ValueError):  # fewer rows than the slices speak of
+                continue
+            pairs = ((a, b) for a in first for b in second if a.splitname == b.splitname)
+            if any(max(a.from_, b.from_) < min(a.to, b.to) for a, b in pairs):
+                return True
+        return False
 
     def open(self, split: str | None) -> ImageSource:
         split = split or (self.splits[0] if self.splits else "train")
@@ -170,9 +228,9 @@ class _Hub(_Library):
 
 
 @functools.cache  # training and held-out images often come from the same location
-def _say_that_the_hub_is_asked(location: str) -> None:
+def _say_once(text: str) -> None:
     if os.environ.get("RANK", "0") == "0":
-        print(f"{location} is no file or folder here: asking the Hugging Face hub for it", file=sys.stderr)
+        print(text, file=sys.stderr)
 
 
 @contextmanager
@@ -191,6 +249,8 @@ def _library(settings: DataSettings, key: Literal["source", "eval_source"]) -> _
     if location == "photos":
         if settings.streaming and key == "source":
             raise UserError("data.streaming: photos are files on this disk; set data.streaming=false")
+        if Path(location).exists():
+            _say_once("photos are those that scikit-image ships; for the folder of this name here write ./photos")
         return _Photos(key, location, tuple(PHOTOS))
     path = Path(location).expanduser()
     try:
@@ -234,11 +294,14 @@ def open_images(settings: DataSettings, part: Literal["train", "held_out", "all"
     split = library.find_split(settings.split, "split")
     if part == "all" or (part == "train" and settings.eval_source is not None):
         return library.open(split)
-    held_out_split = library.held_out_split()
+    held_out_split = library.held_out_split(split)
     if settings.eval_split is not None:
         held_out_split = library.find_split(settings.eval_split, "eval_split")
-        if held_out_split == split:
-            raise UserError(f"data.eval_split: {settings.eval_split} is also data.split; hold out another split")
+        if split is not None and held_out_split is not None and library.overlap(split, held_out_split):
+            raise UserError(
+                f"data.eval_split: {settings.eval_split} has images of data.split {settings.split}; hold out another "
+                "split, or another part of it"
+            )
     if held_out_split is not None and held_out_split != split:
         return library.open(split if part == "train" else held_out_split)
     return _fraction(library.open(split), settings, part)
@@ -264,6 +327,9 @@ def _fraction(source: ImageSource, settings: DataSettings, part: Literal["train"
 def _walk(root: Path) -> Iterator[str]:
     """Yield the relative paths of all files but hidden ones; links are followed, but no folder is entered twice.
 
+    Folders inside that trainings or evaluations wrote are left out, with their pictures, and so is what the library
+    datasets keeps beside a saved dataset.
+
     Raises OSError for a folder that cannot be listed.
     """
     visited: set[str] = set()
@@ -273,6 +339,12 @@ def _walk(root: Path) -> Iterator[str]:
             subfolders.clear()
             continue
         visited.add(real)
+        if folder != str(root) and any(marks <= set(files) for marks in OWN_FOLDERS):
+            subfolders.clear()
+            _say_once(f"{folder}: left out, because latent-ae wrote this folder")
+            continue
+        if "state.json" in files:
+            files = [name for name in files if not fnmatch.fnmatch(name, "cache-*.arrow")]
         subfolders[:] = sorted(name for name in subfolders if not name.startswith(".") and name != "lost+found")
         relative = os.path.relpath(folder, root)
         yield from (os.path.normpath(os.path.join(relative, name)) for name in files if not name.startswith("."))
@@ -292,17 +364,13 @@ def _tar_is_whole(path: Path) -> bool:
 
 def _split_of(name: str, kind: str) -> str | None:
     """Return the split that a relative path names: its topmost folder; for tables also a file name like test-00001."""
-    *folders, file = Path(name).parts
+    *folders, file = name.split(os.sep)
     words = folders[:1] if kind == "image" else [*folders, re.split(r"[^a-z]", file.lower())[0]]
     return next((SPLIT_NAMES[word.lower()] for word in words if word.lower() in SPLIT_NAMES), None)
 
 
 def _suffix(name: str) -> str:
     return os.path.splitext(name)[1].lower()
-
-
-def _known(name: str) -> bool:
-    return _suffix(name) in IMAGE_SUFFIXES or _suffix(name) in TABLE_KINDS
 
 
 def _as_array(names: Sequence[str]) -> np.ndarray:

@@ -11,6 +11,8 @@ from latent_ae.config import UserError
 from latent_ae.data.sources import FolderSource, StoredImages, TableSource
 
 FOLDER_NAMES = "names of folders"
+AUTO = ("label", "cls")
+"""Columns in which `auto` looks for classes."""
 PROBE_SEED = 0
 """Seed of the choices of labels; the default of `latent-ae eval probe`, too."""
 
@@ -29,8 +31,9 @@ class Classes(NamedTuple):
 def find_classes(source: StoredImages, whole: StoredImages, column: str | None) -> Classes | None:
     """Return the classes of the images of `source`, or None if they have none.
 
-    With `auto`, a table has the classes of its column `label` if that holds classes or integers. Image files have the
-    names of their folders, sorted (the convention of ImageFolder), if there are two or more.
+    With `auto`, a table has the classes of its column `label`, or else `cls` (WebDataset), if that holds classes,
+    integers, or names that repeat. Names are numbered in the order of their letters. Image files have the names of
+    their folders, sorted (the convention of ImageFolder), if there are two or more.
 
     Args:
         source: The images.
@@ -43,7 +46,7 @@ def find_classes(source: StoredImages, whole: StoredImages, column: str | None) 
     if column is None:
         return None
     if isinstance(source, TableSource):
-        return _of_table(source, column)
+        return _of_table(source, whole, column)
     assert isinstance(source, FolderSource) and isinstance(whole, FolderSource)
     if column != "auto":
         raise UserError(f"label_column: {column} is a column, but this is a folder of images; use auto or null")
@@ -59,20 +62,36 @@ def _folders(source: FolderSource) -> list[str]:
     return [os.path.basename(os.path.dirname(source.name(i))) for i in range(len(source))]
 
 
-def _of_table(source: TableSource, column: str) -> Classes | None:
+def _of_table(source: TableSource, whole: StoredImages, column: str) -> Classes | None:
     features = source.others.features
-    name = "label" if column == "auto" else column
+    name = next((name for name in AUTO if name in features), AUTO[0]) if column == "auto" else column
     feature = features.get(name)
-    is_class = isinstance(feature, datasets.ClassLabel)
-    if not is_class and not (isinstance(feature, datasets.Value) and "int" in feature.dtype):
+    kind = feature.dtype if isinstance(feature, (datasets.Value, datasets.ClassLabel)) else ""
+    if "string" in kind:
+        return _of_names(source, whole, name, column == "auto")
+    if "int" not in kind:
         if column == "auto":
             return None
         has = ", ".join(features) or "no others"
-        problem = f"holds {feature}, not classes or integers" if feature else f"is not there; besides images: {has}"
+        problem = (
+            f"holds {feature}, not classes, integers or names" if feature else f"is not there; besides images: {has}"
+        )
         raise UserError(f"label_column: {name} of {source.label} {problem}")
     values = source.others.data.column(name).combine_chunks().fill_null(-1) if len(source.others) else []
     labels = np.asarray(values, dtype=np.int64)[source.rows]
-    return Classes(labels, list(feature.names) if is_class else None, name)
+    return Classes(labels, list(feature.names) if isinstance(feature, datasets.ClassLabel) else None, name)
+
+
+def _of_names(source: TableSource, whole: StoredImages, name: str, auto: bool) -> Classes | None:
+    """Return classes that a column tells by name; with `auto` None for texts that hardly repeat, such as captions."""
+    own = source.others.data.column(name).to_pylist()
+    others = whole.others if isinstance(whole, TableSource) else source.others
+    more = others.data.column(name).to_pylist() if name in others.features else []
+    names = sorted({text for text in (*own, *more) if text is not None})
+    if auto and len(names) > max(2, len(own) // 2):
+        return None
+    numbers = {text: number for number, text in enumerate(names)} | {None: -1}
+    return Classes(np.array([numbers[own[row]] for row in source.rows], dtype=np.int64), names, name)
 
 
 class Numbered(NamedTuple):

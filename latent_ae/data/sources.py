@@ -280,7 +280,8 @@ def source_stamp(source: ImageSource) -> Any:
         for i in range(len(source)):
             try:
                 state = os.stat(source.read(i))
-                facts: tuple[int, ...] = (state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_ino)
+                # not when its owner, permissions or links changed, which leave the picture as it is
+                facts: tuple[int, ...] = (state.st_size, state.st_mtime_ns)
             except OSError:  # a dangling link, a file that is gone by now
                 facts = ()
             digest.update(os.fsencode(source.name(i)) + f"\0{facts}\0".encode())

@@ -23,7 +23,7 @@ from latent_ae.data.datasets import SPLIT_NAMES
 from latent_ae.data.held_out import Framing, HeldOutImage, HeldOutImages, Part
 from latent_ae.data.labels import Classes, find_classes
 from latent_ae.data.loader import open_images
-from latent_ae.data.sources import StoredImages, StreamSource, source_stamp
+from latent_ae.data.sources import StoredImages, StreamSource, TableSource, source_stamp
 from latent_ae.distributed import on_main, processes, together
 from latent_ae.latents.pairs import image_id
 from latent_ae.latents.parquet import FORMAT, STORED, LatentFolder, features_of, read_manifest
@@ -32,7 +32,7 @@ from latent_ae.models.borrowed_encoder import borrowed_encoder
 from latent_ae.models.loading import CPU_BATCH_PX, FirstStage, load
 from latent_ae.models.registry import scaling_of
 from latent_ae.progress import progress_bar
-from latent_ae.provenance import versions
+from latent_ae.provenance import computing_versions
 
 KIND_OF_LATENT = {
     "posterior": "moments of the posterior",
@@ -78,6 +78,8 @@ def encode_images(
     if stage.module is None:
         raise UserError("a function has no latents; give a first stage of diffusers")
     source, classes = _opened(str(data), settings)
+    if state.is_main_process:
+        print(_of_labels(source, classes), file=sys.stderr)
     images = HeldOutImages(
         source, settings.data(str(data)), stage.channels or 3, Framing(**settings.framing()), _factor(stage, settings)
     )
@@ -191,6 +193,17 @@ class _Encoder:
         return facts
 
 
+def _of_labels(source: StoredImages, classes: Classes | None) -> str:
+    """Return a line about where the labels come from, because nobody would see that they are missing."""
+    if classes is not None:
+        count = f"{len(classes.names):,} classes" if classes.names is not None else "integers"
+        where = f"those of the column {classes.column}" if isinstance(source, TableSource) else classes.column
+        return f"labels: {where} ({count})"
+    if isinstance(source, TableSource):
+        return f"labels: none (columns: {', '.join(source.others.features) or 'no others'}); set label_column=NAME"
+    return "labels: none (not all images are in folders of two or more names)"
+
+
 def _opened(data: str, settings: EncodeSettings) -> tuple[StoredImages, Classes | None]:
     try:
         opened = settings.data(data)
@@ -256,6 +269,6 @@ def _manifest(
             "encoder": stage.encoder_sha256,
             "data": source_stamp(source),
             "settings": settings.contents(),
-            "versions": versions(),
+            "versions": computing_versions(),
         },
     }

@@ -416,7 +416,7 @@ def test_eval_source_and_eval_split(tmp_path: Path) -> None:
     whole = settings_for(tmp_path / "set", eval_source=str(tmp_path / "other"))
     assert len(opened(whole, "train")) == 6 and len(opened(whole, "held_out")) == 4
     assert len(opened(settings_for(tmp_path / "other", eval_source="photos"), "held_out")) == 3
-    with pytest.raises(UserError, match="data.eval_split: train is also data.split"):
+    with pytest.raises(UserError, match="data.eval_split: train has images of data.split train"):
         opened(settings_for(tmp_path / "set", eval_split="train"), "held_out")
     with pytest.raises(UserError, match="data.split.*no split 'extra'; it has: .*train"):
         opened(settings_for(tmp_path / "set", split="extra"), "train")
@@ -467,6 +467,50 @@ def test_a_folder_with_everything(tmp_path: Path) -> None:
     assert not any(batch.skipped for batch in batches)
 
 
+def test_what_is_left_out_is_said_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for path in ("train/a.png", "train/b.png", "val/c.png", "more/d.png", "train/e.heic", "train/f", "train/notes.txt"):
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        (tmp_path / path).write_bytes(png(1))
+    for part in ("train", "held_out"):
+        assert len(opened(settings_for(tmp_path), part)) == {"train": 2, "held_out": 1}[part]
+    said = f"{tmp_path}: these files are left out: 1 .heic, 1 without an extension, 1 outside of train and validation\n"
+    assert capsys.readouterr().err == said
+
+
+def test_pictures_that_runs_and_evaluations_wrote_are_no_images(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_folder(tmp_path, 3)
+    for folder, files in (("runs/x", ("config.yaml", "log.jsonl")), ("recon-x", ("result.json", "report.html"))):
+        write_folder(tmp_path / folder / "previews", 2)
+        write_folder(tmp_path / folder, 1)
+        for name in files:
+            (tmp_path / folder / name).write_text("{}")
+    assert len(opened(settings_for(tmp_path), "all")) == 3
+    assert capsys.readouterr().err.count("left out, because latent-ae wrote this folder") == 2
+    assert len(opened(settings_for(tmp_path / "runs/x"), "all")) == 3  # given by its own name it is read
+
+
+def test_a_folder_called_photos_is_pointed_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_folder(Path("photos"), 2)
+    assert len(opened(settings_for("photos"), "all")) == 9
+    assert "write ./photos" in capsys.readouterr().err
+    assert len(opened(settings_for("./photos"), "all")) == 2
+
+
+def test_what_datasets_keeps_beside_a_saved_dataset_is_no_part_of_it(tmp_path: Path) -> None:
+    rows = [{"bytes": png(value), "path": None} for value in range(5)]
+    features = datasets.Features({"image": datasets.Image()})
+    datasets.Dataset.from_dict({"image": rows}, features=features).save_to_disk(tmp_path / "saved")
+    saved = datasets.load_from_disk(str(tmp_path / "saved"))
+    saved.map(lambda row: row, load_from_cache_file=True)
+    assert len(list((tmp_path / "saved").glob("cache-*.arrow"))) == 1
+    assert len(opened(settings_for(tmp_path / "saved"), "all")) == 5
+
+
 def test_mixed_depths_in_one_batch(tmp_path: Path) -> None:
     np.save(tmp_path / "a.npy", np.full((9, 9), 65535, np.uint16))
     np.save(tmp_path / "b.npy", np.full((9, 9, 1), 0.5, np.float32))
@@ -514,6 +558,35 @@ def test_a_hub_repository(tmp_path: Path) -> None:
     assert len(hub.open(hub.find_split("train", "split"))) == 5
     assert len(hub.open(hub.find_split("train[:2]", "split"))) == 2
     assert len(hub.open("test")) == 3
+    # without a card, names of files tell the splits; datasets gives these as objects of its own
+    assert all(type(split) is str for split in hub.splits)
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["rows counted", "rows unknown"])
+def test_splits_of_the_hub_that_share_images(known: bool, tmp_path: Path) -> None:
+    for split in ("train", "validation", "test"):
+        write_parquet(tmp_path / f"data/{split}-00000-of-00001.parquet", range(10))
+    hub: Any = locations._Hub("source", str(tmp_path), settings_for("user/name"))
+    hub.sizes = dict.fromkeys(hub.splits, 10) if known else {}
+    assert hub.find_split("training+val", "split") == "train+validation"
+    assert hub.find_split("train[:80%]+val[2:]", "split") == "train[:80%]+validation[2:]"
+    # what training reads is not held out by itself
+    assert hub.held_out_split("train") == "validation"
+    assert hub.held_out_split("train+validation") == "test" and hub.held_out_split("validation[:50%]") == "test"
+    assert hub.held_out_split("train+test+validation[:1]") is None
+    for one, other, shared in (
+        ("train", "validation", False),
+        ("train[:80%]", "train[80%:]", False),
+        ("train[:80%]", "train[50%:]", True),
+        ("train[:-3]", "train[-3:]", False),
+        ("train[:3]", "train[3:]", False),
+        ("train[:8]", "train[-3:]", True),
+        ("train[:4]+validation", "validation[:10%]", True),
+        ("train[:4]+validation", "train[4:6]+test", False),
+    ):
+        assert hub.overlap(one, other) is hub.overlap(other, one) is shared, (one, other)
+    with pytest.raises(UserError, match=r"data.split: .* has no split 'train\+extra'"):
+        hub.find_split("train+extra", "split")
 
 
 # tables

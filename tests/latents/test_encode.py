@@ -287,7 +287,8 @@ def test_labels_of_tables_and_parts_of_the_data(model, photos, tmp_path):
     columns = {
         "label": (datasets.ClassLabel(names=names), [3, 1, -1, 0, 3, 1, 0]),
         "fine": (datasets.Value("int32"), [9, 8, 7, None, 5, 4, 3]),
-        "caption": (datasets.Value("string"), ["x"] * 7),
+        "kind": (datasets.Value("string"), ["dog", "cat", "dog", None, "ant", "dog", "cat"]),
+        "weight": (datasets.Value("float32"), [0.5] * 7),
     }
     table = table_of(tmp_path, photos, **columns)
 
@@ -302,8 +303,13 @@ def test_labels_of_tables_and_parts_of_the_data(model, photos, tmp_path):
         whole.batch([0], [True])
     fine = encoded("fine", label_column="fine")
     assert (fine.labels.tolist(), fine.class_names, fine.num_classes) == ([9, 8, 7, -1, 5, 4, 3], None, 10)
+    named = encoded("kind", label_column="kind")
+    assert (named.labels.tolist(), named.class_names) == ([2, 1, 2, -1, 0, 2, 1], ["ant", "cat", "dog"])
+    held_out = encoded("part", label_column="kind", part="held_out", eval_fraction=0.3)
+    rows = [int(number) for number in held_out.dataset["id"][:]]
+    assert held_out.class_names == named.class_names and held_out.labels.tolist() == named.labels[rows].tolist()
     assert encoded("none", label_column=None).labels is None
-    for column, message in (("caption", "holds Value"), ("nothing", "is not there; besides images: label, fine")):
+    for column, message in (("weight", "holds Value"), ("nothing", "is not there; besides images: label, fine")):
         with pytest.raises(UserError, match=f"label_column: {column} of .* {message}"):
             encoded("never", label_column=column)
     parts = [encoded(part, part=part, eval_fraction=0.3) for part in ("train", "held_out")]
@@ -431,3 +437,28 @@ def test_the_example_of_the_documentation_trains(cache, tmp_path, monkeypatch):
         exec(example, names)
     losses = names["losses"]
     assert len(losses) == 60 and np.mean(losses[-10:]) < 0.85 * np.mean(losses[:5])
+
+
+def test_where_labels_are_found_by_themselves(model, photos, tmp_path, capsys):
+    """WebDataset's column is `cls`; names that hardly repeat are captions."""
+    settings = SETTINGS.model_copy(update={"flips": False})
+    for number, (column, feature, values, expected) in enumerate(
+        (
+            ("cls", datasets.Value("int64"), [2, 0, 1, 2, 0, 1, 1], [2, 0, 1, 2, 0, 1, 1]),
+            ("label", datasets.Value("string"), ["b", "a", "b", "a", "b", "a", "b"], [1, 0, 1, 0, 1, 0, 1]),
+            ("label", datasets.Value("string"), list("abcdefg"), None),
+            ("species", datasets.Value("int64"), [0] * 7, None),
+        )
+    ):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        table = table_of(folder, photos, **{column: (feature, values)})
+        encode_images(model, table, folder / "out", settings)
+        labels = open_latents(folder / "out").labels
+        assert (labels.tolist() if labels is not None else None) == expected
+        said = capsys.readouterr().err
+        assert (
+            f"labels: those of the column {column}" in said
+            if expected
+            else f"labels: none (columns: {column});" in said
+        )
