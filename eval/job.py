@@ -2,6 +2,8 @@
 
 import argparse
 import importlib
+import itertools
+import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -208,15 +210,32 @@ def read_words(job: Job, argv: Sequence[str]) -> Words[Any]:
     ):
         words.data, words.override = "", [words.data, *words.override]
     chosen = load_settings(settings, None, words.override)
-    return Words(words.model, words.data, chosen, words.out or default_folder(command, words.model), words.json)
+    return Words(
+        words.model, words.data, chosen, words.out or default_folder(command, words.model, words.data), words.json
+    )
 
 
-def default_folder(command: str, model: str) -> Path:
-    """Return `COMMAND-NAME` after the model; an export or a pipeline's vae is named after the folder that holds it."""
+def default_folder(command: str, model: str, data: str) -> Path:
+    """Return `COMMAND-NAME` after the model, with a number if a result of another model or other data is there.
+
+    An export or a pipeline's vae is named after the folder that holds it.
+    """
     path = Path(model.rstrip("/")) if not Path(model).exists() else Path(model).resolve()
     # a run may be called vae, too
     inside = path.name == "export" or (path.name == "vae" and (path.parent / "model_index.json").exists())
-    return Path(f"{command}-{path.parent.name if inside and path.parent.name else path.name}")
+    name = f"{command}-{path.parent.name if inside and path.parent.name else path.name}"
+    names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
+    return next(folder for folder in map(Path, names) if not _is_of_others(folder, model, data))
+
+
+def _is_of_others(folder: Path, model: str, data: str) -> bool:
+    """Return whether the folder holds the result of another model or of other data."""
+    try:
+        result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+        locations = [result[part].get("location") or "" for part in ("model", "data")]
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+        return False
+    return locations != [model, data]
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:
@@ -270,4 +289,4 @@ def print_result(words: Words[Any], compute: Callable[[], dict[str, Any]], batch
 def for_stdout(text: str) -> str:
     """Return the text with characters replaced that the encoding of stdout lacks, and control characters escaped."""
     encoding = sys.stdout.encoding or "utf-8"
-    return printable(text, lines=True).encode(encoding, "replace").decode(encoding)
+    return printable(text, lines=True).encode(encoding, "backslashreplace").decode(encoding)

@@ -1,6 +1,7 @@
 """The command `latent-ae`: finds a subcommand by its name and imports its package only then."""
 
 import importlib
+import io
 import os
 import sys
 from typing import NamedTuple
@@ -52,6 +53,8 @@ def main(argv: list[str] | None = None) -> int:
     A UserError is printed without a traceback; any other exception is a bug and keeps its traceback.
     """
     words = sys.argv[1:] if argv is None else argv
+    if isinstance(sys.stdout, io.TextIOWrapper):  # names of files may have letters that its encoding lacks
+        sys.stdout.reconfigure(errors="backslashreplace")
     if not words or words[0] in ("-h", "--help"):
         print(usage())
         return 0 if words else 2

@@ -354,9 +354,13 @@ def _apply_override(cls: type[Settings], values: dict[str, Any], word: str) -> l
     if not isinstance(inner, dict):
         return [Problem(key, f"{sections[-1]} is a list: name one of its sections and a setting in it")]
     try:
-        inner[name] = _parsed(text, yaml.SafeLoader)
+        value = _parsed(text, yaml.SafeLoader)
     except Exception:  # PyYAML's reader raises other kinds, too
-        inner[name] = text
+        value = text
+    # names of files and folders stay as they were typed: YAML would read 2024-05-01 as a date, and a # as a comment
+    cut = isinstance(value, str) and value.count("#") < text.count("#")
+    retyped = not isinstance(value, (str, list, dict, types.NoneType))
+    inner[name] = text if (cut or retyped) and _is_text(_annotation_of(cls, path)) else value
     # sections of a list hold what differs from the settings beside the list; a word that names none holds in all
     for items in values.values():
         for item in items if isinstance(items, list) else ():
@@ -425,6 +429,23 @@ def _place(cls: type[Settings], location: Sequence[int | str]) -> _Place:
             if _is_section(inside):
                 place = place._replace(shown=f"{place.shown}[{part}]", owner=inside, path=[])
     return place
+
+
+def _annotation_of(cls: type[Settings], path: Sequence[str]) -> Any:
+    """Return the type of a setting; None if there is no such setting."""
+    inside: Any = cls
+    for part in path:
+        if not _is_section(inside):
+            return None
+        inside = {key_of(inside, name): field.annotation for name, field in inside.model_fields.items()}.get(part)
+    return inside
+
+
+def _is_text(annotation: Any) -> bool:
+    """Return whether a setting may be any text."""
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType, Annotated):
+        return any(_is_text(inner) for inner in typing.get_args(annotation))
+    return annotation is str
 
 
 def _is_section(kind: Any) -> bool:

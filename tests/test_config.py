@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -155,6 +156,29 @@ def test_yaml_scientific_notation_and_overrides(tmp_path: Path) -> None:
     path.write_text("optim: {lr: 1e-4}\nsteps: 7\n")
     settings = load_settings(TrainSettings, str(path), ["optim.lr=2e-5", "gan.weight=0", "data.resize_px=null"])
     assert (settings.optim.lr, settings.steps, settings.gan.weight) == (2e-5, 7, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("word", "expected"),
+    [
+        ("output_dir=2024-05-01", "2024-05-01"),
+        ("output_dir=2024", "2024"),
+        ("output_dir=yes", "yes"),
+        ("output_dir=runs/run #2", "runs/run #2"),
+        ("output_dir='run # 2'", "run # 2"),
+        ("data.revision=0123456", "0123456"),
+        ("data.revision=1e5", "1e5"),
+        ("data.revision=null", None),
+        ("train=decoder", "decoder"),
+        ("train=[decoder.*]", ("decoder.*",)),
+    ],
+)
+def test_text_in_a_word_stays_as_it_was_typed(word: str, expected: Any) -> None:
+    """YAML would read dates, numbers and comments."""
+    value: Any = load_settings(TrainSettings, "quickstart", [word])
+    for part in word.partition("=")[0].split("."):
+        value = getattr(value, part)
+    assert value == expected
 
 
 def test_a_file_that_is_no_text(tmp_path: Path) -> None:

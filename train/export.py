@@ -41,6 +41,9 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--push-to-hub", metavar="REPO", help="then upload it to this hub repository")
     arguments = parser.parse_args(argv)
+    from latent_ae.distributed import refuse_several_processes
+
+    refuse_several_processes("export")
     if arguments.push_to_hub:  # before the work
         from latent_ae.export.write import check_upload, push_to_hub
 

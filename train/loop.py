@@ -124,6 +124,11 @@ def _train(phase: Phase, accelerator: Accelerator, more: Sequence[Objective[Any]
     if first_step == settings.steps and results is not None:
         with Agreed(accelerator):
             if accelerator.is_main_process and phase.last:
+                if settings.export_for not in (None, results["export"].get("pipeline")):
+                    raise UserError(
+                        f"export_for: {run} is finished, and its export was not checked for {settings.export_for}: "
+                        f"latent-ae export {run} OUT --for {settings.export_for} writes one that is"
+                    )
                 write_config(phase)
                 show_results(phase, results)
             elif accelerator.is_main_process:

@@ -36,6 +36,12 @@ def refuse_other_phases(run: Path, phases: Sequence[Phase]) -> None:
                 f"{run} holds a run in phases ({', '.join(there)}), and these settings have none: restore them, or "
                 f"choose another output_dir (init_from={run} starts from its weights)"
             )
+        if (run / RESULTS).is_file() and not finished_checkpoints(run):
+            raise UserError(
+                f"{run} holds a finished run that has lost its checkpoints, so it cannot be resumed, and training anew "
+                f"would replace it: choose another output_dir (init_from={run / 'export'} starts from its weights), or "
+                f"remove {run / RESULTS}"
+            )
         return
     if finished_checkpoints(run):
         raise UserError(

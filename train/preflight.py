@@ -41,6 +41,8 @@ def preflight(phase: Phase, train_step: TrainStep) -> None:
     run, settings = phase.folder, phase.settings
     if phase.recipe.push_to_hub is not None:
         check_upload(phase.recipe.push_to_hub)
+    for left in (*run.glob(".preflight-*"), *run.glob(".export-*")):  # of a run that was killed there
+        shutil.rmtree(left, ignore_errors=True)
     _check_places(run)
     _warn_of_slow_bf16(settings, train_step.accelerator.device)
     autoencoder: ModelMixin = train_step.bare_reconstructor.autoencoder

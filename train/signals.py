@@ -12,7 +12,7 @@ from .agreement import hosts
 
 EXIT_CODE = 75
 """EX_TEMPFAIL of sysexits.h: the run is unfinished, and the same command resumes it."""
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
 
 
 class Stopped(Exception):

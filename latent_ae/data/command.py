@@ -32,7 +32,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     settings = load_settings(CheckSettings, None, words.override)
 
     from latent_ae.data.check import check, summary, wrong_channels
+    from latent_ae.distributed import refuse_several_processes
 
+    refuse_several_processes("data check")
     result = check(words.data, settings, channels=settings.channels, progress=True)
     print(printable(without_section(summary(result)), lines=True), file=sys.stderr)
     print(json.dumps(result, indent=2))

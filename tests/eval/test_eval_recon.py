@@ -169,7 +169,25 @@ def test_files_go_into_a_folder_named_after_the_run_by_default(tmp_path):
         (str(tmp_path / "pipeline" / "vae"), "recon-pipeline"),
         ("user/vae", "recon-vae"),
     ):
-        assert default_folder("recon", location) == Path(name)
+        assert default_folder("recon", location, "photos") == Path(name)
+
+
+def test_a_result_of_another_model_or_of_other_data_is_not_replaced(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def store(folder, model, data):
+        Path(folder).mkdir()
+        Path(folder, "result.json").write_text(json.dumps({"model": {"location": model}, "data": {"location": data}}))
+
+    store("recon-vae", "a/vae", "photos")
+    assert default_folder("recon", "a/vae", "photos") == Path("recon-vae")
+    for model, data in (("b/vae", "photos"), ("a/vae", "others")):
+        assert default_folder("recon", model, data) == Path("recon-vae-2")
+    store("recon-vae-2", "b/vae", "photos")
+    assert default_folder("recon", "b/vae", "photos") == Path("recon-vae-2")
+    assert default_folder("recon", "c/vae", "photos") == Path("recon-vae-3")
+    store("text-vae", "a/vae", None)
+    assert default_folder("text", "a/vae", "") == Path("text-vae")
 
 
 def test_short_names_say_which_model():

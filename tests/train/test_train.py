@@ -145,6 +145,31 @@ def test_two_processes_take_the_step_of_one(pictures: Path, tmp_path: Path) -> N
     assert difference_of_the_third_step(tmp_path / "run", command) < 1e-5
 
 
+def test_a_finished_run_is_not_trained_anew_in_silence(
+    finished: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Neither after its checkpoints were removed, nor to check its export for a pipeline."""
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    assert main(words(pictures, run, "export_for=sd")) == 2
+    assert f"latent-ae export {run} OUT --for sd" in capsys.readouterr().err
+    shutil.rmtree(run / "checkpoints")
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    assert main(words(pictures, run)) == 2
+    error = capsys.readouterr().err
+    assert "has lost its checkpoints" in error and f"init_from={run}/export" in error
+    assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("command", [["export", "run", "out"], ["data", "check", "photos"]])
+def test_a_command_of_one_process_refuses_several(
+    command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(command) == 2
+    assert "runs on one process, and 2 were launched" in capsys.readouterr().err
+
+
 def test_two_processes_end_a_run_like_one(finished: Path, pictures: Path, tmp_path: Path) -> None:
     """From the last checkpoint: held-out figures, latents and export."""
     run = shutil.copytree(finished, tmp_path / "two")
