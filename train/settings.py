@@ -472,7 +472,10 @@ class TrainSettings(Settings):
 
     def _path_problems(self) -> Iterator[Problem]:
         start = self.init_from
-        if start is not None and looks_like_path(start) and not Path(start).expanduser().is_dir():
+        if start is not None and Path(start).expanduser().is_file():
+            message = f"{start} is a file: latent-ae convert {start} OUT writes the folder to give here"
+            yield Problem("init_from", message)
+        elif start is not None and looks_like_path(start) and not Path(start).expanduser().is_dir():
             made = "; `latent-ae train quickstart` makes it" if Path(start) == Path("runs/quickstart") else ""
             yield Problem("init_from", f"no such folder: {start} (from {Path.cwd()}){made}")
         stored = self.decoder.latents

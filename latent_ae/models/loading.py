@@ -9,6 +9,7 @@ import copy
 import hashlib
 import json
 import re
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -36,6 +37,10 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # subfolders in which pipelines keep their first stage
 PIPELINE_FOLDERS = ("vae", "vqvae", "movq")
 EMA_FOLDERS = ("{}_ema", "ema")
+WEIGHTS = re.compile(
+    r"diffusion_pytorch_model(\.(?P<variant>(?!bin|safetensors)\w+))?(-\d+-of-\d+)?\.(safetensors|bin)"
+)
+"""Names of files of weights, whole or in parts."""
 FROM_CONFIG = re.compile(r".*num_batches_tracked|_latents_mean|_latents_std|encoder_mean|encoder_std")
 """Tensors of diffusers' classes that follow from the config or have no effect; files need not hold them."""
 CPU_BATCH_PX = 256 * 256
@@ -301,6 +306,8 @@ def load_first_stage(
         UserError: If there is no such model, or it cannot be read or measured.
     """
     folder = Path(location).expanduser()
+    if folder.is_file():
+        raise UserError(f"{location} is a file: latent-ae convert {location} OUT writes the folder to give here")
     if folder.exists():
         exported = (folder / "export/config.json").is_file()
         if (ema is not None or not exported) and (checkpoint := checkpoint_at(folder)) is not None:
@@ -397,6 +404,13 @@ def _from_pretrained(
         raise UserError(f"cannot load a first stage from {location}: {reason}") from error
 
 
+def _only_variant(folder: Path) -> str | None:
+    """Return the variant of a folder's weights, such as fp16, if it has that one alone; else None."""
+    names = [match for path in folder.iterdir() if (match := WEIGHTS.fullmatch(path.name))]
+    variants = {match["variant"] for match in names}
+    return variants.pop() if len(variants) == 1 else None
+
+
 def whole_model(kind: Any, location: str | Path, **words: Any) -> nn.Module:
     """Load a model with its `from_pretrained`, which by itself makes up weights that the files lack.
 
@@ -409,6 +423,10 @@ def whole_model(kind: Any, location: str | Path, **words: Any) -> nn.Module:
         ValueError: If weights are missing.
         Exception: What diffusers raises for files that cannot be read.
     """
+    place = Path(location) / (words.get("subfolder") or "")
+    if words.get("variant") is None and place.is_dir() and (variant := _only_variant(place)) is not None:
+        print(f"{place} has weights of the variant {variant} only: loading these", file=sys.stderr)
+        words["variant"] = variant
     model, loaded = kind.from_pretrained(location, output_loading_info=True, **words)
     # those that follow from the config, or have no effect
     missing = [key for key in loaded["missing_keys"] if not FROM_CONFIG.fullmatch(key)]

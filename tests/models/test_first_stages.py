@@ -21,6 +21,7 @@ from latent_ae.models.likelihood import Likelihood
 from latent_ae.models.loading import first_stage, load, load_first_stage
 from latent_ae.models.registry import FAMILIES, OWN
 from latent_ae.models.settings import Kind
+from latent_ae_train.settings import TrainSettings
 from tests.tiny import reseal
 from tests.tiny_models import CONFIGS, MEASURED, TRAINED, pictures, tiny
 
@@ -206,6 +207,28 @@ def test_what_is_none_gets_a_message(tmp_path):
         first_stage(3)
     with pytest.raises(UserError, match="3 channels and gives 1"):
         first_stage(AutoencoderKL(in_channels=3, out_channels=1))
+
+
+def test_the_only_variant_of_the_weights_is_loaded_and_said(tmp_path, capsys):
+    model = tiny("AutoencoderKL")
+    model.save_pretrained(tmp_path / "vae", variant="fp16")
+    assert [path.name for path in (tmp_path / "vae").glob("*.safetensors")] == [
+        "diffusion_pytorch_model.fp16.safetensors"
+    ]
+    loaded = load_first_stage(str(tmp_path / "vae")).module
+    assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in model.state_dict().items())
+    assert "has weights of the variant fp16 only" in capsys.readouterr().err
+    model.save_pretrained(tmp_path / "vae")
+    load_first_stage(str(tmp_path / "vae"))
+    assert capsys.readouterr().err == ""
+
+
+def test_a_file_is_pointed_to_its_conversion(tmp_path):
+    (tmp_path / "vae.safetensors").touch()
+    with pytest.raises(UserError, match=r"vae\.safetensors is a file: latent-ae convert .* OUT writes the folder"):
+        load_first_stage(str(tmp_path / "vae.safetensors"))
+    with pytest.raises(UserError, match=r"init_from: .*vae\.safetensors is a file: latent-ae convert"):
+        TrainSettings.load("quickstart", f"init_from={tmp_path}/vae.safetensors")
 
 
 def test_older_names_of_attention_weights_are_whole(tmp_path):
