@@ -82,7 +82,7 @@ def kernel(a: FeatureFile, b: FeatureFile, subset_size: int = KID_SUBSET_SIZE) -
         b: Features of their reconstructions.
         subset_size: Images per random subset.
     """
-    value, deviation = kernel_distance(a.rows, b.rows, a.count, subset_size=subset_size)
+    value, deviation = kernel_distance(a.rows, b.rows, a.count, subset_size=subset_size, paired=True)
     if a.count < 5 * GROUPS:
         return value, None
     rows = spread(0, a.count, WHOLE_SET)

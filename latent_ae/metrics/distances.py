@@ -149,12 +149,17 @@ def kernel_distance(
     subsets: int = KID_SUBSETS,
     subset_size: int = KID_SUBSET_SIZE,
     seed: int = KID_SEED,
+    paired: bool = False,
 ) -> tuple[float, float]:
     """Return KID (Binkowski et al. 2018) and its standard deviation over subsets.
 
     KID is the mean over random subsets of the unbiased squared MMD with the kernel (x.y / D + 1)^3. The subsets are
     those of torch-fidelity for the same seed. torch-fidelity needs at least `subset_size` images; here a smaller set is
     used whole, once. Only one subset is in memory at a time.
+
+    Where image i of one set was made from image i of the other, the sets are not independent, and comparing i with i
+    lowers the distance by about 2 / N of the kernel's range. A set that is used whole leaves these pairs out. Random
+    subsets keep them, as torch-fidelity does; their bias is small, since they are of more than `subset_size` images.
 
     Args:
         read_a: Returns the features of the given row numbers of the first set, (n, D) float32.
@@ -163,34 +168,41 @@ def kernel_distance(
         subsets: Number of random subsets.
         subset_size: Images per subset.
         seed: Seed of the subsets.
+        paired: Whether image i of the second set was made from image i of the first.
     """
-    subset_size = min(subset_size, count)
+    if count <= subset_size:  # every subset would be the whole set
+        rows = np.arange(count)
+        return squared_mmd(read_a(rows), read_b(rows), paired=paired), 0.0
     rng = np.random.RandomState(seed)
     values = []
     for _ in range(subsets):
         rows_a = rng.choice(count, subset_size, replace=False)
         rows_b = rng.choice(count, subset_size, replace=False)
         values.append(squared_mmd(read_a(rows_a), read_b(rows_b)))
-        if subset_size == count:  # every subset would be the whole set
-            break
     return float(np.mean(values)), float(np.std(values))
 
 
-def squared_mmd(a: np.ndarray, b: np.ndarray) -> float:
-    """Return the unbiased squared maximum mean discrepancy of two sets, with the kernel (x.y / D + 1)^3.
+def squared_mmd(a: np.ndarray, b: np.ndarray, *, paired: bool = False) -> float:
+    """Return the squared maximum mean discrepancy of two sets, with the kernel (x.y / D + 1)^3, without bias.
+
+    Gretton et al. 2012: eq. 3 for independent sets, and eq. 4 for pairs, which is 0 for equal sets.
 
     Args:
         a: (N, D) float32 features, N >= 2.
         b: (N, D) features; there must be as many as in `a`.
+        paired: Whether row i of `b` depends on row i of `a`; these pairs are then left out.
     """
     count = len(a)
     inside = [_kernel(x, x) for x in (a, b)]
-    diagonal = sum(float((kernel.sum() - np.trace(kernel)) / (count * (count - 1))) for kernel in inside)
-    return diagonal - 2 * float(_kernel(a, b).mean())
+    within = sum(float((kernel.sum() - np.trace(kernel)) / (count * (count - 1))) for kernel in inside)
+    across = _kernel(a, b)
+    if not paired:
+        return within - 2 * float(across.mean())
+    return within - 2 * float((across.sum() - np.trace(across)) / (count * (count - 1)))
 
 
 def mmd_without_groups(a: np.ndarray, b: np.ndarray, groups: int) -> list[float]:
-    """Return `squared_mmd` with each group of pairs left out: one value per group.
+    """Return `squared_mmd` of pairs with each group of them left out: one value per group.
 
     Args:
         a: (N, D) float32 features.
@@ -203,17 +215,16 @@ def mmd_without_groups(a: np.ndarray, b: np.ndarray, groups: int) -> list[float]
     sizes = np.bincount(np.arange(count) % groups)
     starts = np.concatenate([[0], np.cumsum(sizes)[:-1]])
 
-    def between(x: np.ndarray, y: np.ndarray, diagonal: bool) -> np.ndarray:
+    def between(x: np.ndarray, y: np.ndarray) -> np.ndarray:
         kernel = _kernel(x[order], y[order])
-        if not diagonal:
-            np.fill_diagonal(kernel, 0.0)
+        np.fill_diagonal(kernel, 0.0)
         return np.add.reduceat(np.add.reduceat(kernel, starts, 0), starts, 1)
 
-    inside, across = between(a, a, False) + between(b, b, False), between(a, b, True)
+    difference = between(a, a) + between(b, b) - 2 * between(a, b)
     for group in range(groups):
         kept = np.arange(groups) != group
         n = count - sizes[group]
-        values.append(float(inside[kept][:, kept].sum() / (n * (n - 1)) - 2 * across[kept][:, kept].sum() / n**2))
+        values.append(float(difference[kept][:, kept].sum() / (n * (n - 1))))
     return values
 
 

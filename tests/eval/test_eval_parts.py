@@ -57,7 +57,8 @@ def test_distances_of_files_are_those_of_their_features(tmp_path, count):
     half = 2.262157 * np.sqrt(0.9 * np.square(left_out - np.mean(left_out)).sum())
     assert interval == pytest.approx([value - half, value + half], rel=1e-6)
     value, interval = kernel(a, b)
-    assert value == pytest.approx(squared_mmd(rows_of(a), rows_of(b)), rel=1e-6)
+    assert value == pytest.approx(squared_mmd(rows_of(a), rows_of(b), paired=True), rel=1e-6)
+    assert kernel(a, a)[0] == pytest.approx(0, abs=1e-9)  # a perfect first stage is at no distance
     assert interval[0] < value < interval[1]
     (tmp_path / "few").mkdir()
     assert frechet(*feature_files(tmp_path / "few", 49, 8))[1] is None
@@ -68,7 +69,7 @@ def test_leaving_out_groups_is_leaving_them_out():
     x, y = rng.normal(size=(2, 23, 6))
     for group, value in enumerate(mmd_without_groups(x, y, 5)):
         kept = np.arange(23) % 5 != group
-        assert value == pytest.approx(squared_mmd(x[kept], y[kept]), rel=1e-9)
+        assert value == pytest.approx(squared_mmd(x[kept], y[kept], paired=True), rel=1e-9)
 
 
 def test_the_interval_of_a_kernel_distance_has_about_the_right_width():
@@ -77,7 +78,7 @@ def test_the_interval_of_a_kernel_distance_has_about_the_right_width():
     for _ in range(150):
         x = rng.normal(size=(60, 16))
         y = x + 0.5 * rng.normal(size=x.shape)
-        values.append(squared_mmd(x, y))
+        values.append(squared_mmd(x, y, paired=True))
         left_out = np.array(mmd_without_groups(x, y, 10))
         halves.append(1.96 * np.sqrt(0.9 * np.square(left_out - left_out.mean()).sum()))
     assert 0.75 < np.mean(halves) / (1.96 * np.std(values)) < 1.5

@@ -87,6 +87,25 @@ def test_squared_mmd_is_the_unbiased_sum_and_small_sets_are_taken_whole():
     across = sum(kernel(u, v) for u in x for v in y) / 25
     assert squared_mmd(x, y) == pytest.approx(inside - 2 * across, rel=1e-12)
     assert kernel_distance(x.__getitem__, y.__getitem__, 5) == (pytest.approx(squared_mmd(x, y)), 0.0)
+    pairs = [(i, j) for i in range(5) for j in range(5) if i != j]
+    paired = sum(kernel(x[i], x[j]) + kernel(y[i], y[j]) - kernel(x[i], y[j]) - kernel(x[j], y[i]) for i, j in pairs)
+    found = kernel_distance(x.__getitem__, y.__getitem__, 5, paired=True)
+    assert found == (pytest.approx(paired / 20, rel=1e-9), 0.0)
+
+
+def test_a_kernel_distance_of_pairs_has_no_bias():
+    """Reconstructions that resemble their originals one by one: comparing these would make it negative."""
+    rng = np.random.default_rng(0)
+    apart, within, far = [], [], []
+    for _ in range(200):
+        x = rng.normal(size=(30, 8))
+        y = x + 0.01 * rng.normal(size=x.shape)
+        apart.append(squared_mmd(x, rng.permutation(y, axis=0)))
+        within.append(squared_mmd(x, y, paired=True))
+        far.append(squared_mmd(rng.normal(size=(30, 8)), y))
+    errors = [np.std(values) / np.sqrt(len(values)) for values in (within, far)]
+    assert abs(np.mean(within)) < 4 * errors[0] and abs(np.mean(far)) < 4 * errors[1]
+    assert np.mean(apart) < -0.1
 
 
 @pytest.mark.parametrize("freedom", [1, 2, 3, 9, 18, 100])
