@@ -103,7 +103,7 @@ def comparison_page(
         charts = (
             page.histogram(
                 {name: values.tolist() for name, values in differences.items()},
-                title=f"Difference in {label_of(metric).name}{label_of(metric).arrow}{_of(job)}",
+                title=f"Difference in {label_of(metric, job).name}{label_of(metric, job).arrow}{_of(job)}",
                 mark=0.0,
             )
             for (job, metric), differences in per_image.items()
@@ -196,7 +196,7 @@ def _overview(comparison: Mapping[str, Any], names: Mapping[str, str]) -> list[d
 
 def _title(row: Mapping[str, Any]) -> str:
     """Return the name of a figure, with its part unless that is a kind of latent."""
-    label = label_of(row["metric"])
+    label = label_of(row["metric"], row["job"])
     part = f", {row['part']}" if row["job"] != "recon" and row["part"] else ""
     return f"{label.name}{part}{label.arrow}"
 
@@ -234,7 +234,7 @@ def _differences(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
     for row in rows:
         most[row["job"]] = max(row["n"] or 0, most.get(row["job"], 0))
     for row in rows:
-        label = label_of(row["metric"])
+        label = label_of(row["metric"], row["job"])
         fewer = "" if (row["n"] or 0) == most[row["job"]] else f", {row['n'] or 0:,} images"
         winner = f", {row['better']} is better" if row["better"] else ""
         lines.append(
@@ -282,7 +282,7 @@ def _interval_charts(comparison: Mapping[str, Any], names: Mapping[str, str]) ->
                 if value is not None:
                     low, high = pair(row["intervals"][key]) or (None, None)
                     series[row["part"]][name] = value, low, high
-        title = f"{label_of(metric).name}{label_of(metric).arrow}{_of(job)}"
+        title = f"{label_of(metric, job).name}{label_of(metric, job).arrow}{_of(job)}"
         charts.append(page.interval_chart(series, title=title))
     return charts
 

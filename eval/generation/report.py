@@ -41,7 +41,7 @@ def distance_rows(result: Mapping[str, Any]) -> list[Row]:
     """Return a row for each distance and each of ROWS, for a terminal."""
     rows = [Row("images", f"{result['metrics'][kind]['n']:,}", "", short) for kind, short in SHORT.items()]
     for name in _distances(result):
-        title = _title(name)
+        title = label_of(name, "sample").name
         for kind, short in SHORT.items():
             interval = span(name, pair((result["intervals"].get(kind) or {}).get(name)))
             rows.append(Row(f"{title} ↓", rounded(name, result["metrics"][kind][name]), interval, short))
@@ -52,10 +52,6 @@ def _distances(result: Mapping[str, Any]) -> list[str]:
     return [key for key in result["metrics"]["samples"] if key not in ("n", "reference_images")]
 
 
-def _title(name: str) -> str:
-    return "FID" if name == "fid" else label_of(name).name
-
-
 def distance_table(result: Mapping[str, Any]) -> str:
     """Return the distances as an HTML table with a row for each of ROWS."""
     rows = []
@@ -63,7 +59,9 @@ def distance_table(result: Mapping[str, Any]) -> str:
         values, intervals = result["metrics"][kind], result["intervals"].get(kind) or {}
         row: dict[str, Any] = {"": heading, "images": f"{values['n']:,} to {values['reference_images']:,}"}
         for name in _distances(result):
-            row[_title(name)] = page.estimate(rounded(name, values[name]), span(name, pair(intervals.get(name))))
+            row[label_of(name, "sample").name] = page.estimate(
+                rounded(name, values[name]), span(name, pair(intervals.get(name)))
+            )
         rows.append(row)
     return page.table(rows)
 

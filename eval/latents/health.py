@@ -16,8 +16,10 @@ from torch.nn import functional as F
 FAR = 5.0
 """Distance from the mean in standard deviations from which a value is an outlier; 5.7e-7 of a Gaussian are."""
 RINGS = 32
-FITTED = (0.1, 1.0)
-"""Frequencies between which a slope is fitted, relative to Nyquist's; below, the window distorts the spectrum."""
+FITTED = 0.1
+"""Lowest frequency of the fit of a slope, relative to Nyquist's."""
+DISTORTED = 4.0
+"""A grid of n px has its spectrum distorted by the window below this / n of Nyquist's frequency, two cycles."""
 TRANSFORMS: dict[str, Callable[[Tensor], Tensor]] = {
     "half size": lambda x: F.avg_pool2d(x, 2),
     "turned by 90 degrees": lambda x: torch.rot90(x, 1, (-2, -1)),
@@ -110,13 +112,15 @@ class RadialSpectrum:
     """Power over spatial frequency, averaged over directions, channels and images, in RINGS up to Nyquist's frequency.
 
     The mean of each channel is subtracted and a Hann window applied; white noise of variance v has power v in every
-    ring. Frequencies are relative to Nyquist's, half a cycle per px, so that grids of several sizes can be averaged.
+    ring but the lowest, of fewer than two cycles on a grid, which have less. Frequencies are relative to Nyquist's,
+    half a cycle per px, so that grids of several sizes can be averaged.
     """
 
     def __init__(self) -> None:
-        self.power_sum = np.zeros(RINGS)
-        self.frequency_sum = np.zeros(RINGS)
-        self.count = np.zeros(RINGS, dtype=np.int64)
+        # by ring: of all frequencies, and of those that the window leaves as they are
+        self.power_sum = np.zeros((2, RINGS))
+        self.frequency_sum = np.zeros((2, RINGS))
+        self.count = np.zeros((2, RINGS), dtype=np.int64)
 
     def update(self, images: Tensor) -> None:
         """Add (N, C, H, W) values. Grids with a side under 4 px have no spectrum and are left out."""
@@ -133,10 +137,12 @@ class RadialSpectrum:
         frequency = np.hypot(down[:, None], across)
         ring = np.ceil(frequency * RINGS - 1e-9).astype(int) - 1
         inside = (ring >= 0) & (ring < RINGS)  # without the mean and the corners beyond Nyquist's frequency
-        ring, number = ring[inside], len(images) * images.shape[1]
-        self.power_sum += np.bincount(ring, power[inside], RINGS)
-        self.frequency_sum += np.bincount(ring, number * frequency[inside], RINGS)
-        self.count += number * np.bincount(ring, minlength=RINGS)
+        whole = inside & (frequency >= DISTORTED / min(height, width) - 1e-9)
+        number = len(images) * images.shape[1]
+        for row, chosen in enumerate((inside, whole)):
+            self.power_sum[row] += np.bincount(ring[chosen], power[chosen], RINGS)
+            self.frequency_sum[row] += np.bincount(ring[chosen], number * frequency[chosen], RINGS)
+            self.count[row] += number * np.bincount(ring[chosen], minlength=RINGS)
 
     def merge(self, other: "RadialSpectrum") -> None:
         """Add another spectrum."""
@@ -144,18 +150,23 @@ class RadialSpectrum:
         self.frequency_sum = self.frequency_sum + other.frequency_sum
         self.count = self.count + other.count
 
-    def rings(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return mean frequency, relative to Nyquist's, and mean power of the non-empty rings, ascending, (n,) each."""
-        filled = self.count > 0
-        return self.frequency_sum[filled] / self.count[filled], self.power_sum[filled] / self.count[filled]
+    def rings(self, row: int = 0) -> tuple[np.ndarray, np.ndarray]:
+        """Return mean frequency, relative to Nyquist's, and mean power of the non-empty rings, ascending, (n,) each.
+
+        Args:
+            row: 0 for all frequencies, 1 for those that the window leaves as they are.
+        """
+        filled = self.count[row] > 0
+        counts = self.count[row][filled]
+        return self.frequency_sum[row][filled] / counts, self.power_sum[row][filled] / counts
 
     def slope(self) -> float | None:
-        """Return the slope of log power over log frequency, by least squares over the rings within FITTED.
+        """Return the slope of log power over log frequency, by least squares over the rings that are not distorted.
 
-        None if there are fewer than three.
+        None if there are fewer than three, as on grids of 4 px.
         """
-        frequency, power = self.rings()
-        fitted = (frequency >= FITTED[0]) & (frequency <= FITTED[1]) & (power > 0)
+        frequency, power = self.rings(1)
+        fitted = (frequency >= FITTED) & (power > 0)
         if fitted.sum() < 3:
             return None
         return float(np.polyfit(np.log(frequency[fitted]), np.log(power[fitted]), 1)[0])
@@ -163,5 +174,5 @@ class RadialSpectrum:
     def high_share(self) -> float | None:
         """Return the fraction of power above half of Nyquist's frequency, 3/4 for white noise; None without power."""
         frequency, _ = self.rings()
-        power = self.power_sum[self.count > 0]
+        power = self.power_sum[0][self.count[0] > 0]
         return float(power[frequency > 0.5].sum() / power.sum()) if power.sum() > 0 else None

@@ -139,6 +139,9 @@ class LatentStatistics:
         self.latents = Moments()
         self.sketch = QuantileSketch()
         self.posterior_means = Moments()
+        self.means_by_position = PositionMoments()
+        self.one_size = True
+        """Whether all posteriors have one size so far; `means_by_position` is of these."""
         self.posterior_variances = Moments()
         self.kl = Moments()
 
@@ -163,6 +166,10 @@ class LatentStatistics:
             mean, logvar = mean.detach().cpu().double(), logvar.detach().cpu().double()
             variance = logvar.exp()
             self.posterior_means.update(mean)
+            seen = self.means_by_position
+            self.one_size = self.one_size and (not seen.count or seen.mean.shape == mean.shape[1:])
+            if self.one_size:
+                seen.update(mean)
             self.posterior_variances.update(variance)
             # KL(N(mean, variance) || N(0, 1)) of one latent value, in nats (Kingma & Welling 2014, appendix B)
             self.kl.update(0.5 * (mean.square() + variance - 1 - logvar))
@@ -172,6 +179,11 @@ class LatentStatistics:
         for mine, theirs in zip(self._moments(), other._moments(), strict=True):
             mine.merge(theirs)
         self.positions.merge(other.positions)
+        mine, theirs = self.means_by_position, other.means_by_position
+        fit = not (mine.count and theirs.count) or mine.mean.shape == theirs.mean.shape
+        self.one_size = self.one_size and other.one_size and fit
+        if self.one_size:
+            mine.merge(theirs)
         self.sketch.merge(other.sketch)
 
     def gather(self) -> None:
@@ -252,13 +264,20 @@ class LatentStatistics:
     def dead_channels(self) -> list[int]:
         """Channels whose sampled values hardly depend on the image; empty if no posterior was given.
 
-        A channel is dead if the variance of the posterior mean is at most 1 % of the variance of posterior samples. For
-        a posterior that collapsed to N(0, 1) this is the active-units threshold of Burda et al. 2016, and it does not
-        depend on the scale of the latents.
+        A channel is dead if the variance of the posterior mean over images is at most 1 % of that plus the posterior's
+        variance. For a posterior that collapsed to N(0, 1) this is the active-units threshold of Burda et al. 2016, and
+        it does not depend on the scale of the latents. The variance is that at each position, averaged over positions,
+        so that a pattern that all images share is none; of one image, or of several sizes, it is over positions, too.
         """
         if not self.posterior_means.count:
             return []
-        signal, noise = self.posterior_means.variance, self.posterior_variances.mean
+        signal, noise, count = (
+            self.posterior_means.variance,
+            self.posterior_variances.mean,
+            self.means_by_position.count,
+        )
+        if self.one_size and count > 1:
+            signal = self.means_by_position.variance.mean((1, 2)) * count / (count - 1)
         dead = signal <= DEAD_SIGNAL_FRACTION * (signal + noise)
         return [channel for channel, flag in enumerate(dead.tolist()) if flag]
 

@@ -101,8 +101,15 @@ def distance_names(features: str) -> tuple[str, str]:
     return PUBLISHED.get(features, (f"{FRECHET}{features}", f"{KERNEL}{features}"))
 
 
-def label_of(metric: str) -> Label:
-    """Return the label of any metric; an unknown metric is named by its key and has no direction."""
+def label_of(metric: str, job: str = "recon") -> Label:
+    """Return the label of any metric; an unknown metric is named by its key and has no direction.
+
+    Args:
+        metric: The metric.
+        job: The evaluation. An FID is called rFID only where it compares reconstructions with their originals.
+    """
+    if metric == "fid" and job in ("diffusion", "sample"):
+        return LABELS["fid"]._replace(name="FID")
     if metric in LABELS:
         return LABELS[metric]
     if metric.startswith(FRECHET):

@@ -27,6 +27,7 @@ from latent_ae_eval.compare.measure import (
     independent_interval,
     mean_intervals,
 )
+from latent_ae_eval.compare.report import comparison_text
 from latent_ae_eval.compare.results import label_at
 from latent_ae_eval.job import job_of
 from latent_ae_eval.latents import HEALTH
@@ -427,6 +428,18 @@ def test_weights_tell_models_apart_and_a_second_evaluation_is_compared_like_anot
     assert [m["label"] for m in compare([a, again, same])["models"]] == ["A", "B"]
     with pytest.raises(UserError, match="at least two models"):
         compare([a, same])
+
+
+def test_only_distances_of_reconstructions_are_called_rfid(tmp_path):
+    samples = [
+        other(tmp_path, "diffusion", name, metrics={"samples": {"n": 60, "fid": value}}, recipe={"steps": 5})
+        for name, value in (("a", 30.0), ("b", 40.0))
+    ]
+    comparison = compare(samples, out=tmp_path / "samples")
+    for text in (comparison_text(comparison), (tmp_path / "samples/comparison.html").read_text()):
+        assert "FID" in text and "rFID, samples" not in text and "rFID ↓" not in text
+    comparison = compare([made(tmp_path, "a"), made(tmp_path, "b")], out=tmp_path / "recon")
+    assert "rFID" in (tmp_path / "recon/comparison.html").read_text()
 
 
 def test_evaluations_under_other_conditions_are_refused(tmp_path):

@@ -95,6 +95,20 @@ def test_the_slope_of_a_power_law_is_found(exponent):
     assert spectrum.slope() == pytest.approx(-exponent, abs=0.1)
 
 
+@pytest.mark.parametrize("side", [8, 16, 32])
+@pytest.mark.parametrize("exponent", [0.0, 1.0, 2.0])
+def test_the_slope_of_a_power_law_does_not_depend_on_the_grid(side, exponent):
+    """The lowest frequencies, which the window distorts, are many of a latent's few."""
+    spectrum = RadialSpectrum()
+    large = fractal(exponent, 128, 200)
+    for top in range(0, 128, 32):  # pieces, because a grid that wraps around has no edges
+        spectrum.update(large[..., top : top + side, top : top + side])
+    assert spectrum.slope() == pytest.approx(-exponent, abs=0.15)
+    small = RadialSpectrum()
+    small.update(large[..., :4, :4])
+    assert small.slope() is None and small.high_share() is not None
+
+
 def test_a_wave_lies_in_the_ring_of_its_frequency():
     spectrum = RadialSpectrum()
     wave = torch.cos(2 * math.pi * 0.3 * torch.arange(64.0))  # 0.3 cycles per px: 0.6 of Nyquist's

@@ -86,6 +86,30 @@ def test_scaled_latents_have_mean_zero_and_variance_one():
     assert scaled.var() == pytest.approx(1, rel=1e-9)
 
 
+def test_a_pattern_that_all_images_share_is_no_signal():
+    """Such as a border that an encoder makes where it pads."""
+    border = torch.zeros(2, 8, 8)
+    border[0, 0], border[1] = 3.0, 1.0
+    generator = torch.Generator().manual_seed(0)
+    for live in (False, True):
+        statistics, other = LatentStatistics(), LatentStatistics()
+        for part in (statistics, other):
+            mean = border.repeat(6, 1, 1, 1)
+            mean[:, 1] += live * torch.randn(6, 8, 8, generator=generator)
+            part.update(mean, mean, torch.zeros_like(mean))
+        statistics.merge(other)
+        assert statistics.dead_channels == ([0] if live else [0, 1])
+    alone = LatentStatistics()
+    alone.update(mean[:1], mean[:1], torch.zeros(1, 2, 8, 8))
+    assert alone.dead_channels == []  # of one image nothing else is known
+    statistics.update(mean[..., :4], mean[..., :4], torch.zeros(6, 2, 8, 4))
+    assert statistics.dead_channels == [] and not statistics.one_size
+    merged = LatentStatistics()
+    merged.merge(statistics)
+    merged.merge(other)
+    assert not merged.one_size
+
+
 def test_kl_equals_torch_distributions_and_dead_channels_are_found():
     generator = torch.Generator().manual_seed(1)
     mean, logvar = torch.randn(16, 4, 4, 4, generator=generator), torch.full((16, 4, 4, 4), -4.0)
