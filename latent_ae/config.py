@@ -359,8 +359,9 @@ def _apply_override(cls: type[Settings], values: dict[str, Any], word: str) -> l
         value = text
     # names of files and folders stay as they were typed: YAML would read 2024-05-01 as a date, and a # as a comment
     cut = isinstance(value, str) and value.count("#") < text.count("#")
-    retyped = not isinstance(value, (str, list, dict, types.NoneType))
-    inner[name] = text if (cut or retyped) and _is_text(_annotation_of(cls, path)) else value
+    kind = _annotation_of(cls, path)
+    retyped = not isinstance(value, (str, list, dict, types.NoneType)) and not _admits(kind, type(value))
+    inner[name] = text if (cut or retyped) and _is_text(kind) else value
     # sections of a list hold what differs from the settings beside the list; a word that names none holds in all
     for items in values.values():
         for item in items if isinstance(items, list) else ():

@@ -8,6 +8,7 @@ import pytest
 
 from latent_ae.__main__ import main
 from latent_ae.config import UserError, load_settings, recipe_names, to_yaml
+from latent_ae_eval.anomaly.settings import AnomalySettings
 from latent_ae_train.settings import TrainSettings
 from tests.recipes import FOLDER
 
@@ -179,6 +180,11 @@ def test_text_in_a_word_stays_as_it_was_typed(word: str, expected: Any) -> None:
     for part in word.partition("=")[0].split("."):
         value = getattr(value, part)
     assert value == expected
+
+
+def test_a_number_stays_one_where_a_setting_may_be_either() -> None:
+    for text, expected in (("1", 1), ("good", "good"), ("2024-05-01", "2024-05-01")):
+        assert load_settings(AnomalySettings, None, [f"normal_class={text}"]).normal_class == expected
 
 
 def test_a_file_that_is_no_text(tmp_path: Path) -> None:

@@ -37,15 +37,18 @@ class Part:
     """Scores of each measured image."""
     skipped: list[str]
     """`name: reason` of each unreadable image."""
+    normal_class: str | None = None
+    """Name of the class of normal images, if classes have names: in another source its number may be another."""
 
 
-def opened_part(key: str, location: str, settings: AnomalySettings) -> Part:
+def opened_part(key: str, location: str, settings: AnomalySettings, named: str | None = None) -> Part:
     """Open a source and find which of its images are abnormal, by their classes.
 
     Args:
         key: "data", or "normal" for the normal images of the setting.
         location: The location of the images.
         settings: The settings.
+        named: Name of the class of normal images, which counts in place of its number where classes have names.
 
     Raises:
         UserError: If the data cannot be opened, or lack the class of normal images.
@@ -66,11 +69,12 @@ def opened_part(key: str, location: str, settings: AnomalySettings) -> Part:
             f"normal_class: {location} has no labels; give tables with a column of classes or integers "
             "(label_column=NAME), or a folder of images with a folder for each class"
         )
-    number = _class_number(normal_class, classes, key)
+    number = _class_number(named if named and classes.names is not None else normal_class, classes, key)
     known = np.flatnonzero(classes.labels >= 0)
     if len(known) < len(source):  # a table may lack labels, and such images are neither normal nor abnormal
         source, choice = source.subset(known), choice | {"without_label": len(source) - len(known)}
-    return Part(key, source, choice, classes.labels[known] != number, [], [])
+    named = classes.names[number] if classes.names is not None else None
+    return Part(key, source, choice, classes.labels[known] != number, [], [], named)
 
 
 def _class_number(name: str | int, classes: Classes, key: str) -> int:

@@ -89,7 +89,7 @@ def find_anomalies(
     normal = None
     if settings.normal is not None:
         own = settings.model_copy(update={"split": settings.normal_split, "limit": None})
-        normal = opened_part("normal", settings.normal, own)
+        normal = opened_part("normal", settings.normal, own, part.normal_class)
         if normal.abnormal is not None:
             normal.source, normal.abnormal = normal.source.subset(np.flatnonzero(~normal.abnormal)), None
     lpips, why_not = lpips_or_reason(settings.lpips, stage.channels or 3, None, device)

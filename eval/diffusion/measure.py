@@ -84,7 +84,7 @@ class _Job(Generation):
             "networks": digests(networks),
             "metrics": metrics,
             "intervals": intervals,
-            "notes": [*notes, *_notes(described["latents"]), *left_out(drawn, count), *self.notes(metrics)],
+            "notes": [*notes, *_notes(described["latents"]), *left_out(drawn, count), *self.notes(metrics, networks)],
             **self.facts(),
         }
         self.write(result, sets, "diffusion.html", write_diffusion_page)

@@ -132,7 +132,7 @@ def factors(
         "model": stage.describe(),
         "data": {
             "location": str(data),
-            "images": len(rows),
+            "num_images": len(rows),
             "fingerprint": fingerprint(digests.values()),
             "choice": choice,
             "factors": dict(zip(names, counts, strict=True)),

@@ -26,7 +26,6 @@ from latent_ae.data.sources import StoredImages, StreamSource, digest_of, part_o
 from latent_ae.distributed import processes
 from latent_ae.latents.cache import LatentCache, open_latents
 from latent_ae.latents.encode import encode_images
-from latent_ae.metrics.distances import RELIABLE_IMAGES
 from latent_ae.models.loading import FirstStage, load
 from latent_ae.models.registry import FAMILIES, scaling_of
 from latent_ae.only_writer import only_writer
@@ -265,18 +264,20 @@ class Generation:
         with self.bar(what, count) as bar:
             return image_set(batches, networks, count, bar.update)
 
-    def notes(self, metrics: dict[str, Any]) -> list[str]:
+    def notes(self, metrics: dict[str, Any], networks: Mapping[str, FeatureNetwork]) -> list[str]:
         """Return notes on the pipeline and on distances that were measured on few images, for a result."""
         notes = []
         if not self.stock:
             notes.append(
                 f"DiTPipeline cannot decode with {self.stage.name}: pipeline/ holds the transformer and the scheduler"
             )
-        if "fid" in metrics["samples"] and metrics["samples"]["n"] < RELIABLE_IMAGES:
-            notes.append(
-                f"fid: {metrics['samples']['n']:,} images are fewer than Inception has features ({RELIABLE_IMAGES:,}): "
-                "biased upwards, and not to be compared with values at another number"
-            )
+        fewest = min(metrics["samples"][key] for key in ("n", "reference_images"))
+        notes += [
+            f"{name}: {fewest:,} images are fewer than the network has features ({network.dimensions:,}): biased "
+            "upwards, and not to be compared with values at another number"
+            for name, network in networks.items()
+            if name in metrics["samples"] and fewest < network.dimensions
+        ]
         requested = self.settings.chosen("samples")
         if self.shared:
             notes.append(f"{self.shared:,} of the held-out images are among those trained on")

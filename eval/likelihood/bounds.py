@@ -1,4 +1,4 @@
-"""Bounds on the log-likelihood of images, from samples of their posteriors; all in nats and float64."""
+"""Bounds on the log-likelihood of images, from samples of their posteriors; all in nats, summed in float64."""
 
 import math
 from collections.abc import Iterator, Sequence

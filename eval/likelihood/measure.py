@@ -41,7 +41,7 @@ METHOD = {
     "elbo": "minus distortion and rate (Kingma and Welling 2014)",
     "importance_bound": "log of the mean weight of K posterior samples (Burda et al. 2016, eq. 8); "
     "with fewer samples the mean over disjoint groups of the K",
-    "weight": "p(x | z) p(z) / q(z | x), its logarithm in float64",
+    "weight": "p(x | z) p(z) / q(z | x), its logarithm summed in float64",
     "distortion": "minus log p(x | z), mean over the samples",
     "rate": "KL(q(z | x) || p(z)) in closed form where there is one, mean over the samples",
     "effective_samples": "squared sum of the weights over the sum of their squares (Kong 1992)",

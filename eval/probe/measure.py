@@ -137,6 +137,7 @@ def probe(
             "location": str(data),
             "labels_from": column,
             "classes": names,
+            "num_images": len(labels),
             "test_images": len(labels),
             "choice": choice,
             "training_images_drawn": len(pool),

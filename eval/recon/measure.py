@@ -182,7 +182,9 @@ def _result(
                 notes.append(f"{distance_names(name)[0]}: {reason}")
                 continue
             recall = network in settings.precision_recall
-            values, widths = distances(files, kind, network, name, notes.append, with_recall=recall)
+            values, widths = distances(
+                files, kind, network, name, notes.append, images=table.num_rows, with_recall=recall
+            )
             metrics[kind] |= values
             intervals[kind] |= widths
     if enlarged := int(np.sum(table["enlarged"].to_numpy(zero_copy_only=False))):

@@ -155,7 +155,7 @@ class Measurer:
         for kind, image in kinds_of_image.items():
             shifts = colour_shift(pixels["input"], pixels[kind])
             shifts = shifts.masked_fill(~image.isfinite().flatten(1).all(1, keepdim=True), torch.nan)
-            compared.metrics[kind].update(zip(shift_keys(inputs.shape[1]), shifts.unbind(1), strict=True))
+            compared.metrics[kind].update(zip(shift_keys(inputs.shape[1], bands), shifts.unbind(1), strict=True))
         features: Features = {}
         for net in self.frechet_nets:
             by_kind = dict(zip(("input", *kinds_of_image), compared.features.get(net, ()), strict=False))
@@ -166,7 +166,7 @@ class Measurer:
         bad = {kind: ~image.isfinite().flatten(1).all(1, keepdim=True) for kind, image in reconstructions.items()}
         for name, network in self.networks.items():
             kinds = ["input"] * (name not in cached) + list(reconstructions)
-            if inputs.shape[1] in (1, 3) or alpha:
+            if not bands and (inputs.shape[1] in (1, 3) or alpha):
                 colours = torch.cat([pixels[kind][:, :3] for kind in kinds])
                 parts = network(colours).chunk(len(kinds))
             else:

@@ -123,7 +123,7 @@ def unseen_reason(network: str, channels: int, bands: Bands) -> str:
         channels: Channels of the images.
         bands: Groups of channels over which LPIPS is a mean; () takes whole images, and four channels for RGBA.
     """
-    if bands and (network in BY_LPIPS or channels not in (1, 3)):
+    if bands:
         return f"{network} sees one picture of an image, and bands makes groups of its channels"
     if channels not in (1, 3, 4):
         return f"{network} sees 1 or 3 channels, and the images have {channels}"
@@ -131,7 +131,14 @@ def unseen_reason(network: str, channels: int, bands: Bands) -> str:
 
 
 def distances(
-    files: dict[str, FeatureFile], kind: str, network: str, name: str, note: Note, *, with_recall: bool = False
+    files: dict[str, FeatureFile],
+    kind: str,
+    network: str,
+    name: str,
+    note: Note,
+    *,
+    images: int,
+    with_recall: bool = False,
 ) -> tuple[dict[str, float], dict[str, list[float]]]:
     """Return the distances between originals and one kind of reconstruction in a network's features.
 
@@ -141,6 +148,8 @@ def distances(
         network: The network.
         name: Name of its features, see `labels.distance_names`.
         note: Is called with a sentence if a distance is missing or unreliable.
+        images: Number of images; those too small for the network, or with a reconstruction that is not finite, lack
+            features.
         with_recall: Also measure precision and recall.
 
     Returns:
@@ -148,6 +157,8 @@ def distances(
     """
     frechet_name, kernel_name = distance_names(name)
     a, b = files.get(f"{network}.input"), files.get(f"{network}.{kind}")
+    if a is not None and 1 < a.count < images:
+        note(f"{frechet_name}: of {a.count:,} of {images:,} images, because the others have no features")
     if a is None or b is None or a.count < 2:
         note(f"{frechet_name}: fewer than two images have {network}'s features")
         return {}, {}

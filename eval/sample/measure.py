@@ -131,7 +131,7 @@ class _Job(Generation):
         intervals: dict[str, dict[str, list[float]]] = {}
         if self.data:
             sets, metrics, intervals = self.compared(sets["samples"], networks, count)
-            notes += self.notes(metrics)
+            notes += self.notes(metrics, networks)
         if of_codes is not None:
             metrics["codes"], intervals["codes"] = of_codes
             notes.append(RATE)

@@ -179,11 +179,11 @@ class LatentStatistics:
         for mine, theirs in zip(self._moments(), other._moments(), strict=True):
             mine.merge(theirs)
         self.positions.merge(other.positions)
-        mine, theirs = self.means_by_position, other.means_by_position
-        fit = not (mine.count and theirs.count) or mine.mean.shape == theirs.mean.shape
+        seen, more = self.means_by_position, other.means_by_position
+        fit = not (seen.count and more.count) or seen.mean.shape == more.mean.shape
         self.one_size = self.one_size and other.one_size and fit
         if self.one_size:
-            mine.merge(theirs)
+            seen.merge(more)
         self.sketch.merge(other.sketch)
 
     def gather(self) -> None:

@@ -7,8 +7,6 @@ from functools import cache
 import numpy as np
 import torch
 
-RELIABLE_IMAGES = 2048
-"""With fewer images than Inception has features, the covariance is singular and the distance biased upwards."""
 GROUPS = 10
 """Number of groups of images; each is left out once to estimate how much a Fréchet distance varies with the images."""
 KID_SUBSETS, KID_SUBSET_SIZE, KID_SEED = 100, 1000, 2020

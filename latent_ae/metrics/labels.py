@@ -5,6 +5,8 @@ from collections.abc import Iterable, Mapping
 from numbers import Real
 from typing import Any, Literal, NamedTuple
 
+from latent_ae.config import Bands
+
 METRICS = ("psnr", "ssim", "ms_ssim", "lpips_vgg", "lpips_alex", "dists", "psnr_alpha")
 """Metrics that are measured for each image."""
 
@@ -86,9 +88,15 @@ CHANNELS = {1: ("grey",), 3: ("red", "green", "blue"), 4: ("red", "green", "blue
 """Names of an image's channels by their number; channels of other images have numbers."""
 
 
-def shift_keys(channels: int) -> list[str]:
-    """Return the metric of each channel's mean colour shift, for images of this many channels."""
-    return [f"{SHIFT}{name}" for name in CHANNELS.get(channels) or [f"{number:02d}" for number in range(channels)]]
+def shift_keys(channels: int, bands: Bands = ()) -> list[str]:
+    """Return the metric of each channel's mean shift, for images of this many channels.
+
+    Args:
+        channels: Number of channels.
+        bands: Groups of channels that are looked at together; with any, channels are no colours but have numbers.
+    """
+    names = () if bands else CHANNELS.get(channels, ())
+    return [f"{SHIFT}{name}" for name in names or [f"{number:02d}" for number in range(channels)]]
 
 
 def distance_names(features: str) -> tuple[str, str]:

@@ -84,6 +84,16 @@ def test_normal_images_are_those_of_the_normal_class(grays):
     assert result["thresholds"]["pixel_mean"] == pytest.approx((220 / 127.5 - 1) ** 2, rel=1e-5)
 
 
+def test_the_number_of_a_class_is_that_of_the_data(grays, tmp_path):
+    """Folders of another source may be numbered otherwise."""
+    save(tmp_path / "normal/good", [150, 150, 150, 150, 150])
+    save(tmp_path / "normal/spare", [250] * 5)
+    settings = QUICK.model_copy(update={"normal": str(tmp_path / "normal"), "normal_class": 1})  # bad, good
+    result = find_anomalies(nothing, grays / "test", settings)
+    assert result["normal"]["thresholds_from"] == 5
+    assert result["thresholds"]["pixel_mean"] == pytest.approx((150 / 127.5 - 1) ** 2, rel=1e-5)
+
+
 def test_without_labels_there_are_scores_only(grays):
     result = find_anomalies(nothing, grays / "test", QUICK)
     assert result["scores"] == {"pixel_mean": {"flagged": None}, "pixel_max": {"flagged": None}}

@@ -11,6 +11,7 @@ import torch
 from latent_ae.config import UserError
 from latent_ae.data.held_out import HeldOutImage
 from latent_ae.metrics.distances import frechet_of_features, mmd_without_groups, squared_mmd
+from latent_ae.metrics.labels import shift_keys
 from latent_ae.models.loading import first_stage
 from latent_ae.pretrained.inception import InceptionFeatures
 from latent_ae_eval.features import collect, frechet, inception_network
@@ -19,7 +20,7 @@ from latent_ae_eval.recon.measure import evaluate_reconstruction
 from latent_ae_eval.recon.pictures import chosen_rows
 from latent_ae_eval.recon.settings import ReconSettings
 from latent_ae_eval.recon.shard import Measurer
-from latent_ae_eval.recon.summary import kernel, means
+from latent_ae_eval.recon.summary import kernel, means, unseen_reason
 from latent_ae_eval.storage import FeatureFile, ReferenceCache, Shard, WorkFolder
 from tests.eval.small import settings_with, write_photos
 from tests.tiny_models import tiny
@@ -260,3 +261,11 @@ def test_what_a_function_gives_is_checked():
     for made, shown in ((None, "NoneType"), (torch.zeros(1, 1, 8, 8), r"\(1, 1, 8, 8\)")):
         with pytest.raises(UserError, match=f"gives {shown} for images of"):
             first_stage(lambda images, made=made: made).reconstruct(torch.zeros(1, 3, 8, 8))
+
+
+def test_channels_in_bands_are_no_colours():
+    """Neither their names nor networks that see red, green and blue would know their order."""
+    assert shift_keys(3) == ["shift_red", "shift_green", "shift_blue"]
+    assert shift_keys(3, ((2, 1, 0),)) == ["shift_00", "shift_01", "shift_02"]
+    for network in ("inception", "dinov2", "vgg16"):
+        assert unseen_reason(network, 3, ()) == "" != unseen_reason(network, 3, ((2, 1, 0),))

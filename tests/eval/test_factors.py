@@ -273,7 +273,7 @@ def test_an_unreadable_image_takes_its_labels_with_it(model: str, shapes: Path, 
     pq.write_table(pa.Table.from_pylist(rows, table.schema), tmp_path / "damaged.parquet")
     settings = FactorsSettings(num_workers=0, max_bad_fraction=0.1)
     found, known = (factors(model, tmp_path / f"{name}.parquet", settings) for name in ("damaged", "without"))
-    assert len(found["data"]["skipped"]) == 1 and found["data"]["images"] == 143
+    assert len(found["data"]["skipped"]) == 1 and found["data"]["num_images"] == 143
     assert found["mean"]["mutual_information"] == known["mean"]["mutual_information"]
 
 
