@@ -33,7 +33,7 @@ TRAVERSED = (
 def factors_text(result: Mapping[str, Any]) -> str:
     """Return the gaps as a table for a terminal."""
     kinds = {"mean": result["mean"], "sample": result["sample"]}
-    rows = [Row("images", f"{result['data']['images']:,}")]
+    rows = [Row("images", f"{result['data']['num_images']:,}")]
     rows += [Row("MIG", f"{values['mig']:.3f}", "", kind) for kind, values in kinds.items()]
     for name in result["data"]["factors"]:
         for kind, values in kinds.items():
@@ -69,7 +69,7 @@ def write_factors_report(path: Path, result: Mapping[str, Any], picture: Image.I
         "MIG of a sample": f"{sample['mig']:.3f}",
         **_scores(result),
         "total correlation of a sample": f"{sample['total_correlation']:.3f} nats",
-        "images": f"{data['images']:,}",
+        "images": f"{data['num_images']:,}",
         "latent": " x ".join(map(str, result["latent"])),
         "active dimensions": f"{len(result['active_dimensions'])} of {len(result['variances'])}",
     }
