@@ -1,7 +1,7 @@
 """The use of codes, and for nearest codes their loss (van den Oord et al. 2017) and the restart of dead ones."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed
@@ -60,6 +60,8 @@ class Codebook(Objective[CodebookSettings]):
         """Number of uses of each code in the newest step, mean over the global batch, level after level, (codes,)."""
         self.candidates: list[Tensor] = []
         """Latents as which dead codes of each level may restart, (positions, channels)."""
+        self.restarted: list[tuple[Tensor, Tensor] | None] = []
+        """The codes of each level and which of them restarted in the newest step, (codes,) bool; None if none may."""
         if sizes:
             # steps since each code was last used; a fresh one counts as dead, so it begins as a latent
             age = 0.0 if run.existing else float(own.revive_after)
@@ -131,12 +133,14 @@ class Codebook(Objective[CodebookSettings]):
         nearest; dead codes beyond them wait for the next step. The result is the same on all processes, and nothing
         waits for the device.
         """
+        self.restarted = []
         if self.counts is None or not self.candidates or not self.own.revive_after:
             return
         generator = torch.Generator().manual_seed((self.run.seed * 1_000_003 + step) % 2**63)
         counts, ages = self.counts.split(self.sizes), self.code_age.split(self.sizes)
         for codebook, fresh, used, kept in zip(model.codebooks, self.candidates, counts, ages, strict=True):
             if not codebook.requires_grad and "code_averages" not in self.run.enabled:
+                self.restarted.append(None)
                 continue
             if torch.distributed.is_initialized():
                 torch.distributed.broadcast(fresh, src=0)  # the first process has the first sample
@@ -154,6 +158,17 @@ class Codebook(Objective[CodebookSettings]):
                     moment = optimizer.state[codebook][name]
                     moment.copy_(torch.where(dead[:, None], 0.0, moment))
             kept.copy_(torch.where(dead, 0.0, age))
+            self.restarted.append((codebook, dead))
+
+    @torch.no_grad()
+    def after_average(self, autoencoder: Any) -> None:
+        """Let codes that restarted begin anew in the averaged weights, too, which would move there for long."""
+        from latent_ae.models.reconstruct import codebooks_of
+
+        for codes, restarted in zip(codebooks_of(autoencoder), self.restarted, strict=False):
+            if restarted is not None:
+                codebook, dead = restarted
+                codes.copy_(torch.where(dead[:, None], codebook, codes))
 
 
 def codebook_loss(latent: Tensor, vectors: Tensor, commitment: float) -> Tensor:

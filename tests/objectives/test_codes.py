@@ -13,6 +13,7 @@ from torch import Tensor
 from latent_ae.config import UserError
 from latent_ae.models.fsq import grid
 from latent_ae.models.quantize import Quantiser
+from latent_ae.models.reconstruct import codebooks_of
 from latent_ae.objectives.code_averages import SMALLEST
 from latent_ae.objectives.code_entropy import SMOOTHING, entropy_penalty
 from latent_ae_train.build import planned_autoencoder, starting_autoencoder
@@ -122,6 +123,21 @@ def test_a_running_mean_restarts_as_a_latent_and_goes_on_from_there() -> None:
     take(step, 1)
     moved = (codes_of(step) - codes).norm(dim=1) / codes.norm(dim=1)
     assert (moved[restarted] < 1).all() and len(step.optimizers.autoencoder.state) == before
+
+
+@pytest.mark.parametrize("codebook", [{}, UNIT, AVERAGED], ids=["plain", "unit", "averaged"])
+def test_a_code_that_restarts_does_so_in_the_averaged_weights(codebook: dict[str, Any]) -> None:
+    """They are what is validated and exported, and would move to the new place for thousands of steps."""
+    step = build_step(settings_of(codebook, ema={"decay": 0.9}))
+    restarts = 0
+    for number in range(4):
+        take(step, number)
+        ((_, dead),) = step.objectives["codebook"].restarted
+        averaged, codes = codebooks_of(step.ema.module)[0], codes_of(step)
+        assert torch.equal(averaged[dead], codes[dead])
+        assert not torch.equal(averaged[~dead], codes[~dead])
+        restarts += int(dead.sum())
+    assert restarts > 3
 
 
 def test_trained_codes_do_not_restart_at_once(tmp_path: Path) -> None:
