@@ -75,7 +75,7 @@ def phases_of(settings: "TrainSettings") -> list[Phase]:
 
     The settings of a phase are those of the whole, and over them those in its entry of `phases`. A later phase starts
     from the one before: from its averaged weights, and from its discriminator if that has trained, has the same shape
-    and the entry does not name another one.
+    and the entry does not name another one. It keeps the steps by layer that a linear start has.
 
     Args:
         settings: Settings that passed their checks.
@@ -99,7 +99,10 @@ def phases_of(settings: "TrainSettings") -> list[Phase]:
         # after a new decoder, the shape is no more that of the section model
         replaced = replaced or bool(phases and own.decoder.wanted)
         model = {"model": type(own.model)()} if replaced else {}
-        start = {"gan": gan, "init_from": implied.get("init_from", own.init_from), **model}
+        if phases and phases[0].settings.layerwise and own.optim.layerwise is None and own.optim.kind == "adamw":
+            implied["optim"] = {"layerwise": not replaced}
+        optim = own.optim.model_copy(update=implied.get("optim", {}))
+        start = {"gan": gan, "optim": optim, "init_from": implied.get("init_from", own.init_from), **model}
         started = own.model_copy(update=start)
         decoder = own.decoder
         if not decoder.wanted:

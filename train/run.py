@@ -82,7 +82,7 @@ def changes_since(checkpoint: Checkpoint, settings: TrainSettings, phase: Phase 
         raise UserError(
             f"{run} holds a run with another recipe:\n{lines}\n"
             "Restore these settings to resume it. Or start a new phase from its weights: give the same command "
-            f"with\n  {' '.join(_new_phase(run, trained, before, settings, refused))}"
+            f"with\n  {' '.join(_new_phase(run, trained, state['settings'], settings, refused))}"
         )
     split: dict[str, tuple[Any, Any]] = {
         "processes": (processes, settings.processes),
@@ -97,9 +97,10 @@ def changes_since(checkpoint: Checkpoint, settings: TrainSettings, phase: Phase 
 
 
 def _new_phase(
-    run: Path, trained: bool, before: Mapping[str, Any], settings: TrainSettings, refused: Sequence[str]
+    run: Path, trained: bool, old: Mapping[str, Any], settings: TrainSettings, refused: Sequence[str]
 ) -> list[str]:
     """Return the words that start a run from this one's weights, and from its trained discriminator if it fits."""
+    before = flatten(dict(old))
     folder = next(name for number in itertools.count(2) if not os.path.exists(name := f"{run}-{number}"))
     words = [f"output_dir={folder}", f"init_from={run}"]
     if any(key.startswith("model.") for key in refused):
@@ -113,6 +114,8 @@ def _new_phase(
             words += [f"decoder.latents={decoder.latents}"] if decoder.latents is not None else []
         elif before.get("decoder.kind") is not None:  # which is the class of the run's first stage by now
             words.append("decoder.kind=null")
+    if TrainSettings.model_validate(old).layerwise and settings.optim.layerwise is None:
+        words += ["optim.layerwise=true"] if settings.optim.kind == "adamw" and not decoder.wanted else []
     if trained and settings.gan.weight and not shape_of(settings).keys() & set(refused):
         words += [f"gan.init_from={run}", "gan.start=0"]
     return [shlex.quote(word) for word in words]

@@ -20,7 +20,7 @@ class OptimSettings(Settings):
     """Learning rate of the discriminator; null takes lr."""
     layerwise: Annotated[bool | None, FIXED] = None
     """Steps of AdamW that do not depend on the width: a learning rate for each layer by the size of its inputs, and
-    centred inputs (docs/linear-start.md). null: with model.init=linear, and not without."""
+    centred inputs (docs/linear-start.md). null: with model.init=linear, also in the phases after it, and else not."""
     betas: tuple[Decay, Decay] = (0.9, 0.95)
     """Adam's betas for the autoencoder."""
     discriminator_betas: tuple[Decay, Decay] = (0.5, 0.9)

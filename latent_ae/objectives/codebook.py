@@ -165,7 +165,9 @@ class Codebook(Objective[CodebookSettings]):
         """Let codes that restarted begin anew in the averaged weights, too, which would move there for long."""
         from latent_ae.models.reconstruct import codebooks_of
 
-        for codes, restarted in zip(codebooks_of(autoencoder), self.restarted, strict=False):
+        if not self.restarted:  # of a class without codes, too
+            return
+        for codes, restarted in zip(codebooks_of(autoencoder), self.restarted, strict=True):
             if restarted is not None:
                 codebook, dead = restarted
                 codes.copy_(torch.where(dead[:, None], codebook, codes))

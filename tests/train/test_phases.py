@@ -80,6 +80,7 @@ def test_phases_are_runs_by_hand(pictures: Path, tmp_path: Path, capsys: pytest.
 
     assert main(words(pictures, first, "steps=4")) == 0
     start = (f"init_from={first}", f"gan.init_from={first}", "gan.start=0", "gan.discriminator_warmup=0", "model={}")
+    start += ("optim.layerwise=true",)
     assert main(words(pictures, second, "steps=3", "train=decoder", "data.resolution=8", *start)) == 0
     phases = run / "phases"
     assert differing_tensors(phases / "1-base/checkpoints/step-00000004", first / "checkpoints/step-00000004") == []
@@ -349,3 +350,20 @@ def test_a_later_phase_gives_the_first_stage_before_it_a_new_decoder(
     assert main([*own, f"phases={wrong}", f"output_dir={tmp_path / 'wrong'}"]) == 2
     assert "phase 2 of 2: decoder.block_out_channels: has 1 widths" in capsys.readouterr().err
     assert not (tmp_path / "wrong/phases").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("", [True, True, True]),
+        ("model.init=default", [False, False, False]),
+        ("optim.layerwise=false", [False, False, False]),
+        ("optim.kind=muon", [False, False, False]),
+        ("phases.2.decoder.block_out_channels=[32,64,64]", [True, False, False]),
+        ("phases.3.optim.layerwise=false", [True, True, False]),
+    ],
+)
+def test_later_phases_keep_the_steps_by_layer_of_a_linear_start(words: str, expected: list[bool]) -> None:
+    recipe = "phases=[{steps: 2}, {steps: 2, optim: {lr: 1e-4}}, {steps: 2, train: decoder}]"
+    settings = TrainSettings.load("quickstart", recipe, *words.split())
+    assert [phase.settings.layerwise for phase in phases_of(settings)] == expected

@@ -263,7 +263,8 @@ def test_a_refused_recipe_names_the_settings_of_a_new_phase_and_they_work(
         assert f"  {key}: " in error
     assert "model" not in error
     more = shlex.split(error.splitlines()[-1])
-    assert more == [f"output_dir={run}-2", f"init_from={run}", f"gan.init_from={run}", "gan.start=0"]
+    by_layer = "optim.layerwise=true"  # as in the first phase, which has the linear start
+    assert more == [f"output_dir={run}-2", f"init_from={run}", by_layer, f"gan.init_from={run}", "gan.start=0"]
     # the discriminator alone learns in the first step: the average must be what the first phase ended with
     assert main(long_words(pictures, run, *changes, *more)) == 0
     folder = Path(f"{run}-2") / "checkpoints/step-00000001"
@@ -280,18 +281,18 @@ def test_a_refused_recipe_names_the_settings_of_a_new_phase_and_they_work(
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        ("model.latent_channels=5", ["model={{}}", "gan.init_from={}", "gan.start=0"]),
-        ("gan.channels=4", []),
-        ("gan.weight=0", []),
+        ("model.latent_channels=5", ["model={{}}", "optim.layerwise=true", "gan.init_from={}", "gan.start=0"]),
+        ("gan.channels=4", ["optim.layerwise=true"]),
+        ("gan.weight=0 optim.layerwise=false", []),
     ],
 )
 def test_a_new_phase_takes_what_fits(
     pictures: Path, whole: Whole, capsys: pytest.CaptureFixture[str], change: str, expected: list[str]
 ) -> None:
-    assert main(long_words(pictures, whole.run, change)) == 2
+    assert main(long_words(pictures, whole.run, *change.split())) == 2
     more = shlex.split(capsys.readouterr().err.splitlines()[-1])
     assert more == [word.format(whole.run) for word in ("output_dir={}-2", "init_from={}", *expected)]
-    settings = load_settings(TrainSettings, *_recipe(long_words(pictures, whole.run, change, *more)))
+    settings = load_settings(TrainSettings, *_recipe(long_words(pictures, whole.run, *change.split(), *more)))
     assert starting_autoencoder(settings).config.latent_channels == 4
 
 
