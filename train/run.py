@@ -84,6 +84,13 @@ def changes_since(checkpoint: Checkpoint, settings: TrainSettings, phase: Phase 
             "Restore these settings to resume it. Or start a new phase from its weights: give the same command "
             f"with\n  {' '.join(_new_phase(run, trained, state['settings'], settings, refused))}"
         )
+    fresh = now["gan.weight"] and not trained and now["gan.init_from"] is None
+    if fresh and now["gan.start"] < checkpoint.step:
+        raise UserError(
+            f"gan.start: {now['gan.start']:,} is before step {checkpoint.step:,}, from which the run goes on, and its "
+            "discriminator has not trained: it would act untrained and without warm-up. Set "
+            f"gan.start={checkpoint.step} or later"
+        )
     split: dict[str, tuple[Any, Any]] = {
         "processes": (processes, settings.processes),
         "micro_batch_size": (micro_batch, settings.micro_batch),

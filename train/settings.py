@@ -385,6 +385,13 @@ class TrainSettings(Settings):
                 "an existing first stage, give init_from"
             )
 
+        for key, warmup, what in (
+            ("optim.warmup", self.optim.warmup, "the learning rate"),
+            ("loss.kl_warmup", self.loss.kl_warmup, "the weight of the KL term"),
+        ):
+            if warmup >= self.steps:
+                yield f"{key} is {warmup:,} steps and the run has {self.steps:,}: {what} never reaches its full value"
+
     def _batch_problems(self) -> Iterator[Problem]:
         if self.batch_size % self.processes:
             below = self.batch_size // self.processes * self.processes

@@ -129,6 +129,14 @@ def test_compiling_for_several_sizes_is_announced() -> None:
     assert list(settings_of(compile=True, data={"buckets": [64]}).warnings()) == []
 
 
+def test_a_warm_up_that_outlasts_the_run_is_pointed_out() -> None:
+    assert list(settings_of(steps=100, optim={"warmup": 99}).warnings()) == []
+    (warning,) = settings_of(steps=100, optim={"warmup": 100}).warnings()
+    assert warning == "optim.warmup is 100 steps and the run has 100: the learning rate never reaches its full value"
+    (warning,) = settings_of(steps=50, optim={"warmup": 9}, loss={"kl_warmup": 60}).warnings()
+    assert "loss.kl_warmup is 60 steps" in warning
+
+
 def test_samples_are_counted_from_the_step_alone() -> None:
     settings = settings_of(batch_size=3)
     for steps in (0, 1, 7, 100):

@@ -224,6 +224,20 @@ def test_changed_settings_are_in_the_log_against_what_wrote_the_checkpoint(
     ] * 2
 
 
+@pytest.mark.usefixtures("no_finish")
+def test_a_discriminator_cannot_begin_in_the_past(
+    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Untrained and past its warm-ups, it would act with its full weight at once."""
+    run, gan = tmp_path / "run", ("gan.weight=0.5", "gan.discriminator_warmup=2")
+    assert main(words(pictures, run, *gan, "steps=4", "gan.start=9")) == 0
+    assert main(words(pictures, run, *gan, "steps=6", "gan.start=1")) == 2
+    assert "gan.start: 1 is before step 4" in (said := capsys.readouterr().err) and "Set gan.start=4 or later" in said
+    assert main(words(pictures, run, *gan, "steps=6", "gan.start=4")) == 0
+    # one that trains by now may have begun at any time
+    assert main(words(pictures, run, *gan, "steps=7", "gan.start=3")) == 0
+
+
 def test_cutting_the_log_back(tmp_path: Path) -> None:
     lines = [{"event": "train", "step": step} for step in (2, 4, 6)]
     text = "".join(json.dumps(line) + "\n" for line in lines)
