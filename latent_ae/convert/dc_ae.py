@@ -24,6 +24,9 @@ TRANSFORMER_BLOCK = (
     ("local_module.main.point_conv.conv", "conv_out.conv_point"),
     ("local_module.main.point_conv.norm", "conv_out.norm"),
 )
+PLAIN_OUT, SHORTCUT_OUT = "encoder.project_out.op_list.0.conv", "encoder.project_out.main.op_list.0.conv"
+PLAIN_IN, SHORTCUT_IN = "decoder.project_in.conv", "decoder.project_in.main.conv"
+"""The convolutions at the latent, without and with a shortcut around them."""
 PIXEL_UNSHUFFLE = (("main.conv.conv", "conv"),)
 STRIDED = (("main.conv", "conv"),)
 
@@ -44,13 +47,18 @@ def _rules(config: Config | None) -> tuple[Rule, ...]:
     ends = (
         ("encoder.project_in.conv", "encoder.conv_in"),
         ("encoder.project_in.conv.conv", "encoder.conv_in.conv"),
-        ("encoder.project_out.main.op_list.0.conv", "encoder.conv_out"),
-        ("decoder.project_in.main.conv", "decoder.conv_in"),
+        *_end(PLAIN_OUT, SHORTCUT_OUT, "encoder.conv_out", config["encoder_out_shortcut"] if config else None),
+        *_end(PLAIN_IN, SHORTCUT_IN, "decoder.conv_in", config["decoder_in_shortcut"] if config else None),
         ("decoder.project_out.op_list.0", "decoder.norm_out"),
         ("decoder.project_out.op_list.2.conv", "decoder.conv_out"),
         ("decoder.project_out.op_list.2.conv.conv", "decoder.conv_out.conv"),
     )
     return found + tuple(Rule(f"{name}.{{leaf}}", (f"{own}.{{leaf}}",)) for name, own in ends)
+
+
+def _end(plain: str, around: str, own: str, shortcut: bool | None) -> list[tuple[str, str]]:
+    """Return the names of a convolution at the latent: by whether there is a shortcut around it; both for None."""
+    return [(name, own) for name, fits in ((plain, not shortcut), (around, shortcut in (None, True))) if fits]
 
 
 class _Stage(NamedTuple):
@@ -121,8 +129,11 @@ def _infer(state: "Tensors", words: Config) -> dict[str, Any]:
         "downsample_block_type": "pixel_unshuffle" if _shuffled(state, "down", down) else "Conv",
         "upsample_block_type": "pixel_shuffle" if _shuffled(state, "up", up) else "interpolate",
         "decoder_norm_types": ["batch_norm" if stage.batch_norm else "rms_norm" for stage in up],
-        # no shape tells the activation: every published model has ReLU beside batch norms and SiLU beside RMS norms
+        # no shape tells activations: every published model has ReLU beside batch norms and SiLU beside RMS norms, and
+        # at its end ReLU behind transformers and SiLU where the decoder has none (DC-AE-Lite, 1.1 and 1.5)
         "decoder_act_fns": ["relu" if stage.batch_norm else "silu" for stage in up],
+        "decoder_conv_act_fn": "relu" if any(stage.kind == "EfficientViTBlock" for stage in up) else "silu",
+        **{key: words.get(key, True) for key in ("encoder_out_shortcut", "decoder_in_shortcut")},
     }
 
 
@@ -140,8 +151,6 @@ def _shuffled(state: "Tensors", way: str, stages: list[_Stage]) -> bool:
 
 def _misfit(model: Any) -> str:
     config = model.config
-    if not config.encoder_out_shortcut or not config.decoder_in_shortcut:
-        return "the original always has shortcuts around the ends at the latent, this model does not"
     if config.encoder_layers_per_block[0] == 0 and config.downsample_block_type != "pixel_unshuffle":
         return "a first stage without blocks goes with pixel_unshuffle only"
     return ""
@@ -149,12 +158,17 @@ def _misfit(model: Any) -> str:
 
 LAYOUTS = {
     "dc-ae": Layout(
-        title="DC-AE (f32c32, f64c128, f128c512; those of Sana, too)",
+        title="DC-AE (f32c32, f64c128, f128c512; those of Sana, Lite, 1.1 and 1.5, too)",
         kind="AutoencoderDC",
-        anchor=r"(?:encoder\.project_in\.conv(?:\.conv)?|decoder\.project_in\.main\.conv)\.weight",
+        anchor=r"(?:encoder\.project_in\.conv(?:\.conv)?|decoder\.project_in\.(?:main\.)?conv)\.weight",
         recognise=lambda names: any(re.match(r"(?:en|de)coder\.stages\.\d+\.op_list\.", name) for name in names),
         rules=_rules,
         infer=_infer,
+        facts=lambda config: {key: config[key] for key in ("encoder_out_shortcut", "decoder_in_shortcut")},
+        told=lambda names: {
+            "encoder_out_shortcut": f"{PLAIN_OUT}.weight" not in names,
+            "decoder_in_shortcut": f"{PLAIN_IN}.weight" not in names,
+        },
         factor=lambda config: int(2 ** (len(config["encoder_block_out_channels"]) - 1)),
         misfit=_misfit,
         wrapper="state_dict",

@@ -68,8 +68,10 @@ class Layout:
     """Turns tensors of a variant of the layout into those that `rules` covers."""
     complete: Callable[["Tensors", Any], "Tensors"] = lambda tensors, model: tensors
     """Takes tensors and the model; adds tensors that the original's code requires and diffusers does not store."""
+    told: Callable[[Iterable[str]], dict[str, Any]] = lambda names: {}
+    """Takes the original's names and returns what they tell and no shape does, for `infer`."""
     facts: Callable[[Config], dict[str, Any]] = lambda config: {}
-    """Takes a diffusers config and returns what the original keeps in config files of its own, for `infer`."""
+    """Takes a diffusers config and returns what names or config files of the original tell, for `infer`."""
     misfit: Callable[[Any], str] = lambda model: ""
     """Takes the model and returns why the original's code cannot hold it; an empty string if it can."""
     wrapper: str | None = None

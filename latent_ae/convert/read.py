@@ -72,7 +72,8 @@ def read_first_stage(path: Path, settings: ConvertSettings, encoder: Path | None
             f"{path} has the names of {found.layout} ({layout.title}), and {some(unknown)} besides, for which "
             f"{layout.kind} has no place: it is a variant that cannot be converted"
         )
-    config = infer(found.layout, state, settings.model_dump(exclude_none=True) | facts, str(path))
+    words = settings.model_dump(exclude_none=True) | facts | layout.told(found.tensors)
+    config = infer(found.layout, state, words, str(path))
     for key in SHAPES:
         if getattr(settings, key) is not None and key not in config:
             raise UserError(f"{key}: {layout.kind} has no such key; leave it out")

@@ -150,8 +150,9 @@ def read_statistics(path: Path, keys: Mapping[str, Any]) -> Scaling:
         raise UserError("--statistics: this class of first stage has no place for a mean per channel")
     mean, std = tensors["mean"].float(), tensors[spread].float()
     # RAE divides by sqrt(var + 1e-5), and AutoencoderRAE by std + 1e-5
-    std = (std + STD_EPSILON).sqrt() - STD_EPSILON if spread == "var" else std
     per_place = "encoder_type" in keys
+    epsilon = STD_EPSILON if per_place else 0.0
+    std = (std + epsilon).sqrt() - epsilon if spread == "var" else std
     if not per_place:
         mean, std = mean.flatten(), std.flatten()
     config: dict[str, Any] = {"latents_mean": mean.tolist(), "latents_std": std.tolist(), "scaling_factor": 1.0}

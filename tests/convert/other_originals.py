@@ -154,13 +154,17 @@ class DCAE(nn.Module):
         strided: bool = False,
         batch: Sequence[bool] = (True, True, False),
         transformer: Sequence[bool] = (False, False, True),
+        lite: bool = False,
+        shortcuts: bool = True,
     ) -> None:
         super().__init__()
         self.batch, self.transformer, self.scales, self.strided = batch, transformer, scales, strided
-        first = 0 if down[0] else 1
+        self.lite, self.shortcuts = lite, shortcuts
+        enlarging = strided and not lite
         shuffled = parts(conv=conv(3, widths[1] // 4))
         encoder = parts(project_in=conv(3, widths[0]) if down[0] else shuffled, stages=nn.ModuleList())
-        decoder = parts(project_in=Residual(conv(latents, widths[-1])), stages=nn.ModuleList())
+        entry = conv(latents, widths[-1])
+        decoder = parts(project_in=Residual(entry) if shortcuts else entry, stages=nn.ModuleList())
         for level, width in enumerate(widths):
             deeper = widths[level + 1] if level + 1 < len(widths) else 0
             blocks = [self.block(level, width, False) for _ in range(down[level])]
@@ -168,17 +172,18 @@ class DCAE(nn.Module):
                 inner = conv(width, deeper, stride=2) if strided else parts(conv=conv(width, deeper // 4))
                 blocks.append(Residual(inner))
             encoder.stages.append(Stages(blocks))
-            blocks = [self.block(level, width, batch[level]) for _ in range(up[level])]
+            blocks = [self.block(level, width, batch[level], plain=lite) for _ in range(up[level])]
             if deeper and up[level]:
-                blocks.insert(0, Residual(parts(conv=conv(deeper, width if strided else 4 * width))))
+                blocks.insert(0, Residual(parts(conv=conv(deeper, width if enlarging else 4 * width))))
             decoder.stages.append(Stages(blocks))
-        encoder.project_out = Residual(Stages([conv(widths[-1], latents)]))
-        last = conv(widths[0], 3) if up[0] else parts(conv=conv(widths[1], 3 if strided else 12))
-        decoder.project_out = Stages([TrmsNorm(widths[first]), nn.ReLU(), last])
+        out = Stages([conv(widths[-1], latents)])
+        encoder.project_out = Residual(out) if shortcuts else out
+        last = conv(widths[0], 3) if up[0] else parts(conv=conv(widths[1], 3 if enlarging else 12))
+        decoder.project_out = Stages([TrmsNorm(widths[0 if up[0] else 1]), nn.ReLU(), last])
         self.encoder, self.decoder = encoder, decoder
 
-    def block(self, level: int, width: int, batch: bool) -> nn.Module:
-        if not self.transformer[level]:
+    def block(self, level: int, width: int, batch: bool, plain: bool = False) -> nn.Module:
+        if plain or not self.transformer[level]:
             second = normed(conv(width, width, bias=False), batch, width)
             return Residual(parts(conv1=conv(width, width), conv2=second))
         aggreg = nn.ModuleList()
@@ -221,10 +226,14 @@ class DCAE(nn.Module):
                     made = inner(h) if self.strided else F.pixel_unshuffle(inner.conv(h), 2)
                     moved = F.pixel_unshuffle(h, 2)
                     h = made + moved.unflatten(1, (made.shape[1], -1)).mean(2)
-        out = encoder.project_out.main.op_list[0].conv(h)
-        latent = out + h.unflatten(1, (out.shape[1], -1)).mean(2)
-        h = decoder.project_in.main.conv(latent)
-        h = h + latent.repeat_interleave(h.shape[1] // latent.shape[1], dim=1)
+        if self.shortcuts:
+            out = encoder.project_out.main.op_list[0].conv(h)
+            latent = out + h.unflatten(1, (out.shape[1], -1)).mean(2)
+            h = decoder.project_in.main.conv(latent)
+            h = h + latent.repeat_interleave(h.shape[1] // latent.shape[1], dim=1)
+        else:
+            latent = encoder.project_out.op_list[0].conv(h)
+            h = decoder.project_in.conv(latent)
         for level in reversed(range(len(decoder.stages))):
             for block in decoder.stages[level].op_list:
                 if hasattr(block, "context_module") or hasattr(block.main, "conv1"):
@@ -232,11 +241,12 @@ class DCAE(nn.Module):
                 else:
                     h = self.enlarged(block.main.conv.conv, h, shortcut=True)
         scale, _, last = decoder.project_out.op_list
-        h = F.relu(scale(h))
+        h = F.silu(scale(h)) if self.lite else F.relu(scale(h))
         return latent, last.conv(h) if isinstance(last.conv, nn.Conv2d) else self.enlarged(last.conv.conv, h)
 
     def enlarged(self, layer: nn.Module, h: Tensor, shortcut: bool = False) -> Tensor:
-        made = layer(F.interpolate(h, scale_factor=2)) if self.strided else F.pixel_shuffle(layer(h), 2)
+        enlarging = self.strided and not self.lite
+        made = layer(F.interpolate(h, scale_factor=2)) if enlarging else F.pixel_shuffle(layer(h), 2)
         if shortcut:
             made = made + F.pixel_shuffle(h.repeat_interleave(4 * made.shape[1] // h.shape[1], dim=1), 2)
         return made

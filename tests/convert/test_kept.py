@@ -22,7 +22,7 @@ DC: dict[str, Any] = {
     **{f"{side}_block_out_channels": [16, 32] for side in ("encoder", "decoder")},
     **{f"{side}_layers_per_block": [1, 1] for side in ("encoder", "decoder")},
     **{f"{side}_qkv_multiscales": [[], []] for side in ("encoder", "decoder")},
-    **{"latent_channels": 4, "attention_head_dim": 8},
+    **{"latent_channels": 4, "attention_head_dim": 8, "decoder_conv_act_fn": "silu"},
 }
 EXACT = {"tensors": 0.0, "reconstruction": 0.0}
 SCALED = ConvertSettings(scaling_factor=0.5, shift_factor=0.0)

@@ -124,8 +124,10 @@ def test_codes_of_other_lengths_are_not_written_as_llamagens(tmp_path: Path) -> 
     [
         {},
         {"down": (1, 1, 1), "up": (1, 1, 1), "strided": True, "scales": (5,), "batch": (False,) * 3},
+        {"down": (1, 1, 1), "up": (0, 1, 1), "strided": True, "scales": (5,), "batch": (False,) * 3, "lite": True},
+        {"batch": (False,) * 3, "transformer": (False,) * 3, "lite": True, "shortcuts": False},
     ],
-    ids=["f32c32 in and mix", "Sana"],
+    ids=["f32c32 in and mix", "Sana", "Lite", "1.1 and 1.5"],
 )
 @torch.no_grad()
 def test_dc_ae(shape: dict[str, Any], tmp_path: Path) -> None:
