@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,6 +54,7 @@ def main(argv: list[str] | None = None) -> int:
         Path(arguments.out).expanduser(),
         pipeline=arguments.pipeline,
         latents_mean_std=arguments.latents_mean_std,
+        hub_id=arguments.push_to_hub,
     )
     for remark in facts.get("remarks", ()):
         print(f"{facts['pipeline']}: {remark}", file=sys.stderr)
@@ -64,7 +66,12 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def export(
-    source: Path, out: Path, *, pipeline: PipelineName | None = None, latents_mean_std: bool = False
+    source: Path,
+    out: Path,
+    *,
+    pipeline: PipelineName | None = None,
+    latents_mean_std: bool = False,
+    hub_id: str | None = None,
 ) -> dict[str, Any]:
     """Export the newest checkpoint of a run, or a given checkpoint, with `export_autoencoder`.
 
@@ -73,6 +80,7 @@ def export(
         out: The folder to write.
         pipeline: Family of pipelines that must be able to use the model; None takes the run's `export_for`.
         latents_mean_std: Write the mean and standard deviation of each latent channel.
+        hub_id: The repository of the hub that the model card names; None takes the folder.
 
     Returns:
         The facts of the export, JSON-ready.
@@ -126,12 +134,13 @@ def export(
     run = folder.parent.parent
     named = run if folder == source else source  # a run in phases has its checkpoints in their folders
     log = {(event["event"], event["step"]): event for event in read_log(run)}
+    card = card_facts(named, settings, step, log.get(("validate", step), {}), log.get(("baseline", 0), {}))
     return export_autoencoder(
         autoencoder,
         out,
         statistics=statistics,
         sample_size=settings.data.resolution,
-        card=card_facts(named, settings, step, log.get(("validate", step), {}), log.get(("baseline", 0), {})),
+        card=replace(card, hub_id=hub_id),
         check_images=check_images(validator),
         keep_scaling=kept,
         pipeline=pipeline,

@@ -234,6 +234,7 @@ def card_facts(
         baseline=baseline,
         split="held out",
         base_model=settings.init_from,
+        hub_id=settings.push_to_hub,
         settings_yaml=to_yaml(settings),
     )
 
@@ -244,8 +245,8 @@ def _whole_card(phase: Phase, after: dict[str, Any], baseline: dict[str, Any]) -
     if phase.alone:
         return card
     recipe = phase.recipe.model_copy(update={"phases": phase.recipe.phases[: phase.number]})
-    steps = sum(one.settings.steps for one in phases_of(recipe))
-    return replace(card, steps=steps, base_model=recipe.init_from, settings_yaml=to_yaml(recipe))
+    steps, hub_id = sum(one.settings.steps for one in phases_of(recipe)), phase.recipe.push_to_hub
+    return replace(card, steps=steps, base_model=recipe.init_from, hub_id=hub_id, settings_yaml=to_yaml(recipe))
 
 
 def show_results(phase: Phase, results: dict[str, Any]) -> None:

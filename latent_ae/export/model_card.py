@@ -12,9 +12,10 @@ from diffusers import ModelMixin
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from torch import Tensor
 
+from latent_ae.config import looks_like_path
 from latent_ae.export.precision import verdict
 from latent_ae.latents.statistics import LatentStatistics
-from latent_ae.metrics.labels import NAMES
+from latent_ae.metrics.labels import NAMES, short_name
 from latent_ae.models.borrowed_encoder import FOLDER, borrowed_encoder
 from latent_ae.models.build import channels_of, count_parameters, factor_of, latent_channels_of
 from latent_ae.models.density import FOLDER as DENSITY
@@ -40,8 +41,11 @@ class CardFacts:
     """The same metrics for bicubic down- and upsampling by the downsampling factor."""
     split: str | None = None
     base_model: str | None = None
+    """Where its first weights come from: a hub id, or a folder, of which a card has the name alone."""
     license: str | None = None
     settings_yaml: str | None = None
+    hub_id: str | None = None
+    """The repository to which the export is uploaded."""
 
 
 def loading_lines(folder: str | Path, kind: str = "AutoencoderKL") -> str:
@@ -51,6 +55,11 @@ def loading_lines(folder: str | Path, kind: str = "AutoencoderKL") -> str:
         f"from {module_of(kind)} import {kind}\n"
         f"vae = {kind}.from_pretrained({str(folder)!r}, torch_dtype=torch.float32).eval()"
     )
+
+
+def _public(location: str) -> str:
+    """Return a hub id as it is, and of a path on this machine the name alone."""
+    return short_name(location) if looks_like_path(location) or Path(location).exists() else location
 
 
 def model_card(
@@ -81,8 +90,8 @@ def model_card(
         EvalResult(
             task_type="image-to-image",
             task_name="Image reconstruction",
-            dataset_type=facts.data_name,
-            dataset_name=facts.data_name,
+            dataset_type=_public(facts.data_name),
+            dataset_name=_public(facts.data_name),
             dataset_split=facts.split,
             metric_type=key.removesuffix("_vgg").removesuffix("_alex"),
             metric_name=NAMES[key],
@@ -93,7 +102,7 @@ def model_card(
     data = ModelCardData(
         library_name="diffusers",
         license=facts.license,
-        base_model=facts.base_model,
+        base_model=facts.base_model if facts.base_model == _public(facts.base_model or "") else None,
         pipeline_tag="image-to-image",
         tags=["autoencoder", "vae", "latent-diffusion", "latent-ae"],
         model_name=facts.name,
@@ -115,11 +124,11 @@ def _card_text(
 ) -> str:
     factor, kind = factor_of(autoencoder), type(autoencoder).__name__
     borrowed = borrowed_encoder(autoencoder)
-    trained = [f"on {_plain(facts.data_name)}"]
+    trained = [f"on {_plain(_public(facts.data_name))}"]
     if facts.steps is not None:
         trained.append(f"for {facts.steps:,} steps")
     if facts.base_model:
-        trained.append(f"from {_plain(facts.base_model)}")
+        trained.append(f"from {_plain(_public(facts.base_model))}")
     family, channels, latent_channels = (
         family_of(autoencoder),
         channels_of(autoencoder),
@@ -349,7 +358,7 @@ def _metric_text(facts: CardFacts, factor: int) -> str:
     ]
     count = f"{facts.num_images:,} held-out images" if facts.num_images is not None else "held-out images"
     return (
-        f"## Reconstruction\n\nMeans per image over {count} of {_plain(facts.data_name)}, on 8-bit pixels.\n\n"
+        f"## Reconstruction\n\nMeans per image over {count} of {_plain(_public(facts.data_name))}, on 8-bit pixels.\n\n"
         + "\n".join(lines)
     )
 

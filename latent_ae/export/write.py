@@ -195,7 +195,8 @@ def export_autoencoder(
                 shutil.copymode(fresh / "config.json", file)  # safetensors writes for the owner's eyes only
             difference = verify_export(fresh, autoencoder, check_images, autoencoder.device)
             facts["max_abs_difference"] = difference
-            text = model_card(exported, card, statistics, folder.name, difference, precision, discriminator, companions)
+            location = card.hub_id or folder.name
+            text = model_card(exported, card, statistics, location, difference, precision, discriminator, companions)
             text.save(fresh / "README.md")
             if likelihood is not None:
                 write_json(fresh / FILE, likelihood._asdict())

@@ -5,6 +5,7 @@ import json
 import math
 import re
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,21 @@ FACTS = CardFacts(
     baseline={"psnr": 24.0, "ssim": 0.7, "lpips_vgg": 0.4},
     settings_yaml="steps: 1200\n",
 )
+
+
+def test_a_card_is_fit_for_the_hub(tmp_path):
+    """It names the repository, and of this machine's paths the last part alone: the hub refuses others as a model."""
+    (tmp_path / "base/export").mkdir(parents=True)
+    local = replace(FACTS, base_model=str(tmp_path / "base/export"), data_name="/home/ada/pictures", hub_id="ada/vae")
+    write(tiny_autoencoder(), tmp_path / "export", card=local)
+    text = (tmp_path / "export/README.md").read_text()
+    assert "AutoencoderKL.from_pretrained('ada/vae'" in text and "'export'" not in text
+    assert "Trained on pictures for 1,200 steps from base." in text
+    assert str(tmp_path) not in text and "/home/ada" not in text
+    assert ModelCard(text).data.base_model is None
+    write(tiny_autoencoder(), tmp_path / "export", card=replace(FACTS, base_model="stabilityai/sd-vae-ft-mse"))
+    card = ModelCard((tmp_path / "export/README.md").read_text())
+    assert card.data.base_model == "stabilityai/sd-vae-ft-mse" and "from_pretrained('export'" in card.text
 
 
 def write(autoencoder: AutoencoderKL, folder: Path, **changes) -> dict:
