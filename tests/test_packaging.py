@@ -54,9 +54,9 @@ def test_the_tables_in_the_docs_are_those_of_the_results() -> None:
         assert render(page) == texts[page], "run python -m benchmarks.tables"
 
 
-def test_the_map_in_the_readme_names_every_file_of_the_library_and_the_loop() -> None:
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    block = readme.split("## Map of the house")[1].split("```")[1]
+def test_the_source_layout_names_every_file_of_the_library_and_the_loop() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    block = text.split("## Source layout")[1].split("```")[1]
     parts = {"latent_ae": block.split("\ntrain/")[0], "train": block.split("\ntrain/")[1].split("\neval/")[0]}
     for folder, text in parts.items():
         named = set(re.findall(r"[a-z_0-9]+", text))
@@ -64,3 +64,27 @@ def test_the_map_in_the_readme_names_every_file_of_the_library_and_the_loop() ->
         assert len(files) > 15 and files - named == set()
     places = {path.name for path in (ROOT / "eval").iterdir() if not path.name.startswith("__")}
     assert places - set(re.findall(r"[a-z_]+(?:\.py)?", block.split("\neval/")[1])) == set()
+
+
+def test_links_between_the_pages_lead_somewhere() -> None:
+    pages = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")] + sorted(
+        (ROOT / "docs").glob("*.md")
+    )
+    anchors = {page: anchors_of(page.read_text(encoding="utf-8")) for page in pages}
+    lost = []
+    for page in pages:
+        text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+        for target in re.findall(r"\]\(([^)\s]+)\)", text):
+            if re.match(r"https?:", target):
+                continue
+            name, _, anchor = target.partition("#")
+            place = (page.parent / name).resolve() if name else page
+            if not place.exists() or (anchor and anchor not in anchors.get(place, ())):
+                lost.append(f"{page.name}: {target}")
+    assert lost == []
+
+
+def anchors_of(text: str) -> set[str]:
+    """Anchors of the headings of a page, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", text, flags=re.DOTALL), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}

@@ -307,7 +307,7 @@ class TrainSettings(Settings):
                 )
         for tracker in self.report_to:
             if find_spec(tracker) is None:
-                yield Problem("report_to", f"{tracker} is not installed: pip install 'latent-ae[{tracker}]'")
+                yield Problem("report_to", f"{tracker} is not installed: pip install '.[{tracker}]' in the checkout")
 
     def problems_with(self, model: ModelFacts | None) -> Iterator[Problem]:
         """Yield settings that do not go with each other or with the autoencoder (None: not known yet)."""

@@ -15,7 +15,7 @@ RUN=$SCRATCH/runs/first-stage
 newest() { ls -d "$RUN"/checkpoints/step-* "$RUN"/phases/*/checkpoints/step-* 2>/dev/null | grep -E '/step-[0-9]+$' | sort -V | tail -n 1; }
 before=$(newest)
 
-accelerate launch --num_processes 8 -m latent_ae train sd-vae data.source=/data/photos output_dir="$RUN" &
+accelerate launch --multi_gpu --num_processes 8 -m latent_ae train sd-vae data.source=/data/photos output_dir="$RUN" &
 launcher=$!
 
 # SLURM signals this script; this job's training processes are told to save and stop, the launcher is left alone

@@ -36,7 +36,8 @@ class Mixture:
         try:
             from sklearn.mixture import GaussianMixture
         except ImportError as error:
-            raise UserError("mixture: scikit-learn is not installed: pip install 'latent-ae[anomaly]'") from error
+            advice = "pip install '.[anomaly]' in the checkout"
+            raise UserError(f"mixture: scikit-learn is not installed: {advice}") from error
         self.components = components
         self.model: Any = GaussianMixture(
             components, covariance_type="full", reg_covar=REGULARISATION, n_init=RESTARTS, random_state=seed

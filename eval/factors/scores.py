@@ -16,7 +16,7 @@ DCI_IMAGES, DCI_TEST_IMAGES = 10_000, 5_000
 MOST_WORK = 1500
 """Largest product of dimensions and values of all factors for which DCI is measured unasked. Its time grows with it:
 one tree of ten dimensions takes 10 ms for 4,096 images, and each value has 100 trees."""
-EXTRA = "scikit-learn is not installed: pip install 'latent-ae[factors]'"
+EXTRA = "scikit-learn is not installed: pip install '.[factors]' in the checkout"
 
 
 def factor_vae_score(codes: np.ndarray, factors: np.ndarray, active: Sequence[int] | np.ndarray, seed: int) -> float:

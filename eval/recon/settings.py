@@ -66,7 +66,8 @@ class ReconSettings(FeatureSettings, EvalSettings):
         if len(set(protocol.latents)) < len(protocol.latents):
             yield Problem("latents", "has the same value twice; give each once")
         if self.dists and find_spec("torchmetrics") is None:
-            yield Problem("dists", "needs torchmetrics, which ships its weights: pip install 'latent-ae[dists]'")
+            advice = "pip install '.[dists]' in the checkout"
+            yield Problem("dists", f"needs torchmetrics, which ships its weights: {advice}")
         yield from self.problems_of_features(self.frechet)
         for key in ("frechet", "precision_recall"):
             if len(set(getattr(self, key))) < len(getattr(self, key)):

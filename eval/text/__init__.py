@@ -37,8 +37,8 @@ JOB = Job(
 Measure how well text survives a first stage: text is rendered in several scripts, sizes and colours, or crops of text
 are taken from DATA, and tesseract reads originals and reconstructions. The normalised edit distance (NED) compares
 what it reads with what was rendered; with DATA, with what it reads in the originals. Needs tesseract and
-pip install 'latent-ae[text]'. A terminal gets a table, a pipe JSON; result.json, readings.parquet, pairs.png and
-report.html are written into a folder. The same command again resumes an evaluation that was killed.""",
+pip install '.[text]' in the checkout. A terminal gets a table, a pipe JSON; result.json, readings.parquet, pairs.png
+and report.html are written into a folder. The same command again resumes an evaluation that was killed.""",
     examples="""\
 example: latent-ae eval text runs/quickstart/export
 one script, small letters: latent-ae eval text MODEL scripts=[latin] sizes_px=[8,10,12] repeats=20

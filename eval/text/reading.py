@@ -46,7 +46,7 @@ class Tesseract:
             import pytesseract
         except ImportError:
             raise UserError(
-                "eval text needs pytesseract: pip install 'latent-ae[text]', and the program tesseract, "
+                "eval text needs pytesseract: pip install '.[text]' in the checkout, and the program tesseract, "
                 "for example: apt-get install tesseract-ocr tesseract-ocr-rus"
             ) from None
         self._package = pytesseract

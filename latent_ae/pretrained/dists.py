@@ -19,7 +19,7 @@ ROOT_EPS = 1e-12
 CHANNELS = (3, 64, 128, 256, 512, 512)
 """Channels of the image and of each stage."""
 MIN_PX = TRUNKS["vgg"].min_px
-NEEDS_TORCHMETRICS = "needs torchmetrics 1.8 or later, which ships its weights: pip install 'latent-ae[dists]'"
+NEEDS_TORCHMETRICS = "needs torchmetrics 1.8 or later, which ships its weights: pip install '.[dists]' in the checkout"
 
 
 class DISTS(nn.Module):

@@ -14,7 +14,7 @@ from latent_ae.config import Problem, UserError
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """Mean and standard deviation of ImageNet's images, for RGB in [0, 1]; most published networks normalise by them."""
-NEEDS_TRANSFORMERS = "needs transformers: pip install 'latent-ae[alignment]'"
+NEEDS_TRANSFORMERS = "needs transformers: pip install '.[alignment]' in the checkout"
 
 
 class FrozenNetwork(nn.Module):

@@ -243,7 +243,7 @@ def test_tesseract_is_missed_before_anything_else(tmp_path, capsys, monkeypatch)
         assert "the program tesseract, which is not on the PATH" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "pytesseract", None)
     assert main(command) == 2
-    assert "pip install 'latent-ae[text]'" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    assert "pip install '.[text]' in the checkout" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 @pytest.mark.skipif(not HAS_TESSERACT, reason="needs tesseract and pytesseract")
