@@ -18,7 +18,7 @@ COMMANDS = {
     "factors": "which latent dimensions represent which known factors, and how separately",
     "ifid": "how good decoded midpoints between neighbouring latents are, a guide to samples without a training",
     "text": "how well text survives: what tesseract reads in reconstructions, by script and size",
-    "diffusion": "how well a diffusion model learns the latents: loss curve, samples, their Frechet distance to data",
+    "diffusion": "how well a diffusion model learns the latents: loss curve, samples, their Fréchet distance to data",
     "compare": "which of several measured first stages is better, beyond chance",
 }
 """Commands and their lines of the usage text. All but `compare`, which takes results, are jobs of `job.JOBS`."""

@@ -18,6 +18,16 @@ from latent_ae.config import Settings, UserError, all_keys, close_word, hint_for
 WIDTH = 100
 
 
+class Formatter(argparse.RawDescriptionHelpFormatter):
+    """Keeps texts and the lines of an argument's help as they are, and breaks no name at its hyphens."""
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        lines = text.split("\n")
+        indent = "  " if len(lines) > 1 else ""
+        wrapped = [textwrap.wrap(line, width, break_on_hyphens=False, subsequent_indent=indent) for line in lines]
+        return [part for parts in wrapped for part in parts]
+
+
 class SettingsParser(argparse.ArgumentParser):
     """The parser of a command whose settings are written key=value; its help lists them.
 
@@ -29,9 +39,7 @@ class SettingsParser(argparse.ArgumentParser):
     """
 
     def __init__(self, kind: type[Settings], *, prog: str, description: str, examples: str):
-        super().__init__(
-            prog=prog, description=description, add_help=False, formatter_class=argparse.RawDescriptionHelpFormatter
-        )
+        super().__init__(prog=prog, description=description, add_help=False, formatter_class=Formatter)
         self.kind, self.examples, self.options = kind, examples, list[str]()
 
     def add_argument(self, *names: Any, **options: Any) -> argparse.Action:
@@ -101,7 +109,7 @@ def settings_text(kind: type[Settings], prog: str) -> str:
         lines += ["", f"sections ({prog} --help SECTION lists the settings of one):"]
         for name, section in sections.items():
             meaning = inspect.cleandoc(section.__doc__ or "").split("\n\n")[0]
-            lines += _wrapped(f"  {key_of(kind, name) + '.*':<15}{meaning}", 17)
+            lines += _wrapped(f"  {key_of(kind, name) + '.*':<18}{meaning}", 20)
     return "\n".join(lines)
 
 

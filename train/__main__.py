@@ -5,7 +5,7 @@ import re
 import sys
 
 from latent_ae.command_line import SettingsParser
-from latent_ae.config import UserError, load_settings, recipe_names, to_yaml
+from latent_ae.config import UserError, load_settings, recipe_folders, to_yaml
 
 from .settings import TrainSettings
 
@@ -22,7 +22,8 @@ def main(argv: list[str] | None = None) -> int:
         description="Train a first stage. The same command again resumes from the newest checkpoint.",
         examples="example: latent-ae train quickstart data.source=/my/photos output_dir=runs/mine steps=2000",
     )
-    parser.add_argument("config", help=f"a YAML file, or a recipe: {', '.join(recipe_names())}")
+    recipes = "\n".join(f"{folder}: {', '.join(names)}" for folder, names in recipe_folders().items())
+    parser.add_argument("config", help=f"a YAML file, or a recipe (docs/recipes.md)\n{recipes}")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved settings and the plan, then stop")
     parser.add_argument(
         "--gpu",

@@ -93,7 +93,7 @@ def export(
     from accelerate import Accelerator
 
     from latent_ae.data.loader import open_images
-    from latent_ae.export.write import export_autoencoder
+    from latent_ae.export.write import export_autoencoder, refuse_foreign
     from latent_ae.models.build import channels_of, factor_of
     from latent_ae.models.likelihood import read_likelihood
     from latent_ae.models.reconstruct import Reconstructor
@@ -115,6 +115,7 @@ def export(
         raise UserError(
             f"{folder / 'state.json'} is not a checkpoint's: {' '.join(str(error).split())[:300]}"
         ) from error
+    refuse_foreign(out)  # before anything is measured
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="no")
     autoencoder = load_weights(folder).to(accelerator.device)
     kept = keeps_scaling(settings, autoencoder)

@@ -30,13 +30,19 @@ def recipes_table(result: dict[str, Any]) -> str:
         target, how = result["targets"].get(name, ("", "")) if row is last else ("", "")
         lines.append(
             f"| `{name}`{f', {phase}' if phase else ''} "
-            f"| f{row['factor']}, {row['latent_channels']} channels, {row['parameters'] / 1e6:.0f} M "
+            f"| {_latent(row)}, {row['parameters'] / 1e6:.0f} M "
             f"| {row['resolution']} | {row['steps']:,} | {row['batch_size']} "
             f"| {row['peak_gb']:.1f}, {row['micro_batch']} in {row['precision']} | {row['largest_micro_batch']} "
             f"| {row['tflops_per_image'] * row['batch_size']:,.0f} | {target} "
             f"| {f'`{how}`' if how.startswith('protocol') else how} |"
         )
     return "\n".join(lines)
+
+
+def _latent(row: dict[str, Any]) -> str:
+    """The latent's size in words. Levels on several grids are stored as the channels of one pixel."""
+    channels = row["latent_channels"]
+    return f"{channels:,} values on several grids" if channels > 10_000 else f"f{row['factor']}, {channels} channels"
 
 
 MAKERS = {

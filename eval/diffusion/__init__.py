@@ -17,7 +17,7 @@ JOB = Job(
     incidental=("latents", "held_out_latents", "images_at_a_time"),
     description="""\
 Train a small diffusion transformer (DiT) by flow matching on the first stage's latents, on a fixed budget and seed,
-sample from it through a stock DiTPipeline, and measure the Frechet distance between samples and data, beside that of
+sample from it through a stock DiTPipeline, and measure the Fréchet distance between samples and data, beside that of
 reconstructions and of held-out images. preset=cpu: 32 px images, under eight minutes on two cores. preset=gpu: 256
 px. A terminal gets a table, a pipe JSON; result.json, diffusion.html, samples.png, latents and the pipeline are
 written into a folder. The same command again resumes a run that was killed, from its finished latents and a checkpoint

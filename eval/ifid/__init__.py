@@ -12,7 +12,7 @@ JOB = Job(
     incidental=("batch_size", "neighbours_from", "neighbours_split"),
     conditions=("neighbours_from.fingerprint",),
     description="""\
-Measure the interpolated Frechet distance (iFID, arXiv 2603.05630), a guide to how well a diffusion model will sample,
+Measure the interpolated Fréchet distance (iFID, arXiv 2603.05630), a guide to how well a diffusion model will sample,
 without training one: the latent of each image is moved halfway to a near latent, the midpoint is decoded, and the
 distance between these images and the originals is measured. It is called iFID with Inception's features only. A
 terminal gets a table, a pipe JSON; result.json, pairs.parquet, pairs.png and report.html are written into a folder.

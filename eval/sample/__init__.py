@@ -21,7 +21,7 @@ JOB = Job(
 Draw latents from a prior and decode them: prior=normal, the one that a variational autoencoder was trained with;
 prior=gaussian, with the mean and covariance of the latents of DATA; prior=flow, a small transformer trained by flow
 matching on them; prior=codes, one that predicts codes one after another (VQModel, DiscreteVAE, VQVAE2), with its bits
-per dimension; prior=DIR, a flow or a transformer over codes fitted before. With DATA the Frechet distance between
+per dimension; prior=DIR, a flow or a transformer over codes fitted before. With DATA the Fréchet distance between
 samples and images is measured, beside that of reconstructions and of held-out images. A terminal gets a table, a pipe
 JSON; result.json, samples.png and report.html are written into a folder, and for a fitted prior its latents and a stock
 DiTPipeline or the transformer over codes.""",

@@ -53,6 +53,8 @@ class GradientBalance(nn.Module):
     def measure_at_encoder(self, p: Pass, tensor: Tensor, gradient: Tensor) -> None:
         """Measure both gradients at the encoder's output convolution; the image's during `Pass.backward`.
 
+        That of the image is of all its losses, the adversarial one included, since one backward pass brings their sum.
+
         Args:
             p: The pass.
             tensor: A tensor of the autoencoder's graph.

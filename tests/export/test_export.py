@@ -57,6 +57,15 @@ FACTS = CardFacts(
 )
 
 
+def test_a_folder_that_cannot_be_replaced_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(UserError, match="is the folder in which this command runs"):
+        write(tiny_autoencoder(), Path("."))
+    with pytest.raises(UserError, match="is a mount point"):
+        write(tiny_autoencoder(), Path("/proc"))
+
+
 def test_a_card_is_fit_for_the_hub(tmp_path):
     """It names the repository, and of this machine's paths the last part alone: the hub refuses others as a model."""
     (tmp_path / "base/export").mkdir(parents=True)
