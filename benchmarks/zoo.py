@@ -7,7 +7,7 @@ that of the same seed. Each recipe takes 5 to 10 processor minutes for each seed
 Killed, it goes on when started again with the same scratch folder. What each training gives is added to
 benchmarks/results/zoo.json, whose seeds may have been measured elsewhere but must answer the same questions.
 
-Recipes that are not here: beta-vae, whose images are made (docs/family.md), and rae, whose frozen encoder has to be
+Recipes that are not here: beta-vae, whose images are made (docs/vaes.md), and rae, whose frozen encoder has to be
 downloaded.
 """
 

@@ -101,7 +101,7 @@ class CodeSettings(
     CodeGradientSettings,
     UnitCodesSettings,
 ):
-    """How codes of a VQModel or VQVAE2 are compared, learned and spread, or a DiscreteVAE's drawn: docs/family.md."""
+    """How codes of a VQModel or VQVAE2 are compared, learned and spread, or a DiscreteVAE's drawn: docs/codes.md."""
 
 
 class TrainSettings(Settings):

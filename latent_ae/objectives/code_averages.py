@@ -44,7 +44,7 @@ class CodeAverages(Objective[CodeAveragesSettings]):
         sizes: Size of each level's codebook.
     """
 
-    name, section, docs, plan_line = "code_averages", "codebook", "docs/family.md", "codebook"
+    name, section, docs, plan_line = "code_averages", "codebook", "docs/codes.md", "codebook"
 
     uses: Tensor
 

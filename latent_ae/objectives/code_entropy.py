@@ -44,7 +44,7 @@ class CodeEntropy(Objective[CodeEntropySettings]):
         sizes: Size of each level's codebook.
     """
 
-    name, section, docs, plan_line = "code_entropy", "codebook", "docs/family.md", "codebook"
+    name, section, docs, plan_line = "code_entropy", "codebook", "docs/codes.md", "codebook"
     charts = {"Entropy of the assignment to codes (nats)": ("assignment_entropy", "mean_assignment_entropy")}
 
     assignment: Tensor

@@ -20,7 +20,7 @@ class CodeGradientSettings(Settings):
 class CodeGradient(Objective[CodeGradientSettings]):
     """The rotation trick, see `quantize.rotated`; the codes and images of a step do not change."""
 
-    name, section, docs, plan_line = "code_gradient", "codebook", "docs/family.md", "codebook"
+    name, section, docs, plan_line = "code_gradient", "codebook", "docs/codes.md", "codebook"
 
     @classmethod
     def enabled(cls, own: CodeGradientSettings) -> bool:

@@ -40,7 +40,7 @@ class CodeRelaxation(Objective[CodeRelaxationSettings]):
         num_codes: Number of codes that are drawn from; 0 if there are none.
     """
 
-    name, section, docs, plan_line = "code_relaxation", "codebook", "docs/family.md", "temperature"
+    name, section, docs, plan_line = "code_relaxation", "codebook", "docs/codes.md", "temperature"
     charts = {"Temperature of the codes": ("temperature",)}
 
     def __init__(self, own: CodeRelaxationSettings, run: RunFacts, num_codes: int = 0) -> None:

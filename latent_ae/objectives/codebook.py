@@ -45,7 +45,7 @@ class Codebook(Objective[CodebookSettings]):
         sizes: Number of codes that learn by this loss, of each level; empty if there are none.
     """
 
-    name, section, docs, plan_line = "codebook", "loss", "docs/family.md", "codebook"
+    name, section, docs, plan_line = "codebook", "loss", "docs/codes.md", "codebook"
     charts = {
         "Codebook": ("codebook_perplexity", *(f"codebook_perplexity_level_{n}" for n in range(1, MOST_CHARTED + 1))),
         "Codebook loss": ("codebook",),

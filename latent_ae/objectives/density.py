@@ -36,7 +36,7 @@ class DensityObjective(Objective[DensitySettings]):
         density: The mixture; its parameters are buffers that EM moves.
     """
 
-    name, section, docs, plan_line = "density", "density", "docs/family.md", "density"
+    name, section, docs, plan_line = "density", "density", "docs/vaes.md", "density"
     charts = {"Minus the log-density of latents and errors (nats)": ("density_energy",)}
 
     density: "Density"

@@ -38,7 +38,7 @@ class FSQ(Objective[FSQSettings]):
     There is no loss of codes, and none restarts.
     """
 
-    name, section, docs, plan_line = "fsq", "codebook", "docs/family.md", "codebook"
+    name, section, docs, plan_line = "fsq", "codebook", "docs/codes.md", "codebook"
 
     @classmethod
     def enabled(cls, own: FSQSettings) -> bool:

@@ -26,7 +26,7 @@ BALANCE_NATS = 0.01
 """Added to the KL of each level before it is balanced, nats per image."""
 SHAPING = ("kl_warmup", "kl_cycles", "kl_target", "free_bits", "kl_capacity")
 """Settings that shape the KL term."""
-CURES = "loss.kl_warmup, loss.free_bits or a weaker decoder (docs/family.md, posterior collapse)"
+CURES = "loss.kl_warmup, loss.free_bits or a weaker decoder (docs/vaes.md, posterior collapse)"
 SILENT = 0.05
 """Fraction of active channels below which a level counts as collapsed, and of inactive ones that is not reported."""
 OFF_TARGET = 0.1

@@ -74,7 +74,7 @@ class SemiSupervised(Objective[SemiSupervisedSettings]):
         head: Calls the label model; it is trained with the autoencoder.
     """
 
-    name, section, docs = "semi_supervised", "semi_supervised", "docs/family.md"
+    name, section, docs = "semi_supervised", "semi_supervised", "docs/vaes.md"
     plan_line = "labels"
     charts = {
         "Labels: cross-entropy of labelled samples (nats)": ("label_cross_entropy",),

@@ -42,7 +42,7 @@ class TotalCorrelation(Objective[TotalCorrelationSettings]):
         adversary: The discriminator; None for the estimate from the batch.
     """
 
-    name, section, docs = "total_correlation", "loss", "docs/family.md"
+    name, section, docs = "total_correlation", "loss", "docs/vaes.md"
     charts = {"Total correlation of the latents (nats)": ("total_correlation",)}
     adversary_name = "total_correlation"
 

@@ -31,7 +31,7 @@ class UnitCodes(Objective[UnitCodesSettings]):
     codes of length 1 this is the code with the largest cosine, so the export needs nothing but these codes.
     """
 
-    name, section, docs, plan_line = "unit_codes", "codebook", "docs/family.md", "codebook"
+    name, section, docs, plan_line = "unit_codes", "codebook", "docs/codes.md", "codebook"
 
     @classmethod
     def enabled(cls, own: UnitCodesSettings) -> bool:
