@@ -11,7 +11,7 @@ import os
 import sys
 import tempfile
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -69,13 +69,21 @@ class WorkFolder:
         self.token = hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def begin(self) -> int:
-        """Remove the shards of other evaluations and return the number of finished ones.
+        """Remove what a killed evaluation was writing, and return the number of this one's finished shards.
 
-        One process calls this while no other uses the folder. Raises UserError if the folder cannot be written.
+        Those of other evaluations stay, for a trial must not cost the work of an hour. One process calls this while no
+        other uses the folder. Raises UserError if the folder cannot be written.
         """
         with writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._remove_files(lambda path: not path.name.startswith(f"shard-{self.token}-"))
+            for pattern in (".shard-*.part", "*.f32"):
+                self._remove_files(pattern)
+            if others := sum(not path.name.startswith(f"shard-{self.token}-") for path in self.folder.glob("shard-*")):
+                print(
+                    f"{self.folder} keeps {others} finished parts of an evaluation with other settings or versions; "
+                    "the same command as then resumes it, or remove them",
+                    file=sys.stderr,
+                )
         return len(self.done())
 
     def done(self) -> frozenset[int]:
@@ -103,15 +111,14 @@ class WorkFolder:
 
     def remove(self) -> None:
         """Remove the evaluation's files, and the folder if nothing else is in it."""
-        self._remove_files(lambda path: True)
+        for pattern in (f"shard-{self.token}-*.safetensors", f".shard-{self.token}-*.part", f"{self.token}-*.f32"):
+            self._remove_files(pattern)
         with contextlib.suppress(OSError):
             self.folder.rmdir()
 
-    def _remove_files(self, unwanted: Callable[[Path], bool]) -> None:
-        for pattern in ("shard-*.safetensors", ".shard-*.part", "*.f32"):
-            for path in self.folder.glob(pattern):
-                if unwanted(path):
-                    path.unlink(missing_ok=True)
+    def _remove_files(self, pattern: str) -> None:
+        for path in self.folder.glob(pattern):
+            path.unlink(missing_ok=True)
 
     def _path(self, number: int) -> Path:
         return self.folder / f"shard-{self.token}-{number:06d}.safetensors"

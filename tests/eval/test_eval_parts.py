@@ -100,7 +100,7 @@ def test_the_interval_of_a_distance_over_subsets_holds_its_expectation(tmp_path)
     assert inside >= 50  # 57 on average, and 22 by the jackknife alone
 
 
-def test_a_shard_of_another_evaluation_or_a_changed_one_is_never_taken(tmp_path):
+def test_a_shard_of_another_evaluation_or_a_changed_one_is_never_taken(tmp_path, capsys):
     shard = Shard([{"index": 3, "name": "a"}], ["b: torn"], {"vgg16.input": torch.ones(1, 4)})
     one, other = WorkFolder(tmp_path / "work", {"seed": 0}), WorkFolder(tmp_path / "work", {"seed": 1})
     assert one.begin() == 0
@@ -117,8 +117,12 @@ def test_a_shard_of_another_evaluation_or_a_changed_one_is_never_taken(tmp_path)
         assert again.done() == frozenset()
         again.write(5, shard)
     (tmp_path / "work/thesis.tex").write_text("not ours")
-    assert other.begin() == 0 and again.done() == frozenset()
-    other.remove()
+    (tmp_path / "work/.shard-1-000000.safetensors.9.part").write_text("cut short")
+    assert other.begin() == 0 and "keeps 1 finished parts" in capsys.readouterr().err
+    other.write(1, shard)
+    other.remove()  # a trial with other settings costs nothing of an evaluation that was killed
+    assert again.begin() == 1 and again.done() == {5}
+    again.remove()
     assert [found.name for found in (tmp_path / "work").iterdir()] == ["thesis.tex"]
     assert WorkFolder(tmp_path, None).token != WorkFolder(tmp_path, None).token
 
