@@ -146,7 +146,7 @@ def main() -> None:
         except (RuntimeError, ValueError, OSError, subprocess.CalledProcessError) as error:
             rows[name] = {"failed": without_folders(str(error))}
         print(f"  {rows[name]}", file=sys.stderr, flush=True)
-        save(arguments.name, {**facts, "entries": rows, "target": targets(rows)})
+        save(arguments.name, {**facts, "entries": rows, "target": targets(rows)}, added=True)
 
 
 def entries(rates: Sequence[float]) -> list[Entry]:

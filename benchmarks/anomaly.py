@@ -177,7 +177,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory(prefix="latent-ae-") as scratch:
             found = measure(folder, Path(scratch), words.steps, words.images or images, seed)
         seeds = earlier(name, facts, "seeds") | {str(seed): found}
-        save(name, {**facts, "seeds": dict(sorted(seeds.items()))})
+        save(name, {**facts, "seeds": dict(sorted(seeds.items()))}, added=True)
 
 
 if __name__ == "__main__":

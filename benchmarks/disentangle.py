@@ -119,7 +119,7 @@ def main() -> None:
         for name, run in found.items():
             others = [other for other in rows.get(name, {"runs": []})["runs"] if other["seed"] != seed]
             rows[name] = {"runs": sorted([*others, run], key=itemgetter("seed"))}
-        save(result_name, {**facts, "rows": {name: rows[name] for name in runs if name in rows}})
+        save(result_name, {**facts, "rows": {name: rows[name] for name in runs if name in rows}}, added=True)
 
 
 def measured(folder: Path, factors: dict[str, Any], seed: int, pixels: int) -> dict[str, Any]:

@@ -86,7 +86,11 @@ def main() -> None:
 def add(found: dict[str, Any], facts: dict[str, Any]) -> None:
     """Add rows to the result."""
     rows = earlier(RESULT, facts) | found
-    save(RESULT, {**facts, "rows": {name: rows[name] for name in (FIRST_STAGE, *CONTESTANTS) if name in rows}})
+    save(
+        RESULT,
+        {**facts, "rows": {name: rows[name] for name in (FIRST_STAGE, *CONTESTANTS) if name in rows}},
+        added=True,
+    )
 
 
 def measured(run: Path, held_out: Path, sampled: tuple[int, ...]) -> dict[str, Any]:

@@ -91,15 +91,19 @@ def peak_memory_gb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale / 1e9
 
 
-def save(name: str, result: dict[str, Any]) -> Path:
-    """Writes benchmarks/results/NAME.json with machine, date and command."""
+def save(name: str, result: dict[str, Any], *, added: bool = False) -> Path:
+    """Writes benchmarks/results/NAME.json with machine, date and command; `added` keeps those of the calls before."""
     # a path says something on this machine only: its name is enough
     words = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
     command = f"python -m benchmarks.{Path(sys.argv[0]).stem} {shlex.join(words)}".rstrip()
     path = RESULTS / f"{name}.json"
     path.parent.mkdir(exist_ok=True)
-    head = {"command": command, "date": time.strftime("%Y-%m-%d")}
-    path.write_text(json.dumps(head | {"machine": describe_machine()} | result, indent=2) + "\n")
+    head = {"command": command, "date": time.strftime("%Y-%m-%d"), "machine": describe_machine()}
+    before: list[dict[str, Any]] = []
+    if added and path.exists():
+        old = json.loads(path.read_text(encoding="utf-8"))
+        before = [one for one in (*old.get("before", []), {key: old[key] for key in head}) if one != head]
+    path.write_text(json.dumps(head | ({"before": before} if before else {}) | result, indent=2) + "\n")
     print(f"wrote {path}", file=sys.stderr)
     return path
 
@@ -156,9 +160,13 @@ def _cpu_name() -> str:
 
 
 def where(result: dict[str, Any]) -> str:
-    """In words: the machine of a result, and the command that made it."""
-    machine = result["machine"]
-    return (
-        f"{machine['gpu'] or machine['cpu']}, {machine['threads']} threads, torch {machine['versions']['torch']}; "
-        f"`{result['command']}`"
-    )
+    """In words: the machines of a result, and the command that made it, or the newest of those."""
+    calls = [result, *result.get("before", [])]
+    machines = [
+        f"{one['machine']['gpu'] or one['machine']['cpu']}, {one['machine']['threads']} threads, "
+        f"torch {one['machine']['versions']['torch']}"
+        for one in calls
+    ]
+    commands = list(dict.fromkeys(one["command"] for one in calls))
+    more = f" and {len(commands) - 1} more" if len(commands) > 1 else ""
+    return f"{' and '.join(dict.fromkeys(machines))}; `{commands[0]}`{more}"

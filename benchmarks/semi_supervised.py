@@ -80,7 +80,7 @@ def main() -> None:
                     (folder / WORDS).write_text(json.dumps(words))
                 rows = earlier(RESULT, facts)
                 add(rows.setdefault(name, {}), str(labels), json.loads((folder / COMPARED).read_text()))
-                save(RESULT, {**facts, "rows": {name: rows[name] for name in SHAPES if name in rows}})
+                save(RESULT, {**facts, "rows": {name: rows[name] for name in SHAPES if name in rows}}, added=True)
 
 
 def add(rows: dict[str, Any], labels: str, found: dict[str, Any]) -> None:

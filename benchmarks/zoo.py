@@ -100,13 +100,13 @@ def main() -> None:
             known = rows.get(recipe, {"seeds": {}})
             seeds = known["seeds"] | {str(seed): found}
             rows[recipe] = known | about(recipe, run / "export") | {"seeds": dict(sorted(seeds.items()))}
-            save(words.name, {**facts, "rows": rows})
+            save(words.name, {**facts, "rows": rows}, added=True)
     # by processor seconds, in turns: times of the evaluations are the clock's, which other work disturbs
     found = speeds({recipe: words.scratch / f"{recipe}-{words.seeds[0]}" for recipe in words.recipes})
     rows = earlier(words.name, facts)
     for recipe, milliseconds in found.items():
         rows[recipe] |= milliseconds
-    save(words.name, {**facts, "rows": rows})
+    save(words.name, {**facts, "rows": rows}, added=True)
 
 
 @torch.no_grad()

@@ -232,10 +232,16 @@ def _is_of_others(folder: Path, model: str, data: str) -> bool:
     """Return whether the folder holds the result of another model or of other data."""
     try:
         result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
-        locations = [result[part].get("location") or "" for part in ("model", "data")]
+        locations = [str(result[part].get("location") or "") for part in ("model", "data")]
     except (OSError, ValueError, KeyError, AttributeError, TypeError):
         return False
-    return locations != [model, data]
+    return [_place(location) for location in locations] != [_place(model), _place(data)]
+
+
+def _place(location: str) -> str:
+    """Return a location as it is compared: the same folder may be written in several ways."""
+    path = Path(location).expanduser()
+    return str(path.resolve()) if location and path.exists() else location.rstrip("/")
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:

@@ -55,6 +55,10 @@ def shard_size(num_images: int | None, whole_images: bool) -> int:
     return LARGE if num_images is None or num_images >= MANY_IMAGES else SMALL
 
 
+ONCE = "once"
+"""Beginning of the token of an evaluation that cannot be resumed."""
+
+
 class WorkFolder:
     """The shards of one evaluation, in files named by its token, so that those of another one are never used.
 
@@ -65,18 +69,18 @@ class WorkFolder:
 
     def __init__(self, folder: Path, key: dict[str, Any] | None):
         self.folder = folder
-        text = json.dumps(key, sort_keys=True) if key is not None else uuid.uuid4().hex
-        self.token = hashlib.sha256(text.encode()).hexdigest()[:16]
+        known = json.dumps(key, sort_keys=True)
+        self.token = hashlib.sha256(known.encode()).hexdigest()[:16] if key is not None else f"{ONCE}{uuid.uuid4().hex}"
 
     def begin(self) -> int:
-        """Remove what a killed evaluation was writing, and return the number of this one's finished shards.
+        """Remove what a killed evaluation was writing or cannot resume; return the number of finished shards.
 
         Those of other evaluations stay, for a trial must not cost the work of an hour. One process calls this while no
         other uses the folder. Raises UserError if the folder cannot be written.
         """
         with writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-            for pattern in (".shard-*.part", "*.f32"):
+            for pattern in (".shard-*.part", "*.f32", f"shard-{ONCE}*"):
                 self._remove_files(pattern)
             if others := sum(not path.name.startswith(f"shard-{self.token}-") for path in self.folder.glob("shard-*")):
                 print(

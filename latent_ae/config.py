@@ -358,9 +358,11 @@ def _apply_override(cls: type[Settings], values: dict[str, Any], word: str) -> l
     except Exception:  # PyYAML's reader raises other kinds, too
         value = text
     # names of files and folders stay as they were typed: YAML would read 2024-05-01 as a date, and a # as a comment
-    cut = isinstance(value, str) and value.count("#") < text.count("#")
+    cut = value is None and "#" in text or isinstance(value, str) and value.count("#") < text.count("#")
     kind = _annotation_of(cls, path)
-    retyped = not isinstance(value, (str, list, dict, types.NoneType)) and not _admits(kind, type(value))
+    retyped = not isinstance(value, (str, list, dict, types.NoneType)) and not (
+        _admits(kind, type(value)) and str(value).lower() == text.strip().lower()
+    )
     inner[name] = text if (cut or retyped) and _is_text(kind) else value
     # sections of a list hold what differs from the settings beside the list; a word that names none holds in all
     for items in values.values():
@@ -436,6 +438,9 @@ def _annotation_of(cls: type[Settings], path: Sequence[str]) -> Any:
     """Return the type of a setting; None if there is no such setting."""
     inside: Any = cls
     for part in path:
+        if typing.get_origin(inside) is tuple:  # a list of sections, of a class of their own or like those beside it
+            inside = next((one for one in typing.get_args(inside) if _is_section(one)), cls)
+            continue
         if not _is_section(inside):
             return None
         inside = {key_of(inside, name): field.annotation for name, field in inside.model_fields.items()}.get(part)

@@ -1,5 +1,6 @@
 """What benchmarks add to the results that were measured before, perhaps on another machine."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,12 @@ def test_figures_are_added_only_to_those_of_the_same_facts(tmp_path: Path, monke
     assert machine.earlier("bench", facts) == {}
     machine.save("bench", {**facts, "rows": {"a": 1}})
     assert machine.earlier("bench", facts) == {"a": 1}
+    machine.save("bench", {**facts, "rows": {"a": 1, "b": 2}}, added=True)
+    assert "before" not in json.loads((tmp_path / "bench.json").read_text())  # the same call
+    monkeypatch.setattr("sys.argv", ["bench", "--seeds", "1"])
+    machine.save("bench", {**facts, "rows": {"a": 1, "b": 2}}, added=True)
+    result = json.loads((tmp_path / "bench.json").read_text())
+    assert len(result["before"]) == 1 and machine.where(result).endswith("--seeds 1` and 1 more")
     with pytest.raises(SystemExit, match=r"bench\.json holds figures of other steps: move it"):
         machine.earlier("bench", {**facts, "steps": 121})
 

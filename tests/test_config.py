@@ -170,6 +170,7 @@ def test_yaml_scientific_notation_and_overrides(tmp_path: Path) -> None:
         ("data.revision=0123456", "0123456"),
         ("data.revision=1e5", "1e5"),
         ("data.revision=null", None),
+        ("data.revision=#12", "#12"),
         ("train=decoder", "decoder"),
         ("train=[decoder.*]", ("decoder.*",)),
     ],
@@ -182,8 +183,14 @@ def test_text_in_a_word_stays_as_it_was_typed(word: str, expected: Any) -> None:
     assert value == expected
 
 
+def test_text_in_a_word_of_a_phase_stays_as_it_was_typed() -> None:
+    phases = "phases=[{steps: 2}, {steps: 2, data: {}}]"
+    settings = load_settings(TrainSettings, "quickstart", [phases, "phases.2.data.revision=2024-05-01"])
+    assert settings.phases[1]["data"] == {"revision": "2024-05-01"}
+
+
 def test_a_number_stays_one_where_a_setting_may_be_either() -> None:
-    for text, expected in (("1", 1), ("good", "good"), ("2024-05-01", "2024-05-01")):
+    for text, expected in (("1", 1), ("good", "good"), ("2024-05-01", "2024-05-01"), ("007", "007")):
         assert load_settings(AnomalySettings, None, [f"normal_class={text}"]).normal_class == expected
 
 

@@ -328,8 +328,10 @@ def _sync(path: Path) -> None:
 def kept_steps(
     steps: Iterable[int], settings: CheckpointSettings, gan: GanSettings, distances: Mapping[int, float]
 ) -> set[int]:
-    """Return which checkpoints are kept: the newest `keep`, each multiple of `keep_every`, the best, and the last one
-    before the adversarial term (from which to restart if adversarial training fails).
+    """Return which checkpoints are kept.
+
+    They are the newest `keep`, the first one from each multiple of `keep_every` on, the best, and the last one before
+    the adversarial term (from which to restart if adversarial training fails).
 
     Args:
         steps: Steps of all checkpoints.
@@ -340,7 +342,10 @@ def kept_steps(
     ordered = sorted(steps)
     kept = set(ordered[-settings.keep :])
     if settings.keep_every:
-        kept |= {step for step in ordered if step % settings.keep_every == 0}
+        firsts: dict[int, int] = {}
+        for step in ordered:  # one that was due at a step that changed nothing is a little later
+            firsts.setdefault(step // settings.keep_every, step)
+        kept |= {step for multiple, step in firsts.items() if multiple}
     if validated := [step for step in ordered if step in distances]:
         kept.add(min(validated, key=lambda step: (distances[step], -step)))
     if before := before_gan(ordered, gan):

@@ -222,8 +222,8 @@ class Log:
         if steps := found.not_finite:
             shown = ", ".join(f"{step + 1:,}" for step in steps[:5]) + (" ..." if len(steps) > 5 else "")
             self.say(f"gradients were not finite and changed nothing: step {shown} ({self.num_skipped:,} so far)")
-        most = optim.max_skipped if done < self.settings.steps else min(optim.max_skipped, LAST_ROW, done)
-        if found.in_a_row < most:
+        ends_diverged = done == self.settings.steps and bool(found.not_finite) and not found.too_large
+        if found.in_a_row < (min(optim.max_skipped, LAST_ROW, done) if ends_diverged else optim.max_skipped):
             return found.in_a_row
         if found.too_large and not found.not_finite:
             raise UserError(

@@ -202,13 +202,15 @@ def _train(phase: Phase, accelerator: Accelerator, more: Sequence[Objective[Any]
                 if logging:
                     log.train(done, means)
                     stop_on_drift(accelerator, done, step.networks)
-                changed_nothing = log.skipped(done, step.skipped_steps) if logging or saving else 0
+                stopped_by = stop.wanted()
+                looking = logging or saving or stopped_by
+                changed_nothing = log.skipped(done, step.skipped_steps) if looking else 0
                 # where training diverges, weights that get no finite gradients must not replace good checkpoints
                 overdue = bool(saving and changed_nothing and done < settings.steps)
                 saving = saving and not overdue
                 if saving:
                     save(run, step, feed, log, done)
-                if (stopped_by := stop.wanted()) and done < settings.steps:
+                if stopped_by and done < settings.steps:
                     if not saving:
                         save(run, step, feed, log, done)
                     raise Stopped(stopped_by)  # a resumed run makes up for a validation and pruning that are due

@@ -11,7 +11,7 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from latent_ae.config import UserError, resume_marks, to_yaml
+from latent_ae.config import UserError, resume_marks, to_yaml, validated
 from latent_ae.files import replacing, writing
 from latent_ae.objectives.gan import shape_of
 from latent_ae.only_writer import only_writer
@@ -121,7 +121,8 @@ def _new_phase(
             words += [f"decoder.latents={decoder.latents}"] if decoder.latents is not None else []
         elif before.get("decoder.kind") is not None:  # which is the class of the run's first stage by now
             words.append("decoder.kind=null")
-    if TrainSettings.model_validate(old).layerwise and settings.optim.layerwise is None:
+    then = validated(TrainSettings, dict(old))[0]
+    if then is not None and then.layerwise and settings.optim.layerwise is None:
         words += ["optim.layerwise=true"] if settings.optim.kind == "adamw" and not decoder.wanted else []
     if trained and settings.gan.weight and not shape_of(settings).keys() & set(refused):
         words += [f"gan.init_from={run}", "gan.start=0"]

@@ -43,7 +43,7 @@ class OptimSettings(Settings):
     very deep VAEs (Child 2021); 0 has no such limit."""
     max_skipped: Positive = 20
     """Number of steps in a row whose gradients are not finite, or above skip_above, that stops the run; fewer are
-    skipped and reported."""
+    skipped and reported. Three that are not finite at the end of a run are too many, too."""
 
 
 class EmaSettings(Settings):

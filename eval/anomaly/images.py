@@ -66,7 +66,7 @@ def opened_part(key: str, location: str, settings: AnomalySettings, named: str |
         if key == "normal":
             return Part(key, source, choice, None, [], [])
         raise UserError(
-            f"normal_class: {location} has no labels; give tables with a column of classes or integers "
+            f"normal_class: {location} has no labels; give tables with a column of classes, integers or names "
             "(label_column=NAME), or a folder of images with a folder for each class"
         )
     number = _class_number(named if named and classes.names is not None else normal_class, classes, key)

@@ -26,7 +26,8 @@ class AnomalySettings(JobSettings):
     """Class of the normal images, by name or number: detection in DATA is then measured by its labels, and only this
     class of `normal` is used if it has labels."""
     label_column: str = "auto"
-    """Column of the classes; auto takes a table's column `label`, or the names of the folders of image files."""
+    """Column of the classes; auto takes a table's column `label` or `cls`, or the names of the folders of image
+    files."""
     defects: bool = False
     """Take DATA as normal and measure the detection of copies with pasted defects."""
     lpips: Literal["vgg", "alex"] | None = "alex"

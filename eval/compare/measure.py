@@ -341,7 +341,7 @@ def _notes_of(job: str, models: Sequence[Model]) -> list[str]:
         parts = {figure.part for figure in figures}
         missing = in_order(figure.metric for figure in everywhere if figure.part in parts and figure not in figures)
         if missing:
-            notes.append(f"{label} lacks {', '.join(label_of(metric).name for metric in missing)}.")
+            notes.append(f"{label} lacks {', '.join(label_of(metric, job).name for metric in missing)}.")
     versions = {model.label: model.results[job].document.get("versions") or {} for model in models}
     for package in dict.fromkeys(package for known in versions.values() for package in known):
         texts = {label: str(known.get(package, "not recorded")) for label, known in versions.items()}

@@ -95,7 +95,7 @@ class DiffusionSettings(FeatureSettings):
     image_column: str = "image"
     """Column of images in tables and hub datasets."""
     label_column: str | None = "auto"
-    """Column of the classes: `auto` takes `label`, or the names of the image files' folders; null takes none."""
+    """Column of the classes: auto takes `label` or `cls`, or the names of files' folders; null takes none."""
     data_revision: str | None = None
     """Commit or tag of a hub dataset."""
     num_workers: NonNegative = 2

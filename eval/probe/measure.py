@@ -182,8 +182,8 @@ def _labelled(data: str, settings: ProbeSettings) -> tuple[Labelled, Labelled, l
     found = numbered_classes(train, test, settings.label_column)
     if found is None:
         raise UserError(
-            f"label_column: {data} has no labels, and a probe needs them: give tables with a column of classes or "
-            "integers (label_column=NAME), or a folder of images with a folder for each class"
+            f"label_column: {data} has no labels, and a probe needs them: give tables with a column of classes, "
+            "integers or names (label_column=NAME), or a folder of images with a folder for each class"
         )
     if len(found.names) < 2:
         raise UserError(f"label_column: {data} has images of {len(found.names)} class(es); a probe needs two")

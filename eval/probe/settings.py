@@ -14,7 +14,8 @@ class ProbeSettings(JobSettings):
     """How well simple classifiers read classes from latents, with few labels."""
 
     label_column: str = "auto"
-    """Column of the classes; auto takes a table's column `label`, or the names of the folders of image files."""
+    """Column of the classes; auto takes a table's column `label` or `cls`, or the names of the folders of image
+    files."""
     train_split: str = "train"
     """Split from which labels are drawn; `split` is tested on."""
     test_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.3

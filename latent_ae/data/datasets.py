@@ -33,8 +33,6 @@ UNREADABLE = {
 }
 """Extensions of pictures that are not read."""
 NO_EXTENSION = "no extension"
-OWN_FOLDERS = ({"config.yaml", "log.jsonl"}, {"result.json", "report.html"})
-"""Files in the folder of a run, and in that of an evaluation."""
 TABLE_KINDS = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset"}
 SPLIT_NAMES = {
     "train": "train",
@@ -339,7 +337,7 @@ def _walk(root: Path) -> Iterator[str]:
             subfolders.clear()
             continue
         visited.add(real)
-        if folder != str(root) and any(marks <= set(files) for marks in OWN_FOLDERS):
+        if folder != str(root) and _is_own(files):
             subfolders.clear()
             _say_once(f"{folder}: left out, because latent-ae wrote this folder")
             continue
@@ -348,6 +346,12 @@ def _walk(root: Path) -> Iterator[str]:
         subfolders[:] = sorted(name for name in subfolders if not name.startswith(".") and name != "lost+found")
         relative = os.path.relpath(folder, root)
         yield from (os.path.normpath(os.path.join(relative, name)) for name in files if not name.startswith("."))
+
+
+def _is_own(files: Sequence[str]) -> bool:
+    """Return whether a folder with these files is that of a training or of an evaluation."""
+    evaluation = "result.json" in files and any(name.endswith(".html") for name in files)
+    return {"config.yaml", "log.jsonl"} <= set(files) or evaluation
 
 
 def _raise(error: OSError) -> None:

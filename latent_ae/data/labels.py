@@ -1,6 +1,7 @@
 """Finds the class of each image of a source, and chooses few labelled images."""
 
 import os
+import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -64,9 +65,13 @@ def _folders(source: FolderSource) -> list[str]:
 
 def _of_table(source: TableSource, whole: StoredImages, column: str) -> Classes | None:
     features = source.others.features
-    name = next((name for name in AUTO if name in features), AUTO[0]) if column == "auto" else column
-    feature = features.get(name)
-    kind = feature.dtype if isinstance(feature, (datasets.Value, datasets.ClassLabel)) else ""
+    kinds = {
+        name: feature.dtype
+        for name, feature in features.items()
+        if isinstance(feature, (datasets.Value, datasets.ClassLabel)) and re.search("int|string", feature.dtype)
+    }
+    name = next((name for name in AUTO if name in kinds), AUTO[0]) if column == "auto" else column
+    feature, kind = features.get(name), kinds.get(name, "")
     if "string" in kind:
         return _of_names(source, whole, name, column == "auto")
     if "int" not in kind:
@@ -88,7 +93,7 @@ def _of_names(source: TableSource, whole: StoredImages, name: str, auto: bool) -
     others = whole.others if isinstance(whole, TableSource) else source.others
     more = others.data.column(name).to_pylist() if name in others.features else []
     names = sorted({text for text in (*own, *more) if text is not None})
-    if auto and len(names) > max(2, len(own) // 2):
+    if auto and len(names) > max(2, max(len(own), len(more)) // 2):
         return None
     numbers = {text: number for number, text in enumerate(names)} | {None: -1}
     return Classes(np.array([numbers[own[row]] for row in source.rows], dtype=np.int64), names, name)

@@ -324,8 +324,8 @@ def loaded(dataset: IterableDataset, num_workers: int, ahead: int = AHEAD) -> It
         generator=torch.Generator(),  # without it the loader draws a seed from the global generator
         prefetch_factor=ahead if num_workers else None,
     )
-    in_main_thread = threading.current_thread() is threading.main_thread()
-    handler = signal.getsignal(signal.SIGCHLD)
+    in_main_thread = threading.current_thread() is threading.main_thread() and hasattr(signal, "SIGCHLD")
+    handler = signal.getsignal(signal.SIGCHLD) if in_main_thread else None
     try:
         multiprocessing.Lock()  # fails here first, because torch's half-started workers would print a traceback
         others = set(multiprocessing.active_children())
@@ -377,6 +377,7 @@ def _end_workers() -> None:
 def _ignore_interrupts(worker: int) -> None:
     # Ctrl-C and a scheduler's signals go to every process of the job; the main process stops the workers itself
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    if hasattr(signal, "SIGUSR1"):
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     # a second SIGTERM ends the worker: that is how a hanging worker is removed
     signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(signal.SIGTERM, signal.SIG_DFL))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from diffusers import ModelMixin
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from torch import Tensor
@@ -60,6 +61,23 @@ def loading_lines(folder: str | Path, kind: str = "AutoencoderKL") -> str:
 def _public(location: str) -> str:
     """Return a hub id as it is, and of a path on this machine the name alone."""
     return short_name(location) if looks_like_path(location) or Path(location).exists() else location
+
+
+def _public_settings(text: str) -> str:
+    """Return settings in YAML in which paths of this machine are names."""
+
+    def public(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: public(inner) for key, inner in value.items()}
+        if isinstance(value, list):
+            return [public(inner) for inner in value]
+        return _public(value) if isinstance(value, str) and "/" in value else value
+
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError:  # no settings of ours
+        return text
+    return yaml.safe_dump(public(values), sort_keys=False, allow_unicode=True)
 
 
 def model_card(
@@ -172,9 +190,10 @@ H and W are {sides}. {_scaling_text(autoencoder, statistics)}
         *(COMPANIONS[name](network, location, family.latent == "codebook") for name, network in companions.items()),
     ]
     if facts.settings_yaml:
-        longest = max(map(len, re.findall("`+", facts.settings_yaml)), default=0)
+        text = _public_settings(facts.settings_yaml)
+        longest = max(map(len, re.findall("`+", text)), default=0)
         fence = "`" * max(3, longest + 1)
-        parts.append(f"## Settings\n\n{fence}yaml\n{printable(facts.settings_yaml.rstrip(), lines=True)}\n{fence}")
+        parts.append(f"## Settings\n\n{fence}yaml\n{printable(text.rstrip(), lines=True)}\n{fence}")
     return "\n\n".join(part for part in parts if part) + "\n"
 
 

@@ -408,8 +408,8 @@ def refuse_foreign(folder: Path) -> None:
     """Raise UserError if `folder` holds something that an export may not replace."""
     if folder.is_file():
         raise UserError(f"{folder} exists and is not an export; give a new or empty folder")
-    if folder.is_dir() and (folder.is_mount() or folder.resolve() == Path.cwd()):
-        what = "a mount point" if folder.is_mount() else "the folder in which this command runs"
+    if folder.is_dir() and (os.path.ismount(folder) or folder.resolve() == Path.cwd()):
+        what = "a mount point" if os.path.ismount(folder) else "the folder in which this command runs"
         raise UserError(f"{folder} is {what}, which an export cannot take the place of; give a folder in it")
     entries = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
     if entries and "config.json" not in entries:

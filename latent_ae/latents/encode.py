@@ -78,7 +78,7 @@ def encode_images(
     if stage.module is None:
         raise UserError("a function has no latents; give a first stage of diffusers")
     source, classes = _opened(str(data), settings)
-    if state.is_main_process:
+    if progress and state.is_main_process and settings.label_column is not None:
         print(_of_labels(source, classes), file=sys.stderr)
     images = HeldOutImages(
         source, settings.data(str(data)), stage.channels or 3, Framing(**settings.framing()), _factor(stage, settings)

@@ -36,7 +36,7 @@ class EncodeSettings(StageSettings):
     eval_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.05
     """Fraction of the data that training holds out if there is no validation or test split."""
     label_column: str | None = "auto"
-    """Column of the classes: `auto` takes `label`, or the names of the image files' folders; null stores no classes."""
+    """Column of the classes: auto takes `label` or `cls`, or the names of files' folders; null stores no classes."""
     shard_size: Positive = 512
     """Images per file; a process encodes one file at a time, and a kill loses at most one per process."""
     batch_size: Positive = 16

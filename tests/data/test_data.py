@@ -481,7 +481,7 @@ def test_pictures_that_runs_and_evaluations_wrote_are_no_images(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_folder(tmp_path, 3)
-    for folder, files in (("runs/x", ("config.yaml", "log.jsonl")), ("recon-x", ("result.json", "report.html"))):
+    for folder, files in (("runs/x", ("config.yaml", "log.jsonl")), ("recon-x", ("result.json", "diffusion.html"))):
         write_folder(tmp_path / folder / "previews", 2)
         write_folder(tmp_path / folder, 1)
         for name in files:

@@ -124,6 +124,11 @@ def test_a_shard_of_another_evaluation_or_a_changed_one_is_never_taken(tmp_path,
     assert again.begin() == 1 and again.done() == {5}
     again.remove()
     assert [found.name for found in (tmp_path / "work").iterdir()] == ["thesis.tex"]
+    unknown = WorkFolder(tmp_path / "work", None)
+    unknown.begin()
+    unknown.write(0, shard)
+    again.begin()  # nothing can resume that one
+    assert [found.name for found in (tmp_path / "work").iterdir()] == ["thesis.tex"]
     assert WorkFolder(tmp_path, None).token != WorkFolder(tmp_path, None).token
 
 

@@ -186,6 +186,9 @@ def test_a_result_of_another_model_or_of_other_data_is_not_replaced(tmp_path, mo
     store("recon-vae-2", "b/vae", "photos")
     assert default_folder("recon", "b/vae", "photos") == Path("recon-vae-2")
     assert default_folder("recon", "c/vae", "photos") == Path("recon-vae-3")
+    (tmp_path / "a/vae").mkdir(parents=True)
+    for same in ("./a/vae", "a/vae/", str(tmp_path / "a/vae")):
+        assert default_folder("recon", same, "photos") == Path("recon-vae")
     store("text-vae", "a/vae", None)
     assert default_folder("text", "a/vae", "") == Path("text-vae")
 

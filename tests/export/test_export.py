@@ -14,13 +14,14 @@ from diffusers import AutoencoderKL
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 
-from latent_ae.config import UserError
+from latent_ae.config import UserError, to_yaml
 from latent_ae.export import write as export
 from latent_ae.export.model_card import CardFacts, loading_lines, model_card
 from latent_ae.export.write import export_autoencoder, push_to_hub, verify_export
 from latent_ae.latents.statistics import LatentStatistics
 from latent_ae.models.discriminator import read_network
 from latent_ae.models.patch_discriminator import PatchDiscriminator
+from latent_ae_train.settings import TrainSettings
 
 
 def tiny_autoencoder(seed: int = 0) -> AutoencoderKL:
@@ -62,19 +63,23 @@ def test_a_folder_that_cannot_be_replaced_is_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path / "here")
     with pytest.raises(UserError, match="is the folder in which this command runs"):
         write(tiny_autoencoder(), Path("."))
+    monkeypatch.setattr("os.path.ismount", lambda path: Path(path).name == "volume")
+    (tmp_path / "volume").mkdir()
     with pytest.raises(UserError, match="is a mount point"):
-        write(tiny_autoencoder(), Path("/proc"))
+        write(tiny_autoencoder(), tmp_path / "volume")
 
 
 def test_a_card_is_fit_for_the_hub(tmp_path):
     """It names the repository, and of this machine's paths the last part alone: the hub refuses others as a model."""
     (tmp_path / "base/export").mkdir(parents=True)
-    local = replace(FACTS, base_model=str(tmp_path / "base/export"), data_name="/home/ada/pictures", hub_id="ada/vae")
+    settings = to_yaml(TrainSettings.load("quickstart", "output_dir=/home/ada/runs/x"))
+    named = {"data_name": "/home/ada/pictures", "settings_yaml": settings, "hub_id": "ada/vae"}
+    local = replace(FACTS, base_model=str(tmp_path / "base/export"), **named)
     write(tiny_autoencoder(), tmp_path / "export", card=local)
     text = (tmp_path / "export/README.md").read_text()
     assert "AutoencoderKL.from_pretrained('ada/vae'" in text and "'export'" not in text
     assert "Trained on pictures for 1,200 steps from base." in text
-    assert str(tmp_path) not in text and "/home/ada" not in text
+    assert str(tmp_path) not in text and "/home/ada" not in text and "output_dir: x\n" in text
     assert ModelCard(text).data.base_model is None
     write(tiny_autoencoder(), tmp_path / "export", card=replace(FACTS, base_model="stabilityai/sd-vae-ft-mse"))
     card = ModelCard((tmp_path / "export/README.md").read_text())

@@ -117,8 +117,9 @@ def test_a_signal_saves_after_a_step_that_changed_nothing(
 
     monkeypatch.setattr(TrainStep, "__call__", stopped_in_the_third)
     run = tmp_path / "run"
-    assert main(words(pictures, run, "gan.weight=0", "checkpoint.every=100")) == 75
+    assert main(words(pictures, run, "gan.weight=0", "checkpoint.every=100", "log.every=100")) == 75
     assert [checkpoint.step for checkpoint in complete_checkpoints(run)] == [3]
+    assert '{"event": "skipped", "step": 3' in (run / "log.jsonl").read_text()
 
 
 def test_too_little_room_is_said_before_the_first_step(
