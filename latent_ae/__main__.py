@@ -42,7 +42,7 @@ def usage() -> str:
             *lines,
             "",
             "latent-ae COMMAND --help says more. Example: latent-ae train quickstart",
-            "On many GPUs: accelerate launch -m latent_ae COMMAND ...",
+            "On many GPUs: accelerate launch --multi_gpu --num_processes 8 -m latent_ae COMMAND ...",
         ]
     )
 

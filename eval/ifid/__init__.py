@@ -20,5 +20,5 @@ The same command again resumes an evaluation that was killed.""",
     examples="""\
 example: latent-ae eval ifid runs/quickstart/export photos
 as published: latent-ae eval ifid MODEL imagenet/val neighbours_from=imagenet/train resize_px=256 crop_px=256
-on many GPUs: accelerate launch -m latent_ae eval ifid MODEL DATA""",
+on many GPUs: accelerate launch --multi_gpu --num_processes 8 -m latent_ae eval ifid MODEL DATA""",
 )

@@ -46,5 +46,5 @@ into a folder.""",
     examples="""\
 example: latent-ae eval latents runs/quickstart/export photos
 quicker: latent-ae eval latents MODEL /my/photos limit=1000 num_decoded=16
-on many GPUs: accelerate launch -m latent_ae eval latents MODEL DATA""",
+on many GPUs: accelerate launch --multi_gpu --num_processes 8 -m latent_ae eval latents MODEL DATA""",
 )

@@ -37,5 +37,5 @@ and pairs.png are written into a folder. The same command again resumes an evalu
     examples="""\
 example: latent-ae eval recon runs/quickstart/export photos
 as VA-VAE measures: latent-ae eval recon MODEL /data/imagenet/val protocol=vavae
-on many GPUs: accelerate launch -m latent_ae eval recon MODEL DATA""",
+on many GPUs: accelerate launch --multi_gpu --num_processes 8 -m latent_ae eval recon MODEL DATA""",
 )

@@ -43,5 +43,5 @@ and report.html are written into a folder. The same command again resumes an eva
 example: latent-ae eval text runs/quickstart/export
 one script, small letters: latent-ae eval text MODEL scripts=[latin] sizes_px=[8,10,12] repeats=20
 crops of documents: latent-ae eval text MODEL crops/ languages=[eng,chi_sim]
-on many GPUs: accelerate launch -m latent_ae eval text MODEL""",
+on many GPUs: accelerate launch --multi_gpu --num_processes 8 -m latent_ae eval text MODEL""",
 )

@@ -20,7 +20,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "as Parquet files, which datasets and latent_ae.latents.cache read. The same command again resumes after a\n"
         "kill. The manifest goes to stdout as JSON.",
         examples="example: latent-ae encode runs/mine /my/photos latents/mine resolution=256\n"
-        "on many GPUs: accelerate launch -m latent_ae encode MODEL DATA OUT dtype=bf16 batch_size=64",
+        "on many GPUs: accelerate launch --multi_gpu --num_processes 8 -m latent_ae encode MODEL DATA OUT dtype=bf16",
     )
     parser.add_argument("model", help="folder or hub id of a first stage of diffusers, or a run or checkpoint")
     parser.add_argument("data", help="photos, a folder of images, Parquet or WebDataset files, or a hub id")
