@@ -100,7 +100,8 @@ def phases_of(settings: "TrainSettings") -> list[Phase]:
         replaced = replaced or bool(phases and own.decoder.wanted)
         model = {"model": type(own.model)()} if replaced else {}
         if phases and phases[0].settings.layerwise and own.optim.layerwise is None and own.optim.kind == "adamw":
-            implied["optim"] = {"layerwise": not replaced}
+            # they look at what the encoder makes of images, and are for the class of the first phase
+            implied["optim"] = {"layerwise": not replaced and own.decoder.latents is None}
         optim = own.optim.model_copy(update=implied.get("optim", {}))
         start = {"gan": gan, "optim": optim, "init_from": implied.get("init_from", own.init_from), **model}
         started = own.model_copy(update=start)

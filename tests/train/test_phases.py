@@ -361,9 +361,15 @@ def test_a_later_phase_gives_the_first_stage_before_it_a_new_decoder(
         ("optim.kind=muon", [False, False, False]),
         ("phases.2.decoder.block_out_channels=[32,64,64]", [True, False, False]),
         ("phases.3.optim.layerwise=false", [True, True, False]),
+        ("phases.3.decoder.latents=stored", [True, True, False]),
     ],
 )
-def test_later_phases_keep_the_steps_by_layer_of_a_linear_start(words: str, expected: list[bool]) -> None:
+def test_later_phases_keep_the_steps_by_layer_of_a_linear_start(
+    words: str, expected: list[bool], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("stored").mkdir()
+    Path("stored/manifest.json").touch()
     recipe = "phases=[{steps: 2}, {steps: 2, optim: {lr: 1e-4}}, {steps: 2, train: decoder}]"
     settings = TrainSettings.load("quickstart", recipe, *words.split())
     assert [phase.settings.layerwise for phase in phases_of(settings)] == expected
