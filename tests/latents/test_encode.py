@@ -453,7 +453,7 @@ def test_where_labels_are_found_by_themselves(model, photos, tmp_path, capsys):
         folder = tmp_path / str(number)
         folder.mkdir()
         table = table_of(folder, photos, **{column: (feature, values)})
-        encode_images(model, table, folder / "out", settings)
+        encode_images(model, table, folder / "out", settings, progress=True)
         labels = open_latents(folder / "out").labels
         assert (labels.tolist() if labels is not None else None) == expected
         said = capsys.readouterr().err
