@@ -92,7 +92,7 @@ pre { background: var(--tint); border: 1px solid var(--line); border-radius: 6px
 @media (max-width: 40rem) {
   body { margin-top: 1.2rem; padding: 0 .9rem } h1 { font-size: 1.35rem } th, td { padding: .3rem .35rem }
   table { font-size: .82rem } .scroll td:first-child { min-width: 5rem } td small { display: block; margin: 0 }
-  .beside figcaption { font-size: .75rem }
+  .beside figcaption { font-size: .75rem } .pairs th { font-size: .68rem }
   .pairs tr, .pairs th, .pairs td { display: block; width: auto; border: 0; padding: 0 }
   .pairs tr { border-bottom: 1px solid var(--line); padding: .3rem 0 }
 }

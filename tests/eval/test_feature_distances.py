@@ -33,8 +33,9 @@ def frechet(a: np.ndarray, b: np.ndarray) -> float:
 
 def discrepancy(a: np.ndarray, b: np.ndarray, kernel, biased: bool) -> float:
     n, own = len(a), [kernel(x, x) for x in (a, b)]
-    inside = [k.mean() if biased else (k.sum() - np.trace(k)) / (n * (n - 1)) for k in own]
-    return sum(inside) - 2 * kernel(a, b).mean()
+    across = kernel(a, b)  # of an image and its own reconstruction, on the diagonal
+    first, second, crossed = (k.mean() if biased else (k.sum() - np.trace(k)) / (n * (n - 1)) for k in (*own, across))
+    return first + second - 2 * crossed
 
 
 def polynomial(u, v):

@@ -43,5 +43,5 @@ def test_distances_are_those_of_torchmetrics(tmp_path, reference):
 
 def test_the_weights_of_the_channels_are_needed(monkeypatch):
     monkeypatch.setattr(dists, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"dists: needs torchmetrics 1.8 .*pip install 'latent-ae\[dists\]'"):
+    with pytest.raises(UserError, match=r"dists: needs torchmetrics 1.8 .*pip install '.\[dists\]' in"):
         dists._channel_weights()
