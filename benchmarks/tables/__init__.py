@@ -25,6 +25,12 @@ def half_width(values: Sequence[float]) -> float:
     return float(stdtrit(len(values) - 1, 0.975)) * stdev(values) / len(values) ** 0.5
 
 
+def with_interval(value: float, interval: Sequence[float] | None, digits: int) -> str:
+    """A figure as text, with the ends of its interval if there is one."""
+    ends = f" ({interval[0]:.{digits}f} to {interval[1]:.{digits}f})" if interval else ""
+    return f"{value:.{digits}f}{ends}"
+
+
 def render(page: Path) -> str:
     """The page with each `<!-- table: NAME -->` ... `<!-- end -->` filled from results/NAME.json."""
     makers = import_module(f"{__name__}.{page.stem.replace('-', '_')}").MAKERS

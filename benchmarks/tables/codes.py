@@ -3,6 +3,7 @@
 from typing import Any
 
 from benchmarks.machine import where
+from benchmarks.tables import with_interval
 
 
 def discrete_table(result: dict[str, Any]) -> str:
@@ -26,7 +27,7 @@ def discrete_table(result: dict[str, Any]) -> str:
 
 def vqvae2_table(result: dict[str, Any]) -> str:
     def of(values: list[float], digits: int) -> str:
-        return f"{values[0]:.{digits}f} ({values[1]:.{digits}f} to {values[2]:.{digits}f})"
+        return with_interval(values[0], values[1:], digits)
 
     rows = result["contestants"]
     lines = [

@@ -3,6 +3,7 @@
 from typing import Any
 
 from benchmarks.machine import where
+from benchmarks.tables import with_interval
 
 
 def family_table(result: dict[str, Any]) -> str:
@@ -63,11 +64,7 @@ def flow_decoder_table(result: dict[str, Any]) -> str:
     ]
     for name, row in result["rows"].items():
         for steps, figures in row["figures"].items():
-            cells = []
-            for key, (_, digits) in columns.items():
-                value, interval = figures[key]
-                spread = f" ({interval[0]:.{digits}f} to {interval[1]:.{digits}f})" if interval else ""
-                cells.append(f"{value:.{digits}f}{spread}")
+            cells = [with_interval(figures[key][0], figures[key][1], digits) for key, (_, digits) in columns.items()]
             lines.append(
                 f"| {name} | {row['decoder_parameters']:,} | {row['processor_seconds']:,.0f} | {steps or '–'} "
                 f"| {' | '.join(cells)} |"

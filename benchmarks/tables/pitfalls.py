@@ -3,6 +3,7 @@
 from typing import Any
 
 from benchmarks.machine import where
+from benchmarks.tables import with_interval
 
 
 def vaes_table(result: dict[str, Any]) -> str:
@@ -47,11 +48,8 @@ def blur_table(result: dict[str, Any]) -> str:
         f"|---|{'---:|' * len(columns)}",
     ]
     for name, row in result["rows"].items():
-        cells = []
-        for key in columns:
-            interval = row.get("intervals", {}).get(key)
-            spread = f" ({interval[0]:.{digits[key]}f} to {interval[1]:.{digits[key]}f})" if interval else ""
-            cells.append(f"{row[key]:.{digits[key]}f}{spread}")
+        intervals = row.get("intervals", {})
+        cells = [with_interval(row[key], intervals.get(key), digits[key]) for key in columns]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -89,14 +89,14 @@ def _of_table(source: TableSource, whole: StoredImages, column: str) -> Classes 
 
 def _of_names(source: TableSource, whole: StoredImages, name: str, auto: bool) -> Classes | None:
     """Return classes that a column tells by name; with `auto` None for texts that hardly repeat, such as captions."""
-    own = source.others.data.column(name).to_pylist()
-    others = whole.others if isinstance(whole, TableSource) else source.others
-    more = others.data.column(name).to_pylist() if name in others.features else []
-    names = sorted({text for text in (*own, *more) if text is not None})
+    own = source.others.data.column(name)
+    more = whole.others if isinstance(whole, TableSource) and name in whole.others.features else source.others
+    names = sorted({*own.unique().to_pylist(), *more.data.column(name).unique().to_pylist()} - {None})
     if auto and len(names) > max(2, max(len(own), len(more)) // 2):
         return None
     numbers = {text: number for number, text in enumerate(names)} | {None: -1}
-    return Classes(np.array([numbers[own[row]] for row in source.rows], dtype=np.int64), names, name)
+    every = np.array([numbers[text] for text in own.to_pylist()], dtype=np.int64)
+    return Classes(every[source.rows], names, name)
 
 
 class Numbered(NamedTuple):
