@@ -7,6 +7,7 @@
         encoder/                   the first stage that encodes, as a diffusers folder (only with decoder.kind)
         discriminator.safetensors  an objective's adversary, under its name (only with such an objective)
         heads.safetensors          networks on the latent, such as alignment's projection (only with such an objective)
+        layerwise.safetensors      what learning rates by layer were made from (only with optim.layerwise)
         optimizer.pt               the optimizers' state
         objectives.safetensors     the state of objectives: adaptive and controlled weights, averages
         state.json                 step, samples seen, number of processes, versions, the run's settings, and a
@@ -206,6 +207,8 @@ def _restore(checkpoint: Checkpoint, train_step: TrainStep) -> None:
     for name, module in modules.items():
         path = folder / f"{name}.safetensors"
         _load(module, load_file(path), path)
+    if train_step.optimizers.layerwise is not None:  # which another processor may have measured otherwise
+        train_step.optimizers.autoencoder = train_step.optimizers.new_adamw()
     optimizers = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
     for name, optimizer in train_step.optimizers.by_name.items():
         keys = optimizer.defaults.keys() & {"betas", "eps", "weight_decay"}
@@ -288,6 +291,8 @@ def modules_of(train_step: TrainStep) -> dict[str, nn.Module]:
     }
     ema = {"ema": train_step.ema.module} if train_step.ema is not None else {}
     own = {"heads": reconstructor.heads, "objectives": train_step.state}
+    if (layerwise := train_step.optimizers.layerwise) is not None:
+        own["layerwise"] = layerwise
     return {"autoencoder": reconstructor.autoencoder, **ema, **adversaries} | {
         name: module for name, module in own.items() if module.state_dict()
     }

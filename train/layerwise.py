@@ -31,8 +31,11 @@ USUAL_SIZE = 200.0
 """A for which the learning rate is used as written: about that of a convolution of 64 channels behind SiLU."""
 
 
-class Layerwise:
+class Layerwise(nn.Module):
     """What AdamW needs to know of the layers of a new autoencoder.
+
+    What was measured is kept in buffers, which belong into checkpoints: a resumed run may run on another processor, or
+    find other weights where it began.
 
     Args:
         reconstructor: The autoencoder before its first step.
@@ -40,19 +43,30 @@ class Layerwise:
     """
 
     def __init__(self, reconstructor: Reconstructor, size_px: tuple[int, int]):
+        super().__init__()
         sizes, means = _measured(reconstructor, size_px)
+        names = {layer: name.replace(".", "/") for name, layer in reconstructor.autoencoder.named_modules()}
         self.means = {layer: mean for layer, mean in means.items() if layer.weight.requires_grad and _has_bias(layer)}
         """Mean of each input channel by layer, (C,)."""
-        self.scales = {id(layer.weight): _power_of_two(USUAL_SIZE / max(size, 1.0)) for layer, size in sizes.items()}
-        """Factors of the learning rate by the weight's id, at most 1."""
+        self.sizes = {id(layer.weight): size for layer, size in sizes.items()}
+        """The A of a layer by its weight's id, scalars."""
+        for layer, mean in self.means.items():
+            self.register_buffer(f"{names[layer]}/mean", mean)
+        for layer, size in sizes.items():
+            self.register_buffer(f"{names[layer]}/size", size)
 
     def groups(self, parameters: list[nn.Parameter]) -> list[dict[str, object]]:
         """Return parameter groups of an optimizer, one for each factor of the learning rate, from the largest on."""
-        scales = [self.scales.get(id(parameter), 1.0) for parameter in parameters]
+        scales = [self.scale(parameter) for parameter in parameters]
         return [
             {"params": [p for p, own in zip(parameters, scales, strict=True) if own == scale], "lr_scale": scale}
             for scale in sorted(set(scales), reverse=True)
         ]
+
+    def scale(self, parameter: nn.Parameter) -> float:
+        """Return the factor of a parameter's learning rate, at most 1."""
+        size = self.sizes.get(id(parameter))
+        return 1.0 if size is None else _power_of_two(USUAL_SIZE / max(float(size), 1.0))
 
     @contextmanager
     def centred(self) -> Iterator[None]:
@@ -71,7 +85,7 @@ class Layerwise:
 
 def _measured(
     reconstructor: Reconstructor, size_px: tuple[int, int]
-) -> tuple[dict[nn.Module, float], dict[nn.Module, Tensor]]:
+) -> tuple[dict[nn.Module, Tensor], dict[nn.Module, Tensor]]:
     """Return for each linear layer the sum of its inputs' sizes over the receptive field, and their means."""
     sizes, means = dict[nn.Module, Tensor](), dict[nn.Module, Tensor]()
 
@@ -95,7 +109,7 @@ def _measured(
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         for value in (*sizes.values(), *means.values()):  # all processes must take the same steps, to the last bit
             torch.distributed.broadcast(value, src=0)
-    return {layer: float(size) for layer, size in sizes.items()}, means
+    return sizes, means
 
 
 def _mean_output(layer: nn.Module, mean: Tensor) -> Tensor:

@@ -37,23 +37,11 @@ class Optimizers:
         inner = inner_weights(reconstructor.autoencoder) if optim.kind == "muon" else []
         self.muon = Muon(inner, optim.lr, optim.weight_decay) if inner else None
         taken = {id(parameter) for parameter in inner}
-        rest = [p for p in reconstructor.parameters() if p.requires_grad and id(p) not in taken]
+        self.rest = [p for p in reconstructor.parameters() if p.requires_grad and id(p) not in taken]
         self.layerwise = Layerwise(reconstructor, settings.data.crop_sizes[0]) if settings.layerwise else None
-        groups: list[dict[str, Any]]
-        groups = self.layerwise.groups(rest) if self.layerwise is not None else [{"params": rest, "lr_scale": 1.0}]
-        for objective in objectives:
-            if own := list(objective.parameters()):
-                groups.append({"params": own, "lr_scale": objective.lr_scale, "weight_decay": 0.0})
         self.objective_parameters = [parameter for objective in objectives for parameter in objective.parameters()]
         self.unclipped = {id(parameter) for parameter in self.objective_parameters}
-        self.autoencoder = torch.optim.AdamW(
-            groups,
-            lr=optim.lr,
-            betas=optim.betas,
-            eps=optim.eps,
-            weight_decay=optim.weight_decay,
-            fused=True,
-        )
+        self.autoencoder = self.new_adamw()
         self.adversary_lr = optim.discriminator_lr or optim.lr
         self.adversaries = {
             objective.name: torch.optim.AdamW(
@@ -67,6 +55,24 @@ class Optimizers:
             for objective in objectives
             if objective.adversary is not None
         }
+
+    def new_adamw(self) -> torch.optim.AdamW:
+        """Return the autoencoder's AdamW without moments, in groups by what `layerwise` holds."""
+        optim, groups = self.settings.optim, list[dict[str, Any]]()
+        groups += (
+            self.layerwise.groups(self.rest) if self.layerwise is not None else [{"params": self.rest, "lr_scale": 1.0}]
+        )
+        for objective in self.objectives:
+            if own := list(objective.parameters()):
+                groups.append({"params": own, "lr_scale": objective.lr_scale, "weight_decay": 0.0})
+        return torch.optim.AdamW(
+            groups,
+            lr=optim.lr,
+            betas=optim.betas,
+            eps=optim.eps,
+            weight_decay=optim.weight_decay,
+            fused=True,
+        )
 
     @property
     def by_name(self) -> dict[str, torch.optim.Optimizer]:

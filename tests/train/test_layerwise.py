@@ -41,10 +41,7 @@ def test_a_step_is_that_of_centred_layers() -> None:
     for name in centred:  # the bias of the centred layer, which has W a besides
         own[f"{name}.bias"] = own[f"{name}.bias"] + offset(name, own)
     own = {name: value.requires_grad_() for name, value in own.items()}
-    groups = [
-        {"params": [p], "lr": 1e-3 * layerwise.scales.get(id(dict(model.named_parameters())[n]), 1.0)}
-        for n, p in own.items()
-    ]
+    groups = [{"params": [p], "lr": 1e-3 * layerwise.scale(dict(model.named_parameters())[n])} for n, p in own.items()]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-5, weight_decay=0.0)
     for number in range(2):
         images, noise = global_batch(number, step.settings)
@@ -76,14 +73,20 @@ def test_the_width_does_not_change_how_far_a_first_step_goes(layerwise: bool, lo
 
 
 def test_a_resumed_run_goes_on_bit_for_bit(tmp_path: Path) -> None:
-    settings = linear(16)
-    step = build_step(settings)
+    """With what was measured when it began, whatever another processor or another init_from would give."""
+    settings = linear(256)
+    step, again = build_step(settings), build_step(settings)
+    assert again.optimizers.layerwise is not None
+    for one in again.optimizers.layerwise.buffers():
+        one.mul_(3)
+    again.optimizers.autoencoder = again.optimizers.new_adamw()
+    groups = [[len(group["params"]) for group in one.optimizers.autoencoder.param_groups] for one in (step, again)]
+    assert groups[0] != groups[1]
     for number in range(2):
         step(number, micro_batches(number, settings))
-    again = build_step(settings)
     load_checkpoint(save_checkpoint(tmp_path, step, {**STATE, "step": 2}), again)
-    for one in (step, again):
-        one(2, micro_batches(2, settings))
+    for each in (step, again):
+        each(2, micro_batches(2, settings))
     assert not moved(weights(step.bare_reconstructor), weights(again.bare_reconstructor))
 
 
@@ -93,7 +96,7 @@ def test_all_processes_take_what_the_first_one_measured(monkeypatch: pytest.Monk
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "broadcast", lambda tensor, src: tensor.fill_(401.0))
     layerwise = Layerwise(model, (16, 16))
-    assert set(layerwise.scales.values()) == {0.5}
+    assert {layerwise.scale(one.weight) for one in layerwise.means} == {0.5}
     assert all(bool((mean == 401.0).all()) for mean in layerwise.means.values())
 
 
