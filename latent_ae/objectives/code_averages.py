@@ -35,8 +35,9 @@ class CodeAverages(Objective[CodeAveragesSettings]):
         N <- decay N + (1 - decay) n,    sum <- decay sum + (1 - decay) s,    code <- sum / N
 
     where n latents, with the sum s, chose the code in the global batch; N is replaced by its Laplace-smoothed value
-    where it multiplies or divides. Each code begins with N = 1. A code that something else changes, because it restarts
-    or is normalised, goes on from there with its N. With several levels of codes (VQVAE2) each has its own.
+    where it multiplies or divides. A code that no latent chose stays where it is, and only its N falls: smoothing would
+    draw it to 0. Each code begins with N = 1. A code that something else changes, because it restarts or is normalised,
+    goes on from there with its N. With several levels of codes (VQVAE2) each has its own.
 
     Args:
         own: The decay.
@@ -92,7 +93,8 @@ class CodeAverages(Objective[CodeAveragesSettings]):
         for codes, uses, newest in levels:
             sums = torch.lerp(codes * smoothed(uses), newest[:, :-1], share)
             uses.lerp_(newest[:, -1], share)
-            codes.copy_(torch.where(skipped, codes, sums / smoothed(uses)))
+            stays = skipped | (newest[:, -1:] == 0)
+            codes.copy_(torch.where(stays, codes, sums / smoothed(uses)))
 
 
 def summed(codes: Codes) -> Tensor:

@@ -125,6 +125,20 @@ def test_a_running_mean_restarts_as_a_latent_and_goes_on_from_there() -> None:
     assert (moved[restarted] < 1).all() and len(step.optimizers.autoencoder.state) == before
 
 
+def test_a_running_mean_that_no_latent_chose_stays_where_it_is() -> None:
+    """However rarely it was used, as after many restarts, when smoothing weighs as much as its uses."""
+    settings = settings_of({"ema_decay": 0.9}, optim={"lr": 1e-30})
+    settings = settings.model_copy(update={"loss": settings.loss.model_copy(update={"revive_after": 0})})
+    step = build_step(settings)
+    step.state["code_averages"].uses[8:] = SMALLEST / 10
+    before = codes_of(step)
+    for number in range(3):
+        take(step, number)
+    unused = step.state["code_averages"].uses <= SMALLEST / 10
+    assert 3 < unused.sum() < 32 and torch.equal(codes_of(step)[unused], before[unused])
+    assert not torch.equal(codes_of(step)[~unused], before[~unused])
+
+
 @pytest.mark.parametrize("codebook", [{}, UNIT, AVERAGED], ids=["plain", "unit", "averaged"])
 def test_a_code_that_restarts_does_so_in_the_averaged_weights(codebook: dict[str, Any]) -> None:
     """They are what is validated and exported, and would move to the new place for thousands of steps."""
