@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from latent_ae.models.quantize import quantised
+from latent_ae.models.quantize import exactly_nearest, quantised
 from latent_ae.models.registry import FAMILIES, family_of
 
 WITH_CODES = tuple(
@@ -22,6 +22,8 @@ def has_codes(module: nn.Module) -> bool:
 def nearest_codes(module: Any, latent: Tensor) -> tuple[Tensor, ...]:
     """Return the numbers of the nearest codes of each level, from the coarsest, (N, h_l, w_l) int64 each.
 
+    A vector that is a code gets this code; the latents of a VQModel are none, and it chooses as the model does.
+
     Args:
         module: A first stage that has codes.
         latent: (N, c, h, w) raw latents, as `latent-ae encode` stores them.
@@ -29,6 +31,8 @@ def nearest_codes(module: Any, latent: Tensor) -> tuple[Tensor, ...]:
     if family_of(module).latent == "code_levels":
         levels: tuple[Tensor, ...] = module.nearest(latent)
         return levels
+    if family_of(module).latent == "categorical":
+        return (exactly_nearest(latent.float(), module.embedding.weight.float()),)
     return (quantised(latent.float(), _table(module).weight.float())[1].indices,)
 
 

@@ -80,6 +80,17 @@ def quantised(latent: Tensor, codebook: Tensor, how: Quantiser = PLAIN) -> tuple
     return _with_gradient_of(latent, vectors), codes
 
 
+def exactly_nearest(vectors: Tensor, codebook: Tensor) -> Tensor:
+    """Return the numbers of the nearest codes, (N, h, w), for vectors, (N, c, h, w), and a codebook, (codes, c).
+
+    Distances are sums of squared differences, so that a vector that is a code gets this code, however near others are:
+    those of a matrix product, which are faster, are off by rounding. Training chooses codes by these.
+    """
+    places = vectors.movedim(1, -1)
+    distances = torch.cdist(places.flatten(0, 2), codebook, compute_mode="donot_use_mm_for_euclid_dist")
+    return distances.argmin(1).view(places.shape[:3])
+
+
 def rotated(latent: Tensor, vectors: Tensor) -> Tensor:
     """Rotate and scale each vector of a latent into its code, by a matrix that counts as constant.
 

@@ -11,7 +11,7 @@ from diffusers.models.autoencoders.vae import Decoder, DecoderOutput, Encoder
 from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 
-from latent_ae.models.quantize import PLAIN, Codes, Quantiser, quantised
+from latent_ae.models.quantize import PLAIN, Codes, Quantiser, exactly_nearest, quantised
 
 
 @dataclass
@@ -152,17 +152,6 @@ def packed(levels: Sequence[Tensor]) -> Tensor:
 def joined(levels: Sequence[Tensor]) -> Tensor:
     """Return the vectors of levels, each (N, c, h, w) of its own size, as channels on the grid of the last one."""
     return torch.cat([F.interpolate(part, size=levels[-1].shape[-2:]) for part in levels], 1)
-
-
-def exactly_nearest(vectors: Tensor, codebook: Tensor) -> Tensor:
-    """Return the numbers of the nearest codes, (N, h, w), for vectors, (N, c, h, w), and a codebook, (codes, c).
-
-    Distances are sums of squared differences, so that a vector that is a code gets this code, however near others are:
-    those of a matrix product, which are faster, are off by rounding. Training chooses codes by these.
-    """
-    places = vectors.movedim(1, -1)
-    distances = torch.cdist(places.flatten(0, 2), codebook, compute_mode="donot_use_mm_for_euclid_dist")
-    return distances.argmin(1).view(places.shape[:3])
 
 
 class LevelsEncoder(nn.Module):
