@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +40,8 @@ class KLSettings(Settings):
     """Weight of the KL divergence, which is summed per sample and divided by the number of image elements."""
     kl_warmup: NonNegative = 0
     """Steps over which that weight rises from 0."""
+    kl_warmup_shape: Literal["linear", "cosine"] = "linear"
+    """Whether it rises in a straight line or along half a cosine."""
     kl_balance: Annotated[bool, SWITCH] = False
     """While kl_warmup lasts, weight the KL of each level of latents by what it was in the step before, relative to the
     level's size, so that no level of a HierarchicalVAE is left unused (NVAE)."""
@@ -101,6 +103,8 @@ class KL(Objective[KLSettings]):
             yield Problem(
                 "loss.kl_capacity_steps", "there is no kl_capacity that would rise: give it or leave this out"
             )
+        if own.kl_warmup_shape != "linear" and not own.kl_warmup:
+            yield Problem("loss.kl_warmup_shape", "is the shape of kl_warmup, which is 0: give its steps")
         if own.kl_balance and not own.kl_warmup:
             yield Problem("loss.kl_balance", "lasts as long as kl_warmup, which is 0: give its steps")
         for key in ("free_bits", "kl_capacity"):
@@ -145,9 +149,10 @@ class KL(Objective[KLSettings]):
     def describe(cls, own: KLSettings, run: RunFacts) -> str:
         if run.train == "decoder":
             return ""
+        along = " along a cosine" if own.kl_warmup_shape == "cosine" else ""
         parts = {
             f"weight {own.kl:g}": not own.kl_target,
-            f"rising over {own.kl_warmup:,} steps": own.kl_warmup,
+            f"rising over {own.kl_warmup:,} steps{along}": own.kl_warmup,
             "balanced between levels meanwhile": own.kl_balance,
             f"rising {own.kl_cycles} times, every {run.steps / (own.kl_cycles or 1):,.0f} steps": own.kl_cycles,
             f"weight from {own.kl:g} on, controlled to {own.kl_target:g} nats per dimension": own.kl_target,
@@ -219,9 +224,10 @@ class KL(Objective[KLSettings]):
 
 
 def weight_at(step: int, own: KLSettings, steps: int) -> float:
-    """Return the weight of the KL term in a step: constant, after a linear warm-up, or in cycles.
+    """Return the weight of the KL term in a step: constant, after a warm-up, or in cycles.
 
-    A cycle rises linearly from 0 over its first half and then holds (Fu et al. 2019, eq. 6 and 7).
+    A warm-up rises linearly or along half a cosine (Ramesh et al. 2021, appendix A.2). A cycle rises linearly from 0
+    over its first half and then holds (Fu et al. 2019, eq. 6 and 7).
 
     Args:
         step: Number of the step, from 0.
@@ -231,7 +237,8 @@ def weight_at(step: int, own: KLSettings, steps: int) -> float:
     if own.kl_cycles:
         period = steps / own.kl_cycles
         return own.kl * min(1.0, (step % math.ceil(period)) / period / CYCLE_RISE)
-    return own.kl * min(1.0, (step + 1) / (own.kl_warmup + 1))
+    done = min(1.0, (step + 1) / (own.kl_warmup + 1))
+    return own.kl * (done if own.kl_warmup_shape == "linear" else 0.5 - 0.5 * math.cos(math.pi * done))
 
 
 def capacity_at(step: int, own: KLSettings, steps: int) -> float:

@@ -28,10 +28,14 @@ def trained(count: int, num_batches: int = 1000, **changes: Any) -> tuple[TrainS
     return step, logs
 
 
-def test_the_warm_up_is_linear() -> None:
+def test_the_warm_up_is_linear_or_half_a_cosine() -> None:
     loss = LossSettings(kl=0.3, kl_warmup=4)
     assert [weight_at(step, loss, 100) for step in range(7)] == pytest.approx([0.06, 0.12, 0.18, 0.24, 0.3, 0.3, 0.3])
     assert weight_at(0, LossSettings(kl=0.3), 100) == 0.3
+    curved = LossSettings(kl=0.3, kl_warmup=5, kl_warmup_shape="cosine")
+    # (1 - cos) / 2 of 30, 60, ... degrees
+    parts = [(2 - 3**0.5) / 4, 0.25, 0.5, 0.75, (2 + 3**0.5) / 4, 1.0, 1.0]
+    assert [weight_at(step, curved, 100) for step in range(7)] == pytest.approx([0.3 * part for part in parts])
 
 
 def test_the_cycles_are_those_of_the_paper() -> None:
@@ -185,6 +189,7 @@ def test_what_is_off_keeps_no_state() -> None:
         (["loss.kl_target=1", "loss.free_bits=1"], "loss.free_bits: 1 nats are kept free of the KL term"),
         (["train=decoder", "loss.free_bits=1"], "loss.free_bits: shapes the posterior, which train leaves"),
         (["loss.kl_cycles=99", "steps=50"], "loss.kl_cycles: 99 cycles in 50 steps"),
+        (["loss.kl_warmup_shape=cosine"], "loss.kl_warmup_shape: is the shape of kl_warmup, which is 0"),
         (["loss.kl_balance=true"], "loss.kl_balance: lasts as long as kl_warmup, which is 0"),
         (["loss.kl_balance=true", "loss.kl_warmup=5"], "loss.kl_balance: is for the levels of a HierarchicalVAE"),
         (["loss.kl_balance=true", "loss.free_bits=1"], "loss.free_bits: changes the KL that kl_balance weights"),
