@@ -68,7 +68,7 @@ def measured(run: Path, data: Path, steps: int) -> dict[str, Any]:
     """Reconstructions, use of codes, and samples of two priors."""
     export, encoded = run / "export", {part: run / "latents" / part for part in ("train", "held_out")}
     for part, folder in encoded.items():
-        words = (f"part={part}", f"resolution={SIDE}", "flips=false", "label_column=null", "batch_size=64")
+        words = f"part={part} resolution={SIDE} flips=false label_column=null batch_size=64 stored=fp32".split()
         if not (folder / "manifest.json").exists():
             latent_ae("encode", str(export), str(data), str(folder), *words, "num_workers=0")
     recon = evaluate(run / "recon", "recon", export, data / "test.parquet", *RECON)

@@ -2,9 +2,10 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from latent_ae.config import Problem
+from latent_ae.latents.settings import EncodeSettings
 from latent_ae_eval.generation.settings import DIFFUSION_PRESETS, DiffusionSettings
 
 FITTED = ("gaussian", "flow", "codes")
@@ -29,6 +30,11 @@ class SampleSettings(DiffusionSettings):
     fitted to the latents of DATA; or a folder that `prior=flow` or `prior=codes` wrote."""
     label_column: str | None = None
     """Must be null, because a prior has no classes."""
+
+    def encoding(self, part: Literal["train", "held_out"]) -> EncodeSettings:
+        settings = super().encoding(part)
+        # for some latents of a VQModel the nearest code would be another one after rounding
+        return settings.model_copy(update={"stored": "fp32"}) if self.prior == "codes" else settings
 
     def problems(self) -> Iterator[Problem]:
         yield from super().problems()

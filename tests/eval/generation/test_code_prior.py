@@ -155,7 +155,10 @@ def test_one_level_of_codes_has_a_prior_too(name, images, tmp_path, lpips_vgg):
             6
         ],
     )
-    result = sample(place, images, "codes", SampleSettings(**QUICK | {"steps": 2, "validations": 2}))
+    settings, out = SampleSettings(**QUICK | {"steps": 2, "validations": 2}), tmp_path / "out"
+    result = sample(place, images, "codes", settings, out=out)
+    latents = open_latents(out / "latents" / "train")
+    assert latents.manifest["latent"]["stored"] == "fp32"
     assert result["codes"] == {"sides": [8], "number": 16} and 0 < result["metrics"]["codes"]["bits_per_code"] < 4.1
 
 
