@@ -1,9 +1,10 @@
-"""Codes that are drawn (DiscreteVAE) beside nearest codes (VQModel), in networks of one size, on held-out photographs.
+"""Codes with a distribution (DiscreteVAE) beside nearest codes (VQModel), in networks of one size, on held-out images.
 
     python -m benchmarks.discrete --photos /data/bsds500 --scratch /tmp/scratch
 
 Each contestant has its recipe without a GAN, but the same images, order, steps and learning rate. Reconstructions and
-codes are those of the averaged weights. Killed, it goes on when started again with the same scratch folder.
+codes are those of the averaged weights; of a DiscreteVAE they are measured of its most likely codes and of codes drawn
+from its distribution, as in training. Killed, it goes on when started again with the same scratch folder.
 """
 
 import argparse
@@ -11,10 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from benchmarks.family import held_out
 from benchmarks.machine import save
 from benchmarks.runs import evaluate, folder_name, seconds_of, train
+from latent_ae.data.rng import posterior_noise
+from latent_ae.models.codes import nearest_codes
 from latent_ae.models.discrete import DiscreteVAE
 from latent_ae.models.loading import load_first_stage
 from latent_ae.models.reconstruct import Reconstructor
@@ -54,22 +58,34 @@ def main() -> None:
 
 @torch.no_grad()
 def measured(run: Path, tests: Path) -> dict[str, Any]:
-    """Reconstructions, and codes of held-out images."""
+    """Reconstructions, and codes of held-out images: the most likely ones, and drawn ones if there are any."""
     judged = [f"crop_px={PX}", f"limit={IMAGES}", "frechet=[]", "batch_size=20"]
     result = evaluate(run / "recon", "recon", run / "export", tests, *judged)
     module = load_first_stage(str(run / "export")).module
     assert module is not None
-    passes = [Reconstructor(module)(images) for images in held_out(str(tests), PX, IMAGES).split(20)]
-    counts = torch.stack([code_counts(one.codes[0].indices, len(one.codes[0].codebook)) for one in passes]).sum(0)
-    drawn = isinstance(module, DiscreteVAE)
+    images = held_out(str(tests), PX, IMAGES)
+    passes = [Reconstructor(module)(some) for some in images.split(20)]
+    row: dict[str, Any] = {"parameters": sum(parameter.numel() for parameter in module.parameters())}
+    likely = torch.cat([one.codes[0].indices for one in passes])
+    row |= of_kind(result, "mode", likely, len(passes[0].codes[0].codebook))
+    row |= {"kl_per_position": None, "drawn": None, "processor_seconds": seconds_of(run)}
+    if isinstance(module, DiscreteVAE):
+        noise = posterior_noise(SEED, range(len(images)), passes[0].latent.shape[1:])
+        pairs = zip(images.split(20), noise.split(20), strict=True)
+        latents = torch.cat([module.draw(some, own).latent for some, own in pairs])
+        row["drawn"] = of_kind(result, "sample", nearest_codes(module, latents)[0], row["codes"])
+        row["kl_per_position"] = float(torch.cat([one.rates[0] for one in passes]).mean())
+    return row
+
+
+def of_kind(result: dict[str, Any], kind: str, indices: Tensor, codes: int) -> dict[str, Any]:
+    """Metrics of one kind of reconstruction, and the use of its codes."""
+    counts = code_counts(indices, codes)
     return {
-        "parameters": sum(parameter.numel() for parameter in module.parameters()),
-        "metrics": {key: result["metrics"]["mode"][key] for key in ("psnr", "ssim", "lpips_vgg")},
-        "codes": len(counts),
+        "metrics": {key: result["metrics"][kind][key] for key in ("psnr", "ssim", "lpips_vgg")},
+        "codes": codes,
         "used": int((counts > 0).sum()),
         "perplexity": float(perplexity(counts)),
-        "kl_per_position": float(torch.cat([one.rates[0] for one in passes]).mean()) if drawn else None,
-        "processor_seconds": seconds_of(run),
     }
 
 

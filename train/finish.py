@@ -182,7 +182,9 @@ def measure_latents(
             except UserError as error:  # raised below, where the other processes wait
                 failure = str(error)
                 break
-            noise = posterior_noise(settings.seed, batch.numbers, shape).to(accelerator.device)
+            noise = None
+            if family_of(autoencoder).latent != "categorical":  # whose most likely codes are what `encode` gives
+                noise = posterior_noise(settings.seed, batch.numbers, shape).to(accelerator.device)
             drawn = draw(autoencoder, batch.images.to(accelerator.device), noise)
             # the same crops, however the batch is split
             rows = [row for row, number in enumerate(batch.numbers) if number < STATISTICS_CROPS]

@@ -15,13 +15,19 @@ def discrete_table(result: dict[str, Any]) -> str:
         "| KL (nats per position) | processor time (s) |",
         "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
+
+    def of_codes(kind: dict[str, Any]) -> list[str]:
+        found = kind["metrics"]
+        figures = [f"{found['psnr']:.2f}", f"{found['ssim']:.3f}", f"{found['lpips_vgg']:.3f}"]
+        return [*figures, f"{kind['used']:,} of {kind['codes']:,}", f"{kind['perplexity']:.0f}"]
+
     for name, row in result["contestants"].items():
-        found, rate = row["metrics"], row["kl_per_position"]
-        cells = [name, f"`{' '.join(row['settings'])}`", f"{row['parameters'] / 1e6:.2f}"]
-        cells += [f"{found['psnr']:.2f}", f"{found['ssim']:.3f}", f"{found['lpips_vgg']:.3f}"]
-        cells += [f"{row['used']:,} of {row['codes']:,}", f"{row['perplexity']:.0f}"]
+        rate = row["kl_per_position"]
+        cells = [name, f"`{' '.join(row['settings'])}`", f"{row['parameters'] / 1e6:.2f}", *of_codes(row)]
         cells += ["" if rate is None else f"{rate:.2f}", f"{row['processor_seconds']:.0f}"]
         lines.append(f"| {' | '.join(cells)} |")
+        if drawn := row.get("drawn"):  # results from before codes were drawn in evaluation have none
+            lines.append(f"| {' | '.join([f'{name}, drawn codes', '', '', *of_codes(drawn), '', ''])} |")
     return "\n".join(lines)
 
 

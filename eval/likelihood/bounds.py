@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from latent_ae.data.rng import binary_images, posterior_noise
-from latent_ae.models.likelihood import LikelihoodKind, log_likelihood
+from latent_ae.models.likelihood import STATED, LikelihoodKind, log_likelihood
 from latent_ae.models.loading import FirstStage
 from latent_ae.models.logistic_mixture import mixture_log_likelihood
 from latent_ae.models.posterior import Drawn, drawer
@@ -99,9 +99,12 @@ class Estimator:
         logvar = torch.tensor(2.0 * math.log(scale or 1.0), dtype=torch.float64, device=self.device)
         likelihoods, ratios, rates = [], [], []
         for drawn in self._draws(images, numbers, samples):
-            if self.kind == "logistic_mixture":
-                _, mixtures = self.stage.decode_distribution(drawn.latent)
-                by_pixel = mixture_log_likelihood(mixtures.double(), target)
+            if self.kind in STATED:
+                image, stated = (part.double() for part in self.stage.decode_distribution(drawn.latent))
+                if self.kind == "logistic_mixture":
+                    by_pixel = mixture_log_likelihood(stated, target)
+                else:
+                    by_pixel = log_likelihood(self.kind, image, target, 2.0 * stated)
             else:
                 decoded = self.stage.decode(drawn.latent).double()
                 by_pixel = log_likelihood(self.kind, decoded, target, logvar, discretised=self.discretised)

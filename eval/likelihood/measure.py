@@ -78,10 +78,9 @@ def measure_likelihood(
     settings = settings or LikelihoodSettings()
     device, stage, folder = opened("likelihood", model, settings, out)
     if not stage.random:
-        drawn = stage.family is not None and stage.family.latent == "categorical"
         raise UserError(
-            f"eval likelihood needs a posterior to sample, and the latents of {stage.name} are "
-            f"{'drawn in training alone' if drawn else 'not random'}; eval recon measures its reconstructions"
+            f"eval likelihood needs a posterior to sample, and the latents of {stage.name} are not random; eval recon "
+            "measures its reconstructions"
         )
     source, choice = opened_data(str(data), settings)
     assert not isinstance(source, StreamSource), "jobs do not open streams"
@@ -95,7 +94,7 @@ def measure_likelihood(
             f"scale: the model was trained with {kind}, which takes no scale; leave it out or set likelihood"
         )
     if kind != "gaussian" and not settings.discretised:
-        raise UserError(f"discretised: the model was trained with {kind}, which has no density; leave it out")
+        raise UserError(f"discretised: the model was trained with {kind}, and only gaussian has both; leave it out")
     estimator = Estimator(stage, kind, seed=settings.seed, discretised=settings.discretised, device=device)
     work = _Work(stage, source, settings, str(data), device, progress)
     measured, scale, scale_from = np.arange(len(source)), None, None
@@ -253,6 +252,8 @@ class _Work:
             levels = (images + 1.0) * 127.5
             off_level = ((levels - levels.round()).abs() > 1e-3).flatten(1).any(1)
             dimensions = math.prod(side // self.stage.factor for side in images.shape[2:])
+            if self.stage.family is None or self.stage.family.latent != "categorical":  # one code at each position
+                dimensions *= self.stage.latent_channels or 0
             for i, item in enumerate(items):
                 rows.append(
                     {
@@ -260,7 +261,7 @@ class _Work:
                         "name": printable(item.name),
                         "digest": item.digest,
                         "elements": images[i].numel(),
-                        "latent_dimensions": dimensions * (self.stage.latent_channels or 0),
+                        "latent_dimensions": dimensions,
                         "distortion": float(bounds.distortion[i]),
                         "rate": float(bounds.rates[i].sum()),
                         "rate_levels": bounds.rates[i].tolist(),

@@ -13,7 +13,8 @@ class LikelihoodSettings(JobSettings):
     """Bounds on the likelihood that a variational autoencoder gives to images."""
 
     likelihood: Literal["auto", "bernoulli", "gaussian", "logistic"] = "auto"
-    """Likelihood of the pixels given the latent; auto takes that of the training, or gaussian if the model has none."""
+    """Likelihood of the pixels given the latent; auto takes that of the training, or if none is known, that whose
+    parameters the decoder gives, or else gaussian."""
     scale: Literal["auto", "fit"] | Annotated[float, Field(gt=0)] = "auto"
     """Standard deviation (gaussian) or scale (logistic), in [-1, 1] units; fit takes the most likely one for a fifth of
     the images, which then do not count; auto takes that of the training, or fit if the model has none."""

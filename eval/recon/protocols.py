@@ -42,7 +42,7 @@ class Protocol(Settings):
     """Windows of SSIM: Gaussian of 11 px inside the image; the same also over mirrored borders, as torchmetrics takes
     them; or uniform of 7 px with the sample covariance, as scikit-image does by default."""
     latents: tuple[Latent, ...] = ("mode", "sample")
-    """What is decoded: the posterior's mean, or a sample that depends on the seed and the image's number only."""
+    """What is decoded: the posterior's mode, or a sample that depends on the seed and the image's number only."""
     lpips: tuple[Net, ...] = ("vgg", "alex")
     extractor: Extractor = "torch-fidelity"
     """How Inception resizes to 299 px and normalises."""

@@ -28,7 +28,7 @@ class ReconSettings(FeatureSettings, EvalSettings):
     """How a float becomes one of 256 levels: to the nearest with halves up or to even, or with fractions cut off
     (cut32 does so in float32)."""
     latents: tuple[Latent, ...] | OfProtocol = "protocol"
-    """What is decoded: the posterior's mean (mode) or a sample of it."""
+    """What is decoded: the posterior's mode (a Gaussian's mean, the most likely codes) or a sample of it."""
     lpips: tuple[Net, ...] | OfProtocol = "protocol"
     """Networks of LPIPS."""
     extractor: Extractor | OfProtocol = "protocol"

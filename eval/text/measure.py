@@ -352,7 +352,7 @@ def _result(
         },
         "engine": reader.describe() | {"languages": list(texts.languages)},
         "method": {
-            "latent": "the posterior's mean" if stage.random else "deterministic",
+            "latent": "the posterior's mode" if stage.random else "deterministic",
             "ned": "1 - Levenshtein / longer length, of NFKC without white space; higher is better",
             "truth": "what was rendered" if texts.rendered else "the reading of the original",
         },

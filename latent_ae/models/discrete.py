@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from latent_ae.arithmetic import WeightPrecisionConv2d
 from latent_ae.models.likelihood import from_open_interval
+from latent_ae.models.posterior import Drawn
 from latent_ae.models.quantize import Codes, Relaxation
 
 
@@ -30,9 +31,10 @@ class CodesOutput(BaseOutput):
 class DiscreteVAE(ModelMixin, ConfigMixin):
     """Codes with a categorical posterior q(z | x) and a uniform prior at each position (Ramesh et al. 2021, 2.1).
 
-    The encoder gives the logits of q. Training decodes a sample of its relaxation; everything else decodes the vectors
-    of the most likely codes. The decoder gives for each value of the image a mean and a log-scale, as the logit-Laplace
-    likelihood needs them (`likelihood.log_likelihood`).
+    The encoder gives the logits of q. Training decodes a sample of its relaxation. `encode` gives the most likely
+    codes, and `draw` a sample of q, which is what the decoder learns from: they differ where q is not certain. The
+    decoder gives for each value of the image a mean and a log-scale, as the logit-Laplace likelihood needs them
+    (`likelihood.log_likelihood`).
 
     Encoder and decoder have the blocks of a VQModel, but the convolution to the logits is 1 x 1, as published. It and
     the mixture of the codes' vectors stay in float32 under autocast.
@@ -129,9 +131,7 @@ class DiscreteVAE(ModelMixin, ConfigMixin):
             KL(q(z | x) || uniform) of each position in nats, (N, 1, h, w) float32.
         """
         logits = self.logits(images)
-        logarithms = logits.log_softmax(1)
-        rate = (logarithms.exp() * (logarithms + math.log(logits.shape[1]))).sum(1, keepdim=True)
-        indices = logits.argmax(1)
+        rate, indices = kl_to_uniform(logits.log_softmax(1)), logits.argmax(1)
         if relaxation is None:
             latent = self.vectors(indices).float()
         else:
@@ -139,6 +139,31 @@ class DiscreteVAE(ModelMixin, ConfigMixin):
             with torch.autocast(images.device.type, enabled=False):  # bfloat16 would round the latent
                 latent = torch.einsum("nkhw,kc->nchw", weights, self.embedding.weight.float()).contiguous()
         return latent, Codes(indices, latent, latent, self.embedding.weight), rate
+
+    def draw(self, images: Tensor, noise: Tensor | None) -> Drawn:
+        """Sample the posterior, as `posterior.draw` does: one code at each position, without a relaxation.
+
+        Args:
+            images: (N, C, H, W) in [-1, 1].
+            noise: (N, c, h, w) standard normal, of which the first channel chooses the codes: its distribution function
+                is a uniform number, and the code is that in whose stretch of the cumulated q it lies. None takes the
+                most likely codes.
+
+        Returns:
+            The vectors of the codes, and as the only rate KL(q(z | x) || uniform) of each position, (N, 1, h, w).
+        """
+        logits = self.logits(images)
+        logarithms = logits.log_softmax(1)
+        if noise is None:
+            indices = logits.argmax(1)
+        else:
+            ends = logarithms.double().exp().cumsum(1)
+            uniform = torch.special.ndtr(noise[:, :1].double()) * ends[:, -1:]
+            indices = (ends <= uniform).sum(1).clamp(max=logits.shape[1] - 1)
+        surprise = logarithms.gather(1, indices[:, None]) + math.log(logits.shape[1])
+        log_ratio = -surprise.flatten(1).sum(1, dtype=torch.float64).float()
+        latent = self.vectors(indices).float()
+        return Drawn(latent, latent, None, (kl_to_uniform(logarithms),), log_ratio)
 
     def vectors(self, indices: Tensor) -> Tensor:
         """Return the vectors of codes, (N, c, h, w), which `decode` takes, for their numbers, (N, h, w)."""
@@ -183,3 +208,8 @@ class DiscreteVAE(ModelMixin, ConfigMixin):
     def forward(self, images: Tensor) -> DecoderOutput:
         """Return the images decoded from the most likely codes, (N, C, H, W)."""
         return self.decode(self.encode(images).latent)
+
+
+def kl_to_uniform(logarithms: Tensor) -> Tensor:
+    """Return KL(q || uniform) at each position in nats, (N, 1, h, w), for the logarithms of q, (N, K, h, w)."""
+    return (logarithms.exp() * (logarithms + math.log(logarithms.shape[1]))).sum(1, keepdim=True)

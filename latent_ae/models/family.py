@@ -108,9 +108,8 @@ class Family(NamedTuple):
 
     latent: Literal["posterior", "deterministic", "codebook", "code_levels", "categorical", "hierarchy", "flow"]
     """Kind of latent. `posterior` is one Gaussian; `hierarchy` and `flow` are random without being one Gaussian, so the
-    class samples them itself. `codebook` is the nearest code, `code_levels` are nearest codes on several grids;
-    `categorical` is a code that training draws from a distribution, and of which everything else takes the most likely
-    one."""
+    class samples them itself, and so does `categorical`, a distribution over codes. `codebook` is the nearest code,
+    `code_levels` are nearest codes on several grids."""
     factor: Callable[[Any], int]
     """Image px per latent px along one side."""
     latent_channels: Callable[[Any], int] = of_config("latent_channels")
@@ -166,13 +165,13 @@ class Family(NamedTuple):
 
     @property
     def random(self) -> bool:
-        """Whether evaluations sample latents from a posterior; only training samples `categorical` ones."""
-        return self.latent in ("posterior", "hierarchy", "flow")
+        """Whether latents are sampled from a posterior."""
+        return self.latent in ("posterior", "categorical", "hierarchy", "flow")
 
     @property
     def draws_itself(self) -> bool:
         """Whether the class has a method `draw`, because its posterior is not one Gaussian."""
-        return self.latent in ("hierarchy", "flow")
+        return self.latent in ("categorical", "hierarchy", "flow")
 
     @property
     def one_grid(self) -> bool:

@@ -21,7 +21,7 @@ class CodeRelaxationSettings(Settings):
     """How the codes of a DiscreteVAE are drawn."""
 
     temperature: Temperature = 1.0
-    """First temperature of the softmax from which training draws codes; evaluation takes the most likely ones."""
+    """First temperature of the softmax from which training draws codes; validation takes the most likely ones."""
     temperature_end: Temperature = 0.0625
     """Last temperature, which a cosine approaches."""
     temperature_steps: Positive | None = None
@@ -34,6 +34,9 @@ class CodeRelaxation(Objective[CodeRelaxationSettings]):
     The noise is a function of the run's seed and each sample's number, the temperature one of the step. With a fixed
     encoder the decoder learns from the most likely codes.
 
+    The log has the mean entropy of a position's distribution over codes, in nats: where it is not small, the most
+    likely codes, which validation decodes, are unlike those from which the decoder learns.
+
     Args:
         own: The schedule.
         run: Facts of the run.
@@ -41,7 +44,10 @@ class CodeRelaxation(Objective[CodeRelaxationSettings]):
     """
 
     name, section, docs, plan_line = "code_relaxation", "codebook", "docs/codes.md", "temperature"
-    charts = {"Temperature of the codes": ("temperature",)}
+    charts = {
+        "Temperature of the codes": ("temperature",),
+        "Entropy of the distribution over codes (nats per position)": ("code_entropy",),
+    }
 
     def __init__(self, own: CodeRelaxationSettings, run: RunFacts, num_codes: int = 0) -> None:
         super().__init__(own, run)
@@ -99,6 +105,7 @@ class CodeRelaxation(Objective[CodeRelaxationSettings]):
     def backward(self, p: Pass) -> None:
         if (relaxation := p.batch.quantiser.relaxation) is not None:
             p.logs["temperature"] = torch.full((), relaxation.temperature, device=p.image.device)
+            p.logs["code_entropy"] = math.log(self.num_codes) - p.out.rates[0].detach().mean()
 
 
 def temperature_at(step: int, own: CodeRelaxationSettings, steps: int) -> float:

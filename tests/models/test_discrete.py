@@ -1,5 +1,6 @@
 """The discrete VAE against torch's distributions, its noise, its temperature, and the gradients of a training step."""
 
+import copy
 import json
 import math
 import shutil
@@ -20,16 +21,21 @@ from torch.distributions import (
 )
 
 from latent_ae.__main__ import main
-from latent_ae.config import UserError
 from latent_ae.data.rng import gumbel_noise
+from latent_ae.models.codes import nearest_codes
 from latent_ae.models.discrete import DiscreteVAE
 from latent_ae.models.likelihood import Likelihood
-from latent_ae.models.loading import load_first_stage
+from latent_ae.models.loading import first_stage, load_first_stage
+from latent_ae.models.posterior import draw
 from latent_ae.models.quantize import Quantiser, Relaxation
 from latent_ae.models.reconstruct import Reconstructor
 from latent_ae.objectives.code_relaxation import CodeRelaxationSettings, temperature_at
 from latent_ae.objectives.codebook import perplexity
+from latent_ae_eval.likelihood.bounds import Estimator
 from latent_ae_eval.likelihood.measure import measure_likelihood
+from latent_ae_eval.likelihood.settings import LikelihoodSettings
+from latent_ae_eval.recon.measure import evaluate_reconstruction
+from latent_ae_eval.recon.settings import ReconSettings
 from tests.runs import SHAPES, differing_tensors, family_words
 from tests.tiny import build_step, micro_batches, settings_for
 from tests.tiny_models import pictures as images_of
@@ -72,6 +78,94 @@ def test_a_relaxed_draw_is_torchs_gumbel_softmax(model: DiscreteVAE) -> None:
     assert float((difference * clear).abs().max()) < 1e-4
 
 
+def certain(model: DiscreteVAE) -> DiscreteVAE:
+    """The same codes are the most likely, and no other is possible."""
+    sure = copy.deepcopy(model)
+    sure.encoder.conv_out.weight.mul_(1e6)
+    return sure
+
+
+def test_the_frequencies_of_drawn_codes_are_the_posterior(model: DiscreteVAE) -> None:
+    images, number = images_of(8)[:1], 2000
+    noise = torch.randn(number, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    drawn = draw(model, images.expand(number, -1, -1, -1), noise)
+    (codes,) = nearest_codes(model, drawn.latent)
+    assert torch.equal(model.vectors(codes), drawn.latent)
+    law = Categorical(logits=model.logits(images).movedim(1, -1))
+    for row in range(4):
+        for column in range(4):
+            expected = number * law.probs[0, row, column].double()
+            seen = torch.bincount(codes[:, row, column], minlength=CODES).double()
+            often = expected >= 5
+            pairs = [torch.cat([one[often], one[~often].sum()[None]]) for one in (seen, expected)]
+            found, wanted = (one[pairs[1] > 1e-3] for one in pairs)
+            assert stats.chisquare(found.numpy(), (wanted * number / wanted.sum()).numpy()).pvalue > 1e-4
+    by_position = (law.log_prob(codes) - math.log(1 / CODES)).sum((1, 2))
+    torch.testing.assert_close(drawn.log_ratio, -by_position, rtol=1e-4, atol=1e-4)
+    kl = kl_divergence(law, Categorical(logits=torch.zeros(CODES))).expand(number, -1, -1)
+    torch.testing.assert_close(drawn.rates[0][:, 0], kl, rtol=1e-4, atol=1e-5)
+    assert torch.equal(draw(model, images, noise[:1]).latent, drawn.latent[:1]), "of the sample alone"
+    assert model.draw(images, torch.full((1, 4, 4, 4), 9.0)).latent.isfinite().all(), "beyond the last code"
+    mode, sure = draw(model, images, None), certain(model)
+    assert torch.equal(mode.latent, model.encode(images).latent)
+    assert not torch.equal(mode.latent, drawn.latent[:1])
+    assert torch.equal(draw(sure, images, noise[:1]).latent, mode.latent)
+
+
+def test_recon_decodes_drawn_codes_too(model: DiscreteVAE, pictures: Path) -> None:
+    """They are the same ones in every evaluation, and those of `draw`; with a posterior that is certain, the mode's."""
+    settings = ReconSettings(
+        resize_px=32, crop_px=32, lpips=(), frechet=(), limit=3, num_workers=0, baseline=False, batch_size=2
+    )
+    # of copies, because an evaluation changes the layout of a model's weights
+    one, again = (evaluate_reconstruction(copy.deepcopy(model), pictures, settings) for _ in range(2))
+    assert one["images"] == again["images"] and all(row["mode_psnr"] != row["sample_psnr"] for row in one["images"])
+    assert one["metrics"].keys() == {"mode", "sample"}
+    sure = evaluate_reconstruction(certain(model), pictures, settings)
+    assert sure["metrics"]["sample"] == sure["metrics"]["mode"]
+    assert [row["mode_psnr"] for row in sure["images"]] == [row["mode_psnr"] for row in one["images"]]
+
+
+def test_bounds_of_one_code_approach_the_exact_likelihood(model: DiscreteVAE) -> None:
+    """Images of one position, whose likelihood is the mean over all codes; the ELBO, too, is a sum over them."""
+    images, model = images_of(2), copy.deepcopy(model)
+    model.encoder.conv_out.weight.mul_(0.1)  # all codes are drawn often enough
+    every = torch.arange(CODES).view(-1, 1, 1)
+    location, log_scale = model.decoder(model.vectors(every)).double().chunk(2, 1)
+    law = TransformedDistribution(
+        Laplace(location[:, None], log_scale[:, None].exp()),
+        [SigmoidTransform(), AffineTransform(-1.25, 2.5)],
+        validate_args=False,
+    )
+    likelihoods = law.log_prob(images.double()).flatten(2).sum(2).T  # (images, codes)
+    posterior = Categorical(logits=model.logits(images)[..., 0, 0].double())
+    exact = likelihoods.logsumexp(1) - math.log(CODES)
+    elbo = (posterior.probs * (likelihoods - posterior.logits - math.log(CODES))).sum(1)
+    assert (elbo < exact - 0.05).all()
+    samples = 4096
+    bounds = Estimator(
+        first_stage(model), "logit_laplace", seed=0, discretised=True, device=torch.device("cpu")
+    ).measure(images, [0, 1], samples, None)
+    error = (posterior.probs * (likelihoods - (posterior.probs * likelihoods).sum(1, keepdim=True)) ** 2).sum(1)
+    assert (abs(bounds.curve[:, 0] - elbo.numpy()) < 4 * (error / samples).sqrt().numpy() + 1e-4).all()
+    # the variance of a weight over its squared mean, divided by their number
+    spread = ((2 * (likelihoods - math.log(CODES)) - posterior.logits).logsumexp(1) - 2 * exact).exp() - 1
+    assert (spread < 100).all()
+    assert (abs(bounds.curve[:, -1] - exact.numpy()) < 4 * (spread / samples).sqrt().numpy()).all()
+
+
+def test_codes_that_are_almost_equal_are_found_again(model: DiscreteVAE) -> None:
+    """Pairs that are 2e-4 apart, between which the distances of a matrix product do not tell."""
+    network = copy.deepcopy(model)
+    generator = torch.Generator().manual_seed(0)
+    first = torch.randn(CODES // 2, 4, generator=generator)
+    apart = 2e-4 * F.normalize(torch.randn(CODES // 2, 4, generator=generator), dim=1)
+    network.embedding.weight.copy_(torch.cat([first, first + apart]))
+    indices = torch.randint(CODES, (3, *GRID), generator=generator)
+    (found,) = nearest_codes(network, network.vectors(indices))
+    assert torch.equal(found, indices)
+
+
 def test_the_noise_is_gumbels_and_each_samples_own() -> None:
     noise = gumbel_noise(7, [3, 4], (CODES, *GRID))
     assert torch.equal(noise[1:], gumbel_noise(7, [4], (CODES, *GRID))) and noise.dtype == torch.float32
@@ -93,9 +187,11 @@ def test_codes_and_images_of_a_folder(model: DiscreteVAE, tmp_path: Path) -> Non
     model.save_pretrained(tmp_path)
     stage = load_first_stage(str(tmp_path))
     assert torch.equal(stage.reconstruct(images), image) and torch.equal(stage.encode(images).mean, encoded.latent)
-    with pytest.raises(UserError, match="the latents of DiscreteVAE are drawn in training alone"):
-        measure_likelihood(str(tmp_path), "photos")
-    assert not stage.random and stage.family is not None and stage.family.codes(model.config) == CODES
+    settings = LikelihoodSettings(resize_px=32, crop_px=32, limit=2, samples=2, num_workers=0)
+    result = measure_likelihood(str(tmp_path), "photos", settings)
+    assert result["likelihood"] == {"kind": "logit_laplace", "scale": None, "scale_from": None, "discretised": False}
+    assert result["latent_dimensions"] == 16 * 16 and stage.random
+    assert stage.family is not None and stage.family.codes(model.config) == CODES
     # without noise, as validation runs, training's forward pass takes the most likely codes
     result = Reconstructor(model)(images)
     assert torch.equal(result.image, image) and len(result.codes) == 1
@@ -123,10 +219,11 @@ def test_the_temperature_falls_along_a_cosine() -> None:
 def test_a_step_minimises_the_published_loss() -> None:
     """Minus log p(x | z) and 6.6 times the KL, each summed over an image, divided by the image's elements.
 
-    Written out with torch's distributions, for the gradients of all weights. The weight has risen to a third.
+    Written out with torch's distributions, for the gradients of all weights. After a third of its warm-up along a
+    cosine, the weight has risen to a quarter.
     """
     model = {"kind": "DiscreteVAE", "config": SHAPES["DiscreteVAE"]}
-    loss = {"pixel": "logit_laplace", "kl": 6.6, "kl_warmup": 8}
+    loss = {"pixel": "logit_laplace", "kl": 6.6, "kl_warmup": 8, "kl_warmup_shape": "cosine"}
     settings = settings_for(model=model, loss=loss, batch_size=4, optim={"lr": 1e-30}, steps=4)
     step, number = build_step(settings), 2
     gradients: dict[str, Tensor] = {}
@@ -147,13 +244,15 @@ def test_a_step_minimises_the_published_loss() -> None:
     to_pixels = [SigmoidTransform(), AffineTransform(-1.25, 2.5)]
     nats = -TransformedDistribution(law, to_pixels, validate_args=False).log_prob(batch.images).sum()
     kl = kl_divergence(Categorical(logits=logits), uniform(logits)).sum()
-    ((nats + 6.6 / 3 * kl) / batch.images.numel()).backward()
+    ((nats + 6.6 / 4 * kl) / batch.images.numel()).backward()
 
     elements = batch.images.numel()
     assert float(logs["logit_laplace"]) == pytest.approx(nats.item() / elements, rel=1e-4)
     assert float(logs["kl"]) == pytest.approx(kl.item() / elements, rel=1e-4)
     assert float(logs["kl_per_dimension"]) == pytest.approx(kl.item() / (4 * 64), rel=1e-4), "of a position"
-    assert float(logs["kl_weight"]) == pytest.approx(6.6 / 3) and float(logs["temperature"]) == temperature
+    assert float(logs["kl_weight"]) == pytest.approx(6.6 / 4) and float(logs["temperature"]) == temperature
+    entropy = Categorical(logits=logits).entropy().mean()
+    assert float(logs["code_entropy"]) == pytest.approx(entropy.item(), rel=1e-4)
     bits = ((nats + kl) / elements / math.log(2)).item() + math.log2(127.5)
     assert float(logs["bits_per_dimension"]) == pytest.approx(bits, rel=1e-4)
     counts = torch.bincount(logits.argmax(-1).flatten(), minlength=32).float()
