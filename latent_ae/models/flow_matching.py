@@ -165,7 +165,8 @@ class FlowMatchingVAE(AutoencoderKL):
             z: The latents.
             return_dict: Whether to return a DecoderOutput or a tuple.
             generator: Draws noise for each image; a list has one for each of them. None takes the same noise for all,
-                that of seed 0, so that an image depends on its latent alone.
+                that of seed 0, so that an image depends on its latent alone. A distance between sets of images, such
+                as a Fréchet distance, needs a noise of its own for each.
             steps: Euler steps; None takes `sampling_steps` of the config.
         """
         factor = 2 ** (len(self.config.block_out_channels) - 1)

@@ -2,21 +2,31 @@
 
 import copy
 import shlex
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from diffusers import AutoencoderKL
 from torch import Tensor
 
 from latent_ae.config import UserError
+from latent_ae.data.held_out import HeldOutImage
+from latent_ae.data.loader import open_images
+from latent_ae.data.rng import decoder_generators
 from latent_ae.models.flow_matching import FlowMatchingVAE
 from latent_ae.models.loading import first_stage
 from latent_ae.models.new_decoder import with_new_decoder
+from latent_ae.models.reconstruct import Reconstructor
 from latent_ae.models.settings import DecoderSettings
+from latent_ae_eval.recon.measure import evaluate_reconstruction
+from latent_ae_eval.recon.shard import Measurer
 from latent_ae_train.settings import TrainSettings
+from latent_ae_train.validate import Validator
+from tests.eval.small import settings_with, write_photos
 from tests.tiny import build_step, micro_batches, settings_for, weights
-from tests.tiny_models import TWO, pictures
+from tests.tiny_models import TWO, pictures, tiny
 
 SHAPE = {"kind": "FlowMatchingVAE", "block_out_channels": (8,), "config": {"unet_norm_num_groups": 4}}
 
@@ -96,6 +106,47 @@ def test_many_steps_draw_from_the_distribution_whose_mean_the_network_knows(monk
     noise = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     images = model.carried(torch.zeros(1, 4, 32, 32), noise, 200) / scale
     torch.testing.assert_close(images, mean + spread * noise, rtol=0, atol=0.03)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["FlowMatchingVAE", "ConsistencyDecoderVAE"])
+def test_evaluations_decode_each_image_from_its_own_noise(name: str) -> None:
+    """A function of the seed and the image's number: alone or in a batch, in any order, bit for bit."""
+    model = made(moved=True) if name == "FlowMatchingVAE" else tiny(name)
+    stage, image = first_stage(model), pictures(16)[:1]
+    items = [HeldOutImage(number, f"{number}", image[0], digest=f"{number}") for number in (7, 8)]
+    measurer = Measurer(stage, settings_with(latents=("mode",), seed=3), torch.device("cpu"), {}, {})
+    (_, both), (_, again), (_, turned) = (measurer.reconstruct(one) for one in (items, items, items[::-1]))
+    assert torch.equal(both["mode"], again["mode"])
+    # equal latents: without noise of their own the images would be equal
+    assert (both["mode"][0] - both["mode"][1]).abs().max() > 1e-3
+    torch.testing.assert_close(turned["mode"].flip(0), both["mode"], rtol=0, atol=1e-5)
+    for number, item in enumerate(items):
+        alone = measurer.reconstruct([item])[1]["mode"]
+        torch.testing.assert_close(alone[0], both["mode"][number], rtol=0, atol=1e-5)
+    other = Measurer(stage, settings_with(latents=("mode",), seed=4), torch.device("cpu"), {}, {})
+    assert not torch.allclose(other.reconstruct(items)[1]["mode"], both["mode"], atol=1e-3)
+    # plain `decode` goes on giving all images the same noise
+    same = stage.decode(stage.encode(image).mean.expand(2, -1, -1, -1))
+    torch.testing.assert_close(same[0], same[1], rtol=0, atol=1e-5)
+    assert [g.initial_seed() for g in decoder_generators(3, [7, 8])] == [
+        g.initial_seed() for n in (7, 8) for g in decoder_generators(3, [n])
+    ]
+
+
+def test_validation_measures_like_the_evaluation(tmp_path: Path) -> None:
+    """With noise of its own for each image, in batches of other sizes."""
+    photos = write_photos(tmp_path / "photos", 5)
+    values = {"source": str(photos), "eval_source": str(photos), "resolution": 32, "num_workers": 0}
+    settings = TrainSettings.model_validate(
+        {"data": values, "validate": {"images": 4, "crop_px": 32}, "loss": {"perceptual": 0.0}, "gan": {"weight": 0.0}}
+    )
+    validator = Validator(settings, Accelerator(cpu=True), open_images(settings.data, "held_out"), 3, 2, None)
+    model = made(moved=True, noise_scale=0.5)
+    summary = validator.measure_model(Reconstructor(model))
+    one = settings_with(latents=("mode",), limit=4, batch_size=1)
+    result = evaluate_reconstruction(model, photos, one)["metrics"]["mode"]
+    assert summary["psnr"] == pytest.approx(result["psnr"], abs=1e-4)
 
 
 def of_run(folder: Any) -> TrainSettings:
