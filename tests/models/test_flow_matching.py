@@ -24,6 +24,7 @@ from latent_ae_eval.recon.measure import evaluate_reconstruction
 from latent_ae_eval.recon.shard import Measurer
 from latent_ae_train.settings import TrainSettings
 from latent_ae_train.validate import Validator
+from tests.distributed.split import Distance
 from tests.eval.small import settings_with, write_photos
 from tests.tiny import build_step, micro_batches, settings_for, weights
 from tests.tiny_models import TWO, pictures, tiny
@@ -75,6 +76,31 @@ def test_the_noise_is_the_same_for_each_image_unless_a_generator_draws_it() -> N
     torch.manual_seed(0)
     drawn = model.decode(latents, generator=torch.Generator().manual_seed(3)).sample
     assert not torch.allclose(drawn, whole, atol=1e-3)
+
+
+@torch.no_grad()
+def test_slices_and_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slices give the same images; tiles are those of an AutoencoderKL, each with the noise over it."""
+    model, old, latents = made(moved=True), original(), torch.randn(2, 4, 12, 16)
+    whole = model.decode(latents).sample
+    model.enable_slicing()
+    calls = []
+    carried = model.carried
+    monkeypatch.setattr(model, "carried", lambda *given: calls.append(len(given[0])) or carried(*given))
+    torch.testing.assert_close(model.decode(latents).sample, whole, rtol=0, atol=1e-5)
+    assert calls == [1, 1]
+    model, fresh = made(moved=True), made()
+    for one in (model, fresh, old):
+        one.enable_tiling()
+        one.tile_sample_min_size, one.tile_latent_min_size = 16, 8
+    torch.testing.assert_close(fresh.decode(latents).sample, old.decode(latents).sample, rtol=0, atol=1e-6)
+    assert not torch.allclose(model.decode(latents).sample, whole, atol=1e-4)
+    # a network that finds y in the noise itself
+    monkeypatch.setattr(model, "_clean", lambda state, *_: state)
+    noise = torch.randn(1, 3, 24, 32, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(
+        model.decode(latents).sample, old.decode(latents).sample + 0.15 * noise, rtol=0, atol=1e-5
+    )
 
 
 @torch.no_grad()
@@ -149,7 +175,7 @@ def test_validation_measures_like_the_evaluation(tmp_path: Path) -> None:
     assert summary["psnr"] == pytest.approx(result["psnr"], abs=1e-4)
 
 
-def of_run(folder: Any) -> TrainSettings:
+def of_run(folder: Any, **changes: Any) -> TrainSettings:
     found: TrainSettings = settings_for(
         init_from=str(folder),
         train="decoder",
@@ -157,21 +183,26 @@ def of_run(folder: Any) -> TrainSettings:
         decoder=DecoderSettings(**SHAPE).model_dump(),
         batch_size=2,
         loss={"pixel_weight": 0.0},
+        **changes,
     )
     return found
 
 
-def test_the_loss_is_the_squared_error_of_the_velocity(tmp_path: Any) -> None:
-    """Its gradient by autograd of the velocity itself, at x_t made by hand; nothing but the network moves."""
+@pytest.mark.parametrize("flow", [{}, {"time_mean": -0.7, "time_std": 0.4}, {"time_mean": 4.0}])
+def test_the_loss_is_the_squared_error_of_the_velocity(tmp_path: Any, flow: dict[str, float]) -> None:
+    """Its gradient by autograd of the velocity itself, at x_t made by hand; nothing but the network moves.
+
+    Late on the path the error is divided by 0.05 in place of 1 - t.
+    """
     original().save_pretrained(tmp_path)
-    settings = of_run(tmp_path)
+    settings = of_run(tmp_path, flow=flow)
     step = build_step(settings)
     model: Any = step.bare_reconstructor.autoencoder
     torch.nn.init.normal_(model.decoder.conv_out.weight, std=0.1)
     batch = next(micro_batches(0, settings))
     done = step.forward_backward(batch, 0)
     normal, noise = batch.draws["flow_matching"]
-    times = torch.sigmoid(normal)
+    times = torch.sigmoid(flow.get("time_mean", 0.0) + flow.get("time_std", 1.0) * normal)
     copied = copy.deepcopy(model)
     copied.zero_grad()
     with torch.no_grad():
@@ -180,9 +211,13 @@ def test_the_loss_is_the_squared_error_of_the_velocity(tmp_path: Any) -> None:
         base = model.base(latents)
     t, clean = times.view(-1, 1, 1, 1), (batch.target - base) / 0.15
     there = (1 - t) * noise + t * clean
-    velocity = (copied._clean(there, times, base, latents) - there) / (1 - t)
-    loss = (velocity - (clean - noise)).square().mean()
-    assert times.max() < 0.95  # so that 1 - t is not bounded
+    found = copied._clean(there, times, base, latents)
+    if flow.get("time_mean") == 4.0:
+        assert times.max() > 0.96  # for one image at least 1 - t is bounded
+        loss = ((found - clean) / (1 - t).clamp(min=0.05)).square().mean()
+    else:
+        assert times.max() < 0.95
+        loss = ((found - there) / (1 - t) - (clean - noise)).square().mean()
     torch.testing.assert_close(done.logs["flow_matching"], loss.detach())
     loss.backward()
     for (name, ours), theirs in zip(model.named_parameters(), copied.parameters(), strict=True):
@@ -224,6 +259,39 @@ def test_the_teachers_images_of_the_same_noise_are_the_targets(tmp_path: Any) ->
     facts = step.objectives["flow_matching"].facts()
     with pytest.raises(UserError, match="^flow.teacher_steps: the run learned from weights with sha256 other"):
         step.objectives["flow_matching"].refuse_another({**facts, "flow_teacher_sha256": "other"})
+
+
+def test_all_losses_see_the_teachers_images(tmp_path: Any) -> None:
+    """A step of distillation with pixel and perceptual losses: their values and gradient, by hand."""
+    teacher = made(moved=True, sampling_steps=3)
+    teacher.save_pretrained(tmp_path)
+    settings = settings_for(
+        init_from=str(tmp_path),
+        train="decoder",
+        model=TrainSettings().model.model_dump(),
+        batch_size=2,
+        loss={"pixel": "l2", "pixel_weight": 0.5, "perceptual": 2.0},
+        flow={"teacher_steps": 3, "weight": 0.25},
+    )
+    distance = Distance()
+    step = build_step(settings, perceptual=distance)
+    model: Any = step.bare_reconstructor.autoencoder
+    batch = next(micro_batches(0, settings))
+    logs = step.forward_backward(batch, 0).logs
+    copied = copy.deepcopy(model)
+    copied.zero_grad()
+    with torch.no_grad():
+        latents = model.encode(batch.images).latent_dist
+        latents = latents.mean + latents.std * batch.noise
+        noise = batch.draws["flow_matching"][1]
+        wanted = teacher.carried(latents, noise, 3)
+    got = copied.carried(latents, noise, 1)
+    pixels, seen = (got - wanted).square().mean(), distance(got, wanted).mean()
+    torch.testing.assert_close(logs["l2"], pixels.detach(), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(logs["lpips"], seen.detach(), rtol=1e-4, atol=1e-6)
+    (0.5 * pixels + 2.0 * seen + 0.25 * pixels / 0.15**2).backward()
+    for ours, theirs in zip(model.decoder.parameters(), copied.decoder.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize(
