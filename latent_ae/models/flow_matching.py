@@ -201,7 +201,7 @@ class FlowMatchingVAE(AutoencoderKL):
         return base + float(self.config.noise_scale) * state
 
     def _in_tiles(self, latents: Tensor, noise: Tensor, steps: int) -> Tensor:
-        """Return what `carried` does; with tiling, in tiles that are cut and blended as by `AutoencoderKL.tiled_decode`.
+        """Return what `carried` does; with tiling, in tiles, cut and blended as `AutoencoderKL.tiled_decode` has them.
 
         Each tile begins with the part of the noise over it.
         """

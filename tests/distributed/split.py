@@ -35,8 +35,8 @@ class Case(NamedTuple):
 def cases(place: Path) -> dict[str, Case]:
     """All that a step can do, in two runs of 20 steps, and a few steps of every other class and likelihood.
 
-    `place` holds the folders `vision`, `convnext`, `teacher`, `original` and `flow`. On several processes gan.norm=batch
-    and loss.total_correlation are refused.
+    `place` holds the folders `vision`, `convnext`, `teacher`, `original` and `flow`. On several processes
+    gan.norm=batch and loss.total_correlation are refused.
     """
     augmented = {"diffaug": ["color", "translation", "cutout"], "r1": 0.1, "r1_every": 3}
     found = {
