@@ -1,12 +1,25 @@
-"""A decoder trained by flow matching beside plain ones, on the same encoder and for about the same processor time.
+"""Decoders trained by flow matching beside others, on the same encoder, with what each cost.
 
     python -m benchmarks.flow_decoder --data TRAIN_FOLDER --held-out TEST_FOLDER --scratch FOLDER
 
 The first stage is the recipe `quickstart` with factor 8 and 4 latent channels, so that a decoder has much to invent.
-Its own decoder trains on, a fresh plain one of the size of all of a FlowMatchingVAE's decoders trains, and flows from
-noise train: of residuals to the plain decoder's image, which is then distilled to one step, and of pixels, of the same
-size (to 5 %). The steps of each are in CONTESTANTS, the seconds in the result. Killed, it goes on when started again
-with the same scratch folder. Each is added to benchmarks/results/flow-decoder.json when it is measured.
+The contestants differ in more than one respect, so no single pair of rows says what flow matching brings:
+
+* What they begin with. "plain, trained on", with and without a GAN, goes on with the first stage's decoder; flows of
+  residuals and the regression of residuals add a network to it and leave it as it is; "plain, of equal size" and "flow
+  of pixels" begin at random weights. `started_from_seconds` are those of the whole training of the first stage (its
+  encoder, which all use, learned in them, too) for those that use its decoder, and 0 for the others.
+* Size. The decoders of "plain, of equal size", "flow of pixels" and those of residuals have about the same number of
+  parameters in all (to 5 %), "plain, trained on" about half of it, and of those of residuals less than half trains.
+* Losses. Plain decoders have L1, LPIPS with weight 1 and, but for one, a GAN; the others have the squared error of the
+  velocity, or the distance to the teacher, LPIPS with weight 0.5 and no GAN.
+
+"regression of residuals" is the control of "flow of residuals": the same networks, losses, noise, steps and seed, but
+it always looks at the beginning of the path, where there is noise alone and the weight 1 / (1 - t)^2 of the squared
+error is 1, so that it learns the mean of what is open. It decodes in one step. `processor_seconds` are those of a
+contestant's own training, with those of the flow for the one that is distilled from it. The steps of each are in
+CONTESTANTS. Killed, it goes on when started again with the same scratch folder. Each is added to
+benchmarks/results/flow-decoder.json when it is measured.
 """
 
 import argparse
@@ -14,7 +27,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -29,26 +42,36 @@ GAN = "gan.weight=1 gan.start={} gan.discriminator_warmup=15 gan.warmup=15 gan.c
 FLOW = "phases=[] decoder.config.noise_scale=0.15"
 
 
-class Contestant:
-    """A recipe with changes, how many steps its decoder takes from noise, and what it begins with."""
+class Contestant(NamedTuple):
+    """How a decoder is trained."""
 
-    def __init__(self, recipe: str, settings: str, sampled: tuple[int, ...] = (), begins_with: str = ""):
-        self.recipe, self.settings, self.sampled, self.begins_with = recipe, settings, sampled, begins_with
+    recipe: str
+    settings: str
+    """Changes to the recipe."""
+    sampled: tuple[int, ...] = ()
+    """Steps that it takes from noise, each measured."""
+    begins_with: str = ""
+    """The contestant that it begins with; empty for the first stage."""
+    fresh: bool = False
+    """Whether it makes no use of the first stage's decoder."""
 
 
 CONTESTANTS = {
     "plain, trained on": Contestant(
         "new-decoder", f"decoder={{}} train=decoder optim.lr=3e-4 steps=900 {GAN.format(600)}"
     ),
+    "plain, trained on, no GAN": Contestant("new-decoder", "decoder={} train=decoder optim.lr=3e-4 steps=900"),
     "plain, of equal size": Contestant(
-        "new-decoder", f"decoder.block_out_channels=[80,80,80,80] steps=600 {GAN.format(400)}"
+        "new-decoder", f"decoder.block_out_channels=[80,80,80,80] steps=600 {GAN.format(400)}", fresh=True
     ),
     "flow of pixels": Contestant(
         "flow-decoder",
         f"{FLOW} decoder.block_out_channels=[48,96] decoder.config.noise_scale=0.5 decoder.config.residual=false "
         "steps=600",
         (1, 2, 4, 8),
+        fresh=True,
     ),
+    "regression of residuals": Contestant("flow-decoder", f"{FLOW} steps=480 flow.time_mean=-50", (1,)),
     "flow of residuals": Contestant("flow-decoder", f"{FLOW} steps=480", (1, 2, 4, 8)),
     "distilled to one step": Contestant(
         "flow-decoder", f"{FLOW} decoder={{}} train=decoder flow.teacher_steps=8 steps=120", (1,), "flow of residuals"
@@ -77,6 +100,7 @@ def main() -> None:
         before = words.scratch / folder_name(contestant.begins_with) if contestant.begins_with else first
         train(run, contestant.recipe, f"init_from={before / 'export'}", *contestant.settings.split(), *data)
         found = measured(run, words.held_out, contestant.sampled)
+        found["started_from_seconds"] = 0.0 if contestant.fresh else seconds_of(first)
         found["settings"] = f"{contestant.recipe} {contestant.settings}"
         if contestant.begins_with:
             found["processor_seconds"] += seconds_of(before)
@@ -100,13 +124,15 @@ def measured(run: Path, held_out: Path, sampled: tuple[int, ...]) -> dict[str, A
     assert stage.module is not None
     figures: dict[str, dict[str, list[Any]]] = {}
     for steps, export in exports(run, sampled):
-        out = run / f"recon{steps}"
+        out = run / (f"recon-own-noise{steps}" if steps else "recon")  # each image has its own; once they shared it
         result = evaluate(out, "recon", export, held_out, *EVALUATION.split(), "num_workers=0")
         keys = ("psnr", "ssim", "lpips_vgg", "frechet_vgg16")
         figures[steps] = {key: [result[part]["mode"].get(key) for part in ("metrics", "intervals")] for key in keys}
+    fixed = sum(weight.numel() for name, weight in stage.module.named_parameters() if name.startswith("base."))
     return {
         "processor_seconds": seconds_of(run),
         "decoder_parameters": decoder_parameters(stage.module),
+        "trained_parameters": decoder_parameters(stage.module) - fixed,
         "figures": figures,
     }
 

@@ -29,19 +29,30 @@ from latent_ae.report.pictures import picture_grid
 
 PHOTOS = "vae steps=300 validate.every=300"
 SHAPES = f"{PHOTOS} model.in_channels=1 model.out_channels=1 data.flip=false validate.images=200"
-F8 = "quickstart model.block_out_channels=[32,64,64,64] model.latent_channels=16 steps=1000 gan.start=700"
+F8 = (
+    "quickstart model.block_out_channels=[32,64,64,64] model.latent_channels=16 loss.pixel=l2 steps=1000 gan.start=700 "
+    "validate.every=1000 checkpoint.every=1000"
+)
 """A first stage with a twelfth of an image's values as latents, which leave much of it open."""
+FIXED = f"{SHAPES} loss.scale=0.25 loss.learned_logvar=false"
+"""A likelihood whose scale is fixed far above the error that the model could reach."""
 RUNS = {
     "collapse": {
         "random start": f"{PHOTOS} model.init=default",
         "and warm-up": f"{PHOTOS} model.init=default loss.kl_warmup=200",
         "linear start": PHOTOS,
     },
-    "beta": {"beta 0.01": f"{SHAPES} loss.kl=0.01", "beta 1": SHAPES, "beta 30": f"{SHAPES} loss.kl=30"},
+    "beta": {
+        "beta 0.01": f"{SHAPES} loss.kl=0.01",
+        "beta 1": SHAPES,
+        "beta 30": f"{SHAPES} loss.kl=30",
+        "beta 1, scale fixed": FIXED,
+        "and a target rate": f"{FIXED} loss.kl_target=0.4",
+    },
     "blur": {
-        "squared error": f"{F8} loss.pixel=l2 loss.perceptual=0 gan.weight=0",
-        "LPIPS": f"{F8} gan.weight=0",
-        "LPIPS and a GAN": F8,
+        "squared error": f"{F8} loss.perceptual=0 gan.weight=0",
+        "and LPIPS": f"{F8} gan.weight=0",
+        "and a GAN": F8,
     },
 }
 """Words after `latent-ae train`, by pitfall."""

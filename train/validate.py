@@ -5,7 +5,7 @@ step, on any number of processes and for every seed of a run, so that runs can b
 """
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -21,7 +21,7 @@ from latent_ae.config import UserError
 from latent_ae.data.held_out import HeldOutImages, held_out_images
 from latent_ae.data.images import bicubic_down_up
 from latent_ae.data.loader import ImageSource, stop_if_too_many_bad
-from latent_ae.data.rng import spread
+from latent_ae.data.rng import decoder_generators, spread
 from latent_ae.data.sources import StreamSource, part_of
 from latent_ae.files import replacing, writing
 from latent_ae.metrics.similarity import ReconstructionMetrics
@@ -37,6 +37,7 @@ BATCH_PIXELS = 1_000_000
 """Number of pixels measured at once, which limits memory."""
 FRECHET_FROM = 50
 """The Fréchet distance of fewer held-out images is meaningless, so it is not computed."""
+Reconstruct = Callable[[Tensor, Sequence[int]], Tensor]
 CHOICE_SEED = 0
 """The seed of `latent-ae eval recon`, too: with the same `limit` it measures the same images."""
 
@@ -109,11 +110,12 @@ class Validator:
             world_size=world_size,
         )
 
-    def measure(self, reconstruct: Callable[[Tensor], Tensor], preview: Path | None = None) -> dict[str, Any]:
+    def measure(self, reconstruct: Reconstruct, preview: Path | None = None) -> dict[str, Any]:
         """Return the mean metrics of a reconstruction over the measured images. Every process calls this.
 
         Args:
-            reconstruct: Maps images, (N, C, H, W) in [-1, 1], to their reconstructions.
+            reconstruct: Maps images, (N, C, H, W) in [-1, 1], and their numbers among the measured ones to their
+                reconstructions.
             preview: Where the main process saves a picture of `validate.preview_images` images, spread over all: input
                 | reconstruction | bicubic. None saves none.
 
@@ -130,9 +132,7 @@ class Validator:
             summary |= {at_side(key, side): value for key, value in more.items() if key != "choice"}
         return summary
 
-    def _measure(
-        self, reconstruct: Callable[[Tensor], Tensor], crop_px: int, preview: Path | None = None
-    ) -> dict[str, Any]:
+    def _measure(self, reconstruct: Reconstruct, crop_px: int, preview: Path | None = None) -> dict[str, Any]:
         """Return the mean metrics over crops of one side; arguments and errors as in `measure`."""
         metrics = self._metrics()
         choice, pictures = self.chosen[1], dict[int, list[Tensor]]()
@@ -142,7 +142,7 @@ class Validator:
         crops, failure = self.crops(rank, world_size, crop_px), ""
         try:
             for indices, names, images in self._batches(crops, crop_px):
-                reconstructions = reconstruct(images)
+                reconstructions = reconstruct(images, indices)
                 metrics.update(indices, names, images, reconstructions)
                 for position, index in enumerate(indices):
                     if index in shown:
@@ -243,10 +243,13 @@ class Validator:
         training = model.training
         model.eval()
         with torch.no_grad(), encoder_in_memory(model.autoencoder):
-            summary = self.measure(lambda images: model(images).image, preview)
+            summary = self.measure(
+                lambda images, numbers: model(images, generators=decoder_generators(CHOICE_SEED, numbers)).image,
+                preview,
+            )
         model.train(training)
         return summary
 
     def measure_baseline(self) -> dict[str, Any]:
         """Return the metrics of bicubic down- and upsampling by the model's downsampling factor."""
-        return self.measure(lambda images: bicubic_down_up(images, self.factor, self._alpha))
+        return self.measure(lambda images, _: bicubic_down_up(images, self.factor, self._alpha))

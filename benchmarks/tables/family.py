@@ -58,17 +58,27 @@ def flow_decoder_table(result: dict[str, Any]) -> str:
         f"First stage: `quickstart {result['first']}`; {result['data']}, `{result['evaluation']}`, 95 % intervals; "
         f"{where(result)}.",
         "",
-        f"| decoder | parameters | processor seconds | steps from noise "
+        "Seconds are those of a processor, for the decoder's own training, and before it for that of the first stage "
+        "whose decoder it makes use of.",
+        "",
+        f"| decoder | parameters | of these trained | seconds | before | steps from noise "
         f"| {' | '.join(title for title, _ in columns.values())} |",
-        f"|---|---:|---:|---:|{'---:|' * len(columns)}",
+        f"|---|---:|---:|---:|---:|---:|{'---:|' * len(columns)}",
     ]
     for name, row in result["rows"].items():
+        # rows without these are from before they were recorded, and their images from before each had its own noise
+        trained, before = row.get("trained_parameters"), row.get("started_from_seconds")
         for steps, figures in row["figures"].items():
-            cells = [with_interval(figures[key][0], figures[key][1], digits) for key, (_, digits) in columns.items()]
-            lines.append(
-                f"| {name} | {row['decoder_parameters']:,} | {row['processor_seconds']:,.0f} | {steps or '–'} "
-                f"| {' | '.join(cells)} |"
-            )
+            cells = [
+                f"{name}, noise shared by all images" if steps and trained is None else name,
+                f"{row['decoder_parameters']:,}",
+                "–" if trained is None else f"{trained:,}",
+                f"{row['processor_seconds']:,.0f}",
+                "–" if before is None else f"{before:,.0f}",
+                steps or "–",
+            ]
+            cells += [with_interval(figures[key][0], figures[key][1], digits) for key, (_, digits) in columns.items()]
+            lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

@@ -24,16 +24,19 @@ def vaes_table(result: dict[str, Any]) -> str:
 
 
 def priors_table(result: dict[str, Any]) -> str:
-    """Distance of samples from three priors."""
+    """Distance of samples from three priors, and of what the best samples are compared with."""
+    rows = {f"samples of {name}": (row, "samples") for name, row in result["rows"].items()}
+    first = next(iter(result["rows"].values()))  # all are of one model and one choice of images
+    rows |= {"reconstructions": (first, "reconstructions"), "held-out images": (first, "held_out")}
     lines = [
-        f"500 samples of each, 95 % intervals; {where(result)}.",
+        f"Distances to {first['metrics']['samples']['reference_images']} images, 95 % intervals; {where(result)}.",
         "",
-        "| prior | Fréchet distance (VGG16) of samples to images |",
-        "|---|---:|",
+        "| | number | Fréchet distance (VGG16) |",
+        "|---|---:|---:|",
     ]
-    for name, row in result["rows"].items():
-        value, (low, high) = (row[key]["samples"]["frechet_vgg16"] for key in ("metrics", "intervals"))
-        lines.append(f"| {name} | {value:.1f} ({low:.1f} to {high:.1f}) |")
+    for name, (row, key) in rows.items():
+        value, interval = (row[part][key]["frechet_vgg16"] for part in ("metrics", "intervals"))
+        lines.append(f"| {name} | {row['metrics'][key]['n']} | {with_interval(value, interval, 1)} |")
     return "\n".join(lines)
 
 

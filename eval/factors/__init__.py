@@ -27,7 +27,7 @@ and factor, the mutual information gap (MIG), FactorVAE's score and DCI. DATA ne
 each factor. A terminal gets a table, a pipe JSON; result.json, traversals.png and report.html are written into a
 folder.""",
     examples="""\
-example: python -m latent_ae.data.synthetic shapes.parquet
+example: python -m latent_ae.data.synthetic blobs.parquet --kind blobs
          latent-ae eval factors runs/beta-vae blobs.parquet
 some factors only, another image to start from: latent-ae eval factors MODEL DATA factors=[x,y] traversed=100""",
 )

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from latent_ae.metrics.labels import short_name
+from latent_ae.objectives.kl import COLLAPSED_NATS
 from latent_ae.report import page
 from latent_ae.report.page import Finding
 from latent_ae.report.pictures import to_picture
@@ -21,8 +22,6 @@ NAMES = {
 MARKS = {"fine": "normal", "look": "worth a look", "problem": "a problem"}
 UNITS = {"bits per dimension": ("bits_per_dimension", ".4f"), "nats per image": ("nats_per_image", ",.1f")}
 """Units by name, with their key in a result and their format."""
-COLLAPSED = 0.01
-"""A smaller rate in nats per latent dimension is a posterior collapse, as in training."""
 FEW_EFFECTIVE = 2.0
 PICTURE_BYTES = 400_000
 
@@ -41,10 +40,10 @@ def findings(result: Mapping[str, Any]) -> Iterator[Finding]:
     bits = {name: values["bits_per_dimension"]["mean"] for name, values in metrics.items() if name != "rate_levels"}
     nats = metrics["rate"]["nats_per_image"]["mean"]
     per_dimension = nats / result["latent_dimensions"]
-    if per_dimension < COLLAPSED:
+    if nats < COLLAPSED_NATS:
         text = (
-            f"{per_dimension:.2g} nats per latent dimension: the latent says nothing of the image, and the bits are "
-            "those of one decoded image for all. Lower loss.kl, warm it up (loss.kl_warmup) or set loss.free_bits."
+            f"{nats:.2g} nats per image: the latent says almost nothing of its image, and the bits are about those of "
+            "one decoded image for all. Lower loss.kl, warm it up (loss.kl_warmup) or set loss.free_bits."
         )
         yield Finding("Posterior collapse", "problem", text)
     else:

@@ -10,7 +10,7 @@ from torch import Tensor
 from latent_ae.config import UserError
 from latent_ae.data.held_out import HeldOutImage
 from latent_ae.data.images import bicubic_down_up, to_uint8, visible
-from latent_ae.data.rng import posterior_noise
+from latent_ae.data.rng import decoder_generators, posterior_noise
 from latent_ae.metrics.labels import shift_keys
 from latent_ae.metrics.similarity import colour_shift, compare, json_columns
 from latent_ae.models.loading import CPU_BATCH_PX, FirstStage
@@ -107,18 +107,17 @@ class Measurer:
         with self.watch.lap("encode", images):
             mean, std = self.stage.encode(laid_out)
         self.watch.encoded(images, mean)
-        reconstructions: dict[str, Tensor] = {}
+        reconstructions, numbers = dict[str, Tensor](), [item.index for item in items]
         for kind in self.kinds:
             latent = mean
             if kind == "sample":
-                numbers = [item.index for item in items]
                 noise = posterior_noise(self.settings.seed, numbers, mean.shape[1:]).to(self.device)
                 if std is not None:
                     latent = mean + std * noise
                 elif self.stage.module is not None:
                     latent = draw(self.stage.module, images.to(self.stage.dtype), noise).latent
             with self.watch.lap("decode", images):
-                reconstructions[kind] = self.stage.decode(latent)
+                reconstructions[kind] = self.stage.decode(latent, decoder_generators(self.settings.seed, numbers))
         return images, reconstructions
 
     def _batch(self, batch: Sequence[HeldOutImage], cached: Collection[str]) -> tuple[Metrics, Features]:

@@ -15,7 +15,7 @@ import torch
 # streams of random numbers that must never overlap: the highest word of Philox's counter
 CROP, NOISE, ORDER, BLOCK, AUGMENT, LATENT_NOISE, CHANNELS, EQUIVARIANCE, BINARY, PERMUTATION, SPREAD, FLIP = range(12)
 MIXTURE, BUCKET, CLASS_NOISE, DOWNSAMPLING, REPLAY, BACKGROUND, NEIGHBOUR, RENDERING, GUMBEL, STYLE = range(12, 22)
-(PATH,) = range(22, 23)
+PATH, DECODING = range(22, 24)
 GOLDEN_RATIO = np.uint64(0x9E3779B97F4A7C15)
 """Its fractional part as a fraction of 2 ** 64."""
 
@@ -171,6 +171,18 @@ def path_noise(seed: int, numbers: Sequence[int], shape: Sequence[int]) -> tuple
     places = np.array([generator.standard_normal() for generator in generators], dtype=np.float32)
     noise = [generator.standard_normal(tuple(shape), dtype=np.float32) for generator in generators]
     return torch.from_numpy(places), torch.from_numpy(np.stack(noise))
+
+
+def decoder_generators(seed: int, numbers: Sequence[int]) -> list[torch.Generator]:
+    """Return a generator on the CPU for each sample, with which a decoder that begins with noise draws it.
+
+    Args:
+        seed: Seed of the evaluation.
+        numbers: Numbers of the samples.
+    """
+    # PyTorch's generator on a CPU uses 32 bits of its seed
+    seeds = (int(_philox(seed, number, DECODING).random_raw()) >> 32 for number in numbers)
+    return [torch.Generator().manual_seed(one) for one in seeds]
 
 
 def augmentation_numbers(seed: int, numbers: Sequence[int], count: int) -> torch.Tensor:

@@ -9,6 +9,7 @@ A decoding function takes the autoencoder and raw latents, (N, c, h, w). It retu
 [-1, 1], in the autoencoder's dtype.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -103,8 +104,16 @@ def decode_unit_range(autoencoder: Any, latents: Tensor) -> Tensor:
     return 2 * sample - 1
 
 
-def decode_by_consistency(autoencoder: Any, latents: Tensor) -> Tensor:
-    """Decode with a consistency decoder from the same noise for each image, so that no image depends on its batch."""
-    generators = [torch.Generator().manual_seed(0) for _ in latents]
+def decode_by_consistency(
+    autoencoder: Any, latents: Tensor, generator: Sequence[torch.Generator] | None = None
+) -> Tensor:
+    """Decode with a consistency decoder, whose images begin with noise and must not depend on their batch.
+
+    Args:
+        autoencoder: A ConsistencyDecoderVAE.
+        latents: (N, c, h, w) raw latents.
+        generator: Draws the noise of each image; None takes that of seed 0 for all.
+    """
+    generators = [torch.Generator().manual_seed(0) for _ in latents] if generator is None else list(generator)
     sample: Tensor = autoencoder.decode(latents, generator=generators).sample
     return sample

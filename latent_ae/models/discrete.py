@@ -10,6 +10,7 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.autoencoders.vae import Decoder, DecoderOutput, Encoder
 from diffusers.utils import BaseOutput
+from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
 from latent_ae.arithmetic import WeightPrecisionConv2d
@@ -183,6 +184,7 @@ class DiscreteVAE(ModelMixin, ConfigMixin):
         chosen = (torch.special.ndtr(noise[:, 0].double()) * count).long()
         return self.vectors(chosen.clamp(max=count - 1))
 
+    @apply_forward_hook
     def encode(self, images: Tensor) -> CodesOutput:
         """Return the most likely codes of images, (N, C, H, W) in [-1, 1]."""
         indices = self.logits(images).argmax(1)
@@ -201,6 +203,7 @@ class DiscreteVAE(ModelMixin, ConfigMixin):
         location, log_scale = self.decoder(latent).float().chunk(2, 1)
         return from_open_interval(location.sigmoid()), log_scale
 
+    @apply_forward_hook
     def decode(self, latent: Tensor) -> DecoderOutput:
         """Return the images of latents, (N, c, h, w): (N, C, H, W), nominally in [-1, 1]."""
         return DecoderOutput(sample=self.decode_distribution(latent)[0].to(latent.dtype))

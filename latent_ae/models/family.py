@@ -153,6 +153,8 @@ class Family(NamedTuple):
     """Whether export tries the model in half precision and in tiles."""
     pipeline_decodes: bool = False
     """Whether DiTPipeline can decode with the model."""
+    decodes_noise: bool = False
+    """Whether each image begins with noise: then `decode` takes `generator`, a torch.Generator for each image."""
     flow_matching: bool = False
     """Whether the decoder carries noise to an image, and is trained by flow matching."""
     gradient_checkpointing: bool | None = None

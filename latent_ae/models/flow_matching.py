@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL, UNet2DModel
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.autoencoders.vae import DecoderOutput
+from diffusers.utils.accelerate_utils import apply_forward_hook
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
@@ -152,6 +153,7 @@ class FlowMatchingVAE(AutoencoderKL):
         there = (1.0 - times) * path.noise + times * (path.target - base) / scale
         return base + scale * self._clean(there, path.times, base, latents)
 
+    @apply_forward_hook
     def decode(
         self,
         z: Tensor,
@@ -161,11 +163,14 @@ class FlowMatchingVAE(AutoencoderKL):
     ) -> DecoderOutput | tuple[Tensor]:
         """Return the images of raw latents, (N, c, h, w): (N, C, H, W), nominally in [-1, 1].
 
+        `enable_slicing` decodes them one by one, and `enable_tiling` in tiles, as an AutoencoderKL does.
+
         Args:
             z: The latents.
             return_dict: Whether to return a DecoderOutput or a tuple.
             generator: Draws noise for each image; a list has one for each of them. None takes the same noise for all,
-                that of seed 0, so that an image depends on its latent alone.
+                that of seed 0, so that an image depends on its latent alone. A distance between sets of images, such
+                as a Fréchet distance, needs a noise of its own for each.
             steps: Euler steps; None takes `sampling_steps` of the config.
         """
         factor = 2 ** (len(self.config.block_out_channels) - 1)
@@ -175,7 +180,9 @@ class FlowMatchingVAE(AutoencoderKL):
         else:
             noise = randn_tensor((len(z), *shape), generator=generator, device=z.device)
         count = int(self.config.sampling_steps if steps is None else steps)
-        image = self.carried(z, noise.to(z.device), count).to(z.dtype)
+        pairs = zip(z.split(1), noise.split(1), strict=True) if self.use_slicing else [(z, noise)]
+        images = [self._in_tiles(latents, part.to(z.device), count) for latents, part in pairs]
+        image = torch.cat(images).to(z.dtype)
         return DecoderOutput(sample=image) if return_dict else (image,)
 
     def carried(self, latents: Tensor, noise: Tensor, steps: int) -> Tensor:
@@ -192,6 +199,31 @@ class FlowMatchingVAE(AutoencoderKL):
             # a step of 1 / steps along (y - x_t) / (1 - t): the last one ends at y
             state = state.lerp(self._clean(state, times, base, latents), 1.0 / (steps - number))
         return base + float(self.config.noise_scale) * state
+
+    def _in_tiles(self, latents: Tensor, noise: Tensor, steps: int) -> Tensor:
+        """Return what `carried` does; with tiling, in tiles, cut and blended as `AutoencoderKL.tiled_decode` has them.
+
+        Each tile begins with the part of the noise over it.
+        """
+        side, shape = self.tile_latent_min_size, latents.shape[-2:]
+        if not self.use_tiling or max(shape) <= side:
+            return self.carried(latents, noise, steps)
+        factor, stride = noise.shape[-1] // shape[-1], int(side * (1 - self.tile_overlap_factor))
+        blended = int(self.tile_sample_min_size * self.tile_overlap_factor)
+        kept = self.tile_sample_min_size - blended
+
+        def tile(y: int, x: int) -> Tensor:
+            over = noise[..., y * factor : (y + side) * factor, x * factor : (x + side) * factor]
+            return self.carried(latents[..., y : y + side, x : x + side], over, steps)
+
+        rows = [[tile(y, x) for x in range(0, shape[1], stride)] for y in range(0, shape[0], stride)]
+        for i, row in enumerate(rows):
+            for j, image in enumerate(row):  # which these change in place
+                if i > 0:
+                    self.blend_v(rows[i - 1][j], image, blended)
+                if j > 0:
+                    self.blend_h(row[j - 1], image, blended)
+        return torch.cat([torch.cat([image[..., :kept, :kept] for image in row], -1) for row in rows], -2)
 
     def _base(self, latents: Tensor) -> Tensor:
         """Return the image from which the flow sets out, float32: the plain decoder's, or a single 0."""

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.autoencoders.vae import DecoderOutput, EncoderOutput
+from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
 from latent_ae.arithmetic import WeightPrecisionConv2d
@@ -166,6 +167,7 @@ class HierarchicalVAE(ModelMixin, ConfigMixin):
         self.decoder.descend(choose)
         return packed(latents)
 
+    @apply_forward_hook
     def encode(self, images: Tensor) -> EncoderOutput:
         """Return the mode of each level given the modes above it, (N, D, 1, 1), for images in [-1, 1].
 
@@ -197,6 +199,7 @@ class HierarchicalVAE(ModelMixin, ConfigMixin):
         latents = iter(self.unpacked(latent))
         return self.output(self.decoder.descend(lambda level, state: next(latents)))
 
+    @apply_forward_hook
     def decode(self, latent: Tensor) -> DecoderOutput:
         """Return the images of latents, (N, D, 1, 1): (N, C, H, W), nominally in [-1, 1]; means of mixtures.
 

@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -125,11 +125,14 @@ class FirstStage:
         mean, logvar = self.moments(images)
         return Encoded(mean, None if logvar is None else torch.exp(0.5 * logvar))
 
-    def decode(self, latents: Tensor) -> Tensor:
+    def decode(self, latents: Tensor, generators: Sequence[torch.Generator] | None = None) -> Tensor:
         """Decode latents.
 
         Args:
             latents: (N, c, h, w), raw.
+            generators: One for each latent, with which a decoder that begins with noise draws it
+                (`rng.decoder_generators`); other decoders ignore them. None takes the same noise for all latents, so
+                that an image depends on its latent alone; a distance between sets of images is then too large.
 
         Returns:
             (N, C, H, W) float32, nominally in [-1, 1], not clamped.
@@ -139,7 +142,9 @@ class FirstStage:
         """
         assert self.module is not None
         with self._arithmetic():
-            return family_of(self.module).decode(self.module, latents.to(self.dtype)).float()
+            family = family_of(self.module)
+            how = {"generator": generators} if family.decodes_noise else {}
+            return family.decode(self.module, latents.to(self.dtype), **how).float()
 
     def decode_distribution(self, latents: Tensor) -> tuple[Tensor, Tensor]:
         """Decode latents with a class whose decoder states a likelihood (`family.Family.states`).

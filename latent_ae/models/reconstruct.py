@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
+import torch
 from diffusers import ModelMixin
 from torch import Tensor, nn
 
@@ -68,6 +69,7 @@ class Reconstructor(nn.Module):
         second: Callable[[Tensor], Tensor] | None = None,
         draws: Mapping[str, Sequence[Tensor]] = {},
         path: Path | None = None,
+        generators: Sequence[torch.Generator] | None = None,
     ) -> Reconstruction:
         """Reconstruct images.
 
@@ -82,9 +84,11 @@ class Reconstructor(nn.Module):
             second: Applied to the latent after the transforms; the result is decoded besides.
             draws: Random tensors that each head takes besides the latent, by its name.
             path: Where a FlowMatchingVAE looks at each image on its way from noise; None decodes as in evaluation.
+            generators: One for each image, with which a decoder that begins with noise draws it; None takes the same
+                noise for all images.
         """
         encoder, kind = getattr(self.autoencoder, "encoder", None), family_of(self.autoencoder).latent
-        codes, how, stated = tuple[Codes, ...](), {}, None
+        codes, how, stated = tuple[Codes, ...](), dict[str, Any](), None
         if kind == "hierarchy" and decode is None and second is None and not transforms:
             # its latents are decoded on the way down
             (latent, mean, logvar, rates, _), state = self.autoencoder.descend(images, noise)
@@ -111,7 +115,9 @@ class Reconstructor(nn.Module):
         decoded = to_decode
         for transform in transforms:
             decoded = transform(decoded)
-        decode_latent = partial(family_of(self.autoencoder).decode, self.autoencoder, **how)
+        family = family_of(self.autoencoder)
+        how |= {"generator": generators} if family.decodes_noise else {}
+        decode_latent = partial(family.decode, self.autoencoder, **how)
         if states(self.autoencoder) is not None:
             image, stated = self.autoencoder.decode_distribution(decoded)
         elif path is not None:

@@ -138,6 +138,7 @@ FAMILIES = {
         powers_of_two("block_out_channels"),
         unreached="base.",
         trains=("decoder",),
+        decodes_noise=True,
         flow_matching=True,
     ),
     "FlowAutoencoderKL": Family("flow", powers_of_two("block_out_channels"), encoded="vae.encode(images).latent"),
@@ -210,6 +211,7 @@ FAMILIES = {
         channels=of_config("encoder_in_channels"),
         decode=adapters.decode_by_consistency,
         decoded="vae.decode(z, generator=[torch.Generator().manual_seed(0) for _ in z]).sample",
+        decodes_noise=True,
         trains=(),
     ),
 }

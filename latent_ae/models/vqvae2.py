@@ -9,6 +9,7 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.autoencoders.vae import Decoder, DecoderOutput, Encoder
 from diffusers.utils import BaseOutput
+from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
 from latent_ae.models.quantize import PLAIN, Codes, Quantiser, exactly_nearest, quantised
@@ -97,6 +98,7 @@ class VQVAE2(ModelMixin, ConfigMixin):
 
         return packed(self.encoder(images, quantise)), tuple(found)
 
+    @apply_forward_hook
     def encode(self, images: Tensor) -> CodeLevelsOutput:
         """Return the codes of images, (N, C, H, W) in [-1, 1], and their vectors."""
         _, levels = self.quantised_levels(images)
@@ -113,6 +115,7 @@ class VQVAE2(ModelMixin, ConfigMixin):
         parts = zip(self.quantize, self.unpacked(latent), strict=True)
         return tuple(exactly_nearest(part.float(), level.embedding.weight.float()) for level, part in parts)
 
+    @apply_forward_hook
     def decode(self, latent: Tensor, force_not_quantize: bool = False) -> DecoderOutput:
         """Return the images of latents, (N, D, h, w): (N, C, H, W), nominally in [-1, 1].
 

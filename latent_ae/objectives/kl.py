@@ -29,6 +29,9 @@ SHAPING = ("kl_warmup", "kl_cycles", "kl_target", "free_bits", "kl_capacity")
 CURES = "loss.kl_warmup, loss.free_bits or a weaker decoder (docs/vaes.md, posterior collapse)"
 SILENT = 0.05
 """Fraction of active channels below which a level counts as collapsed, and of inactive ones that is not reported."""
+COLLAPSED_NATS, AMPLE_NATS = 5.0, 20.0
+"""Rates in nats per image below which a posterior counts as collapsed, and from which inactive channels may be harmless
+(see `collapsed`)."""
 OFF_TARGET = 0.1
 """Relative distance of the KL from its target above which it is reported."""
 
@@ -266,6 +269,7 @@ def kl_terms(
     loss = kl = kl_loss(rates, image_elements)
     dimensions = sum(rate[0].numel() for rate in rates)
     logs = {"kl": kl.detach(), "kl_per_dimension": kl.detach() * (image_elements / dimensions)}
+    logs["kl_per_image"] = kl.detach() * image_elements
     # for this micro-batch; in the log these are averaged over passes and processes
     active = [(rate.detach().mean((0, 2, 3)) >= ACTIVE_NATS).float() for rate in rates]
     logs["active_channels"] = torch.cat(active).mean()
@@ -349,27 +353,31 @@ def capacity_loss(rates: Sequence[Tensor], image_elements: int, capacity: float)
 def collapsed(mean: Mapping[str, float]) -> str:
     """Return which part of the latent has collapsed to the prior, as a clause; empty if none has.
 
-    The means are averages of single passes, so a channel that is inactive most of the time counts as inactive.
+    The rate in nats per image decides, and not the share of inactive channels: that is large, too, where a latent is
+    larger than needed. The rate bounds the mutual information of image and latent (Hoffman and Johnson 2016), so R nats
+    tell apart at most about e^R images. Below COLLAPSED_NATS these are 150: the latent says less than one code of a
+    small codebook. From AMPLE_NATS on they are 5e8, more than the images of any data set, so channels without a rate
+    need not be a loss. The means are averages of single passes, so a channel that is inactive most of the time counts
+    as inactive.
 
     Args:
         mean: Means of logged values by name.
     """
-    levels = {key: share for key, share in mean.items() if key.startswith("active_level_") and share < SILENT}
-    # the log leaves out a KL that is not finite
-    if "kl_per_dimension" not in mean:
+    if (rate := mean.get("kl_per_image")) is None:  # the log leaves out a KL that is not finite
         return ""
-    if mean.get("active_channels", 1.0) < SILENT or mean["kl_per_dimension"] < ACTIVE_NATS:
-        return (
-            f"posterior collapse: the latents say almost nothing of the image ({mean['kl_per_dimension']:.2g} nats per "
-            f"dimension); lower loss.kl, or try {CURES}"
-        )
+    said, nats = "say almost nothing of the image", f"{rate:.2g} nats per image"
+    # while a small capacity is given, the rate is drawn to it
+    if rate < min(COLLAPSED_NATS, 0.5 * mean.get("kl_capacity", math.inf)):
+        return f"posterior collapse: the latents {said} ({nats}); lower loss.kl, or try {CURES}"
+    levels = [key for key, share in mean.items() if key.startswith("active_level_") and share < SILENT]
     if levels:
         names = ", ".join(key.removeprefix("active_level_") for key in levels)
         return f"posterior collapse in part: level {names} of the latent says almost nothing of the image; try {CURES}"
-    if mean.get("active_channels", 1.0) < 1.0 - SILENT:
+    if (inactive := 1.0 - mean.get("active_channels", 1.0)) > SILENT:
+        harmless = "harmless where the latent is larger than needed, else " if rate >= AMPLE_NATS else ""
         return (
-            f"posterior collapse in part: {1 - mean['active_channels']:.0%} of the latent's channels say almost "
-            f"nothing of the image; harmless where the latent is larger than needed, else try {CURES}"
+            f"posterior collapse in part: {inactive:.0%} of the latent's channels {said}, all together {nats}; "
+            f"{harmless}try {CURES}"
         )
     return ""
 

@@ -35,8 +35,8 @@ class Case(NamedTuple):
 def cases(place: Path) -> dict[str, Case]:
     """All that a step can do, in two runs of 20 steps, and a few steps of every other class and likelihood.
 
-    `place` holds the folders `vision`, `convnext`, `teacher` and `original`. On several processes gan.norm=batch and
-    loss.total_correlation are refused.
+    `place` holds the folders `vision`, `convnext`, `teacher`, `original` and `flow`. On several processes
+    gan.norm=batch and loss.total_correlation are refused.
     """
     augmented = {"diffaug": ["color", "translation", "cutout"], "r1": 0.1, "r1_every": 3}
     found = {
@@ -115,6 +115,14 @@ def cases(place: Path) -> dict[str, Case]:
             },
             "loss": {"perceptual": 0.5, "perceptual_every": 2, "pixel_weight": 0.0},
             "gan": {**FELT, "discriminator_warmup": 0, "adaptive_cap": 1e6},
+        },
+    )
+    found["distilled flow"] = Case(
+        3,
+        {
+            **{"model": ModelSettings().model_dump(), "init_from": str(place / "flow"), "train": "decoder"},
+            "flow": {"teacher_steps": 2},
+            "loss": {"perceptual": 0.5, "pixel_weight": 0.0},
         },
     )
     found["codes"] = Case(

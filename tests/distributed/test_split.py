@@ -26,7 +26,7 @@ from tests.distributed.split import (
 from tests.runs import SHAPES
 from tests.teacher import save_teacher
 from tests.tiny import build_step
-from tests.tiny_models import TWO
+from tests.tiny_models import TWO, tiny
 from tests.tiny_vision import save_convnext, save_vision_model
 
 pytest.importorskip("transformers")
@@ -45,6 +45,7 @@ NAMES = (
         "RGBA",
         "stored latents",
         "flow",
+        "distilled flow",
         "density",
     ),
     *SHAPES,
@@ -64,6 +65,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_teacher(folder / "teacher")
     torch.manual_seed(0)
     AutoencoderKL(**TWO).save_pretrained(folder / "original")
+    tiny("FlowMatchingVAE").save_pretrained(folder / "flow")
     return folder
 
 
@@ -88,7 +90,7 @@ def on_two(place: Path, references: dict[str, Reference]) -> dict[str, dict[str,
 def test_what_is_compared_is_there(references: dict[str, Reference], name: str) -> None:
     """Both networks' gradients, and each number that is taken over the global batch moves."""
     seen = references[name].seen
-    alone = name in ("capacity", "codes", "labels", "density")
+    alone = name in ("capacity", "codes", "labels", "density", "distilled flow")
     expected = {AUTOENCODER} | (set() if alone else {DISCRIMINATOR, WEIGHT, LECAM})
     more = {
         "pixels": {LOGVAR},

@@ -19,7 +19,7 @@ values = {"source": data, "eval_source": data, "resolution": 32, "num_workers": 
 settings = TrainSettings.model_validate({"data": values, "gan": {"weight": 0.0}, "validate": {"images": 51}})
 accelerator = Accelerator(cpu=True)
 validator = Validator(settings, accelerator, open_images(settings.data, "held_out"), 3, 4, LPIPS("vgg"))
-summary = validator.measure(lambda images: bicubic_down_up(images, 4), Path(f"{out}.png"))
+summary = validator.measure(lambda images, _: bicubic_down_up(images, 4), Path(f"{out}.png"))
 Path(f"{out}.rank{accelerator.process_index}.json").write_text(json.dumps(summary))
 accelerator.end_training()
 if torch.distributed.is_initialized():

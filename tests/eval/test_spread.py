@@ -123,7 +123,7 @@ def test_validation_meets_all_classes_and_its_previews_too(folders: Path, tmp_pa
     parts = [list(validator.crops(rank, 2)) for rank in (0, 1)]
     assert sorted((index, name) for part in parts for index, name, _ in part) == sorted(names.items())
 
-    def brighter(images: torch.Tensor) -> torch.Tensor:
+    def brighter(images: torch.Tensor, _: object) -> torch.Tensor:
         return (images + 0.1).clamp(-1, 1)
 
     summaries = [validator.measure(brighter, tmp_path / f"{number}.png") for number in range(2)]

@@ -8,6 +8,7 @@ from typing import Any, get_args
 
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
 from diffusers import (
     AutoencoderKL,
     UNet2DModel,
@@ -274,6 +275,28 @@ def test_a_dtype_that_a_layer_does_not_have_ends_in_one_message():
     stage = load(tiny("AutoencoderKLCosmos"), device="cpu", dtype="bf16")
     with pytest.raises(UserError, match="cannot compute in it on this device .*; set dtype=fp32"):
         stage.encode(torch.zeros(1, 3, 32, 32))
+
+
+class Counted(ModelHook):
+    """Counts the calls before which a model that is offloaded would be moved to its device."""
+
+    calls = 0
+
+    def pre_forward(self, module, *args, **kwargs):
+        self.calls += 1
+        return args, kwargs
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_pipelines_can_offload_our_classes(name):
+    """`enable_model_cpu_offload` moves a model in a hook that diffusers calls before `encode` and `decode`."""
+    model, hook = tiny(name).eval(), Counted()
+    add_hook_to_module(model, hook)
+    with torch.no_grad():
+        encoded = model.encode(pictures())
+        assert hook.calls == 1
+        model.decode(encoded.latent_dist.mean if hasattr(encoded, "latent_dist") else encoded.latent)
+    assert hook.calls == 2
 
 
 def test_the_pages_name_the_classes_that_are_known():

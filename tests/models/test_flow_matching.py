@@ -2,21 +2,32 @@
 
 import copy
 import shlex
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from diffusers import AutoencoderKL
 from torch import Tensor
 
 from latent_ae.config import UserError
+from latent_ae.data.held_out import HeldOutImage
+from latent_ae.data.loader import open_images
+from latent_ae.data.rng import decoder_generators
 from latent_ae.models.flow_matching import FlowMatchingVAE
 from latent_ae.models.loading import first_stage
 from latent_ae.models.new_decoder import with_new_decoder
+from latent_ae.models.reconstruct import Reconstructor
 from latent_ae.models.settings import DecoderSettings
+from latent_ae_eval.recon.measure import evaluate_reconstruction
+from latent_ae_eval.recon.shard import Measurer
 from latent_ae_train.settings import TrainSettings
+from latent_ae_train.validate import Validator
+from tests.distributed.split import Distance
+from tests.eval.small import settings_with, write_photos
 from tests.tiny import build_step, micro_batches, settings_for, weights
-from tests.tiny_models import TWO, pictures
+from tests.tiny_models import TWO, pictures, tiny
 
 SHAPE = {"kind": "FlowMatchingVAE", "block_out_channels": (8,), "config": {"unet_norm_num_groups": 4}}
 
@@ -68,6 +79,31 @@ def test_the_noise_is_the_same_for_each_image_unless_a_generator_draws_it() -> N
 
 
 @torch.no_grad()
+def test_slices_and_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slices give the same images; tiles are those of an AutoencoderKL, each with the noise over it."""
+    model, old, latents = made(moved=True), original(), torch.randn(2, 4, 12, 16)
+    whole = model.decode(latents).sample
+    model.enable_slicing()
+    calls = []
+    carried = model.carried
+    monkeypatch.setattr(model, "carried", lambda *given: calls.append(len(given[0])) or carried(*given))
+    torch.testing.assert_close(model.decode(latents).sample, whole, rtol=0, atol=1e-5)
+    assert calls == [1, 1]
+    model, fresh = made(moved=True), made()
+    for one in (model, fresh, old):
+        one.enable_tiling()
+        one.tile_sample_min_size, one.tile_latent_min_size = 16, 8
+    torch.testing.assert_close(fresh.decode(latents).sample, old.decode(latents).sample, rtol=0, atol=1e-6)
+    assert not torch.allclose(model.decode(latents).sample, whole, atol=1e-4)
+    # a network that finds y in the noise itself
+    monkeypatch.setattr(model, "_clean", lambda state, *_: state)
+    noise = torch.randn(1, 3, 24, 32, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(
+        model.decode(latents).sample, old.decode(latents).sample + 0.15 * noise, rtol=0, atol=1e-5
+    )
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("steps", [1, 4])
 def test_euler_steps(steps: int) -> None:
     """Against the method as textbooks write it: x += v / n."""
@@ -98,7 +134,48 @@ def test_many_steps_draw_from_the_distribution_whose_mean_the_network_knows(monk
     torch.testing.assert_close(images, mean + spread * noise, rtol=0, atol=0.03)
 
 
-def of_run(folder: Any) -> TrainSettings:
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["FlowMatchingVAE", "ConsistencyDecoderVAE"])
+def test_evaluations_decode_each_image_from_its_own_noise(name: str) -> None:
+    """A function of the seed and the image's number: alone or in a batch, in any order, bit for bit."""
+    model = made(moved=True) if name == "FlowMatchingVAE" else tiny(name)
+    stage, image = first_stage(model), pictures(16)[:1]
+    items = [HeldOutImage(number, f"{number}", image[0], digest=f"{number}") for number in (7, 8)]
+    measurer = Measurer(stage, settings_with(latents=("mode",), seed=3), torch.device("cpu"), {}, {})
+    (_, both), (_, again), (_, turned) = (measurer.reconstruct(one) for one in (items, items, items[::-1]))
+    assert torch.equal(both["mode"], again["mode"])
+    # equal latents: without noise of their own the images would be equal
+    assert (both["mode"][0] - both["mode"][1]).abs().max() > 1e-3
+    torch.testing.assert_close(turned["mode"].flip(0), both["mode"], rtol=0, atol=1e-5)
+    for number, item in enumerate(items):
+        alone = measurer.reconstruct([item])[1]["mode"]
+        torch.testing.assert_close(alone[0], both["mode"][number], rtol=0, atol=1e-5)
+    other = Measurer(stage, settings_with(latents=("mode",), seed=4), torch.device("cpu"), {}, {})
+    assert not torch.allclose(other.reconstruct(items)[1]["mode"], both["mode"], atol=1e-3)
+    # plain `decode` goes on giving all images the same noise
+    same = stage.decode(stage.encode(image).mean.expand(2, -1, -1, -1))
+    torch.testing.assert_close(same[0], same[1], rtol=0, atol=1e-5)
+    assert [g.initial_seed() for g in decoder_generators(3, [7, 8])] == [
+        g.initial_seed() for n in (7, 8) for g in decoder_generators(3, [n])
+    ]
+
+
+def test_validation_measures_like_the_evaluation(tmp_path: Path) -> None:
+    """With noise of its own for each image, in batches of other sizes."""
+    photos = write_photos(tmp_path / "photos", 5)
+    values = {"source": str(photos), "eval_source": str(photos), "resolution": 32, "num_workers": 0}
+    settings = TrainSettings.model_validate(
+        {"data": values, "validate": {"images": 4, "crop_px": 32}, "loss": {"perceptual": 0.0}, "gan": {"weight": 0.0}}
+    )
+    validator = Validator(settings, Accelerator(cpu=True), open_images(settings.data, "held_out"), 3, 2, None)
+    model = made(moved=True, noise_scale=0.5)
+    summary = validator.measure_model(Reconstructor(model))
+    one = settings_with(latents=("mode",), limit=4, batch_size=1)
+    result = evaluate_reconstruction(model, photos, one)["metrics"]["mode"]
+    assert summary["psnr"] == pytest.approx(result["psnr"], abs=1e-4)
+
+
+def of_run(folder: Any, **changes: Any) -> TrainSettings:
     found: TrainSettings = settings_for(
         init_from=str(folder),
         train="decoder",
@@ -106,21 +183,26 @@ def of_run(folder: Any) -> TrainSettings:
         decoder=DecoderSettings(**SHAPE).model_dump(),
         batch_size=2,
         loss={"pixel_weight": 0.0},
+        **changes,
     )
     return found
 
 
-def test_the_loss_is_the_squared_error_of_the_velocity(tmp_path: Any) -> None:
-    """Its gradient by autograd of the velocity itself, at x_t made by hand; nothing but the network moves."""
+@pytest.mark.parametrize("flow", [{}, {"time_mean": -0.7, "time_std": 0.4}, {"time_mean": 4.0}])
+def test_the_loss_is_the_squared_error_of_the_velocity(tmp_path: Any, flow: dict[str, float]) -> None:
+    """Its gradient by autograd of the velocity itself, at x_t made by hand; nothing but the network moves.
+
+    Late on the path the error is divided by 0.05 in place of 1 - t.
+    """
     original().save_pretrained(tmp_path)
-    settings = of_run(tmp_path)
+    settings = of_run(tmp_path, flow=flow)
     step = build_step(settings)
     model: Any = step.bare_reconstructor.autoencoder
     torch.nn.init.normal_(model.decoder.conv_out.weight, std=0.1)
     batch = next(micro_batches(0, settings))
     done = step.forward_backward(batch, 0)
     normal, noise = batch.draws["flow_matching"]
-    times = torch.sigmoid(normal)
+    times = torch.sigmoid(flow.get("time_mean", 0.0) + flow.get("time_std", 1.0) * normal)
     copied = copy.deepcopy(model)
     copied.zero_grad()
     with torch.no_grad():
@@ -129,9 +211,13 @@ def test_the_loss_is_the_squared_error_of_the_velocity(tmp_path: Any) -> None:
         base = model.base(latents)
     t, clean = times.view(-1, 1, 1, 1), (batch.target - base) / 0.15
     there = (1 - t) * noise + t * clean
-    velocity = (copied._clean(there, times, base, latents) - there) / (1 - t)
-    loss = (velocity - (clean - noise)).square().mean()
-    assert times.max() < 0.95  # so that 1 - t is not bounded
+    found = copied._clean(there, times, base, latents)
+    if flow.get("time_mean") == 4.0:
+        assert times.max() > 0.96  # for one image at least 1 - t is bounded
+        loss = ((found - clean) / (1 - t).clamp(min=0.05)).square().mean()
+    else:
+        assert times.max() < 0.95
+        loss = ((found - there) / (1 - t) - (clean - noise)).square().mean()
     torch.testing.assert_close(done.logs["flow_matching"], loss.detach())
     loss.backward()
     for (name, ours), theirs in zip(model.named_parameters(), copied.parameters(), strict=True):
@@ -173,6 +259,39 @@ def test_the_teachers_images_of_the_same_noise_are_the_targets(tmp_path: Any) ->
     facts = step.objectives["flow_matching"].facts()
     with pytest.raises(UserError, match="^flow.teacher_steps: the run learned from weights with sha256 other"):
         step.objectives["flow_matching"].refuse_another({**facts, "flow_teacher_sha256": "other"})
+
+
+def test_all_losses_see_the_teachers_images(tmp_path: Any) -> None:
+    """A step of distillation with pixel and perceptual losses: their values and gradient, by hand."""
+    teacher = made(moved=True, sampling_steps=3)
+    teacher.save_pretrained(tmp_path)
+    settings = settings_for(
+        init_from=str(tmp_path),
+        train="decoder",
+        model=TrainSettings().model.model_dump(),
+        batch_size=2,
+        loss={"pixel": "l2", "pixel_weight": 0.5, "perceptual": 2.0},
+        flow={"teacher_steps": 3, "weight": 0.25},
+    )
+    distance = Distance()
+    step = build_step(settings, perceptual=distance)
+    model: Any = step.bare_reconstructor.autoencoder
+    batch = next(micro_batches(0, settings))
+    logs = step.forward_backward(batch, 0).logs
+    copied = copy.deepcopy(model)
+    copied.zero_grad()
+    with torch.no_grad():
+        latents = model.encode(batch.images).latent_dist
+        latents = latents.mean + latents.std * batch.noise
+        noise = batch.draws["flow_matching"][1]
+        wanted = teacher.carried(latents, noise, 3)
+    got = copied.carried(latents, noise, 1)
+    pixels, seen = (got - wanted).square().mean(), distance(got, wanted).mean()
+    torch.testing.assert_close(logs["l2"], pixels.detach(), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(logs["lpips"], seen.detach(), rtol=1e-4, atol=1e-6)
+    (0.5 * pixels + 2.0 * seen + 0.25 * pixels / 0.15**2).backward()
+    for ours, theirs in zip(model.decoder.parameters(), copied.decoder.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -215,6 +215,7 @@ def test_silent_channels_and_levels_are_counted() -> None:
     second = torch.tensor([0.02, 0.0]).view(1, 2, 1, 1).expand(2, 2, 4, 4)
     _, one = kl_terms(LossSettings(kl=1.0), (first,), image_elements=30)
     assert float(one["active_channels"]) == pytest.approx(2 / 3) and "active_level_1" not in one
+    assert float(one["kl_per_image"]) == pytest.approx((1.018 + 0.04) / 2)
     _, both = kl_terms(LossSettings(kl=1.0), (first, second), image_elements=30)
     assert float(both["active_channels"]) == pytest.approx(3 / 5)
     assert [float(both[f"active_level_{n}"]) for n in (1, 2)] == pytest.approx([2 / 3, 1 / 2])

@@ -155,7 +155,7 @@ def test_validation_measures_the_same_images_at_each_side(tmp_path: Path) -> Non
         settings = settings_of(data=source, validate=validate)
         held_out = open_images(settings.data, "held_out")
         validator = Validator(settings, Accelerator(cpu=True), held_out, 3, 4, None)
-        return validator.measure(lambda images: (images * 0.9).roll(1, -1))
+        return validator.measure(lambda images, _: (images * 0.9).roll(1, -1))
 
     together, first = measured(crop_px=12, also_px=[16, 8]), measured(crop_px=12)
     assert {key: value for key, value in together.items() if not key.endswith("px")} == first

@@ -86,7 +86,7 @@ def test_previews_show_the_first_group_of_bands_without_any_perceptual_loss(chan
     settings = load_settings(TrainSettings, None, [*shape, f"data.source={channels / 'rgba'}", "loss.bands=[[3]]"])
     held_out = open_images(settings.data, "held_out")
     validator = Validator(settings, Accelerator(cpu=True), held_out, 4, 4, None)
-    validator.measure(lambda images: images, tmp_path / "preview.png")
+    validator.measure(lambda images, _: images, tmp_path / "preview.png")
     rows = [[image[3:], image[3:], bicubic_down_up(image[None], 4)[0, 3:]] for image in validator.some(2)]
     labels = ["input", "reconstruction, 100.00 dB", "bicubic /4"]
     assert np.array_equal(np.asarray(Image.open(tmp_path / "preview.png")), np.asarray(picture_grid(rows, labels)))

@@ -1,9 +1,11 @@
 """The plain line in the log says what the numbers say."""
 
+import json
 from typing import Any
 
 import pytest
 
+from benchmarks.machine import RESULTS
 from latent_ae_train.log import diagnosis
 from latent_ae_train.report import decline, result_rows
 from latent_ae_train.settings import TrainSettings
@@ -11,7 +13,8 @@ from latent_ae_train.settings import TrainSettings
 SETTINGS = TrainSettings.model_validate(
     {"steps": 5000, "gan": {"start": 100, "discriminator_warmup": 50, "warmup": 100}}
 )
-HEALTHY = {"accuracy": 0.8, "adaptive_weight": 1.0, "gradient_ratio": 0.5, "kl_per_dimension": 2.0}
+HEALTHY = {"accuracy": 0.8, "adaptive_weight": 1.0, "gradient_ratio": 0.5}
+HEALTHY |= {"kl_per_dimension": 2.0, "kl_per_image": 128.0}
 
 
 def lines(first: int = 2000, count: int = 12, **changes: Any) -> list[dict[str, Any]]:
@@ -29,9 +32,12 @@ def lines(first: int = 2000, count: int = 12, **changes: Any) -> list[dict[str, 
         (lines(adaptive_weight=0.0509), "balanced: it tells 80%"),
         (lines(adaptive_weight=0.0509, gradient_ratio=0.001), "the adversarial gradient is 0.001x"),
         (lines(gradient_ratio=3.0), "the adversarial gradient is 3.0x"),
-        (lines(kl_per_dimension=0.001), "posterior collapse: the latents say almost nothing of the image (0.001 nats"),
-        (lines(active_channels=0.0), "posterior collapse: the latents"),
+        (lines(kl_per_image=0.064), "posterior collapse: the latents say almost nothing of the image (0.064 nats per"),
+        (lines(kl_per_image=4.9), "posterior collapse: the latents"),
+        (lines(kl_per_image=4.9, kl_capacity=6.0), "balanced"),
+        (lines(kl_per_image=1.0, kl_capacity=6.0), "posterior collapse: the latents"),
         (lines(active_channels=0.75), "posterior collapse in part: 25% of the latent's channels"),
+        (lines(active_channels=0.0), "posterior collapse in part: 100% of the latent's channels say almost nothing"),
         (lines(active_channels=0.9, active_level_1=0.0, active_level_2=1.0), "posterior collapse in part: level 1 of"),
         (lines(active_channels=1.0), "balanced"),
         (lines(first=20, count=5), "reconstruction losses only; the discriminator starts at step 100"),
@@ -40,6 +46,34 @@ def lines(first: int = 2000, count: int = 12, **changes: Any) -> list[dict[str, 
 )
 def test_each_state_has_its_line(given: list[dict[str, Any]], expected: str) -> None:
     assert diagnosis(given, SETTINGS).startswith(expected)
+
+
+@pytest.mark.parametrize(
+    ("run", "said", "harmless"),
+    [
+        ("random start", "posterior collapse: the latents say almost nothing of the image (3 nats per image)", False),
+        ("and warm-up", "posterior collapse: the latents say almost nothing of the image (1.8 nats per image)", False),
+        ("linear start", "posterior collapse in part: 58% of the latent's channels", True),
+    ],
+)
+def test_measured_collapses_are_told_from_a_cure(run: str, said: str, harmless: bool) -> None:
+    """Three runs of benchmarks/pitfalls.py: fewer channels count as inactive where all have collapsed."""
+    row = json.loads((RESULTS / "pitfall-collapse.json").read_text())["rows"][run]
+    inactive = float(str(row["verdict"][-1][1]).split("%")[0].split()[-1]) / 100
+    text = diagnosis(
+        lines(kl_per_image=row["rate_nats"]["mean"], active_channels=1 - inactive),
+        SETTINGS,
+    )
+    assert text.startswith(said) and ("harmless" in text) == harmless
+
+
+@pytest.mark.parametrize(("rate", "harmless"), [(19.0, False), (21.0, True)])
+def test_inactive_channels_are_harmless_only_beside_a_substantial_rate(rate: float, harmless: bool) -> None:
+    text = diagnosis(lines(kl_per_image=rate, active_channels=0.3), SETTINGS)
+    assert text.startswith(
+        "posterior collapse in part: 70% of the latent's channels say almost nothing of the image, all"
+    )
+    assert f"all together {rate:.0f} nats per image" in text and ("harmless" in text) == harmless
 
 
 def test_a_rising_kl_is_explained() -> None:
