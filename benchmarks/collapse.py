@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import save
-from benchmarks.runs import cifar10, evaluate, events, folder_name, train
+from benchmarks.runs import cifar10, cifar10_facts, evaluate, events, folder_name, train
 
 SIDE_PX, BATCH, STEPS = 32, 16, 240
 ENCODER = [8, 16, 16, 16, 32, 32]
@@ -64,7 +64,8 @@ def main() -> None:
     if not words.only:
         save(
             "collapse",
-            {"data": "CIFAR-10", "steps": STEPS, "batch_size": BATCH, "images": 500, "model": MODEL, "runs": rows},
+            cifar10_facts(words.data)
+            | {"steps": STEPS, "batch_size": BATCH, "images": 500, "model": MODEL, "runs": rows},
         )
 
 

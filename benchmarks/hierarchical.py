@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from benchmarks.machine import save
-from benchmarks.runs import cifar10, evaluate, folder_name, seconds_of, train
+from benchmarks.runs import cifar10, cifar10_facts, evaluate, folder_name, seconds_of, train
 
 SHAPE = "model.config={{width: {}, level_sides: {}, level_channels: {}, blocks: {}, norm_num_groups: 2}}"
 THREE = SHAPE.format(48, [4, 8, 16], [16, 8, 4], 1)
@@ -53,8 +53,8 @@ def main() -> None:
     for steps, (name, settings) in itertools.product(lengths, CONTESTANTS.items()):
         if (run := place(words.scratch, steps, name)).exists():
             rows.append({"name": name, "steps": steps, "settings": " ".join(settings)} | measured(run, tests))
-    data = "CIFAR-10, 20,000 images to train on and 4,000 held out"
-    save("hierarchical", {"data": data, "batch": BATCH, "contestants": rows})
+    facts = cifar10_facts(words.data, "20,000 images to train on and 4,000 held out")
+    save("hierarchical", facts | {"batch": BATCH, "contestants": rows})
 
 
 def place(scratch: Path, steps: int, name: str) -> Path:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import save
-from benchmarks.runs import cifar10, evaluate, events, folder_name, seconds_of, train
+from benchmarks.runs import cifar10, cifar10_facts, evaluate, events, folder_name, seconds_of, train
 
 RUNS = {
     "logistic, learned scale": [],
@@ -50,7 +50,7 @@ def main() -> None:
             "psnr": events(run, "validate")[-1]["psnr"],
             "processor_seconds": seconds_of(run),
         }
-    about = {"data": "CIFAR-10, 20,000 images to train on", "steps": STEPS, "batch_size": BATCH}
+    about = cifar10_facts(words.data, "20,000 images to train on") | {"steps": STEPS, "batch_size": BATCH}
     save("likelihood", about | {"images": words.images, "samples": words.samples, "runs": rows})
 
 

@@ -159,14 +159,18 @@ def _cpu_name() -> str:
     return platform.processor()
 
 
-def where(result: dict[str, Any]) -> str:
-    """In words: the machines of a result, and the command that made it, or the newest of those."""
-    calls = [result, *result.get("before", [])]
-    machines = [
+def machines(result: dict[str, Any]) -> str:
+    """In words: the machines of a result."""
+    found = [
         f"{one['machine']['gpu'] or one['machine']['cpu']}, {one['machine']['threads']} threads, "
         f"torch {one['machine']['versions']['torch']}"
-        for one in calls
+        for one in (result, *result.get("before", []))
     ]
-    commands = list(dict.fromkeys(one["command"] for one in calls))
+    return " and ".join(dict.fromkeys(found))
+
+
+def where(result: dict[str, Any]) -> str:
+    """In words: the machines of a result, and the command that made it, or the newest of those."""
+    commands = list(dict.fromkeys(one["command"] for one in (result, *result.get("before", []))))
     more = f" and {len(commands) - 1} more" if len(commands) > 1 else ""
-    return f"{' and '.join(dict.fromkeys(machines))}; `{commands[0]}`{more}"
+    return f"{machines(result)}; `{commands[0]}`{more}"

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from benchmarks.machine import save
-from benchmarks.runs import cifar10, evaluate, train
+from benchmarks.runs import cifar10, cifar10_facts, evaluate, train
 
 PARTS = ("gaussian", "flow-posterior", "samples", "bits")
 BATCH, SIDE = 32, 32
@@ -66,8 +66,8 @@ def main() -> None:
     gained = {key: estimate(gaussian[key] - flow[key]) for key in ("elbo", "importance_bound")}
     save(
         "priors",
-        {
-            "data": "CIFAR-10, 20,000 images to train on",
+        cifar10_facts(words.data, "20,000 images to train on")
+        | {
             "steps": words.steps,
             "batch": BATCH,
             "parameters": {name: count for name, (count, _) in found.items()},

@@ -3,6 +3,7 @@
 Each has a folder in the benchmark's scratch folder and is not made again where it has ended there.
 """
 
+import io
 import json
 import os
 import shutil
@@ -10,6 +11,9 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import pyarrow.parquet as pq
+from PIL import Image, JpegImagePlugin
 
 SECONDS, PEAK_GB, WORDS = "processor_seconds.json", "peak_gb.json", "words.json"
 
@@ -91,6 +95,52 @@ def events(folder: Path, kind: str) -> list[dict[str, Any]]:
 def cifar10(folder: Path) -> list[str]:
     """Settings: a folder with train.parquet, to train on, and test.parquet, held out."""
     return [f"data.source={folder / 'train.parquet'}", f"data.eval_source={folder / 'test.parquet'}"]
+
+
+def cifar10_facts(folder: Path, more: str = "") -> dict[str, Any]:
+    """What a result says of the images that `cifar10` gives: `data` in words, and `stored`, their bits in the files.
+
+    Bits are per dimension of the held-out images, mean over them: `file` of the whole file, `scan` of what comes after
+    the headers and tables of a JPEG.
+
+    Args:
+        folder: The folder with train.parquet and test.parquet.
+        more: What follows in words, such as "20,000 images to train on".
+    """
+    files = [row["bytes"] for row in pq.read_table(folder / "test.parquet")["image"].to_pylist()]
+    pictures = [Image.open(io.BytesIO(one)) for one in files]
+    kinds = {kind_of_file(picture) for picture in pictures}
+    values = [picture.width * picture.height * len(picture.getbands()) for picture in pictures]
+    stored = {"format": " and ".join(sorted(kinds)), "images": len(files), "file": mean_bits(files, values)}
+    if all(picture.format == "JPEG" for picture in pictures):
+        stored["scan"] = mean_bits([scan_of(one) for one in files], values)
+    return {"data": f"CIFAR-10 stored as {stored['format']}{more and ', '}{more}", "stored": stored}
+
+
+def kind_of_file(picture: Image.Image) -> str:
+    """Format in words, with quality and chroma subsampling of a JPEG that Pillow or libjpeg wrote."""
+    if not isinstance(picture, JpegImagePlugin.JpegImageFile):
+        return str(picture.format)
+    subsampling = ("4:4:4", "4:2:2", "4:2:0")[JpegImagePlugin.get_sampling(picture)]
+    for quality in range(1, 101):
+        encoded = io.BytesIO()
+        Image.new("RGB", (8, 8)).save(encoded, "JPEG", quality=quality)
+        written = Image.open(encoded)
+        assert isinstance(written, JpegImagePlugin.JpegImageFile)
+        if written.quantization == picture.quantization:
+            return f"JPEG (quality {quality}, {subsampling})"
+    return f"JPEG ({subsampling})"
+
+
+def scan_of(jpeg: bytes) -> bytes:
+    """The entropy-coded part of a JPEG of one scan, with the marker of its end."""
+    start = jpeg.index(b"\xff\xda") + 2
+    return jpeg[start + int.from_bytes(jpeg[start : start + 2], "big") :]
+
+
+def mean_bits(parts: list[bytes], values: list[int]) -> float:
+    """Mean over images of the bits of a part of their files per value."""
+    return round(sum(8 * len(part) / count for part, count in zip(parts, values, strict=True)) / len(parts), 4)
 
 
 def folder_name(name: str) -> str:

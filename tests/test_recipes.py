@@ -337,6 +337,14 @@ PUBLISHED: dict[str, list[dict[str, Any]]] = {
         }
     ],
 }
+HIERARCHICAL = {
+    # NVAE: two cells for each group; vdvae: for the prior's block and the one after the latent of each level
+    "model.config.blocks": 2,
+    # the last layers of posteriors begin as PyTorch's, with biases of about 0: neither fixed means nor small variances
+    "model.config.open_posteriors": True,
+    "model.config.open_log_std": 0,
+    "precision": "fp32",
+}
 PUBLISHED |= {
     "vdvae-cifar10": [
         {
@@ -347,6 +355,10 @@ PUBLISHED |= {
             "model.config.width": 384,
             "model.config.cell": "bottleneck",
             "model.config.mixtures": 10,
+            **HIERARCHICAL,
+            "model.config.side_bias": True,  # vae.py: bias_xs
+            "model.config.encoder_cell": None,  # as the decoder's
+            "steps": 1_000_000,  # README: ~1M iterations with early stopping
             **{"batch_size": 2 * 16, "data.flip": False, "ema.decay": 0.9999, "loss.kl": 1.0, "loss.kl_warmup": 0},
             **{"optim.lr": 2e-4, "optim.betas": (0.9, 0.9), "optim.weight_decay": 0.01, "optim.warmup": 100},
             **{"optim.schedule": "constant", "optim.clip": 200.0, "optim.skip_above": 400.0, "optim.eps": 1e-8},
@@ -359,7 +371,10 @@ PUBLISHED |= {
             "model.config.encoder_blocks": [2 * 30, 2],
             "model.config.width": [2 * 128, 128],
             "model.config.cell": "depthwise",
+            "model.config.encoder_cell": "residual",  # utils.py: res_mbconv
+            "model.config.side_bias": None,
             "model.config.mixtures": 10,
+            **HIERARCHICAL,
             **{"steps": 400 * (50_000 // 256), "batch_size": 8 * 32, "optim.warmup": 5 * (50_000 // 256)},
             **{"loss.kl_warmup": int(0.3 * 400 * (50_000 // 256)), "loss.kl_balance": True, "data.flip": True},
             **{"optim.schedule": "cosine", "optim.final_lr": pytest.approx(1e-4 / 1e-2), "optim.clip": 0.0},
@@ -380,7 +395,7 @@ FULL_SIZE = sorted({*recipe_folders()["published"], *recipe_folders()["shapes"]}
 def value_of(settings: TrainSettings, key: str) -> Any:
     value: Any = settings
     for part in key.split("."):
-        value = value[part] if isinstance(value, dict) else getattr(value, part)
+        value = value.get(part) if isinstance(value, dict) else getattr(value, part)
     return value
 
 

@@ -1,4 +1,4 @@
-"""Rewrites the tables in docs/ from benchmarks/results: a module for each page.
+"""Rewrites the tables and charts in docs/ from benchmarks/results: a module for each page.
 
 python -m benchmarks.tables
 """
@@ -42,3 +42,12 @@ def render(page: Path) -> str:
         return f"<!-- table: {name} -->\n{table}\n<!-- end -->"
 
     return re.sub(r"<!-- table: (\S+) -->.*?<!-- end -->", fill, page.read_text(encoding="utf-8"), flags=re.DOTALL)
+
+
+def figures(page: Path) -> dict[Path, str]:
+    """The SVG charts of a page by their files: docs/images/NAME-curves.svg from results/NAME.json."""
+    makers = getattr(import_module(f"{__name__}.{page.stem.replace('-', '_')}"), "FIGURES", {})
+    return {
+        DOCS / f"images/{name}-curves.svg": make(json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8")))
+        for name, make in makers.items()
+    }

@@ -6,6 +6,7 @@ print(result["metrics"]["importance_bound"]["bits_per_dimension"])
 """
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,8 +21,9 @@ from torch import Tensor, nn
 from latent_ae.arithmetic import float32_arithmetic
 from latent_ae.config import UserError
 from latent_ae.data.held_out import HeldOutImage
+from latent_ae.data.images import kind_of, open_encoded
 from latent_ae.data.rng import spread
-from latent_ae.data.sources import StoredImages, StreamSource, fingerprint
+from latent_ae.data.sources import Encoded, StoredImages, StreamSource, fingerprint
 from latent_ae.metrics.similarity import FEWEST, bootstrap_interval
 from latent_ae.models.likelihood import LIKELIHOODS, SCALED, Likelihood, LikelihoodKind, bits_per_dimension
 from latent_ae.models.loading import FirstStage
@@ -130,6 +132,13 @@ def measure_likelihood(
     if off := sum(row.pop("off_level") for row in finite):
         text = "values between levels of 8 bits (more bits, or resized): the probability is that of a level's width"
         notes += [f"{off:,} images have {text} around them"] if kind != "bernoulli" and settings.discretised else []
+    lossy = Counter(found for row in finite if (found := row.pop("lossy")))
+    if lossy and kind != "bernoulli":
+        kinds = ", ".join(f"{count:,} of {len(finite):,} are {name}" for name, count in sorted(lossy.items()))
+        notes.append(
+            f"stored with losses: {kinds}. The bits are of the decoded images, which lack what compression left out, "
+            "and cannot be compared with bits of the original images, as published ones are"
+        )
     result: dict[str, Any] = {
         "format": JOB.format,
         "model": stage.describe(),
@@ -158,6 +167,28 @@ def measure_likelihood(
     if folder is not None:
         _write(folder, result, finite, work, settings)
     return result
+
+
+def lossy_format(encoded: Encoded) -> str | None:
+    """Return the name of the format if an image is stored as JPEG or as lossy WebP, and None otherwise.
+
+    Raises:
+        ImageError: If it is unreadable.
+    """
+    name = kind_of(encoded).split()[0]
+    if name in ("JPEG", "MPO"):  # the first picture of an MPO is a JPEG
+        return "JPEG"
+    if name != "WEBP":
+        return None
+    with open_encoded(encoded) as stream:
+        stream.seek(len(b"RIFF....WEBP"))
+        while len(head := stream.read(8)) == 8:
+            chunk, size = head[:4], int.from_bytes(head[4:], "little")
+            if chunk in (b"VP8 ", b"VP8L"):  # RFC 9649: lossy, lossless
+                return "lossy WebP" if chunk == b"VP8 " else None
+            # the first frame of an animation has its own chunks after 16 bytes
+            stream.seek(16 if chunk == b"ANMF" else size + size % 2, 1)
+    return None
 
 
 def _unrecorded(stage: FirstStage) -> LikelihoodKind:
@@ -245,7 +276,10 @@ class _Work:
         return fitted_scale(estimator.kind, torch.cat(pairs, 1), discretised=self.settings.discretised)
 
     def measured(self, estimator: Estimator, indices: np.ndarray, scale: float | None) -> list[dict[str, Any]]:
-        """Return a row for each readable image, in nats; `off_level` is True if a value is between 8-bit levels."""
+        """Return a row for each readable image, in nats.
+
+        `off_level` is True if a value is between 8-bit levels; `lossy` is what `lossy_format` returns.
+        """
         rows = []
         for items, images in self.batches(indices, "likelihood"):
             bounds = estimator.measure(images, [item.index for item in items], self.settings.samples, scale)
@@ -268,6 +302,7 @@ class _Work:
                         "curve": bounds.curve[i].tolist(),
                         "effective_samples": float(bounds.effective[i]),
                         "off_level": bool(off_level[i]),
+                        "lossy": lossy_format(self.source.read(item.index)),
                     }
                 )
         report_skipped(self.skipped, self.num_read, self.settings)

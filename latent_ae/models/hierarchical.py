@@ -21,8 +21,6 @@ from latent_ae.models.posterior import Drawn, kl_per_dimension, log_ratio
 
 LARGEST_LOG_STD = 5.0
 """A tanh limits the logarithms of standard deviations to +- this value, as in NVAE."""
-OPEN_LOG_STD = -2.0
-"""Logarithm of the standard deviation, in units of the prior's, with which an open posterior begins."""
 
 
 class HierarchicalVAE(ModelMixin, ConfigMixin):
@@ -46,8 +44,11 @@ class HierarchicalVAE(ModelMixin, ConfigMixin):
         encoder_cell: Kind of the encoder's; None means `cell`.
         encoder_blocks: Cells of the encoder, one number or one for each side, from the coarsest; None means `blocks`.
         side_bias: Whether a learned bias for each position is added where the state enters a finer grid (Child 2021).
-        open_posteriors: Whether posteriors begin with random means (as Child 2021) and narrower than priors, so that
-            latents are used from the first step on; otherwise posteriors begin as the priors.
+        open_posteriors: Whether posteriors begin with random means and a standard deviation of e^open_log_std, in units
+            of the prior's; otherwise they begin as the priors.
+        open_log_std: Logarithm of that standard deviation, before the tanh that limits it. Narrow posteriors (-2) let
+            the decoder find the latents useful from the first step on, and cost 1.4 nats for each latent value, so they
+            need a warm-up of the KL; 0 is how very deep VAEs and NVAE begin.
         mixtures: Components of a mixture of logistics for each pixel, which the decoder gives (`logistic_mixture`); 0
             gives an image alone.
         scaling_factor: A diffusion model multiplies shifted latents by it.
@@ -74,6 +75,7 @@ class HierarchicalVAE(ModelMixin, ConfigMixin):
         encoder_blocks: int | Sequence[int] | None = None,
         side_bias: bool = False,
         open_posteriors: bool = False,
+        open_log_std: float = -2.0,
         mixtures: int = 0,
         scaling_factor: float = 1.0,
         shift_factor: float = 0.0,
@@ -97,7 +99,7 @@ class HierarchicalVAE(ModelMixin, ConfigMixin):
         top = min(side for side, count in zip(sides, channels, strict=True) if count)
         within = [side for side in all_sides if side >= top]
         cells = by_side(blocks if encoder_blocks is None else encoder_blocks, within, "encoder_blocks")
-        shape = Shape(in_channels, sample_size, widths, norm_num_groups, open_posteriors)
+        shape = Shape(in_channels, sample_size, widths, norm_num_groups, open_log_std if open_posteriors else None)
         self.encoder = Encoder(shape, encoder_cell, cells)
         self.decoder = Decoder(shape, cell, sides, channels, blocks, side_bias, mixtures)
         self.shapes = [(count, side, side) for side, count in zip(sides, channels, strict=True) if count]
@@ -314,6 +316,8 @@ class Decoder(nn.Module):
             self.conv_up = nn.Conv2d(width, fine * self.scale**2, 3, padding=1) if self.scale > 1 else nn.Identity()
             self.conv_out = last_layer(fine, outputs, 1)
             self.activation = nn.GELU() if kind == "bottleneck" else nn.SiLU()
+        # very deep VAEs have no activation before the output; their gain and bias there are part of the convolution
+        self.activation_out = nn.Identity() if kind == "bottleneck" and self.scale == 1 else self.activation
         if mixtures:
             self.conv_out.bias.data.copy_(first_parameters(shape.in_channels, mixtures))
 
@@ -340,7 +344,7 @@ class Decoder(nn.Module):
         if not isinstance(self.conv_up, nn.Identity):
             hidden = self.conv_up(self.activation(self.norm_out(hidden)))
             hidden = F.pixel_shuffle(hidden, self.scale)
-        output: Tensor = self.conv_out(self.activation(hidden))
+        output: Tensor = self.conv_out(self.activation_out(hidden))
         return output
 
 
@@ -366,8 +370,8 @@ class Moments(nn.Module):
             middle, kernel = inputs, 3 if posterior else 1
         self.conv = WeightPrecisionConv2d(middle, 2 * channels, kernel, padding=kernel // 2)
         nn.init.zeros_(self.conv.bias)
-        if posterior and shape.open_posteriors:
-            self.conv.bias.data[channels:] = OPEN_LOG_STD
+        if posterior and shape.open_log_std is not None:
+            self.conv.bias.data[channels:] = shape.open_log_std
         else:
             nn.init.zeros_(self.conv.weight)
 
@@ -407,8 +411,8 @@ class Shape(NamedTuple):
     """Channels of the features by the side of their grid."""
     groups: int
     """Groups of each group normalisation."""
-    open_posteriors: bool
-    """Whether posteriors begin with random means."""
+    open_log_std: float | None
+    """Logarithm of the standard deviation with which open posteriors begin; None if they begin as the priors."""
 
     def passage(self, before: int, side: int) -> nn.Module:
         """Return the layer between features of two sides: none if they have the same width."""

@@ -2,10 +2,12 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -436,6 +438,51 @@ def test_more_than_8_bits_are_noted(tmp_path: Path) -> None:
     settings = LikelihoodSettings(likelihood="logistic", scale=0.3, samples=1, num_workers=0)
     result = measure_likelihood(constant(0.0), tmp_path, settings)
     assert any("between levels of 8 bits" in note for note in result["notes"])
+
+
+STORED: dict[str, tuple[str, dict[str, Any]]] = {
+    "PNG": ("png", {}),
+    "JPEG": ("jpg", {"quality": 75}),
+    "lossy WebP": ("webp", {"quality": 75}),
+    "lossless WebP": ("webp", {"lossless": True}),
+    "lossy WebP with alpha": ("webp", {"quality": 75}),
+    "lossless WebP with a profile": ("webp", {"lossless": True, "icc_profile": b"none"}),
+    "animated lossy WebP": ("webp", {"quality": 75, "save_all": True, "duration": 10}),
+}
+
+
+@pytest.mark.parametrize("table", [False, True])
+def test_images_that_were_stored_with_losses_are_noted(table: bool, tmp_path: Path) -> None:
+    levels = np.random.default_rng(0).integers(0, 256, (2, 4, 4, 4), dtype=np.uint8)
+    for name, (extension, options) in STORED.items():
+        first, second = (Image.fromarray(one if "alpha" in name else one[..., :3]) for one in levels)
+        more = {"append_images": [second]} if "save_all" in options else {}
+        first.save(tmp_path / f"{name}.{extension}", **options, **more)
+    files = sorted(tmp_path.iterdir())
+    lossy = [file for file in files if "lossy" in file.name or "JPEG" in file.name]
+    settings = LikelihoodSettings(likelihood="logistic", scale=0.3, samples=1, num_workers=0)
+
+    def notes(chosen: list[Path], place: str) -> list[str]:
+        """Of `eval likelihood`, for these files as a folder or as a Parquet file."""
+        folder = tmp_path / place
+        folder.mkdir()
+        if table:
+            rows = [{"image": {"bytes": file.read_bytes(), "path": None}} for file in chosen]
+            pq.write_table(pa.Table.from_pylist(rows), folder / "images.parquet")
+        else:
+            for file in chosen:
+                shutil.copy(file, folder)
+        source, out = folder / "images.parquet" if table else folder, tmp_path / f"{place}-out"
+        result = measure_likelihood(constant(0.0), source, settings, out=out)
+        found = [note for note in result["notes"] if "stored with losses" in note]
+        assert json.loads((out / "result.json").read_text())["notes"] == result["notes"]
+        assert ("stored with losses" in (out / "report.html").read_text()) == bool(found)
+        assert "lossy" not in pq.read_table(out / "images.parquet").column_names
+        return found
+
+    assert notes([file for file in files if file not in lossy], "kept") == []
+    (note,) = notes(files, "all")
+    assert note.startswith("stored with losses: 1 of 7 are JPEG, 3 of 7 are lossy WebP. ")
 
 
 def test_the_recipe_has_a_latent_vector(pictures: Path, tmp_path: Path) -> None:

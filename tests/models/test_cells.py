@@ -1,6 +1,7 @@
 """The cells of a HierarchicalVAE against their published arithmetic, and the networks that are made of them."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,34 @@ def test_open_posteriors_are_informed_from_the_start() -> None:
     assert 0.5 < float(stds[0][:, :12].abs().mean() / torch.exp(torch.tensor(-2.0))) < 2.0
 
 
+@pytest.mark.parametrize("log_std", [-2.0, 0.0])
+def test_what_open_posteriors_cost_before_training(log_std: float) -> None:
+    """With small means, (s^2 - ln s^2 - 1) / 2 nats for each latent value: 1.4 for -2, nothing for 0."""
+    torch.manual_seed(0)
+    config: dict[str, Any] = {"open_posteriors": True, "open_log_std": log_std, "cell": "bottleneck", "width": 32}
+    network = HierarchicalVAE(**SHAPE, **config).requires_grad_(False)
+    for level in network.decoder.levels:
+        if level.channels:
+            level.posterior.conv.weight.mul_(1e-3)
+    limited = 2.0 * 5.0 * math.tanh(log_std / 5.0)
+    cost = (math.exp(limited) - limited - 1.0) / 2.0
+    assert cost == pytest.approx(1.411 if log_std else 0.0, abs=1e-3)
+    rates = network.draw(IMAGES, torch.zeros(2, 60, 1, 1)).rates
+    torch.testing.assert_close(
+        torch.cat([rate.flatten() for rate in rates]), torch.full((120,), cost), rtol=0, atol=1e-3
+    )
+
+
+def test_bottlenecks_end_without_an_activation() -> None:
+    """As DmolNet of openai/vdvae, where the state after the last block goes into a 1 x 1 convolution."""
+    torch.manual_seed(0)
+    sides: dict[str, Any] = {"level_sides": [4, 16], "level_channels": [3, 0], "sample_size": 16}
+    network = HierarchicalVAE(**sides, width=8, cell="bottleneck", mixtures=2).requires_grad_(False)
+    decoder, state = network.decoder, torch.randn(2, 8, 16, 16)
+    expected = F.conv2d(decoder.stack(state), decoder.conv_out.weight, decoder.conv_out.bias)
+    torch.testing.assert_close(network.output(state)[1], expected)
+
+
 def test_a_folder_from_before_these_keys_loads_as_it_was(tmp_path: Path) -> None:
     torch.manual_seed(0)
     network = HierarchicalVAE(**SHAPE, width=8, norm_num_groups=2).eval().requires_grad_(False)
@@ -123,7 +152,7 @@ def test_a_folder_from_before_these_keys_loads_as_it_was(tmp_path: Path) -> None
         parameter.add_(0.1 * torch.randn_like(parameter))
     network.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
-    new = ("cell", "encoder_cell", "encoder_blocks", "side_bias", "open_posteriors", "mixtures")
+    new = ("cell", "encoder_cell", "encoder_blocks", "side_bias", "open_posteriors", "open_log_std", "mixtures")
     (tmp_path / "config.json").write_text(json.dumps({key: value for key, value in config.items() if key not in new}))
     again = HierarchicalVAE.from_pretrained(tmp_path)
     assert torch.equal(again(IMAGES).sample, network(IMAGES).sample)
