@@ -111,11 +111,6 @@ def compared(folder: Path, m1: Path, data: Path, words: list[str], labels: int, 
     """The test accuracies of all contestants with the same labels; `m1` is the run without any."""
     accuracy, seconds = dict[str, float](), {"M1": seconds_of(m1)}
     judged = [f"labels_per_class=[{labels}]", f"draws={max(2, draw + 1)}", f"test_fraction={TEST_FRACTION}"]
-    for name, more in (("M1 + M2", []), ("joint", JOINT)):
-        run = folder / name.replace(" + ", "-")
-        train(run, RECIPE, *words, *more)
-        found = evaluate(run / "probe", "probe", run / "export", data, *judged)
-        accuracy[name], seconds[name] = found["label_model"]["accuracy"], seconds_of(run)
     result = evaluate(folder / "probe-M1", "probe", m1 / "export", data, *judged)
     for title, features, kind in (
         ("M1, logistic regression", "latent", "logistic"),
@@ -123,6 +118,11 @@ def compared(folder: Path, m1: Path, data: Path, words: list[str], labels: int, 
         ("pixels, logistic regression", "pixels", "logistic"),
     ):
         accuracy[title] = result["features"][features][kind][str(labels)]["draws"][draw]
+    for name, more in (("M1 + M2", []), ("joint", JOINT)):
+        run = folder / name.replace(" + ", "-")
+        train(run, RECIPE, *words, *more)
+        found = evaluate(run / "probe", "probe", run / "export", data, *judged)
+        accuracy[name], seconds[name] = found["label_model"]["accuracy"], seconds_of(run)
     accuracy["supervised"] = supervised(load_settings(TrainSettings, RECIPE, words))
     return {
         "draw": draw,
