@@ -5,8 +5,9 @@
     python -m benchmarks.anomaly textures           # scikit-image's: brick, grass and gravel, one of them normal
 
 Each model trains for a few minutes on one CPU core; bicubic resampling, which learned nothing, stands beside it but for
-textures, whose images are overlapping windows. The results of each seed are added to benchmarks/results/anomaly-*.json,
-where those before must be of as many steps and images.
+textures, whose images are overlapping windows: those that scores are fitted to and those that give the thresholds are
+drawn from the same windows, which overlap. The results of each seed are added to benchmarks/results/anomaly-*.json,
+where those before must be of as many steps and images, of the same size, and of the same settings of the density.
 """
 
 import argparse
@@ -27,7 +28,10 @@ TEXTURES = ("brick", "grass", "gravel")
 CLASSES = {1: "automobile", 4: "deer"}
 """Of CIFAR-10; chosen before any result was seen."""
 MIXTURE, NEIGHBOURS = 4, 4000
-STAGES = {"first stage": "", "trained with a density": f"density.components={MIXTURE}"}
+DENSITY = f"density.components={MIXTURE} density.weight=0.1 density.penalty=0.005"
+STAGES = {"first stage": "", "trained with a density": DENSITY}
+CROP_PX = 64
+"""Side of training crops and of judged images, except those of CIFAR-10: a density holds for one size."""
 HELD_OUT = 400
 """Training images of a class that give thresholds and train nothing."""
 MODEL = [
@@ -101,7 +105,7 @@ def pasted_defects(data: Path, scratch: Path, steps: int, limit: int, seed: int)
     photos = data / "bsds500"
     settings = AnomalySettings(
         normal=str(photos / "val"),
-        crop_px=96,
+        crop_px=CROP_PX,
         limit=limit,
         defects=True,
         mixture=MIXTURE,
@@ -110,7 +114,7 @@ def pasted_defects(data: Path, scratch: Path, steps: int, limit: int, seed: int)
     )
     found = {}
     for stage, more in STAGES.items():
-        words = ("data.resolution=64", "batch_size=8", f"seed={seed}", *more.split())
+        words = (f"data.resolution={CROP_PX}", "batch_size=8", f"seed={seed}", *more.split())
         model = trained(photos / "train", scratch / folder_name(stage), steps, *words)
         found[stage] = figures(find_anomalies(model, photos / "test", settings, progress=True))
     found["bicubic /8"] = figures(
@@ -131,9 +135,9 @@ def textures(data: Path, scratch: Path, steps: int, limit: int, seed: int) -> di
         pixels, folder = getattr(skimage.data, name)(), scratch / name
         for part, left, right in (("train", 0, 256), ("normal", 256, 384), ("test", 384, 512)):
             (folder / part).mkdir(parents=True)
-            side = 256 if part == "train" else 96
+            side = 256 if part == "train" else CROP_PX
             tops = range(0, 513 - side, 256 if part == "train" else 26)
-            for x, y in itertools.product(range(left, right - side + 1, 16), tops):
+            for x, y in itertools.product(range(left, right - side + 1, 32), tops):
                 Image.fromarray(pixels[y : y + side, x : x + side]).convert("RGB").save(
                     folder / part / f"{y:03d}-{x}.png"
                 )
@@ -147,13 +151,13 @@ def textures(data: Path, scratch: Path, steps: int, limit: int, seed: int) -> di
         )
         found[name] = {}
         for stage, more in STAGES.items():
-            words = ("data.resolution=64", "batch_size=8", "data.eval_source=photos", f"seed={seed}", *more.split())
-            model = trained(folder / "train", folder / folder_name(stage), steps, *words)
+            words = (f"data.resolution={CROP_PX}", "batch_size=8", "data.eval_source=photos", f"seed={seed}")
+            model = trained(folder / "train", folder / folder_name(stage), steps, *words, *more.split())
             found[name][stage] = figures(find_anomalies(model, folder / "test", settings, progress=True))
     return found
 
 
-WHAT = {"cifar10": (one_class_out, 1000), "defects": (pasted_defects, 50), "textures": (textures, 51)}
+WHAT = {"cifar10": (one_class_out, 1000), "defects": (pasted_defects, 50), "textures": (textures, 54)}
 """How each is measured, and how many images are judged."""
 OF = {"cifar10": "CIFAR-10, {} normal", "defects": "BSDS500, pasted defects", "textures": "{}, pasted defects"}
 """What a table calls its sets of images."""
@@ -165,13 +169,15 @@ def main() -> None:
     parser.add_argument("data", nargs="?", type=Path, default=os.environ.get("LATENT_AE_TEST_DATA"))
     parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--images", type=int, help="to judge; default: 1000, 50, 51")
+    parser.add_argument("--images", type=int, help="to judge; default: 1000, 50, 54")
     words = parser.parse_args()
     if words.data is None and words.what != "textures":
         parser.error("give the folder that holds cifar10/ and bsds500/, or set LATENT_AE_TEST_DATA")
     measure, images = WHAT[words.what]
     name, folder = f"anomaly-{words.what}", Path(words.data or "")
-    facts = {"of": OF[words.what], "steps": words.steps, "images": words.images or images, "stages": list(STAGES)}
+    crop_px = 32 if words.what == "cifar10" else CROP_PX
+    facts: dict[str, Any] = {"of": OF[words.what], "crop_px": crop_px, "stages": STAGES}
+    facts |= {"steps": words.steps, "images": words.images or images}
     earlier(name, facts, "seeds")  # ends here rather than after a training
     for seed in words.seeds:
         with tempfile.TemporaryDirectory(prefix="latent-ae-") as scratch:

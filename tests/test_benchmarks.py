@@ -1,6 +1,7 @@
-"""What benchmarks add to the results that were measured before, and what they say of their images."""
+"""What benchmarks add to the results that were measured before, and what they say of their images and contestants."""
 
 import io
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from PIL import Image
 
 from benchmarks import machine, semi_supervised
 from benchmarks.runs import cifar10_facts
+from latent_ae.config import load_settings
+from latent_ae.data.loader import open_images
+from latent_ae.data.sources import FolderSource
+from latent_ae.objectives import SemiSupervised
+from latent_ae_train.data import labelled_images
+from latent_ae_train.settings import TrainSettings
 
 
 def test_figures_are_added_only_to_those_of_the_same_facts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -65,3 +73,32 @@ def test_a_result_says_how_its_images_were_stored(options: dict[str, Any], words
     scans = [len(one) - one.rindex(b"\xff\xda") - 14 for one in files if options["format"] == "JPEG"]
     expected = pytest.approx(8 * sum(scans) / (3 * 16 * 8 * 3), abs=1e-4) if scans else None
     assert facts["stored"].get("scan") == expected
+
+
+def test_the_supervised_contestant_sees_the_labelled_samples_of_the_others(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for number in range(120):
+        place = tmp_path / ("dark", "light")[number % 2]
+        place.mkdir(exist_ok=True)
+        pixels = rng.integers(0, 256, (8, 8))
+        pixels[0, 0] = 2 * number  # tells which image it is
+        Image.fromarray(pixels.astype(np.uint8)).save(place / f"{number:03d}.png")
+    words = [f"data.source={tmp_path}", "semi_supervised.classes=2", "semi_supervised.labels_per_class=15"]
+    settings = load_settings(TrainSettings, "semi-supervised", [*semi_supervised.SHAPES["digits"], *words])
+    train_images, held_out = open_images(settings.data, "train"), open_images(settings.data, "held_out")
+    _, shown = labelled_images(settings, train_images, held_out)
+    assert isinstance(train_images, FolderSource)
+    labelled = {train_images.name(row) for row in np.flatnonzero(shown.of_images[: len(train_images)] >= 0)}
+    steps = list(itertools.islice(semi_supervised.labelled_samples(settings), 50))
+    seen = [round((float(image[0, 0, 0]) + 1) * 127.5 / 2) for images, _ in steps for image in images]
+    assert torch.cat([labels for _, labels in steps]).tolist() == [number % 2 for number in seen]
+    assert {f"{number:03d}.png" for number in seen} == {Path(name).name for name in labelled} and len(labelled) == 30
+    # a quarter of the samples is from the labelled images alone, and the others are from all
+    expected = 64 * (0.25 + 0.75 * 30 / len(train_images))
+    assert expected > 30 and len(seen) / 50 == pytest.approx(expected, rel=0.04)
+
+
+def test_the_run_of_m1_has_no_label_model() -> None:
+    settings = load_settings(TrainSettings, "semi-supervised", semi_supervised.UNLABELLED)
+    assert SemiSupervised not in settings.objectives
+    assert SemiSupervised in load_settings(TrainSettings, "semi-supervised", []).objectives

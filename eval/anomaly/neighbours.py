@@ -15,8 +15,15 @@ class Neighbours:
     """The distance of each patch to the nearest one of normal images, in the manner of PatchCore (Roth et al. 2022).
 
     The features of two middle stages are averaged over 3 x 3 positions and joined on the grid of the second one. As in
-    the paper an image's score is the largest distance of its patches. Unlike there the network is VGG16, the bank of
-    patches is a random choice and not a greedy coreset, and the score is not reweighted.
+    the paper an image's score is the largest distance of its patches. Unlike there and in the reference implementation:
+
+    - the network is VGG16, not WideResNet50;
+    - the bank of patches is a random choice, not a greedy coreset;
+    - the score is not reweighted by the neighbourhood in the bank;
+    - the finer grid is averaged to the coarser one, not the coarser one resized to the finer;
+    - the map is not smoothed;
+    - the channels of both stages are joined as they are, not pooled to fixed and equal numbers first;
+    - averages over 3 x 3 positions do not count the padding.
 
     Args:
         network: LPIPS on VGG16, whose trunk is used.

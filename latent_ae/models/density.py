@@ -15,9 +15,12 @@ FOLDER = "density"
 ERRORS = 2
 """Number of features of a reconstruction."""
 FLOOR = 1e-3
-"""Part of the variance of all that is added to the variances of each Gaussian, so that none shrinks to a point."""
+"""Part of the variance of all that is added to the variances of each Gaussian, so that none shrinks to a point beside
+the others. Nothing here keeps all of them from shrinking together: `Density.penalty` does."""
 FIRST = 20
 """Updates in which features belong to Gaussians by fixed directions, since Gaussians that are all alike stay so."""
+LEAST_MASS = 1e-3
+"""Smallest mass of a Gaussian in the penalty, where a sample of one without any would have a gradient without bound."""
 SHARPNESS = 3.0
 """Factor of these directions."""
 
@@ -71,6 +74,29 @@ class Density(ModelMixin, ConfigMixin):
         """Return minus the log-density in nats, (N,), of features, (N, c + 2)."""
         return -self._joint(features).logsumexp(1)
 
+    def penalty(self, features: Tensor) -> Tensor:
+        """Return values whose mean has the gradient of DAGMM's penalty on small variances (Zong et al. 2018, 3.4).
+
+        The penalty is sum_kj 1 / S_kjj, where S_k is the covariance of the samples of a batch weighted by the
+        probabilities g_nk that they belong to Gaussian k. With g held fixed its gradient is that of the mean over
+        samples of -sum_kj g_nk / p_k (f_nj - m_kj)^2 / S_kjj^2, in which g, the masses p, the means m and S are held
+        fixed. Here p, m and S are the running averages, so the gradient does not depend on how a batch is split. The
+        sum is over latent channels alone: features of reconstructions vary little by nature, and it would drive them
+        apart.
+
+        Args:
+            features: f, (N, c + 2).
+
+        Returns:
+            (N,); only the gradient has a meaning.
+        """
+        channels = features.shape[1] - ERRORS
+        with torch.no_grad():
+            belongs = self._joint(features).softmax(1) / self._weights().clamp(min=LEAST_MASS)
+            variances = self._covariances().diagonal(dim1=1, dim2=2)[:, :channels]
+        apart = features[:, None, :channels] - self.means[:, :channels]
+        return -torch.einsum("nk,nkd->n", belongs, apart.square() / variances.square())
+
     @torch.no_grad()
     def moments(self, features: Tensor) -> dict[str, Tensor]:
         """Return what `update` takes: for each Gaussian the mean over samples of 1, f - m and (f - m) (f - m)^T.
@@ -108,10 +134,12 @@ class Density(ModelMixin, ConfigMixin):
         moved = part * shift
         kept, new = (1.0 - part)[:, None] * self.covariances, part[:, None] * square
         covariances = kept + new - moved[:, :, None] * moved[:, None]
-        # far from the first means, which are 0, squares would cancel: the first update moves the means only
-        covariances = torch.where(self.updates == 1, square, covariances)
+        # far from the first means, which are 0, squares would cancel: the first update moves all means to the mean of
+        # the batch, and the covariances are those of the second batch
+        means = torch.where(self.updates == 0, moments["shift"].sum(0), self.means + moved)
+        covariances = torch.where(self.updates == 1, square - shift[:, :, None] * shift[:, None], covariances)
         self.covariances.copy_(torch.where(self.updates == 0, self.covariances, covariances))
-        self.means.add_(moved)
+        self.means.copy_(means)
         self.masses.copy_(masses)
         self.updates.add_(1.0)
 
@@ -125,11 +153,13 @@ class Density(ModelMixin, ConfigMixin):
         inside = self.covariances.diagonal(dim1=1, dim2=2)
         return (weights * (inside + (self.means - centre).square())).sum(0).clamp(min=1e-8)
 
+    def _covariances(self) -> Tensor:
+        return self.covariances + torch.diag(FLOOR * self._spread())
+
     def _joint(self, features: Tensor) -> Tensor:
         """Return the log-density of features, (N, D), together with each Gaussian, (N, K)."""
         with torch.autocast(features.device.type, enabled=False):
-            covariances = self.covariances + torch.diag(FLOOR * self._spread())
-            factor, _ = torch.linalg.cholesky_ex(covariances)  # the check of `cholesky` waits for the device
+            factor, _ = torch.linalg.cholesky_ex(self._covariances())  # the check of `cholesky` waits for the device
             apart = (features[:, None] - self.means).transpose(0, 1)  # (K, N, D)
             scaled = torch.linalg.solve_triangular(factor, apart.transpose(1, 2), upper=False)
             logdet = factor.diagonal(dim1=1, dim2=2).log().sum(1)

@@ -15,6 +15,8 @@ FOLDER = "label_model"
 """Folder of a LabelModel in an export."""
 LOG_VARIANCE = (-12.0, 8.0)
 """Range to which log-variances are clamped."""
+FEWEST_NORMALISED = 4
+"""Fewest values of a latent that are normalised: nothing would be left of one, and of two only which is the larger."""
 
 
 class LabelModel(ModelMixin, ConfigMixin):
@@ -22,7 +24,8 @@ class LabelModel(ModelMixin, ConfigMixin):
 
     p(y) is uniform, p(s) standard normal and p(z | y, s) a diagonal Gaussian. The posterior is q(y | z) q(s | z, y).
     Together with a first stage, p(x | z), this is the stacked model M1 + M2. Each of the three networks has one hidden
-    layer, as published; they see the latent normalised to mean 0 and deviation 1.
+    layer, as published; they see each sample's latent normalised to mean 0 and deviation 1 over its own values, if it
+    has at least FEWEST_NORMALISED.
 
     Args:
         num_classes: Number of labels K.
@@ -100,8 +103,7 @@ def _network(inputs: int, width: int, outputs: int) -> nn.Sequential:
 
 def _normalised(latent: Tensor) -> Tensor:
     flat = latent.float().flatten(1)
-    # of one number nothing would be left
-    return F.layer_norm(flat, flat.shape[1:]) if flat.shape[1] > 1 else flat
+    return F.layer_norm(flat, flat.shape[1:]) if flat.shape[1] >= FEWEST_NORMALISED else flat
 
 
 def _gaussian(moments: Tensor) -> tuple[Tensor, Tensor]:

@@ -20,9 +20,12 @@ class DensitySettings(Settings):
 
     components: Annotated[Positive | None, FIXED] = None
     """Number of Gaussians; null turns it off."""
-    weight: Weight = 1.0
-    """Weight of minus the log-density of a sample's features, in nats, normalised like `loss.kl`; 0 lets the mixture
-    follow the features without changing them."""
+    weight: Weight = 0.1
+    """Weight of minus the log-density of a sample's features, in nats, normalised like `loss.kl` (0.1 as published); 0
+    lets the mixture follow the features without changing them."""
+    penalty: Weight = 0.005
+    """Weight of the sum over Gaussians and latent channels of 1 / variance, normalised likewise (0.005 as published),
+    without which all latents shrink to a point. It has no effect with weight 0."""
     decay: Annotated[float, Field(ge=0, lt=1)] = 0.98
     """Part of the mixture's running averages that a step keeps."""
 
@@ -80,6 +83,8 @@ class DensityObjective(Objective[DensitySettings]):
     @classmethod
     def describe(cls, own: DensitySettings, run: RunFacts) -> str:
         weight = f"with weight {own.weight:g}" if own.weight else "which changes nothing else"
+        if own.weight and not own.penalty:
+            weight += " and nothing that keeps the latents from shrinking (density.penalty)"
         return f"a mixture of {own.components} Gaussians on latents and errors, {weight}"
 
     def exported(self) -> tuple[str, nn.Module]:
@@ -97,9 +102,12 @@ class DensityObjective(Objective[DensitySettings]):
         p.logs["density_energy"] = energy.detach()
         if not self.own.weight:
             return
-        of_latent, of_image = torch.autograd.grad(energy, [latent, p.image])
+        loss = self.own.weight * energy
+        if self.own.penalty:
+            loss = loss + self.own.penalty * self.density.penalty(features).mean()
+        of_latent, of_image = torch.autograd.grad(loss, [latent, p.image])
         # before the mixture knows anything it draws to nothing
-        weight = self.own.weight * (self.density.updates >= FIRST) / p.batch.images[0].numel()
+        weight = (self.density.updates >= FIRST) / p.batch.images[0].numel()
         p.send_image(of_image, weight)
         if p.out.latent.requires_grad:
             p.send(p.out.latent, of_latent * weight)

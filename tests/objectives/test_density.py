@@ -80,16 +80,77 @@ def test_without_memory_an_update_is_the_textbooks_m_step() -> None:
 
 
 def test_an_average_of_updates_is_that_of_their_moments() -> None:
-    """Of three batches: the Gaussian has the mean and covariance of all samples with the weights of the average."""
-    density, batches = Density(1, latent_channels=2), [clusters(100, seed) + seed for seed in (1, 1, 2, 3)]
-    for batch in batches:  # the first one moves the mean only, and the covariance is that of the second
+    """The mean is that of all samples with the weights of the average; the covariance that of the total variance."""
+    density, batches = Density(1, latent_channels=2), [clusters(100, seed) + seed for seed in (0, 1, 2, 3)]
+    for batch in batches:
         density.update(density.moments(batch), 0.8)
-    weights = np.repeat([0.8**3 + 0.8**2, 0.8, 1.0], 100)
-    samples = torch.cat(batches[1:]).numpy().astype(float)
-    mean = np.average(samples, axis=0, weights=weights)
+    arrays, weights = [batch.numpy().astype(float) for batch in batches], np.array([0.8**3, 0.8**2, 0.8, 1.0])
+    means, inside = np.stack([x.mean(0) for x in arrays]), np.stack([np.cov(x.T, bias=True) for x in arrays])
+    mean = np.average(means, axis=0, weights=weights)
     np.testing.assert_allclose(density.means[0].numpy(), mean, rtol=1e-4, atol=1e-5)
-    covariance = np.cov(samples.T, aweights=weights, bias=True)
+    # the first batch moves the mean only: both together have the covariance of the second one about their common mean
+    means[:2], inside[0] = np.average(means[:2], axis=0, weights=weights[:2]), inside[1]
+    apart = means - mean
+    total = np.average(inside + apart[:, :, None] * apart[:, None], axis=0, weights=weights)
+    np.testing.assert_allclose(density.covariances[0].numpy(), total, rtol=1e-3, atol=1e-4)
+
+
+def test_the_second_update_gives_the_covariances_of_its_batch() -> None:
+    density, batches = Density(1, latent_channels=2), [clusters(100, seed) + 5.0 * seed for seed in (0, 1)]
+    for batch in batches:
+        density.update(density.moments(batch), 0.8)
+    covariance = np.cov(batches[1].numpy().astype(float).T, bias=True)
     np.testing.assert_allclose(density.covariances[0].numpy(), covariance, rtol=1e-3, atol=1e-4)
+
+
+def test_the_penalty_has_the_gradient_of_the_published_one() -> None:
+    """By autograd, of the sum of 1 / variance over Gaussians and latent channels of a batch."""
+    density, x = of_clusters(), clusters(300, 5)
+    for _ in range(200):  # to where the running averages are those of this batch
+        density.update(density.moments(x), 0.0)
+    belongs = density._joint(x).softmax(1).double()
+    floor = FLOOR * density._spread()[:2].double()
+
+    z = x.double().requires_grad_()
+    counts = belongs.sum(0)
+    means = (belongs.T @ z) / counts[:, None]
+    variances = (belongs[:, :, None] * (z[:, None] - means).square()).sum(0)[:, :2] / counts[:, None]
+    (wanted,) = torch.autograd.grad((1 / (variances + floor)).sum(), z)
+
+    y = x.clone().requires_grad_()
+    (found,) = torch.autograd.grad(density.penalty(y).mean(), y)
+    assert wanted[:, :2].norm() > 0.1 and (wanted[:, 2:] == 0).all()
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-3, atol=1e-5)
+
+
+def deviation_of_latents(penalty: float) -> Tensor:
+    """Train a linear autoencoder, 16 to 2 to 16, on data of two dimensions and noise, with a density of weight 1."""
+    generator = torch.Generator().manual_seed(0)
+    basis = torch.linalg.qr(torch.randn(16, 16, generator=generator))[0]
+    scales = torch.tensor([1.0, 0.8] + [0.1] * 14)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        encoder, decoder = torch.nn.Linear(16, 2), torch.nn.Linear(2, 16)
+    density = Density(2, latent_channels=2)
+    optimizer = torch.optim.Adam([*encoder.parameters(), *decoder.parameters()], lr=1e-2)
+    for step in range(250):
+        x = (torch.randn(64, 16, generator=generator) * scales) @ basis.T
+        z = encoder(x)
+        y = decoder(z)
+        features = density.features(z[:, :, None, None], x.view(-1, 1, 4, 4), y.view(-1, 1, 4, 4))
+        loss = (x - y).square().sum(1).mean()
+        if step >= FIRST:
+            loss = loss + density(features).mean() + penalty * density.penalty(features).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        density.update(density.moments(features.detach()), 0.98)
+    return z.detach().std(0)
+
+
+def test_without_the_penalty_latents_shrink_to_a_point() -> None:
+    assert deviation_of_latents(penalty=0.0).max() < 0.02
+    assert deviation_of_latents(penalty=0.05).min() > 0.5  # 0.05 times the weight of the density, as published
 
 
 def test_features_far_from_zero_that_hardly_vary_keep_a_positive_definite_covariance() -> None:
@@ -101,7 +162,7 @@ def test_features_far_from_zero_that_hardly_vary_keep_a_positive_definite_covari
 
 
 def test_the_gradient_reaches_latents_and_images_once_the_mixture_knows_something() -> None:
-    settings = settings_for(density={"components": 2, "weight": 3.0}, loss={"pixel_weight": 1e-6})
+    settings = settings_for(density={"components": 2, "weight": 3.0, "penalty": 0.02}, loss={"pixel_weight": 1e-6})
     step = build_step(settings)
     density = step.objectives["density"].density
     for number in range(FIRST):
@@ -113,10 +174,12 @@ def test_the_gradient_reaches_latents_and_images_once_the_mixture_knows_somethin
     found = [parameter.grad.clone() for parameter in step.bare_reconstructor.autoencoder.parameters()]
     out = step.bare_reconstructor(batch.images, batch.noise)
     errors = reconstruction_features(batch.images, out.image).float()
-    energy = density(torch.cat([out.latent.mean((2, 3)), errors], 1)).mean()
+    features = torch.cat([out.latent.mean((2, 3)), errors], 1)
+    energy, penalty = density(features).mean(), density.penalty(features).mean()
     pixel = 1e-6 * (out.image - batch.images).abs().mean()
     wanted = torch.autograd.grad(
-        3.0 * energy / batch.images[0].numel() + pixel, list(step.bare_reconstructor.autoencoder.parameters())
+        (3.0 * energy + 0.02 * penalty) / batch.images[0].numel() + pixel,
+        list(step.bare_reconstructor.autoencoder.parameters()),
     )
     torch.testing.assert_close(done.logs["density_energy"], energy.detach())
     for ours, theirs in zip(found, wanted, strict=True):

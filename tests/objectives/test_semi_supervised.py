@@ -125,7 +125,8 @@ def test_the_gradients_are_those_of_the_loss_written_out() -> None:
         torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-8, msg=name)
 
 
-def test_without_a_weight_the_encoder_does_not_see_labels() -> None:
+def test_without_a_weight_no_gradient_of_the_label_model_reaches_the_encoder() -> None:
+    """Of the same batches. In a training the share of labelled images changes which images a batch has."""
     plain = settings_for(optim={"lr": 1e-2})
     with_labels = settings_for(optim={"lr": 1e-2}, semi_supervised={"classes": 3, "style_size": 3, "width": 8})
     steps = [build_step(plain), build_step(with_labels)]
@@ -334,7 +335,9 @@ def test_the_logged_cross_entropy_is_of_labelled_samples_alone() -> None:
     assert torch.equal(step(1, iter(unlabelled))["label_cross_entropy"], first)
 
 
-def test_a_latent_of_one_number_is_seen() -> None:
-    model = LabelModel(2, (1, 1, 1), style_size=1, width=4)
-    seen = model.classify(torch.tensor([-1.0, 1.0]).view(2, 1, 1, 1))
-    assert not torch.equal(seen[0], seen[1])
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_the_scale_of_a_latent_of_few_numbers_is_seen(size: int) -> None:
+    model = LabelModel(2, (size, 1, 1), style_size=1, width=4)
+    latent = torch.arange(1.0, size + 1).view(1, size, 1, 1)
+    seen = model.classify(torch.cat([latent, 3.0 * latent]))
+    assert not torch.allclose(seen[0], seen[1], atol=1e-3)
