@@ -31,7 +31,7 @@ PHOTOS = "vae steps=300 validate.every=300"
 SHAPES = f"{PHOTOS} model.in_channels=1 model.out_channels=1 data.flip=false validate.images=200"
 F8 = (
     "quickstart model.block_out_channels=[32,64,64,64] model.latent_channels=16 loss.pixel=l2 steps=1000 gan.start=700 "
-    "validate.every=1000 checkpoint.every=1000"
+    "validate.every=1000 validate.images=20 checkpoint.every=1000"
 )
 """A first stage with a twelfth of an image's values as latents, which leave much of it open."""
 FIXED = f"{SHAPES} loss.scale=0.25 loss.learned_logvar=false"
