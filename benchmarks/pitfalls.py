@@ -34,7 +34,7 @@ F8 = (
     "validate.every=1000 validate.images=20 checkpoint.every=1000"
 )
 """A first stage with a twelfth of an image's values as latents, which leave much of it open."""
-FIXED = f"{SHAPES} loss.scale=0.25 loss.learned_logvar=false"
+FIXED = f"{SHAPES} loss.scale=1 loss.learned_logvar=false"
 """A likelihood whose scale is fixed far above the error that the model could reach."""
 RUNS = {
     "collapse": {

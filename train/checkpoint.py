@@ -188,7 +188,8 @@ def load_checkpoint(checkpoint: Checkpoint, train_step: TrainStep) -> None:
 def _restore(checkpoint: Checkpoint, train_step: TrainStep) -> None:
     folder, modules = checkpoint.folder, modules_of(train_step)
     present = {path.name.removesuffix(".safetensors") for path in folder.glob("[!.]*.safetensors")}
-    if "step_state" in present:
+    # the setting cannot change in a run, so such a file is missing only where an older version wrote
+    if "step_state" in present or ("layerwise" in modules and "layerwise" not in present):
         raise UserError(
             f"{folder} was written by an older version, whose checkpoints this one cannot resume: finish the run "
             "with that version, or start a new one from its weights with init_from"

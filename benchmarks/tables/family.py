@@ -58,8 +58,8 @@ def flow_decoder_table(result: dict[str, Any]) -> str:
         f"First stage: `quickstart {result['first']}`; {result['data']}, `{result['evaluation']}`, 95 % intervals; "
         f"{where(result)}.",
         "",
-        "Seconds are those of a processor, for the decoder's own training, and before it for that of the first stage "
-        "whose decoder it makes use of.",
+        "Seconds are those of a processor, for the decoder's own training (of the distilled one with that of the flow "
+        "it is distilled from), and before it for that of the first stage whose decoder it makes use of.",
         "",
         f"| decoder | parameters | of these trained | seconds | before | steps from noise "
         f"| {' | '.join(title for title, _ in columns.values())} |",

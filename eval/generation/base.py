@@ -47,7 +47,7 @@ from latent_ae_eval.generation.sampling import (
 )
 from latent_ae_eval.generation.settings import DiffusionSettings
 from latent_ae_eval.generation.training import Measure, Trainer, trained
-from latent_ae_eval.jobs import write_json, written_into
+from latent_ae_eval.jobs import shared_noise, write_json, written_into
 
 Part = Literal["train", "held_out"]
 PARTS: tuple[Part, ...] = ("train", "held_out")
@@ -271,6 +271,7 @@ class Generation:
             notes.append(
                 f"DiTPipeline cannot decode with {self.stage.name}: pipeline/ holds the transformer and the scheduler"
             )
+        notes += shared_noise(self.stage)
         fewest = min(metrics["samples"][key] for key in ("n", "reference_images"))
         notes += [
             f"{name}: {fewest:,} images are fewer than the network has features ({network.dimensions:,}): biased "

@@ -33,7 +33,7 @@ from latent_ae_eval.ifid.passes import ImageSet, Latents, Passes, joined
 from latent_ae_eval.ifid.report import Shown, picture_of, write_ifid_report
 from latent_ae_eval.ifid.settings import IfidSettings
 from latent_ae_eval.inputs import opened_data, processes, refuse_generation_files
-from latent_ae_eval.jobs import images_for, latent_model, make_folder, write_json, written_into
+from latent_ae_eval.jobs import images_for, latent_model, make_folder, shared_noise, write_json, written_into
 from latent_ae_eval.storage import FeatureFile, Shard, opened_work
 
 KINDS = {"midpoints": "midpoint", "reconstructions": "reconstruction"}
@@ -78,6 +78,7 @@ def interpolated_distance(
     stage = latent_model("ifid", model, settings, device)
     _refuse_codes(stage)
     networks, notes = feature_networks(settings.frechet, device, settings)
+    notes += shared_noise(stage)
     sets = {"images": _image_set(stage, str(data), settings, networks, 0)}
     if settings.neighbours_from is not None:
         apart = settings.model_copy(update={"split": settings.neighbours_split, "limit": None})

@@ -27,7 +27,7 @@ PICTURE_BYTES = 400_000
 
 
 class Shown(NamedTuple):
-    """An image and the reconstruction of its posterior's mean, (C, H, W) in [-1, 1] on the CPU."""
+    """An image and the reconstruction of its posterior's mode, (C, H, W) in [-1, 1] on the CPU."""
 
     row: Mapping[str, Any]
     image: Tensor

@@ -31,7 +31,7 @@ JOB = Job(
     figures=recon_figures,
     on_command_line={"rows": False},
     description="""\
-Measure reconstructions of the posterior's mean and of a sample, overall with intervals and per image, by a named
+Measure reconstructions of the posterior's mode and of a sample, overall with intervals and per image, by a named
 protocol, beside bicubic resampling. A terminal gets a table, a pipe JSON; result.json, images.parquet, report.html
 and pairs.png are written into a folder. The same command again resumes an evaluation that was killed.""",
     examples="""\

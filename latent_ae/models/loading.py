@@ -164,7 +164,7 @@ class FirstStage:
         return images.float(), stated.float()
 
     def reconstruct(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
-        """Return reconstructions from the posterior's mean, or from a sample.
+        """Return reconstructions from the posterior's mode, or from a sample.
 
         Sides that are not multiples of the factor are padded with the last row or column, and cropped afterwards.
 

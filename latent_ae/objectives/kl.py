@@ -66,7 +66,11 @@ class KL(Objective[KLSettings]):
 
     name, section, docs = "kl", "loss", "docs/latents.md"
     plan_line = "KL"
-    charts = {"KL divergence per latent dimension (nats)": ("kl_per_dimension",), "KL weight": ("kl_weight",)}
+    charts = {
+        "KL divergence per image (nats)": ("kl_per_image",),
+        "KL divergence per latent dimension (nats)": ("kl_per_dimension",),
+        "KL weight": ("kl_weight",),
+    }
 
     control: Tensor
     level_rates: Tensor
@@ -356,9 +360,9 @@ def collapsed(mean: Mapping[str, float]) -> str:
     The rate in nats per image decides, and not the share of inactive channels: that is large, too, where a latent is
     larger than needed. The rate bounds the mutual information of image and latent (Hoffman and Johnson 2016), so R nats
     tell apart at most about e^R images. Below COLLAPSED_NATS these are 150: the latent says less than one code of a
-    small codebook. From AMPLE_NATS on they are 5e8, more than the images of any data set, so channels without a rate
-    need not be a loss. The means are averages of single passes, so a channel that is inactive most of the time counts
-    as inactive.
+    small codebook. From AMPLE_NATS on they are 5e8, more than the images of almost any data set, so channels without a
+    rate need not be a loss. The means are averages of single passes, so a channel that is inactive most of the time
+    counts as inactive.
 
     Args:
         mean: Means of logged values by name.

@@ -90,6 +90,14 @@ def test_a_resumed_run_goes_on_bit_for_bit(tmp_path: Path) -> None:
     assert not moved(weights(step.bare_reconstructor), weights(again.bare_reconstructor))
 
 
+def test_a_checkpoint_of_an_older_version_is_told_by_what_it_lacks(tmp_path: Path) -> None:
+    step = build_step(linear(16))
+    checkpoint = save_checkpoint(tmp_path, step, {**STATE, "step": 2})
+    (checkpoint.folder / "layerwise.safetensors").unlink()
+    with pytest.raises(UserError, match="written by an older version"):
+        load_checkpoint(checkpoint, step)
+
+
 def test_all_processes_take_what_the_first_one_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two kinds of processors may round a layer's rate to different powers of 2."""
     model = build_step(linear(256)).bare_reconstructor
