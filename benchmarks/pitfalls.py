@@ -35,7 +35,7 @@ F8 = (
 )
 """A first stage with a twelfth of an image's values as latents, which leave much of it open."""
 FIXED = f"{SHAPES} loss.scale=1 loss.learned_logvar=false"
-"""A likelihood whose scale is fixed far above the error that the model could reach."""
+"""A likelihood whose scale is fixed above the error that the model reaches."""
 RUNS = {
     "collapse": {
         "random start": f"{PHOTOS} model.init=default",
