@@ -58,10 +58,9 @@ class Optimizers:
 
     def new_adamw(self) -> torch.optim.AdamW:
         """Return the autoencoder's AdamW without moments, in groups by what `layerwise` holds."""
-        optim, groups = self.settings.optim, list[dict[str, Any]]()
-        groups += (
-            self.layerwise.groups(self.rest) if self.layerwise is not None else [{"params": self.rest, "lr_scale": 1.0}]
-        )
+        optim, groups = self.settings.optim, [{"params": self.rest, "lr_scale": 1.0}]
+        if self.layerwise is not None:
+            groups = self.layerwise.groups(self.rest)
         for objective in self.objectives:
             if own := list(objective.parameters()):
                 groups.append({"params": own, "lr_scale": objective.lr_scale, "weight_decay": 0.0})
