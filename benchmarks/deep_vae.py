@@ -2,21 +2,22 @@
 
     python -m benchmarks.deep_vae --data /data/cifar10 --scratch /tmp/scratch
 
-Contestants have the recipe `deep-vae` but for what their lines say: the same images, order, steps and learning rate,
-and a KL warm-up over a fifth of the steps. Bits per dimension are the importance-weighted bound with the averaged
-weights. Killed, it goes on when started again with the same scratch folder. `--only` takes some of the contestants,
-`--only longer` the longer run alone; the file holds all that were measured in that folder, and the longer run's
-samples are a picture there.
+Contestants have the recipe `deep-vae` but for what their lines say: for each seed the same images, order, steps and
+learning rate, and a KL warm-up over a fifth of the steps. Bits per dimension are the importance-weighted bound with
+the averaged weights. `--only` takes some of the contestants, `--only longer` the longer run alone, whose samples are a
+picture in its folder. Each run is added to benchmarks/results/deep-vae.json when it has ended. Killed, it goes on when
+started again with the same scratch folder.
 """
 
 import argparse
 import json
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.machine import RESULTS, save
+from benchmarks.machine import earlier, save
 from benchmarks.runs import cifar10, cifar10_facts, evaluate, events, folder_name, seconds_of, train
 from latent_ae.models.loading import load_first_stage
 from latent_ae.report.pictures import picture_grid
@@ -40,7 +41,11 @@ PARTS: dict[str, tuple[dict[str, Any], str]] = {
     "no average of weights": ({}, "ema.decay=0"),
 }
 """Keys of the model's config and settings that differ from the recipe, by the contestant's name."""
-COMMON = "seed=0 data.resize_px=null validate.images=200 validate.every=1000000 checkpoint.every=1000 log.every=10"
+RESULT = "deep-vae"
+STEPS, LONGER_STEPS = 400, 12_000
+IMAGES, LONGER_IMAGES = 300, 500
+"""Held-out images that are measured."""
+COMMON = "data.resize_px=null validate.images=200 validate.every=1000000 checkpoint.every=1000 log.every=10"
 LIKELIHOOD = ["samples=16", "batch_size=50", "crop_px=32", "num_workers=0", "num_pictures=2"]
 SAMPLES = 64
 
@@ -50,26 +55,26 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder with CIFAR-10 as train.parquet, test.parquet")
     parser.add_argument("--scratch", type=Path, required=True)
     parser.add_argument("--only", nargs="+", default=[*PARTS, LONGER], choices=[*PARTS, LONGER], metavar="NAME")
-    parser.add_argument("--steps", type=int, default=600)
-    parser.add_argument("--longer-steps", type=int, default=12_000)
-    parser.add_argument("--images", type=int, default=500, help="held-out images that are measured")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     words = parser.parse_args()
     torch.set_num_threads(1)
-    lengths = dict.fromkeys(PARTS, words.steps) | {LONGER: words.longer_steps}
-    for name in words.only:
-        run, steps = words.scratch / folder_name(name), lengths[name]
-        schedule = [f"steps={steps}", f"loss.kl_warmup={steps // 5}"]
-        train(run, "deep-vae", *cifar10(words.data), *schedule, *COMMON.split(), *changes(name))
-        measure = [f"limit={words.images}", *LIKELIHOOD]
-        evaluate(run / "likelihood", "likelihood", run / "export", words.data / "test.parquet", *measure)
-        if name == LONGER:
-            draw_samples(run)
-    rows = [row(words.scratch / folder_name(name), name) for name in lengths if is_measured(words.scratch, name)]
-    path = RESULTS / "deep-vae.json"
-    old = json.loads(path.read_text())["rows"] if path.exists() else []
-    facts = cifar10_facts(words.data, "20,000 images to train on")
-    # the calls before made rows that are still here, or have nothing to do with these
-    save("deep-vae", facts | {"samples": 16, "rows": rows}, added=any(row in rows for row in old))
+    facts = cifar10_facts(words.data, "20,000 images to train on") | {"samples": 16}
+    earlier(RESULT, facts)  # ends here rather than after a training
+    for seed in words.seeds:
+        for name in words.only:
+            run = words.scratch / folder_name(f"{name} {seed}")
+            steps, images = (LONGER_STEPS, LONGER_IMAGES) if name == LONGER else (STEPS, IMAGES)
+            schedule = [f"steps={steps}", f"loss.kl_warmup={steps // 5}", f"seed={seed}"]
+            train(run, "deep-vae", *cifar10(words.data), *schedule, *COMMON.split(), *changes(name))
+            measure = [f"limit={images}", *LIKELIHOOD]
+            evaluate(run / "likelihood", "likelihood", run / "export", words.data / "test.parquet", *measure)
+            if name == LONGER:
+                draw_samples(run)
+            rows = earlier(RESULT, facts)
+            others = [one for one in rows.get(name, {"runs": []})["runs"] if one["seed"] != seed]
+            rows[name] = {"runs": sorted([*others, measured(run, seed)], key=itemgetter("seed"))}
+            ordered = {name: rows[name] for name in (*PARTS, LONGER) if name in rows}
+            save(RESULT, facts | {"rows": ordered}, added=True)
 
 
 def changes(name: str) -> list[str]:
@@ -81,11 +86,7 @@ def changes(name: str) -> list[str]:
     return [f"model.config={json.dumps(whole)}", *settings.split()]
 
 
-def is_measured(scratch: Path, name: str) -> bool:
-    return (scratch / folder_name(name) / "likelihood/result.json").exists()
-
-
-def row(run: Path, name: str) -> dict[str, Any]:
+def measured(run: Path, seed: int) -> dict[str, Any]:
     """Bits per dimension of held-out images and their parts, and the curve of training."""
     result = json.loads((run / "likelihood/result.json").read_text())
     metrics, logged = result["metrics"], events(run, "train")
@@ -93,7 +94,7 @@ def row(run: Path, name: str) -> dict[str, Any]:
     curve = [logged[first : first + part] for first in range(0, len(logged), part)]
     batch = TrainSettings.load("deep-vae").batch_size
     return {
-        "name": name,
+        "seed": seed,
         "steps": logged[-1]["step"],
         "held_out": result["data"]["num_images"],
         "parameters": result["model"]["parameters"],

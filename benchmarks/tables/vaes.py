@@ -50,28 +50,40 @@ def hierarchical_table(result: dict[str, Any]) -> str:
 
 
 def deep_vae_table(result: dict[str, Any]) -> str:
+    recipe = {run["seed"]: run["bits"]["mean"] for run in result["rows"]["the recipe"]["runs"]}
     commands = dict.fromkeys(one["command"] for one in (*result.get("before", []), result))
     lines = [
-        f"{result['data']}; bits per dimension are the bound of {result['samples']} samples, with 95 % intervals over "
-        f"the images, one seed; {machines(result)}; {', '.join(f'`{command}`' for command in commands)}.",
+        f"{result['data']}; bits per dimension are the bound of {result['samples']} samples, means over the seeds with "
+        "the smallest and the largest, or of one seed with a 95 % interval over the images (*in italics*); the last "
+        "column is the difference of each seed's bits from those of the recipe's run of this seed; "
+        f"{machines(result)}; {', '.join(f'`{command}`' for command in commands)}.",
         "",
-        "| | parameters | steps of 16 | skipped | processor time (s) | held out | bits per dimension | ELBO "
-        "| reconstruction | KL by level |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---|",
+        "| | parameters | steps of 16 | processor time (s) | held out | seeds | bits per dimension | ELBO "
+        "| reconstruction | KL by level | difference from the recipe |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---|---:|",
     ]
-    for row in result["rows"]:
-        low, high = row["bits"]["interval"]
-        cells = [row["name"], f"{row['parameters']:,}", f"{row['steps']:,}", f"{row['skipped']:,}"]
-        cells += [f"{row['processor_seconds']:,.0f}", f"{row['held_out']:,}"]
-        cells += [
-            f"{row['bits']['mean']:.3f} ({low:.3f} to {high:.3f})",
-            f"{row['elbo']:.3f}",
-            f"{row['reconstruction']:.3f}",
+    for name, row in result["rows"].items():
+        runs = row["runs"]
+        first, bits = runs[0], [run["bits"]["mean"] for run in runs]
+        means = {key: mean(run[key] for run in runs) for key in ("processor_seconds", "elbo", "reconstruction")}
+        levels = [mean(found) for found in zip(*(run["levels"] for run in runs), strict=True)]
+        # a longer run is not the recipe's equal in anything but the seed
+        differences = [
+            run["bits"]["mean"] - recipe[run["seed"]]
+            for run in runs
+            if name not in ("the recipe", "longer") and run["seed"] in recipe
         ]
-        lines.append(f"| {' | '.join(cells)} | {', '.join(f'{level:.2f}' for level in row['levels'])} |")
+        cells = [name, f"{first['parameters']:,}", f"{first['steps']:,}", f"{means['processor_seconds']:,.0f}"]
+        cells += [f"{first['held_out']:,}", f"{len(runs)}"]
+        low, high = (min(bits), max(bits)) if len(runs) > 1 else first["bits"]["interval"]
+        spread = f"{low:.3f} to {high:.3f}"
+        cells.append(f"{mean(bits):.3f} ({spread if len(runs) > 1 else f'*{spread}*'})")
+        cells += [f"{means['elbo']:.3f}", f"{means['reconstruction']:.3f}", ", ".join(f"{one:.2f}" for one in levels)]
+        cells.append(", ".join(f"{one:+.3f}" for one in differences))
+        lines.append(f"| {' | '.join(cells)} |")
     stored = result["stored"]
     lines.append(
-        f"| *the files themselves: {stored['format']}* | | | | | {stored['images']:,} | {stored['file']:.3f} | | | |"
+        f"| *the files themselves: {stored['format']}* | | | | {stored['images']:,} | | {stored['file']:.3f} | | | | |"
     )
     return "\n".join(lines)
 
@@ -88,11 +100,13 @@ DRAWN = (
 
 
 def deep_vae_curves(result: dict[str, Any]) -> str:
-    """SVG: bits per dimension of training images by images seen, each point a mean over a twentieth of the steps.
+    """SVG: bits per dimension of training images by images seen, of each row's first seed.
 
-    Points above 8 bits, which a uniform guess needs, are left out: those of the first steps would hide the others.
+    Each point is a mean over a twentieth of the steps. Points above 8 bits, which a uniform guess needs, are left out:
+    those of the first steps would hide the others.
     """
-    curves = {row["name"]: [(seen, bits) for seen, bits in row["curve"] if bits <= 8] for row in result["rows"]}
+    first = {name: row["runs"][0] for name, row in result["rows"].items()}
+    curves = {name: [(seen, bits) for seen, bits in run["curve"] if bits <= 8] for name, run in first.items()}
     chart = line_chart(
         {name: curves[name] for name in DRAWN if name in curves},
         title="bits per dimension of training images",
