@@ -185,16 +185,6 @@ def make_folder(folder: Path) -> None:
         raise UserError(f"--out: cannot make the folder {folder}: {error.strerror}") from error
 
 
-def shared_noise(stage: FirstStage) -> list[str]:
-    """Return a note, for evaluations whose images all begin with the same noise, if the model's decoder has any."""
-    if stage.family is None or not stage.family.decodes_noise:
-        return []
-    return [
-        f"the decoder of {stage.name} begins with the same noise for all images here, so distances are too large; eval "
-        "recon gives each image a noise of its own"
-    ]
-
-
 @contextmanager
 def written_into(folder: Path, names: Sequence[str] = ()) -> Iterator[None]:
     """Turn an OSError of a `with` block that writes into the folder of --out into a UserError.

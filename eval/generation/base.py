@@ -21,7 +21,7 @@ from latent_ae.config import UserError
 from latent_ae.data.held_out import Framing, HeldOutImages
 from latent_ae.data.images import ImageError, to_uint8
 from latent_ae.data.loader import open_images
-from latent_ae.data.rng import spread
+from latent_ae.data.rng import decoder_generators, spread
 from latent_ae.data.sources import StoredImages, StreamSource, digest_of, part_of
 from latent_ae.distributed import processes
 from latent_ae.latents.cache import LatentCache, open_latents
@@ -47,7 +47,7 @@ from latent_ae_eval.generation.sampling import (
 )
 from latent_ae_eval.generation.settings import DiffusionSettings
 from latent_ae_eval.generation.training import Measure, Trainer, trained
-from latent_ae_eval.jobs import shared_noise, write_json, written_into
+from latent_ae_eval.jobs import write_json, written_into
 
 Part = Literal["train", "held_out"]
 PARTS: tuple[Part, ...] = ("train", "held_out")
@@ -177,10 +177,14 @@ class Generation:
 
     @property
     def stock(self) -> bool:
-        """Whether a stock DiTPipeline, which divides by scaling_factor and decodes, can use the first stage."""
+        """Whether a stock DiTPipeline, which divides by scaling_factor and decodes, can use the first stage.
+
+        It would decode all images from the same noise, if a decoder begins with any.
+        """
         assert self.stage.module is not None and self.stage.family is not None
-        has_factor = "scaling_factor" in self.stage.module.config
-        return self.stage.family.plain and has_factor and scaling_of(self.stage.module).mean is None
+        has_factor, family = "scaling_factor" in self.stage.module.config, self.stage.family
+        plain = family.plain and not family.decodes_noise
+        return plain and has_factor and scaling_of(self.stage.module).mean is None
 
     def pipeline(self, transformer: DiTTransformer2DModel) -> DiTPipeline:
         """Return a pipeline that samples latents with the transformer and decodes them."""
@@ -253,8 +257,7 @@ class Generation:
             sets["reference"] = self.image_set(self._images("train", count), networks, count, "images")
             count = min(count, len(self.source("held_out")))
             sets["held_out"] = self.image_set(self._images("held_out", count), networks, count, "held-out images")
-            reconstructions = (self._reconstructed(images) for images in self._images("held_out", count))
-            sets["reconstructions"] = self.image_set(reconstructions, networks, count, "reconstructions")
+            sets["reconstructions"] = self.image_set(self._reconstructed(count), networks, count, "reconstructions")
             return sets, *distances(sets)
 
     def image_set(
@@ -271,7 +274,6 @@ class Generation:
             notes.append(
                 f"DiTPipeline cannot decode with {self.stage.name}: pipeline/ holds the transformer and the scheduler"
             )
-        notes += shared_noise(self.stage)
         fewest = min(metrics["samples"][key] for key in ("n", "reference_images"))
         notes += [
             f"{name}: {fewest:,} images are fewer than the network has features ({network.dimensions:,}): biased "
@@ -382,9 +384,15 @@ class Generation:
         if batch:
             yield torch.stack(batch)
 
-    @torch.no_grad()
-    def _reconstructed(self, images: Tensor) -> Tensor:
-        return finite_pixels(self.stage.reconstruct(images.to(self.device).float() / 127.5 - 1).cpu())
+    def _reconstructed(self, count: int) -> Iterator[Tensor]:
+        """Yield batches of reconstructions of held-out images, (N, C, H, W) uint8 on the CPU."""
+        done = 0
+        for levels in self._images("held_out", count):
+            images = levels.to(self.device).float() / 127.5 - 1
+            generators = decoder_generators(self.settings.seed, range(done, done + len(images)))
+            with torch.no_grad():
+                yield finite_pixels(self.stage.reconstruct(images, generators=generators).cpu())
+            done += len(images)
 
     def key(self, train: LatentCache, held_out: LatentCache) -> str:
         """Return a digest of everything that the trained weights depend on."""

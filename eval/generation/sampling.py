@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from latent_ae.config import UserError
 from latent_ae.data.images import to_uint8
-from latent_ae.data.rng import spread
+from latent_ae.data.rng import decoder_generators, spread
 from latent_ae.metrics.distances import GROUPS, Gaussian, frechet_distance, frechet_of_features, jackknife_interval
 from latent_ae.models.loading import FirstStage
 from latent_ae.models.registry import scaling_of
@@ -48,8 +48,12 @@ def stock_pipeline(transformer: DiTTransformer2DModel, vae: nn.Module) -> DiTPip
 class StandInDecoder(ModelMixin, ConfigMixin):
     """Decodes for DiTPipeline with a first stage that it cannot use itself.
 
-    Such a first stage takes videos, gives images in another range, or scales latents by a mean and std of each channel.
+    Such a first stage takes videos, gives images in another range, scales latents by a mean and std of each channel, or
+    begins with noise.
     """
+
+    generators: Sequence[torch.Generator] | None = None
+    """One for each latent of the next call, with which a decoder that begins with noise draws it."""
 
     def __init__(self, stage: FirstStage):
         super().__init__()
@@ -59,7 +63,7 @@ class StandInDecoder(ModelMixin, ConfigMixin):
 
     def decode(self, latents: Tensor) -> DecoderOutput:
         """Return the images, (N, C, H, W) in [-1, 1], of a diffusion model's latents, (N, c, h, w)."""
-        return DecoderOutput(sample=self.stage.decode(scaling_of(self.stage.module).unscaled(latents)))
+        return DecoderOutput(sample=self.stage.decode(scaling_of(self.stage.module).unscaled(latents), self.generators))
 
 
 def generators(seed: int, numbers: Sequence[int]) -> list[torch.Generator]:
@@ -82,6 +86,8 @@ def samples(pipeline: DiTPipeline, classes: Sequence[int], settings: DiffusionSe
     size, steps = settings.images_at_a_time, settings.chosen("sampling_steps")
     for first in range(0, len(classes), size):
         numbers = range(first, min(first + size, len(classes)))
+        if isinstance(pipeline.vae, StandInDecoder):
+            pipeline.vae.generators = decoder_generators(settings.seed, numbers)
         images = pipeline(
             [classes[number] for number in numbers],
             guidance_scale=1.0,

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from latent_ae.arithmetic import float32_arithmetic
 from latent_ae.config import UserError
+from latent_ae.data.rng import decoder_generators
 from latent_ae.data.sources import StreamSource, fingerprint, source_stamp
 from latent_ae.distributed import on_main, together
 from latent_ae.files import writing
@@ -33,7 +34,7 @@ from latent_ae_eval.ifid.passes import ImageSet, Latents, Passes, joined
 from latent_ae_eval.ifid.report import Shown, picture_of, write_ifid_report
 from latent_ae_eval.ifid.settings import IfidSettings
 from latent_ae_eval.inputs import opened_data, processes, refuse_generation_files
-from latent_ae_eval.jobs import images_for, latent_model, make_folder, shared_noise, write_json, written_into
+from latent_ae_eval.jobs import images_for, latent_model, make_folder, write_json, written_into
 from latent_ae_eval.storage import FeatureFile, Shard, opened_work
 
 KINDS = {"midpoints": "midpoint", "reconstructions": "reconstruction"}
@@ -78,7 +79,6 @@ def interpolated_distance(
     stage = latent_model("ifid", model, settings, device)
     _refuse_codes(stage)
     networks, notes = feature_networks(settings.frechet, device, settings)
-    notes += shared_noise(stage)
     sets = {"images": _image_set(stage, str(data), settings, networks, 0)}
     if settings.neighbours_from is not None:
         apart = settings.model_copy(update={"split": settings.neighbours_split, "limit": None})
@@ -292,7 +292,8 @@ def _shown(
                 rows_of(latents.file, torch.tensor([at])).view(1, *latents.shape)
                 for latents, at in ((own, row), (near, pair["neighbour"]))
             ]
-            middle = passes.stage.decode(midpoints(*ends).to(passes.device))[0].cpu()
+            begun = decoder_generators(passes.settings.seed, [pair["index"]])
+            middle = passes.stage.decode(midpoints(*ends).to(passes.device), begun)[0].cpu()
             first, second = _image(images, pair["index"]), _image(others, pair["neighbour_index"])
             shown.setdefault(heading, []).append(Shown(pair, first, middle, second))
     return shown

@@ -15,7 +15,7 @@ from torch import Tensor
 from latent_ae.config import UserError
 from latent_ae.data.held_out import HeldOutImage, HeldOutImages, Part
 from latent_ae.data.images import to_uint8
-from latent_ae.data.rng import neighbour_numbers, posterior_noise
+from latent_ae.data.rng import decoder_generators, neighbour_numbers, posterior_noise
 from latent_ae.data.sources import StoredImages
 from latent_ae.files import writing
 from latent_ae.models.loading import FirstStage
@@ -97,11 +97,13 @@ class Passes:
         parts: dict[str, list[Tensor]] = {}
         for batch in self._batches(readable, sizes):
             images = torch.stack([item.image for item in batch if item.image is not None]).to(self.device)
-            latents = self._latents(images, [item.index for item in batch], one.number)
+            numbers = [item.index for item in batch]
+            latents = self._latents(images, numbers, one.number)
             refuse_infinite(latents, [item.name for item in batch], self.stage, one.location)
             found = {"latent": latents.cpu()}
             if one.networks:
-                kinds = {"input": images, "reconstruction": self.stage.decode(latents)}
+                begun = decoder_generators(self.settings.seed, numbers)
+                kinds = {"input": images, "reconstruction": self.stage.decode(latents, begun)}
                 for kind, pictures in kinds.items():
                     found |= _features(one.networks, pictures, kind)
             for name, value in found.items():
@@ -161,8 +163,8 @@ class Passes:
                 inside = torch.arange(count, device=self.device) + own.starts[number] if others is own else None
                 rows, cosines = nearest(flat, others.file, self.settings.neighbours, inside)
                 candidates = rows_of(others.file, rows)
-                numbers = neighbour_numbers(self.settings.seed, [row["index"] for row in shard.rows])
-                drawn = draw(flat, candidates, numbers)
+                numbers = [row["index"] for row in shard.rows]
+                drawn = draw(flat, candidates, neighbour_numbers(self.settings.seed, numbers))
                 at = torch.arange(count, device=self.device), drawn.position
                 middles = midpoints(latents, candidates[at].view_as(latents))
                 spread = torch.exp(-torch.special.xlogy(drawn.probabilities, drawn.probabilities).sum(1))
@@ -177,11 +179,13 @@ class Passes:
                 listed = {name: column.tolist() for name, column in columns.items()}
                 facts = [row | {name: column[i] for name, column in listed.items()} for i, row in enumerate(shard.rows)]
                 parts: dict[str, list[Tensor]] = {}
-                for batch in self._batches(middles, {(shard.rows[0]["height"], shard.rows[0]["width"])}):
-                    for name, value in _features(networks, self.stage.decode(batch), "midpoint").items():
+                side = {(shard.rows[0]["height"], shard.rows[0]["width"])}
+                for batch, some in zip(self._batches(middles, side), self._batches(numbers, side), strict=True):
+                    made = self.stage.decode(batch, decoder_generators(self.settings.seed, some))
+                    for name, value in _features(networks, made, "midpoint").items():
                         parts.setdefault(name, []).append(value)
-                made = {name: torch.cat(values) for name, values in parts.items()}
-                work.write(number, Shard(facts, [], shard.features | made))
+                features = {name: torch.cat(values) for name, values in parts.items()}
+                work.write(number, Shard(facts, [], shard.features | features))
                 bar.update(count)
 
 

@@ -17,7 +17,7 @@ from diffusers import DiTPipeline, DiTTransformer2DModel, ModelMixin
 from torch import Tensor, nn
 
 from latent_ae.config import UserError
-from latent_ae.data.rng import spread
+from latent_ae.data.rng import decoder_generators, spread
 from latent_ae.latents.cache import LatentCache
 from latent_ae.models.codes import WITH_CODES, has_codes
 from latent_ae.models.registry import scaling_of
@@ -167,13 +167,11 @@ class _Job(Generation):
         """Yield batches of samples, (N, C, H, W) uint8 on the CPU; sample i is a function of the seed and i."""
         shape, size = (self.stage.latent_channels, side, side), self.settings.images_at_a_time
         for first in range(0, count, size):
-            noise = torch.stack(
-                [
-                    torch.randn(shape, generator=generator)
-                    for generator in generators(self.settings.seed, range(first, min(first + size, count)))
-                ]
-            )
-            yield finite_pixels(self.stage.decode(latents(noise.to(self.device))).cpu())
+            numbers = range(first, min(first + size, count))
+            drawn = generators(self.settings.seed, numbers)
+            noise = torch.stack([torch.randn(shape, generator=generator) for generator in drawn])
+            begun = decoder_generators(self.settings.seed, numbers)
+            yield finite_pixels(self.stage.decode(latents(noise.to(self.device)), begun).cpu())
 
     @property
     def has_own_prior(self) -> bool:

@@ -163,7 +163,9 @@ class FirstStage:
             images, stated = self.module.decode_distribution(latents.to(self.dtype))
         return images.float(), stated.float()
 
-    def reconstruct(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
+    def reconstruct(
+        self, images: Tensor, noise: Tensor | None = None, generators: Sequence[torch.Generator] | None = None
+    ) -> Tensor:
         """Return reconstructions from the posterior's mode, or from a sample.
 
         Sides that are not multiples of the factor are padded with the last row or column, and cropped afterwards.
@@ -171,6 +173,7 @@ class FirstStage:
         Args:
             images: (N, C, H, W) in [-1, 1].
             noise: Standard normal, shaped like the latent, to sample the posterior; None takes the mean.
+            generators: See `decode`.
 
         Returns:
             (N, C, H, W) float32, nominally in [-1, 1], not clamped.
@@ -189,7 +192,7 @@ class FirstStage:
         assert self.module is not None
         with self._arithmetic():
             latent = draw(self.module, padded.to(self.dtype), noise).latent
-        return self.decode(latent)[..., :height, :width]
+        return self.decode(latent, generators)[..., :height, :width]
 
     @contextmanager
     def _arithmetic(self) -> Iterator[None]:

@@ -86,7 +86,7 @@ def test_only_published_weights_make_it_an_ifid(tmp_path, monkeypatch, inception
 def test_an_identity_blends_each_image_with_the_only_one_like_it(tmp_path, monkeypatch, lpips_vgg):
     """Images in pairs of one pattern in two contrasts: their latents are parallel, and all others are far."""
     monkeypatch.setattr(FirstStage, "encode", lambda self, images: Encoded(images, None))
-    monkeypatch.setattr(FirstStage, "decode", lambda self, latents: latents)
+    monkeypatch.setattr(FirstStage, "decode", lambda self, latents, generators: latents)
     random, images = np.random.default_rng(1), []
     for place in ("data", "others"):
         (tmp_path / place).mkdir()

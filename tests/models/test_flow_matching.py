@@ -16,15 +16,22 @@ from latent_ae.data.held_out import HeldOutImage
 from latent_ae.data.loader import open_images
 from latent_ae.data.rng import decoder_generators
 from latent_ae.models.flow_matching import FlowMatchingVAE
-from latent_ae.models.loading import first_stage
+from latent_ae.models.loading import FirstStage, first_stage
 from latent_ae.models.new_decoder import with_new_decoder
 from latent_ae.models.reconstruct import Reconstructor
 from latent_ae.models.settings import DecoderSettings
+from latent_ae_eval.generation.sampling import StandInDecoder, samples, stock_pipeline
+from latent_ae_eval.generation.settings import DiffusionSettings
+from latent_ae_eval.ifid.measure import interpolated_distance
+from latent_ae_eval.ifid.settings import IfidSettings
 from latent_ae_eval.recon.measure import evaluate_reconstruction
 from latent_ae_eval.recon.shard import Measurer
+from latent_ae_eval.sample.measure import sample
+from latent_ae_eval.sample.settings import SampleSettings
 from latent_ae_train.settings import TrainSettings
 from latent_ae_train.validate import Validator
 from tests.distributed.split import Distance
+from tests.eval.generation.small import GaussianFlow
 from tests.eval.small import settings_with, write_photos
 from tests.tiny import build_step, micro_batches, settings_for, weights
 from tests.tiny_models import TWO, pictures, tiny
@@ -158,6 +165,39 @@ def test_evaluations_decode_each_image_from_its_own_noise(name: str) -> None:
     assert [g.initial_seed() for g in decoder_generators(3, [7, 8])] == [
         g.initial_seed() for n in (7, 8) for g in decoder_generators(3, [n])
     ]
+
+
+def test_every_distance_gives_each_image_noise_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lpips_vgg: Any
+) -> None:
+    """A flow to one latent makes different images; those whose sets are compared begin with what is documented."""
+    stage = first_stage(made(moved=True, noise_scale=0.5))
+    pipeline = stock_pipeline(GaussianFlow(0.81, 0.0, in_channels=4, out_channels=4), StandInDecoder(stage))
+    found, again = (
+        torch.cat(list(samples(pipeline, [0] * 5, DiffusionSettings(images_at_a_time=size)))).float() for size in (2, 5)
+    )
+    assert torch.pdist(found.flatten(1), p=1).min() / found[0].numel() > 1, "levels of 255, 0.1 by rounding"
+    assert (found - again).abs().max() <= 1
+
+    decoded: list[int] = []
+    decode = FirstStage.decode
+
+    def recorded(self: Any, latents: Tensor, generators: Any = None) -> Tensor:
+        assert len(generators) == len(latents)
+        decoded.extend(generator.initial_seed() for generator in generators)
+        return decode(self, latents, generators)
+
+    monkeypatch.setattr(FirstStage, "decode", recorded)
+    held_out = write_photos(tmp_path / "val", 6, side=16)
+    write_photos(tmp_path / "train", 12, side=16)
+    seeds = [generator.initial_seed() for generator in decoder_generators(3, range(9))]
+    settings = {"resolution": 16, "samples": 9, "images_at_a_time": 4, "num_workers": 0, "seed": 3}
+    sample(stage.module, tmp_path, settings=SampleSettings(prior="gaussian", **settings))
+    assert decoded == seeds + seeds[:6], "samples and reconstructions"
+    decoded.clear()
+    quick = {"neighbours": 2, "frechet": ("vgg16",), "num_workers": 0, "num_pictures": 0}
+    interpolated_distance(stage.module, held_out, IfidSettings(seed=3, **quick))
+    assert decoded == 2 * seeds[:6], "reconstructions and midpoints"
 
 
 def test_validation_measures_like_the_evaluation(tmp_path: Path) -> None:

@@ -11,7 +11,6 @@ import torch
 from diffusers import ConfigMixin, DiTPipeline, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.autoencoders.vae import DecoderOutput
-from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from PIL import Image
 
 from latent_ae.config import UserError
@@ -26,21 +25,8 @@ from latent_ae_eval.generation.flow import NULL_CLASS, Trivial, Validation, clas
 from latent_ae_eval.generation.sampling import distance, samples, stock_pipeline
 from latent_ae_eval.generation.settings import DiffusionSettings
 from latent_ae_eval.generation.training import Trainer
-from tests.eval.generation.small import SMALL
+from tests.eval.generation.small import SMALL, GaussianFlow
 from tests.tiny_models import tiny
-
-
-class GaussianFlow(ModelMixin, ConfigMixin):
-    """The exact velocity of a normal distribution of independent values, in a transformer's place."""
-
-    @register_to_config
-    def __init__(self, mean: float, variance: float, sample_size: int = 4, in_channels: int = 3, out_channels: int = 3):
-        super().__init__()
-        self.anchor = torch.nn.Parameter(torch.zeros(()))
-        self.trivial = Trivial(torch.tensor(mean), torch.tensor(variance))
-
-    def forward(self, x, timestep, class_labels):
-        return Transformer2DModelOutput(self.trivial.velocity(x, timestep / 1000))
 
 
 class HalvedLatents(ModelMixin, ConfigMixin):
