@@ -225,6 +225,12 @@ class _Job(Generation):
                 "none: take prior=flow or prior=gaussian"
             )
         caches = self.both_latents()
+        for key, cache in zip(("latents", "held_out_latents"), caches, strict=True):
+            if (stored := cache.manifest["latent"]["stored"]) != "fp32":
+                raise UserError(
+                    f"{key}: {cache.folder} holds latents in {stored}, whose rounding can change codes; encode them "
+                    "with stored=fp32"
+                )
         train, held_out = (CodeImages(module, cache, self.device) for cache in caches)
         values = int(self.stage.channels or 3) * int(settings.chosen("resolution")) ** 2
         validation = CodeValidation(held_out, train, settings, values)

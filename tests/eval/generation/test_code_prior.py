@@ -13,6 +13,7 @@ from scipy import stats
 from latent_ae.config import UserError
 from latent_ae.data.images import to_tensor, to_uint8
 from latent_ae.latents.cache import open_latents
+from latent_ae.latents.encode import encode_images
 from latent_ae.models.codes import latent_of_codes, nearest_codes
 from latent_ae.models.loading import load_first_stage
 from latent_ae.report.pictures import picture_grid
@@ -173,6 +174,9 @@ def test_mistakes_end_with_a_message(model, images, tmp_path):
     )
     assert "patch_size: is for flows" in message(model, patch_size=1)
     assert "sampling_steps: is for flows" in message(model, sampling_steps=3)
+    place, encoded = first_stage("VQModel", tmp_path / "codes"), tmp_path / "encoded"
+    encode_images(place, images, encoded, SampleSettings(**SMALL).encoding("train"))  # fp16
+    assert f"latents: {encoded} holds latents in fp16" in message(place, latents=encoded)
     (tmp_path / "fitted/code-prior").mkdir(parents=True)
     with pytest.raises(UserError, match="sampling_steps: is for flows"):
         main(words(model, images, prior=tmp_path / "fitted", sampling_steps=3))
