@@ -6,6 +6,21 @@ from benchmarks.machine import where
 from benchmarks.tables import with_interval
 
 
+def codebooks_table(result: dict[str, Any]) -> str:
+    seeds = ", ".join(str(run["seed"]) for run in next(iter(result["rows"].values()))["runs"])
+    lines = [
+        f"`vqgan {' '.join(result['common'])}` and the words of the row; seeds {seeds}; {where(result)}.",
+        "",
+        "| | words | PSNR (dB) | `codebook_perplexity` | `codebook_used` |",
+        "|---|---|---:|---:|---:|",
+    ]
+    for name, row in result["rows"].items():
+        kinds = {"psnr": ".2f", "perplexity": ".0f", "used": ".0%"}
+        found = [", ".join(format(run[key], digits) for run in row["runs"]) for key, digits in kinds.items()]
+        lines.append(f"| {name} | {row['settings'] and '`' + row['settings'] + '`'} | {' | '.join(found)} |")
+    return "\n".join(lines)
+
+
 def discrete_table(result: dict[str, Any]) -> str:
     lines = [
         f"BSDS500's 200 photographs to train on, {result['steps']} steps of {result['batch']} crops of {result['px']} "
@@ -73,6 +88,7 @@ def vqvae2_table(result: dict[str, Any]) -> str:
 
 
 MAKERS = {
+    "codebooks": codebooks_table,
     "discrete": discrete_table,
     "vqvae2": vqvae2_table,
 }
