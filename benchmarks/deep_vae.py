@@ -11,13 +11,12 @@ started again with the same scratch folder.
 
 import argparse
 import json
-from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.machine import earlier, save
+from benchmarks.machine import earlier, save, with_run
 from benchmarks.runs import cifar10, cifar10_facts, evaluate, events, folder_name, seconds_of, train
 from latent_ae.models.loading import load_first_stage
 from latent_ae.report.pictures import picture_grid
@@ -71,8 +70,7 @@ def main() -> None:
             if name == LONGER:
                 draw_samples(run)
             rows = earlier(RESULT, facts)
-            others = [one for one in rows.get(name, {"runs": []})["runs"] if one["seed"] != seed]
-            rows[name] = {"runs": sorted([*others, measured(run, seed)], key=itemgetter("seed"))}
+            rows[name] = with_run(rows.get(name), measured(run, seed))
             ordered = {name: rows[name] for name in (*PARTS, LONGER) if name in rows}
             save(RESULT, facts | {"rows": ordered}, added=True)
 

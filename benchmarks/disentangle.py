@@ -8,11 +8,10 @@ benchmarks/results/disentangle-*.json. Killed, it goes on when started again wit
 """
 
 import argparse
-from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-from benchmarks.machine import earlier, save
+from benchmarks.machine import earlier, save, with_run
 from benchmarks.runs import evaluate, events, folder_name, seconds_of, train
 from latent_ae.data.synthetic import KINDS, write_shapes
 
@@ -117,8 +116,7 @@ def main() -> None:
             found[name] = measured(folder, result, seed, side**2)
         rows = earlier(result_name, facts)
         for name, run in found.items():
-            others = [other for other in rows.get(name, {"runs": []})["runs"] if other["seed"] != seed]
-            rows[name] = {"runs": sorted([*others, run], key=itemgetter("seed"))}
+            rows[name] = with_run(rows.get(name), run)
         save(result_name, {**facts, "rows": {name: rows[name] for name in runs if name in rows}}, added=True)
 
 

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +122,12 @@ def earlier(name: str, facts: Mapping[str, Any], part: str = "rows") -> dict[str
         sys.exit(f"{path} holds figures of other {', '.join(other)}: move it to begin anew")
     found: dict[str, Any] = result[part]
     return found
+
+
+def with_run(row: Mapping[str, Any] | None, run: dict[str, Any]) -> dict[str, Any]:
+    """A row of a result (None: without runs) with a run more, by seed, which replaces an earlier one of its seed."""
+    others = [one for one in (row or {"runs": []})["runs"] if one["seed"] != run["seed"]]
+    return {"runs": sorted([*others, run], key=itemgetter("seed"))}
 
 
 class _Peak:
