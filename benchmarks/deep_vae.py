@@ -3,7 +3,7 @@
     python -m benchmarks.deep_vae --data /data/cifar10 --scratch /tmp/scratch
 
 Contestants have the recipe `deep-vae` but for what their lines say: for each seed the same images, order, steps and
-learning rate, and a KL warm-up over a fifth of the steps. Bits per dimension are the importance-weighted bound with
+learning rate, and a KL warm-up over the recipe's share of the steps. Bits per dimension are the importance-weighted bound with
 the averaged weights. `--only` takes some of the contestants, `--only longer` the longer run alone, whose samples are a
 picture in its folder. Each run is added to benchmarks/results/deep-vae.json when it has ended. Killed, it goes on when
 started again with the same scratch folder.
@@ -36,6 +36,7 @@ PARTS: dict[str, tuple[dict[str, Any], str]] = {
     "no learned bias": ({"side_bias": False}, ""),
     "balanced levels": ({}, "loss.kl_balance=true"),
     "spectral regularisation": ({}, "loss.spectral=3.255e-6"),
+    "a third of the warm-up of the KL": ({}, "loss.kl_warmup=80"),
     "no warm-up of the KL": ({}, "loss.kl_warmup=0"),
     "no average of weights": ({}, "ema.decay=0"),
 }
@@ -57,13 +58,16 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     words = parser.parse_args()
     torch.set_num_threads(1)
-    facts = cifar10_facts(words.data, "20,000 images to train on") | {"samples": 16}
+    lengths = {"steps": STEPS, "images": IMAGES, "longer_steps": LONGER_STEPS, "longer_images": LONGER_IMAGES}
+    facts = cifar10_facts(words.data, "20,000 images to train on") | {"samples": 16} | lengths
     earlier(RESULT, facts)  # ends here rather than after a training
+    recipe = TrainSettings.load("deep-vae")
     for seed in words.seeds:
         for name in words.only:
             run = words.scratch / folder_name(f"{name} {seed}")
             steps, images = (LONGER_STEPS, LONGER_IMAGES) if name == LONGER else (STEPS, IMAGES)
-            schedule = [f"steps={steps}", f"loss.kl_warmup={steps // 5}", f"seed={seed}"]
+            warmup = steps * recipe.loss.kl_warmup // recipe.steps
+            schedule = [f"steps={steps}", f"loss.kl_warmup={warmup}", f"seed={seed}"]
             train(run, "deep-vae", *cifar10(words.data), *schedule, *COMMON.split(), *changes(name))
             measure = [f"limit={images}", *LIKELIHOOD]
             evaluate(run / "likelihood", "likelihood", run / "export", words.data / "test.parquet", *measure)

@@ -1,6 +1,7 @@
 """The common part of evaluations that model latents: they encode the data, train a flow and compare sets of images."""
 
 import hashlib
+import itertools
 import json
 import tempfile
 import time
@@ -271,8 +272,12 @@ class Generation:
         """Return notes on the pipeline and on distances that were measured on few images, for a result."""
         notes = []
         if not self.stock:
+            assert self.stage.family is not None
+            reason = (
+                "would decode all images from the same noise" if self.stage.family.decodes_noise else "cannot decode"
+            )
             notes.append(
-                f"DiTPipeline cannot decode with {self.stage.name}: pipeline/ holds the transformer and the scheduler"
+                f"DiTPipeline {reason} with {self.stage.name}: pipeline/ holds the transformer and the scheduler"
             )
         fewest = min(metrics["samples"][key] for key in ("n", "reference_images"))
         notes += [
@@ -366,6 +371,10 @@ class Generation:
 
     def _images(self, part: Part, count: int) -> Iterator[Tensor]:
         """Yield batches of `count` images, always the same ones, framed like the latents': (N, C, H, W) uint8."""
+        return (levels for levels, _ in self._numbered(part, count))
+
+    def _numbered(self, part: Part, count: int) -> Iterator[tuple[Tensor, list[int]]]:
+        """Yield the batches of `_images` and the images' numbers in the data."""
         encoding = self.settings.encoding(part)
         source, self.choices[part] = part_of(self.source(part), count, CHOICE_SEED)
         images = HeldOutImages(
@@ -375,24 +384,17 @@ class Generation:
             Framing(**encoding.framing()),
             self.stage.factor,
         )
-        batch: list[Tensor] = []
-        for _, _, image in images:
-            batch.append(to_uint8(image))
-            if len(batch) == self.settings.images_at_a_time:
-                yield torch.stack(batch)
-                batch = []
-        if batch:
-            yield torch.stack(batch)
+        readable = iter(images)
+        while batch := list(itertools.islice(readable, self.settings.images_at_a_time)):
+            yield torch.stack([to_uint8(image) for _, _, image in batch]), [number for number, _, _ in batch]
 
     def _reconstructed(self, count: int) -> Iterator[Tensor]:
         """Yield batches of reconstructions of held-out images, (N, C, H, W) uint8 on the CPU."""
-        done = 0
-        for levels in self._images("held_out", count):
+        for levels, numbers in self._numbered("held_out", count):
             images = levels.to(self.device).float() / 127.5 - 1
-            generators = decoder_generators(self.settings.seed, range(done, done + len(images)))
+            generators = decoder_generators(self.settings.seed, numbers)
             with torch.no_grad():
                 yield finite_pixels(self.stage.reconstruct(images, generators=generators).cpu())
-            done += len(images)
 
     def key(self, train: LatentCache, held_out: LatentCache) -> str:
         """Return a digest of everything that the trained weights depend on."""

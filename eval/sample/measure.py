@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from latent_ae.config import UserError
 from latent_ae.data.rng import decoder_generators, spread
-from latent_ae.latents.cache import LatentCache
+from latent_ae.latents.cache import LatentCache, open_latents
 from latent_ae.models.codes import WITH_CODES, has_codes
 from latent_ae.models.registry import scaling_of
 from latent_ae_eval.features import FeatureNetwork, digests, feature_networks
@@ -224,13 +224,14 @@ class _Job(Generation):
                 f"prior: codes is for latents that are codes ({', '.join(WITH_CODES)}), and {self.stage.name} has "
                 "none: take prior=flow or prior=gaussian"
             )
-        caches = self.both_latents()
-        for key, cache in zip(("latents", "held_out_latents"), caches, strict=True):
-            if (stored := cache.manifest["latent"]["stored"]) != "fp32":
+        for key, folder in (("latents", settings.latents), ("held_out_latents", settings.held_out_latents)):
+            # before the others are encoded
+            if folder and (stored := open_latents(folder).manifest["latent"]["stored"]) != "fp32":
                 raise UserError(
-                    f"{key}: {cache.folder} holds latents in {stored}, whose rounding can change codes; encode them "
-                    "with stored=fp32"
+                    f"{key}: {folder} holds latents in {stored}, whose rounding can change codes; encode them with "
+                    "stored=fp32"
                 )
+        caches = self.both_latents()
         train, held_out = (CodeImages(module, cache, self.device) for cache in caches)
         values = int(self.stage.channels or 3) * int(settings.chosen("resolution")) ** 2
         validation = CodeValidation(held_out, train, settings, values)

@@ -12,9 +12,9 @@ from latent_ae_eval.recon.settings import ReconSettings
 SMALL = {"resize_px": None, "crop_px": 32, "lpips": (), "num_workers": 0}
 
 
-def write_photos(folder: Path, count: int, side: int = 40) -> Path:
+def write_photos(folder: Path, count: int, side: int = 40, seed: int = 0) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
-    photo, rng = skimage.data.astronaut(), np.random.default_rng(0)
+    photo, rng = skimage.data.astronaut(), np.random.default_rng(seed)
     for number in range(count):
         y, x = rng.integers(0, 512 - side, 2)
         Image.fromarray(photo[y : y + side, x : x + side]).save(folder / f"{number:03d}.png")

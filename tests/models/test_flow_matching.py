@@ -189,15 +189,22 @@ def test_every_distance_gives_each_image_noise_of_its_own(
 
     monkeypatch.setattr(FirstStage, "decode", recorded)
     held_out = write_photos(tmp_path / "val", 6, side=16)
-    write_photos(tmp_path / "train", 12, side=16)
+    write_photos(tmp_path / "train", 12, side=16, seed=1)
     seeds = [generator.initial_seed() for generator in decoder_generators(3, range(9))]
     settings = {"resolution": 16, "samples": 9, "images_at_a_time": 4, "num_workers": 0, "seed": 3}
-    sample(stage.module, tmp_path, settings=SampleSettings(prior="gaussian", **settings))
+    flow = {"width": 64, "depth": 1, "steps": 2, "sampling_steps": 2, "validation_images": 2, "validations": 2}
+    result = sample(stage.module, tmp_path, settings=SampleSettings(prior="flow", **settings, **flow))
     assert decoded == seeds + seeds[:6], "samples and reconstructions"
+    assert any("would decode all images from the same noise" in note for note in result["notes"])
     decoded.clear()
-    quick = {"neighbours": 2, "frechet": ("vgg16",), "num_workers": 0, "num_pictures": 0}
-    interpolated_distance(stage.module, held_out, IfidSettings(seed=3, **quick))
-    assert decoded == 2 * seeds[:6], "reconstructions and midpoints"
+    quick = {"neighbours": 2, "frechet": ("vgg16",), "num_workers": 0, "num_pictures": 1}
+    interpolated_distance(stage.module, held_out, IfidSettings(seed=3, **quick), out=tmp_path / "ifid")
+    assert decoded[:12] == 2 * seeds[:6], "reconstructions and midpoints"
+    assert len(decoded) == 14 and set(decoded[12:]) <= set(seeds[:6]), "the midpoints that the page shows"
+    decoded.clear()
+    (held_out / "002.png").write_bytes(b"not an image")
+    sample(stage.module, tmp_path, settings=SampleSettings(prior="gaussian", **settings))
+    assert decoded == [*seeds, *seeds[:2], *seeds[3:6]], "an image keeps its number where another is unreadable"
 
 
 def test_validation_measures_like_the_evaluation(tmp_path: Path) -> None:

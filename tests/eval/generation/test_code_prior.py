@@ -176,7 +176,9 @@ def test_mistakes_end_with_a_message(model, images, tmp_path):
     assert "sampling_steps: is for flows" in message(model, sampling_steps=3)
     place, encoded = first_stage("VQModel", tmp_path / "codes"), tmp_path / "encoded"
     encode_images(place, images, encoded, SampleSettings(**SMALL).encoding("train"))  # fp16
-    assert f"latents: {encoded} holds latents in fp16" in message(place, latents=encoded)
+    for key in ("latents", "held_out_latents"):
+        assert message(place, **{key: encoded}).startswith(f"{key}: {encoded} holds latents in fp16")
+    assert not (tmp_path / "out/latents").exists(), "refused before anything is encoded"
     (tmp_path / "fitted/code-prior").mkdir(parents=True)
     with pytest.raises(UserError, match="sampling_steps: is for flows"):
         main(words(model, images, prior=tmp_path / "fitted", sampling_steps=3))
