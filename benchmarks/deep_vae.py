@@ -3,10 +3,10 @@
     python -m benchmarks.deep_vae --data /data/cifar10 --scratch /tmp/scratch
 
 Contestants have the recipe `deep-vae` but for what their lines say: for each seed the same images, order, steps and
-learning rate, and a KL warm-up over the recipe's share of the steps. Bits per dimension are the importance-weighted bound with
-the averaged weights. `--only` takes some of the contestants, `--only longer` the longer run alone, whose samples are a
-picture in its folder. Each run is added to benchmarks/results/deep-vae.json when it has ended. Killed, it goes on when
-started again with the same scratch folder.
+learning rate, and a KL warm-up over the recipe's share of the steps. Bits per dimension are the importance-weighted
+bound with the averaged weights. `--only` takes some of the contestants, `--only longer` the longer run alone, whose
+samples are a picture in its folder. Each run is added to benchmarks/results/deep-vae.json when it has ended. Killed, it
+goes on when started again with the same scratch folder.
 """
 
 import argparse
@@ -23,6 +23,8 @@ from latent_ae.report.pictures import picture_grid
 from latent_ae_train.settings import TrainSettings
 
 LOGISTIC = "loss.pixel=logistic loss.learned_logvar=true"
+SLOWER = "optim.lr=5e-4"
+"""A learning rate for cells without normalisation."""
 LONGER = "longer"
 PARTS: dict[str, tuple[dict[str, Any], str]] = {
     "the recipe": ({}, ""),
@@ -31,7 +33,8 @@ PARTS: dict[str, tuple[dict[str, Any], str]] = {
     "posteriors that begin as the priors": ({"open_posteriors": False}, ""),
     "three levels": ({"level_sides": [4, 8, 16], "level_channels": [16] * 3}, ""),
     "seven levels": ({"level_sides": [4, 8, 8, 16, 16, 16, 16], "level_channels": [16] * 7}, ""),
-    "bottleneck cells": ({"cell": "bottleneck", "blocks": 2}, "optim.lr=5e-4"),
+    "a sixth of the learning rate": ({}, SLOWER),
+    "bottleneck cells, a sixth of the learning rate": ({"cell": "bottleneck", "blocks": 2, "width": 124}, SLOWER),
     "depthwise cells": ({"cell": "depthwise", "encoder_cell": "residual"}, ""),
     "no learned bias": ({"side_bias": False}, ""),
     "balanced levels": ({}, "loss.kl_balance=true"),
