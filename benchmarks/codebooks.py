@@ -2,9 +2,9 @@
 
     python -m benchmarks.codebooks --scratch /tmp/scratch
 
-Rows differ from the recipe `vqgan`, without a GAN and LPIPS, in the words beside them alone. The photographs are those
-that scikit-image ships, three of them held out. PSNR is of the averaged weights. Killed, it goes on when started again
-with the same scratch folder.
+Rows are short runs of a smaller `vqgan` without a GAN and LPIPS, and differ in the words beside them alone. The
+photographs are those that scikit-image ships, three of them held out. PSNR is of the averaged weights. Killed, it goes
+on when started again with the same scratch folder.
 """
 
 import argparse

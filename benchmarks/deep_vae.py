@@ -77,7 +77,7 @@ def main() -> None:
             if name == LONGER:
                 draw_samples(run)
             rows = earlier(RESULT, facts)
-            rows[name] = with_run(rows.get(name), measured(run, seed))
+            rows[name] = {"runs": with_run(rows.get(name, {"runs": []})["runs"], measured(run, seed))}
             ordered = {name: rows[name] for name in (*PARTS, LONGER) if name in rows}
             save(RESULT, facts | {"rows": ordered}, added=True)
 

@@ -116,7 +116,7 @@ def main() -> None:
             found[name] = measured(folder, result, seed, side**2)
         rows = earlier(result_name, facts)
         for name, run in found.items():
-            rows[name] = with_run(rows.get(name), run)
+            rows[name] = {"runs": with_run(rows.get(name, {"runs": []})["runs"], run)}
         save(result_name, {**facts, "rows": {name: rows[name] for name in runs if name in rows}}, added=True)
 
 

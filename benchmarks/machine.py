@@ -8,7 +8,7 @@ import statistics
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from operator import itemgetter
 from pathlib import Path
@@ -124,10 +124,9 @@ def earlier(name: str, facts: Mapping[str, Any], part: str = "rows") -> dict[str
     return found
 
 
-def with_run(row: Mapping[str, Any] | None, run: dict[str, Any]) -> dict[str, Any]:
-    """A row of a result (None: without runs) with a run more, by seed, which replaces an earlier one of its seed."""
-    others = [one for one in (row or {"runs": []})["runs"] if one["seed"] != run["seed"]]
-    return {"runs": sorted([*others, run], key=itemgetter("seed"))}
+def with_run(runs: Sequence[dict[str, Any]], run: dict[str, Any], key: str = "seed") -> list[dict[str, Any]]:
+    """Runs of a row with one more, in the order of their `key`; it replaces an earlier one with the same."""
+    return sorted([*(one for one in runs if one[key] != run[key]), run], key=itemgetter(key))
 
 
 class _Peak:

@@ -2,10 +2,10 @@
 
     python -m benchmarks.pitfalls --data /data/bsds500/train --held-out /data/bsds500/test --scratch /tmp/pitfalls
 
-The trainings are those whose commands the page shows: on the photographs that scikit-image ships, for blurry images on
-those of --data, and on the synthetic shapes; --held-out is a folder of other photographs, on which the first two are
-measured. Killed, it goes on when started again with the same scratch folder. Writes benchmarks/results/pitfall-*.json
-and docs/images/pitfall-*.
+The trainings are those whose commands the page shows, and two more of blurry images: on the photographs that
+scikit-image ships, for blurry images on those of --data, and on the synthetic shapes; --held-out is a folder of other
+photographs, on which the first two are measured. Killed, it goes on when started again with the same scratch folder.
+Writes benchmarks/results/pitfall-*.json and docs/images/pitfall-*.
 """
 
 import argparse

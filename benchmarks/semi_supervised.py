@@ -23,7 +23,6 @@ import argparse
 import json
 import statistics
 from collections.abc import Iterator
-from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +32,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.machine import earlier, save
+from benchmarks.machine import earlier, save, with_run
 from benchmarks.runs import WORDS, cifar10, evaluate, refuse_others, seconds_of, train
 from latent_ae.config import load_settings
 from latent_ae.data.held_out import held_out_images
@@ -99,8 +98,7 @@ def main() -> None:
 def add(rows: dict[str, Any], labels: str, found: dict[str, Any]) -> None:
     """Add a choice of labels to the rows, which are by number of labels and have means over their choices."""
     before = rows.pop(labels, {"draws": []})["draws"]
-    others = [one for one in before if one["draw"] != found["draw"]]
-    draws = sorted([*others, found], key=itemgetter("draw"))
+    draws = with_run(before, found, "draw")
     means = {key: statistics.mean(one["accuracy"][key] for one in draws) for key in found["accuracy"]}
     rows[labels] = {"draws": draws, "mean": means}
     for key in sorted(rows, key=int):
