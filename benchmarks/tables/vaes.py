@@ -52,11 +52,12 @@ def hierarchical_table(result: dict[str, Any]) -> str:
 def deep_vae_table(result: dict[str, Any]) -> str:
     recipe = {run["seed"]: run["bits"]["mean"] for run in result["rows"]["the recipe"]["runs"]}
     commands = dict.fromkeys(one["command"] for one in (*result.get("before", []), result))
+    skipped = sum(run["skipped"] for row in result["rows"].values() for run in row["runs"])
     lines = [
         f"{result['data']}; bits per dimension are the bound of {result['samples']} samples, means over the seeds with "
         "the smallest and the largest, or of one seed with a 95 % interval over the images (*in italics*); the last "
-        "column is the difference of each seed's bits from those of the recipe's run of this seed; "
-        f"{machines(result)}; {', '.join(f'`{command}`' for command in commands)}.",
+        "column is the difference of each seed's bits from those of the recipe's run of this seed, and their mean; "
+        f"{skipped or 'no'} steps were skipped; {machines(result)}; {', '.join(f'`{command}`' for command in commands)}.",
         "",
         "| | parameters | steps of 16 | processor time (s) | held out | seeds | bits per dimension | ELBO "
         "| reconstruction | KL by level | difference from the recipe |",
@@ -79,7 +80,8 @@ def deep_vae_table(result: dict[str, Any]) -> str:
         spread = f"{low:.3f} to {high:.3f}"
         cells.append(f"{mean(bits):.3f} ({spread if len(runs) > 1 else f'*{spread}*'})")
         cells += [f"{means['elbo']:.3f}", f"{means['reconstruction']:.3f}", ", ".join(f"{one:.2f}" for one in levels)]
-        cells.append(", ".join(f"{one:+.3f}" for one in differences))
+        each = ", ".join(f"{one:+.3f}" for one in differences)
+        cells.append(f"{each}: {mean(differences):+.3f}" if len(differences) > 1 else each)
         lines.append(f"| {' | '.join(cells)} |")
     stored = result["stored"]
     lines.append(
@@ -93,6 +95,7 @@ DRAWN = (
     "one logistic in place of the mixture",
     "one Gaussian in place of the mixture",
     "posteriors that begin as the priors",
+    "a third of the warm-up of the KL",
     "no warm-up of the KL",
     "longer",
 )
