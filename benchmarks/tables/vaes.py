@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from statistics import mean, stdev
 from typing import Any
 
-from benchmarks.machine import machines, where
+from benchmarks.machine import where
 from benchmarks.tables import half_width
 from latent_ae.report.charts import line_chart
 
@@ -51,13 +51,12 @@ def hierarchical_table(result: dict[str, Any]) -> str:
 
 def deep_vae_table(result: dict[str, Any]) -> str:
     recipe = {run["seed"]: run["bits"]["mean"] for run in result["rows"]["the recipe"]["runs"]}
-    commands = dict.fromkeys(one["command"] for one in (*result.get("before", []), result))
     skipped = sum(run["skipped"] for row in result["rows"].values() for run in row["runs"])
     lines = [
         f"{result['data']}; bits per dimension are the bound of {result['samples']} samples, means over the seeds with "
         "the smallest and the largest, or of one seed with a 95 % interval over the images (*in italics*); the last "
         "column is the difference of each seed's bits from those of the recipe's run of this seed, and their mean; "
-        f"{skipped or 'no'} steps were skipped; {machines(result)}; {', '.join(f'`{command}`' for command in commands)}.",
+        f"{skipped or 'no'} steps were skipped; {where(result)}.",
         "",
         "| | parameters | steps of 16 | processor time (s) | held out | seeds | bits per dimension | ELBO "
         "| reconstruction | KL by level | difference from the recipe |",
