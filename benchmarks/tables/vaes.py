@@ -92,7 +92,6 @@ def deep_vae_table(result: dict[str, Any]) -> str:
 DRAWN = (
     "the recipe",
     "one logistic in place of the mixture",
-    "one Gaussian in place of the mixture",
     "posteriors that begin as the priors",
     "a third of the warm-up of the KL",
     "no warm-up of the KL",
