@@ -374,7 +374,7 @@ class Generation:
         return (levels for levels, _ in self._numbered(part, count))
 
     def _numbered(self, part: Part, count: int) -> Iterator[tuple[Tensor, list[int]]]:
-        """Yield the batches of `_images` and the images' numbers in the data."""
+        """Yield the batches of `_images` and the numbers of their images among those chosen."""
         encoding = self.settings.encoding(part)
         source, self.choices[part] = part_of(self.source(part), count, CHOICE_SEED)
         images = HeldOutImages(
