@@ -14,7 +14,7 @@ downloaded.
 import argparse
 import shutil
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -99,7 +99,7 @@ def main() -> None:
             rows = earlier(words.name, facts)
             known = rows.get(recipe, {"seeds": {}})
             seeds = known["seeds"] | {str(seed): found}
-            rows[recipe] = known | about(recipe, run / "export") | {"seeds": dict(sorted(seeds.items()))}
+            rows[recipe] = known | about(recipe, own, run / "export") | {"seeds": dict(sorted(seeds.items()))}
             save(words.name, {**facts, "rows": rows}, added=True)
     # by processor seconds, in turns: times of the evaluations are the clock's, which other work disturbs
     found = speeds({recipe: words.scratch / f"{recipe}-{words.seeds[0]}" for recipe in words.recipes})
@@ -127,10 +127,10 @@ def speeds(runs: Mapping[str, Path]) -> dict[str, dict[str, float]]:
     return found
 
 
-def about(recipe: str, export: Path) -> dict[str, Any]:
-    """What a recipe makes, and the command that repeats it."""
+def about(recipe: str, words: Sequence[str], export: Path) -> dict[str, Any]:
+    """What a recipe makes with these words, and the command that repeats it."""
     stage = load_first_stage(str(export))
-    phases = [phase.settings for phase in phases_of(load_settings(TrainSettings, recipe, []))]
+    phases = [phase.settings for phase in phases_of(load_settings(TrainSettings, recipe, words))]
     return {
         "command": f"latent-ae train {recipe}",
         "class": stage.name,

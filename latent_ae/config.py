@@ -182,8 +182,19 @@ def resume_marks(cls: type["Settings"], prefix: str = "", above: str = "free") -
 
 
 def looks_like_path(location: str) -> bool:
-    """Return True if `location` can only mean a file or folder; `name` and `user/name` may be hub ids."""
-    return location.startswith(("/", ".", "~")) or location.count("/") > 1 or Path(location).suffix in FILE_SUFFIXES
+    """Return True if `location` can only mean a file or folder; `name` and `user/name` may be hub ids.
+
+    `runs/name` is where the recipes write, so it is taken for a folder.
+    """
+    named = location.startswith(("/", ".", "~", "runs/")) or Path(location).suffix in FILE_SUFFIXES
+    return named or location.count("/") > 1
+
+
+def made_by(location: str) -> str:
+    """Return which command makes a folder that is missing, to be added to the message; "" if it is no recipe's."""
+    parts = Path(location).parts
+    name = parts[1] if len(parts) > 1 and parts[0] == "runs" else ""
+    return f"; `latent-ae train {name}` makes it" if name in recipe_names() else ""
 
 
 MAX_VALUES = 10_000

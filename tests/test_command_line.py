@@ -210,7 +210,7 @@ def test_messages_name_the_key_that_the_command_takes(tmp_path: Path, capsys: py
 
 @pytest.mark.parametrize("recipe", recipe_names())
 def test_the_shape_of_init_from_replaces_that_of_a_recipe(recipe: str) -> None:
-    more = FOLDER.get(recipe, [])
+    more = [word for word in FOLDER.get(recipe, []) if not word.startswith("init_from")]
     settings = load_settings(TrainSettings, recipe, ["init_from=someone/vae", *more])
     assert settings.model == TrainSettings().model
     if settings.decoder.wanted:  # it has no first stage without init_from

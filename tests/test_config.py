@@ -238,3 +238,23 @@ def test_each_recipe_is_valid_and_survives_a_round_trip(name: str, tmp_path: Pat
 def test_settings_are_frozen() -> None:
     with pytest.raises(ValueError, match="frozen"):
         TrainSettings().steps = 3  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("words", "key", "recipe"),
+    [
+        (["train", "flow-decoder"], "init_from: no such folder: runs/quickstart", "quickstart"),
+        (["train", "new-decoder"], "init_from: no such folder: runs/quickstart", "quickstart"),
+        (["eval", "recon", "runs/vae/export", "photos"], "no such model folder: runs/vae/export", "vae"),
+        (["eval", "latents", "runs/vae", "photos"], "no such model folder: runs/vae", "vae"),
+        (["encode", "runs/mine", "photos", "OUT"], "no such model folder: runs/mine", ""),
+    ],
+)
+def test_a_missing_run_is_not_looked_up_on_the_hub_and_its_recipe_is_named(
+    words: list[str], key: str, recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(words) == 2
+    lines = capsys.readouterr().err
+    command = f"; `latent-ae train {recipe}` makes it" if recipe else ""
+    assert f"{key} (from {tmp_path}){command}\n" in lines

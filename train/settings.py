@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from latent_ae.config import FIXED, SILENT, Positive, Problem, Settings, looks_like_path
+from latent_ae.config import FIXED, SILENT, Positive, Problem, Settings, looks_like_path, made_by
 from latent_ae.data.settings import TrainingData
 from latent_ae.export.pipelines import PipelineName, Shape, kind_misfit, shape_misfits
 from latent_ae.models.settings import DecoderSettings, ModelFacts, ModelSettings
@@ -483,8 +483,7 @@ class TrainSettings(Settings):
             message = f"{start} is a file: latent-ae convert {start} OUT writes the folder to give here"
             yield Problem("init_from", message)
         elif start is not None and looks_like_path(start) and not Path(start).expanduser().is_dir():
-            made = "; `latent-ae train quickstart` makes it" if Path(start) == Path("runs/quickstart") else ""
-            yield Problem("init_from", f"no such folder: {start} (from {Path.cwd()}){made}")
+            yield Problem("init_from", f"no such folder: {start} (from {Path.cwd()}){made_by(start)}")
         stored = self.decoder.latents
         if stored is not None and not (Path(stored).expanduser() / "manifest.json").is_file():
             yield Problem(

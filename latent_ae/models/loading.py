@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from latent_ae.arithmetic import lay_out
-from latent_ae.config import UserError, looks_like_path
+from latent_ae.config import UserError, looks_like_path, made_by
 from latent_ae.models.borrowed_encoder import FOLDER, borrow_, borrowed_encoder, borrowed_parameters, encodes_nothing
 from latent_ae.models.encoder_digest import encoder_sha256
 from latent_ae.models.hub import file_on_hub, subfolder_on_hub
@@ -328,8 +328,8 @@ def load_first_stage(
             if not any((folder / (subfolder or "")).glob("*.non_ema.*")):
                 raise UserError(f"ema: {location} holds no weights besides those it loads by default (*.non_ema.*)")
         resolved = str(folder)
-    elif looks_like_path(location) or location.count("/") > 1:
-        raise UserError(f"no such model folder: {location} (from {Path.cwd()})")
+    elif looks_like_path(location):
+        raise UserError(f"no such model folder: {location} (from {Path.cwd()}){made_by(location)}")
     else:
         resolved = location
         subfolder = subfolder or (EMA_FOLDERS[0].format("vae") if ema else None)

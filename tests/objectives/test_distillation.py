@@ -267,4 +267,7 @@ def test_a_missing_teacher_is_named(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(["train", "tiny-distilled", "data.num_workers=0", "loss.perceptual=0"]) == 2
-    assert "distillation.teacher: no such model folder: runs/quickstart/export" in capsys.readouterr().err
+    assert (
+        f"distillation.teacher: no such model folder: runs/quickstart/export (from {tmp_path}); "
+        "`latent-ae train quickstart` makes it\n"
+    ) in capsys.readouterr().err
