@@ -263,6 +263,8 @@ def rests_on(problem: Problem, invalid: Iterable[Problem]) -> bool:
     """Return whether a relation is about a key with a wrong value: only the default that stands in may break it."""
     keys = {one.key.partition("[")[0] for one in invalid}
     named = {word.rstrip(".") for word in re.findall(r"[\w.]+", problem.message) if "." in word}
+    if any(key.endswith(".kind") for key in keys):  # on which nearly all relations rest
+        return True
     return problem.key in keys or bool(keys & named)
 
 

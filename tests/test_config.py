@@ -235,6 +235,11 @@ def test_each_recipe_is_valid_and_survives_a_round_trip(name: str, tmp_path: Pat
     assert load_settings(TrainSettings, str(path)) == settings
 
 
+def test_a_wrong_kind_of_model_is_reported_alone() -> None:
+    text = message("model.kind=DiscretVAE", "steps=0", source="dvae")
+    assert text.startswith("2 problems") and "model.kind: input should be" in text and "steps: " in text
+
+
 def test_settings_are_frozen() -> None:
     with pytest.raises(ValueError, match="frozen"):
         TrainSettings().steps = 3  # type: ignore[misc]
