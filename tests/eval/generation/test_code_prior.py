@@ -12,6 +12,7 @@ from scipy import stats
 
 from latent_ae.config import UserError
 from latent_ae.data.images import to_tensor, to_uint8
+from latent_ae.data.rng import augmentation_numbers, epoch_order
 from latent_ae.latents.cache import open_latents
 from latent_ae.latents.encode import encode_images
 from latent_ae.models.codes import latent_of_codes, nearest_codes
@@ -19,7 +20,7 @@ from latent_ae.models.loading import load_first_stage
 from latent_ae.report.pictures import picture_grid
 from latent_ae_eval.__main__ import main
 from latent_ae_eval.sample import JOB
-from latent_ae_eval.sample.codes import CodeImages, nats
+from latent_ae_eval.sample.codes import CodeImages, CodeTrainer, nats
 from latent_ae_eval.sample.measure import sample
 from latent_ae_eval.sample.settings import SampleSettings
 from latent_ae_eval.sample.transformer import CodeTransformer, coarser_places
@@ -125,6 +126,13 @@ def test_its_rate_is_that_of_the_codes_of_held_out_images(images, tmp_path, caps
     with torch.no_grad():
         mirrored = torch.cat([one.flatten(1) for one in module.encode(pictures(images / "train").flip(3)).indices], 1)
     assert sorted(codes.sequences(range(80), torch.ones(80)).tolist()) == sorted(mirrored.tolist())
+    trainer = CodeTrainer(codes, SampleSettings(**QUICK), torch.device("cpu"))
+    for parameter in trainer.model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    rows, flipped = epoch_order(0, 0, 80)[:16], augmentation_numbers(0, range(16), 1) < 0.5
+    assert flipped.any() and not flipped.all()
+    batch = torch.where(flipped, codes.sequences(rows, torch.ones(16)), codes.sequences(rows))
+    assert torch.allclose(trainer.loss(), nats(trainer.model(batch), batch).mean())
 
     # the samples are those of the stored transformer, in batches of any size
     uniform = [torch.rand(80, generator=torch.Generator().manual_seed(number)) for number in range(20)]
