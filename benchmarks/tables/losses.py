@@ -27,7 +27,25 @@ def gan_weight_table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def short_runs_table(result: dict[str, Any]) -> str:
+    """Each row's figures, seed after seed."""
+    columns = {"PSNR (dB)": ("psnr", 2), "SSIM": ("ssim", 3), "LPIPS": ("lpips_vgg", 3)}
+    columns |= {"Fréchet, VGG16": ("frechet_vgg16", 1), "processor time (s)": ("processor_seconds", 0)}
+    seeds = ", ".join(str(run["seed"]) for run in next(iter(result["rows"].values()))["runs"])
+    lines = [
+        f"50 photographs of {result['held_out']}, 256 px; seeds {seeds}; {where(result)}.",
+        "",
+        f"| | words | {' | '.join(columns)} |",
+        "|---|---|" + "---:|" * len(columns),
+    ]
+    for name, row in result["rows"].items():
+        cells = [", ".join(f"{run[key]:.{digits}f}" for run in row["runs"]) for key, digits in columns.values()]
+        lines.append(f"| {name} | {row['settings'] and '`' + row['settings'] + '`'} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 MAKERS = {
     "gan-weight": gan_weight_table,
+    "short-runs": short_runs_table,
 }
 """By the beginning of a result's name, the longer one first."""

@@ -40,9 +40,9 @@ def recipes_table(result: dict[str, Any]) -> str:
 
 
 def _latent(row: dict[str, Any]) -> str:
-    """The latent's size in words. Levels on several grids are stored as the channels of one pixel."""
+    """The latent's size in words. Levels are stored as the channels of one pixel."""
     channels = row["latent_channels"]
-    return f"{channels:,} values on several grids" if channels > 10_000 else f"f{row['factor']}, {channels} channels"
+    return f"{channels:,} values in levels" if channels > 10_000 else f"f{row['factor']}, {channels} channels"
 
 
 MAKERS = {

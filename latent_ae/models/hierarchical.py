@@ -267,7 +267,7 @@ class Level(nn.Module):
             self.prior = Moments(shape, kind, side, channels, posterior=False)
             self.posterior = Moments(shape, kind, side, channels, posterior=True)
             self.conv_latent = WeightPrecisionConv2d(channels, width, 1)
-            if kind == "bottleneck":
+            if kind != "residual":  # without normalisation the state grows with each latent, and with it the next one
                 self.conv_latent.weight.data.mul_(1.0 / math.sqrt(depth))
 
 
