@@ -158,6 +158,8 @@ class _Job(Generation):
     def _side(self) -> int:
         """Return the side of a latent, px."""
         resolution, factor = self.settings.chosen("resolution"), self.stage.factor
+        if self.stage.side is not None and resolution != self.stage.side:
+            raise UserError(f"resolution: {self.stage.name} makes images of {self.stage.side} px alone; use that")
         if resolution % factor:
             near = max(1, resolution // factor) * factor
             raise UserError(f"resolution: {resolution} is not a multiple of the model's factor {factor}; use {near}")

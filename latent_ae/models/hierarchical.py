@@ -96,6 +96,10 @@ class HierarchicalVAE(ModelMixin, ConfigMixin):
             raise ValueError(f"{', '.join(unknown)} is no kind of cell: {', '.join(CELLS)}")
         if "bottleneck" in (cell, encoder_cell) and min([blocks, *numbers_of(encoder_blocks)]) < 1:
             raise ValueError(f"blocks {blocks} and encoder_blocks {encoder_blocks} must be positive with bottlenecks")
+        if mixtures < 0 or not math.isfinite(float(open_log_std)):
+            raise ValueError(
+                f"mixtures {mixtures} must not be negative, and open_log_std {open_log_std} must be a number"
+            )
         top = min(side for side, count in zip(sides, channels, strict=True) if count)
         within = [side for side in all_sides if side >= top]
         cells = by_side(blocks if encoder_blocks is None else encoder_blocks, within, "encoder_blocks")

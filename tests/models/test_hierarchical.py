@@ -272,6 +272,8 @@ def test_a_run_resumes_and_splits_alike(pictures: Path, tmp_path: Path) -> None:
         ("model.config={level_sides: [4], level_channels: [0]}", "must be of the same levels, some > 0"),
         ("model.config={level_sides: [4, 8], level_channels: [1]}", "must be of the same levels"),
         ("model.config={norm_num_groups: 7}", "model.config: HierarchicalVAE refuses it"),
+        ("model.config={mixtures: -1}", "mixtures -1 must not be negative"),
+        ("model.config={open_log_std: .nan}", "open_log_std nan must be a number"),
     ],
 )
 def test_what_does_not_go_with_it_is_refused(

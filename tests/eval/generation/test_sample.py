@@ -245,6 +245,9 @@ def test_mistakes_end_with_a_message(model, images, latents, tmp_path, monkeypat
     for name in ("VQModel", "AutoencoderTiny"):
         tiny(name).save_pretrained(tmp_path / name)
         assert f"prior: {name} was trained without one; prior=flow" in message(tmp_path / name)
+    tiny("HierarchicalVAE").save_pretrained(tmp_path / "levels")
+    said = message(tmp_path / "levels", "prior=normal", "resolution=64")
+    assert said == "resolution: HierarchicalVAE makes images of 32 px alone; use that"
     tiny("AutoencoderKLFlux2").save_pretrained(tmp_path / "flux2")
     assert "scaling_factor" in message(tmp_path / "flux2", "prior=flow", data=str(images))
     monkeypatch.setattr("latent_ae_eval.sample.measure.MOST_VALUES", 100)
